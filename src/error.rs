@@ -1,0 +1,198 @@
+//! The library's one error type.
+//!
+//! Callers match on [`Kind`]; people read the message: which file, which structure, which offset, what was
+//! expected, and what to run next. Layers add what they know (`in_structure`, `at`, `file`, `remedy`) on the
+//! way up; nothing is ever overwritten by a layer that knows less.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+/// What went wrong, as far as a caller needs to tell cases apart. Serialised in kebab case: `not-vhdx`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Kind {
+    /// The file is no VHDX at all.
+    NotVhdx,
+    /// A structure contradicts the format.
+    Corrupt,
+    /// The file is shorter than its structures say.
+    Truncated,
+    /// Legal, but not something this program handles.
+    Unsupported,
+    /// Somebody else has the image or the device.
+    InUse,
+    /// The host has no room.
+    NoSpace,
+    /// The caller lacks a permission.
+    Permission,
+    /// The target exists already.
+    Exists,
+    /// No such file or device.
+    NotFound,
+    /// The kernel offers no ublk.
+    NoDriver,
+    /// An argument makes no sense.
+    Usage,
+    /// An earlier failure forbids all further writes.
+    Poisoned,
+    /// The operating system failed an operation.
+    Io,
+}
+
+/// An error with its place in the file and its remedy.
+#[derive(Debug)]
+pub struct Error(Box<Inner>);
+
+/// Behind a pointer, so that a result that is no error stays small.
+#[derive(Debug)]
+struct Inner {
+    kind: Kind,
+    message: String,
+    file: Option<PathBuf>,
+    structure: Option<&'static str>,
+    offset: Option<u64>,
+    remedy: Option<String>,
+    source: Option<Box<dyn std::error::Error + Send + Sync>>,
+}
+
+/// The library's result.
+pub type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    /// An error of `kind`; `message` says what was found and what was expected.
+    pub fn new(kind: Kind, message: impl Into<String>) -> Self {
+        Self(Box::new(Inner {
+            kind,
+            message: message.into(),
+            file: None,
+            structure: None,
+            offset: None,
+            remedy: None,
+            source: None,
+        }))
+    }
+
+    /// A structure that contradicts the format.
+    pub fn corrupt(structure: &'static str, message: impl Into<String>) -> Self {
+        Self::new(Kind::Corrupt, message).in_structure(structure)
+    }
+
+    /// An operating system error while `doing` something; the kind follows from the error number.
+    pub fn io(doing: impl Into<String>, source: std::io::Error) -> Self {
+        let kind = match source.kind() {
+            std::io::ErrorKind::NotFound => Kind::NotFound,
+            std::io::ErrorKind::PermissionDenied => Kind::Permission,
+            std::io::ErrorKind::AlreadyExists => Kind::Exists,
+            std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => Kind::NoSpace,
+            _ => Kind::Io,
+        };
+        let mut error = Self::new(kind, doing);
+        error.0.source = Some(Box::new(source));
+        error
+    }
+
+    /// Names the structure, unless an inner layer already did.
+    #[must_use]
+    pub fn in_structure(mut self, structure: &'static str) -> Self {
+        self.0.structure.get_or_insert(structure);
+        self
+    }
+
+    /// Gives the byte offset in the file, unless an inner layer already did.
+    #[must_use]
+    pub fn at(mut self, offset: u64) -> Self {
+        self.0.offset.get_or_insert(offset);
+        self
+    }
+
+    /// Names the file, unless an inner layer already did.
+    #[must_use]
+    pub fn file(mut self, file: &Path) -> Self {
+        self.0.file.get_or_insert_with(|| file.to_owned());
+        self
+    }
+
+    /// Says what the reader can do next, unless an inner layer already did.
+    #[must_use]
+    pub fn remedy(mut self, remedy: impl Into<String>) -> Self {
+        self.0.remedy.get_or_insert_with(|| remedy.into());
+        self
+    }
+
+    /// What went wrong.
+    pub fn kind(&self) -> Kind {
+        self.0.kind
+    }
+
+    /// The operating system's error number beneath, if there is one.
+    pub fn os_error(&self) -> Option<i32> {
+        self.0.source.as_ref()?.downcast_ref::<std::io::Error>()?.raw_os_error()
+    }
+
+    /// The file concerned.
+    pub fn file_path(&self) -> Option<&Path> {
+        self.0.file.as_deref()
+    }
+
+    /// The structure in the file.
+    pub fn structure(&self) -> Option<&'static str> {
+        self.0.structure
+    }
+
+    /// The byte offset in the file.
+    pub fn offset(&self) -> Option<u64> {
+        self.0.offset
+    }
+
+    /// What can be done about it.
+    pub fn remedy_text(&self) -> Option<&str> {
+        self.0.remedy.as_deref()
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(file) = &self.0.file {
+            write!(f, "{}: ", file.display())?;
+        }
+        if let Some(structure) = self.0.structure {
+            write!(f, "{structure}")?;
+            if let Some(offset) = self.0.offset {
+                write!(f, " at byte {offset}")?;
+            }
+            write!(f, ": ")?;
+        }
+        write!(f, "{}", self.0.message)?;
+        if let (None, Some(offset)) = (self.0.structure, self.0.offset) {
+            write!(f, " (at byte {offset})")?;
+        }
+        if let Some(source) = &self.0.source {
+            write!(f, ": {source}")?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for Error {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_names_file_structure_offset_and_cause() {
+        let error = Error::corrupt("header 1", "checksum does not match").at(65536).file(Path::new("a.vhdx"));
+        assert_eq!(error.to_string(), "a.vhdx: header 1 at byte 65536: checksum does not match");
+        let cause = std::io::Error::from_raw_os_error(28);
+        let error = Error::io("growing the file", cause).file(Path::new("b.vhdx"));
+        assert_eq!(error.kind(), Kind::NoSpace);
+        assert!(error.to_string().starts_with("b.vhdx: growing the file: No space left"));
+    }
+
+    #[test]
+    fn an_outer_layer_never_overwrites_an_inner_one() {
+        let error = Error::new(Kind::Corrupt, "x").at(1).at(2).remedy("first").remedy("second");
+        assert_eq!(error.to_string(), "x (at byte 1)");
+        assert_eq!(error.remedy_text(), Some("first"));
+    }
+}

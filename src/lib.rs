@@ -1,0 +1,13 @@
+//! A Linux block device whose blocks live in a VHDX file.
+//!
+//! The modules, each using only those above it in this list:
+//!
+//! * [`error`]: the one error type;
+//! * [`format`]: the bytes of a VHDX file, both ways, no I/O;
+//! * [`disk`]: the seam under the engine, and its `io_uring` implementation;
+//! * [`image`]: an opened image: geometry, block map, log replay;
+//! * [`engine`]: the live writer, and the front that serves one queue;
+//! * [`device`]: ublk: control commands, queue loops, the daemon's life cycle;
+//! * `cli`: one file per command.
+
+pub mod error;
