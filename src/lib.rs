@@ -11,3 +11,4 @@
 //! * `cli`: one file per command.
 
 pub mod error;
+pub mod format;
