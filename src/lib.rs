@@ -10,5 +10,6 @@
 //! * [`device`]: ublk: control commands, queue loops, the daemon's life cycle;
 //! * `cli`: one file per command.
 
+pub mod disk;
 pub mod error;
 pub mod format;

@@ -1,0 +1,67 @@
+//! Memory for direct I/O: zeroed, 4096-aligned, a whole number of pages.
+
+use std::ops::{Deref, DerefMut};
+
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
+
+/// The unit of every buffer, and the strictest alignment that direct I/O asks of one.
+pub const PAGE_BYTES: usize = 4096;
+
+#[derive(Clone, FromBytes, IntoBytes, KnownLayout, Immutable)]
+#[repr(C, align(4096))]
+struct Page([u8; PAGE_BYTES]);
+
+const _: () = assert!(size_of::<Page>() == PAGE_BYTES && align_of::<Page>() == PAGE_BYTES);
+
+/// An owned run of aligned pages.
+#[derive(Clone)]
+pub struct Buffer(Box<[Page]>);
+
+impl Buffer {
+    /// `length` zero bytes; `length` is a multiple of [`PAGE_BYTES`].
+    pub fn zeroed(length: usize) -> Self {
+        assert!(length.is_multiple_of(PAGE_BYTES), "{length} is no whole number of pages");
+        let pages = <[Page]>::new_box_zeroed_with_elems(length / PAGE_BYTES);
+        Self(pages.expect("the allocator has room for a bounded buffer"))
+    }
+
+    /// A copy of `bytes`, whose length is a multiple of [`PAGE_BYTES`].
+    pub fn copy_of(bytes: &[u8]) -> Self {
+        let mut buffer = Self::zeroed(bytes.len());
+        buffer.copy_from_slice(bytes);
+        buffer
+    }
+}
+
+impl Deref for Buffer {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        self.0.as_bytes()
+    }
+}
+
+impl DerefMut for Buffer {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        self.0.as_mut_bytes()
+    }
+}
+
+impl std::fmt::Debug for Buffer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Buffer({} bytes)", self.len())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffers_are_aligned_and_zero() {
+        let buffer = Buffer::zeroed(3 * PAGE_BYTES);
+        assert_eq!(buffer.len(), 3 * PAGE_BYTES);
+        assert_eq!(buffer.as_ptr() as usize % PAGE_BYTES, 0);
+        assert!(buffer.iter().all(|&byte| byte == 0));
+    }
+}

@@ -1,0 +1,441 @@
+//! An image's file: the one open file description that carries its lock and serves every ring.
+//!
+//! Invariants:
+//!
+//! * the lock is held before the first byte is read, and as long as anything may still touch the file;
+//! * the file is a regular one, and still the one its path names when the lock is ours;
+//! * opening and reading leave no trace, access time included, where the kernel lets us choose.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::statvfs::fstatvfs;
+
+use super::ring::{DirectAlignment, direct_alignment};
+use super::{Access, Buffer, lock};
+use crate::error::{Error, Kind, Result};
+
+/// The unit of `st_blocks`, whatever the file system's own block size.
+const STAT_BLOCK_BYTES: u64 = 512;
+
+/// An open, locked image file.
+///
+/// Its drop gives the lock back. So whoever does I/O on its descriptor shares the ownership until that I/O
+/// has ended, as [`super::UringDisk`] does, and a process that forks drops it on one side only. When the
+/// process dies instead, the kernel keeps the lock until the last I/O has ended.
+#[derive(Debug)]
+pub struct ImageFile {
+    file: File,
+    path: PathBuf,
+    access: Access,
+    device: u64,
+    inode: u64,
+}
+
+/// How the payload of an image reaches its file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PayloadIo {
+    /// Past the host's page cache.
+    Direct,
+    /// Through the host's page cache.
+    Buffered {
+        /// Why direct I/O cannot be used, as a clause.
+        reason: String,
+    },
+}
+
+/// Room on the file system that holds an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HostRoom {
+    /// Free for everybody, in bytes.
+    pub available_bytes: u64,
+    /// Free, but kept by the file system for privileged users, in bytes.
+    pub reserved_bytes: u64,
+}
+
+impl ImageFile {
+    /// Opens and locks the image at `path`; waits up to `lock_wait` for other holders to leave.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::NotFound`], [`Kind::Permission`]; [`Kind::Unsupported`] for anything but a regular file;
+    /// [`Kind::InUse`] when somebody else keeps the lock (the caller, who may know the holder, adds the
+    /// remedy) or the path has come to name another file meanwhile; [`Kind::Io`].
+    pub fn open(path: &Path, access: Access, lock_wait: Duration) -> Result<Self> {
+        let canonical = fs::canonicalize(path).map_err(|e| Error::io("finding the image", e).file(path))?;
+        Self::open_canonical(&canonical, access, lock_wait).map_err(|error| error.file(path))
+    }
+
+    /// Makes an empty image file at `path`, where there is none, and locks it for writing.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::Exists`] when there is something at `path`, and as [`Self::open`].
+    pub fn create_new(path: &Path) -> Result<Self> {
+        let making = |error| Error::io("making the image", error).file(path);
+        let file = OpenOptions::new().read(true).write(true).create_new(true).open(path).map_err(making)?;
+        let canonical = fs::canonicalize(path).map_err(making)?;
+        Self::locked(file, &canonical, Access::ReadWrite, Duration::ZERO).map_err(|error| error.file(path))
+    }
+
+    fn open_canonical(path: &Path, access: Access, lock_wait: Duration) -> Result<Self> {
+        let opening = |error| Error::io("opening the image", error);
+        // Looked at before it is opened, because opening a device can have effects; and after, because the
+        // path may name something else by then. A FIFO that slips in between does not block the open.
+        refuse_irregular(&fs::metadata(path).map_err(opening)?)?;
+        let file = open_quietly(path, access).map_err(opening)?;
+        refuse_irregular(&file.metadata().map_err(opening)?)?;
+        change_flags(&file, |flags| flags & !OFlag::O_NONBLOCK).map_err(opening)?;
+        Self::locked(file, path, access, lock_wait)
+    }
+
+    fn locked(file: File, path: &Path, access: Access, lock_wait: Duration) -> Result<Self> {
+        lock::lock(&file, path, access, lock_wait)?;
+        let looking = |error| Error::io("looking at the image", error);
+        let (ours, named) = (file.metadata().map_err(looking)?, fs::metadata(path).map_err(looking)?);
+        let (device, inode) = (ours.dev(), ours.ino());
+        if (device, inode) != (named.dev(), named.ino()) {
+            let message = "another file has taken its place while it was being opened";
+            return Err(Error::new(Kind::InUse, message).remedy("run the command again"));
+        }
+        Ok(Self { file, path: path.to_owned(), access, device, inode })
+    }
+
+    /// Moves all further I/O of this file past the host's page cache, if the host can do that in units of the
+    /// image's logical sectors, of `logical_sector_size` bytes. Called once, before there is any I/O in
+    /// flight.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::Io`] when the file cannot be looked at; that direct I/O is refused is an answer, not an error.
+    pub fn enable_direct(&self, logical_sector_size: u32) -> Result<PayloadIo> {
+        assert!(logical_sector_size.is_power_of_two() && logical_sector_size >= 512);
+        let looking = |error| Error::io("looking at the host's direct I/O", error).file(&self.path);
+        let told = direct_alignment(self.file.as_fd()).map_err(looking)?;
+        if let Some(reason) = told.and_then(|alignment| unfit(alignment, logical_sector_size)) {
+            return Ok(PayloadIo::Buffered { reason });
+        }
+        if let Err(error) = change_flags(&self.file, |flags| flags | OFlag::O_DIRECT) {
+            return Ok(PayloadIo::Buffered { reason: format!("the host refuses direct I/O: {error}") });
+        }
+        if told.is_none()
+            && let Err(reason) = self.probe(logical_sector_size)
+        {
+            change_flags(&self.file, |flags| flags & !OFlag::O_DIRECT).map_err(looking)?;
+            return Ok(PayloadIo::Buffered { reason });
+        }
+        Ok(PayloadIo::Direct)
+    }
+
+    /// Reads one sector, aligned to a sector in file and memory and to nothing more.
+    fn probe(&self, sector_size: u32) -> std::result::Result<(), String> {
+        let size = sector_size as usize;
+        let mut memory = Buffer::zeroed((2 * size).next_multiple_of(super::PAGE_BYTES));
+        match self.file.read_at(&mut memory[size..2 * size], u64::from(sector_size)) {
+            Ok(read) if read == size => Ok(()),
+            Ok(_) => Err("the file is too short to try direct I/O".to_owned()),
+            Err(error) => Err(format!("the host refuses a direct read of {sector_size} bytes: {error}")),
+        }
+    }
+
+    /// The absolute path, without symbolic links, under which the file was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What it was opened and locked for.
+    pub fn access(&self) -> Access {
+        self.access
+    }
+
+    /// The number of the host device that holds the file; with [`Self::inode`] the file's identity.
+    pub fn device(&self) -> u64 {
+        self.device
+    }
+
+    /// The file's number on its device.
+    pub fn inode(&self) -> u64 {
+        self.inode
+    }
+
+    /// The file's length in bytes.
+    ///
+    /// # Errors
+    ///
+    /// What the operating system says.
+    pub fn length(&self) -> io::Result<u64> {
+        Ok(self.file.metadata()?.len())
+    }
+
+    /// The space the file takes on its host, in bytes: less than its length when it has holes.
+    ///
+    /// # Errors
+    ///
+    /// What the operating system says.
+    pub fn host_bytes(&self) -> io::Result<u64> {
+        Ok(self.file.metadata()?.blocks() * STAT_BLOCK_BYTES)
+    }
+
+    /// The room left on the file system that holds the file.
+    ///
+    /// # Errors
+    ///
+    /// What the operating system says.
+    pub fn host_room(&self) -> io::Result<HostRoom> {
+        let answer = fstatvfs(&self.file)?;
+        let unit = answer.fragment_size();
+        let reserved = answer.blocks_free().saturating_sub(answer.blocks_available());
+        Ok(HostRoom {
+            available_bytes: answer.blocks_available().saturating_mul(unit),
+            reserved_bytes: reserved.saturating_mul(unit),
+        })
+    }
+
+    /// Sets the file's length; blocks the caller for as long as the host works on it.
+    pub(super) fn set_length(&self, length: u64) -> io::Result<()> {
+        self.file.set_len(length)
+    }
+}
+
+impl Drop for ImageFile {
+    /// Unlocks, rather than leaving it to the end of the description: a ring lets go of a file some time
+    /// after the last completion, which can be as late as its thread's next entry into the kernel.
+    fn drop(&mut self) {
+        lock::unlock(&self.file);
+    }
+}
+
+impl AsFd for ImageFile {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+/// Opens `path` without touching its access time, which only its owner and root may ask for.
+fn open_quietly(path: &Path, access: Access) -> io::Result<File> {
+    let open = |flags| {
+        let write = access == Access::ReadWrite;
+        OpenOptions::new().read(true).write(write).custom_flags(flags).open(path)
+    };
+    let flags = libc::O_NONBLOCK | libc::O_NOCTTY; // the standard library adds O_CLOEXEC
+    match open(flags | libc::O_NOATIME) {
+        Err(error) if error.raw_os_error() == Some(libc::EPERM) => open(flags),
+        outcome => outcome,
+    }
+}
+
+fn refuse_irregular(metadata: &fs::Metadata) -> Result<()> {
+    let kind = metadata.file_type();
+    let found = match kind {
+        _ if kind.is_file() => return Ok(()),
+        _ if kind.is_dir() => "a directory",
+        _ if kind.is_block_device() => "a block device",
+        _ if kind.is_char_device() => "a character device",
+        _ if kind.is_fifo() => "a FIFO",
+        _ if kind.is_socket() => "a socket",
+        _ => "something unknown",
+    };
+    Err(Error::new(Kind::Unsupported, format!("this is {found}, and an image is a regular file")))
+}
+
+fn change_flags(file: &File, change: impl FnOnce(OFlag) -> OFlag) -> io::Result<()> {
+    let flags = OFlag::from_bits_retain(fcntl(file, FcntlArg::F_GETFL)?);
+    fcntl(file, FcntlArg::F_SETFL(change(flags)))?;
+    Ok(())
+}
+
+/// Why direct I/O of this alignment does not fit sectors of `sector_size` bytes, if it does not.
+fn unfit(alignment: DirectAlignment, sector_size: u32) -> Option<String> {
+    let DirectAlignment { memory, offset } = alignment;
+    if memory == 0 || offset == 0 {
+        return Some("the host has no direct I/O for this file".to_owned());
+    }
+    (offset.max(memory) > sector_size).then(|| {
+        let needed = offset.max(memory);
+        format!("the host's direct I/O needs units of {needed} bytes, the logical sectors have {sector_size}")
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use nix::sys::stat::Mode;
+    use nix::sys::statfs::fstatfs;
+
+    use super::*;
+
+    const NO_WAIT: Duration = Duration::ZERO;
+    /// The file system through which user-mode Linux sees its host's files: it keeps no times of its own.
+    const HOSTFS: libc::c_long = 0x00c0_ffee;
+
+    fn open(path: &Path) -> Result<ImageFile> {
+        ImageFile::open(path, Access::ReadOnly, NO_WAIT)
+    }
+
+    fn file_with(contents: &[u8]) -> tempfile::NamedTempFile {
+        let file = tempfile::NamedTempFile::new().expect("a temporary file");
+        fs::write(file.path(), contents).expect("writable");
+        file
+    }
+
+    /// Whatever is no regular file is refused by name, for reading and for writing, and without blocking.
+    #[test]
+    fn only_regular_files_are_images() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let fifo = directory.path().join("fifo");
+        nix::unistd::mkfifo(&fifo, Mode::S_IRWXU).expect("a FIFO can be made");
+        for (path, name) in [
+            (directory.path(), "a directory"),
+            (&fifo, "a FIFO"),
+            (Path::new("/dev/null"), "a character device"),
+        ] {
+            for access in [Access::ReadOnly, Access::ReadWrite] {
+                let error = ImageFile::open(path, access, NO_WAIT).expect_err("not regular");
+                assert_eq!(error.kind(), Kind::Unsupported);
+                assert!(error.to_string().contains(name), "{error}");
+                assert!(error.to_string().starts_with(&path.display().to_string()), "{error}");
+            }
+        }
+    }
+
+    /// A FIFO that takes the image's place after the first look does not block the open either.
+    #[test]
+    fn a_fifo_never_blocks_the_open() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let fifo = directory.path().join("fifo");
+        nix::unistd::mkfifo(&fifo, Mode::S_IRWXU).expect("a FIFO can be made");
+        for access in [Access::ReadOnly, Access::ReadWrite] {
+            let file = open_quietly(&fifo, access).expect("opens at once");
+            assert!(refuse_irregular(&file.metadata().expect("open")).is_err());
+        }
+    }
+
+    #[test]
+    fn what_is_missing_is_not_found_and_what_exists_is_not_made_again() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let path = directory.path().join("image.vhdx");
+        assert_eq!(open(&path).expect_err("missing").kind(), Kind::NotFound);
+        let made = ImageFile::create_new(&path).expect("free");
+        assert_eq!(open(&path).expect_err("its maker writes").kind(), Kind::InUse);
+        drop(made);
+        assert_eq!(ImageFile::create_new(&path).expect_err("there").kind(), Kind::Exists);
+        open(&path).expect("its maker has left");
+    }
+
+    #[test]
+    fn an_open_image_knows_itself() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let (path, link) = (directory.path().join("image.vhdx"), directory.path().join("link"));
+        fs::write(&path, vec![1; 10_000]).expect("writable");
+        std::os::unix::fs::symlink(&path, &link).expect("links can be made");
+        let image = open(&link).expect("regular");
+        assert_eq!(image.path(), fs::canonicalize(&path).expect("exists"));
+        assert_eq!(image.access(), Access::ReadOnly);
+        let metadata = fs::metadata(&path).expect("exists");
+        assert_eq!((image.device(), image.inode()), (metadata.dev(), metadata.ino()));
+        assert_eq!(image.length().expect("open"), 10_000);
+        assert_eq!(image.host_bytes().expect("open"), metadata.blocks() * 512);
+        image.host_room().expect("the file system tells");
+    }
+
+    /// The lock is free once the image is dropped, though a ring may hold the description longer.
+    #[test]
+    fn a_dropped_image_leaves_no_lock_behind() {
+        let file = file_with(b"x");
+        let image = ImageFile::open(file.path(), Access::ReadWrite, NO_WAIT).expect("regular");
+        let ring_reference = image.file.try_clone().expect("descriptors can be copied");
+        assert_eq!(open(file.path()).expect_err("a writer is there").kind(), Kind::InUse);
+        drop(image);
+        open(file.path()).expect("the writer is gone");
+        drop(ring_reference);
+    }
+
+    /// A file that has lost its name while it was waited for is not the image any more.
+    #[test]
+    fn a_replaced_file_is_refused() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let (path, other) = (directory.path().join("image.vhdx"), directory.path().join("other"));
+        fs::write(&path, b"old").expect("writable");
+        fs::write(&other, b"new").expect("writable");
+        let path = fs::canonicalize(path).expect("exists");
+        let opened = open_quietly(&path, Access::ReadOnly).expect("exists");
+        fs::rename(&other, &path).expect("same directory");
+        let error = ImageFile::locked(opened, &path, Access::ReadOnly, NO_WAIT).expect_err("replaced");
+        assert_eq!(error.kind(), Kind::InUse);
+    }
+
+    #[test]
+    fn flags_are_as_promised() {
+        let file = file_with(b"x");
+        let image = open(file.path()).expect("regular");
+        let flags = OFlag::from_bits_retain(fcntl(&image, FcntlArg::F_GETFL).expect("open"));
+        assert!(!flags.contains(OFlag::O_NONBLOCK), "it would turn waits of the ring into EAGAIN");
+        let descriptor = fcntl(&image, FcntlArg::F_GETFD).expect("open");
+        assert_ne!(descriptor & libc::FD_CLOEXEC, 0);
+    }
+
+    /// An image that is only read is not changed, its times included (the temporary file is ours: permitted).
+    #[test]
+    fn reading_leaves_the_access_time_alone() {
+        let file = file_with(&[1; 8192]);
+        if fstatfs(file.as_file()).expect("open").filesystem_type().0 == HOSTFS {
+            eprintln!("\n*** NOT TESTED: hostfs takes its times from the host ***\n");
+            return;
+        }
+        // An access time older than the modification time is one that `relatime` would bring up to date.
+        let long_ago = fs::FileTimes::new().set_accessed(std::time::UNIX_EPOCH);
+        file.as_file().set_times(long_ago).expect("ours");
+        let before = fs::metadata(file.path()).expect("exists");
+        let image = open(file.path()).expect("regular");
+        let mut bytes = [0; 8192];
+        image.file.read_exact_at(&mut bytes, 0).expect("long enough");
+        drop(image);
+        let after = fs::metadata(file.path()).expect("exists");
+        assert_eq!(after.accessed().expect("kept"), std::time::UNIX_EPOCH);
+        assert_eq!((before.mtime_nsec(), before.ctime_nsec()), (after.mtime_nsec(), after.ctime_nsec()));
+    }
+
+    /// What the answer says is what the description does from then on.
+    #[test]
+    fn direct_io_is_used_exactly_where_it_is_reported() {
+        let file = file_with(&[7; 8192]);
+        for sector_size in [512, 4096] {
+            let image = open(file.path()).expect("regular");
+            let told = direct_alignment(image.as_fd()).expect("statx works");
+            let answer = image.enable_direct(sector_size).expect("the file can be looked at");
+            eprintln!("sector size {sector_size}, kernel's answer {told:?}: {answer:?}");
+            let flags = OFlag::from_bits_retain(fcntl(&image, FcntlArg::F_GETFL).expect("open"));
+            assert_eq!(flags.contains(OFlag::O_DIRECT), answer == PayloadIo::Direct);
+            if let Some(alignment) = told {
+                assert_eq!(answer == PayloadIo::Direct, unfit(alignment, sector_size).is_none());
+            }
+            let mut memory = Buffer::zeroed(4096);
+            let size = sector_size as usize;
+            let read = image.file.read_at(&mut memory[..size], u64::from(sector_size)).expect("aligned");
+            assert_eq!((read, memory[0]), (size, 7));
+        }
+    }
+
+    #[test]
+    fn the_probe_needs_a_file_it_can_read() {
+        let short = file_with(&[7; 600]);
+        let image = open(short.path()).expect("regular");
+        assert!(image.probe(512).is_err());
+        let long = file_with(&[7; 1024]);
+        open(long.path()).expect("regular").probe(512).expect("buffered reads take anything");
+    }
+
+    #[test]
+    fn an_alignment_fits_when_a_sector_is_a_multiple_of_it() {
+        let alignment = |memory, offset| DirectAlignment { memory, offset };
+        assert_eq!(unfit(alignment(4, 512), 512), None);
+        assert_eq!(unfit(alignment(512, 4096), 4096), None);
+        assert!(unfit(alignment(512, 4096), 512).is_some_and(|reason| reason.contains("4096")));
+        assert!(unfit(alignment(4096, 512), 512).is_some());
+        assert!(unfit(alignment(0, 0), 4096).is_some());
+    }
+}

@@ -1,0 +1,411 @@
+//! The lock of an image: advisory locks on its open file description, in the byte layout QEMU uses, so that
+//! both programs keep out of each other's way.
+//!
+//! An opener states what it does (permissions held) and what it does not let others do (permissions not
+//! shared). Each statement is a read lock on a byte of its own: `100 + n` for permission `n` held, `200 + n`
+//! for permission `n` not shared. Read locks never exclude each other, so the conflicts are looked for once
+//! all are taken: is there a foreign lock on `200 + n` of something held, or on `100 + n` of something not
+//! shared?
+//!
+//! Invariants:
+//!
+//! * locks first, look second: of two openers that race at least one sees the other, so both may lose, both
+//!   never win;
+//! * after a failed attempt the description holds no lock of ours;
+//! * the locks belong to the description, not to the process: they end when the last reference to it ends, an
+//!   operation still in flight in the kernel included.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
+
+use crate::error::{Error, Kind, Result};
+
+/// What the opener of an image does with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Reads, beside other readers, and no writer.
+    ReadOnly,
+    /// Reads and writes, alone.
+    ReadWrite,
+}
+
+/// QEMU's block permissions, as bit numbers; "write unchanged" (2) and others play no part in ours.
+const READ: i64 = 0;
+const WRITE: i64 = 1;
+const RESIZE: i64 = 3;
+
+/// First byte of the permissions held.
+const HELD_BASE: i64 = 100;
+/// First byte of the permissions not shared.
+const UNSHARED_BASE: i64 = 200;
+/// Room for permission bytes behind each base; nobody has defined more than five.
+const PERMISSIONS: i64 = 8;
+
+/// What neither a reader nor a writer of ours lets others do.
+const UNSHARED: [i64; 2] = [WRITE, RESIZE];
+
+/// How often a conflict is looked at anew before it counts: another opener that fails, or only probes, holds
+/// its locks for microseconds.
+const ATTEMPTS: u32 = 4;
+/// The pause after the first conflict; doubled after each further one.
+const FIRST_PAUSE: Duration = Duration::from_millis(1);
+/// The pause between attempts while waiting for a holder to leave.
+const POLL_PAUSE: Duration = Duration::from_millis(50);
+
+impl Access {
+    fn held(self) -> &'static [i64] {
+        match self {
+            Self::ReadOnly => &[READ],
+            Self::ReadWrite => &[READ, WRITE, RESIZE],
+        }
+    }
+}
+
+/// Locks `file` for `access`, without waiting for a holder to leave.
+///
+/// # Errors
+///
+/// [`Kind::InUse`] when somebody else holds what `access` excludes, or excludes what it holds; `remedy` is
+/// left for the caller, who may know the holder. [`Kind::Io`] when the file system has no such locks.
+pub fn try_lock(file: &File, access: Access) -> Result<()> {
+    let mut pause = FIRST_PAUSE;
+    for _ in 1..ATTEMPTS {
+        match attempt(file, access) {
+            Err(error) if error.kind() == Kind::InUse => std::thread::sleep(pause),
+            outcome => return outcome,
+        }
+        pause *= 2;
+    }
+    attempt(file, access)
+}
+
+/// Locks `file`, found at `path`, for `access`; waits up to `wait` for other holders to leave, and says so
+/// once.
+///
+/// # Errors
+///
+/// As [`try_lock`], once `wait` has passed.
+pub fn lock(file: &File, path: &Path, access: Access, wait: Duration) -> Result<()> {
+    let deadline = Instant::now() + wait;
+    let mut told = false;
+    loop {
+        let Err(error) = try_lock(file, access) else { return Ok(()) };
+        let left = deadline.saturating_duration_since(Instant::now());
+        if error.kind() != Kind::InUse || left.is_zero() {
+            return Err(error);
+        }
+        if !told {
+            tracing::info!("{}: {error}; waiting up to {} s for it", path.display(), wait.as_secs_f32());
+            told = true;
+        }
+        std::thread::sleep(POLL_PAUSE.min(left));
+    }
+}
+
+/// Gives back whatever [`try_lock`] took. No failure is told: the end of the description gives it back, too.
+pub fn unlock(file: &File) {
+    for base in [HELD_BASE, UNSHARED_BASE] {
+        let _ = set(file, libc::F_UNLCK, base..base + PERMISSIONS);
+    }
+}
+
+/// One round: take every lock, then look for conflicts; give every lock back unless all is well.
+fn attempt(file: &File, access: Access) -> Result<()> {
+    let outcome = take(file, access).and_then(|()| look(file, access));
+    if outcome.is_err() {
+        unlock(file);
+    }
+    outcome
+}
+
+fn take(file: &File, access: Access) -> Result<()> {
+    let held = access.held().iter().map(|permission| HELD_BASE + permission);
+    let unshared = UNSHARED.iter().map(|permission| UNSHARED_BASE + permission);
+    for byte in held.chain(unshared) {
+        match set(file, libc::F_RDLCK, byte..byte + 1) {
+            Ok(()) => {}
+            // Somebody without QEMU's manners holds an exclusive lock.
+            Err(Errno::EAGAIN | Errno::EACCES) => return Err(in_use(file, byte, access)),
+            Err(errno) => return Err(Error::io("locking the image", errno.into())),
+        }
+    }
+    Ok(())
+}
+
+fn look(file: &File, access: Access) -> Result<()> {
+    let against_held = access.held().iter().map(|permission| UNSHARED_BASE + permission);
+    let against_unshared = UNSHARED.iter().map(|permission| HELD_BASE + permission);
+    for byte in against_held.chain(against_unshared) {
+        if foreign(file, byte)?.is_some() {
+            return Err(in_use(file, byte, access));
+        }
+    }
+    Ok(())
+}
+
+/// A lock that is not of this description.
+struct Foreign {
+    /// The process, where the lock belongs to one; a lock of an open file description names none.
+    pid: Option<i32>,
+}
+
+fn foreign(file: &File, byte: i64) -> Result<Option<Foreign>> {
+    let mut found = record(libc::F_WRLCK, byte..byte + 1);
+    fcntl(file, FcntlArg::F_OFD_GETLK(&mut found))
+        .map_err(|errno| Error::io("looking at the image's locks", io::Error::from(errno)))?;
+    let free = i32::from(found.l_type) == libc::F_UNLCK;
+    Ok((!free).then(|| Foreign { pid: (found.l_pid > 0).then_some(found.l_pid) }))
+}
+
+/// The error for a conflict seen at `byte`.
+fn in_use(file: &File, byte: i64, access: Access) -> Error {
+    let writer = foreign(file, HELD_BASE + WRITE).ok().flatten();
+    let what = match (&writer, access) {
+        (Some(_), _) => "another program has it open for writing",
+        (None, Access::ReadWrite) => "another program has it open and admits no writer",
+        (None, Access::ReadOnly) => "another program has it open and admits no reader",
+    };
+    let holder = writer.or_else(|| foreign(file, byte).ok().flatten());
+    let message = match holder.and_then(|holder| holder.pid) {
+        Some(pid) => format!("{what} (process {pid})"),
+        None => what.to_owned(),
+    };
+    Error::new(Kind::InUse, message)
+}
+
+fn set(file: &File, kind: libc::c_int, bytes: Range<i64>) -> nix::Result<()> {
+    fcntl(file, FcntlArg::F_OFD_SETLK(&record(kind, bytes))).map(drop)
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "small constants, wider than their field")]
+fn record(kind: libc::c_int, bytes: Range<i64>) -> libc::flock {
+    libc::flock {
+        l_type: kind as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: bytes.start,
+        l_len: bytes.end - bytes.start,
+        l_pid: 0, // the kernel insists on it for these locks
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, BufReader, Write};
+    use std::process::{Child, Command, Output, Stdio};
+    use std::sync::Barrier;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    // A test that starts a program shares every description of the process with it for a moment, those of
+    // other tests included. So the tests unlock where it matters when the lock is free: closing alone may not
+    // do it at once.
+
+    fn open(path: &Path, access: Access) -> File {
+        File::options().read(true).write(access == Access::ReadWrite).open(path).expect("the file exists")
+    }
+
+    fn kind_of(outcome: Result<()>) -> Option<Kind> {
+        outcome.err().map(|error| error.kind())
+    }
+
+    /// Readers share with readers; a writer excludes everybody, also within one process.
+    #[test]
+    fn the_lock_matrix() {
+        use Access::{ReadOnly, ReadWrite};
+        for (first, second, shared) in [
+            (ReadOnly, ReadOnly, true),
+            (ReadOnly, ReadWrite, false),
+            (ReadWrite, ReadOnly, false),
+            (ReadWrite, ReadWrite, false),
+        ] {
+            let file = tempfile::NamedTempFile::new().expect("a temporary file");
+            let holder = open(file.path(), first);
+            try_lock(&holder, first).expect("nobody else is there");
+            let other = open(file.path(), second);
+            let outcome = kind_of(try_lock(&other, second));
+            assert_eq!(outcome, (!shared).then_some(Kind::InUse), "{second:?} beside {first:?}");
+            unlock(&holder);
+            try_lock(&other, second).expect("the holder has left");
+        }
+    }
+
+    /// A failed attempt leaves nothing behind that would keep others out.
+    #[test]
+    fn a_failed_attempt_releases_its_locks() {
+        let file = tempfile::NamedTempFile::new().expect("a temporary file");
+        let reader = open(file.path(), Access::ReadOnly);
+        try_lock(&reader, Access::ReadOnly).expect("free");
+        let writer = open(file.path(), Access::ReadWrite);
+        assert_eq!(kind_of(try_lock(&writer, Access::ReadWrite)), Some(Kind::InUse));
+        let second_reader = open(file.path(), Access::ReadOnly);
+        try_lock(&second_reader, Access::ReadOnly).expect("the loser is gone");
+    }
+
+    /// Whoever races, two writers never hold the lock at once, and waiting gets everybody there in the end.
+    #[test]
+    fn racing_writers_never_both_win() {
+        const THREADS: usize = 4;
+        const ROUNDS: usize = 20;
+        let file = tempfile::NamedTempFile::new().expect("a temporary file");
+        let (inside, won) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        let start = Barrier::new(THREADS);
+        std::thread::scope(|scope| {
+            for _ in 0..THREADS {
+                scope.spawn(|| {
+                    start.wait();
+                    for _ in 0..ROUNDS {
+                        let writer = open(file.path(), Access::ReadWrite);
+                        let wait = Duration::from_mins(1);
+                        lock(&writer, file.path(), Access::ReadWrite, wait).expect("everybody's turn comes");
+                        assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0, "two writers at once");
+                        won.fetch_add(1, Ordering::SeqCst);
+                        inside.fetch_sub(1, Ordering::SeqCst);
+                        unlock(&writer);
+                    }
+                });
+            }
+        });
+        assert_eq!(won.load(Ordering::SeqCst), THREADS * ROUNDS);
+    }
+
+    #[test]
+    fn waiting_ends_when_the_holder_leaves_and_at_the_bound() {
+        let file = tempfile::NamedTempFile::new().expect("a temporary file");
+        let holder = open(file.path(), Access::ReadWrite);
+        try_lock(&holder, Access::ReadWrite).expect("free");
+        let other = open(file.path(), Access::ReadWrite);
+        let begun = Instant::now();
+        let bound = Duration::from_millis(200);
+        assert_eq!(kind_of(lock(&other, file.path(), Access::ReadWrite, bound)), Some(Kind::InUse));
+        assert!(begun.elapsed() >= bound);
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                std::thread::sleep(Duration::from_millis(100));
+                drop(holder);
+            });
+            lock(&other, file.path(), Access::ReadWrite, Duration::from_mins(1)).expect("the holder leaves");
+        });
+    }
+
+    /// A program that locks the whole file in the classic way is named by its process number.
+    #[test]
+    fn a_classic_exclusive_lock_is_a_conflict() {
+        let file = tempfile::NamedTempFile::new().expect("a temporary file");
+        let holder = open(file.path(), Access::ReadWrite);
+        let everything = libc::flock { l_len: 0, ..record(libc::F_WRLCK, 0..1) };
+        fcntl(&holder, FcntlArg::F_SETLK(&everything)).expect("nobody holds a lock");
+        let reader = open(file.path(), Access::ReadOnly);
+        let error = try_lock(&reader, Access::ReadOnly).expect_err("the whole file is locked");
+        assert_eq!(error.kind(), Kind::InUse);
+        assert!(error.to_string().contains(&format!("process {}", std::process::id())), "{error}");
+    }
+
+    // --- QEMU ---
+
+    /// Whether `qemu-io` and `qemu-img` are there; says loudly when they are not.
+    fn qemu_is_installed() -> bool {
+        let found = ["qemu-io", "qemu-img"].iter().all(|tool| {
+            Command::new(tool).arg("--version").output().is_ok_and(|output| output.status.success())
+        });
+        if !found {
+            eprintln!("\n*** NOT TESTED: qemu-io or qemu-img is missing, so QEMU's locks were not met ***\n");
+        }
+        found
+    }
+
+    fn qemu_image(directory: &Path) -> std::path::PathBuf {
+        let path = directory.join("image.vhdx");
+        let output =
+            Command::new("qemu-img").args(["create", "-q", "-f", "vhdx"]).arg(&path).arg("16M").output();
+        assert!(output.expect("qemu-img starts").status.success());
+        path
+    }
+
+    /// `qemu-io` with the image open, until its standard input is closed.
+    fn qemu_holder(path: &Path, options: &[&str]) -> Child {
+        let mut child = Command::new("qemu-io")
+            .args(options)
+            .arg(path)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("qemu-io starts");
+        // It answers its first command only once the image is open.
+        child.stdin.as_mut().expect("piped").write_all(b"length\n").expect("qemu-io listens");
+        let mut output = BufReader::new(child.stdout.as_mut().expect("piped"));
+        let mut line = String::new();
+        while !line.contains("16 MiB") {
+            line.clear();
+            assert_ne!(output.read_line(&mut line).expect("readable"), 0, "qemu-io ended early");
+        }
+        child
+    }
+
+    fn end(mut child: Child) {
+        drop(child.stdin.take());
+        child.wait().expect("qemu-io ends when its input does");
+    }
+
+    fn qemu_once(path: &Path, options: &[&str]) -> Output {
+        Command::new("qemu-io")
+            .args(options)
+            .args(["-c", "length"])
+            .arg(path)
+            .output()
+            .expect("qemu-io starts")
+    }
+
+    #[test]
+    fn qemu_keeps_us_out() {
+        if !qemu_is_installed() {
+            return;
+        }
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let path = qemu_image(directory.path());
+        let writer = qemu_holder(&path, &["-f", "vhdx"]);
+        for access in [Access::ReadOnly, Access::ReadWrite] {
+            let error = try_lock(&open(&path, access), access).expect_err("QEMU writes");
+            assert_eq!(error.kind(), Kind::InUse);
+            assert!(error.to_string().contains("open for writing"), "{error}");
+        }
+        end(writer);
+        let reader = qemu_holder(&path, &["-r", "-f", "vhdx"]);
+        let beside = open(&path, Access::ReadOnly);
+        try_lock(&beside, Access::ReadOnly).expect("readers share");
+        unlock(&beside);
+        let writer = open(&path, Access::ReadWrite);
+        assert_eq!(kind_of(try_lock(&writer, Access::ReadWrite)), Some(Kind::InUse));
+        end(reader);
+        try_lock(&writer, Access::ReadWrite).expect("QEMU has left");
+    }
+
+    #[test]
+    fn we_keep_qemu_out() {
+        if !qemu_is_installed() {
+            return;
+        }
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let path = qemu_image(directory.path());
+        let writer = open(&path, Access::ReadWrite);
+        try_lock(&writer, Access::ReadWrite).expect("free");
+        for options in [&["-f", "vhdx"][..], &["-r", "-f", "vhdx"], &["-f", "raw"]] {
+            let refused = qemu_once(&path, options);
+            let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+            assert!(!refused.status.success() && said.contains("lock"), "{options:?}: {said}");
+        }
+        unlock(&writer);
+        let reader = open(&path, Access::ReadOnly);
+        try_lock(&reader, Access::ReadOnly).expect("free");
+        assert!(qemu_once(&path, &["-r", "-f", "vhdx"]).status.success(), "readers share");
+        assert!(!qemu_once(&path, &["-f", "vhdx"]).status.success(), "a writer is kept out");
+        unlock(&reader);
+        assert!(qemu_once(&path, &["-f", "vhdx"]).status.success(), "we have left");
+    }
+}

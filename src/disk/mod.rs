@@ -1,0 +1,61 @@
+//! The seam under the engine: what it may ask of the file that holds an image.
+//!
+//! Production implements [`Disk`] with `io_uring` on the one open file description that carries the image's
+//! lock; tests implement it with a simulated disk that reorders, loses and tears.
+//!
+//! Contract of every implementation:
+//!
+//! * operations run concurrently and complete in any order; nothing is durable before a [`Disk::sync`] that
+//!   was *issued after the operation completed* has itself completed;
+//! * short transfers, `EINTR` and `EAGAIN` are dealt with below this trait: an operation ends whole or fails;
+//! * offsets and lengths of `read` and `write` are multiples of 4096;
+//! * `grow` is separate from `write`, because an extension can be lost on its own.
+
+mod buffer;
+mod file;
+mod lock;
+mod reactor;
+mod ring;
+mod uring;
+
+pub use buffer::{Buffer, PAGE_BYTES};
+pub use file::{HostRoom, ImageFile, PayloadIo};
+pub use lock::Access;
+pub use reactor::Reactor;
+pub use ring::Ring;
+pub use uring::{Counters, UringDisk};
+
+use std::io;
+
+/// An open image file, seen by one engine thread.
+#[expect(async_fn_in_trait, reason = "one thread drives all of it: futures need not be Send")]
+pub trait Disk {
+    /// Reads `length` bytes at `offset`; what lies past the end of the file reads as zero.
+    async fn read(&self, offset: u64, length: usize) -> io::Result<Buffer>;
+
+    /// Writes all of `data` at `offset`, inside the file's present length.
+    async fn write(&self, offset: u64, data: Buffer) -> io::Result<()>;
+
+    /// Makes everything that completed before this call durable, the file's length included.
+    async fn sync(&self) -> io::Result<()>;
+
+    /// The file's length in bytes.
+    async fn len(&self) -> io::Result<u64>;
+
+    /// Extends the file to `length` bytes; the new bytes read as zero. Never shortens.
+    async fn grow(&self, length: u64) -> io::Result<()>;
+
+    /// Shortens the file to `length` bytes.
+    async fn truncate(&self, length: u64) -> io::Result<()>;
+
+    /// Has the host allocate the holes of `offset..offset + length`, so that a later write there cannot run
+    /// out of space. Hosts that cannot do it succeed without effect.
+    async fn reserve(&self, offset: u64, length: u64) -> io::Result<()>;
+
+    /// Makes `offset..offset + length` read as zero, keeping its space.
+    async fn zero(&self, offset: u64, length: u64) -> io::Result<()>;
+
+    /// Gives the space of `offset..offset + length` back to the host; it reads as zero afterwards. `false`
+    /// when the host cannot, and nothing has changed.
+    async fn punch(&self, offset: u64, length: u64) -> io::Result<bool>;
+}

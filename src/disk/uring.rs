@@ -1,0 +1,718 @@
+//! The production [`Disk`]: one image file, through the ring of one thread.
+//!
+//! Invariants:
+//!
+//! * an operation ends whole or fails: short transfers go on, from a page border, where the last one stopped;
+//! * a sync is never repeated: the kernel reports a lost write once per description, so a second sync that
+//!   succeeds says nothing about the data of the first;
+//! * `write` and `zero` never change the file's length.
+
+use std::cell::{Cell, OnceCell};
+use std::collections::VecDeque;
+use std::io;
+use std::ops::Range;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use super::ring::{Memory, Op, Ring, STALLS_MAX, is_transient};
+use super::{Buffer, Disk, ImageFile, PAGE_BYTES};
+
+/// The most one operation transfers: a multiple of the page below the kernel's own bound of 2 GiB.
+const TRANSFER_MAX_BYTES: usize = 1 << 30;
+
+/// Length of the zero pages that stand in for `fallocate` where the host has none.
+const ZERO_PAGES_BYTES: usize = 1 << 20;
+/// How many writes of them are under way at once: enough to keep a device busy, few enough to leave it to
+/// others.
+const ZERO_WRITES_MAX: usize = 8;
+
+/// What a disk has asked of its host, in operations.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Reads submitted.
+    pub reads: u64,
+    /// Writes submitted, of zero pages included.
+    pub writes: u64,
+    /// Syncs submitted.
+    pub syncs: u64,
+    /// `fallocate` calls submitted.
+    pub fallocates: u64,
+    /// Changes of the file's length.
+    pub resizes: u64,
+}
+
+/// An image file on a ring.
+#[derive(Debug)]
+pub struct UringDisk {
+    ring: Rc<Ring>,
+    file: Arc<ImageFile>,
+    /// The file's length as last seen, in bytes: a lower bound, since only [`Disk::truncate`] shortens.
+    length: Cell<u64>,
+    can_reserve: Cell<bool>,
+    can_zero: Cell<bool>,
+    can_punch: Cell<bool>,
+    zero_pages: OnceCell<Rc<Buffer>>,
+    counters: Cell<Counters>,
+}
+
+impl UringDisk {
+    /// The disk of `file`, whose operations go through `ring`.
+    pub fn new(ring: Rc<Ring>, file: Arc<ImageFile>) -> Self {
+        Self {
+            ring,
+            file,
+            length: Cell::new(0),
+            can_reserve: Cell::new(true),
+            can_zero: Cell::new(true),
+            can_punch: Cell::new(true),
+            zero_pages: OnceCell::new(),
+            counters: Cell::new(Counters::default()),
+        }
+    }
+
+    /// The file beneath.
+    pub fn file(&self) -> &Arc<ImageFile> {
+        &self.file
+    }
+
+    /// What was submitted since the disk was made.
+    pub fn counters(&self) -> Counters {
+        self.counters.get()
+    }
+
+    fn count(&self, change: impl FnOnce(&mut Counters)) {
+        let mut counters = self.counters.get();
+        change(&mut counters);
+        self.counters.set(counters);
+    }
+
+    /// The file's present length, in bytes.
+    fn fresh_length(&self) -> io::Result<u64> {
+        self.length.set(self.file.length()?);
+        Ok(self.length.get())
+    }
+
+    /// Refuses what would end behind the end of the file, and so extend it.
+    fn check_inside(&self, end: u64) -> io::Result<()> {
+        if end <= self.length.get() || end <= self.fresh_length()? {
+            return Ok(());
+        }
+        let length = self.length.get();
+        Err(invalid(format!("a write up to byte {end} of a file of {length} bytes")))
+    }
+
+    fn start_write(&self, transfer: Transfer, memory: Memory) -> PendingWrite {
+        self.count(|counters| counters.writes += 1);
+        let op = self.ring.write(self.file.clone(), transfer.position(), memory, transfer.next());
+        PendingWrite { transfer, op }
+    }
+
+    async fn finish_write(&self, mut pending: PendingWrite) -> io::Result<()> {
+        loop {
+            let (result, memory) = pending.op.await;
+            pending.transfer.wrote(result)?;
+            if pending.transfer.is_complete() {
+                return Ok(());
+            }
+            pending = self.start_write(pending.transfer, memory);
+        }
+    }
+
+    /// Writes zero pages to `range`. All that was started has ended when it returns, also when it fails.
+    async fn write_zeroes(&self, range: Range<u64>) -> io::Result<()> {
+        self.check_inside(range.end)?;
+        let pages = self.zero_pages.get_or_init(|| Rc::new(Buffer::zeroed(ZERO_PAGES_BYTES)));
+        let mut under_way = VecDeque::with_capacity(ZERO_WRITES_MAX);
+        let mut outcome = Ok(());
+        for offset in range.clone().step_by(ZERO_PAGES_BYTES) {
+            if under_way.len() == ZERO_WRITES_MAX
+                && let Some(oldest) = under_way.pop_front()
+            {
+                outcome = self.finish_write(oldest).await;
+            }
+            if outcome.is_err() {
+                break;
+            }
+            let length = usize::try_from(range.end - offset).unwrap_or(usize::MAX).min(ZERO_PAGES_BYTES);
+            let transfer = Transfer::new(offset, length)?;
+            under_way.push_back(self.start_write(transfer, Memory::Shared(Rc::clone(pages))));
+        }
+        for pending in under_way {
+            let ended = self.finish_write(pending).await;
+            outcome = outcome.and(ended);
+        }
+        outcome
+    }
+
+    /// `fallocate` of `range`; `false` when the host has no such thing, which `able` remembers.
+    async fn fallocate(&self, able: &Cell<bool>, mode: i32, range: Range<u64>) -> io::Result<bool> {
+        if !able.get() {
+            return Ok(false);
+        }
+        let mut stalls = 0;
+        loop {
+            self.count(|counters| counters.fallocates += 1);
+            let length = range.end - range.start;
+            let (result, _) = self.ring.fallocate(self.file.clone(), mode, range.start, length).await;
+            match result {
+                Ok(_) => return Ok(true),
+                Err(error) if error.kind() == io::ErrorKind::Unsupported => {
+                    if able.replace(false) {
+                        let path = self.file.path().display();
+                        tracing::info!("{path}: the host cannot fallocate in mode {mode:#x}: doing without");
+                    }
+                    return Ok(false);
+                }
+                Err(error) if !is_transient(&error) || stalls == STALLS_MAX => return Err(error),
+                Err(_) => stalls += 1,
+            }
+        }
+    }
+}
+
+impl Disk for UringDisk {
+    async fn read(&self, offset: u64, length: usize) -> io::Result<Buffer> {
+        let mut transfer = Transfer::new(offset, length)?;
+        let mut pages = Buffer::zeroed(length);
+        while !transfer.is_complete() {
+            self.count(|counters| counters.reads += 1);
+            let op = self.ring.read(self.file.clone(), transfer.position(), pages, transfer.next());
+            let (result, memory) = op.await;
+            let Memory::Pages(returned) = memory else { unreachable!("an operation returns its memory") };
+            pages = returned;
+            if let Some(valid) = transfer.read(result, || self.fresh_length())? {
+                // What direct I/O leaves behind the end of the file is not said to be zero.
+                pages[valid..].fill(0);
+            }
+        }
+        Ok(pages)
+    }
+
+    async fn write(&self, offset: u64, data: Buffer) -> io::Result<()> {
+        let transfer = Transfer::new(offset, data.len())?;
+        if transfer.is_complete() {
+            return Ok(());
+        }
+        self.check_inside(transfer.end())?;
+        self.finish_write(self.start_write(transfer, Memory::Pages(data))).await
+    }
+
+    async fn sync(&self) -> io::Result<()> {
+        self.count(|counters| counters.syncs += 1);
+        self.ring.sync_data(self.file.clone()).await.0.map(drop)
+    }
+
+    async fn len(&self) -> io::Result<u64> {
+        self.fresh_length()
+    }
+
+    /// A plain system call, so that looking and changing are one step on this thread; the host may keep it
+    /// waiting for the direct I/O under way on the file. The same goes for [`Disk::truncate`].
+    async fn grow(&self, length: u64) -> io::Result<()> {
+        if length > self.fresh_length()? {
+            self.count(|counters| counters.resizes += 1);
+            self.file.set_length(length)?;
+            self.length.set(length);
+        }
+        Ok(())
+    }
+
+    async fn truncate(&self, length: u64) -> io::Result<()> {
+        let present = self.fresh_length()?;
+        if length > present {
+            return Err(invalid(format!("shortening a file of {present} bytes to {length}")));
+        }
+        if length < present {
+            self.count(|counters| counters.resizes += 1);
+            self.file.set_length(length)?;
+            self.length.set(length);
+        }
+        Ok(())
+    }
+
+    async fn reserve(&self, offset: u64, length: u64) -> io::Result<()> {
+        let range = span(offset, length)?;
+        if !range.is_empty() {
+            self.fallocate(&self.can_reserve, libc::FALLOC_FL_KEEP_SIZE, range).await?;
+        }
+        Ok(())
+    }
+
+    async fn zero(&self, offset: u64, length: u64) -> io::Result<()> {
+        const MODE: i32 = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
+        let range = span(offset, length)?;
+        assert_paged(offset, length);
+        if range.is_empty() || self.fallocate(&self.can_zero, MODE, range.clone()).await? {
+            return Ok(());
+        }
+        // What lies behind the end of the file reads as zero already.
+        let end = self.fresh_length()?.next_multiple_of(PAGE_BYTES as u64).min(range.end);
+        self.write_zeroes(range.start..end).await
+    }
+
+    async fn punch(&self, offset: u64, length: u64) -> io::Result<bool> {
+        const MODE: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        let range = span(offset, length)?;
+        if range.is_empty() {
+            return Ok(true);
+        }
+        self.fallocate(&self.can_punch, MODE, range).await
+    }
+}
+
+/// A write under way.
+struct PendingWrite {
+    transfer: Transfer,
+    op: Op,
+}
+
+/// How far a read or write has come, and what one more result means for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Transfer {
+    offset: u64,
+    length: usize,
+    done: usize,
+    /// Results in a row that brought no progress.
+    stalls: u32,
+}
+
+impl Transfer {
+    fn new(offset: u64, length: usize) -> io::Result<Self> {
+        assert_paged(offset, length as u64);
+        span(offset, length as u64)?;
+        Ok(Self { offset, length, done: 0, stalls: 0 })
+    }
+
+    fn is_complete(&self) -> bool {
+        self.done == self.length
+    }
+
+    /// Where in the file it goes on.
+    fn position(&self) -> u64 {
+        self.offset + self.done as u64
+    }
+
+    fn end(&self) -> u64 {
+        self.offset + self.length as u64
+    }
+
+    /// The bytes of the memory to transfer next.
+    fn next(&self) -> Range<usize> {
+        self.done..self.length.min(self.done + TRANSFER_MAX_BYTES)
+    }
+
+    /// Takes in a read's result; the number of valid bytes when the file has turned out to end inside.
+    fn read(
+        &mut self,
+        result: io::Result<usize>,
+        file_length: impl FnOnce() -> io::Result<u64>,
+    ) -> io::Result<Option<usize>> {
+        let Some(moved) = self.moved(result)? else { return Ok(None) };
+        let valid = self.done + moved;
+        let short = moved < self.next().len();
+        if short && (moved == 0 || self.offset + valid as u64 >= file_length()?) {
+            self.done = self.length;
+            return Ok(Some(valid));
+        }
+        self.advance(moved, io::ErrorKind::UnexpectedEof)?;
+        Ok(None)
+    }
+
+    /// Takes in a write's result.
+    fn wrote(&mut self, result: io::Result<usize>) -> io::Result<()> {
+        match self.moved(result)? {
+            None => Ok(()),
+            Some(0) => Err(io::ErrorKind::WriteZero.into()),
+            Some(moved) => self.advance(moved, io::ErrorKind::WriteZero),
+        }
+    }
+
+    /// The bytes moved; `None` when the operation is to be repeated.
+    fn moved(&mut self, result: io::Result<usize>) -> io::Result<Option<usize>> {
+        match result {
+            Ok(moved) => {
+                assert!(moved <= self.next().len(), "{moved} bytes moved, of {:?}", self.next());
+                Ok(Some(moved))
+            }
+            Err(error) if is_transient(&error) && self.stalls < STALLS_MAX => {
+                self.stalls += 1;
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Goes on behind what was moved, at a page border: direct I/O takes no other. Repeating a part is
+    /// harmless.
+    fn advance(&mut self, moved: usize, stuck: io::ErrorKind) -> io::Result<()> {
+        let whole = moved - moved % PAGE_BYTES;
+        if whole > 0 {
+            self.done += whole;
+            self.stalls = 0;
+        } else if self.stalls == STALLS_MAX {
+            return Err(stuck.into());
+        } else {
+            self.stalls += 1;
+        }
+        assert!(self.done <= self.length);
+        Ok(())
+    }
+}
+
+fn assert_paged(offset: u64, length: u64) {
+    let page = PAGE_BYTES as u64;
+    assert!(offset.is_multiple_of(page) && length.is_multiple_of(page), "{offset}+{length} is not paged");
+}
+
+/// `offset..offset + length`, if a file can have such bytes.
+fn span(offset: u64, length: u64) -> io::Result<Range<u64>> {
+    match offset.checked_add(length) {
+        Some(end) if i64::try_from(end).is_ok() => Ok(offset..end),
+        _ => Err(invalid(format!("{length} bytes at {offset} are beyond what a file can hold"))),
+    }
+}
+
+fn invalid(message: String) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, message)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::future::poll_fn;
+    use std::path::PathBuf;
+    use std::pin::pin;
+    use std::task::Poll;
+    use std::time::Duration;
+
+    use super::super::{Access, PayloadIo, Reactor};
+    use super::*;
+
+    const PAGE: u64 = PAGE_BYTES as u64;
+
+    struct Bench {
+        reactor: Reactor,
+        path: PathBuf,
+        _directory: tempfile::TempDir,
+    }
+
+    impl Bench {
+        fn new(contents: &[u8]) -> Self {
+            let directory = tempfile::tempdir().expect("a temporary directory");
+            let path = directory.path().join("image");
+            fs::write(&path, contents).expect("writable");
+            Self { reactor: Reactor::new().expect("io_uring is there"), path, _directory: directory }
+        }
+
+        /// The image, buffered.
+        fn disk(&self) -> UringDisk {
+            let file = ImageFile::open(&self.path, Access::ReadWrite, Duration::ZERO).expect("regular");
+            self.reactor.disk(Arc::new(file))
+        }
+
+        /// The image buffered and, one after the other, direct where the host has that.
+        fn both(&self, mut check: impl AsyncFnMut(&UringDisk)) {
+            for direct in [false, true] {
+                let disk = self.disk();
+                if direct && disk.file().enable_direct(512).expect("can be looked at") != PayloadIo::Direct {
+                    eprintln!("no direct I/O here: tested buffered only");
+                    continue;
+                }
+                self.reactor.block_on(check(&disk));
+            }
+        }
+
+        fn contents(&self) -> Vec<u8> {
+            fs::read(&self.path).expect("readable")
+        }
+    }
+
+    fn pages(byte: u8, count: usize) -> Buffer {
+        Buffer::copy_of(&vec![byte; count * PAGE_BYTES])
+    }
+
+    /// What lies past the end reads as zero: a part of a page, whole pages, and everything far behind.
+    #[test]
+    fn reads_past_the_end_are_zero() {
+        for length in [10_000, 8192, 8704, 1, 0] {
+            let bench = Bench::new(&vec![7; length]);
+            bench.both(async |disk| {
+                let read = disk.read(0, 8 * PAGE_BYTES).await.expect("readable");
+                assert!(read[..length].iter().all(|&byte| byte == 7));
+                assert!(read[length..].iter().all(|&byte| byte == 0));
+                let tail = disk.read(2 * PAGE, PAGE_BYTES).await.expect("readable");
+                let valid = length.saturating_sub(8192);
+                assert!(tail[..valid].iter().all(|&byte| byte == 7));
+                assert!(tail[valid..].iter().all(|&byte| byte == 0));
+                let far = disk.read(1 << 40, PAGE_BYTES).await.expect("readable");
+                assert!(far.iter().all(|&byte| byte == 0));
+            });
+        }
+    }
+
+    #[test]
+    fn what_was_written_is_read_back_and_counted() {
+        let bench = Bench::new(&vec![0; 16 * PAGE_BYTES]);
+        bench.both(async |disk| {
+            disk.write(PAGE, pages(1, 2)).await.expect("inside");
+            disk.sync().await.expect("the host syncs");
+            let read = disk.read(0, 4 * PAGE_BYTES).await.expect("readable");
+            let (written, around) = (PAGE_BYTES..3 * PAGE_BYTES, [0, 3 * PAGE_BYTES]);
+            assert!(read[written].iter().all(|&byte| byte == 1));
+            assert!(around.into_iter().all(|at| read[at] == 0));
+            let expected = Counters { reads: 1, writes: 1, syncs: 1, ..Counters::default() };
+            assert_eq!(disk.counters(), expected);
+        });
+        assert_eq!(bench.contents()[PAGE_BYTES], 1);
+    }
+
+    /// A write never extends the file: extending is `grow`, which can be lost on its own.
+    #[test]
+    fn writes_stay_inside_the_file() {
+        let bench = Bench::new(&[0; 3 * PAGE_BYTES + 100]);
+        bench.both(async |disk| {
+            for (offset, count) in [(3, 1), (4, 1), (1, 3), (1 << 30, 1)] {
+                let error = disk.write(offset * PAGE, pages(1, count)).await.expect_err("outside");
+                assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+            }
+            let last = (i64::MAX as u64) & !(PAGE - 1);
+            let error = disk.write(last, pages(1, 1)).await.expect_err("no file can hold it");
+            assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+            disk.write(0, Buffer::zeroed(0)).await.expect("nothing to do");
+            assert_eq!(disk.counters().writes, 0);
+        });
+        assert_eq!(bench.contents().len(), 3 * PAGE_BYTES + 100);
+    }
+
+    #[test]
+    fn growing_never_shortens_and_truncating_never_grows() {
+        let bench = Bench::new(&[7; PAGE_BYTES]);
+        let disk = bench.disk();
+        bench.reactor.block_on(async {
+            disk.grow(4 * PAGE).await.expect("room");
+            disk.grow(2 * PAGE).await.expect("nothing to do");
+            assert_eq!(disk.len().await.expect("open"), 4 * PAGE);
+            disk.write(3 * PAGE, pages(9, 1)).await.expect("inside now");
+            disk.truncate(2 * PAGE).await.expect("shorter");
+            disk.write(2 * PAGE, pages(9, 1)).await.expect_err("outside again");
+            disk.truncate(2 * PAGE).await.expect("nothing to do");
+            disk.truncate(3 * PAGE).await.expect_err("longer");
+            disk.grow(4 * PAGE).await.expect("room");
+            let read = disk.read(0, 4 * PAGE_BYTES).await.expect("readable");
+            assert!(read[..PAGE_BYTES].iter().all(|&byte| byte == 7));
+            assert!(read[PAGE_BYTES..].iter().all(|&byte| byte == 0), "new bytes read as zero");
+            assert_eq!(disk.counters().resizes, 3);
+        });
+    }
+
+    /// Zeroing works with and without the host's help, and leaves the neighbours and the length alone.
+    #[test]
+    fn zeroed_ranges_read_as_zero() {
+        const LENGTH: usize = 12 << 20;
+        for helped in [true, false] {
+            let bench = Bench::new(&vec![7; LENGTH]);
+            bench.both(async |disk| {
+                disk.can_zero.set(helped);
+                disk.write(0, pages(7, LENGTH / PAGE_BYTES)).await.expect("inside");
+                disk.zero(PAGE, (LENGTH - 2 * PAGE_BYTES) as u64).await.expect("zeroed");
+                assert_eq!(disk.ring.in_flight(), 0, "nothing is left behind");
+                let read = disk.read(0, LENGTH).await.expect("readable");
+                let zeroes = PAGE_BYTES..LENGTH - PAGE_BYTES;
+                assert!(read[zeroes.clone()].iter().all(|&byte| byte == 0));
+                assert!(read[..zeroes.start].iter().chain(&read[zeroes.end..]).all(|&byte| byte == 7));
+                disk.zero(LENGTH as u64 - PAGE, 1 << 20).await.expect("the rest lies behind the end");
+                disk.zero(1 << 40, PAGE).await.expect("all of it lies behind the end");
+                assert_eq!(disk.len().await.expect("open"), LENGTH as u64);
+                if !helped {
+                    assert_eq!(disk.counters().writes, 1 + 12 + 1, "one per MiB");
+                }
+            });
+        }
+    }
+
+    /// Punching says whether the host could; either way nothing else has changed.
+    #[test]
+    fn punching_gives_space_back_or_says_no() {
+        const LENGTH: usize = 1 << 20;
+        let bench = Bench::new(&vec![7; LENGTH]);
+        let disk = bench.disk();
+        bench.reactor.block_on(async {
+            disk.sync().await.expect("the host syncs");
+            let before = disk.file().host_bytes().expect("open");
+            let punched = disk.punch(PAGE, 128 * PAGE).await.expect("a yes or a no");
+            let read = disk.read(0, LENGTH).await.expect("readable");
+            let inside = if punched { 0 } else { 7 };
+            assert!(read[PAGE_BYTES..129 * PAGE_BYTES].iter().all(|&byte| byte == inside));
+            assert!(read[129 * PAGE_BYTES..].iter().all(|&byte| byte == 7));
+            assert_eq!(disk.len().await.expect("open"), LENGTH as u64);
+            let after = disk.file().host_bytes().expect("open");
+            assert!(if punched { after < before } else { after == before }, "{punched}: {before} to {after}");
+            disk.can_punch.set(false);
+            let asked = disk.counters().fallocates;
+            assert!(!disk.punch(0, PAGE).await.expect("a no"));
+            assert_eq!(disk.counters().fallocates, asked, "the host is not asked again");
+        });
+    }
+
+    #[test]
+    fn reserving_keeps_length_and_contents() {
+        let bench = Bench::new(&[7; PAGE_BYTES]);
+        let disk = bench.disk();
+        bench.reactor.block_on(async {
+            disk.grow(1 << 20).await.expect("room");
+            disk.reserve(0, 1 << 20).await.expect("reserved, or nothing done");
+            disk.reserve(0, 0).await.expect("nothing to do");
+            if disk.can_reserve.get() {
+                assert!(disk.file().host_bytes().expect("open") >= 1 << 20);
+            }
+            let read = disk.read(0, 1 << 20).await.expect("readable");
+            assert!(read[..PAGE_BYTES].iter().all(|&byte| byte == 7) && read[PAGE_BYTES] == 0);
+            assert_eq!(disk.len().await.expect("open"), 1 << 20);
+        });
+    }
+
+    fn byte_of(index: usize) -> u8 {
+        u8::try_from(index % 251).expect("less than 251")
+    }
+
+    /// More operations at once than the submission queue has entries, from tasks and from one future.
+    #[test]
+    fn many_operations_run_at_once() {
+        const TASKS: usize = 1000;
+        let bench = Bench::new(&vec![0; TASKS * PAGE_BYTES]);
+        let disk = Rc::new(bench.disk());
+        let tasks: Vec<_> = (0..TASKS)
+            .map(|index| {
+                let disk = Rc::clone(&disk);
+                bench.reactor.spawn(async move {
+                    let byte = byte_of(index);
+                    let offset = index as u64 * PAGE;
+                    disk.write(offset, pages(byte, 1)).await.expect("inside");
+                    assert_eq!(disk.read(offset, PAGE_BYTES).await.expect("readable")[5], byte);
+                })
+            })
+            .collect();
+        bench.reactor.block_on(async {
+            for task in tasks {
+                task.await;
+            }
+        });
+        assert_eq!((disk.counters().reads, disk.counters().writes), (TASKS as u64, TASKS as u64));
+        let contents = bench.contents();
+        assert!((0..TASKS).all(|index| contents[index * PAGE_BYTES] == byte_of(index)));
+    }
+
+    /// A dropped future leaves its memory to the kernel until the operation has ended.
+    #[test]
+    fn a_dropped_future_frees_nothing_early() {
+        let bench = Bench::new(&vec![7; 64 * PAGE_BYTES]);
+        bench.both(async |disk| {
+            for _ in 0..100 {
+                let mut read = pin!(disk.read(0, 64 * PAGE_BYTES));
+                poll_fn(|context| {
+                    assert!(read.as_mut().poll(context).is_pending());
+                    Poll::Ready(())
+                })
+                .await;
+            }
+            assert_eq!(disk.ring.in_flight(), 100);
+            let read = disk.read(0, PAGE_BYTES).await.expect("readable");
+            assert!(read.iter().all(|&byte| byte == 7));
+            while disk.ring.in_flight() > 0 {
+                disk.read(0, PAGE_BYTES).await.expect("readable");
+            }
+        });
+    }
+
+    /// A file stays open, and locked, until the operations on it have ended, wanted or not.
+    #[test]
+    fn the_lock_outlasts_an_abandoned_operation() {
+        let bench = Bench::new(&[7; PAGE_BYTES]);
+        let disk = bench.disk();
+        let again = || ImageFile::open(&bench.path, Access::ReadWrite, Duration::ZERO);
+        drop(disk.ring.sync_data(disk.file.clone()));
+        drop(disk);
+        again().expect_err("an operation is still under way");
+        bench.reactor.ring().turn(true);
+        again().expect("it has ended");
+    }
+
+    #[test]
+    fn a_read_only_file_is_not_written() {
+        let bench = Bench::new(&[7; PAGE_BYTES]);
+        let file = ImageFile::open(&bench.path, Access::ReadOnly, Duration::ZERO).expect("regular");
+        let disk = bench.reactor.disk(Arc::new(file));
+        bench.reactor.block_on(async {
+            disk.write(0, pages(1, 1)).await.expect_err("read-only");
+            disk.grow(2 * PAGE).await.expect_err("read-only");
+            disk.truncate(0).await.expect_err("read-only");
+            assert!(disk.zero(0, PAGE).await.is_err());
+        });
+        assert!(bench.contents().iter().all(|&byte| byte == 7));
+    }
+
+    // --- Transfer ---
+
+    fn os(errno: i32) -> io::Result<usize> {
+        Err(io::Error::from_raw_os_error(errno))
+    }
+
+    #[expect(clippy::unnecessary_wraps, reason = "stands in for a question to the host")]
+    fn no_end() -> io::Result<u64> {
+        Ok(u64::MAX)
+    }
+
+    #[test]
+    fn a_short_transfer_goes_on_at_a_page_border() {
+        let mut transfer = Transfer::new(PAGE, 4 * PAGE_BYTES).expect("a file can hold it");
+        transfer.wrote(Ok(PAGE_BYTES + 512)).expect("progress");
+        assert_eq!((transfer.position(), transfer.next()), (2 * PAGE, PAGE_BYTES..4 * PAGE_BYTES));
+        transfer.wrote(Ok(3 * PAGE_BYTES)).expect("progress");
+        assert!(transfer.is_complete());
+        let mut transfer = Transfer::new(0, 2 * PAGE_BYTES).expect("a file can hold it");
+        assert_eq!(transfer.read(Ok(PAGE_BYTES), no_end).expect("progress"), None);
+        assert_eq!(transfer.read(Ok(100), || Ok(PAGE + 100)).expect("the end"), Some(PAGE_BYTES + 100));
+        assert!(transfer.is_complete());
+    }
+
+    /// Nothing is repeated for ever, and progress pays for earlier stalls.
+    #[test]
+    fn stalls_are_bounded() {
+        for errno in [libc::EAGAIN, libc::EINTR] {
+            let mut transfer = Transfer::new(0, 2 * PAGE_BYTES).expect("a file can hold it");
+            for _ in 0..STALLS_MAX {
+                transfer.wrote(os(errno)).expect("once more");
+            }
+            transfer.wrote(Ok(PAGE_BYTES)).expect("progress");
+            for _ in 0..STALLS_MAX {
+                transfer.read(os(errno), no_end).expect("once more");
+            }
+            assert_eq!(transfer.wrote(os(errno)).expect_err("enough").raw_os_error(), Some(errno));
+        }
+        let mut transfer = Transfer::new(0, PAGE_BYTES).expect("a file can hold it");
+        for _ in 0..STALLS_MAX {
+            transfer.wrote(Ok(512)).expect("once more");
+        }
+        assert_eq!(transfer.wrote(Ok(512)).expect_err("enough").kind(), io::ErrorKind::WriteZero);
+        assert_eq!(transfer.read(Ok(512), no_end).expect_err("enough").kind(), io::ErrorKind::UnexpectedEof);
+    }
+
+    #[test]
+    fn other_failures_are_final() {
+        let mut transfer = Transfer::new(0, PAGE_BYTES).expect("a file can hold it");
+        assert_eq!(transfer.wrote(Ok(0)).expect_err("no progress").kind(), io::ErrorKind::WriteZero);
+        assert_eq!(transfer.wrote(os(libc::EIO)).expect_err("broken").raw_os_error(), Some(libc::EIO));
+        assert_eq!(transfer.wrote(os(libc::ENOSPC)).expect_err("full").kind(), io::ErrorKind::StorageFull);
+    }
+
+    #[test]
+    fn one_operation_is_bounded() {
+        let length = 3 * TRANSFER_MAX_BYTES;
+        let mut transfer = Transfer::new(0, length).expect("a file can hold it");
+        for _ in 0..3 {
+            assert_eq!(transfer.next().len(), TRANSFER_MAX_BYTES);
+            transfer.wrote(Ok(TRANSFER_MAX_BYTES)).expect("progress");
+        }
+        assert!(transfer.is_complete());
+    }
+}
