@@ -13,3 +13,4 @@
 pub mod disk;
 pub mod error;
 pub mod format;
+pub mod image;

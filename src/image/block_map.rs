@@ -1,0 +1,115 @@
+//! The BAT in memory, shared by every queue.
+//!
+//! One atomic word per BAT slot, in the format's own bit layout, so that looking a block up is one load and
+//! building a BAT page for the log is a copy. Only the engine stores; fronts load. A word is published with
+//! release and loaded with acquire: whoever sees a mapping sees everything that made it true.
+//!
+//! Bit 3, reserved in the format, is DURABLE in memory: the entry that logged this very word has been synced.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use zerocopy::FromZeros;
+
+use crate::disk::PAGE_BYTES;
+use crate::format::bat::{BatEntry, Geometry};
+
+/// Slots in one 4096-byte BAT page.
+pub const SLOTS_PER_PAGE: u64 = (PAGE_BYTES / size_of::<u64>()) as u64;
+
+/// In memory only: the entry that logged this word has been synced.
+const DURABLE: u64 = 1 << 3;
+
+/// A BAT word as the engine and the fronts see it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mapping {
+    /// The entry as the format has it.
+    pub entry: BatEntry,
+    /// Whether this very entry survives a power cut.
+    pub durable: bool,
+}
+
+/// The BAT as atomics; see the module's head for who may do what.
+pub struct BlockMap {
+    slots: Box<[AtomicU64]>,
+    geometry: Geometry,
+}
+
+impl BlockMap {
+    /// A map in which no slot is set. Memory is touched only where a slot is.
+    pub fn empty(geometry: Geometry) -> Self {
+        let count = usize::try_from(geometry.slot_count()).expect("the BAT of 64 TiB has 67 125 248 slots");
+        let slots = <[AtomicU64]>::new_box_zeroed_with_elems(count);
+        Self { slots: slots.expect("513 MiB of address space"), geometry }
+    }
+
+    /// The geometry that numbers the slots.
+    pub fn geometry(&self) -> &Geometry {
+        &self.geometry
+    }
+
+    /// The mapping of payload block `block`.
+    #[inline]
+    pub fn load(&self, block: u64) -> Mapping {
+        let word = self.slots[index(self.geometry.payload_slot(block))].load(Ordering::Acquire);
+        Mapping { entry: BatEntry(word & !DURABLE), durable: word & DURABLE != 0 }
+    }
+
+    /// Publishes a new mapping of payload block `block`, not yet durable. Engine only.
+    pub fn publish(&self, block: u64, entry: BatEntry) {
+        assert_eq!(entry.0 & DURABLE, 0, "reserved bits never reach the map");
+        self.slots[index(self.geometry.payload_slot(block))].store(entry.0, Ordering::Release);
+    }
+
+    /// Takes over a slot as the file has it, durable by that. For opening only.
+    pub fn restore(&self, slot: u64, entry: BatEntry) {
+        let durable = if self.geometry.is_bitmap_slot(slot) { 0 } else { DURABLE };
+        self.slots[index(slot)].store(entry.0 | durable, Ordering::Relaxed);
+    }
+
+    /// Number of BAT pages.
+    pub fn page_count(&self) -> u64 {
+        self.geometry.slot_count().div_ceil(SLOTS_PER_PAGE)
+    }
+
+    /// The BAT page that holds the slot of payload block `block`.
+    pub fn page_of(&self, block: u64) -> u64 {
+        self.geometry.payload_slot(block) / SLOTS_PER_PAGE
+    }
+
+    /// A copy of BAT page `page` as the file shall have it.
+    pub fn copy_page(&self, page: u64) -> Box<[u8; PAGE_BYTES]> {
+        let mut bytes = Box::new([0; PAGE_BYTES]);
+        for (slot, target) in self.page_slots(page).zip(bytes.as_chunks_mut::<8>().0) {
+            *target = self.file_word(slot).to_le_bytes();
+        }
+        bytes
+    }
+
+    /// Marks every slot of `page` that still holds what `logged` says as durable. Engine only, after the sync
+    /// of the entry that logged it.
+    pub fn mark_durable(&self, page: u64, logged: &[u8; PAGE_BYTES]) {
+        for (slot, word) in self.page_slots(page).zip(logged.as_chunks::<8>().0) {
+            let word = u64::from_le_bytes(*word);
+            let current = self.slots[index(slot)].load(Ordering::Relaxed);
+            if current == word && !self.geometry.is_bitmap_slot(slot) {
+                self.slots[index(slot)].store(word | DURABLE, Ordering::Release);
+            }
+        }
+    }
+
+    fn page_slots(&self, page: u64) -> std::ops::Range<u64> {
+        assert!(page < self.page_count(), "page {page} is past the BAT");
+        page * SLOTS_PER_PAGE..((page + 1) * SLOTS_PER_PAGE).min(self.geometry.slot_count())
+    }
+
+    fn file_word(&self, slot: u64) -> u64 {
+        let word = self.slots[index(slot)].load(Ordering::Relaxed);
+        if self.geometry.is_bitmap_slot(slot) { word } else { word & !DURABLE }
+    }
+}
+
+/// A slot number as an index: the map exists, so every slot fits.
+#[inline]
+fn index(slot: u64) -> usize {
+    usize::try_from(slot).expect("64-bit hosts only")
+}

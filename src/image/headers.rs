@@ -1,0 +1,55 @@
+//! The two headers and the steps of their update.
+
+use crate::disk::Buffer;
+use crate::error::{Error, Result};
+use crate::format::header::{Current, Header, OFFSETS};
+
+/// Sequence numbers a session may use up: an image beyond this comes from no writer that counts by one.
+const SEQUENCE_ROOM: u64 = 1 << 32;
+
+/// The current header and the slot that holds it.
+///
+/// A change reaches the file by [`Headers::next_slot`] once per slot, each written and synced before the next
+/// is asked for: both slots are never in flight at once, so a torn one always has a valid neighbour.
+#[derive(Clone, Debug)]
+pub struct Headers {
+    current: Header,
+    slot: usize,
+}
+
+impl Headers {
+    /// How many slots an update writes, one after the other.
+    pub const SLOTS: usize = OFFSETS.len();
+
+    /// Starts from the header found at open.
+    ///
+    /// # Errors
+    /// Corrupt if its sequence number leaves no room for a session's updates.
+    pub fn new(current: &Current) -> Result<Self> {
+        if current.header.sequence_number.checked_add(SEQUENCE_ROOM).is_none() {
+            let message = format!("sequence number {} leaves no room", current.header.sequence_number);
+            return Err(Error::corrupt("header", message).at(OFFSETS[current.slot]).remedy(
+                "open the image read-only and copy it",
+            ));
+        }
+        Ok(Self { current: current.header.clone(), slot: current.slot })
+    }
+
+    /// The header as of the last change.
+    pub fn current(&self) -> &Header {
+        &self.current
+    }
+
+    /// Changes the header in memory.
+    pub fn change(&mut self, change: impl FnOnce(&mut Header)) {
+        change(&mut self.current);
+    }
+
+    /// The next write of an update: its file offset and bytes. It goes to the slot that is not current and
+    /// becomes the current one.
+    pub fn next_slot(&mut self) -> (u64, Buffer) {
+        self.current.sequence_number += 1;
+        self.slot ^= 1;
+        (OFFSETS[self.slot], Buffer::copy_of(&self.current.encode()))
+    }
+}

@@ -1,0 +1,17 @@
+//! An opened image: geometry, block map, log scan and replay, the map of what occupies the file.
+
+mod block_map;
+mod create;
+mod headers;
+mod log_scan;
+mod open;
+mod overlay;
+mod replay;
+mod space;
+
+pub use block_map::{BlockMap, Mapping, SLOTS_PER_PAGE};
+pub use create::{InitialState, NewImage};
+pub use headers::Headers;
+pub use open::{FoundLog, Image, Layout, Mode, payload_extent};
+pub use overlay::Overlay;
+pub use space::{Extent, Grant, MAX_FILE_BYTES, Space};

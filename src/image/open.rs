@@ -1,0 +1,338 @@
+//! Opening an image: every structure read, checked and put into types that cannot be wrong.
+//!
+//! Order: file identifier, headers, log (replayed in place or in memory), region tables, metadata, BAT. Nothing
+//! behind the log is believed before the log has been replayed.
+
+use uuid::Uuid;
+
+use super::block_map::BlockMap;
+use super::headers::Headers;
+use super::log_scan::{Log, LogState};
+use super::overlay::Overlay;
+use super::replay;
+use super::space::{Extent, Space};
+use crate::disk::{Buffer, Disk, PAGE_BYTES};
+use crate::error::{Error, Kind, Result};
+use crate::format::bat::{BITMAP_BLOCK_SIZE, BatEntry, BitmapState, ENTRY_SIZE, Geometry, PayloadState};
+use crate::format::file_id::FileId;
+use crate::format::header::{self, Current};
+use crate::format::metadata::{self, Metadata};
+use crate::format::region::{self, CurrentTable, Region};
+
+/// What the image is opened for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// Nothing is written: a dirty log is replayed in memory.
+    ReadOnly,
+    /// A dirty log is replayed in place. Nothing else is written before the first modification.
+    Writable,
+}
+
+/// Where the metadata lies, bytes.
+#[derive(Clone, Copy, Debug)]
+pub struct Layout {
+    /// The log; of length 0 if the image has none.
+    pub log: Extent,
+    /// The BAT region.
+    pub bat: Extent,
+    /// The metadata region.
+    pub metadata: Extent,
+    /// The file's length, after replay.
+    pub file_length: u64,
+}
+
+/// How the log was found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FoundLog {
+    /// Empty.
+    Clean,
+    /// So many entries had to be replayed.
+    Dirty(usize),
+    /// Named by the header, never written.
+    Virgin,
+}
+
+/// An opened image.
+pub struct Image {
+    /// Who made the file, as it says itself.
+    pub creator: String,
+    /// The current header, after replay.
+    pub header: Current,
+    /// How the log was found.
+    pub found_log: FoundLog,
+    /// Both region tables.
+    pub regions: CurrentTable,
+    /// The virtual disk.
+    pub metadata: Metadata,
+    /// Where the metadata lies.
+    pub layout: Layout,
+    /// Where each block lies.
+    pub map: BlockMap,
+    /// What occupies the file.
+    pub space: Space,
+    /// The replayed log, in a read-only open of a dirty image.
+    pub overlay: Option<Overlay>,
+}
+
+impl Image {
+    /// Opens the image on `disk`.
+    ///
+    /// # Errors
+    /// Whatever contradicts the format, by structure and offset; I/O errors.
+    pub async fn open<D: Disk>(disk: &D, mode: Mode, new_guid: impl FnOnce() -> Uuid) -> Result<Self> {
+        let file = View { disk, overlay: None };
+        let creator = FileId::parse(&file.read("file identifier", 0, FileId::SIZE).await?)?.creator;
+        let mut header = read_headers(&file).await?;
+        let length = file_length(disk).await?;
+        check_log_place(&header, length)?;
+        let state = Log::new(disk, &header.header).scan(length).await?;
+        let (found_log, positions) = match state {
+            LogState::Clean => (FoundLog::Clean, None),
+            LogState::Virgin => (FoundLog::Virgin, Some(Vec::new())),
+            LogState::Dirty(positions) => (FoundLog::Dirty(positions.len()), Some(positions)),
+        };
+        let mut overlay = None;
+        match (positions, mode) {
+            (None, _) => {}
+            (Some(positions), Mode::ReadOnly) => {
+                overlay = Some(replay::in_memory(disk, &header.header, &positions, length).await?);
+            }
+            (Some(positions), Mode::Writable) => {
+                replay::in_place(disk, &mut Headers::new(&header)?, &positions, new_guid()).await?;
+                header = read_headers(&file).await?;
+            }
+        }
+        Self::open_replayed(disk, creator, header, found_log, overlay).await
+    }
+
+    async fn open_replayed<D: Disk>(
+        disk: &D, creator: String, header: Current, found_log: FoundLog, overlay: Option<Overlay>,
+    ) -> Result<Self> {
+        let file = View { disk, overlay: overlay.as_ref() };
+        let length = match &overlay {
+            Some(overlay) => overlay.file_length(),
+            None => file_length(disk).await?,
+        };
+        let regions = read_regions(&file, length).await?;
+        let metadata = read_metadata(&file, regions.table.metadata()).await?;
+        let layout = Layout {
+            log: Extent { offset: header.header.log_offset, length: header.header.log_length.into() },
+            bat: extent_of(regions.table.bat()),
+            metadata: extent_of(regions.table.metadata()),
+            file_length: length,
+        };
+        let mut space = Space::new(length)?;
+        if layout.log.length > 0 {
+            space.occupy(layout.log, "log")?;
+        }
+        for region in regions.table.entries() {
+            space.occupy(extent_of(*region), "region")?;
+        }
+        let geometry = Geometry::new(
+            metadata.virtual_size,
+            metadata.block_size,
+            metadata.logical_sector_size,
+            metadata.has_parent,
+        );
+        let map = read_bat(&file, geometry, &layout, &mut space).await?;
+        if let Some(overlay) = &overlay {
+            check_overlay(overlay, &space, &layout, &regions)?;
+        }
+        Ok(Self { creator, header, found_log, regions, metadata, layout, map, space, overlay })
+    }
+
+    /// Refuses what a writer cannot work with.
+    ///
+    /// # Errors
+    /// Unsupported if the image has no log, or a log too short to be written.
+    pub fn check_writable(&self) -> Result<()> {
+        if self.layout.log.length == 0 {
+            return Err(Error::new(Kind::Unsupported, "the image has no log, which every change must go through")
+                .in_structure("header")
+                .remedy("open it read-only, or convert it"));
+        }
+        Headers::new(&self.header).map(|_| ())
+    }
+}
+
+/// The space that a payload entry occupies: a present block's, or the old contents that an undefined or
+/// unmapped one still names.
+pub fn payload_extent(entry: BatEntry, geometry: &Geometry) -> Option<Extent> {
+    let names_space = match entry.payload_state() {
+        Some(PayloadState::FullyPresent | PayloadState::PartiallyPresent) => true,
+        Some(PayloadState::Undefined | PayloadState::Unmapped) => entry.offset() != 0,
+        Some(PayloadState::NotPresent | PayloadState::Zero) | None => false,
+    };
+    names_space.then(|| Extent { offset: entry.offset(), length: geometry.block_size() })
+}
+
+/// A file as its readers shall see it: the replayed log lies over it.
+struct View<'a, D> {
+    disk: &'a D,
+    overlay: Option<&'a Overlay>,
+}
+
+impl<D: Disk> View<'_, D> {
+    async fn read(&self, structure: &'static str, offset: u64, length: usize) -> Result<Buffer> {
+        let result = self.disk.read(offset, length).await;
+        let mut bytes =
+            result.map_err(|error| Error::io("reading", error).in_structure(structure).at(offset))?;
+        if let Some(overlay) = self.overlay {
+            overlay.patch(offset, &mut bytes);
+        }
+        Ok(bytes)
+    }
+}
+
+async fn file_length<D: Disk>(disk: &D) -> Result<u64> {
+    disk.len().await.map_err(|error| Error::io("asking for the file's length", error))
+}
+
+async fn read_headers<D: Disk>(file: &View<'_, D>) -> Result<Current> {
+    let first = file.read("header 1", header::OFFSETS[0], header::SIZE).await?;
+    let second = file.read("header 2", header::OFFSETS[1], header::SIZE).await?;
+    header::current([&first, &second])
+}
+
+fn check_log_place(header: &Current, file_length: u64) -> Result<()> {
+    let end = header.header.log_offset + u64::from(header.header.log_length);
+    if end > file_length {
+        return Err(truncated("log", header.header.log_offset, end, file_length));
+    }
+    Ok(())
+}
+
+fn truncated(structure: &'static str, offset: u64, end: u64, file_length: u64) -> Error {
+    let message = format!("ends at byte {end}, the file has only {file_length} bytes");
+    Error::new(Kind::Truncated, message).in_structure(structure).at(offset).remedy(
+        "the file was cut short: copy it again from its source",
+    )
+}
+
+async fn read_regions<D: Disk>(file: &View<'_, D>, file_length: u64) -> Result<CurrentTable> {
+    let first = file.read("region table 1", region::OFFSETS[0], region::SIZE).await?;
+    let second = file.read("region table 2", region::OFFSETS[1], region::SIZE).await?;
+    let regions = region::current([&first, &second])?;
+    for entry in regions.table.entries() {
+        if entry.end() > file_length {
+            return Err(truncated("region", entry.offset, entry.end(), file_length));
+        }
+    }
+    Ok(regions)
+}
+
+async fn read_metadata<D: Disk>(file: &View<'_, D>, region: Region) -> Result<Metadata> {
+    let bytes = file.read("metadata table", region.offset, metadata::TABLE_SIZE).await?;
+    let table = metadata::Table::parse(&bytes, region.length).map_err(|error| error.at(region.offset))?;
+    let mut items = Vec::new();
+    for entry in table.system_items() {
+        let start = region.offset + u64::from(entry.offset);
+        let page_start = start - start % PAGE_BYTES as u64;
+        let within = usize::try_from(start - page_start).expect("below a page");
+        let length = within + entry.length as usize;
+        let bytes = file.read("metadata item", page_start, length.next_multiple_of(PAGE_BYTES)).await?;
+        items.push((*entry, bytes[within..length].to_vec()));
+    }
+    Metadata::from_table(&table, |wanted| {
+        items.iter().find(|(entry, _)| entry == wanted).map(|(_, bytes)| bytes.clone())
+    })
+    .map_err(|error| error.at(region.offset))
+}
+
+/// How much of the BAT is read at a time.
+const BAT_CHUNK_BYTES: u64 = 1 << 20;
+
+async fn read_bat<D: Disk>(
+    file: &View<'_, D>, geometry: Geometry, layout: &Layout, space: &mut Space,
+) -> Result<BlockMap> {
+    if geometry.bat_length() > layout.bat.length {
+        let message = format!("has {} bytes, the disk needs {}", layout.bat.length, geometry.bat_length());
+        return Err(Error::corrupt("BAT", message).at(layout.bat.offset));
+    }
+    let map = BlockMap::empty(geometry);
+    let mut done = 0;
+    while done < geometry.bat_length() {
+        let length = (geometry.bat_length() - done).min(BAT_CHUNK_BYTES).next_multiple_of(PAGE_BYTES as u64);
+        let length = usize::try_from(length).expect("at most 1 MiB");
+        let bytes = file.read("BAT", layout.bat.offset + done, length).await?;
+        let first = done / ENTRY_SIZE as u64;
+        for (slot, word) in (first..geometry.slot_count()).zip(bytes.as_chunks::<ENTRY_SIZE>().0) {
+            let entry = BatEntry::read(*word);
+            if entry.0 != 0 {
+                let at = layout.bat.offset + slot * ENTRY_SIZE as u64;
+                take_entry(entry, slot, &map, layout.file_length, space).map_err(|error| error.at(at))?;
+            }
+        }
+        done += length as u64;
+    }
+    Ok(map)
+}
+
+/// Checks one BAT entry that is not all zero and takes it over.
+fn take_entry(entry: BatEntry, slot: u64, map: &BlockMap, file_length: u64, space: &mut Space) -> Result<()> {
+    let geometry = map.geometry();
+    let extent = match geometry.block_of_slot(slot) {
+        Some(block) => checked_payload(entry, block, geometry)?,
+        None if geometry.is_bitmap_slot(slot) && geometry.is_differencing() => checked_bitmap(entry, slot)?,
+        // Images exist whose unused slots hold garbage, or a bitmap no reader may use: it is kept, not obeyed.
+        None => None,
+    };
+    if let Some(extent) = extent {
+        if extent.offset >= file_length {
+            let message = format!("slot {slot} names byte {}, the file has {file_length} bytes", extent.offset);
+            return Err(Error::new(Kind::Truncated, message)
+                .in_structure("BAT")
+                .remedy("the file was cut short: copy it again from its source"));
+        }
+        space.occupy(extent, "payload block").map_err(|error| {
+            Error::corrupt("BAT", format!("slot {slot}: {error}")).remedy(error.remedy_text().unwrap_or_default())
+        })?;
+    }
+    map.restore(slot, entry);
+    Ok(())
+}
+
+fn checked_payload(entry: BatEntry, block: u64, geometry: &Geometry) -> Result<Option<Extent>> {
+    let wrong = |what: &str| Err(Error::corrupt("BAT", format!("the entry of block {block} {what}")));
+    let Some(state) = entry.payload_state() else { return wrong("has the reserved state 4") };
+    if entry.reserved_bits() != 0 {
+        return wrong("has reserved bits set");
+    }
+    if state == PayloadState::PartiallyPresent && !geometry.is_differencing() {
+        return wrong("says partially present, in an image without parent");
+    }
+    let extent = payload_extent(entry, geometry);
+    if extent.is_some_and(|extent| extent.offset == 0) {
+        return wrong("says present, at offset 0");
+    }
+    Ok(extent)
+}
+
+fn checked_bitmap(entry: BatEntry, slot: u64) -> Result<Option<Extent>> {
+    match entry.bitmap_state() {
+        Some(BitmapState::NotPresent) => Ok(None),
+        Some(BitmapState::Present) if entry.offset() != 0 => {
+            Ok(Some(Extent { offset: entry.offset(), length: BITMAP_BLOCK_SIZE }))
+        }
+        _ => Err(Error::corrupt("BAT", format!("slot {slot} is no legal sector bitmap entry"))),
+    }
+}
+
+/// A log that was replayed in memory must not change payload: that is read from the file directly.
+fn check_overlay(overlay: &Overlay, space: &Space, layout: &Layout, regions: &CurrentTable) -> Result<()> {
+    let metadata: Vec<Extent> = regions.table.entries().iter().copied().map(extent_of).chain([layout.log]).collect();
+    for range in overlay.ranges().filter(|range| range.end > crate::format::HEADER_SECTION) {
+        let inside = metadata.iter().any(|extent| extent.offset <= range.start && range.end <= extent.end());
+        if !inside && space.is_used(range.start.max(crate::format::HEADER_SECTION)..range.end) {
+            return Err(Error::new(Kind::Unsupported, "the log changes payload, which is not replayed in memory")
+                .in_structure("log")
+                .at(range.start)
+                .remedy("open the image for writing once, which replays the log in place"));
+        }
+    }
+    Ok(())
+}
+
+fn extent_of(region: Region) -> Extent {
+    Extent { offset: region.offset, length: region.length.into() }
+}

@@ -1,0 +1,147 @@
+//! A log replayed in memory: what a read-only open sees in place of the file's bytes.
+//!
+//! An ordered map of ranges that never overlap; a later change cuts or replaces what it covers, as a write
+//! would. Its memory is bounded by the log's own length.
+
+use std::collections::BTreeMap;
+
+use crate::format::{MIB, PAGE};
+use crate::format::log::Change;
+
+/// Pages and zeros that lie over the file.
+#[derive(Debug, Default)]
+pub struct Overlay {
+    /// By start; the end lies beyond the key, and beyond no other key.
+    ranges: BTreeMap<u64, Piece>,
+    file_length: u64,
+}
+
+#[derive(Debug, Clone)]
+enum Piece {
+    Page(Box<[u8; PAGE]>),
+    Zero { end: u64 },
+}
+
+impl Overlay {
+    /// An overlay over a file of `file_length` bytes.
+    pub fn new(file_length: u64) -> Self {
+        Self { ranges: BTreeMap::new(), file_length }
+    }
+
+    /// The length the file would have after the replay, bytes.
+    pub fn file_length(&self) -> u64 {
+        self.file_length
+    }
+
+    /// The file would be at least `length` bytes long.
+    pub fn extend(&mut self, length: u64) {
+        self.file_length = self.file_length.max(length);
+    }
+
+    /// Lays one change over all earlier ones.
+    pub fn apply(&mut self, change: Change) {
+        let range = change.range();
+        self.cut(range.start, range.end);
+        let piece = match change {
+            Change::Data { page, .. } => {
+                self.extend(range.end.next_multiple_of(MIB));
+                Piece::Page(page)
+            }
+            // What lies past the end reads as zero already: zeros do not lengthen the file.
+            Change::Zero { .. } => Piece::Zero { end: range.end },
+        };
+        self.ranges.insert(range.start, piece);
+    }
+
+    /// Replaces in `bytes`, read from the file at `offset`, what the log has changed.
+    pub fn patch(&self, offset: u64, bytes: &mut [u8]) {
+        let end = offset + bytes.len() as u64;
+        let first = self.ranges.range(..=offset).next_back().map_or(offset, |(start, _)| *start);
+        for (&start, piece) in self.ranges.range(first..end) {
+            let from = start.max(offset);
+            let until = piece.end(start).min(end);
+            if from >= until {
+                continue;
+            }
+            let target = &mut bytes[index(from - offset)..index(until - offset)];
+            match piece {
+                Piece::Page(page) => target.copy_from_slice(&page[index(from - start)..index(until - start)]),
+                Piece::Zero { .. } => target.fill(0),
+            }
+        }
+    }
+
+    /// The changed ranges of the file, bytes, in ascending order.
+    pub fn ranges(&self) -> impl Iterator<Item = std::ops::Range<u64>> {
+        self.ranges.iter().map(|(&start, piece)| start..piece.end(start))
+    }
+
+    /// Removes `from..until` from the map; borders are page borders, so pages go whole.
+    fn cut(&mut self, from: u64, until: u64) {
+        if let Some((&start, piece)) = self.ranges.range(..from).next_back()
+            && piece.end(start) > from
+        {
+            let end = piece.end(start);
+            self.ranges.insert(start, Piece::Zero { end: from });
+            self.ranges.insert(from, Piece::Zero { end });
+        }
+        while let Some((&start, piece)) = self.ranges.range(from..until).next() {
+            let end = piece.end(start);
+            self.ranges.remove(&start);
+            if end > until {
+                self.ranges.insert(until, Piece::Zero { end });
+            }
+        }
+    }
+}
+
+impl Piece {
+    fn end(&self, start: u64) -> u64 {
+        match self {
+            Self::Page(_) => start + PAGE as u64,
+            Self::Zero { end } => *end,
+        }
+    }
+}
+
+fn index(offset: u64) -> usize {
+    usize::try_from(offset).expect("inside a buffer")
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn data(page: u64, fill: u8) -> Change {
+        Change::Data { file_offset: page * 4096, page: Box::new([fill; PAGE]) }
+    }
+
+    proptest! {
+        /// Whatever the changes, the overlay says what writing them in order would have left.
+        #[test]
+        fn reads_as_if_the_changes_had_been_written(
+            changes in prop::collection::vec((0_u64..16, 0_u64..8, 1_u8..255), 0..40),
+            from in 0_u64..16, count in 1_u64..8,
+        ) {
+            let mut overlay = Overlay::new(0);
+            let mut model = vec![255_u8; 32 * PAGE];
+            for (page, zeros, fill) in changes {
+                let change = if zeros == 0 {
+                    data(page, fill)
+                } else {
+                    Change::Zero { file_offset: page * 4096, length: zeros * 4096 }
+                };
+                let range = change.range();
+                model[index(range.start)..index(range.end)].fill(if zeros == 0 { fill } else { 0 });
+                overlay.apply(change);
+            }
+            let mut bytes = vec![255_u8; index(count * 4096)];
+            overlay.patch(from * 4096, &mut bytes);
+            prop_assert_eq!(&bytes[..], &model[index(from * 4096)..index((from + count) * 4096)]);
+            let ranges: Vec<_> = overlay.ranges().collect();
+            prop_assert!(ranges.is_sorted_by(|a, b| a.end <= b.start), "ranges overlap: {:?}", ranges);
+        }
+    }
+}
