@@ -11,6 +11,7 @@
 //! * `cli`: one file per command.
 
 pub mod disk;
+pub mod engine;
 pub mod error;
 pub mod format;
 pub mod image;

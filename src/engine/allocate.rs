@@ -1,0 +1,111 @@
+//! Giving a block its space: no sync, no log write.
+
+use std::rc::Rc;
+
+use super::{Engine, Outcome, errno};
+use crate::disk::Disk;
+use crate::format::MIB;
+use crate::format::bat::{BatEntry, PayloadState};
+use crate::image::{Extent, Grant};
+
+/// How far the file is extended beyond what is needed: large steps are rare, and the tail is trimmed at close.
+const GROW_STEP_BYTES: u64 = 32 * MIB;
+
+impl<D: Disk + 'static> Engine<D> {
+    /// Gives every block of `first..first + count` space; an allocation in progress is joined.
+    pub(super) async fn allocate(self: &Rc<Self>, first: u64, count: u64) -> Outcome {
+        for block in first..first + count {
+            self.block_locks.exclusively(block, self.allocate_block(block)).await?;
+        }
+        self.start_cycle_if_due();
+        Ok(())
+    }
+
+    async fn allocate_block(self: &Rc<Self>, block: u64) -> Outcome {
+        let old = self.shared.map.load(block).entry;
+        if old.payload_state() == Some(PayloadState::FullyPresent) {
+            return Ok(());
+        }
+        let grant = self.find_space(self.shared.geometry().block_size()).await?;
+        if grant.recycled {
+            self.count(|counters| counters.recycled_grants += 1);
+            if let Err(error) = self.disk.zero(grant.extent.offset, grant.extent.length).await {
+                self.space.borrow_mut().free(grant.extent, false);
+                return Err(errno(&error));
+            }
+            self.recycled_granted.set(true);
+        }
+        self.check_poison()?;
+        self.count(|counters| counters.grants += 1);
+        self.remap(block, BatEntry::present(grant.extent.offset));
+        Ok(())
+    }
+
+    /// Publishes a mapping and marks its page dirty, in one step: visible means committable. Space that the
+    /// old entry names goes to quarantine.
+    pub(super) fn remap(self: &Rc<Self>, block: u64, new: BatEntry) {
+        let old = self.shared.map.load(block).entry;
+        self.shared.map.publish(block, new);
+        self.dirty.borrow_mut().insert(self.shared.map.page_of(block));
+        if let Some(extent) = self.space_of(old) {
+            self.count(|counters| counters.unmapped += 1);
+            self.quarantine.borrow_mut().add(extent);
+        }
+    }
+
+    /// The space that an entry occupies: a present block's, or the old contents that an undefined or unmapped
+    /// one still names.
+    pub(super) fn space_of(&self, entry: BatEntry) -> Option<Extent> {
+        crate::image::payload_extent(entry, self.shared.geometry())
+    }
+
+    /// Free space first, then a longer file, then what quarantine holds: one cycle and one barrier before it
+    /// is "no space".
+    async fn find_space(self: &Rc<Self>, length: u64) -> Outcome<Grant> {
+        if let Some(grant) = self.take_space(length) {
+            return Ok(grant);
+        }
+        let turn = self.grow_turn.enter().await;
+        if let Some(grant) = self.take_space(length) {
+            return Ok(grant);
+        }
+        if let Err(error) = self.grow_for(length).await {
+            if error != libc::ENOSPC {
+                return Err(error);
+            }
+            self.reclaim().await?;
+        }
+        let grant = self.take_space(length).ok_or(libc::ENOSPC);
+        drop(turn);
+        grant
+    }
+
+    fn take_space(&self, length: u64) -> Option<Grant> {
+        self.space.borrow_mut().take(length)
+    }
+
+    /// Extends the file generously, or at least by `length`.
+    async fn grow_for(self: &Rc<Self>, length: u64) -> Outcome {
+        let end = self.file_length.get().next_multiple_of(MIB);
+        match self.grow_to(end + length.max(GROW_STEP_BYTES)).await {
+            Err(libc::ENOSPC) if length < GROW_STEP_BYTES => self.grow_to(end + length).await,
+            outcome => outcome,
+        }
+    }
+
+    /// Extends the file to `length` bytes.
+    pub(super) async fn grow_to(self: &Rc<Self>, length: u64) -> Outcome {
+        assert!(length > self.file_length.get() && length.is_multiple_of(MIB), "growing to {length}");
+        if length > crate::image::MAX_FILE_BYTES {
+            return Err(libc::ENOSPC);
+        }
+        self.disk.grow(length).await.map_err(|error| match errno(&error) {
+            libc::EFBIG | libc::EDQUOT => libc::ENOSPC,
+            other => other,
+        })?;
+        self.count(|counters| counters.grows += 1);
+        self.file_length.set(length);
+        self.space.borrow_mut().extend(length);
+        Ok(())
+    }
+}

@@ -1,0 +1,190 @@
+//! The commit cycle: how a flush becomes durable.
+//!
+//! One cycle at a time; a flush that arrives after a cycle closed its set joins the next one. A flush always
+//! ends in a sync, dirty or not. Per round:
+//!
+//! 1. clear the pages' dirty marks, then copy the pages: the copy is what is logged and what is applied;
+//! 2. if recycled space was granted since the last sync, sync: its zeros must be durable before an entry names
+//!    it. Later rounds are copied before the sync of the round before them, which serves them as this one;
+//! 3. write the round's entries;
+//! 4. sync. The last round's sync makes durable everything acknowledged before the cycle closed its set;
+//! 5. write the copies in place, in the background, one round at a time, so that no older copy ever overwrites
+//!    a newer one. The next round's sync confirms them.
+
+use std::collections::VecDeque;
+use std::rc::Rc;
+
+use super::local::Promise;
+use super::ring::{Placement, cycle_threshold};
+use super::{Engine, Outcome};
+use crate::disk::{Buffer, Disk, PAGE_BYTES};
+use crate::format::log::{Change, NewEntry};
+
+/// Copies of the pages that one sync makes durable, and where their entries go.
+struct Round {
+    tail: u64,
+    placements: Vec<Placement>,
+    pages: Vec<PageCopy>,
+}
+
+struct PageCopy {
+    page: u64,
+    bytes: Box<[u8; PAGE_BYTES]>,
+}
+
+impl<D: Disk + 'static> Engine<D> {
+    /// Makes everything acknowledged before this call durable.
+    pub(super) async fn flush(self: &Rc<Self>) -> Outcome {
+        let done = Promise::new();
+        self.flush_waiters.borrow_mut().push(done.clone());
+        self.commit_bell.ring();
+        done.wait().await
+    }
+
+    /// Enough dirty pages start a cycle of their own, so that a later flush stays bounded.
+    pub(super) fn start_cycle_if_due(&self) {
+        if self.cycle_is_due() {
+            self.commit_bell.ring();
+        }
+    }
+
+    fn cycle_is_due(&self) -> bool {
+        self.dirty.borrow().len() >= cycle_threshold(self.layout.log.length)
+    }
+
+    /// Runs cycles whenever somebody waits for one or one is due, until the engine closes.
+    pub(super) async fn commit_loop(self: Rc<Self>) {
+        loop {
+            while !self.flush_waiters.borrow().is_empty() || (self.cycle_is_due() && self.check_poison().is_ok()) {
+                self.cycle().await;
+            }
+            if let Some(ended) = &*self.closing.borrow() {
+                return ended.keep(());
+            }
+            self.commit_bell.wait().await;
+        }
+    }
+
+    async fn cycle(self: &Rc<Self>) {
+        let waiters = std::mem::take(&mut *self.flush_waiters.borrow_mut());
+        let set: VecDeque<u64> = self.dirty.borrow().iter().copied().collect();
+        let batch = self.quarantine.borrow_mut().close_batch();
+        self.send_barrier();
+        let outcome = self.commit(set).await;
+        if let (Ok(()), Some(batch)) = (outcome, batch) {
+            self.quarantine.borrow_mut().batch_durable(batch);
+            self.start(|engine| async move { engine.release_quarantine().await });
+        }
+        for waiter in waiters {
+            waiter.keep(outcome);
+        }
+    }
+
+    /// Logs the pages of `set`, syncs, and leaves the last round to be applied in the background.
+    async fn commit(self: &Rc<Self>, mut set: VecDeque<u64>) -> Outcome {
+        self.check_poison()?;
+        if set.is_empty() {
+            return self.sync().await;
+        }
+        self.activate_log().await?;
+        self.count(|counters| counters.commits += 1);
+        let mut next = self.copy_round(&mut set);
+        if self.recycled_granted.get() {
+            self.sync().await?;
+        }
+        while let Some(round) = next {
+            self.write_entries(&round).await?;
+            next = self.copy_round(&mut set);
+            let applied = self.applied.borrow().clone();
+            applied.wait().await?;
+            self.sync().await?;
+            self.round_is_durable(&round);
+            self.start_applying(round);
+        }
+        Ok(())
+    }
+
+    /// Clears the marks of as many pages as a round takes, then copies them.
+    fn copy_round(&self, set: &mut VecDeque<u64>) -> Option<Round> {
+        if set.is_empty() {
+            return None;
+        }
+        let mut ring = self.ring.borrow_mut();
+        let ring = ring.as_mut().expect("the log is active");
+        let tail = ring.tail();
+        let placements = ring.place_round(set.len());
+        let count: usize = placements.iter().map(|placement| placement.pages).sum();
+        let pages = set.drain(..count).map(|page| {
+            self.dirty.borrow_mut().remove(&page);
+            PageCopy { page, bytes: self.shared.map.copy_page(page) }
+        });
+        Some(Round { tail, placements, pages: pages.collect() })
+    }
+
+    async fn write_entries(self: &Rc<Self>, round: &Round) -> Outcome {
+        let mut pages = round.pages.iter();
+        for placement in &round.placements {
+            let changes = pages.by_ref().take(placement.pages).map(|copy| Change::Data {
+                file_offset: self.page_offset(copy.page),
+                page: copy.bytes.clone(),
+            });
+            let changes: Vec<Change> = changes.collect();
+            let (position, entry) = self.encode_entry(round.tail, placement, &changes);
+            self.count(|counters| {
+                counters.entries += 1;
+                counters.pages += changes.len() as u64;
+            });
+            if let Err(error) = self.disk.write(position, entry).await {
+                return Err(self.poison("writing a log entry", &error));
+            }
+        }
+        Ok(())
+    }
+
+    fn encode_entry(&self, tail: u64, placement: &Placement, changes: &[Change]) -> (u64, Buffer) {
+        let ring = self.ring.borrow();
+        let ring = ring.as_ref().expect("the log is active");
+        let entry = NewEntry {
+            sequence_number: placement.sequence,
+            tail: u32::try_from(tail).expect("a log has at most 1 GiB"),
+            log_guid: ring.guid,
+            flushed_file_offset: self.flushed_file_offset(),
+            last_file_offset: self.last_file_offset(),
+            changes,
+        };
+        (ring.offset + placement.position, Buffer::copy_of(&entry.encode()))
+    }
+
+    fn round_is_durable(&self, round: &Round) {
+        self.ring.borrow_mut().as_mut().expect("the log is active").round_synced();
+        for copy in &round.pages {
+            self.shared.map.mark_durable(copy.page, &copy.bytes);
+        }
+    }
+
+    fn start_applying(self: &Rc<Self>, round: Round) {
+        let done = Promise::new();
+        *self.applied.borrow_mut() = done.clone();
+        self.start(|engine| async move { done.keep(engine.apply(&round).await) });
+    }
+
+    /// Writes the round's copies in place, neighbouring pages together.
+    async fn apply(self: &Rc<Self>, round: &Round) -> Outcome {
+        for run in round.pages.chunk_by(|a, b| a.page + 1 == b.page) {
+            let mut bytes = Buffer::zeroed(run.len() * PAGE_BYTES);
+            for (target, copy) in bytes.chunks_exact_mut(PAGE_BYTES).zip(run) {
+                target.copy_from_slice(&*copy.bytes);
+            }
+            self.check_poison()?;
+            if let Err(error) = self.disk.write(self.page_offset(run[0].page), bytes).await {
+                return Err(self.poison("writing the BAT", &error));
+            }
+        }
+        self.ring.borrow_mut().as_mut().expect("the log is active").round_applied();
+        Ok(())
+    }
+
+    fn page_offset(&self, page: u64) -> u64 {
+        self.layout.bat.offset + page * PAGE_BYTES as u64
+    }
+}

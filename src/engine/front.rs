@@ -1,0 +1,636 @@
+//! The hot path: one front per queue turns requests into file I/O.
+//!
+//! A plain synchronous state machine: no lock, no future, no heap use per request. It splits a request at
+//! block borders, looks each piece up in the block map and starts file I/O on what is there; what is not
+//! there it asks of the engine, and looks up again. It does all payload I/O, also into blocks just granted.
+//!
+//! Invariants:
+//!
+//! * a request is completed exactly once, when its last piece has ended and no ask is outstanding, with its
+//!   full length or its first error;
+//! * a piece counts for the barrier from its *lookup* to its end, in one of two counters by barrier parity;
+//! * a write is submitted only in an open session and reported as done only in an unpoisoned one;
+//! * a durable write into a block whose mapping is not durable is an ordinary write that joins a flush.
+
+use std::sync::Arc;
+
+use super::message::{Ask, ToEngine, ToFront};
+use super::port::{FileIo, FileOp, MAX_WRITE_ZEROS, PieceId, Port};
+use super::shared::{Session, Shared};
+use crate::format::bat::PayloadState;
+use crate::image::Mapping;
+
+/// Pieces of one request in flight at a time: a request of 1 MiB crosses few blocks, a chain splits finer.
+pub const MAX_PIECES: usize = 8;
+
+/// How often one piece is repeated after `EAGAIN` or `EINTR`.
+const MAX_RETRIES: u8 = 16;
+
+/// How often one request asks again for a block that a discard took away in between.
+const MAX_ASKS_AGAIN: u16 = 1000;
+
+/// Parts of blocks below this size are not punched (each `fallocate` drains all direct I/O on the file):
+/// an advisory discard is acknowledged without work, zeros are written.
+pub const MIN_PUNCH_BYTES: u64 = 64 << 10;
+
+/// A request as the kernel made it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Request {
+    /// What is asked.
+    pub op: Op,
+    /// Virtual offset, bytes.
+    pub offset: u64,
+    /// Length, bytes.
+    pub length: u64,
+}
+
+/// The kinds of request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Op {
+    /// Read into the tag's buffer.
+    Read,
+    /// Write from the tag's buffer.
+    Write {
+        /// Force unit access: durable before it completes.
+        durable: bool,
+    },
+    /// Make every acknowledged write durable.
+    Flush,
+    /// The content is no longer needed; advisory.
+    Discard,
+    /// The range reads as zero afterwards.
+    WriteZeroes {
+        /// Keep the space (`NOUNMAP`).
+        keep_space: bool,
+    },
+}
+
+/// The state machine of one queue.
+pub struct Front {
+    shared: Arc<Shared>,
+    slots: Box<[Slot]>,
+    active: u32,
+    /// The counter that pieces looked up now join.
+    parity: usize,
+    in_flight: [u32; 2],
+    barrier_owed: bool,
+}
+
+#[derive(Clone)]
+struct Slot {
+    request: Option<Request>,
+    /// Virtual offset up to which pieces have been started or asks sent.
+    cursor: u64,
+    pieces: [Option<Piece>; MAX_PIECES],
+    live_pieces: usize,
+    waiting: bool,
+    /// First error, a positive `errno`; 0 while there is none.
+    error: i32,
+    flush_at_end: bool,
+    asks: u16,
+}
+
+#[derive(Clone, Copy)]
+struct Piece {
+    /// What is still to be done.
+    rest: FileIo,
+    retries: u8,
+    parity: usize,
+    /// Not needed for the request's result: a host that cannot do it is no error.
+    advisory: bool,
+}
+
+/// Whether a request can go on at once.
+enum Step {
+    Again,
+    Wait,
+}
+
+impl Slot {
+    const IDLE: Self = Self {
+        request: None,
+        cursor: 0,
+        pieces: [None; MAX_PIECES],
+        live_pieces: 0,
+        waiting: false,
+        error: 0,
+        flush_at_end: false,
+        asks: 0,
+    };
+
+    fn request(&self) -> &Request {
+        self.request.as_ref().expect("an event names an active tag")
+    }
+
+    fn end(&self) -> u64 {
+        self.request().offset + self.request().length
+    }
+
+    fn fail(&mut self, errno: i32) {
+        assert!(errno > 0, "errors are positive numbers here");
+        if self.error == 0 {
+            self.error = errno;
+        }
+    }
+}
+
+impl Front {
+    /// A front for `depth` tags.
+    pub fn new(shared: Arc<Shared>, depth: u16) -> Self {
+        Self {
+            shared,
+            slots: vec![Slot::IDLE; usize::from(depth)].into_boxed_slice(),
+            active: 0,
+            parity: 0,
+            in_flight: [0; 2],
+            barrier_owed: false,
+        }
+    }
+
+    /// No request is active and no barrier is owed.
+    pub fn is_idle(&self) -> bool {
+        self.active == 0 && !self.barrier_owed
+    }
+
+    /// Takes a request; `tag` is idle.
+    pub fn start<P: Port>(&mut self, tag: u16, request: Request, port: &mut P) {
+        let slot = &mut self.slots[usize::from(tag)];
+        assert!(slot.request.is_none(), "tag {tag} is busy");
+        *slot = Slot { request: Some(request), cursor: request.offset, ..Slot::IDLE };
+        self.active += 1;
+        if let Err(errno) = self.admit(request) {
+            self.slots[usize::from(tag)].fail(errno);
+        }
+        self.advance(tag, port);
+    }
+
+    /// Takes the end of a piece: bytes done, or a negative `errno`.
+    pub fn io_done<P: Port>(&mut self, id: PieceId, result: i32, port: &mut P) {
+        let piece = self.slots[usize::from(id.tag)].pieces[usize::from(id.piece)];
+        let piece = piece.expect("a completion names a live piece");
+        match self.judge(piece, result) {
+            Verdict::Done => self.end_piece(id, 0, port),
+            Verdict::Failed(errno) => self.end_piece(id, errno, port),
+            Verdict::Continue(rest) => self.resubmit(id, rest, port),
+            Verdict::EndOfFile(done) => self.fill_past_end(id, done, port),
+        }
+    }
+
+    /// Where in its tag's buffer the data of a live piece goes, bytes.
+    pub fn buffer_place(&self, id: PieceId) -> usize {
+        let piece = self.slots[usize::from(id.tag)].pieces[usize::from(id.piece)];
+        piece.expect("a live piece").rest.buffer_offset as usize
+    }
+
+    /// Takes a message from the engine.
+    pub fn receive<P: Port>(&mut self, message: ToFront, port: &mut P) {
+        match message {
+            ToFront::Reply { tag, result } => {
+                let slot = &mut self.slots[usize::from(tag)];
+                assert!(std::mem::take(&mut slot.waiting), "tag {tag} asked nothing");
+                if let Err(errno) = result {
+                    slot.fail(errno);
+                }
+                self.advance(tag, port);
+            }
+            ToFront::Barrier => {
+                assert!(!self.barrier_owed, "one barrier at a time");
+                self.parity ^= 1;
+                assert_eq!(self.in_flight[self.parity], 0, "the last barrier drained this counter");
+                self.barrier_owed = true;
+                self.answer_barrier(port);
+            }
+        }
+    }
+
+    fn admit(&self, request: Request) -> Result<(), i32> {
+        let sector = u64::from(self.shared.geometry().logical_sector_size());
+        let end = request.offset.checked_add(request.length).ok_or(libc::EIO)?;
+        let aligned = request.offset.is_multiple_of(sector) && request.length.is_multiple_of(sector);
+        if !aligned || end > self.shared.geometry().virtual_size() {
+            return Err(libc::EIO);
+        }
+        match request.op {
+            Op::Write { .. } | Op::Discard | Op::WriteZeroes { .. } if self.shared.read_only => Err(libc::EROFS),
+            _ => Ok(()),
+        }
+    }
+
+    /// Starts whatever the request can start now, and completes it when nothing is left.
+    fn advance<P: Port>(&mut self, tag: u16, port: &mut P) {
+        loop {
+            let slot = &self.slots[usize::from(tag)];
+            if slot.waiting {
+                return;
+            }
+            if slot.error != 0 || (slot.cursor == slot.end() && slot.request().op != Op::Flush) {
+                break;
+            }
+            if slot.live_pieces == MAX_PIECES {
+                return;
+            }
+            let step = match slot.request().op {
+                Op::Read => self.step_read(tag, port),
+                Op::Write { durable } => self.step_write(tag, durable, port),
+                Op::Flush => self.step_flush(tag, port),
+                Op::Discard => self.step_discard(tag, port),
+                Op::WriteZeroes { keep_space } => self.step_zero(tag, keep_space, port),
+            };
+            if let Step::Wait = step {
+                return;
+            }
+        }
+        if self.slots[usize::from(tag)].live_pieces == 0 {
+            self.finish(tag, port);
+        }
+    }
+
+    fn finish<P: Port>(&mut self, tag: u16, port: &mut P) {
+        let slot = &mut self.slots[usize::from(tag)];
+        let request = *slot.request();
+        let reads_only = matches!(request.op, Op::Read) || self.shared.read_only;
+        if slot.error == 0 && !reads_only && self.shared.session() == Session::Poisoned {
+            slot.error = libc::EIO;
+        }
+        if slot.error == 0 && std::mem::take(&mut slot.flush_at_end) {
+            return self.ask(tag, Ask::Flush, port);
+        }
+        let result = match request.op {
+            _ if slot.error != 0 => -slot.error,
+            Op::Read | Op::Write { .. } => i32::try_from(request.length).expect("at most 1 MiB"),
+            Op::Flush | Op::Discard | Op::WriteZeroes { .. } => 0,
+        };
+        *slot = Slot::IDLE;
+        self.active -= 1;
+        port.complete(tag, result);
+    }
+
+    fn step_read<P: Port>(&mut self, tag: u16, port: &mut P) -> Step {
+        let run = self.run(tag);
+        if run.present {
+            self.start_piece(tag, &run, FileOp::Read, false, port);
+            return Step::Again;
+        }
+        let buffer_offset = self.buffer_offset(tag);
+        let id = self.claim_piece(tag, FileIo { op: FileOp::Read, file_offset: 0, buffer_offset, length: run.length });
+        if port.fill_zero(id, buffer_offset, run.length) {
+            self.release_piece(id);
+        }
+        Step::Again
+    }
+
+    fn step_write<P: Port>(&mut self, tag: u16, durable: bool, port: &mut P) -> Step {
+        if let Some(step) = self.await_session(tag, port) {
+            return step;
+        }
+        let run = self.run(tag);
+        if !run.present {
+            let (first, count) = self.blocks_ahead(tag);
+            return self.ask_again(tag, Ask::Allocate { first, count }, port);
+        }
+        if durable && !run.durable {
+            self.slots[usize::from(tag)].flush_at_end = true;
+        }
+        self.start_piece(tag, &run, FileOp::Write { durable: durable && run.durable }, false, port);
+        Step::Again
+    }
+
+    fn step_flush<P: Port>(&mut self, tag: u16, port: &mut P) -> Step {
+        let slot = &mut self.slots[usize::from(tag)];
+        if self.shared.read_only || slot.asks > 0 {
+            self.finish(tag, port);
+        } else {
+            slot.asks = 1;
+            self.ask(tag, Ask::Flush, port);
+        }
+        Step::Wait
+    }
+
+    fn step_discard<P: Port>(&mut self, tag: u16, port: &mut P) -> Step {
+        if self.shared.fixed {
+            self.slots[usize::from(tag)].cursor = self.slots[usize::from(tag)].end();
+            return Step::Again;
+        }
+        if let Some(step) = self.await_session(tag, port) {
+            return step;
+        }
+        if let Some((first, count)) = self.take_whole_blocks(tag) {
+            self.ask(tag, Ask::Unmap { first, count, define_absent: false }, port);
+            return Step::Wait;
+        }
+        let run = self.part(tag);
+        if run.present && u64::from(run.length) >= MIN_PUNCH_BYTES && self.shared.can_punch() {
+            self.start_piece(tag, &run, FileOp::PunchHole, true, port);
+        } else {
+            self.skip(tag, &run);
+        }
+        Step::Again
+    }
+
+    fn step_zero<P: Port>(&mut self, tag: u16, keep_space: bool, port: &mut P) -> Step {
+        if let Some(step) = self.await_session(tag, port) {
+            return step;
+        }
+        let keep_space = keep_space || self.shared.fixed;
+        if !keep_space && let Some((first, count)) = self.take_whole_blocks(tag) {
+            self.ask(tag, Ask::Unmap { first, count, define_absent: true }, port);
+            return Step::Wait;
+        }
+        let run = self.part(tag);
+        if run.present {
+            let op = self.zeroing_op(run.length, keep_space);
+            self.start_piece(tag, &run, op, false, port);
+        } else if run.zero {
+            self.skip(tag, &run);
+        } else {
+            let (first, count) = self.blocks_ahead(tag);
+            return self.ask_again(tag, Ask::ZeroAbsent { first, count }, port);
+        }
+        Step::Again
+    }
+
+    fn zeroing_op(&self, length: u32, keep_space: bool) -> FileOp {
+        if u64::from(length) < MIN_PUNCH_BYTES {
+            FileOp::WriteZeros
+        } else if !keep_space && self.shared.can_punch() {
+            FileOp::PunchHole
+        } else if self.shared.can_zero_range() {
+            FileOp::ZeroRange
+        } else {
+            FileOp::WriteZeros
+        }
+    }
+
+    /// `None` in an open session; otherwise the step that leads there, or to the request's failure.
+    fn await_session<P: Port>(&mut self, tag: u16, port: &mut P) -> Option<Step> {
+        match self.shared.session() {
+            Session::Open => None,
+            Session::Idle => Some(self.ask_again(tag, Ask::OpenSession, port)),
+            Session::Poisoned => {
+                self.slots[usize::from(tag)].fail(libc::EIO);
+                Some(Step::Again)
+            }
+        }
+    }
+
+    fn ask<P: Port>(&mut self, tag: u16, ask: Ask, port: &mut P) {
+        let slot = &mut self.slots[usize::from(tag)];
+        assert!(!slot.waiting, "one ask per tag");
+        slot.waiting = true;
+        port.send(ToEngine::Ask { tag, ask });
+    }
+
+    /// An ask whose answer is looked up again, so that its repetitions need a bound.
+    fn ask_again<P: Port>(&mut self, tag: u16, ask: Ask, port: &mut P) -> Step {
+        let slot = &mut self.slots[usize::from(tag)];
+        slot.asks += 1;
+        if slot.asks > MAX_ASKS_AGAIN {
+            slot.fail(libc::EIO);
+            return Step::Again;
+        }
+        self.ask(tag, ask, port);
+        Step::Wait
+    }
+
+    /// The longest run from the cursor that one piece of file I/O can serve, over neighbouring blocks too.
+    fn run(&self, tag: u16) -> Run {
+        let slot = &self.slots[usize::from(tag)];
+        let mut run = self.part(tag);
+        let mut next = slot.cursor + u64::from(run.length);
+        while next < slot.end() {
+            let more = Run::of(&self.shared, next, slot.end());
+            if !run.continues_with(&more) {
+                break;
+            }
+            run.length += more.length;
+            run.durable &= more.durable;
+            next += u64::from(more.length);
+        }
+        run
+    }
+
+    /// The part of the cursor's block that the request covers.
+    fn part(&self, tag: u16) -> Run {
+        let slot = &self.slots[usize::from(tag)];
+        Run::of(&self.shared, slot.cursor, slot.end())
+    }
+
+    /// Whole blocks at the cursor, as (first, count), with the cursor moved past them. The last block of the
+    /// disk is whole when the range reaches the end of the disk.
+    fn take_whole_blocks(&mut self, tag: u16) -> Option<(u64, u64)> {
+        let geometry = *self.shared.geometry();
+        let slot = &mut self.slots[usize::from(tag)];
+        let end = slot.end();
+        if !slot.cursor.is_multiple_of(geometry.block_size()) {
+            return None;
+        }
+        let first = slot.cursor / geometry.block_size();
+        let past = if end == geometry.virtual_size() { geometry.block_count() } else { end / geometry.block_size() };
+        if past <= first {
+            return None;
+        }
+        slot.cursor = end.min(past * geometry.block_size());
+        Some((first, past - first))
+    }
+
+    /// The blocks from the cursor to the end of the request, as (first, count).
+    fn blocks_ahead(&self, tag: u16) -> (u64, u64) {
+        let slot = &self.slots[usize::from(tag)];
+        let first = self.shared.geometry().block_of_offset(slot.cursor);
+        let last = self.shared.geometry().block_of_offset(slot.end() - 1);
+        (first, last - first + 1)
+    }
+
+    /// Nothing needs doing for `run`.
+    fn skip(&mut self, tag: u16, run: &Run) {
+        let slot = &mut self.slots[usize::from(tag)];
+        slot.cursor += u64::from(run.length);
+        slot.asks = 0;
+    }
+
+    fn buffer_offset(&self, tag: u16) -> u32 {
+        let slot = &self.slots[usize::from(tag)];
+        match slot.request().op {
+            Op::Read | Op::Write { .. } => {
+                u32::try_from(slot.cursor - slot.request().offset).expect("a buffer holds at most 1 MiB")
+            }
+            Op::Flush | Op::Discard | Op::WriteZeroes { .. } => 0,
+        }
+    }
+
+    fn start_piece<P: Port>(&mut self, tag: u16, run: &Run, op: FileOp, advisory: bool, port: &mut P) {
+        assert!(run.present && run.length > 0, "file I/O goes to blocks that are there");
+        let buffer_offset = self.buffer_offset(tag);
+        let io = FileIo { op, file_offset: run.file_offset, buffer_offset, length: run.length };
+        let id = self.claim_piece(tag, io);
+        self.piece(id).advisory = advisory;
+        submit(id, io, port);
+    }
+
+    /// Takes a free place for a piece, counts it for the barrier and moves the cursor past it.
+    fn claim_piece(&mut self, tag: u16, io: FileIo) -> PieceId {
+        let slot = &mut self.slots[usize::from(tag)];
+        let place = slot.pieces.iter().position(Option::is_none).expect("fewer than MAX_PIECES are live");
+        slot.pieces[place] = Some(Piece { rest: io, retries: 0, parity: self.parity, advisory: false });
+        slot.live_pieces += 1;
+        slot.cursor += u64::from(io.length);
+        slot.asks = 0;
+        self.in_flight[self.parity] += 1;
+        PieceId { tag, piece: u8::try_from(place).expect("below MAX_PIECES") }
+    }
+
+    fn release_piece(&mut self, id: PieceId) -> Piece {
+        let slot = &mut self.slots[usize::from(id.tag)];
+        let piece = slot.pieces[usize::from(id.piece)].take().expect("a piece ends once");
+        slot.live_pieces -= 1;
+        self.in_flight[piece.parity] -= 1;
+        piece
+    }
+
+    fn piece(&mut self, id: PieceId) -> &mut Piece {
+        self.slots[usize::from(id.tag)].pieces[usize::from(id.piece)].as_mut().expect("a live piece")
+    }
+
+    /// What a completion means for its piece.
+    fn judge(&self, piece: Piece, result: i32) -> Verdict {
+        let rest = piece.rest;
+        if result == -libc::EAGAIN || result == -libc::EINTR {
+            return if piece.retries < MAX_RETRIES { Verdict::Continue(rest) } else { Verdict::Failed(-result) };
+        }
+        match rest.op {
+            FileOp::PunchHole | FileOp::ZeroRange => self.judge_fallocate(piece, result),
+            FileOp::Read | FileOp::Write { .. } | FileOp::WriteZeros => {
+                let Ok(done) = u32::try_from(result) else { return Verdict::Failed(-result) };
+                self.judge_transfer(rest, done)
+            }
+        }
+    }
+
+    fn judge_fallocate(&self, piece: Piece, result: i32) -> Verdict {
+        let refused = result == -libc::EOPNOTSUPP || result == -libc::ENOSYS;
+        match piece.rest.op {
+            _ if result >= 0 => Verdict::Done,
+            FileOp::PunchHole if refused => {
+                self.shared.forget_punch();
+                if piece.advisory {
+                    return Verdict::Done;
+                }
+                Verdict::Continue(FileIo { op: self.zeroing_op(piece.rest.length, true), ..piece.rest })
+            }
+            FileOp::ZeroRange if refused => {
+                self.shared.forget_zero_range();
+                Verdict::Continue(FileIo { op: FileOp::WriteZeros, ..piece.rest })
+            }
+            _ if piece.advisory => Verdict::Done,
+            _ => Verdict::Failed(-result),
+        }
+    }
+
+    fn judge_transfer(&self, rest: FileIo, done: u32) -> Verdict {
+        assert!(done <= rest.length, "more was done than asked");
+        if done == rest.length {
+            return Verdict::Done;
+        }
+        // Direct I/O can only go on at a sector border; what a short transfer did beyond it is done again.
+        let whole = done - done % self.shared.geometry().logical_sector_size();
+        if rest.op == FileOp::Read && (done == 0 || whole != done) {
+            return Verdict::EndOfFile(done);
+        }
+        if whole == 0 {
+            return Verdict::Failed(libc::EIO);
+        }
+        let advance = if rest.op == FileOp::WriteZeros { 0 } else { whole };
+        Verdict::Continue(FileIo {
+            op: rest.op,
+            file_offset: rest.file_offset + u64::from(whole),
+            buffer_offset: rest.buffer_offset + advance,
+            length: rest.length - whole,
+        })
+    }
+
+    fn resubmit<P: Port>(&mut self, id: PieceId, rest: FileIo, port: &mut P) {
+        let piece = self.piece(id);
+        piece.retries = if piece.rest == rest { piece.retries + 1 } else { 0 };
+        piece.rest = rest;
+        submit(id, rest, port);
+    }
+
+    /// The file ends inside the block, as in fixed images by QEMU: what is not there reads as zero.
+    fn fill_past_end<P: Port>(&mut self, id: PieceId, done: u32, port: &mut P) {
+        let rest = &mut self.piece(id).rest;
+        rest.buffer_offset += done;
+        rest.length -= done;
+        let (buffer_offset, length) = (rest.buffer_offset, rest.length);
+        if port.fill_zero(id, buffer_offset, length) {
+            self.end_piece(id, 0, port);
+        }
+    }
+
+    fn end_piece<P: Port>(&mut self, id: PieceId, errno: i32, port: &mut P) {
+        let piece = self.release_piece(id);
+        if errno != 0 {
+            if piece.rest.op == (FileOp::Write { durable: true }) {
+                self.shared.poison();
+            }
+            self.slots[usize::from(id.tag)].fail(errno);
+        }
+        self.answer_barrier(port);
+        self.advance(id.tag, port);
+    }
+
+    fn answer_barrier<P: Port>(&mut self, port: &mut P) {
+        if self.barrier_owed && self.in_flight[self.parity ^ 1] == 0 {
+            self.barrier_owed = false;
+            port.send(ToEngine::BarrierDone);
+        }
+    }
+}
+
+/// What a completion means.
+enum Verdict {
+    Done,
+    Failed(i32),
+    Continue(FileIo),
+    EndOfFile(u32),
+}
+
+/// Consecutive virtual bytes that one piece can serve.
+struct Run {
+    /// The bytes lie in the file.
+    present: bool,
+    /// The block's state is ZERO.
+    zero: bool,
+    durable: bool,
+    file_offset: u64,
+    length: u32,
+}
+
+impl Run {
+    /// The run from virtual offset `from` to the end of its block or to `end`.
+    fn of(shared: &Shared, from: u64, end: u64) -> Self {
+        let geometry = shared.geometry();
+        let block = geometry.block_of_offset(from);
+        let within = from - block * geometry.block_size();
+        let length = (geometry.block_size() - within).min(end - from);
+        let Mapping { entry, durable } = shared.map.load(block);
+        let state = entry.payload_state();
+        let present = state == Some(PayloadState::FullyPresent);
+        let zero = state == Some(PayloadState::Zero);
+        let file_offset = if present { entry.offset() + within } else { 0 };
+        let length = u32::try_from(length).expect("a block has at most 256 MiB");
+        Self { present, zero, durable, file_offset, length }
+    }
+
+    fn continues_with(&self, next: &Self) -> bool {
+        match (self.present, next.present) {
+            (true, true) => next.file_offset == self.file_offset + u64::from(self.length),
+            (false, false) => true,
+            _ => false,
+        }
+    }
+}
+
+fn submit<P: Port>(id: PieceId, rest: FileIo, port: &mut P) {
+    let length = if rest.op == FileOp::WriteZeros { rest.length.min(MAX_WRITE_ZEROS) } else { rest.length };
+    port.submit(id, FileIo { length, ..rest });
+}

@@ -1,0 +1,174 @@
+//! How the engine's tasks wait for each other, on one thread and in arrival order.
+//!
+//! Everything here is deterministic: who waits first is served first, nothing looks at a clock. Futures are
+//! never dropped before they end: the engine has no timeouts and no `select`.
+
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, VecDeque};
+use std::future::{Future, poll_fn};
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Poll, Waker};
+
+/// Runs the engine's tasks: an executor in production, a seeded scheduler in tests.
+pub trait Spawn {
+    /// Takes over a task; it starts later, not inside this call.
+    fn spawn(&self, task: Pin<Box<dyn Future<Output = ()>>>);
+}
+
+impl Spawn for smol::LocalExecutor<'static> {
+    fn spawn(&self, task: Pin<Box<dyn Future<Output = ()>>>) {
+        smol::LocalExecutor::spawn(self, task).detach();
+    }
+}
+
+/// A lock that is handed on in the order of arrival.
+#[derive(Default)]
+pub struct Turnstile {
+    next_ticket: Cell<u64>,
+    serving: Cell<u64>,
+    waiting: RefCell<VecDeque<(u64, Waker)>>,
+}
+
+impl Turnstile {
+    /// Waits for its turn. The place in the queue is taken by the call, not by the first poll.
+    pub fn enter(&self) -> impl Future<Output = Pass<'_>> {
+        let ticket = self.next_ticket.get();
+        self.next_ticket.set(ticket + 1);
+        poll_fn(move |context| {
+            if self.serving.get() == ticket {
+                return Poll::Ready(Pass(self));
+            }
+            let mut waiting = self.waiting.borrow_mut();
+            waiting.retain(|(other, _)| *other != ticket);
+            waiting.push_back((ticket, context.waker().clone()));
+            Poll::Pending
+        })
+    }
+
+    fn is_idle(&self) -> bool {
+        self.serving.get() == self.next_ticket.get()
+    }
+}
+
+/// The right to pass; dropping it lets the next one in.
+pub struct Pass<'a>(&'a Turnstile);
+
+impl Drop for Pass<'_> {
+    fn drop(&mut self) {
+        let next = self.0.serving.get() + 1;
+        self.0.serving.set(next);
+        let mut waiting = self.0.waiting.borrow_mut();
+        if let Some(place) = waiting.iter().position(|(ticket, _)| *ticket == next) {
+            let (_, waker) = waiting.remove(place).expect("just found");
+            waker.wake();
+        }
+    }
+}
+
+/// One turnstile per block, made when needed.
+#[derive(Default)]
+pub struct BlockLocks(RefCell<BTreeMap<u64, Rc<Turnstile>>>);
+
+impl BlockLocks {
+    /// Runs `work` when all earlier work on `block` has ended.
+    pub async fn exclusively<T>(&self, block: u64, work: impl Future<Output = T>) -> T {
+        let turnstile = self.0.borrow_mut().entry(block).or_default().clone();
+        let pass = turnstile.enter().await;
+        let result = work.await;
+        drop(pass);
+        if turnstile.is_idle() {
+            self.0.borrow_mut().remove(&block);
+        }
+        result
+    }
+}
+
+/// A value that comes later, once, for any number of waiters.
+pub struct Promise<T>(Rc<PromiseState<T>>);
+
+struct PromiseState<T> {
+    value: RefCell<Option<T>>,
+    waiting: RefCell<Vec<Waker>>,
+}
+
+impl<T> Clone for Promise<T> {
+    fn clone(&self) -> Self {
+        Self(self.0.clone())
+    }
+}
+
+impl<T: Clone> Promise<T> {
+    /// A promise not yet kept.
+    pub fn new() -> Self {
+        Self(Rc::new(PromiseState { value: RefCell::new(None), waiting: RefCell::default() }))
+    }
+
+    /// A promise kept from the start.
+    pub fn kept(value: T) -> Self {
+        let promise = Self::new();
+        promise.keep(value);
+        promise
+    }
+
+    /// Gives the value to everybody who waits or will wait; once.
+    pub fn keep(&self, value: T) {
+        let before = self.0.value.borrow_mut().replace(value);
+        assert!(before.is_none(), "a promise is kept once");
+        self.0.waiting.borrow_mut().drain(..).for_each(Waker::wake);
+    }
+
+    /// Waits for the value.
+    pub async fn wait(&self) -> T {
+        poll_fn(|context| match &*self.0.value.borrow() {
+            Some(value) => Poll::Ready(value.clone()),
+            None => {
+                self.0.waiting.borrow_mut().push(context.waker().clone());
+                Poll::Pending
+            }
+        })
+        .await
+    }
+}
+
+/// A bell that one task waits for; rung before the wait, it is not lost.
+#[derive(Default)]
+pub struct Bell {
+    rung: Cell<bool>,
+    waiting: RefCell<Option<Waker>>,
+}
+
+impl Bell {
+    /// Wakes the waiter, now or when it comes.
+    pub fn ring(&self) {
+        self.rung.set(true);
+        if let Some(waker) = self.waiting.borrow_mut().take() {
+            waker.wake();
+        }
+    }
+
+    /// Waits until the bell has been rung since the last wait.
+    pub async fn wait(&self) {
+        poll_fn(|context| {
+            if self.rung.take() {
+                return Poll::Ready(());
+            }
+            *self.waiting.borrow_mut() = Some(context.waker().clone());
+            Poll::Pending
+        })
+        .await;
+    }
+}
+
+/// Lets every other ready task run once.
+pub async fn yield_now() {
+    let mut yielded = false;
+    poll_fn(|context| {
+        if std::mem::replace(&mut yielded, true) {
+            return Poll::Ready(());
+        }
+        context.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
+}

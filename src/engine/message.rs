@@ -1,0 +1,65 @@
+//! What fronts and the engine say to each other.
+//!
+//! Two FIFO queues join each front to the engine. A tag has at most one request outstanding and gets exactly
+//! one reply; ranges, not blocks, are asked for. With one barrier outstanding at most, `depth + 2` places are
+//! enough in either direction, so a push cannot fail and nobody waits for room.
+
+/// From a front to the engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ToEngine {
+    /// A tag asks for something and waits for its [`ToFront::Reply`].
+    Ask {
+        /// The tag that waits.
+        tag: u16,
+        /// What it asks for.
+        ask: Ask,
+    },
+    /// Every piece that was looked up before the last [`ToFront::Barrier`] has ended.
+    BarrierDone,
+}
+
+/// What a tag may ask of the engine. Blocks are counted from the start of the virtual disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ask {
+    /// Open the session: the first modification of any kind waits for it.
+    OpenSession,
+    /// Give blocks `first..first + count` space; those that have some keep it.
+    Allocate {
+        /// First block.
+        first: u64,
+        /// Number of blocks.
+        count: u64,
+    },
+    /// Make whole blocks `first..first + count` read as zero and give their space back.
+    Unmap {
+        /// First block.
+        first: u64,
+        /// Number of blocks.
+        count: u64,
+        /// Blocks that have no space become ZERO too, so that every reader sees zeros, not only this one.
+        define_absent: bool,
+    },
+    /// Make those of blocks `first..first + count` ZERO that have no space; blocks with space stay as they are.
+    ZeroAbsent {
+        /// First block.
+        first: u64,
+        /// Number of blocks.
+        count: u64,
+    },
+    /// Make everything that was acknowledged before this request durable.
+    Flush,
+}
+
+/// From the engine to a front.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ToFront {
+    /// The one answer to an [`ToEngine::Ask`]. It carries a status only: the front looks the block up again.
+    Reply {
+        /// The tag that asked.
+        tag: u16,
+        /// `Err` holds a positive `errno`.
+        result: Result<(), i32>,
+    },
+    /// Answer with [`ToEngine::BarrierDone`] once every piece looked up before this message has ended.
+    Barrier,
+}

@@ -1,0 +1,252 @@
+//! The live writer, and the front that serves one queue.
+//!
+//! [`Engine`] is the cold path and the only writer of metadata and of the block map: async functions on one
+//! thread, each of which reads as one straight sequence. [`front::Front`] is the hot path.
+//!
+//! What must be durable before what:
+//!
+//! 1. new FileWriteGuid and DataWriteGuid in both headers, before any other modification (`open_session`);
+//! 2. an initial empty log entry, before a header names its LogGuid (`activate_log`);
+//! 3. recycled space zeroed and synced, before an entry that names it is written (`commit`);
+//! 4. a page's log entry synced, before the page is written in place (`commit`);
+//! 5. an unmapping durable and every front past it, before the space is granted again (`quarantine`);
+//! 6. pages in place synced and a later round with an advanced Tail synced, before log space is overwritten
+//!    (`ring`);
+//! 7. everything in place synced, before the headers drop the LogGuid, and that durable before the file is
+//!    shortened (`close`).
+//!
+//! Allocation itself syncs nothing: visible means committable, always. A mapping is published once its space
+//! reads as zero, and its page is marked dirty in the same step.
+
+mod allocate;
+mod close;
+mod commit;
+pub mod front;
+mod headers;
+pub mod local;
+pub mod message;
+pub mod port;
+mod quarantine;
+mod ring;
+mod session;
+pub mod shared;
+mod sync;
+mod unmap;
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use uuid::Uuid;
+
+use crate::disk::Disk;
+use crate::error::Result;
+use crate::image::{Extent, Headers, Image, Layout, Space};
+use local::{Bell, BlockLocks, Promise, Spawn, Turnstile};
+use message::{Ask, ToEngine, ToFront};
+use quarantine::Quarantine;
+use ring::Ring;
+use shared::{Session, Shared};
+
+/// What an operation that failed tells its requester: a positive `errno`.
+pub type Outcome<T = ()> = std::result::Result<T, i32>;
+
+/// Where the engine's messages to the fronts go.
+pub trait Fronts {
+    /// Puts `message` into the queue of `front`; there is always room.
+    fn send(&self, front: usize, message: ToFront);
+
+    /// How many fronts there are.
+    fn count(&self) -> usize;
+}
+
+/// Where GUIDs come from: randomness is an argument, so that a run can be repeated.
+pub type GuidSource = Box<dyn FnMut() -> Uuid>;
+
+/// Counters of what the engine has done, for tests, benchmarks and the closing log line.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Syncs of the image file.
+    pub syncs: u64,
+    /// Commit cycles that logged something.
+    pub commits: u64,
+    /// Log entries written.
+    pub entries: u64,
+    /// BAT pages logged.
+    pub pages: u64,
+    /// Blocks granted space.
+    pub grants: u64,
+    /// Grants of recycled space, which had to be zeroed.
+    pub recycled_grants: u64,
+    /// Extensions of the file.
+    pub grows: u64,
+    /// Blocks that lost their space.
+    pub unmapped: u64,
+    /// Extents that came out of quarantine.
+    pub released: u64,
+    /// Barriers sent.
+    pub barriers: u64,
+}
+
+/// The engine of one writable image. All of it lives on one thread.
+pub struct Engine<D: Disk> {
+    disk: D,
+    shared: Arc<Shared>,
+    layout: Layout,
+    tasks: Rc<dyn Spawn>,
+    fronts: Rc<dyn Fronts>,
+    guids: RefCell<GuidSource>,
+    headers: RefCell<Headers>,
+    /// Header updates, one at a time.
+    header_turn: Turnstile,
+    /// Opening the session, one at a time.
+    session_turn: Turnstile,
+    /// Extending the file, one at a time.
+    grow_turn: Turnstile,
+    block_locks: BlockLocks,
+    space: RefCell<Space>,
+    quarantine: RefCell<Quarantine>,
+    /// Punched, and known zero after the next sync.
+    settling: RefCell<Vec<Extent>>,
+    dirty: RefCell<BTreeSet<u64>>,
+    ring: RefCell<Option<Ring>>,
+    /// Ends when the newest round's pages are in place.
+    applied: RefCell<Promise<Outcome>>,
+    /// Releases of quarantined space in progress, and the bell that rings when one ends.
+    releasing: Cell<usize>,
+    released_bell: Bell,
+    flush_waiters: RefCell<Vec<Promise<Outcome>>>,
+    commit_bell: Bell,
+    /// Recycled space was granted since the last sync was issued.
+    recycled_granted: Cell<bool>,
+    /// The file's length once every extension so far has completed.
+    file_length: Cell<u64>,
+    /// The length at which all extensions had completed when the last completed sync was issued.
+    stable_length: Cell<u64>,
+    open_tasks: Cell<usize>,
+    /// Set by `close`: kept when the commit loop has ended.
+    closing: RefCell<Option<Promise<()>>>,
+    counters: Cell<Counters>,
+}
+
+impl<D: Disk + 'static> Engine<D> {
+    /// An engine over an opened image. Nothing is written before the first modification.
+    ///
+    /// # Errors
+    /// If the image is one that no writer can work with.
+    ///
+    /// # Panics
+    /// If the image was opened read-only.
+    pub fn new(
+        image: Image, disk: D, tasks: Rc<dyn Spawn>, fronts: Rc<dyn Fronts>, guids: GuidSource,
+    ) -> Result<Rc<Self>> {
+        assert!(image.overlay.is_none(), "a writable image has its log replayed in place");
+        image.check_writable()?;
+        let fixed = image.metadata.kind() == crate::format::metadata::DiskType::Fixed;
+        let shared = Arc::new(Shared::new(image.map, false, fixed));
+        let engine = Rc::new(Self {
+            disk,
+            shared,
+            headers: RefCell::new(Headers::new(&image.header)?),
+            tasks,
+            fronts,
+            guids: RefCell::new(guids),
+            header_turn: Turnstile::default(),
+            session_turn: Turnstile::default(),
+            grow_turn: Turnstile::default(),
+            block_locks: BlockLocks::default(),
+            space: RefCell::new(image.space),
+            quarantine: RefCell::default(),
+            settling: RefCell::default(),
+            dirty: RefCell::default(),
+            ring: RefCell::new(None),
+            applied: RefCell::new(Promise::kept(Ok(()))),
+            releasing: Cell::default(),
+            released_bell: Bell::default(),
+            flush_waiters: RefCell::default(),
+            commit_bell: Bell::default(),
+            recycled_granted: Cell::new(false),
+            file_length: Cell::new(image.layout.file_length),
+            stable_length: Cell::new(0),
+            layout: image.layout,
+            open_tasks: Cell::new(0),
+            closing: RefCell::new(None),
+            counters: Cell::default(),
+        });
+        engine.start(|engine| async move { engine.commit_loop().await });
+        Ok(engine)
+    }
+
+    /// Takes a message from `front`.
+    pub fn receive(self: &Rc<Self>, front: usize, message: ToEngine) {
+        match message {
+            ToEngine::Ask { tag, ask } => {
+                self.open_tasks.update(|count| count + 1);
+                self.start(move |engine| async move {
+                    let result = engine.serve(ask).await;
+                    engine.fronts.send(front, ToFront::Reply { tag, result });
+                    engine.open_tasks.update(|count| count - 1);
+                });
+            }
+            ToEngine::BarrierDone => {
+                self.quarantine.borrow_mut().barrier_answered();
+                self.start(|engine| async move { engine.release_quarantine().await });
+            }
+        }
+    }
+
+    /// What has been done so far.
+    pub fn counters(&self) -> Counters {
+        self.counters.get()
+    }
+
+    /// The state shared with the fronts.
+    pub fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
+    async fn serve(self: &Rc<Self>, ask: Ask) -> Outcome {
+        self.check_poison()?;
+        match ask {
+            Ask::OpenSession => self.open_session().await,
+            Ask::Allocate { first, count } => self.allocate(first, count).await,
+            Ask::Unmap { first, count, define_absent } => self.unmap(first, count, define_absent).await,
+            Ask::ZeroAbsent { first, count } => self.zero_absent(first, count).await,
+            Ask::Flush => self.flush().await,
+        }
+    }
+
+    fn start<F: Future<Output = ()> + 'static>(self: &Rc<Self>, task: impl FnOnce(Rc<Self>) -> F) {
+        self.tasks.spawn(Box::pin(task(self.clone())));
+    }
+
+    fn check_poison(&self) -> Outcome {
+        if self.shared.session() == Session::Poisoned { Err(libc::EIO) } else { Ok(()) }
+    }
+
+    /// What must not fail has failed. Says so once; from now on every write and flush fails.
+    fn poison(&self, doing: &str, error: &std::io::Error) -> i32 {
+        if self.shared.poison() {
+            tracing::error!("{doing} failed: {error}; no write or flush will succeed any more, reads go on");
+        }
+        libc::EIO
+    }
+
+    fn count(&self, change: impl FnOnce(&mut Counters)) {
+        let mut counters = self.counters.get();
+        change(&mut counters);
+        self.counters.set(counters);
+    }
+
+    fn new_guid(&self) -> Uuid {
+        let guid = (self.guids.borrow_mut())();
+        assert!(!guid.is_nil(), "a GUID source gives no zeros");
+        guid
+    }
+}
+
+/// The `errno` of a host error; EIO where it has none.
+fn errno(error: &std::io::Error) -> i32 {
+    error.raw_os_error().unwrap_or(libc::EIO)
+}

@@ -1,0 +1,66 @@
+//! What a front needs from the loop that hosts it.
+//!
+//! The loop owns the ring, the request buffers and the mailboxes; the front decides. Calls never block and
+//! never call back into the front.
+
+use super::message::ToEngine;
+
+/// Names one piece of one request: its completion comes back under the same name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PieceId {
+    /// The request's tag.
+    pub tag: u16,
+    /// The piece's place in the tag's slot, below [`super::front::MAX_PIECES`].
+    pub piece: u8,
+}
+
+/// File I/O on the image, at most `u32::MAX` bytes; offsets and lengths are multiples of the logical sector.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileIo {
+    /// What to do.
+    pub op: FileOp,
+    /// Where in the image file, bytes.
+    pub file_offset: u64,
+    /// Where in the tag's buffer the data lies, bytes; meaningless for operations without data.
+    pub buffer_offset: u32,
+    /// How many bytes.
+    pub length: u32,
+}
+
+/// The kinds of file I/O. A completion reports bytes done or a negative `errno`; for the operations without
+/// data, 0 or a negative `errno`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FileOp {
+    /// Read into the tag's buffer.
+    Read,
+    /// Write from the tag's buffer.
+    Write {
+        /// Durable before it completes (`RWF_DSYNC`).
+        durable: bool,
+    },
+    /// Write zeros from a buffer of the loop's own; at most [`MAX_WRITE_ZEROS`] bytes.
+    WriteZeros,
+    /// `fallocate` ZERO_RANGE | KEEP_SIZE.
+    ZeroRange,
+    /// `fallocate` PUNCH_HOLE | KEEP_SIZE.
+    PunchHole,
+}
+
+/// Longest [`FileOp::WriteZeros`]: the size of the loop's one zero buffer.
+pub const MAX_WRITE_ZEROS: u32 = 1 << 20;
+
+/// The loop that hosts a front.
+pub trait Port {
+    /// Starts file I/O; its end comes back through [`super::front::Front::io_done`], exactly once.
+    fn submit(&mut self, piece: PieceId, io: FileIo);
+
+    /// Fills part of the tag's buffer with zeros. `true`: done on return. `false`: the end comes back through
+    /// [`super::front::Front::io_done`] like file I/O of `length` bytes.
+    fn fill_zero(&mut self, piece: PieceId, buffer_offset: u32, length: u32) -> bool;
+
+    /// Sends a message to the engine; there is always room.
+    fn send(&mut self, message: ToEngine);
+
+    /// Ends the request of `tag`: bytes done, 0, or a negative `errno`. Exactly once per request.
+    fn complete(&mut self, tag: u16, result: i32);
+}

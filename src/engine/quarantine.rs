@@ -1,0 +1,163 @@
+//! Space on its way from a block to the free map.
+//!
+//! Unmapped space may be used again only when (a) the entry that unmaps it is durable, or a power cut would
+//! bring the old mapping back onto another block's data; and (b) every front has answered a barrier sent after
+//! the unmapping, or a piece looked up earlier would still read or write there.
+
+use std::collections::VecDeque;
+
+use crate::image::Extent;
+
+/// The batches and their two conditions; see the module's head.
+#[derive(Debug, Default)]
+pub struct Quarantine {
+    fresh: Vec<Extent>,
+    batches: VecDeque<Batch>,
+    next_id: u64,
+    /// Fronts that still owe an answer to the outstanding barrier.
+    owed: usize,
+}
+
+#[derive(Debug)]
+struct Batch {
+    id: u64,
+    extents: Vec<Extent>,
+    durable: bool,
+    fence: Fence,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fence {
+    Wanted,
+    Sent,
+    Answered,
+}
+
+impl Quarantine {
+    /// A block has just lost `extent`.
+    pub fn add(&mut self, extent: Extent) {
+        self.fresh.push(extent);
+    }
+
+    /// The batch closed last, if any is still here.
+    pub fn newest_batch(&self) -> Option<u64> {
+        self.batches.back().map(|batch| batch.id)
+    }
+
+    /// Whether a batch closed no later than batch `id` is still here.
+    pub fn holds_batch_until(&self, id: u64) -> bool {
+        self.batches.iter().any(|batch| batch.id <= id)
+    }
+
+    /// The commit cycle closes its set: what was added until now becomes the batch whose unmappings it logs.
+    pub fn close_batch(&mut self) -> Option<u64> {
+        if self.fresh.is_empty() {
+            return None;
+        }
+        let id = self.next_id;
+        self.next_id += 1;
+        let extents = std::mem::take(&mut self.fresh);
+        self.batches.push_back(Batch { id, extents, durable: false, fence: Fence::Wanted });
+        Some(id)
+    }
+
+    /// The entries that unmap batch `id` are durable.
+    pub fn batch_durable(&mut self, id: u64) {
+        let batch = self.batches.iter_mut().find(|batch| batch.id == id).expect("the batch was closed");
+        batch.durable = true;
+    }
+
+    /// Whether a barrier shall go out to `fronts` fronts now: every batch that wants one shares it.
+    #[must_use]
+    pub fn start_barrier(&mut self, fronts: usize) -> bool {
+        if self.owed > 0 {
+            return false;
+        }
+        let answered = if fronts == 0 { Fence::Answered } else { Fence::Sent };
+        let mut wanted = false;
+        for batch in self.batches.iter_mut().filter(|batch| batch.fence == Fence::Wanted) {
+            batch.fence = answered;
+            wanted = true;
+        }
+        self.owed = if wanted { fronts } else { 0 };
+        wanted && fronts > 0
+    }
+
+    /// One front has answered the outstanding barrier.
+    pub fn barrier_answered(&mut self) {
+        assert!(self.owed > 0, "nobody owed an answer");
+        self.owed -= 1;
+        if self.owed == 0 {
+            for batch in self.batches.iter_mut().filter(|batch| batch.fence == Fence::Sent) {
+                batch.fence = Fence::Answered;
+            }
+        }
+    }
+
+    /// Takes out what may be used again, merged and in file order.
+    pub fn release(&mut self) -> Vec<Extent> {
+        let mut released = Vec::new();
+        self.batches.retain_mut(|batch| {
+            let free = batch.durable && batch.fence == Fence::Answered;
+            if free {
+                released.append(&mut batch.extents);
+            }
+            !free
+        });
+        merge(released)
+    }
+}
+
+fn merge(mut extents: Vec<Extent>) -> Vec<Extent> {
+    extents.sort_unstable();
+    let mut merged: Vec<Extent> = Vec::with_capacity(extents.len());
+    for extent in extents {
+        match merged.last_mut() {
+            Some(last) if last.end() == extent.offset => last.length += extent.length,
+            _ => merged.push(extent),
+        }
+    }
+    merged
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const A: Extent = Extent { offset: 4 << 20, length: 1 << 20 };
+    const B: Extent = Extent { offset: 5 << 20, length: 1 << 20 };
+
+    #[test]
+    fn space_leaves_only_when_durable_and_fenced() {
+        let mut quarantine = Quarantine::default();
+        quarantine.add(B);
+        quarantine.add(A);
+        let id = quarantine.close_batch().expect("two extents wait");
+        assert!(quarantine.start_barrier(2));
+        quarantine.batch_durable(id);
+        quarantine.barrier_answered();
+        assert!(quarantine.release().is_empty(), "one front has not answered");
+        quarantine.barrier_answered();
+        assert!(quarantine.holds_batch_until(id));
+        assert_eq!(quarantine.release(), [Extent { offset: A.offset, length: 2 << 20 }]);
+        assert_eq!(quarantine.newest_batch(), None);
+    }
+
+    #[test]
+    fn a_later_unmapping_waits_for_the_next_barrier() {
+        let mut quarantine = Quarantine::default();
+        quarantine.add(A);
+        let first = quarantine.close_batch().expect("one waits");
+        assert!(quarantine.start_barrier(1));
+        quarantine.add(B);
+        let second = quarantine.close_batch().expect("one waits");
+        assert!(!quarantine.start_barrier(1), "one barrier at a time");
+        quarantine.batch_durable(first);
+        quarantine.batch_durable(second);
+        quarantine.barrier_answered();
+        assert_eq!(quarantine.release(), [A], "B was unmapped after the barrier went out");
+        assert!(quarantine.start_barrier(1));
+        quarantine.barrier_answered();
+        assert_eq!(quarantine.release(), [B]);
+    }
+}

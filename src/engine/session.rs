@@ -1,0 +1,84 @@
+//! Opening the writable session, and activating the log in it.
+//!
+//! Both are lazy: an image that is opened for writing and not written stays as it is, byte for byte.
+
+use std::rc::Rc;
+
+use super::ring::Ring;
+use super::shared::Session;
+use super::{Engine, Outcome, errno};
+use crate::disk::{Buffer, Disk};
+use crate::format::MIB;
+use crate::format::log::NewEntry;
+
+impl<D: Disk + 'static> Engine<D> {
+    /// The first modification of any kind waits for this.
+    pub(super) async fn open_session(self: &Rc<Self>) -> Outcome {
+        let turn = self.session_turn.enter().await;
+        if self.shared.session() == Session::Idle {
+            let (file_write, data_write) = (self.new_guid(), self.new_guid());
+            self.update_headers(|header| {
+                header.file_write_guid = file_write;
+                header.data_write_guid = data_write;
+            })
+            .await?;
+            self.reserve_metadata().await?;
+            self.complete_last_unit().await?;
+            self.shared.open_session();
+        }
+        drop(turn);
+        self.check_poison()
+    }
+
+    /// Holes where metadata will be written are filled now: running out of space here fails one write, running
+    /// out of it while a page is applied would poison the device.
+    async fn reserve_metadata(self: &Rc<Self>) -> Outcome {
+        for extent in [self.layout.log, self.layout.bat, self.layout.metadata] {
+            self.disk.reserve(extent.offset, extent.length).await.map_err(|error| errno(&error))?;
+        }
+        Ok(())
+    }
+
+    /// A file that does not end on a 1 MiB border, or ends inside its last block, is grown to what its
+    /// structures need.
+    async fn complete_last_unit(self: &Rc<Self>) -> Outcome {
+        let needed = self.space.borrow().used_end().max(self.file_length.get().next_multiple_of(MIB));
+        if needed > self.file_length.get() { self.grow_to(needed).await } else { Ok(()) }
+    }
+
+    /// Before the first commit: an initial empty entry under a new LogGuid, durable before the headers name
+    /// it. The file never has a LogGuid without a valid entry.
+    pub(super) async fn activate_log(self: &Rc<Self>) -> Outcome {
+        if self.ring.borrow().is_some() {
+            return Ok(());
+        }
+        let guid = self.new_guid();
+        let entry = NewEntry {
+            sequence_number: 1,
+            tail: 0,
+            log_guid: guid,
+            flushed_file_offset: self.flushed_file_offset(),
+            last_file_offset: self.last_file_offset(),
+            changes: &[],
+        };
+        let bytes = Buffer::copy_of(&entry.encode());
+        if let Err(error) = self.disk.write(self.layout.log.offset, bytes).await {
+            return Err(self.poison("writing the first log entry", &error));
+        }
+        self.sync().await?;
+        self.update_headers(|header| header.log_guid = guid).await?;
+        let ring = Ring::after_initial_entry(guid, self.layout.log.offset, self.layout.log.length);
+        *self.ring.borrow_mut() = Some(ring);
+        Ok(())
+    }
+
+    /// A length that is stable already; replay refuses a file that is shorter.
+    pub(super) fn flushed_file_offset(&self) -> u64 {
+        self.stable_length.get() / MIB * MIB
+    }
+
+    /// The least length that holds everything, mappings about to be published included; replay restores it.
+    pub(super) fn last_file_offset(&self) -> u64 {
+        self.space.borrow().used_end().max(self.flushed_file_offset())
+    }
+}

@@ -1,0 +1,32 @@
+//! The one place that syncs the image file, and what a completed sync proves.
+
+use std::rc::Rc;
+
+use super::ring::Ring;
+use super::{Engine, Outcome};
+use crate::disk::Disk;
+
+impl<D: Disk + 'static> Engine<D> {
+    /// Makes everything that has completed so far durable. A failure poisons: a sync is never retried, since
+    /// the host may have dropped what it could not write.
+    pub(super) async fn sync(self: &Rc<Self>) -> Outcome {
+        self.check_poison()?;
+        let length = self.file_length.get();
+        let settling = std::mem::take(&mut *self.settling.borrow_mut());
+        let applied = self.ring.borrow().as_ref().and_then(Ring::newest_applied);
+        self.recycled_granted.set(false);
+        self.count(|counters| counters.syncs += 1);
+        if let Err(error) = self.disk.sync().await {
+            return Err(self.poison("syncing the image", &error));
+        }
+        self.check_poison()?;
+        self.stable_length.update(|stable| stable.max(length));
+        for extent in settling {
+            self.space.borrow_mut().free(extent, true);
+        }
+        if let (Some(ring), Some(round)) = (&mut *self.ring.borrow_mut(), applied) {
+            ring.settle(round);
+        }
+        Ok(())
+    }
+}

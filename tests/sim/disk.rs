@@ -1,0 +1,429 @@
+//! The simulated disk: what a file on a disk with a volatile cache may do.
+//!
+//! * An operation may take effect on the medium from the moment it is issued; it is seen by reads when it has
+//!   completed. The test chooses the order of completions.
+//! * A sync makes durable what had *completed before the sync was issued*; the rest stays at risk.
+//! * After a cut, the medium holds what was durable and any subset of what was at risk, sector by sector; of
+//!   two writes to one sector either may have come last if neither was durable. The length is any length the
+//!   file has passed through since the last sync, independently of the data.
+
+use std::cell::{Cell, RefCell};
+use std::future::poll_fn;
+use std::io;
+use std::ops::Range;
+use std::rc::Rc;
+use std::task::{Poll, Waker};
+
+use fastrand::Rng;
+use vhdx_ublk::disk::{Buffer, Disk};
+use vhdx_ublk::engine::port::PieceId;
+
+use super::store::Store;
+
+/// How a cut treats what was at risk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Profile {
+    /// P0: all of it is lost, or all of it is there.
+    NoneOrAll,
+    /// P1: whole writes are lost or there.
+    Writes,
+    /// P2: each sector of 512 bytes is lost or there.
+    Sectors512,
+    /// P3: each sector of 4096 bytes is lost or there.
+    Sectors4096,
+    /// P5: the length goes its own way, data as in P2.
+    Length,
+}
+
+impl Profile {
+    pub const ALL: [Self; 5] =
+        [Self::NoneOrAll, Self::Writes, Self::Sectors512, Self::Sectors4096, Self::Length];
+}
+
+/// Who waits for an operation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Owner {
+    Engine,
+    Front(usize, PieceId),
+}
+
+/// What an operation does.
+#[derive(Clone, Debug)]
+pub enum Effect {
+    Read { offset: u64, length: usize },
+    Write { offset: u64, bytes: Rc<Vec<u8>>, durable: bool },
+    Zero { offset: u64, length: u64 },
+    Resize(u64),
+    Sync,
+    /// Space only: no byte changes.
+    Nothing,
+}
+
+#[derive(Debug)]
+struct Op {
+    id: u64,
+    owner: Owner,
+    effect: Effect,
+    /// For a sync: everything that had completed when it was issued has a smaller number.
+    covers: u64,
+    /// Ends long after others: what was looked up before it may be gone by then.
+    slow: bool,
+}
+
+/// A change that is not durable yet.
+#[derive(Clone, Debug)]
+struct AtRisk {
+    op: u64,
+    /// Its place in the order of completions; none while in flight.
+    completed: Option<u64>,
+    effect: Effect,
+    /// Ranges that a later durable write has settled: this change can no longer come back there.
+    settled: Vec<Range<u64>>,
+}
+
+/// What the disk did, for the activation report.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Activity {
+    pub syncs: u64,
+    pub writes: u64,
+    pub resizes: u64,
+    pub durable_writes: u64,
+    pub zeroes: u64,
+}
+
+#[derive(Default)]
+struct State {
+    /// What reads see.
+    cache: Store,
+    /// What survives any cut.
+    durable: Store,
+    at_risk: Vec<AtRisk>,
+    in_flight: Vec<Op>,
+    completions: u64,
+    next_op: u64,
+    waiting: Vec<(u64, Waker)>,
+    results: Vec<(u64, io::Result<Buffer>)>,
+    activity: Activity,
+}
+
+/// A handle on the disk; clones share it.
+#[derive(Clone)]
+pub struct SimDisk {
+    state: Rc<RefCell<State>>,
+    /// Operations end at once: for opening an image outside the world's schedule.
+    immediate: Rc<Cell<bool>>,
+    can_punch: bool,
+    /// The medium writes no less than this at once, bytes.
+    sector_size: u32,
+}
+
+/// The end of an operation that a front waits for.
+pub struct FrontDone {
+    pub front: usize,
+    pub piece: PieceId,
+    pub result: i32,
+    /// What a read found.
+    pub bytes: Option<Vec<u8>>,
+}
+
+impl SimDisk {
+    /// A disk that holds `content`, all of it durable.
+    pub fn new(content: Store, immediate: bool, can_punch: bool, sector_size: u32) -> Self {
+        let state = State { cache: content.clone(), durable: content, ..State::default() };
+        Self { state: Rc::new(RefCell::new(state)), immediate: Rc::new(Cell::new(immediate)), can_punch, sector_size }
+    }
+
+    /// From now on operations wait for the world, or no longer do.
+    pub fn set_immediate(&self, immediate: bool) {
+        self.immediate.set(immediate);
+    }
+
+    /// What reads see now.
+    pub fn content(&self) -> Store {
+        self.state.borrow().cache.clone()
+    }
+
+    pub fn activity(&self) -> Activity {
+        self.state.borrow().activity
+    }
+
+    /// The places of the operations in flight that are slow, or that are not.
+    pub fn places(&self, slow: bool) -> Vec<usize> {
+        let state = self.state.borrow();
+        (0..state.in_flight.len()).filter(|&place| state.in_flight[place].slow == slow).collect()
+    }
+
+    /// Starts an operation.
+    pub fn issue(&self, owner: Owner, effect: Effect, slow: bool) -> u64 {
+        let mut state = self.state.borrow_mut();
+        let id = state.next_op;
+        state.next_op += 1;
+        let covers = state.completions;
+        if matches!(effect, Effect::Write { .. } | Effect::Zero { .. } | Effect::Resize(_)) {
+            state.at_risk.push(AtRisk { op: id, completed: None, effect: effect.clone(), settled: Vec::new() });
+        }
+        state.in_flight.push(Op { id, owner, effect, covers, slow });
+        id
+    }
+
+    /// Completes the `index`-th operation in flight. What a front waits for is returned; the engine is woken.
+    pub fn complete(&self, index: usize) -> Option<FrontDone> {
+        let mut state = self.state.borrow_mut();
+        let op = state.in_flight.remove(index);
+        let bytes = state.perform(&op);
+        match op.owner {
+            Owner::Front(front, piece) => {
+                let result = match &op.effect {
+                    Effect::Read { .. } => bytes.as_ref().map_or(0, Vec::len),
+                    Effect::Write { bytes, .. } => bytes.len(),
+                    _ => 0,
+                };
+                Some(FrontDone { front, piece, result: i32::try_from(result).expect("at most 1 MiB"), bytes })
+            }
+            Owner::Engine => {
+                let buffer = bytes.map_or_else(|| Buffer::zeroed(0), |bytes| Buffer::copy_of(&bytes));
+                state.results.push((op.id, Ok(buffer)));
+                if let Some(place) = state.waiting.iter().position(|(id, _)| *id == op.id) {
+                    state.waiting.swap_remove(place).1.wake();
+                }
+                None
+            }
+        }
+    }
+
+    /// One of the files that a power cut at this moment may leave.
+    pub fn cut(&self, profile: Profile, rng: &mut Rng) -> Store {
+        let state = self.state.borrow();
+        let lengths: Vec<u64> = std::iter::once(state.durable.length)
+            .chain(state.at_risk.iter().filter_map(|change| match change.effect {
+                Effect::Resize(length) => Some(length),
+                _ => None,
+            }))
+            .collect();
+        let profile = match profile {
+            Profile::Sectors512 | Profile::Length if self.sector_size == 4096 => Profile::Sectors4096,
+            other => other,
+        };
+        let all = rng.bool();
+        let keep_rate = rng.f64();
+        let length = match profile {
+            Profile::NoneOrAll => if all { *lengths.last().expect("never empty") } else { lengths[0] },
+            _ => lengths[rng.usize(..lengths.len())],
+        };
+        let mut store = state.durable.clone();
+        // Data that reached the medium under a longer length is there if that length is.
+        store.resize(store.length.max(length));
+        let mut order: Vec<&AtRisk> = state.at_risk.iter().collect();
+        if profile != Profile::NoneOrAll && rng.bool() {
+            rng.shuffle(&mut order);
+        }
+        for change in order {
+            persist(&mut store, &change.effect, profile, all, keep_rate, rng);
+            keep_settled(&mut store, &state.durable, &change.settled);
+        }
+        store.resize(length);
+        store
+    }
+
+    /// What a file system shows after the process has died and every operation in flight has landed or not.
+    #[allow(dead_code, reason = "used by tests of process death")]
+    pub fn kill(&self, rng: &mut Rng) -> Store {
+        let state = self.state.borrow();
+        let mut store = state.cache.clone();
+        for op in &state.in_flight {
+            if rng.bool() {
+                apply(&mut store, &op.effect);
+            }
+        }
+        store
+    }
+
+    async fn run(&self, effect: Effect) -> io::Result<Buffer> {
+        let id = self.issue(Owner::Engine, effect, false);
+        if self.immediate.get() {
+            let index = self.state.borrow().in_flight.iter().position(|op| op.id == id).expect("just issued");
+            self.complete(index);
+        }
+        poll_fn(|context| {
+            let mut state = self.state.borrow_mut();
+            if let Some(place) = state.results.iter().position(|(other, _)| *other == id) {
+                return Poll::Ready(state.results.swap_remove(place).1);
+            }
+            state.waiting.retain(|(other, _)| *other != id);
+            state.waiting.push((id, context.waker().clone()));
+            Poll::Pending
+        })
+        .await
+    }
+}
+
+impl State {
+    /// Lets a completed operation be seen; returns what a read found.
+    fn perform(&mut self, op: &Op) -> Option<Vec<u8>> {
+        self.completions += 1;
+        let number = self.completions;
+        match &op.effect {
+            Effect::Read { offset, length } => {
+                let mut bytes = vec![0; *length];
+                self.cache.read(*offset, &mut bytes);
+                if matches!(op.owner, Owner::Front(..)) {
+                    let left = usize::try_from(self.cache.length.saturating_sub(*offset)).unwrap_or(usize::MAX);
+                    bytes.truncate(left);
+                }
+                return Some(bytes);
+            }
+            Effect::Sync => {
+                self.activity.syncs += 1;
+                self.settle(|change| change.completed.is_some_and(|completed| completed <= op.covers));
+            }
+            Effect::Write { offset, bytes, durable } => {
+                apply(&mut self.cache, &op.effect);
+                self.activity.writes += 1;
+                if *durable {
+                    self.activity.durable_writes += 1;
+                    let length = self.cache.length;
+                    self.durable.resize(length.max(self.durable.length));
+                    self.settle(|change| change.op == op.id);
+                    let earlier = |change: &&mut AtRisk| change.completed.is_some_and(|completed| completed <= op.covers);
+                    for change in self.at_risk.iter_mut().filter(earlier) {
+                        change.settled.push(*offset..*offset + bytes.len() as u64);
+                    }
+                }
+            }
+            Effect::Zero { .. } => {
+                apply(&mut self.cache, &op.effect);
+                self.activity.zeroes += 1;
+            }
+            Effect::Resize(_) => {
+                apply(&mut self.cache, &op.effect);
+                self.activity.resizes += 1;
+            }
+            Effect::Nothing => {}
+        }
+        if let Some(change) = self.at_risk.iter_mut().find(|change| change.op == op.id) {
+            change.completed = Some(number);
+        }
+        None
+    }
+
+    /// Makes the changes that `covered` picks durable, in the order they completed.
+    fn settle(&mut self, covered: impl Fn(&AtRisk) -> bool) {
+        let (mut settled, left): (Vec<AtRisk>, Vec<AtRisk>) = self.at_risk.drain(..).partition(covered);
+        self.at_risk = left;
+        settled.sort_by_key(|change| change.completed);
+        for change in settled {
+            if change.settled.is_empty() {
+                apply(&mut self.durable, &change.effect);
+                continue;
+            }
+            let newer = self.durable.clone();
+            apply(&mut self.durable, &change.effect);
+            keep_settled(&mut self.durable, &newer, &change.settled);
+        }
+    }
+}
+
+fn apply(store: &mut Store, effect: &Effect) {
+    match effect {
+        Effect::Write { offset, bytes, .. } => store.write(*offset, bytes),
+        Effect::Zero { offset, length } => store.zero(*offset, *length),
+        Effect::Resize(length) => store.resize(*length),
+        Effect::Read { .. } | Effect::Sync | Effect::Nothing => {}
+    }
+}
+
+/// Puts back what a later durable write had settled before an older change came over it.
+fn keep_settled(store: &mut Store, durable: &Store, settled: &[Range<u64>]) {
+    for range in settled {
+        let mut bytes = vec![0; usize::try_from(range.end - range.start).expect("at most 1 MiB")];
+        durable.read(range.start, &mut bytes);
+        store.write(range.start, &bytes);
+    }
+}
+
+/// Lets a part of a change at risk reach the medium.
+fn persist(store: &mut Store, effect: &Effect, profile: Profile, all: bool, keep_rate: f64, rng: &mut Rng) {
+    let unit = match profile {
+        Profile::NoneOrAll => {
+            if all && !matches!(effect, Effect::Resize(_)) {
+                apply(store, effect);
+            }
+            return;
+        }
+        Profile::Writes => {
+            if rng.f64() < keep_rate && !matches!(effect, Effect::Resize(_)) {
+                apply(store, effect);
+            }
+            return;
+        }
+        Profile::Sectors4096 => 4096,
+        Profile::Sectors512 | Profile::Length => 512,
+    };
+    match effect {
+        Effect::Write { offset, bytes, .. } => {
+            for (index, sector) in bytes.chunks(unit).enumerate() {
+                if rng.f64() < keep_rate {
+                    store.write(offset + (index * unit) as u64, sector);
+                }
+            }
+        }
+        // Large and rare: in parts of 64 KiB.
+        Effect::Zero { offset, length } => {
+            let mut at = *offset;
+            while at < offset + length {
+                let part = (64 << 10).min(offset + length - at);
+                if rng.f64() < keep_rate {
+                    store.zero(at, part);
+                }
+                at += part;
+            }
+        }
+        Effect::Resize(_) | Effect::Read { .. } | Effect::Sync | Effect::Nothing => {}
+    }
+}
+
+impl Disk for SimDisk {
+    async fn read(&self, offset: u64, length: usize) -> io::Result<Buffer> {
+        self.run(Effect::Read { offset, length }).await
+    }
+
+    async fn write(&self, offset: u64, data: Buffer) -> io::Result<()> {
+        let length = self.state.borrow().cache.length;
+        assert!(offset + data.len() as u64 <= length, "a write past the end of the file, at {offset}");
+        let bytes = Rc::new(data.to_vec());
+        self.run(Effect::Write { offset, bytes, durable: false }).await.map(drop)
+    }
+
+    async fn sync(&self) -> io::Result<()> {
+        self.run(Effect::Sync).await.map(drop)
+    }
+
+    async fn len(&self) -> io::Result<u64> {
+        Ok(self.state.borrow().cache.length)
+    }
+
+    async fn grow(&self, length: u64) -> io::Result<()> {
+        assert!(length > self.state.borrow().cache.length, "growing to {length}");
+        self.run(Effect::Resize(length)).await.map(drop)
+    }
+
+    async fn truncate(&self, length: u64) -> io::Result<()> {
+        assert!(length < self.state.borrow().cache.length, "shortening to {length}");
+        self.run(Effect::Resize(length)).await.map(drop)
+    }
+
+    async fn reserve(&self, _offset: u64, _length: u64) -> io::Result<()> {
+        self.run(Effect::Nothing).await.map(drop)
+    }
+
+    async fn zero(&self, offset: u64, length: u64) -> io::Result<()> {
+        self.run(Effect::Zero { offset, length }).await.map(drop)
+    }
+
+    async fn punch(&self, offset: u64, length: u64) -> io::Result<bool> {
+        if !self.can_punch {
+            return Ok(false);
+        }
+        self.run(Effect::Zero { offset, length }).await.map(|_| true)
+    }
+}

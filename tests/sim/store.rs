@@ -1,0 +1,99 @@
+//! File content as sparse pages that clones share: a crash state costs what it differs by.
+
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+const PAGE: u64 = 4096;
+
+/// The bytes of a simulated file.
+#[derive(Clone, Default)]
+pub struct Store {
+    pages: BTreeMap<u64, Rc<[u8; PAGE as usize]>>,
+    pub length: u64,
+}
+
+impl Store {
+    /// Reads; what was never written, and what lies past the end, is zero.
+    pub fn read(&self, offset: u64, bytes: &mut [u8]) {
+        for (page, within, range) in pieces(offset, bytes.len()) {
+            match self.pages.get(&page) {
+                Some(data) => bytes[range.clone()].copy_from_slice(&data[within..within + range.len()]),
+                None => bytes[range].fill(0),
+            }
+        }
+        let past = usize::try_from(self.length.saturating_sub(offset)).unwrap_or(usize::MAX);
+        if past < bytes.len() {
+            bytes[past..].fill(0);
+        }
+    }
+
+    /// Writes; what lies past the end is dropped, as a file system drops it.
+    pub fn write(&mut self, offset: u64, bytes: &[u8]) {
+        let room = usize::try_from(self.length.saturating_sub(offset)).unwrap_or(usize::MAX);
+        let bytes = &bytes[..bytes.len().min(room)];
+        for (page, within, range) in pieces(offset, bytes.len()) {
+            if bytes[range.clone()].iter().all(|&byte| byte == 0) && !self.pages.contains_key(&page) {
+                continue;
+            }
+            let data = self.pages.entry(page).or_insert_with(|| Rc::new([0; PAGE as usize]));
+            Rc::make_mut(data)[within..within + range.len()].copy_from_slice(&bytes[range]);
+        }
+    }
+
+    /// Zeroes a range, whole pages cheaply.
+    pub fn zero(&mut self, offset: u64, length: u64) {
+        let end = offset + length;
+        let (first, last) = (offset.div_ceil(PAGE), end / PAGE);
+        if first >= last {
+            return self.write(offset, &vec![0; usize::try_from(length).expect("below two pages")]);
+        }
+        self.write(offset, &vec![0; usize::try_from(first * PAGE - offset).expect("below a page")]);
+        let whole: Vec<u64> = self.pages.range(first..last).map(|(page, _)| *page).collect();
+        for page in whole {
+            self.pages.remove(&page);
+        }
+        self.write(last * PAGE, &vec![0; usize::try_from(end - last * PAGE).expect("below a page")]);
+    }
+
+    /// Changes the length; bytes that come back after a shortening are zero.
+    pub fn resize(&mut self, length: u64) {
+        if length < self.length {
+            self.zero(length, self.length - length);
+            let beyond: Vec<u64> = self.pages.range(length.div_ceil(PAGE)..).map(|(page, _)| *page).collect();
+            for page in beyond {
+                self.pages.remove(&page);
+            }
+        }
+        self.length = length;
+    }
+
+    /// The whole file, for other programs to read.
+    #[allow(dead_code, reason = "not every test crate hands images to other programs")]
+    pub fn save(&self, path: &std::path::Path) -> std::io::Result<()> {
+        use std::os::unix::fs::FileExt;
+        let file = std::fs::File::create(path)?;
+        file.set_len(self.length)?;
+        for (page, data) in &self.pages {
+            let offset = page * PAGE;
+            let length = usize::try_from((self.length - offset).min(PAGE)).expect("a page");
+            file.write_all_at(&data[..length], offset)?;
+        }
+        Ok(())
+    }
+}
+
+/// Splits a range at page borders: (page, offset in it, range of the caller's bytes).
+fn pieces(offset: u64, length: usize) -> impl Iterator<Item = (u64, usize, std::ops::Range<usize>)> {
+    let mut done = 0;
+    std::iter::from_fn(move || {
+        if done == length {
+            return None;
+        }
+        let at = offset + done as u64;
+        let within = usize::try_from(at % PAGE).expect("below a page");
+        let count = (length - done).min(PAGE as usize - within);
+        let range = done..done + count;
+        done += count;
+        Some((at / PAGE, within, range))
+    })
+}

@@ -1,0 +1,521 @@
+//! One device in one thread: a guest, fronts, the engine, the disk. Every message delivery, every completion
+//! and every wake-up is chosen by the seed.
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use fastrand::Rng;
+use uuid::Uuid;
+use vhdx_ublk::engine::front::{Front, Op, Request};
+use vhdx_ublk::engine::message::{ToEngine, ToFront};
+use vhdx_ublk::engine::port::{FileIo, FileOp, PieceId, Port};
+use vhdx_ublk::engine::shared::Shared;
+use vhdx_ublk::engine::{Counters, Engine, Fronts};
+use vhdx_ublk::format::bat::PayloadState;
+use vhdx_ublk::image::{FoundLog, Image, InitialState, Mode, NewImage};
+
+use super::disk::{Effect, FrontDone, Owner, Profile, SimDisk};
+use super::oracle::{Oracle, Value, WATCHED, decode, stamp};
+use super::store::Store;
+use super::tasks::{SimTasks, block_on};
+
+/// The shape of a run.
+#[derive(Clone, Debug)]
+pub struct Config {
+    pub image: NewImage,
+    pub fronts: usize,
+    pub depth: u16,
+    pub can_punch: bool,
+    /// Requests per life; a life ends with a cut or a clean close.
+    pub requests: usize,
+    /// The blocks that requests go to: a window at either side of a chunk border, or anything.
+    pub blocks: Vec<u64>,
+}
+
+impl Config {
+    /// An oracle that knows an empty disk of this shape.
+    pub fn oracle(&self) -> Oracle {
+        Oracle::new(u64::from(self.image.block_size / self.image.logical_sector_size))
+    }
+
+    /// A small dynamic disk with 512-byte sectors.
+    pub fn small() -> Self {
+        Self {
+            image: NewImage {
+                virtual_size: (6 << 20) + 4096,
+                fixed: false,
+                block_size: 1 << 20,
+                log_length: 1 << 20,
+                logical_sector_size: 512,
+                physical_sector_size: 4096,
+                initial_state: InitialState::NotPresent,
+            },
+            fronts: 2,
+            depth: 4,
+            can_punch: true,
+            requests: 120,
+            blocks: (0..7).collect(),
+        }
+    }
+}
+
+struct Inbox(RefCell<Vec<VecDeque<ToFront>>>);
+
+impl Fronts for Inbox {
+    fn send(&self, front: usize, message: ToFront) {
+        self.0.borrow_mut()[front].push_back(message);
+    }
+
+    fn count(&self) -> usize {
+        self.0.borrow().len()
+    }
+}
+
+struct Active {
+    request: Request,
+    value: Value,
+    issued: u64,
+    /// For a read: what each sector could hold when it was issued.
+    readable: Vec<Vec<Value>>,
+}
+
+struct Host {
+    front: Front,
+    to_engine: VecDeque<ToEngine>,
+    buffers: Vec<Vec<u8>>,
+    active: Vec<Option<Active>>,
+    completed: Vec<(u16, i32)>,
+}
+
+struct SimPort<'a> {
+    index: usize,
+    disk: &'a SimDisk,
+    rng: &'a mut Rng,
+    to_engine: &'a mut VecDeque<ToEngine>,
+    buffers: &'a mut [Vec<u8>],
+    completed: &'a mut Vec<(u16, i32)>,
+}
+
+impl Port for SimPort<'_> {
+    fn submit(&mut self, piece: PieceId, io: FileIo) {
+        let (offset, length) = (io.file_offset, io.length as usize);
+        let effect = match io.op {
+            FileOp::Read => Effect::Read { offset, length },
+            FileOp::Write { durable } => {
+                let from = io.buffer_offset as usize;
+                let bytes = self.buffers[usize::from(piece.tag)][from..from + length].to_vec();
+                Effect::Write { offset, bytes: Rc::new(bytes), durable }
+            }
+            FileOp::WriteZeros => Effect::Write { offset, bytes: Rc::new(vec![0; length]), durable: false },
+            FileOp::ZeroRange | FileOp::PunchHole => Effect::Zero { offset, length: length as u64 },
+        };
+        let slow = self.rng.u32(..6) == 0;
+        self.disk.issue(Owner::Front(self.index, piece), effect, slow);
+    }
+
+    fn fill_zero(&mut self, piece: PieceId, buffer_offset: u32, length: u32) -> bool {
+        let from = buffer_offset as usize;
+        self.buffers[usize::from(piece.tag)][from..from + length as usize].fill(0);
+        true
+    }
+
+    fn send(&mut self, message: ToEngine) {
+        self.to_engine.push_back(message);
+    }
+
+    fn complete(&mut self, tag: u16, result: i32) {
+        self.completed.push((tag, result));
+    }
+}
+
+/// What a run has exercised; a knob that never moved fails the test that looks at this.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Activation {
+    pub lives: u64,
+    pub clean_closes: u64,
+    pub states: u64,
+    pub replays: u64,
+    pub counters: Counters,
+    pub syncs: u64,
+    pub durable_writes: u64,
+}
+
+impl Activation {
+    fn add(&mut self, counters: Counters) {
+        let sum = &mut self.counters;
+        sum.syncs += counters.syncs;
+        sum.commits += counters.commits;
+        sum.entries += counters.entries;
+        sum.pages += counters.pages;
+        sum.grants += counters.grants;
+        sum.recycled_grants += counters.recycled_grants;
+        sum.grows += counters.grows;
+        sum.unmapped += counters.unmapped;
+        sum.released += counters.released;
+        sum.barriers += counters.barriers;
+    }
+}
+
+pub struct World {
+    pub config: Config,
+    rng: Rng,
+    disk: SimDisk,
+    tasks: Rc<SimTasks>,
+    inbox: Rc<Inbox>,
+    engine: Rc<Engine<SimDisk>>,
+    hosts: Vec<Host>,
+    pub oracle: Oracle,
+    issued: usize,
+    pub activation: Activation,
+    trace: u64,
+}
+
+/// GUIDs from the run's own randomness.
+fn guids(rng: &mut Rng) -> impl FnMut() -> Uuid + 'static {
+    let mut rng = rng.fork();
+    move || Uuid::from_u128(rng.u128(1..))
+}
+
+/// A new image as `config` wants it.
+pub fn new_image(config: &Config, rng: &mut Rng) -> Store {
+    let disk = SimDisk::new(Store::default(), true, config.can_punch, config.image.logical_sector_size);
+    block_on(config.image.write(&disk, guids(rng))).expect("the configuration is legal");
+    disk.content()
+}
+
+impl World {
+    /// A world that opens the image in `content` for writing.
+    pub fn open(config: Config, content: Store, oracle: Oracle, mut rng: Rng) -> Self {
+        let disk = SimDisk::new(content, true, config.can_punch, config.image.logical_sector_size);
+        let mut guids = guids(&mut rng);
+        let image = block_on(Image::open(&disk, Mode::Writable, &mut guids)).expect("the image opens");
+        disk.set_immediate(false);
+        let tasks = Rc::new(SimTasks::default());
+        let inbox = Rc::new(Inbox(RefCell::new(vec![VecDeque::new(); config.fronts])));
+        let engine = Engine::new(image, disk.clone(), tasks.clone(), inbox.clone(), Box::new(guids));
+        let engine = engine.expect("the image is writable");
+        let hosts = (0..config.fronts).map(|_| Host::new(engine.shared().clone(), config.depth)).collect();
+        let activation = Activation::default();
+        Self { config, rng, disk, tasks, inbox, engine, hosts, oracle, issued: 0, activation, trace: 0 }
+    }
+
+    /// Everything that was decided so far, as one number.
+    pub fn trace(&self) -> u64 {
+        self.trace
+    }
+
+    /// Takes one random step; `false` when nothing is left to do.
+    pub fn step(&mut self) -> bool {
+        let tasks = self.tasks.ready();
+        let (ops, slow) = (self.disk.places(false), self.disk.places(true));
+        let to_front: Vec<usize> =
+            (0..self.hosts.len()).filter(|&index| !self.inbox.0.borrow()[index].is_empty()).collect();
+        let to_engine: Vec<usize> =
+            (0..self.hosts.len()).filter(|&index| !self.hosts[index].to_engine.is_empty()).collect();
+        let new = usize::from(self.issued < self.config.requests && self.idle_tag().is_some());
+        // A slow operation ends now and then, and when there is nothing else to do.
+        let rest = tasks + ops.len() + to_front.len() + to_engine.len() + new;
+        let late = if !slow.is_empty() && (rest == 0 || self.rng.u32(..200) == 0) { slow.len() } else { 0 };
+        let weights = [tasks * 3, ops.len() * 2, to_front.len() * 3, to_engine.len() * 3, new * 2, late * 5];
+        let total: usize = weights.iter().sum();
+        if total == 0 {
+            return false;
+        }
+        let mut pick = self.rng.usize(..total);
+        let kind = weights.iter().position(|&weight| {
+            let here = pick < weight;
+            pick = pick.wrapping_sub(if here { 0 } else { weight });
+            here
+        });
+        self.trace = self.trace.wrapping_mul(0x100_0000_01b3) ^ (pick as u64) ^ ((kind.unwrap_or(9) as u64) << 32);
+        match kind.expect("below the total") {
+            0 => self.tasks.run(pick / 3),
+            1 => self.complete_op(ops[pick / 2]),
+            5 => self.complete_op(slow[pick / 5]),
+            2 => self.deliver_to_front(to_front[pick / 3]),
+            3 => self.deliver_to_engine(to_engine[pick / 3]),
+            _ => self.new_request(),
+        }
+        true
+    }
+
+    /// Steps until nothing is left to do.
+    pub fn drain(&mut self) {
+        let mut steps = 0_u64;
+        while self.step() {
+            steps += 1;
+            assert!(steps < 10_000_000, "the world does not come to rest");
+        }
+        for host in &self.hosts {
+            assert!(host.front.is_idle(), "a request was never completed");
+        }
+    }
+
+    /// Closes the image cleanly and returns the file.
+    pub fn close(&mut self) -> Store {
+        self.config.requests = 0;
+        self.drain();
+        let engine = self.engine.clone();
+        let closed = self.tasks.start(async move { engine.close().await });
+        self.drain();
+        assert_eq!(closed.borrow_mut().take(), Some(Ok(())), "the image closes");
+        self.activation.clean_closes += 1;
+        self.disk.content()
+    }
+
+    /// What this life has exercised.
+    pub fn finish(&mut self) -> Activation {
+        let mut activation = std::mem::take(&mut self.activation);
+        activation.lives += 1;
+        activation.add(self.engine.counters());
+        activation.syncs += self.disk.activity().syncs;
+        activation.durable_writes += self.disk.activity().durable_writes;
+        activation
+    }
+
+    /// Counters of the engine so far.
+    pub fn counters(&self) -> Counters {
+        self.engine.counters()
+    }
+
+    /// Cuts the power `count` times at this moment, recovers each file and checks it; returns one of them with
+    /// the oracle that has seen it.
+    pub fn cut(&mut self, count: usize) -> Option<(Store, Oracle)> {
+        let mut chosen = None;
+        for _ in 0..count {
+            let profile = Profile::ALL[self.rng.usize(..Profile::ALL.len())];
+            let content = self.disk.cut(profile, &mut self.rng);
+            let mut oracle = self.oracle.clone();
+            let recovered = check_recovery(&self.config, &content, &mut oracle, &mut self.rng, &mut self.activation);
+            self.activation.states += 1;
+            match recovered {
+                Ok(recovered) => chosen = Some((recovered, oracle)),
+                Err(why) => panic!("after a cut with profile {profile:?}: {why}"),
+            }
+        }
+        chosen
+    }
+
+    /// A file that a cut at this moment may leave, for other programs to judge.
+    #[allow(dead_code, reason = "used where other programs judge")]
+    pub fn cut_file(&mut self) -> Store {
+        let profile = Profile::ALL[self.rng.usize(..Profile::ALL.len())];
+        self.disk.cut(profile, &mut self.rng)
+    }
+
+    /// Starts a request of the caller's own on an idle tag, and returns it.
+    pub fn request(&mut self, op: Op, offset: u64, length: u64) {
+        let (host, tag) = self.idle_tag().expect("a tag is idle");
+        self.start(host, tag, Request { op, offset, length });
+    }
+
+    fn idle_tag(&self) -> Option<(usize, u16)> {
+        let mut idle = Vec::new();
+        for (index, host) in self.hosts.iter().enumerate() {
+            for (tag, active) in host.active.iter().enumerate() {
+                if active.is_none() {
+                    idle.push((index, u16::try_from(tag).expect("small")));
+                }
+            }
+        }
+        (!idle.is_empty()).then(|| idle[self.issued.wrapping_mul(7) % idle.len()])
+    }
+
+    fn new_request(&mut self) {
+        let (host, tag) = self.idle_tag().expect("checked by the caller");
+        self.issued += 1;
+        for _ in 0..20 {
+            let request = self.random_request();
+            if !self.overlaps(&request) {
+                return self.start(host, tag, request);
+            }
+        }
+    }
+
+    fn random_request(&mut self) -> Request {
+        let sector = u64::from(self.config.image.logical_sector_size);
+        let block_size = u64::from(self.config.image.block_size);
+        let size = self.config.image.virtual_size;
+        let block = self.config.blocks[self.rng.usize(..self.config.blocks.len())];
+        let start = block * block_size;
+        let block_end = (start + block_size).min(size);
+        let sectors_in_block = (block_end - start) / sector;
+        let places = [0, sectors_in_block / 2, sectors_in_block.saturating_sub(WATCHED)];
+        let place = start + (places[self.rng.usize(..3)] + self.rng.u64(..WATCHED.min(sectors_in_block))) * sector;
+        let place = place.min(block_end - sector);
+        let (offset, length) = match self.rng.u32(..40) {
+            0 => (start, block_end - start),
+            1..5 => (start, sector),
+            5..9 => (block_end - sector, sector),
+            9..13 if start > 0 => (start - 2 * sector, 4 * sector),
+            13..17 => (place, 32 << 10),
+            _ => (place, self.rng.u64(1..16) * sector),
+        };
+        let length = length.min(size - offset).min(1 << 20);
+        let op = match self.rng.u32(..20) {
+            0..10 => Op::Write { durable: self.rng.u32(..6) == 0 },
+            10..13 => Op::Read,
+            13..16 => return Request { op: Op::Flush, offset: 0, length: 0 },
+            16..18 => Op::Discard,
+            _ => Op::WriteZeroes { keep_space: self.rng.bool() },
+        };
+        match op {
+            // Whole blocks, and several of them, are what unmapping is about.
+            Op::Discard | Op::WriteZeroes { .. } if self.rng.bool() => {
+                let blocks = self.rng.u64(1..4);
+                Request { op, offset: start, length: (blocks * block_size).min(size - start) }
+            }
+            _ => Request { op, offset, length },
+        }
+    }
+
+    /// A guest does not change sectors that another change of its own is on its way to; but it may discard
+    /// them, and get either.
+    fn overlaps(&self, request: &Request) -> bool {
+        let changes = |op: Op| !matches!(op, Op::Read | Op::Flush);
+        self.hosts.iter().flat_map(|host| host.active.iter().flatten()).any(|active| {
+            let other = &active.request;
+            changes(other.op)
+                && changes(request.op)
+                && !(matches!(other.op, Op::Write { .. }) && request.op == Op::Discard)
+                && request.offset < other.offset + other.length
+                && other.offset < request.offset + request.length
+        })
+    }
+
+    fn start(&mut self, index: usize, tag: u16, request: Request) {
+        let sector = u64::from(self.config.image.logical_sector_size);
+        let (first, count) = (request.offset / sector, request.length / sector);
+        let (mut value, mut readable) = (0, Vec::new());
+        let issued = self.oracle.now();
+        match request.op {
+            Op::Write { .. } => {
+                value = self.oracle.new_id();
+                self.oracle.issue(first, count, value, true);
+                let buffer = &mut self.hosts[index].buffers[usize::from(tag)];
+                buffer.resize(usize::try_from(request.length).expect("at most 1 MiB"), 0);
+                for (number, bytes) in (first..).zip(buffer.chunks_mut(usize::try_from(sector).expect("small"))) {
+                    stamp(number, value, bytes);
+                }
+            }
+            Op::Read => {
+                let length = usize::try_from(request.length).expect("at most 1 MiB");
+                self.hosts[index].buffers[usize::from(tag)] = vec![0xee; length];
+                readable = (first..first + count).map(|number| self.oracle.readable(number)).collect();
+            }
+            Op::Discard => self.oracle.issue(first, count, 0, false),
+            Op::WriteZeroes { .. } => self.oracle.issue(first, count, 0, true),
+            Op::Flush => {}
+        }
+        self.hosts[index].active[usize::from(tag)] = Some(Active { request, value, issued, readable });
+        self.with_front(index, |front, port| front.start(tag, request, port));
+    }
+
+    fn complete_op(&mut self, index: usize) {
+        let Some(FrontDone { front, piece, result, bytes }) = self.disk.complete(index) else { return };
+        if let Some(bytes) = bytes {
+            // The piece knows its place; the buffer is filled where the request's cursor was.
+            let place = self.hosts[front].front.buffer_place(piece);
+            self.hosts[front].buffers[usize::from(piece.tag)][place..place + bytes.len()].copy_from_slice(&bytes);
+        }
+        self.with_front(front, |front, port| front.io_done(piece, result, port));
+    }
+
+    fn deliver_to_front(&mut self, index: usize) {
+        let message = self.inbox.0.borrow_mut()[index].pop_front().expect("checked by the caller");
+        self.with_front(index, |front, port| front.receive(message, port));
+    }
+
+    fn deliver_to_engine(&mut self, index: usize) {
+        let message = self.hosts[index].to_engine.pop_front().expect("checked by the caller");
+        self.engine.receive(index, message);
+    }
+
+    fn with_front(&mut self, index: usize, act: impl FnOnce(&mut Front, &mut SimPort<'_>)) {
+        let host = &mut self.hosts[index];
+        let mut port = SimPort {
+            index,
+            disk: &self.disk,
+            rng: &mut self.rng,
+            to_engine: &mut host.to_engine,
+            buffers: &mut host.buffers,
+            completed: &mut host.completed,
+        };
+        act(&mut host.front, &mut port);
+        assert!(host.to_engine.len() <= usize::from(self.config.depth) + 2, "the mailbox has room by design");
+        assert!(self.inbox.0.borrow()[index].len() <= usize::from(self.config.depth) + 2);
+        for (tag, result) in std::mem::take(&mut self.hosts[index].completed) {
+            self.acknowledge(index, tag, result);
+        }
+    }
+
+    fn acknowledge(&mut self, index: usize, tag: u16, result: i32) {
+        let sector = u64::from(self.config.image.logical_sector_size);
+        let active = self.hosts[index].active[usize::from(tag)].take();
+        let Active { request, value, issued, readable } = active.expect("a request is completed once");
+        let (first, count) = (request.offset / sector, request.length / sector);
+        assert!(result >= 0, "{request:?} failed with {result} and nothing was injected");
+        match request.op {
+            Op::Write { durable } => self.oracle.acknowledge(first, count, value, durable),
+            Op::Discard | Op::WriteZeroes { .. } => self.oracle.acknowledge(first, count, 0, false),
+            Op::Flush => self.oracle.flushed(issued),
+            Op::Read => {
+                let buffer = &self.hosts[index].buffers[usize::from(tag)];
+                let sectors = buffer.chunks(usize::try_from(sector).expect("small")).zip(readable);
+                for (number, (bytes, readable)) in (first..).zip(sectors) {
+                    let found = decode(number, bytes).unwrap_or_else(|why| panic!("a read found: {why}"));
+                    let legal = !self.oracle.watches(number) || readable.contains(&found) || self.oracle.changed_to(number, found, issued);
+                    assert!(legal, "a read found: {}", self.oracle.explain(number, found));
+                }
+            }
+        }
+    }
+}
+
+impl Host {
+    fn new(shared: Arc<Shared>, depth: u16) -> Self {
+        Self {
+            front: Front::new(shared, depth),
+            to_engine: VecDeque::new(),
+            buffers: vec![Vec::new(); usize::from(depth)],
+            active: (0..depth).map(|_| None).collect(),
+            completed: Vec::new(),
+        }
+    }
+}
+
+/// Opens `content` as the next process would and compares every sector with the oracle, which afterwards knows
+/// what was found. Returns the recovered file.
+pub fn check_recovery(
+    config: &Config, content: &Store, oracle: &mut Oracle, rng: &mut Rng, activation: &mut Activation,
+) -> Result<Store, String> {
+    let disk = SimDisk::new(content.clone(), true, config.can_punch, config.image.logical_sector_size);
+    let image = block_on(Image::open(&disk, Mode::Writable, guids(rng))).map_err(|error| error.to_string())?;
+    if image.found_log == FoundLog::Virgin {
+        return Err("the headers name a log that has no entry: others call that corrupt".into());
+    }
+    activation.replays += u64::from(image.found_log != FoundLog::Clean);
+    let recovered = disk.content();
+    let touched: Vec<u64> = oracle.touched().collect();
+    for sector in touched {
+        let found = read_sector(&image, &recovered, sector, config.image.logical_sector_size)?;
+        if !oracle.may_survive(sector, found) {
+            return Err(oracle.explain(sector, found));
+        }
+        oracle.collapse(sector, found);
+    }
+    Ok(recovered)
+}
+
+fn read_sector(image: &Image, content: &Store, number: u64, sector_size: u32) -> Result<Value, String> {
+    let geometry = image.map.geometry();
+    let offset = number * u64::from(sector_size);
+    let entry = image.map.load(geometry.block_of_offset(offset)).entry;
+    let mut bytes = vec![0; sector_size as usize];
+    if entry.payload_state() == Some(PayloadState::FullyPresent) {
+        content.read(entry.offset() + geometry.offset_in_block(offset), &mut bytes);
+    }
+    decode(number, &bytes)
+}
