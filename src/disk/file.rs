@@ -13,8 +13,10 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::statvfs::fstatvfs;
+use nix::unistd::{Whence, lseek};
 
 use super::ring::{DirectAlignment, direct_alignment};
 use super::{Access, Buffer, lock};
@@ -35,6 +37,23 @@ pub struct ImageFile {
     access: Access,
     device: u64,
     inode: u64,
+}
+
+/// Where the next stored bytes lie, at `offset` or behind it; nothing if the rest of the file is a hole.
+/// A host that does not know where its holes are says `offset`.
+///
+/// # Errors
+///
+/// What the operating system says.
+pub fn next_data(file: &File, offset: u64) -> io::Result<Option<u64>> {
+    let from = i64::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
+    // Every other access to the file names its offset: the position this moves means nothing.
+    match lseek(file, from, Whence::SeekData) {
+        Ok(found) => Ok(Some(u64::try_from(found).map_err(|_| io::ErrorKind::InvalidData)?)),
+        Err(Errno::ENXIO) => Ok(None),
+        Err(Errno::EINVAL | Errno::EOPNOTSUPP) => Ok(Some(offset)),
+        Err(errno) => Err(errno.into()),
+    }
 }
 
 /// How the payload of an image reaches its file.
@@ -170,6 +189,15 @@ impl ImageFile {
     /// What the operating system says.
     pub fn length(&self) -> io::Result<u64> {
         Ok(self.file.metadata()?.len())
+    }
+
+    /// As [`next_data`], of this file.
+    ///
+    /// # Errors
+    ///
+    /// What the operating system says.
+    pub fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
+        next_data(&self.file, offset)
     }
 
     /// The space the file takes on its host, in bytes: less than its length when it has holes.

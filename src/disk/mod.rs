@@ -19,7 +19,7 @@ mod ring;
 mod uring;
 
 pub use buffer::{Buffer, PAGE_BYTES};
-pub use file::{HostRoom, ImageFile, PayloadIo};
+pub use file::{HostRoom, ImageFile, PayloadIo, next_data};
 pub use lock::Access;
 pub use reactor::Reactor;
 pub use ring::Ring;
@@ -39,8 +39,12 @@ pub trait Disk {
     /// Makes everything that completed before this call durable, the file's length included.
     async fn sync(&self) -> io::Result<()>;
 
+    /// Where the next bytes lie that the host has stored, at `offset` or behind it; from `offset` to there the
+    /// file is a hole and reads as zero. Nothing if there are none. Hosts that do not know say `offset`.
+    async fn next_data(&self, offset: u64) -> io::Result<Option<u64>>;
+
     /// The file's length in bytes.
-    async fn len(&self) -> io::Result<u64>;
+    async fn length(&self) -> io::Result<u64>;
 
     /// Extends the file to `length` bytes; the new bytes read as zero. Never shortens.
     async fn grow(&self, length: u64) -> io::Result<()>;

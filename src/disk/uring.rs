@@ -202,7 +202,11 @@ impl Disk for UringDisk {
         self.ring.sync_data(self.file.clone()).await.0.map(drop)
     }
 
-    async fn len(&self) -> io::Result<u64> {
+    async fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
+        self.file.next_data(offset)
+    }
+
+    async fn length(&self) -> io::Result<u64> {
         self.fresh_length()
     }
 
@@ -491,7 +495,7 @@ mod tests {
         bench.reactor.block_on(async {
             disk.grow(4 * PAGE).await.expect("room");
             disk.grow(2 * PAGE).await.expect("nothing to do");
-            assert_eq!(disk.len().await.expect("open"), 4 * PAGE);
+            assert_eq!(disk.length().await.expect("open"), 4 * PAGE);
             disk.write(3 * PAGE, pages(9, 1)).await.expect("inside now");
             disk.truncate(2 * PAGE).await.expect("shorter");
             disk.write(2 * PAGE, pages(9, 1)).await.expect_err("outside again");
@@ -522,7 +526,7 @@ mod tests {
                 assert!(read[..zeroes.start].iter().chain(&read[zeroes.end..]).all(|&byte| byte == 7));
                 disk.zero(LENGTH as u64 - PAGE, 1 << 20).await.expect("the rest lies behind the end");
                 disk.zero(1 << 40, PAGE).await.expect("all of it lies behind the end");
-                assert_eq!(disk.len().await.expect("open"), LENGTH as u64);
+                assert_eq!(disk.length().await.expect("open"), LENGTH as u64);
                 if !helped {
                     assert_eq!(disk.counters().writes, 1 + 12 + 1, "one per MiB");
                 }
@@ -544,7 +548,7 @@ mod tests {
             let inside = if punched { 0 } else { 7 };
             assert!(read[PAGE_BYTES..129 * PAGE_BYTES].iter().all(|&byte| byte == inside));
             assert!(read[129 * PAGE_BYTES..].iter().all(|&byte| byte == 7));
-            assert_eq!(disk.len().await.expect("open"), LENGTH as u64);
+            assert_eq!(disk.length().await.expect("open"), LENGTH as u64);
             let after = disk.file().host_bytes().expect("open");
             assert!(if punched { after < before } else { after == before }, "{punched}: {before} to {after}");
             disk.can_punch.set(false);
@@ -567,7 +571,7 @@ mod tests {
             }
             let read = disk.read(0, 1 << 20).await.expect("readable");
             assert!(read[..PAGE_BYTES].iter().all(|&byte| byte == 7) && read[PAGE_BYTES] == 0);
-            assert_eq!(disk.len().await.expect("open"), 1 << 20);
+            assert_eq!(disk.length().await.expect("open"), 1 << 20);
         });
     }
 

@@ -23,7 +23,7 @@ impl<D: Disk + 'static> Engine<D> {
             Session::Open => self.close_session().await,
             Session::Poisoned => Err(libc::EIO),
         };
-        let ended = Promise::new();
+        let ended = Promise::default();
         *self.closing.borrow_mut() = Some(ended.clone());
         self.commit_bell.ring();
         ended.wait().await;

@@ -35,7 +35,7 @@ struct PageCopy {
 impl<D: Disk + 'static> Engine<D> {
     /// Makes everything acknowledged before this call durable.
     pub(super) async fn flush(self: &Rc<Self>) -> Outcome {
-        let done = Promise::new();
+        let done = Promise::default();
         self.flush_waiters.borrow_mut().push(done.clone());
         self.commit_bell.ring();
         done.wait().await
@@ -55,7 +55,9 @@ impl<D: Disk + 'static> Engine<D> {
     /// Runs cycles whenever somebody waits for one or one is due, until the engine closes.
     pub(super) async fn commit_loop(self: Rc<Self>) {
         loop {
-            while !self.flush_waiters.borrow().is_empty() || (self.cycle_is_due() && self.check_poison().is_ok()) {
+            while !self.flush_waiters.borrow().is_empty()
+                || (self.cycle_is_due() && self.check_poison().is_ok())
+            {
                 self.cycle().await;
             }
             if let Some(ended) = &*self.closing.borrow() {
@@ -163,7 +165,7 @@ impl<D: Disk + 'static> Engine<D> {
     }
 
     fn start_applying(self: &Rc<Self>, round: Round) {
-        let done = Promise::new();
+        let done = Promise::default();
         *self.applied.borrow_mut() = done.clone();
         self.start(|engine| async move { done.keep(engine.apply(&round).await) });
     }

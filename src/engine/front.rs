@@ -211,7 +211,9 @@ impl Front {
             return Err(libc::EIO);
         }
         match request.op {
-            Op::Write { .. } | Op::Discard | Op::WriteZeroes { .. } if self.shared.read_only => Err(libc::EROFS),
+            Op::Write { .. } | Op::Discard | Op::WriteZeroes { .. } if self.shared.read_only => {
+                Err(libc::EROFS)
+            }
             _ => Ok(()),
         }
     }
@@ -272,7 +274,8 @@ impl Front {
             return Step::Again;
         }
         let buffer_offset = self.buffer_offset(tag);
-        let id = self.claim_piece(tag, FileIo { op: FileOp::Read, file_offset: 0, buffer_offset, length: run.length });
+        let id = self
+            .claim_piece(tag, FileIo { op: FileOp::Read, file_offset: 0, buffer_offset, length: run.length });
         if port.fill_zero(id, buffer_offset, run.length) {
             self.release_piece(id);
         }
@@ -425,7 +428,8 @@ impl Front {
             return None;
         }
         let first = slot.cursor / geometry.block_size();
-        let past = if end == geometry.virtual_size() { geometry.block_count() } else { end / geometry.block_size() };
+        let past =
+            if end == geometry.virtual_size() { geometry.block_count() } else { end / geometry.block_size() };
         if past <= first {
             return None;
         }
@@ -495,7 +499,11 @@ impl Front {
     fn judge(&self, piece: Piece, result: i32) -> Verdict {
         let rest = piece.rest;
         if result == -libc::EAGAIN || result == -libc::EINTR {
-            return if piece.retries < MAX_RETRIES { Verdict::Continue(rest) } else { Verdict::Failed(-result) };
+            return if piece.retries < MAX_RETRIES {
+                Verdict::Continue(rest)
+            } else {
+                Verdict::Failed(-result)
+            };
         }
         match rest.op {
             FileOp::PunchHole | FileOp::ZeroRange => self.judge_fallocate(piece, result),

@@ -98,15 +98,17 @@ impl<T> Clone for Promise<T> {
     }
 }
 
-impl<T: Clone> Promise<T> {
+impl<T> Default for Promise<T> {
     /// A promise not yet kept.
-    pub fn new() -> Self {
+    fn default() -> Self {
         Self(Rc::new(PromiseState { value: RefCell::new(None), waiting: RefCell::default() }))
     }
+}
 
+impl<T: Clone> Promise<T> {
     /// A promise kept from the start.
     pub fn kept(value: T) -> Self {
-        let promise = Self::new();
+        let promise = Self::default();
         promise.keep(value);
         promise
     }
@@ -120,12 +122,12 @@ impl<T: Clone> Promise<T> {
 
     /// Waits for the value.
     pub async fn wait(&self) -> T {
-        poll_fn(|context| match &*self.0.value.borrow() {
-            Some(value) => Poll::Ready(value.clone()),
-            None => {
-                self.0.waiting.borrow_mut().push(context.waker().clone());
-                Poll::Pending
+        poll_fn(|context| {
+            if let Some(value) = &*self.0.value.borrow() {
+                return Poll::Ready(value.clone());
             }
+            self.0.waiting.borrow_mut().push(context.waker().clone());
+            Poll::Pending
         })
         .await
     }

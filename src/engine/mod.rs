@@ -139,7 +139,11 @@ impl<D: Disk + 'static> Engine<D> {
     /// # Panics
     /// If the image was opened read-only.
     pub fn new(
-        image: Image, disk: D, tasks: Rc<dyn Spawn>, fronts: Rc<dyn Fronts>, guids: GuidSource,
+        image: Image,
+        disk: D,
+        tasks: Rc<dyn Spawn>,
+        fronts: Rc<dyn Fronts>,
+        guids: GuidSource,
     ) -> Result<Rc<Self>> {
         assert!(image.overlay.is_none(), "a writable image has its log replayed in place");
         image.check_writable()?;

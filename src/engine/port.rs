@@ -40,9 +40,9 @@ pub enum FileOp {
     },
     /// Write zeros from a buffer of the loop's own; at most [`MAX_WRITE_ZEROS`] bytes.
     WriteZeros,
-    /// `fallocate` ZERO_RANGE | KEEP_SIZE.
+    /// `fallocate` with `ZERO_RANGE | KEEP_SIZE`.
     ZeroRange,
-    /// `fallocate` PUNCH_HOLE | KEEP_SIZE.
+    /// `fallocate` with `PUNCH_HOLE | KEEP_SIZE`.
     PunchHole,
 }
 

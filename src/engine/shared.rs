@@ -71,22 +71,22 @@ impl Shared {
         self.session.swap(POISONED, Ordering::AcqRel) != POISONED
     }
 
-    /// Whether the host is believed to take ZERO_RANGE.
+    /// Whether the host is believed to take `ZERO_RANGE`.
     pub fn can_zero_range(&self) -> bool {
         self.can_zero_range.load(Ordering::Relaxed)
     }
 
-    /// The host has refused ZERO_RANGE: zeros are written from now on.
+    /// The host has refused `ZERO_RANGE`: zeros are written from now on.
     pub fn forget_zero_range(&self) {
         self.can_zero_range.store(false, Ordering::Relaxed);
     }
 
-    /// Whether the host is believed to take PUNCH_HOLE.
+    /// Whether the host is believed to take `PUNCH_HOLE`.
     pub fn can_punch(&self) -> bool {
         self.can_punch.load(Ordering::Relaxed)
     }
 
-    /// The host has refused PUNCH_HOLE.
+    /// The host has refused `PUNCH_HOLE`.
     pub fn forget_punch(&self) {
         self.can_punch.store(false, Ordering::Relaxed);
     }

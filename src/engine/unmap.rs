@@ -33,7 +33,10 @@ impl<D: Disk + 'static> Engine<D> {
     }
 
     async fn change_each(
-        self: &Rc<Self>, first: u64, count: u64, to_zero: impl Fn(&Self, BatEntry) -> bool,
+        self: &Rc<Self>,
+        first: u64,
+        count: u64,
+        to_zero: impl Fn(&Self, BatEntry) -> bool,
     ) -> Outcome {
         for block in first..first + count {
             let change = async {

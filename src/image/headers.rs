@@ -28,9 +28,9 @@ impl Headers {
     pub fn new(current: &Current) -> Result<Self> {
         if current.header.sequence_number.checked_add(SEQUENCE_ROOM).is_none() {
             let message = format!("sequence number {} leaves no room", current.header.sequence_number);
-            return Err(Error::corrupt("header", message).at(OFFSETS[current.slot]).remedy(
-                "open the image read-only and copy it",
-            ));
+            return Err(Error::corrupt("header", message)
+                .at(OFFSETS[current.slot])
+                .remedy("open the image read-only and copy it"));
         }
         Ok(Self { current: current.header.clone(), slot: current.slot })
     }

@@ -65,7 +65,9 @@ impl<'a, D: Disk> Log<'a, D> {
                 "the file has {file_length} bytes, its newest log entry was written when it had {}",
                 newest.flushed_file_offset
             );
-            return Err(Error::new(Kind::Truncated, message).in_structure("log").remedy("restore the whole file"));
+            return Err(Error::new(Kind::Truncated, message)
+                .in_structure("log")
+                .remedy("restore the whole file"));
         }
         Ok(LogState::Dirty(active))
     }

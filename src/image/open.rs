@@ -106,7 +106,11 @@ impl Image {
     }
 
     async fn open_replayed<D: Disk>(
-        disk: &D, creator: String, header: Current, found_log: FoundLog, overlay: Option<Overlay>,
+        disk: &D,
+        creator: String,
+        header: Current,
+        found_log: FoundLog,
+        overlay: Option<Overlay>,
     ) -> Result<Self> {
         let file = View { disk, overlay: overlay.as_ref() };
         let length = match &overlay {
@@ -147,9 +151,12 @@ impl Image {
     /// Unsupported if the image has no log, or a log too short to be written.
     pub fn check_writable(&self) -> Result<()> {
         if self.layout.log.length == 0 {
-            return Err(Error::new(Kind::Unsupported, "the image has no log, which every change must go through")
-                .in_structure("header")
-                .remedy("open it read-only, or convert it"));
+            return Err(Error::new(
+                Kind::Unsupported,
+                "the image has no log, which every change must go through",
+            )
+            .in_structure("header")
+            .remedy("open it read-only, or convert it"));
         }
         Headers::new(&self.header).map(|_| ())
     }
@@ -184,8 +191,20 @@ impl<D: Disk> View<'_, D> {
     }
 }
 
+impl<D: Disk> View<'_, D> {
+    /// The first page at `offset` or behind it that may hold anything but zeros.
+    async fn next_stored(&self, offset: u64) -> Result<Option<u64>> {
+        if self.overlay.is_some() {
+            return Ok(Some(offset));
+        }
+        let found = self.disk.next_data(offset).await;
+        let found = found.map_err(|error| Error::io("looking for holes", error).at(offset))?;
+        Ok(found.map(|found| found - found % PAGE_BYTES as u64))
+    }
+}
+
 async fn file_length<D: Disk>(disk: &D) -> Result<u64> {
-    disk.len().await.map_err(|error| Error::io("asking for the file's length", error))
+    disk.length().await.map_err(|error| Error::io("asking for the file's length", error))
 }
 
 async fn read_headers<D: Disk>(file: &View<'_, D>) -> Result<Current> {
@@ -204,9 +223,10 @@ fn check_log_place(header: &Current, file_length: u64) -> Result<()> {
 
 fn truncated(structure: &'static str, offset: u64, end: u64, file_length: u64) -> Error {
     let message = format!("ends at byte {end}, the file has only {file_length} bytes");
-    Error::new(Kind::Truncated, message).in_structure(structure).at(offset).remedy(
-        "the file was cut short: copy it again from its source",
-    )
+    Error::new(Kind::Truncated, message)
+        .in_structure(structure)
+        .at(offset)
+        .remedy("the file was cut short: copy it again from its source")
 }
 
 async fn read_regions<D: Disk>(file: &View<'_, D>, file_length: u64) -> Result<CurrentTable> {
@@ -243,7 +263,10 @@ async fn read_metadata<D: Disk>(file: &View<'_, D>, region: Region) -> Result<Me
 const BAT_CHUNK_BYTES: u64 = 1 << 20;
 
 async fn read_bat<D: Disk>(
-    file: &View<'_, D>, geometry: Geometry, layout: &Layout, space: &mut Space,
+    file: &View<'_, D>,
+    geometry: Geometry,
+    layout: &Layout,
+    space: &mut Space,
 ) -> Result<BlockMap> {
     if geometry.bat_length() > layout.bat.length {
         let message = format!("has {} bytes, the disk needs {}", layout.bat.length, geometry.bat_length());
@@ -251,7 +274,12 @@ async fn read_bat<D: Disk>(
     }
     let map = BlockMap::empty(geometry);
     let mut done = 0;
-    while done < geometry.bat_length() {
+    while let Some(next) = file.next_stored(layout.bat.offset + done).await? {
+        // What lies between is a hole: slots that are all zero, as the map has them already.
+        done = next - layout.bat.offset;
+        if done >= geometry.bat_length() {
+            break;
+        }
         let length = (geometry.bat_length() - done).min(BAT_CHUNK_BYTES).next_multiple_of(PAGE_BYTES as u64);
         let length = usize::try_from(length).expect("at most 1 MiB");
         let bytes = file.read("BAT", layout.bat.offset + done, length).await?;
@@ -279,13 +307,15 @@ fn take_entry(entry: BatEntry, slot: u64, map: &BlockMap, file_length: u64, spac
     };
     if let Some(extent) = extent {
         if extent.offset >= file_length {
-            let message = format!("slot {slot} names byte {}, the file has {file_length} bytes", extent.offset);
+            let message =
+                format!("slot {slot} names byte {}, the file has {file_length} bytes", extent.offset);
             return Err(Error::new(Kind::Truncated, message)
                 .in_structure("BAT")
                 .remedy("the file was cut short: copy it again from its source"));
         }
         space.occupy(extent, "payload block").map_err(|error| {
-            Error::corrupt("BAT", format!("slot {slot}: {error}")).remedy(error.remedy_text().unwrap_or_default())
+            Error::corrupt("BAT", format!("slot {slot}: {error}"))
+                .remedy(error.remedy_text().unwrap_or_default())
         })?;
     }
     map.restore(slot, entry);
@@ -320,14 +350,18 @@ fn checked_bitmap(entry: BatEntry, slot: u64) -> Result<Option<Extent>> {
 
 /// A log that was replayed in memory must not change payload: that is read from the file directly.
 fn check_overlay(overlay: &Overlay, space: &Space, layout: &Layout, regions: &CurrentTable) -> Result<()> {
-    let metadata: Vec<Extent> = regions.table.entries().iter().copied().map(extent_of).chain([layout.log]).collect();
+    let metadata: Vec<Extent> =
+        regions.table.entries().iter().copied().map(extent_of).chain([layout.log]).collect();
     for range in overlay.ranges().filter(|range| range.end > crate::format::HEADER_SECTION) {
         let inside = metadata.iter().any(|extent| extent.offset <= range.start && range.end <= extent.end());
         if !inside && space.is_used(range.start.max(crate::format::HEADER_SECTION)..range.end) {
-            return Err(Error::new(Kind::Unsupported, "the log changes payload, which is not replayed in memory")
-                .in_structure("log")
-                .at(range.start)
-                .remedy("open the image for writing once, which replays the log in place"));
+            return Err(Error::new(
+                Kind::Unsupported,
+                "the log changes payload, which is not replayed in memory",
+            )
+            .in_structure("log")
+            .at(range.start)
+            .remedy("open the image for writing once, which replays the log in place"));
         }
     }
     Ok(())

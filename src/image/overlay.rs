@@ -5,8 +5,8 @@
 
 use std::collections::BTreeMap;
 
-use crate::format::{MIB, PAGE};
 use crate::format::log::Change;
+use crate::format::{MIB, PAGE};
 
 /// Pages and zeros that lie over the file.
 #[derive(Debug, Default)]

@@ -18,7 +18,12 @@ use crate::format::log::{Change, Entry};
 ///
 /// # Errors
 /// I/O errors, and an entry that changed since the scan.
-pub async fn in_memory<D: Disk>(disk: &D, header: &Header, positions: &[u32], file_length: u64) -> Result<Overlay> {
+pub async fn in_memory<D: Disk>(
+    disk: &D,
+    header: &Header,
+    positions: &[u32],
+    file_length: u64,
+) -> Result<Overlay> {
     let log = Log::new(disk, header);
     let mut overlay = Overlay::new(file_length);
     let mut last_file_offset = 0;
@@ -37,7 +42,10 @@ pub async fn in_memory<D: Disk>(disk: &D, header: &Header, positions: &[u32], fi
 /// # Errors
 /// I/O errors, no space, and an entry that changed since the scan. The image can be opened again afterwards.
 pub async fn in_place<D: Disk>(
-    disk: &D, headers: &mut Headers, positions: &[u32], file_write_guid: uuid::Uuid,
+    disk: &D,
+    headers: &mut Headers,
+    positions: &[u32],
+    file_write_guid: uuid::Uuid,
 ) -> Result<()> {
     update(disk, headers, |header| header.file_write_guid = file_write_guid).await?;
     let header = headers.current().clone();
@@ -76,7 +84,9 @@ async fn apply<D: Disk>(disk: &D, entry: &Entry, length: &mut u64) -> Result<()>
 async fn reach<D: Disk>(disk: &D, length: &mut u64, needed: u64) -> Result<()> {
     if needed > *length {
         let result = disk.grow(needed).await;
-        result.map_err(|error| Error::io(format!("extending the file to {needed} bytes for the log replay"), error))?;
+        result.map_err(|error| {
+            Error::io(format!("extending the file to {needed} bytes for the log replay"), error)
+        })?;
         *length = needed;
     }
     Ok(())
@@ -107,5 +117,5 @@ async fn sync<D: Disk>(disk: &D) -> Result<()> {
 }
 
 async fn length_of<D: Disk>(disk: &D) -> Result<u64> {
-    disk.len().await.map_err(|error| Error::io("asking for the file's length", error))
+    disk.length().await.map_err(|error| Error::io("asking for the file's length", error))
 }

@@ -30,7 +30,10 @@ impl Extent {
     }
 
     fn units(&self) -> std::ops::Range<u64> {
-        assert!(self.offset.is_multiple_of(MIB) && self.length.is_multiple_of(MIB), "{self:?} is not whole MiB");
+        assert!(
+            self.offset.is_multiple_of(MIB) && self.length.is_multiple_of(MIB),
+            "{self:?} is not whole MiB"
+        );
         self.offset / MIB..self.end() / MIB
     }
 }
@@ -57,6 +60,9 @@ pub struct Space {
 
 impl Space {
     /// A file of `file_length` bytes in which only the header section is used.
+    ///
+    /// # Errors
+    /// Unsupported if the file is longer than [`MAX_FILE_BYTES`].
     pub fn new(file_length: u64) -> Result<Self> {
         if file_length > MAX_FILE_BYTES {
             let message = format!("the file is {file_length} bytes long, this program maps {MAX_FILE_BYTES}");
@@ -68,7 +74,10 @@ impl Space {
         Ok(space)
     }
 
-    /// Marks `extent` as used by `what`; an error if any of it is used already or lies past the map's limit.
+    /// Marks `extent` as used by `what`.
+    ///
+    /// # Errors
+    /// Corrupt if any of it is used already, is not on 1 MiB borders, or lies past the map's limit.
     pub fn occupy(&mut self, extent: Extent, what: &'static str) -> Result<()> {
         if !extent.offset.is_multiple_of(MIB) || !extent.length.is_multiple_of(MIB) {
             return Err(Error::corrupt(what, "is not on 1 MiB borders").at(extent.offset));
@@ -231,7 +240,11 @@ mod tests {
         space.occupy(extent(1, 3), "region").expect("free");
         assert_eq!(space.take(2 * MIB), Some(Grant { extent: extent(4, 2), recycled: true }));
         space.extend(12 * MIB);
-        assert_eq!(space.take(4 * MIB), Some(Grant { extent: extent(6, 4), recycled: true }), "half of it is old");
+        assert_eq!(
+            space.take(4 * MIB),
+            Some(Grant { extent: extent(6, 4), recycled: true }),
+            "half of it is old"
+        );
         assert_eq!(space.take(2 * MIB), Some(Grant { extent: extent(10, 2), recycled: false }));
         assert_eq!(space.take(MIB), None);
         space.free(extent(4, 2), true);

@@ -50,9 +50,19 @@ pub enum Owner {
 /// What an operation does.
 #[derive(Clone, Debug)]
 pub enum Effect {
-    Read { offset: u64, length: usize },
-    Write { offset: u64, bytes: Rc<Vec<u8>>, durable: bool },
-    Zero { offset: u64, length: u64 },
+    Read {
+        offset: u64,
+        length: usize,
+    },
+    Write {
+        offset: u64,
+        bytes: Rc<Vec<u8>>,
+        durable: bool,
+    },
+    Zero {
+        offset: u64,
+        length: u64,
+    },
     Resize(u64),
     Sync,
     /// Space only: no byte changes.
@@ -130,7 +140,12 @@ impl SimDisk {
     /// A disk that holds `content`, all of it durable.
     pub fn new(content: Store, immediate: bool, can_punch: bool, sector_size: u32) -> Self {
         let state = State { cache: content.clone(), durable: content, ..State::default() };
-        Self { state: Rc::new(RefCell::new(state)), immediate: Rc::new(Cell::new(immediate)), can_punch, sector_size }
+        Self {
+            state: Rc::new(RefCell::new(state)),
+            immediate: Rc::new(Cell::new(immediate)),
+            can_punch,
+            sector_size,
+        }
     }
 
     /// From now on operations wait for the world, or no longer do.
@@ -160,7 +175,12 @@ impl SimDisk {
         state.next_op += 1;
         let covers = state.completions;
         if matches!(effect, Effect::Write { .. } | Effect::Zero { .. } | Effect::Resize(_)) {
-            state.at_risk.push(AtRisk { op: id, completed: None, effect: effect.clone(), settled: Vec::new() });
+            state.at_risk.push(AtRisk {
+                op: id,
+                completed: None,
+                effect: effect.clone(),
+                settled: Vec::new(),
+            });
         }
         state.in_flight.push(Op { id, owner, effect, covers, slow });
         id
@@ -207,7 +227,13 @@ impl SimDisk {
         let all = rng.bool();
         let keep_rate = rng.f64();
         let length = match profile {
-            Profile::NoneOrAll => if all { *lengths.last().expect("never empty") } else { lengths[0] },
+            Profile::NoneOrAll => {
+                if all {
+                    *lengths.last().expect("never empty")
+                } else {
+                    lengths[0]
+                }
+            }
             _ => lengths[rng.usize(..lengths.len())],
         };
         let mut store = state.durable.clone();
@@ -226,7 +252,6 @@ impl SimDisk {
     }
 
     /// What a file system shows after the process has died and every operation in flight has landed or not.
-    #[allow(dead_code, reason = "used by tests of process death")]
     pub fn kill(&self, rng: &mut Rng) -> Store {
         let state = self.state.borrow();
         let mut store = state.cache.clone();
@@ -267,7 +292,8 @@ impl State {
                 let mut bytes = vec![0; *length];
                 self.cache.read(*offset, &mut bytes);
                 if matches!(op.owner, Owner::Front(..)) {
-                    let left = usize::try_from(self.cache.length.saturating_sub(*offset)).unwrap_or(usize::MAX);
+                    let left =
+                        usize::try_from(self.cache.length.saturating_sub(*offset)).unwrap_or(usize::MAX);
                     bytes.truncate(left);
                 }
                 return Some(bytes);
@@ -284,7 +310,9 @@ impl State {
                     let length = self.cache.length;
                     self.durable.resize(length.max(self.durable.length));
                     self.settle(|change| change.op == op.id);
-                    let earlier = |change: &&mut AtRisk| change.completed.is_some_and(|completed| completed <= op.covers);
+                    let earlier = |change: &&mut AtRisk| {
+                        change.completed.is_some_and(|completed| completed <= op.covers)
+                    };
                     for change in self.at_risk.iter_mut().filter(earlier) {
                         change.settled.push(*offset..*offset + bytes.len() as u64);
                     }
@@ -398,7 +426,11 @@ impl Disk for SimDisk {
         self.run(Effect::Sync).await.map(drop)
     }
 
-    async fn len(&self) -> io::Result<u64> {
+    async fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
+        Ok(Some(offset))
+    }
+
+    async fn length(&self) -> io::Result<u64> {
         Ok(self.state.borrow().cache.length)
     }
 

@@ -79,7 +79,8 @@ impl Oracle {
         let now = self.tick();
         for sector in self.watched(first, count) {
             let history = self.sectors.get_mut(&sector).expect("issued before");
-            let place = history.iter().rposition(|entry| entry.value == value && entry.acknowledged.is_none());
+            let place =
+                history.iter().rposition(|entry| entry.value == value && entry.acknowledged.is_none());
             history[place.expect("issued before")].acknowledged = Some(now);
             if durable {
                 history.drain(..place.expect("issued before"));

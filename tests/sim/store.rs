@@ -4,11 +4,12 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 
 const PAGE: u64 = 4096;
+const PAGE_BYTES: usize = 4096;
 
 /// The bytes of a simulated file.
 #[derive(Clone, Default)]
 pub struct Store {
-    pages: BTreeMap<u64, Rc<[u8; PAGE as usize]>>,
+    pages: BTreeMap<u64, Rc<[u8; PAGE_BYTES]>>,
     pub length: u64,
 }
 
@@ -35,7 +36,7 @@ impl Store {
             if bytes[range.clone()].iter().all(|&byte| byte == 0) && !self.pages.contains_key(&page) {
                 continue;
             }
-            let data = self.pages.entry(page).or_insert_with(|| Rc::new([0; PAGE as usize]));
+            let data = self.pages.entry(page).or_insert_with(|| Rc::new([0; PAGE_BYTES]));
             Rc::make_mut(data)[within..within + range.len()].copy_from_slice(&bytes[range]);
         }
     }
@@ -68,7 +69,6 @@ impl Store {
     }
 
     /// The whole file, for other programs to read.
-    #[allow(dead_code, reason = "not every test crate hands images to other programs")]
     pub fn save(&self, path: &std::path::Path) -> std::io::Result<()> {
         use std::os::unix::fs::FileExt;
         let file = std::fs::File::create(path)?;
@@ -91,7 +91,7 @@ fn pieces(offset: u64, length: usize) -> impl Iterator<Item = (u64, usize, std::
         }
         let at = offset + done as u64;
         let within = usize::try_from(at % PAGE).expect("below a page");
-        let count = (length - done).min(PAGE as usize - within);
+        let count = (length - done).min(PAGE_BYTES - within);
         let range = done..done + count;
         done += count;
         Some((at / PAGE, within, range))

@@ -229,7 +229,8 @@ impl World {
             pick = pick.wrapping_sub(if here { 0 } else { weight });
             here
         });
-        self.trace = self.trace.wrapping_mul(0x100_0000_01b3) ^ (pick as u64) ^ ((kind.unwrap_or(9) as u64) << 32);
+        self.trace =
+            self.trace.wrapping_mul(0x100_0000_01b3) ^ (pick as u64) ^ ((kind.unwrap_or(9) as u64) << 32);
         match kind.expect("below the total") {
             0 => self.tasks.run(pick / 3),
             1 => self.complete_op(ops[pick / 2]),
@@ -288,7 +289,8 @@ impl World {
             let profile = Profile::ALL[self.rng.usize(..Profile::ALL.len())];
             let content = self.disk.cut(profile, &mut self.rng);
             let mut oracle = self.oracle.clone();
-            let recovered = check_recovery(&self.config, &content, &mut oracle, &mut self.rng, &mut self.activation);
+            let recovered =
+                check_recovery(&self.config, &content, &mut oracle, &mut self.rng, &mut self.activation);
             self.activation.states += 1;
             match recovered {
                 Ok(recovered) => chosen = Some((recovered, oracle)),
@@ -299,7 +301,6 @@ impl World {
     }
 
     /// A file that a cut at this moment may leave, for other programs to judge.
-    #[allow(dead_code, reason = "used where other programs judge")]
     pub fn cut_file(&mut self) -> Store {
         let profile = Profile::ALL[self.rng.usize(..Profile::ALL.len())];
         self.disk.cut(profile, &mut self.rng)
@@ -343,7 +344,8 @@ impl World {
         let block_end = (start + block_size).min(size);
         let sectors_in_block = (block_end - start) / sector;
         let places = [0, sectors_in_block / 2, sectors_in_block.saturating_sub(WATCHED)];
-        let place = start + (places[self.rng.usize(..3)] + self.rng.u64(..WATCHED.min(sectors_in_block))) * sector;
+        let place =
+            start + (places[self.rng.usize(..3)] + self.rng.u64(..WATCHED.min(sectors_in_block))) * sector;
         let place = place.min(block_end - sector);
         let (offset, length) = match self.rng.u32(..40) {
             0 => (start, block_end - start),
@@ -396,7 +398,9 @@ impl World {
                 self.oracle.issue(first, count, value, true);
                 let buffer = &mut self.hosts[index].buffers[usize::from(tag)];
                 buffer.resize(usize::try_from(request.length).expect("at most 1 MiB"), 0);
-                for (number, bytes) in (first..).zip(buffer.chunks_mut(usize::try_from(sector).expect("small"))) {
+                for (number, bytes) in
+                    (first..).zip(buffer.chunks_mut(usize::try_from(sector).expect("small")))
+                {
                     stamp(number, value, bytes);
                 }
             }
@@ -418,7 +422,8 @@ impl World {
         if let Some(bytes) = bytes {
             // The piece knows its place; the buffer is filled where the request's cursor was.
             let place = self.hosts[front].front.buffer_place(piece);
-            self.hosts[front].buffers[usize::from(piece.tag)][place..place + bytes.len()].copy_from_slice(&bytes);
+            self.hosts[front].buffers[usize::from(piece.tag)][place..place + bytes.len()]
+                .copy_from_slice(&bytes);
         }
         self.with_front(front, |front, port| front.io_done(piece, result, port));
     }
@@ -466,7 +471,9 @@ impl World {
                 let sectors = buffer.chunks(usize::try_from(sector).expect("small")).zip(readable);
                 for (number, (bytes, readable)) in (first..).zip(sectors) {
                     let found = decode(number, bytes).unwrap_or_else(|why| panic!("a read found: {why}"));
-                    let legal = !self.oracle.watches(number) || readable.contains(&found) || self.oracle.changed_to(number, found, issued);
+                    let legal = !self.oracle.watches(number)
+                        || readable.contains(&found)
+                        || self.oracle.changed_to(number, found, issued);
                     assert!(legal, "a read found: {}", self.oracle.explain(number, found));
                 }
             }
@@ -489,10 +496,15 @@ impl Host {
 /// Opens `content` as the next process would and compares every sector with the oracle, which afterwards knows
 /// what was found. Returns the recovered file.
 pub fn check_recovery(
-    config: &Config, content: &Store, oracle: &mut Oracle, rng: &mut Rng, activation: &mut Activation,
+    config: &Config,
+    content: &Store,
+    oracle: &mut Oracle,
+    rng: &mut Rng,
+    activation: &mut Activation,
 ) -> Result<Store, String> {
     let disk = SimDisk::new(content.clone(), true, config.can_punch, config.image.logical_sector_size);
-    let image = block_on(Image::open(&disk, Mode::Writable, guids(rng))).map_err(|error| error.to_string())?;
+    let image =
+        block_on(Image::open(&disk, Mode::Writable, guids(rng))).map_err(|error| error.to_string())?;
     if image.found_log == FoundLog::Virgin {
         return Err("the headers name a log that has no entry: others call that corrupt".into());
     }
