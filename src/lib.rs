@@ -10,6 +10,7 @@
 //! * [`device`]: ublk: control commands, queue loops, the daemon's life cycle;
 //! * `cli`: one file per command.
 
+pub mod device;
 pub mod disk;
 pub mod engine;
 pub mod error;

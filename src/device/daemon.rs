@@ -1,0 +1,425 @@
+//! A device's life: made, started, served, taken down.
+//!
+//! Order of the way up: device → entry → engine → queues → parameters → start → node. Order of the way down:
+//! stop (while the queues serve: file systems are written back) → queues drained → engine closed (the image
+//! is clean now) → queues over → device deleted → entry removed.
+//!
+//! Invariants:
+//!
+//! * a failure on the way up takes the same way down, from wherever it happened;
+//! * the image is closed only when no request can be under way. When the kernel does not stop the device, or
+//!   a queue has failed, the process ends without closing: the image is left as after a crash, which opening
+//!   it repairs;
+//! * termination signals are blocked in every thread and taken by one, so that no call is interrupted.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{SigSet, Signal};
+use serde::{Deserialize, Serialize};
+
+use super::control::{Control, DeviceInfo, NewDevice};
+use super::features;
+use super::mailbox::{EngineEnds, FrontEnds, mailboxes};
+use super::options::{Options, Parameters};
+use super::queue::{Queue, QueueSetup, Report};
+use super::registry::{Entry, FileId, ProcessId, Registry};
+use super::ring::RingSetup;
+use crate::engine::front::Front;
+use crate::engine::shared::Shared;
+use crate::error::{Error, Kind, Result};
+
+/// How long the queues may take to be ready: only a hang, or a machine that starves, comes near it.
+const READY_DEADLINE: Duration = Duration::from_secs(30);
+
+/// How long a queue may take to drain once the kernel has stopped the device: nothing is left to wait for.
+const DRAIN_DEADLINE: Duration = Duration::from_secs(30);
+
+/// How long a device node may take to appear: at once in devtmpfs, later where something else makes it.
+const NODE_DEADLINE: Duration = Duration::from_secs(5);
+
+/// How long to wait for a deleted device's number to be free.
+const NUMBER_DEADLINE: Duration = Duration::from_secs(2);
+
+/// How often something without a notification of its own is looked at.
+pub(super) const POLL_INTERVAL: Duration = Duration::from_millis(10);
+
+/// An opened image, ready to be served.
+pub struct Served {
+    /// Where it is: absolute, without symbolic links.
+    pub path: PathBuf,
+    /// The one open file description that carries the lock; all rings use it.
+    pub image: Arc<File>,
+    /// What the fronts and the engine share.
+    pub shared: Arc<Shared>,
+    /// The disk as the kernel shall see it.
+    pub parameters: Parameters,
+}
+
+/// The engine of a device, once started. It is dropped without [`EngineHandle::close`] only when the process is
+/// about to end: dropping it must not wait.
+pub trait EngineHandle {
+    /// Closes the image and waits for the engine's end. The fronts are idle, and still answer barriers.
+    ///
+    /// # Errors
+    ///
+    /// When the image could not be left clean.
+    fn close(self) -> Result<()>;
+}
+
+/// A device that is served.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ready {
+    /// The N of `/dev/ublkbN`.
+    pub id: u32,
+    /// `/dev/ublkbN`.
+    pub device: PathBuf,
+    /// Where warnings go from now on, if the daemon has detached from its terminal.
+    pub log: PathBuf,
+}
+
+/// What the device's thread waits for.
+enum Event {
+    Signal(Signal),
+    Queue(u16, Report),
+}
+
+/// Serves `served` as a block device until a termination signal comes or somebody stops the device.
+///
+/// Call it before any thread has been started. `start_engine` gets the engine's ends of the mailboxes; `ready`
+/// is called once, when the device can be used.
+///
+/// # Errors
+///
+/// Whatever prevented the device from coming up, or the image from being closed cleanly. The process must end
+/// then: threads may be left that only this can end.
+pub fn serve<E: EngineHandle>(
+    served: &Served,
+    options: &Options,
+    start_engine: impl FnOnce(EngineEnds) -> Result<E>,
+    ready: impl FnOnce(&Ready) -> Result<()>,
+) -> Result<()> {
+    options.validate()?;
+    let (sender, events) = mpsc::channel();
+    watch_signals(sender.clone())?;
+    let registry = Registry::open()?;
+    let mut device = Device::add(registry, served, options, sender, events)?;
+    let outcome = device.bring_up(served, start_engine).and_then(|()| ready(&device.ready()));
+    let outcome = outcome.and_then(|()| device.await_end());
+    device.take_down(outcome)
+}
+
+struct Device<E> {
+    control: Control,
+    info: DeviceInfo,
+    registry: Registry,
+    entry: Entry,
+    sender: mpsc::Sender<Event>,
+    events: mpsc::Receiver<Event>,
+    cdev: Option<Arc<File>>,
+    engine: Option<E>,
+    queues: Vec<Queue>,
+    /// Queues that have drained, or never began.
+    drained: usize,
+    /// A queue has failed: only the end of the process helps.
+    lost: bool,
+}
+
+impl<E: EngineHandle> Device<E> {
+    /// Makes the device and its entry. What else has to be there is asked for first.
+    fn add(
+        registry: Registry,
+        served: &Served,
+        options: &Options,
+        sender: mpsc::Sender<Event>,
+        events: mpsc::Receiver<Event>,
+    ) -> Result<Self> {
+        let control = Control::open()?;
+        let new = NewDevice {
+            id: options.id,
+            queues: options.queues,
+            depth: options.depth,
+            request_bytes: options.request_bytes,
+            flags: features::wanted(control.features()),
+            mark: uuid::Uuid::new_v4().as_u64_pair().0,
+        };
+        let daemon = ProcessId::this()?;
+        let image = served.image.metadata();
+        let image = image.map_err(|error| Error::io("looking at the image", error).file(&served.path))?;
+        let info = control.add(&new)?;
+        let entry = describe(&info, served, FileId::of(&image), daemon);
+        let device = Self {
+            control,
+            info,
+            registry,
+            entry,
+            sender,
+            events,
+            cdev: None,
+            engine: None,
+            queues: Vec::new(),
+            drained: 0,
+            lost: false,
+        };
+        match agree(&new, &info).and_then(|()| device.registry.write(&device.entry)) {
+            Ok(()) => Ok(device),
+            Err(error) => Err(device.take_down(Err(error)).expect_err("it failed")),
+        }
+    }
+
+    fn bring_up(
+        &mut self,
+        served: &Served,
+        start_engine: impl FnOnce(EngineEnds) -> Result<E>,
+    ) -> Result<()> {
+        let path = format!("/dev/ublkc{}", self.info.id);
+        let cdev = Arc::new(await_node(Path::new(&path), true)?);
+        self.cdev = Some(cdev.clone());
+        let (engine, fronts) = mailboxes(self.info.queues, self.info.depth)?;
+        self.engine = Some(start_engine(engine)?);
+        for (queue, ends) in (0..).zip(fronts) {
+            self.start_queue(queue, ends, served, &cdev)?;
+        }
+        self.await_queues()?;
+        self.control.set_params(self.info.id, served.parameters.to_kernel(self.info.request_bytes))?;
+        self.control.start(self.info.id)?;
+        await_node(&self.entry.device, false)?;
+        self.entry.started = true;
+        self.registry.write(&self.entry)
+    }
+
+    fn start_queue(&mut self, queue: u16, ends: FrontEnds, served: &Served, cdev: &Arc<File>) -> Result<()> {
+        let setup = QueueSetup {
+            device: self.info.id,
+            ring: RingSetup {
+                queue,
+                depth: self.info.depth,
+                request_bytes: self.info.request_bytes,
+                ioctl_numbers: self.info.has_ioctl_numbers(),
+                character_device: cdev.clone(),
+                image: served.image.clone(),
+                sender: ends.sender,
+                wake: ends.wake,
+            },
+            front: Front::new(served.shared.clone(), self.info.depth),
+            receiver: ends.receiver,
+            cpus: self.control.queue_cpus(self.info.id, queue)?,
+        };
+        let sender = self.sender.clone();
+        let report = move |report| {
+            // The device's thread listens until every queue is over, or the process ends.
+            let _ = sender.send(Event::Queue(queue, report));
+        };
+        self.queues.push(Queue::start(setup, report)?);
+        Ok(())
+    }
+
+    /// Waits until every queue is ready.
+    fn await_queues(&mut self) -> Result<()> {
+        let until = Instant::now() + READY_DEADLINE;
+        for _ in 0..self.queues.len() {
+            match self.next_event(Some(until))? {
+                Event::Queue(_, Report::Ready) => {}
+                event => return Err(self.take_note(event, "before the device was up")),
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until the device shall be taken down. An error when it has to be, for a failure.
+    fn await_end(&mut self) -> Result<()> {
+        match self.next_event(None)? {
+            Event::Signal(signal) => tracing::info!("stopping: {signal}"),
+            Event::Queue(_, Report::Drained) => {
+                self.drained += 1;
+                tracing::info!("stopping: the device was stopped by somebody else");
+            }
+            event @ Event::Queue(..) => return Err(self.take_note(event, "while the device was up")),
+        }
+        Ok(())
+    }
+
+    /// Counts an event that should not have come, and turns it into an error.
+    fn take_note(&mut self, event: Event, when: &str) -> Error {
+        match event {
+            Event::Signal(signal) => Error::new(Kind::Io, format!("stopped by {signal} {when}")),
+            Event::Queue(queue, Report::Ready) => panic!("queue {queue} is ready twice"),
+            Event::Queue(queue, Report::Drained) => {
+                self.drained += 1;
+                Error::new(Kind::Io, format!("queue {queue} was stopped {when}"))
+            }
+            Event::Queue(_, Report::Unready(error)) => {
+                self.drained += 1;
+                error
+            }
+            Event::Queue(_, Report::Failed(error)) => {
+                self.lost = true;
+                error
+            }
+        }
+    }
+
+    fn next_event(&self, until: Option<Instant>) -> Result<Event> {
+        let Some(until) = until else {
+            return Ok(self.events.recv().expect("the device itself holds a sender"));
+        };
+        match self.events.recv_timeout(until.saturating_duration_since(Instant::now())) {
+            Ok(event) => Ok(event),
+            Err(RecvTimeoutError::Timeout) => Err(Error::new(Kind::Io, "the queues did not answer in time")),
+            Err(RecvTimeoutError::Disconnected) => panic!("the device itself holds a sender"),
+        }
+    }
+
+    /// The whole way down. Returns the first failure, `outcome` included.
+    fn take_down(mut self, outcome: Result<()>) -> Result<()> {
+        if let Err(error) = self.stop() {
+            return Err(outcome.err().unwrap_or(error));
+        }
+        let closed = match self.engine.take() {
+            Some(engine) => engine.close(),
+            None => Ok(()),
+        };
+        self.queues.drain(..).for_each(Queue::finish);
+        drop(self.cdev.take());
+        let deleted = self.delete();
+        let recorded = self.record(&closed, &deleted);
+        outcome.and(closed).and(deleted).and(recorded)
+    }
+
+    /// Stops the device and waits until no request is left.
+    fn stop(&mut self) -> Result<()> {
+        self.refuse_if_lost()?;
+        self.control.stop(self.info.id)?;
+        let until = Instant::now() + DRAIN_DEADLINE;
+        while self.drained < self.queues.len() {
+            match self.next_event(Some(until))? {
+                Event::Queue(_, Report::Drained | Report::Unready(_)) => self.drained += 1,
+                Event::Queue(_, Report::Failed(error)) => {
+                    self.lost = true;
+                    return Err(error);
+                }
+                // It is being stopped already; and a queue may become ready just as its device is given up.
+                Event::Signal(_) | Event::Queue(_, Report::Ready) => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn refuse_if_lost(&self) -> Result<()> {
+        if self.lost {
+            return Err(Error::new(
+                Kind::Io,
+                "a queue has failed, and its requests end only with this process",
+            ));
+        }
+        Ok(())
+    }
+
+    /// Deletes the device, and waits a little for its number to be free: it is at once, unless somebody still
+    /// has the block device open.
+    fn delete(&self) -> Result<()> {
+        self.control.delete(self.info.id)?;
+        let until = Instant::now() + NUMBER_DEADLINE;
+        while self.control.info(self.info.id)?.is_some_and(|info| info.mark == self.info.mark) {
+            if Instant::now() >= until {
+                tracing::info!("{} is still open; its number is not free yet", self.entry.device.display());
+                break;
+            }
+            thread::sleep(POLL_INTERVAL);
+        }
+        Ok(())
+    }
+
+    /// Removes the entry, unless somebody still has to learn of a failure or to delete the device.
+    fn record(&mut self, closed: &Result<()>, deleted: &Result<()>) -> Result<()> {
+        if let Err(error) = closed {
+            tracing::error!("the image could not be closed cleanly: {error}");
+            self.entry.failure = Some(error.to_string());
+            return self.registry.write(&self.entry);
+        }
+        if deleted.is_err() {
+            return Ok(());
+        }
+        self.registry.remove(self.info.id)
+    }
+
+    fn ready(&self) -> Ready {
+        let log = self.registry.log_path(self.info.id);
+        Ready { id: self.info.id, device: self.entry.device.clone(), log }
+    }
+}
+
+fn describe(info: &DeviceInfo, served: &Served, image_file: FileId, daemon: ProcessId) -> Entry {
+    Entry {
+        id: info.id,
+        device: format!("/dev/ublkb{}", info.id).into(),
+        image: served.path.clone(),
+        image_file,
+        daemon,
+        queues: info.queues,
+        depth: info.depth,
+        size_bytes: served.parameters.size_bytes,
+        read_only: served.parameters.read_only,
+        mark: info.mark,
+        version: env!("CARGO_PKG_VERSION").into(),
+        started: false,
+        failure: None,
+    }
+}
+
+/// What was granted must be what was asked for, fewer queues aside: the driver drops what it does not know
+/// without a word.
+fn agree(new: &NewDevice, info: &DeviceInfo) -> Result<()> {
+    let missing = new.flags & !info.flags;
+    if missing != 0 {
+        let message = format!("the driver does not grant the features {missing:#x}");
+        return Err(Error::new(Kind::Unsupported, message));
+    }
+    if info.queues > new.queues || info.depth != new.depth || info.request_bytes != new.request_bytes {
+        let message = format!("the driver grants {info:?}, which is not what was asked for: {new:?}");
+        return Err(Error::new(Kind::Unsupported, message));
+    }
+    Ok(())
+}
+
+/// Opens a device node as soon as it can be opened.
+fn await_node(path: &Path, writable: bool) -> Result<File> {
+    let until = Instant::now() + NODE_DEADLINE;
+    loop {
+        match OpenOptions::new().read(true).write(writable).custom_flags(libc::O_CLOEXEC).open(path) {
+            Ok(file) => return Ok(file),
+            Err(error) if Instant::now() >= until => return Err(node_missing(path, error)),
+            Err(_) => thread::sleep(POLL_INTERVAL),
+        }
+    }
+}
+
+fn node_missing(path: &Path, error: io::Error) -> Error {
+    let seconds = NODE_DEADLINE.as_secs();
+    Error::io(format!("opening the device node for {seconds} s"), error)
+        .file(path)
+        .remedy("check that /dev is a devtmpfs, or that udev is running")
+}
+
+/// Blocks the signals that ask a daemon to end, here and in every thread started later, and has one thread
+/// turn them into events.
+fn watch_signals(sender: mpsc::Sender<Event>) -> Result<()> {
+    let failed = |doing: &'static str| move |error| Error::io(doing, error);
+    let signals = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP]);
+    signals.thread_block().map_err(|errno| failed("blocking signals")(errno.into()))?;
+    let watch = move || {
+        while let Ok(signal) = signals.wait() {
+            if sender.send(Event::Signal(signal)).is_err() {
+                return;
+            }
+        }
+    };
+    let thread = thread::Builder::new().name("ublk-signals".into()).spawn(watch);
+    thread.map(drop).map_err(failed("starting the thread for signals"))
+}

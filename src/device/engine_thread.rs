@@ -1,0 +1,378 @@
+//! The engine of a writable device, on a thread of its own, with its own ring.
+//!
+//! Its life: *opened* (the image is ready, nothing has been modified), *started* (the mailboxes are joined),
+//! *closed*. Dropped before it was started, it ends without a trace; dropped afterwards, it goes on until the
+//! process ends, and the image is left as after a crash.
+//!
+//! Replies leave in batches: they are queued as they come, and announced once no other task is ready.
+
+use std::cell::{Cell, RefCell};
+use std::io;
+use std::path::Path;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
+use std::thread::{self, JoinHandle};
+
+use nix::sys::eventfd::EventFd;
+use nix::sys::signal::SigSet;
+use uuid::Uuid;
+
+use super::control::Control;
+use super::daemon::EngineHandle;
+use super::mailbox::{EngineEnds, Receiver, Sender, wake_up};
+use super::opened::{self, Opened};
+use super::sys;
+use crate::disk::{ImageFile, Reactor, Ring, UringDisk};
+use crate::engine::local::{Bell, Spawn, yield_now};
+use crate::engine::message::{ToEngine, ToFront};
+use crate::engine::shared::Session;
+use crate::engine::{Engine, Fronts, Outcome};
+use crate::error::{Error, Kind, Result};
+
+/// The engine's thread, as the device sees it.
+pub struct EngineThread {
+    thread: JoinHandle<Result<()>>,
+    opened: Opened,
+    ends: mpsc::Sender<EngineEnds>,
+    closing: Arc<AtomicBool>,
+    /// There once it is started.
+    wake: Option<Arc<EventFd>>,
+}
+
+impl EngineThread {
+    /// Starts the thread and has it open the image in `file` for writing, which replays a dirty log.
+    ///
+    /// # Errors
+    ///
+    /// Whatever is wrong with the image; [`Kind::Unsupported`] if it has a parent or no log; those of
+    /// [`Control::open`], before anything was written.
+    pub fn open(file: Arc<ImageFile>) -> Result<Self> {
+        Self::open_if(file, || Control::open().map(drop))
+    }
+
+    /// As [`EngineThread::open`]; `may_write` is asked before anything is written.
+    fn open_if(file: Arc<ImageFile>, may_write: fn() -> Result<()>) -> Result<Self> {
+        let (ends, start) = mpsc::channel();
+        let (report, opened) = mpsc::channel();
+        let closing = Arc::new(AtomicBool::new(false));
+        let life = Life { file, may_write, report, start, closing: closing.clone() };
+        let thread = thread::Builder::new().name("vhdx-engine".into()).spawn(|| life.live());
+        let thread = thread.map_err(|error| Error::io("starting the engine's thread", error))?;
+        if let Ok(opened) = opened.recv() {
+            return Ok(Self { thread, opened, ends, closing, wake: None });
+        }
+        let outcome = thread.join().expect("a panic ends the process");
+        Err(outcome.expect_err("it has not opened the image"))
+    }
+
+    /// What the image looks like.
+    pub fn opened(&self) -> &Opened {
+        &self.opened
+    }
+
+    /// Joins the mailboxes: the fronts may ask from now on.
+    #[must_use]
+    pub fn start(mut self, ends: EngineEnds) -> Self {
+        assert!(self.wake.is_none(), "an engine is started once");
+        self.wake = Some(ends.wake.clone());
+        assert!(self.ends.send(ends).is_ok(), "the thread waits for it");
+        self
+    }
+}
+
+impl EngineHandle for EngineThread {
+    fn close(self) -> Result<()> {
+        self.closing.store(true, Ordering::Release);
+        drop(self.ends);
+        if let Some(wake) = &self.wake {
+            wake_up(wake);
+        }
+        self.thread.join().expect("a panic ends the process")
+    }
+}
+
+/// What the thread is given.
+struct Life {
+    file: Arc<ImageFile>,
+    may_write: fn() -> Result<()>,
+    report: mpsc::Sender<Opened>,
+    start: mpsc::Receiver<EngineEnds>,
+    closing: Arc<AtomicBool>,
+}
+
+impl Life {
+    fn live(self) -> Result<()> {
+        leave_signals_to_others();
+        let reactor = Reactor::new()?;
+        let fronts = Rc::new(Mailboxes::default());
+        let (engine, opened) = self.open_engine(&reactor, fronts.clone())?;
+        let path = self.file.path().to_owned();
+        drop(self.file); // the engine's disk has it
+        // Nobody can be gone who waits for this; if so, nobody starts the engine either.
+        let _ = self.report.send(opened);
+        let outcome = match self.start.recv() {
+            Ok(ends) => serve(&reactor, &engine, &fronts, ends, self.closing),
+            Err(mpsc::RecvError) => reactor.block_on(engine.close()),
+        };
+        if engine.shared().session() != Session::Idle {
+            tracing::info!("{}: closed; {:?}", path.display(), engine.counters());
+        }
+        let poisoned = engine.shared().session() == Session::Poisoned;
+        outcome.map_err(|errno| unclean(errno, poisoned, &path))
+    }
+
+    fn open_engine(
+        &self,
+        reactor: &Reactor,
+        fronts: Rc<Mailboxes>,
+    ) -> Result<(Rc<Engine<UringDisk>>, Opened)> {
+        let disk = reactor.disk(self.file.clone());
+        let image = reactor.block_on(opened::writable(&disk, self.may_write))?;
+        let parameters = opened::parameters(&image.metadata, false);
+        let tasks: Rc<dyn Spawn> = reactor.executor().clone();
+        let engine = Engine::new(image, disk, tasks, fronts, Box::new(Uuid::new_v4));
+        let engine = engine.map_err(|error| error.file(self.file.path()))?;
+        let opened = Opened { shared: engine.shared().clone(), parameters };
+        Ok((engine, opened))
+    }
+}
+
+/// Signals are for the thread that waits for them.
+fn leave_signals_to_others() {
+    if let Err(errno) = SigSet::all().thread_block() {
+        tracing::warn!("the engine does not leave signals to others: {errno}");
+    }
+}
+
+/// What fails here costs safety when memory runs out, but serves.
+fn become_io_flusher() {
+    if let Err(error) = sys::become_io_flusher() {
+        tracing::warn!("the engine is not marked as serving a disk: {error}");
+    }
+}
+
+/// Serves the fronts until the device is closed, then closes the image. The fronts are listened to until that
+/// is done: closing empties the quarantine, which waits for their barriers.
+fn serve(
+    reactor: &Reactor,
+    engine: &Rc<Engine<UringDisk>>,
+    fronts: &Rc<Mailboxes>,
+    ends: EngineEnds,
+    closing: Arc<AtomicBool>,
+) -> Outcome {
+    let (senders, receivers) = ends.fronts.into_iter().map(|end| (end.sender, end.receiver)).unzip();
+    *fronts.senders.borrow_mut() = senders;
+    become_io_flusher();
+    reactor.spawn(deliver(fronts.clone())).detach();
+    let ear =
+        Rc::new(Ear { wake: ends.wake, receivers, closing, close: Bell::default(), deaf: Cell::new(false) });
+    let listening = reactor.spawn(listen(reactor.ring().clone(), engine.clone(), ear.clone()));
+    reactor.block_on(ear.close.wait());
+    let outcome = reactor.block_on(engine.close());
+    ear.deaf.set(true);
+    wake_up(&ear.wake);
+    reactor.block_on(listening);
+    outcome
+}
+
+/// Where the fronts' messages arrive.
+struct Ear {
+    wake: Arc<EventFd>,
+    receivers: Vec<Receiver<ToEngine>>,
+    /// Set by another thread, which rings `wake` afterwards.
+    closing: Arc<AtomicBool>,
+    /// Rung when `closing` was seen.
+    close: Bell,
+    /// The image is closed.
+    deaf: Cell<bool>,
+}
+
+async fn listen(ring: Rc<Ring>, engine: Rc<Engine<UringDisk>>, ear: Rc<Ear>) {
+    while !ear.deaf.get() {
+        let count = ring.read_eventfd(ear.wake.clone()).await;
+        count.expect("an eventfd can be read as long as it is open");
+        for (index, front) in ear.receivers.iter().enumerate() {
+            while let Some(message) = front.pop() {
+                engine.receive(index, message);
+            }
+        }
+        if ear.closing.load(Ordering::Acquire) {
+            ear.close.ring();
+        }
+    }
+}
+
+/// The engine's way to the fronts.
+#[derive(Default)]
+struct Mailboxes {
+    senders: RefCell<Vec<Sender<ToFront>>>,
+    /// Something was queued and not yet announced.
+    queued: Bell,
+}
+
+impl Fronts for Mailboxes {
+    fn send(&self, front: usize, message: ToFront) {
+        self.senders.borrow_mut()[front].send(message);
+        self.queued.ring();
+    }
+
+    fn count(&self) -> usize {
+        self.senders.borrow().len()
+    }
+}
+
+/// Announces what was queued, once per batch and front.
+async fn deliver(fronts: Rc<Mailboxes>) {
+    loop {
+        fronts.queued.wait().await;
+        yield_now().await;
+        fronts.senders.borrow_mut().iter_mut().for_each(Sender::flush);
+    }
+}
+
+fn unclean(errno: i32, poisoned: bool, path: &Path) -> Error {
+    if poisoned {
+        let message = "writes were stopped by an earlier failure, and the image was not closed; what was flushed is safe";
+        return Error::new(Kind::Poisoned, message).file(path).remedy(
+            "look for the cause (dmesg, free space); the next `vhdx-ublk add` replays the image's log",
+        );
+    }
+    Error::io("closing the image", io::Error::from_raw_os_error(errno)).file(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::path::PathBuf;
+    use std::time::Duration;
+
+    use super::super::mailbox::{FrontEnds, mailboxes};
+    use super::*;
+    use crate::disk::Access;
+    use crate::engine::message::Ask;
+    use crate::format::MIB;
+    use crate::image::{InitialState, NewImage};
+
+    struct Bench {
+        path: PathBuf,
+        _directory: tempfile::TempDir,
+    }
+
+    impl Bench {
+        /// A fresh dynamic image of 16 blocks of 1 MiB.
+        fn new() -> Self {
+            let directory = tempfile::tempdir().expect("a temporary directory");
+            let path = directory.path().join("disk.vhdx");
+            let reactor = Reactor::new().expect("io_uring is there");
+            let disk = reactor.disk(Arc::new(ImageFile::create_new(&path).expect("free")));
+            let image = NewImage {
+                virtual_size: 16 * MIB,
+                fixed: false,
+                block_size: 1 << 20,
+                log_length: 1 << 20,
+                logical_sector_size: 512,
+                physical_sector_size: 4096,
+                initial_state: InitialState::NotPresent,
+            };
+            reactor.block_on(image.write(&disk, Uuid::new_v4)).expect("room");
+            Self { path, _directory: directory }
+        }
+
+        fn file(&self) -> Arc<ImageFile> {
+            Arc::new(ImageFile::open(&self.path, Access::ReadWrite, Duration::ZERO).expect("free"))
+        }
+
+        fn open(&self) -> Result<EngineThread> {
+            EngineThread::open_if(self.file(), || Ok(()))
+        }
+
+        fn bytes(&self) -> Vec<u8> {
+            fs::read(&self.path).expect("readable")
+        }
+    }
+
+    /// Waits for the next message, as a queue's thread does.
+    fn receive(front: &FrontEnds) -> ToFront {
+        loop {
+            if let Some(message) = front.receiver.pop() {
+                return message;
+            }
+            front.wake.read().expect("it is open");
+        }
+    }
+
+    /// Opening for writing and not writing leaves the file as it was; the lock is free afterwards.
+    #[test]
+    fn an_image_nobody_wrote_to_stays_as_it_was() {
+        let bench = Bench::new();
+        let before = bench.bytes();
+        let (ends, _fronts) = mailboxes(2, 4).expect("file descriptors");
+        let engine = bench.open().expect("a good image").start(ends);
+        engine.close().expect("nothing to do");
+        assert!(bench.bytes() == before);
+        bench.open().expect("the lock is free").close().expect("never started");
+        assert!(bench.bytes() == before);
+        drop(bench.file());
+    }
+
+    /// Every ask of every front is answered, and what was answered is in the image after closing.
+    #[test]
+    fn asks_are_answered_and_closing_keeps_the_result() {
+        let bench = Bench::new();
+        let (ends, mut fronts) = mailboxes(2, 4).expect("file descriptors");
+        let engine = bench.open().expect("a good image").start(ends);
+        let shared = engine.opened().shared.clone();
+        for (first, front) in (0..).zip(&mut fronts) {
+            front.sender.send(ToEngine::Ask { tag: 0, ask: Ask::OpenSession });
+            front.sender.flush();
+            assert_eq!(answered(receive(front)), 0);
+            for tag in 0..4 {
+                let block = first * 4 + u64::from(tag);
+                front.sender.send(ToEngine::Ask { tag, ask: Ask::Allocate { first: block, count: 1 } });
+            }
+            front.sender.flush();
+        }
+        for front in &fronts {
+            let mut tags: Vec<u16> = (0..4).map(|_| answered(receive(front))).collect();
+            tags.sort_unstable();
+            assert_eq!(tags, [0, 1, 2, 3]);
+        }
+        assert_eq!((0..16).filter(|&block| shared.map.load(block).entry.offset() > 0).count(), 8);
+        engine.close().expect("committed");
+        let again = bench.open().expect("clean");
+        assert_eq!(
+            (0..16).filter(|&block| again.opened().shared.map.load(block).entry.offset() > 0).count(),
+            8
+        );
+        again.close().expect("nothing to do");
+    }
+
+    fn answered(message: ToFront) -> u16 {
+        match message {
+            ToFront::Reply { tag, result: Ok(()) } => tag,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// What forbids writing is asked before the first byte is written, and is not the image's fault.
+    #[test]
+    fn a_refusal_changes_nothing() {
+        let bench = Bench::new();
+        let before = bench.bytes();
+        let refused = EngineThread::open_if(bench.file(), || Err(Error::new(Kind::NoDriver, "no driver")));
+        let error = refused.err().expect("refused");
+        assert_eq!((error.kind(), error.file_path()), (Kind::NoDriver, None));
+        assert!(bench.bytes() == before);
+        drop(bench.file());
+    }
+
+    /// An engine that is dropped before it was started lets go of the image.
+    #[test]
+    fn a_dropped_engine_ends() {
+        let bench = Bench::new();
+        drop(bench.open().expect("a good image"));
+        ImageFile::open(&bench.path, Access::ReadWrite, Duration::from_secs(10)).expect("free soon");
+    }
+}

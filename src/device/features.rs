@@ -1,0 +1,113 @@
+//! What the kernel's ublk driver can do, and what of it is in use.
+
+use libublk::sys;
+use serde::Serialize;
+
+use super::control::Control;
+use crate::error::{Error, Kind, Result};
+
+/// One feature of the driver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Feature {
+    /// Its bit in `UBLK_F_*`.
+    pub bit: u32,
+    /// Its name in the kernel's header, without `UBLK_F_`.
+    pub name: &'static str,
+    /// What it is.
+    pub meaning: &'static str,
+    /// The first kernel that has it.
+    pub since: &'static str,
+    /// Whether this kernel has it.
+    pub supported: bool,
+    /// Whether this program uses it.
+    pub used: bool,
+}
+
+/// (bit, name, meaning, first kernel).
+const KNOWN: [(u32, &str, &str, &str); 21] = [
+    (0, "SUPPORT_ZERO_COPY", "the server registers request pages in its ring", "6.15"),
+    (1, "URING_CMD_COMP_IN_TASK", "commands complete through task work", "6.0"),
+    (2, "NEED_GET_DATA", "write data is fetched in a second step", "6.0"),
+    (3, "USER_RECOVERY", "the device survives its server", "6.1"),
+    (4, "USER_RECOVERY_REISSUE", "requests in flight are repeated to the next server", "6.1"),
+    (5, "UNPRIVILEGED_DEV", "devices of ordinary users", "6.3"),
+    (6, "CMD_IOCTL_ENCODE", "commands have ioctl numbers", "6.4"),
+    (7, "USER_COPY", "data is copied by read and write on the character device", "6.5"),
+    (8, "ZONED", "zoned devices", "6.6"),
+    (9, "USER_RECOVERY_FAIL_IO", "without a server, requests fail at once", "6.13"),
+    (10, "UPDATE_SIZE", "a live device changes its size", "6.16"),
+    (11, "AUTO_BUF_REG", "request pages are registered with the command", "6.16"),
+    (12, "QUIESCE", "a live device is handed from one server to the next", "6.16"),
+    (13, "PER_IO_DAEMON", "each tag may have a thread of its own", "6.16"),
+    (14, "BUF_REG_OFF_DAEMON", "any thread registers request pages", "6.17"),
+    (15, "BATCH_IO", "commands travel in batches", "7.0"),
+    (16, "INTEGRITY", "requests carry protection information", "7.0"),
+    (17, "SAFE_STOP_DEV", "stopping can be refused while the device is open", "7.0"),
+    (18, "NO_AUTO_PART_SCAN", "no partition scan at start", "7.0"),
+    (19, "SHMEM_ZC", "requests in shared memory are not copied", "7.1"),
+    (20, "IO_DESC_SIZE", "I/O descriptors of a chosen size", "7.3"),
+];
+
+/// Features asked for when a device is made. The place where recovery and zero copy will be decided.
+pub(super) fn wanted(_driver: Option<u64>) -> u64 {
+    0
+}
+
+/// Features the queues make use of, asked for or not.
+const USED: u64 = sys::UBLK_F_CMD_IOCTL_ENCODE as u64;
+
+/// All features the driver has, and all this program knows of.
+///
+/// # Errors
+///
+/// As [`Control::open`]; [`Kind::Unsupported`] when the driver is too old to say.
+pub fn list() -> Result<Vec<Feature>> {
+    let driver = Control::open()?.features().ok_or_else(|| {
+        Error::new(Kind::Unsupported, "this kernel's ublk driver does not say what it can do")
+            .remedy("Linux 6.5 or newer says it")
+    })?;
+    Ok(table(driver))
+}
+
+fn table(driver: u64) -> Vec<Feature> {
+    let used = USED | wanted(Some(driver));
+    let row = |bit: u32, name, meaning, since| {
+        let supported = driver >> bit & 1 == 1;
+        Feature { bit, name, meaning, since, supported, used: supported && used >> bit & 1 == 1 }
+    };
+    let known = KNOWN.iter().map(|&(bit, name, meaning, since)| row(bit, name, meaning, since));
+    let is_new = |bit: &u32| driver >> bit & 1 == 1 && KNOWN.iter().all(|(known, ..)| known != bit);
+    known
+        .chain((0..u64::BITS).filter(is_new).map(|bit| row(bit, "?", "not known to this program", "?")))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_agrees_with_the_kernels_header() {
+        for (bit, name) in [
+            (sys::UBLK_F_SUPPORT_ZERO_COPY, "SUPPORT_ZERO_COPY"),
+            (sys::UBLK_F_USER_RECOVERY_REISSUE, "USER_RECOVERY_REISSUE"),
+            (sys::UBLK_F_CMD_IOCTL_ENCODE, "CMD_IOCTL_ENCODE"),
+            (sys::UBLK_F_UPDATE_SIZE, "UPDATE_SIZE"),
+            (sys::UBLK_F_AUTO_BUF_REG, "AUTO_BUF_REG"),
+            (sys::UBLK_F_SAFE_STOP_DEV, "SAFE_STOP_DEV"),
+            (sys::UBLK_F_SHMEM_ZC, "SHMEM_ZC"),
+        ] {
+            assert!(KNOWN.iter().any(|row| row.1 == name && 1 << row.0 == bit), "{name}");
+        }
+        assert!(KNOWN.iter().zip(0..).all(|(row, bit)| row.0 == bit));
+    }
+
+    #[test]
+    fn a_feature_of_a_newer_kernel_is_shown_too() {
+        let table = table(1 << 6 | 1 << 40);
+        assert_eq!(table.len(), KNOWN.len() + 1);
+        let names: Vec<_> = table.iter().filter(|row| row.supported).map(|row| row.name).collect();
+        assert_eq!(names, ["CMD_IOCTL_ENCODE", "?"]);
+        assert_eq!(table.iter().filter(|row| row.used).count(), 1);
+    }
+}

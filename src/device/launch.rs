@@ -1,0 +1,185 @@
+//! Becoming a daemon without `fork`: the program runs itself again, and the two talk over a pipe.
+//!
+//! The child does everything and then writes one line to its standard output: `{"ready":…}` or `{"error":…}`.
+//! It detaches with that line and not before: until then its standard error is its parent's, so nothing that
+//! goes wrong on the way up is told to a log alone. A child that dies without a line is reported by its status.
+
+use std::ffi::OsString;
+use std::fs::{self, OpenOptions};
+use std::io::{self, BufRead, BufReader, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+use nix::unistd;
+use serde::{Deserialize, Serialize};
+
+use super::daemon::Ready;
+use crate::error::{Error, Kind, Result};
+
+/// This program, even if its file has been replaced since.
+const SELF: &str = "/proc/self/exe";
+
+/// What the daemon is called in lists of processes: the kernel would take the last part of [`SELF`].
+const PROCESS_NAME: &str = "vhdx-ublk";
+
+/// Only root reads logs.
+const LOG_MODE: u32 = 0o600;
+
+/// The one line.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Line {
+    Ready(Ready),
+    Error { kind: String, message: String, remedy: Option<String> },
+}
+
+/// What kinds are called on the pipe.
+const KINDS: [(Kind, &str); 13] = [
+    (Kind::NotVhdx, "not-vhdx"),
+    (Kind::Corrupt, "corrupt"),
+    (Kind::Truncated, "truncated"),
+    (Kind::Unsupported, "unsupported"),
+    (Kind::InUse, "in-use"),
+    (Kind::NoSpace, "no-space"),
+    (Kind::Permission, "permission"),
+    (Kind::Exists, "exists"),
+    (Kind::NotFound, "not-found"),
+    (Kind::NoDriver, "no-driver"),
+    (Kind::Usage, "usage"),
+    (Kind::Poisoned, "poisoned"),
+    (Kind::Io, "io"),
+];
+
+/// Runs this program again with `arguments`, as a daemon that calls [`enter`], then [`announce`] or
+/// [`announce_failure`]; waits until it has. Its way up has deadlines of its own.
+///
+/// # Errors
+///
+/// The child's, or that it ended without a word.
+pub fn launch(arguments: impl IntoIterator<Item = OsString>) -> Result<Ready> {
+    let name = std::env::args_os().next().unwrap_or_else(|| PROCESS_NAME.into());
+    let child =
+        Command::new(SELF).arg0(name).args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).spawn();
+    let mut child = child.map_err(|error| Error::io("starting the daemon", error))?;
+    let output = child.stdout.take().expect("it was asked for");
+    let mut line = String::new();
+    let read = BufReader::new(output).read_line(&mut line);
+    read.map_err(|error| Error::io("listening to the daemon", error))?;
+    match parse(&line) {
+        Some(result) => result,
+        None => Err(died(child)),
+    }
+}
+
+fn parse(line: &str) -> Option<Result<Ready>> {
+    match serde_json::from_str(line).ok()? {
+        Line::Ready(ready) => Some(Ok(ready)),
+        Line::Error { kind, message, remedy } => {
+            let kind = KINDS.iter().find(|(_, name)| *name == kind).map_or(Kind::Io, |(kind, _)| *kind);
+            let error = Error::new(kind, message);
+            Some(Err(match remedy {
+                Some(remedy) => error.remedy(remedy),
+                None => error,
+            }))
+        }
+    }
+}
+
+fn died(mut child: Child) -> Error {
+    match child.wait() {
+        Ok(status) => Error::new(Kind::Io, format!("the daemon ended before it was ready ({status})")),
+        Err(error) => Error::io("waiting for the daemon's end", error),
+    }
+}
+
+/// In the child, before anything else: leaves the parent's session, and with it the terminal's signals.
+///
+/// # Errors
+///
+/// When the child leads a process group already, as it does when it was not started by [`launch`].
+pub fn enter() -> Result<()> {
+    if let Err(error) = fs::write("/proc/self/comm", PROCESS_NAME) {
+        tracing::debug!("the process keeps its name: {error}");
+    }
+    unistd::setsid().map(drop).map_err(|errno| Error::io("starting a session", errno.into()))
+}
+
+/// In the child: detaches from everything the parent owns, and tells it that the device is ready. Warnings go
+/// to the device's log from now on.
+///
+/// # Errors
+///
+/// When the parent is gone, or the log cannot be written. The device should be taken down then: nobody knows
+/// of it.
+pub fn announce(ready: &Ready) -> Result<()> {
+    let log = OpenOptions::new().create(true).write(true).truncate(true).mode(LOG_MODE).open(&ready.log);
+    let log = log.map_err(|error| Error::io("opening the log", error).file(&ready.log))?;
+    let failed = |doing: &'static str| move |errno: nix::Error| Error::io(doing, errno.into());
+    let null = OpenOptions::new().read(true).write(true).open("/dev/null");
+    let null = null.map_err(|error| Error::io("opening /dev/null", error))?;
+    unistd::chdir(Path::new("/")).map_err(failed("leaving the directory"))?;
+    unistd::dup2_stdin(&null).map_err(failed("detaching the input"))?;
+    unistd::dup2_stderr(&log).map_err(failed("detaching the errors"))?;
+    tell(&Line::Ready(ready.clone()))?;
+    unistd::dup2_stdout(&null).map_err(failed("detaching the output"))
+}
+
+/// In the child: tells the parent why there is no device.
+///
+/// # Errors
+///
+/// When the parent is gone.
+pub fn announce_failure(error: &Error) -> Result<()> {
+    let kind = KINDS.iter().find(|(kind, _)| *kind == error.kind()).map_or("io", |(_, name)| name);
+    let remedy = error.remedy_text().map(str::to_owned);
+    tell(&Line::Error { kind: kind.into(), message: error.to_string(), remedy })
+}
+
+fn tell(line: &Line) -> Result<()> {
+    let mut text =
+        serde_json::to_string(line).map_err(|error| Error::io("telling the parent", error.into()))?;
+    text.push('\n');
+    let mut output = io::stdout().lock();
+    let written = output.write_all(text.as_bytes()).and_then(|()| output.flush());
+    written.map_err(|error| Error::io("telling the parent", error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn through_the_pipe(line: &Line) -> Result<Ready> {
+        parse(&serde_json::to_string(line).expect("serialisable")).expect("a line")
+    }
+
+    #[test]
+    fn a_device_is_announced_as_documented() {
+        let ready = Ready { id: 0, device: "/dev/ublkb0".into(), log: "/run/vhdx-ublk/0.log".into() };
+        let text = serde_json::to_string(&Line::Ready(ready.clone())).expect("serialisable");
+        assert!(text.starts_with(r#"{"ready":{"id":0,"device":"/dev/ublkb0""#), "{text}");
+        assert_eq!(through_the_pipe(&Line::Ready(ready.clone())).expect("ready"), ready);
+    }
+
+    #[test]
+    fn every_kind_of_error_arrives_with_its_message_and_remedy() {
+        for (kind, name) in KINDS {
+            let line = Line::Error {
+                kind: name.into(),
+                message: "a.vhdx: no".into(),
+                remedy: Some("do this".into()),
+            };
+            let error = through_the_pipe(&line).expect_err("an error");
+            assert_eq!(error.kind(), kind);
+            assert_eq!(error.to_string(), "a.vhdx: no");
+            assert_eq!(error.remedy_text(), Some("do this"));
+        }
+    }
+
+    #[test]
+    fn a_child_without_a_line_is_noticed() {
+        assert!(parse("").is_none());
+        assert!(parse("panicked at\n").is_none());
+    }
+}

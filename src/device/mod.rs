@@ -1,0 +1,34 @@
+//! ublk: control commands, queue loops, the daemon's life cycle.
+//!
+//! * [`daemon`]: one device from `ADD_DEV` to `DEL_DEV`, in the process that serves it;
+//! * [`mailbox`]: what joins its queues to the engine;
+//! * [`engine_thread`]: the engine of a writable device, on a thread of its own;
+//! * [`opened`]: an image checked and ready to be served;
+//! * [`launch`]: how that process is started, and how it reports;
+//! * [`registry`], [`stop`], [`usage`], [`features`]: what other processes see and do.
+//!
+//! Beneath: `control` (the driver's commands), `queue` (one thread per queue), `ring` (its `io_uring`), and
+//! the pure parts, `descriptor`, `options` and `token`. Raw system calls are in `control`, `ring` and `sys`
+//! only. `libublk` gives the kernel's structures and numbers.
+
+mod control;
+pub mod daemon;
+mod descriptor;
+pub mod engine_thread;
+pub mod features;
+pub mod launch;
+pub mod mailbox;
+pub mod opened;
+mod options;
+mod queue;
+pub mod registry;
+mod ring;
+pub mod stop;
+mod sys;
+mod token;
+pub mod usage;
+
+pub use control::{Control, DeviceInfo, KernelState, NewDevice};
+pub use options::{
+    MAX_BUFFER_BYTES, MAX_DEPTH, MAX_QUEUES, MAX_REQUEST_BYTES, MIN_REQUEST_BYTES, Options, Parameters,
+};

@@ -1,0 +1,140 @@
+//! An image opened to be served: what the fronts share, and the disk as the kernel shall see it.
+//!
+//! Order: the whole image is read and checked, its log replayed in memory; then the driver is asked for; only
+//! then is a dirty log replayed in place. So an image that cannot be served, and one that nobody could serve,
+//! stay as they are, byte for byte.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use uuid::Uuid;
+
+use super::control::Control;
+use super::daemon::{EngineHandle, Served};
+use super::mailbox::EngineEnds;
+use super::options::Parameters;
+use crate::disk::{ImageFile, PayloadIo, Reactor, UringDisk};
+use crate::engine::shared::Shared;
+use crate::error::{Error, Kind, Result};
+use crate::format::metadata::{DiskType, Metadata};
+use crate::image::{FoundLog, Image, Mode};
+
+/// An image ready to be served.
+#[derive(Clone)]
+pub struct Opened {
+    /// What the fronts and the engine share.
+    pub shared: Arc<Shared>,
+    /// The disk as the kernel shall see it.
+    pub parameters: Parameters,
+}
+
+impl Opened {
+    /// Opens the image in `file` for reading. Nothing is written, not even its log.
+    ///
+    /// # Errors
+    ///
+    /// Whatever is wrong with the image; [`Kind::Unsupported`] if it has a parent; those of [`Control::open`].
+    pub fn read_only(file: &Arc<ImageFile>) -> Result<Self> {
+        let reactor = Reactor::new()?;
+        let disk = reactor.disk(file.clone());
+        let image = reactor.block_on(look(&disk)).map_err(|error| error.file(file.path()))?;
+        Control::open()?;
+        choose_payload_io(file, &image.metadata)?;
+        let fixed = image.metadata.kind() == DiskType::Fixed;
+        let parameters = parameters(&image.metadata, true);
+        Ok(Self { shared: Arc::new(Shared::new(image.map, true, fixed)), parameters })
+    }
+
+    /// What [`super::daemon::serve`] asks for.
+    ///
+    /// # Errors
+    ///
+    /// When the process has no file descriptor left.
+    pub fn served(&self, file: &ImageFile) -> Result<Served> {
+        // Another descriptor of the same open file description: lock and flags are shared.
+        let same = file.as_fd().try_clone_to_owned();
+        let same =
+            same.map_err(|error| Error::io("duplicating the image's descriptor", error).file(file.path()))?;
+        Ok(Served {
+            path: file.path().to_owned(),
+            image: Arc::new(File::from(same)),
+            shared: self.shared.clone(),
+            parameters: self.parameters,
+        })
+    }
+}
+
+/// Stands in for the engine of a read-only device, whose fronts never ask for anything. Keeps its ends of the
+/// mailboxes.
+pub struct NoEngine(pub EngineEnds);
+
+impl EngineHandle for NoEngine {
+    fn close(self) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// Opens the image on `disk` for writing; `may_write` is asked before anything is written.
+pub(super) async fn writable(disk: &UringDisk, may_write: fn() -> Result<()>) -> Result<Image> {
+    let named = |error: Error| error.file(disk.file().path());
+    let changes_payload =
+        |error: &Error| error.kind() == Kind::Unsupported && error.structure() == Some("log");
+    let image = match look(disk).await {
+        Ok(image) => {
+            image.check_writable().map_err(named)?;
+            Some(image).filter(|image| image.found_log == FoundLog::Clean)
+        }
+        // A log that cannot be replayed in memory can still be replayed in place.
+        Err(error) if changes_payload(&error) => None,
+        Err(error) => return Err(named(error)),
+    };
+    may_write()?;
+    let image = match image {
+        Some(image) => image,
+        None => Image::open(disk, Mode::Writable, Uuid::new_v4).await.map_err(named)?,
+    };
+    if let FoundLog::Dirty(entries) = image.found_log {
+        tracing::info!("the image was not closed cleanly: replayed {entries} log entries");
+    }
+    refuse_chain(&image).map_err(named)?;
+    choose_payload_io(disk.file(), &image.metadata)?;
+    Ok(image)
+}
+
+pub(super) fn parameters(metadata: &Metadata, read_only: bool) -> Parameters {
+    Parameters {
+        size_bytes: metadata.virtual_size,
+        logical_sector_bytes: metadata.logical_sector_size,
+        physical_sector_bytes: metadata.physical_sector_size,
+        read_only,
+    }
+}
+
+async fn look(disk: &UringDisk) -> Result<Image> {
+    let image = Image::open(disk, Mode::ReadOnly, Uuid::new_v4).await?;
+    refuse_chain(&image)?;
+    if image.metadata.virtual_size == 0 {
+        return Err(Error::new(Kind::Unsupported, "the disk has no bytes, and the kernel no such devices")
+            .in_structure("metadata"));
+    }
+    Ok(image)
+}
+
+fn refuse_chain(image: &Image) -> Result<()> {
+    if !image.metadata.has_parent {
+        return Ok(());
+    }
+    Err(Error::new(Kind::Unsupported, "the image is a differencing one, and chains are not supported yet")
+        .in_structure("metadata")
+        .remedy("merge it into its parent where it was made (Merge-VHD); `vhdx-ublk info` shows the parent"))
+}
+
+/// Takes direct I/O for the payload where the host has it, and says so where it has not.
+fn choose_payload_io(file: &ImageFile, metadata: &Metadata) -> Result<()> {
+    if let PayloadIo::Buffered { reason } = file.enable_direct(metadata.logical_sector_size)? {
+        let path = file.path().display();
+        tracing::warn!("{path}: no direct I/O, the disk's data goes through the host's page cache: {reason}");
+    }
+    Ok(())
+}

@@ -1,0 +1,201 @@
+//! How a device is made: its shape towards the kernel, and the bounds of each choice.
+
+use libublk::sys;
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Kind, Result};
+
+/// Most queues of one device: one per CPU helps, and more than this has never helped a file.
+pub const MAX_QUEUES: u16 = 64;
+
+/// Most requests in flight per queue: the kernel's own limit.
+pub const MAX_DEPTH: u16 = 4096;
+
+/// Least request size: the kernel wants at least a page.
+pub const MIN_REQUEST_BYTES: u32 = 4096;
+
+/// Greatest request size: larger ones are split by the kernel, at no loss that could be measured.
+pub const MAX_REQUEST_BYTES: u32 = 1 << 20;
+
+/// Most memory for request buffers: queues × depth × request size. It is locked, so it must stay small
+/// beside the memory of any machine that serves disks.
+pub const MAX_BUFFER_BYTES: u64 = 256 << 20;
+
+const _: () = assert!(MAX_DEPTH as u32 == sys::UBLK_MAX_QUEUE_DEPTH);
+const _: () = assert!((MAX_QUEUES as u32) <= sys::UBLK_MAX_NR_QUEUES);
+
+/// What the caller may choose about a device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Options {
+    /// The N of `/dev/ublkbN`; the kernel chooses when there is none.
+    pub id: Option<u32>,
+    /// Queues; the kernel gives at most one per CPU.
+    pub queues: u16,
+    /// Requests in flight per queue.
+    pub depth: u16,
+    /// Longest request, bytes.
+    pub request_bytes: u32,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { id: None, queues: 1, depth: 64, request_bytes: 512 << 10 }
+    }
+}
+
+impl Options {
+    /// Checks every bound.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::Usage`], naming the bound.
+    pub fn validate(&self) -> Result<()> {
+        let Self { queues, depth, request_bytes, .. } = *self;
+        let usage = |message: String| Err(Error::new(Kind::Usage, message));
+        if !(1..=MAX_QUEUES).contains(&queues) {
+            return usage(format!("{queues} queues: a device has 1 to {MAX_QUEUES}"));
+        }
+        if !(1..=MAX_DEPTH).contains(&depth) {
+            return usage(format!("a depth of {depth}: a queue has 1 to {MAX_DEPTH}"));
+        }
+        let sizes = MIN_REQUEST_BYTES..=MAX_REQUEST_BYTES;
+        if !sizes.contains(&request_bytes) || !request_bytes.is_multiple_of(MIN_REQUEST_BYTES) {
+            return usage(format!(
+                "a request size of {request_bytes} bytes: it is a multiple of {MIN_REQUEST_BYTES}, at most \
+                 {MAX_REQUEST_BYTES}"
+            ));
+        }
+        let buffers = u64::from(queues) * u64::from(depth) * u64::from(request_bytes);
+        if buffers > MAX_BUFFER_BYTES {
+            return usage(format!(
+                "{queues} queues × depth {depth} × {request_bytes} bytes = {buffers} bytes of request buffers; at \
+                 most {MAX_BUFFER_BYTES} are allowed"
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// The disk as the kernel shall see it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Parameters {
+    /// Size of the disk, bytes; a multiple of the logical sector.
+    pub size_bytes: u64,
+    /// Logical sector, bytes: 512 or 4096.
+    pub logical_sector_bytes: u32,
+    /// Physical sector, bytes: 512 or 4096.
+    pub physical_sector_bytes: u32,
+    /// Nothing may be written.
+    pub read_only: bool,
+}
+
+/// The kernel counts in these, whatever the logical sector.
+pub(super) const KERNEL_SECTOR_SHIFT: u32 = 9;
+
+/// Best size of I/O, as a power of two: 1 MiB, on which every payload block starts.
+const OPTIMAL_IO_SHIFT: u8 = 20;
+
+/// Finest range worth discarding, bytes: the page of most file systems beneath an image.
+const DISCARD_GRANULARITY_BYTES: u32 = 4096;
+
+/// Longest discard or write-zeroes request, bytes: long, as it costs per block and not per byte, yet few
+/// enough blocks that other requests are not kept waiting.
+const MAX_DISCARD_BYTES: u64 = 2 << 30;
+
+impl Parameters {
+    /// The kernel's form of it. No DMA alignment is asked for: data is copied to and from aligned buffers.
+    pub(super) fn to_kernel(self, request_bytes: u32) -> sys::ublk_params {
+        let physical = self.physical_sector_bytes.max(self.logical_sector_bytes);
+        let mut params = sys::ublk_params {
+            len: u32::try_from(size_of::<sys::ublk_params>()).expect("about a hundred bytes"),
+            types: sys::UBLK_PARAM_TYPE_BASIC,
+            ..Default::default()
+        };
+        params.basic = sys::ublk_param_basic {
+            attrs: if self.read_only {
+                sys::UBLK_ATTR_READ_ONLY
+            } else {
+                sys::UBLK_ATTR_VOLATILE_CACHE | sys::UBLK_ATTR_FUA
+            },
+            logical_bs_shift: shift(self.logical_sector_bytes),
+            physical_bs_shift: shift(physical),
+            io_opt_shift: OPTIMAL_IO_SHIFT,
+            io_min_shift: shift(physical),
+            max_sectors: request_bytes >> KERNEL_SECTOR_SHIFT,
+            dev_sectors: self.size_bytes >> KERNEL_SECTOR_SHIFT,
+            ..Default::default()
+        };
+        if !self.read_only {
+            let sectors = u32::try_from(MAX_DISCARD_BYTES >> KERNEL_SECTOR_SHIFT).expect("a small constant");
+            params.types |= sys::UBLK_PARAM_TYPE_DISCARD;
+            params.discard = sys::ublk_param_discard {
+                discard_granularity: DISCARD_GRANULARITY_BYTES.max(self.logical_sector_bytes),
+                max_discard_sectors: sectors,
+                max_write_zeroes_sectors: sectors,
+                max_discard_segments: 1,
+                ..Default::default()
+            };
+        }
+        params
+    }
+}
+
+fn shift(sector_bytes: u32) -> u8 {
+    assert!(sector_bytes.is_power_of_two(), "sectors of {sector_bytes} bytes");
+    u8::try_from(sector_bytes.trailing_zeros()).expect("below 32")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DISK: Parameters = Parameters {
+        size_bytes: 10 << 30,
+        logical_sector_bytes: 512,
+        physical_sector_bytes: 4096,
+        read_only: false,
+    };
+
+    #[test]
+    fn each_bound_is_checked_and_the_defaults_are_within() {
+        let good = Options::default();
+        assert!(good.validate().is_ok());
+        for bad in [
+            Options { queues: 0, ..good.clone() },
+            Options { queues: MAX_QUEUES + 1, ..good.clone() },
+            Options { depth: 0, ..good.clone() },
+            Options { depth: MAX_DEPTH + 1, ..good.clone() },
+            Options { request_bytes: 0, ..good.clone() },
+            Options { request_bytes: 6144, ..good.clone() },
+            Options { request_bytes: 2 << 20, ..good.clone() },
+        ] {
+            assert_eq!(bad.validate().expect_err("out of bounds").kind(), Kind::Usage, "{bad:?}");
+        }
+        let error = Options { queues: 9, ..good }.validate().expect_err("288 MiB of buffers");
+        assert!(error.to_string().contains("9 queues × depth 64 × 524288 bytes"), "{error}");
+    }
+
+    #[test]
+    fn a_writable_disk_has_a_cache_that_can_be_flushed_and_can_be_trimmed() {
+        let params = DISK.to_kernel(512 << 10);
+        assert_eq!(params.basic.attrs, sys::UBLK_ATTR_VOLATILE_CACHE | sys::UBLK_ATTR_FUA);
+        assert_eq!((params.basic.logical_bs_shift, params.basic.physical_bs_shift), (9, 12));
+        assert_eq!((params.basic.max_sectors, params.basic.dev_sectors), (1024, 20 << 20));
+        assert_ne!(params.types & sys::UBLK_PARAM_TYPE_DISCARD, 0);
+        assert_eq!(params.discard.max_discard_segments, 1);
+    }
+
+    #[test]
+    fn the_physical_sector_is_never_below_the_logical_one() {
+        let odd = Parameters { logical_sector_bytes: 4096, physical_sector_bytes: 512, ..DISK };
+        let params = odd.to_kernel(4096);
+        assert_eq!((params.basic.logical_bs_shift, params.basic.physical_bs_shift), (12, 12));
+    }
+
+    #[test]
+    fn a_read_only_disk_offers_neither_flush_nor_trim() {
+        let params = Parameters { read_only: true, ..DISK }.to_kernel(4096);
+        assert_eq!(params.basic.attrs, sys::UBLK_ATTR_READ_ONLY);
+        assert_eq!(params.types, sys::UBLK_PARAM_TYPE_BASIC);
+    }
+}

@@ -1,0 +1,420 @@
+//! The ring of one queue: ublk commands, file I/O and the mailbox's eventfd, in one `io_uring`.
+//!
+//! Invariants:
+//!
+//! * the thread that makes the ring is the only one that uses it (the kernel checks);
+//! * a tag is with the kernel (its command is out), with the front (its request is being served), or ended;
+//!   [`Port::complete`] takes it from the front back to the kernel, exactly once per request;
+//! * everything pushed in a batch is submitted by the one `io_uring_enter` that also waits: [`Ring::wait`].
+//!   It has no timeout, so an idle queue never wakes up;
+//! * the buffers and the eventfd's eight bytes outlive all I/O: a ring that fails is leaked, not dropped.
+//!
+//! Request data is copied by the kernel between the pages of a request and the tag's buffer, which is locked
+//! in memory: a buffer the kernel cannot fault in would stall the queue, and one it can fault in only partly
+//! would silently cut a write short.
+#![allow(unsafe_code, reason = "pushing a submission gives the kernel a pointer")]
+
+use std::fs::File;
+use std::io;
+use std::mem::offset_of;
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use io_uring::types::{Fd, Fixed};
+use io_uring::{IoUring, opcode, squeue};
+use libublk::sys;
+use nix::sys::eventfd::EventFd;
+
+use super::descriptor;
+use super::mailbox::Sender;
+use super::sys::Region;
+use super::token::Token;
+use crate::disk::PAGE_BYTES;
+use crate::engine::front::{MAX_PIECES, Request};
+use crate::engine::message::ToEngine;
+use crate::engine::port::{FileIo, FileOp, MAX_WRITE_ZEROS, PieceId, Port};
+use crate::error::{Error, Result};
+
+/// Places in the submission queue: a full one is submitted and filled again, so this bounds memory, not work.
+const MAX_SUBMISSIONS: u32 = 4096;
+
+/// How often and after what pause I/O is submitted again when the kernel has no memory for it: two seconds.
+const MAX_SHORTAGES: u32 = 1000;
+const SHORTAGE_PAUSE: Duration = Duration::from_millis(2);
+
+/// The files of the ring.
+const CHARACTER_DEVICE: Fixed = Fixed(0);
+const IMAGE: Fixed = Fixed(1);
+
+/// Bits of a command's number that hold it alone, as kernels before 6.4 want it.
+const LEGACY_MASK: u32 = 0xff;
+
+const _: () = assert!(size_of::<sys::ublksrv_io_desc>() == 24 && size_of::<sys::ublksrv_io_cmd>() == 16);
+
+/// What a queue's ring is made of.
+pub(super) struct RingSetup {
+    /// The queue's number.
+    pub(super) queue: u16,
+    /// Its tags.
+    pub(super) depth: u16,
+    /// Longest request, bytes.
+    pub(super) request_bytes: u32,
+    /// Whether commands are known by their `ioctl` numbers.
+    pub(super) ioctl_numbers: bool,
+    /// `/dev/ublkcN`.
+    pub(super) character_device: Arc<File>,
+    /// The image.
+    pub(super) image: Arc<File>,
+    /// To the engine.
+    pub(super) sender: Sender<ToEngine>,
+    /// Wakes this queue.
+    pub(super) wake: Arc<EventFd>,
+}
+
+/// Who has a tag.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Holder {
+    /// Its first command is not out yet.
+    Nobody,
+    /// Its command is out.
+    Kernel,
+    /// Its request is being served.
+    Front,
+    /// Its command came back for good.
+    Ended,
+}
+
+/// What came out of the ring.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Event {
+    /// A request; `Err` holds the positive `errno` to complete it with.
+    Request {
+        /// The tag it came for.
+        tag: u16,
+        /// What is asked.
+        request: std::result::Result<Request, i32>,
+    },
+    /// The tag's command came back without a request, with this negative `errno`: there will be no more.
+    Ended {
+        /// The tag.
+        tag: u16,
+        /// `-ENODEV` when the device was stopped; anything else is a refusal.
+        result: i32,
+    },
+    /// File I/O for a piece has ended.
+    Io {
+        /// The piece.
+        piece: PieceId,
+        /// Bytes done, or a negative `errno`.
+        result: i32,
+    },
+    /// The other side has written the eventfd. [`Ring::arm_wake`] reads the next time.
+    Wake,
+}
+
+/// See the module's head. The ring comes first: it is dropped before the memory it was given.
+pub(super) struct Ring {
+    uring: IoUring,
+    /// Mapped read-only from the driver: what each tag's request is.
+    descriptors: Region,
+    /// `request_bytes` per tag, then a page for the eventfd's count.
+    buffers: Region,
+    zeros: Region,
+    setup: RingSetup,
+    holders: Box<[Holder]>,
+    ended: u16,
+    file_io_in_flight: usize,
+    wake_armed: bool,
+}
+
+impl Ring {
+    /// Makes the ring and its memory. Nothing is submitted yet.
+    pub(super) fn new(setup: RingSetup) -> Result<Self> {
+        let failed = |doing: &str| {
+            let doing = format!("queue {}: {doing}", setup.queue);
+            move |error| Error::io(doing, error)
+        };
+        let uring = build_ring(setup.depth).map_err(failed("making its ring"))?;
+        let files = [setup.character_device.as_raw_fd(), setup.image.as_raw_fd()];
+        uring.submitter().register_files(&files).map_err(failed("registering its files"))?;
+        let (offset, length) = descriptor_range(setup.queue, setup.depth);
+        let descriptors = Region::of_device(&setup.character_device, offset, length);
+        let data = usize::from(setup.depth) * bytes(setup.request_bytes);
+        let buffers = Region::memory(data + PAGE_BYTES).map_err(failed("allocating its buffers"))?;
+        if let Err(error) = buffers.lock() {
+            tracing::warn!("queue {}: its buffers are not locked in memory: {error}", setup.queue);
+        }
+        Ok(Self {
+            uring,
+            descriptors: descriptors.map_err(failed("mapping its I/O descriptors"))?,
+            buffers,
+            zeros: Region::zeros(bytes(MAX_WRITE_ZEROS)).map_err(failed("mapping zeros"))?,
+            holders: vec![Holder::Nobody; usize::from(setup.depth)].into_boxed_slice(),
+            setup,
+            ended: 0,
+            file_io_in_flight: 0,
+            wake_armed: false,
+        })
+    }
+
+    /// Offers every tag to the kernel. Refusals come out of [`Ring::next_event`] at once.
+    pub(super) fn fetch_all(&mut self) -> Result<()> {
+        for tag in 0..self.setup.depth {
+            let before = std::mem::replace(&mut self.holders[usize::from(tag)], Holder::Kernel);
+            assert_eq!(before, Holder::Nobody, "tag {tag} is fetched once");
+            self.push_command(tag, sys::UBLK_U_IO_FETCH_REQ, 0);
+        }
+        self.enter(0)
+    }
+
+    /// Lets the other side's next write of the eventfd, or the last one not yet read, end a wait.
+    pub(super) fn arm_wake(&mut self) {
+        assert!(!self.wake_armed, "one read of the eventfd at a time");
+        self.wake_armed = true;
+        let count = self.buffers.at(self.wake_place(), size_of::<u64>());
+        let fd = Fd(self.setup.wake.as_fd().as_raw_fd());
+        self.push(opcode::Read::new(fd, count, 8).build(), Token::Wake);
+    }
+
+    /// Announces what was sent, submits what was pushed, and sleeps until something has come back.
+    pub(super) fn wait(&mut self) -> Result<()> {
+        self.setup.sender.flush();
+        self.enter(1)
+    }
+
+    /// The next thing that came back, if there is one.
+    pub(super) fn next_event(&mut self) -> Option<Event> {
+        let completion = self.uring.completion().next()?;
+        let result = completion.result();
+        Some(match Token::decode(completion.user_data()) {
+            Token::Command { tag } => self.take_back(tag, result),
+            Token::FileIo(piece) => {
+                self.file_io_in_flight -= 1;
+                Event::Io { piece, result }
+            }
+            Token::Wake => {
+                assert_eq!(result, 8, "reading an eventfd that blocks gives its count");
+                self.wake_armed = false;
+                Event::Wake
+            }
+        })
+    }
+
+    /// Every tag has ended: the kernel has nothing left for this queue.
+    pub(super) fn has_ended(&self) -> bool {
+        self.ended == self.setup.depth
+    }
+
+    /// Nothing that was submitted is still under way: the ring may be dropped.
+    pub(super) fn is_quiet(&self) -> bool {
+        self.has_ended() && self.file_io_in_flight == 0 && !self.wake_armed
+    }
+
+    /// Lets go of everything. The kernel tears a ring down in its own time, and until then a registered file
+    /// stays open, which would keep the device's number taken: so the files go first.
+    pub(super) fn close(self) {
+        assert!(self.is_quiet(), "a ring is closed when nothing is under way");
+        if let Err(error) = self.uring.submitter().unregister_files() {
+            tracing::warn!("queue {}: giving its files back: {error}", self.setup.queue);
+        }
+    }
+
+    /// The queue's number.
+    pub(super) fn queue(&self) -> u16 {
+        self.setup.queue
+    }
+
+    fn take_back(&mut self, tag: u16, result: i32) -> Event {
+        let holder = &mut self.holders[usize::from(tag)];
+        assert_eq!(*holder, Holder::Kernel, "tag {tag} came back twice");
+        if result.cast_unsigned() == sys::UBLK_IO_RES_OK {
+            *holder = Holder::Front;
+            let descriptor = self.descriptors.descriptor(usize::from(tag));
+            return Event::Request {
+                tag,
+                request: descriptor::request(&descriptor, self.setup.request_bytes),
+            };
+        }
+        *holder = Holder::Ended;
+        self.ended += 1;
+        Event::Ended { tag, result }
+    }
+
+    fn push_command(&mut self, tag: u16, op: u32, result: i32) {
+        let buffer = self.buffers.at(self.buffer_place(tag), bytes(self.setup.request_bytes));
+        let op = if self.setup.ioctl_numbers { op } else { op & LEGACY_MASK };
+        let command = encode(self.setup.queue, tag, result, buffer.expose_provenance());
+        let entry = opcode::UringCmd16::new(CHARACTER_DEVICE, op).cmd(command).build();
+        self.push(entry, Token::Command { tag });
+    }
+
+    fn push(&mut self, entry: squeue::Entry, token: Token) {
+        let entry = entry.user_data(token.encode());
+        // SAFETY: the pointers in an entry lead into regions of this ring, which outlive it, or are none.
+        while unsafe { self.uring.submission().push(&entry) }.is_err() {
+            self.enter(0).expect("a full submission queue can be submitted");
+        }
+    }
+
+    /// Submits everything and waits for `want` completions.
+    fn enter(&mut self, want: usize) -> Result<()> {
+        let mut shortages = 0;
+        loop {
+            let Err(error) = self.uring.submitter().submit_and_wait(want) else { return Ok(()) };
+            match error.raw_os_error() {
+                Some(libc::EINTR) => {}
+                Some(libc::EAGAIN) if shortages < MAX_SHORTAGES => {
+                    shortages += 1;
+                    std::thread::sleep(SHORTAGE_PAUSE);
+                }
+                _ => return Err(Error::io(format!("queue {}: waiting for I/O", self.setup.queue), error)),
+            }
+        }
+    }
+
+    fn buffer_place(&self, tag: u16) -> usize {
+        assert!(tag < self.setup.depth, "tag {tag} of a queue of depth {}", self.setup.depth);
+        usize::from(tag) * bytes(self.setup.request_bytes)
+    }
+
+    fn wake_place(&self) -> usize {
+        usize::from(self.setup.depth) * bytes(self.setup.request_bytes)
+    }
+
+    /// The part of the tag's buffer that a piece may touch.
+    fn data_place(&self, piece: PieceId, buffer_offset: u32, length: u32) -> usize {
+        assert_eq!(self.holders[usize::from(piece.tag)], Holder::Front, "{piece:?} is of no request");
+        let end = u64::from(buffer_offset) + u64::from(length);
+        assert!(
+            end <= u64::from(self.setup.request_bytes),
+            "{buffer_offset}+{length} leaves the tag's buffer"
+        );
+        self.buffer_place(piece.tag) + bytes(buffer_offset)
+    }
+}
+
+impl Port for Ring {
+    fn submit(&mut self, piece: PieceId, io: FileIo) {
+        let FileIo { op, file_offset, buffer_offset, length } = io;
+        assert!(length > 0, "{piece:?}: I/O of nothing");
+        let entry = match op {
+            FileOp::Read => {
+                let place = self.data_place(piece, buffer_offset, length);
+                let data = self.buffers.at(place, bytes(length));
+                opcode::Read::new(IMAGE, data, length).offset(file_offset).build()
+            }
+            FileOp::Write { durable } => {
+                let place = self.data_place(piece, buffer_offset, length);
+                let data = self.buffers.at(place, bytes(length));
+                let flags = if durable { libc::RWF_DSYNC } else { 0 };
+                opcode::Write::new(IMAGE, data, length).offset(file_offset).rw_flags(flags).build()
+            }
+            FileOp::WriteZeros => {
+                let zeros = self.zeros.at(0, bytes(length));
+                opcode::Write::new(IMAGE, zeros, length).offset(file_offset).build()
+            }
+            FileOp::ZeroRange => fallocate(libc::FALLOC_FL_ZERO_RANGE, file_offset, length),
+            FileOp::PunchHole => fallocate(libc::FALLOC_FL_PUNCH_HOLE, file_offset, length),
+        };
+        self.file_io_in_flight += 1;
+        self.push(entry, Token::FileIo(piece));
+    }
+
+    fn fill_zero(&mut self, piece: PieceId, buffer_offset: u32, length: u32) -> bool {
+        let place = self.data_place(piece, buffer_offset, length);
+        self.buffers.fill_zero(place, bytes(length));
+        true
+    }
+
+    fn send(&mut self, message: ToEngine) {
+        self.setup.sender.send(message);
+    }
+
+    fn complete(&mut self, tag: u16, result: i32) {
+        let before = std::mem::replace(&mut self.holders[usize::from(tag)], Holder::Kernel);
+        assert_eq!(before, Holder::Front, "a request is completed exactly once (tag {tag})");
+        self.push_command(tag, sys::UBLK_U_IO_COMMIT_AND_FETCH_REQ, result);
+    }
+}
+
+/// A ring with the flags that let completions wait for us instead of interrupting us, as far as the kernel
+/// takes them: all from Linux 6.1, some before.
+fn build_ring(depth: u16) -> io::Result<IoUring> {
+    let entries = (2 * u32::from(depth) + 1).next_power_of_two().min(MAX_SUBMISSIONS);
+    let pieces = u32::try_from(MAX_PIECES).expect("a small constant");
+    // Room for the end of everything that can be under way, so that completions never overflow.
+    let completions = (u32::from(depth) * (pieces + 1) + 1).next_power_of_two().max(2 * entries);
+    let mut builder = IoUring::builder();
+    builder.setup_cqsize(completions).setup_submit_all();
+    let mut attempts = [builder.clone(), builder.clone(), builder];
+    attempts[0].setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag();
+    attempts[1].setup_single_issuer().setup_coop_taskrun().setup_taskrun_flag();
+    let [best, good, plain] = attempts;
+    let refused = |error: &io::Error| error.raw_os_error() == Some(libc::EINVAL);
+    match best.build(entries) {
+        Err(error) if refused(&error) => match good.build(entries) {
+            Err(error) if refused(&error) => plain.build(entries),
+            other => other,
+        },
+        other => other,
+    }
+}
+
+/// Where in `/dev/ublkcN` a queue's descriptors are: each queue has the room that the greatest depth needs.
+fn descriptor_range(queue: u16, depth: u16) -> (i64, usize) {
+    let size = |tags: usize| (tags * size_of::<sys::ublksrv_io_desc>()).next_multiple_of(PAGE_BYTES);
+    let greatest = i64::try_from(size(bytes(sys::UBLK_MAX_QUEUE_DEPTH))).expect("about a hundred kilobytes");
+    (i64::from(sys::UBLKSRV_CMD_BUF_OFFSET) + i64::from(queue) * greatest, size(usize::from(depth)))
+}
+
+/// The bytes of a `ublksrv_io_cmd`.
+fn encode(queue: u16, tag: u16, result: i32, address: usize) -> [u8; 16] {
+    let mut bytes = [0; 16];
+    bytes[offset_of!(sys::ublksrv_io_cmd, q_id)..][..2].copy_from_slice(&queue.to_ne_bytes());
+    bytes[offset_of!(sys::ublksrv_io_cmd, tag)..][..2].copy_from_slice(&tag.to_ne_bytes());
+    bytes[offset_of!(sys::ublksrv_io_cmd, result)..][..4].copy_from_slice(&result.to_ne_bytes());
+    bytes[offset_of!(sys::ublksrv_io_cmd, addr)..][..8].copy_from_slice(&(address as u64).to_ne_bytes());
+    bytes
+}
+
+fn fallocate(mode: i32, offset: u64, length: u32) -> squeue::Entry {
+    let mode = mode | libc::FALLOC_FL_KEEP_SIZE;
+    opcode::Fallocate::new(IMAGE, u64::from(length)).offset(offset).mode(mode).build()
+}
+
+/// A 32-bit length or offset as an index.
+fn bytes(value: u32) -> usize {
+    value as usize
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn descriptors_of_a_queue_start_where_the_driver_puts_them() {
+        // 4096 descriptors of 24 bytes are exactly 24 pages.
+        assert_eq!(descriptor_range(0, 64), (0, 4096));
+        assert_eq!(descriptor_range(3, 4096), (3 * 98304, 98304));
+        assert_eq!(descriptor_range(1, 171), (98304, 8192));
+    }
+
+    #[test]
+    fn a_command_is_laid_out_as_the_kernel_reads_it() {
+        let mut expected = Vec::new();
+        expected.extend(2_u16.to_ne_bytes());
+        expected.extend(9_u16.to_ne_bytes());
+        expected.extend((-5_i32).to_ne_bytes());
+        expected.extend(0x10_0000_u64.to_ne_bytes());
+        assert_eq!(encode(2, 9, -5, 0x10_0000), *expected);
+    }
+
+    #[test]
+    fn a_ring_of_any_depth_can_be_made() {
+        for depth in [1, 64, 4096] {
+            let ring = build_ring(depth).expect("io_uring works here");
+            assert!(ring.params().cq_entries() > u32::from(depth) * 9);
+        }
+    }
+}

@@ -1,0 +1,226 @@
+//! Who uses a block device or a file, in words for people: mounts, swap, stacked devices, open files.
+//!
+//! Best effort by nature: what is found was true a moment ago, and processes that may not be looked into are
+//! not. Used to refuse with a reason, never to decide that something is safe.
+
+use std::fs::{self, OpenOptions};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use super::registry::FileId;
+
+/// A disk or one of its partitions.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Node {
+    /// Its name in `/sys/class/block`.
+    name: String,
+    /// Its number, as `/proc` and `/sys` write it: `major:minor`.
+    number: String,
+}
+
+/// Who uses `/dev/ublkbN` or a partition of it: `mounted at /mnt`, `used as swap`, `used by dm-0`, `open in
+/// fio (pid 123)`. Empty when nobody does. The device must be live: it is opened.
+pub fn of_device(id: u32) -> Vec<String> {
+    let disk = format!("ublkb{id}");
+    let nodes = nodes_of(Path::new("/sys/class/block"), &disk);
+    let read = |path| fs::read(path).unwrap_or_default();
+    let mut users = mounts(&read("/proc/self/mountinfo"), &nodes);
+    users.extend(swaps(&read("/proc/swaps"), &nodes));
+    users.extend(nodes.iter().flat_map(|node| holders(Path::new("/sys/class/block"), &node.name)));
+    users.extend(openers(|link| is_one_of(link, &nodes)));
+    if users.is_empty() && is_claimed(&Path::new("/dev").join(disk)) {
+        users.push("claimed by the kernel (mounted in another namespace?)".into());
+    }
+    users
+}
+
+/// Which processes, this one aside, have the file open: `open in qemu-system-x86 (pid 123)`.
+pub fn of_file(file: FileId) -> Vec<String> {
+    openers(|link| {
+        has_inode(link, file.inode) && fs::metadata(link).is_ok_and(|found| FileId::of(&found) == file)
+    })
+}
+
+fn nodes_of(class: &Path, disk: &str) -> Vec<Node> {
+    let number = |name: &str| Some(fs::read_to_string(class.join(name).join("dev")).ok()?.trim().to_owned());
+    let is_partition = |name: &str| {
+        let rest = name.strip_prefix(disk).and_then(|rest| rest.strip_prefix('p'));
+        rest.is_some_and(|rest| !rest.is_empty() && rest.bytes().all(|byte| byte.is_ascii_digit()))
+    };
+    let mut names: Vec<String> =
+        names_in(class).into_iter().filter(|name| name == disk || is_partition(name)).collect();
+    names.sort();
+    names.into_iter().filter_map(|name| Some(Node { number: number(&name)?, name })).collect()
+}
+
+fn names_in(directory: &Path) -> Vec<String> {
+    let items = fs::read_dir(directory).into_iter().flatten().flatten();
+    items.filter_map(|item| item.file_name().into_string().ok()).collect()
+}
+
+/// Lines like `36 35 98:0 /root /mnt rw,noatime master:1 - ext4 /dev/sda1 rw`. File systems with numbers of
+/// their own (btrfs) are recognised by their source.
+fn mounts(mountinfo: &[u8], nodes: &[Node]) -> Vec<String> {
+    let mut users = Vec::new();
+    for line in mountinfo.split(|&byte| byte == b'\n') {
+        let fields: Vec<&[u8]> = line.split(|&byte| byte == b' ').collect();
+        let source = fields.iter().position(|field| *field == b"-").and_then(|dash| fields.get(dash + 2));
+        let (Some(number), Some(place), Some(source)) = (fields.get(2), fields.get(4), source) else {
+            continue;
+        };
+        let source = unescape(source);
+        let is_ours =
+            |node: &Node| node.number.as_bytes() == *number || source == Path::new("/dev").join(&node.name);
+        if nodes.iter().any(is_ours) {
+            users.push(format!("mounted at {}", unescape(place).display()));
+        }
+    }
+    users
+}
+
+/// Lines like `/dev/sda2 partition 8388604 0 -2`, under a headline.
+fn swaps(swaps: &[u8], nodes: &[Node]) -> Vec<String> {
+    let lines = swaps.split(|&byte| byte == b'\n').skip(1);
+    let used = lines.filter_map(|line| line.split(|byte| b" \t".contains(byte)).next()).map(unescape);
+    let is_ours = |path: &PathBuf| nodes.iter().any(|node| *path == Path::new("/dev").join(&node.name));
+    used.filter(is_ours).map(|path| format!("used as swap ({})", path.display())).collect()
+}
+
+/// `/proc` writes blanks and backslashes in paths as `\040`: three octal digits.
+fn unescape(field: &[u8]) -> PathBuf {
+    let mut bytes = Vec::new();
+    let mut rest = field;
+    while let Some((&first, tail)) = rest.split_first() {
+        let digits =
+            tail.get(..3).filter(|digits| first == b'\\' && digits.iter().all(|d| (b'0'..=b'7').contains(d)));
+        let value =
+            digits.map(|d| u16::from(d[0] - b'0') * 64 + u16::from(d[1] - b'0') * 8 + u16::from(d[2] - b'0'));
+        if let Some(byte) = value.and_then(|value| u8::try_from(value).ok()) {
+            bytes.push(byte);
+            rest = &tail[3..];
+        } else {
+            bytes.push(first);
+            rest = tail;
+        }
+    }
+    std::ffi::OsString::from_vec(bytes).into()
+}
+
+fn holders(class: &Path, name: &str) -> Vec<String> {
+    let mut names = names_in(&class.join(name).join("holders"));
+    names.sort();
+    names.into_iter().map(|holder| format!("used by {holder}")).collect()
+}
+
+/// The processes, this one aside, that have an open file for which `wanted` holds. It is given the link in
+/// `/proc/PID/fd`.
+fn openers(wanted: impl Fn(&Path) -> bool) -> Vec<String> {
+    let this = std::process::id();
+    let mut pids: Vec<u32> =
+        names_in(Path::new("/proc")).iter().filter_map(|name| name.parse().ok()).collect();
+    pids.sort_unstable();
+    let has_it = |pid: &u32| {
+        let directory = PathBuf::from(format!("/proc/{pid}/fd"));
+        names_in(&directory).iter().any(|fd| wanted(&directory.join(fd)))
+    };
+    let describe = |pid: u32| {
+        let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        format!("open in {} (pid {pid})", name.trim_end())
+    };
+    pids.into_iter().filter(|&pid| pid != this).filter(has_it).map(describe).collect()
+}
+
+/// Whether the link leads to one of the devices. Only links into `/dev` are followed: asking a file system
+/// on a device about its files could hang when that device does.
+fn is_one_of(link: &Path, nodes: &[Node]) -> bool {
+    let target = fs::read_link(link);
+    if !target.is_ok_and(|target| target.as_os_str().as_bytes().starts_with(b"/dev/")) {
+        return false;
+    }
+    let Ok(found) = fs::metadata(link) else { return false };
+    let number = format!("{}:{}", libc::major(found.rdev()), libc::minor(found.rdev()));
+    found.file_type().is_block_device() && nodes.iter().any(|node| node.number == number)
+}
+
+/// Whether the open file behind `/proc/PID/fd/N` may have this inode: `fdinfo` says so without asking the
+/// file's own file system. Kernels before 5.14 do not say, and then it may.
+fn has_inode(link: &Path, inode: u64) -> bool {
+    let target = fs::read_link(link);
+    if !target.is_ok_and(|target| target.is_absolute()) {
+        return false; // a socket, a pipe, something anonymous
+    }
+    let (Some(process), Some(fd)) = (link.parent().and_then(Path::parent), link.file_name()) else {
+        return false;
+    };
+    let info = fs::read_to_string(process.join("fdinfo").join(fd)).unwrap_or_default();
+    let number = info.lines().find_map(|line| line.strip_prefix("ino:"));
+    number.is_none_or(|number| number.trim().parse() == Ok(inode))
+}
+
+/// Whether the kernel itself has the device, as mounts and stacked devices do, from whatever namespace.
+fn is_claimed(node: &Path) -> bool {
+    let opened = OpenOptions::new().read(true).custom_flags(libc::O_EXCL | libc::O_NONBLOCK).open(node);
+    opened.is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsRawFd;
+
+    fn nodes() -> Vec<Node> {
+        let node = |name: &str, number: &str| Node { name: name.into(), number: number.into() };
+        vec![node("ublkb3", "259:3"), node("ublkb3p1", "259:4")]
+    }
+
+    #[test]
+    fn mounts_are_found_by_number_and_by_source() {
+        let mountinfo = b"22 1 0:21 / /proc rw,nosuid - proc proc rw\n\
+            36 35 259:4 /sub /mnt/with\\040blank rw,noatime master:1 shared:2 - ext4 /dev/ublkb3p1 rw\n\
+            37 35 0:44 / /srv rw - btrfs /dev/ublkb3 rw,space_cache\n\
+            38 35 259:30 / /other rw - ext4 /dev/ublkb30 rw\n\
+            39 35 259:3 / /no-dash rw\n";
+        assert_eq!(mounts(mountinfo, &nodes()), ["mounted at /mnt/with blank", "mounted at /srv"]);
+    }
+
+    #[test]
+    fn swap_on_a_partition_is_found() {
+        let table = b"Filename\t\t\t\tType\t\tSize\tUsed\tPriority\n\
+            /dev/ublkb3p1                           partition\t1048572\t0\t-2\n\
+            /dev/ublkb30                            partition\t1048572\t0\t-3\n";
+        assert_eq!(swaps(table, &nodes()), ["used as swap (/dev/ublkb3p1)"]);
+    }
+
+    #[test]
+    fn escapes_are_undone_and_what_only_looks_like_one_is_kept() {
+        assert_eq!(unescape(b"/a\\040b\\134c"), Path::new("/a b\\c"));
+        assert_eq!(unescape(b"/a\\08\\9\\777\\"), Path::new("/a\\08\\9\\777\\"));
+    }
+
+    #[test]
+    fn partitions_belong_to_their_disk_only() {
+        let class = tempfile::tempdir().expect("a directory");
+        for (name, number) in
+            [("ublkb1", "259:0\n"), ("ublkb1p2", "259:1\n"), ("ublkb11", "259:9\n"), ("sda", "8:0\n")]
+        {
+            fs::create_dir_all(class.path().join(name).join("holders/dm-0")).expect("made");
+            fs::write(class.path().join(name).join("dev"), number).expect("written");
+        }
+        let names: Vec<_> =
+            nodes_of(class.path(), "ublkb1").into_iter().map(|node| (node.name, node.number)).collect();
+        assert_eq!(names, [("ublkb1".into(), "259:0".into()), ("ublkb1p2".into(), "259:1".into())]);
+        assert_eq!(holders(class.path(), "ublkb1"), ["used by dm-0"]);
+    }
+
+    #[test]
+    fn an_open_file_is_recognised_by_inode_through_any_name() {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        let other = tempfile::NamedTempFile::new().expect("a file");
+        let id = |file: &tempfile::NamedTempFile| FileId::of(&file.as_file().metadata().expect("open"));
+        let link = PathBuf::from(format!("/proc/self/fd/{}", file.as_file().as_raw_fd()));
+        assert!(has_inode(&link, id(&file).inode));
+        assert!(!has_inode(&link, id(&other).inode));
+        assert_eq!(of_file(id(&file)), Vec::<String>::new(), "this process does not count");
+    }
+}
