@@ -1,3 +1,7 @@
 //! `vhdx-ublk`: parses, runs, prints the error with its remedy, sets the exit status.
 
-fn main() {}
+mod cli;
+
+fn main() -> std::process::ExitCode {
+    cli::main()
+}

@@ -1,0 +1,213 @@
+//! `add`: serves an image as a block device.
+//!
+//! Without `--foreground` the program runs itself again: the child serves, the parent waits for its word.
+
+use std::cell::Cell;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use vhdx_ublk::device::daemon::{self, Ready};
+use vhdx_ublk::device::engine_thread::EngineThread;
+use vhdx_ublk::device::opened::{NoEngine, Opened};
+use vhdx_ublk::device::registry::Registry;
+use vhdx_ublk::device::stop::{self, Target};
+use vhdx_ublk::device::{MAX_BUFFER_BYTES, MAX_DEPTH, MAX_QUEUES, MIN_REQUEST_BYTES, Options, launch};
+use vhdx_ublk::disk::{Access, ImageFile};
+use vhdx_ublk::error::{Kind, Result};
+
+use super::{FAILURE, holders, logging, output};
+
+/// How long a holder of the image may take to leave: a process that was killed keeps its lock until its last
+/// I/O has ended.
+const LOCK_WAIT: Duration = Duration::from_secs(5);
+
+/// Queues by default: more than this rarely helps a file.
+const DEFAULT_QUEUES: usize = 4;
+
+/// Serve an image as a block device.
+///
+/// Prints the device's path, alone, on standard output as soon as the device can be used. A daemon serves it
+/// from then on; `vhdx-ublk del` takes it away and closes the image. An image that was not closed cleanly is
+/// repaired from its own log first.
+#[derive(clap::Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct Add {
+    /// The VHDX file
+    image: PathBuf,
+    /// Refuse all writes; not one byte of the file is changed
+    #[arg(short, long)]
+    read_only: bool,
+    /// The N of /dev/ublkbN [default: the first free one]
+    #[arg(long, value_name = "N")]
+    id: Option<u32>,
+    /// Queues, 1 to 64; at most one per CPU is used [default: the number of CPUs, at most 4]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_QUEUES)))]
+    queues: Option<u16>,
+    /// Requests in flight per queue, 1 to 4096
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    #[arg(value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_DEPTH)))]
+    depth: u16,
+    /// Serve from this process, until it is interrupted (Ctrl-C)
+    #[arg(short, long)]
+    foreground: bool,
+    /// This is the child
+    #[arg(long, hide = true, conflicts_with = "foreground")]
+    serve: bool,
+}
+
+const AFTER_HELP: &str = "\
+Examples:
+  vhdx-ublk add disk.vhdx
+  lsblk $(vhdx-ublk add --read-only disk.vhdx)
+
+Warnings of a running device go to /run/vhdx-ublk/N.log.
+Exit status: 0 the device can be used, 1 failure (and nothing is left behind), 2 wrong usage.";
+
+impl Add {
+    /// Runs the command.
+    pub fn run(self) -> Result<()> {
+        let options = self.options();
+        options.validate()?;
+        if self.foreground {
+            return self.serve(&options, |ready| output::print(&ready.device.display().to_string()));
+        }
+        if self.serve {
+            return self.serve_detached(&options);
+        }
+        let ready = launch::launch(self.child_arguments(&options))?;
+        output::print(&ready.device.display().to_string()).inspect_err(|_| take_away(&ready))
+    }
+
+    fn options(&self) -> Options {
+        let cpus = thread::available_parallelism().map_or(1, usize::from);
+        let default = u16::try_from(cpus.min(DEFAULT_QUEUES)).expect("a handful");
+        let queues = self.queues.unwrap_or(default);
+        let request_bytes = request_bytes(queues, self.depth);
+        Options { id: self.id, queues, depth: self.depth, request_bytes }
+    }
+
+    /// The command line of the process that serves.
+    fn child_arguments(&self, options: &Options) -> Vec<OsString> {
+        let mut arguments: Vec<OsString> = vec!["add".into(), "--serve".into()];
+        arguments.extend(
+            [format!("--queues={}", options.queues), format!("--depth={}", options.depth)].map(Into::into),
+        );
+        arguments.extend(self.id.map(|id| format!("--id={id}").into()));
+        arguments.extend(self.read_only.then(|| "--read-only".into()));
+        arguments.extend(["--".into(), self.image.clone().into()]);
+        arguments
+    }
+
+    /// Serves as a daemon. Ends the process where the parent has been told of a failure: it tells the user.
+    fn serve_detached(&self, options: &Options) -> Result<()> {
+        let announced = Cell::new(false);
+        let ready = |ready: &Ready| {
+            launch::announce(ready)?;
+            logging::detached();
+            announced.set(true);
+            Ok(())
+        };
+        let outcome = launch::enter().and_then(|()| self.serve(options, ready)).map_err(output::advised);
+        match outcome {
+            Err(error) if !announced.get() && launch::announce_failure(&error).is_ok() => {
+                std::process::exit(FAILURE.into())
+            }
+            outcome => outcome,
+        }
+    }
+
+    /// Serves until the device's end.
+    fn serve(&self, options: &Options, ready: impl FnOnce(&Ready) -> Result<()>) -> Result<()> {
+        if self.read_only {
+            let file = Arc::new(open(&self.image, Access::ReadOnly)?);
+            let opened = Opened::read_only(&file)?;
+            return daemon::serve(&opened.served(&file)?, options, |ends| Ok(NoEngine(ends)), ready);
+        }
+        let file = Arc::new(open(&self.image, Access::ReadWrite)?);
+        let engine = EngineThread::open(file.clone())?;
+        let served = engine.opened().served(&file)?;
+        daemon::serve(&served, options, |ends| Ok(engine.start(ends)), ready)
+    }
+}
+
+/// Takes away a device of which the user was never told.
+fn take_away(ready: &Ready) {
+    let stopped = Registry::open().and_then(|registry| {
+        let entry = stop::find(&registry, &Target::Id(ready.id))?;
+        stop::stop(&registry, &entry, true)
+    });
+    if let Err(error) = stopped {
+        tracing::warn!("{} is there, but nobody may know of it: {error}", ready.device.display());
+    }
+}
+
+/// Opens and locks the image. Waits for a holder to leave, unless it is a device of ours, which stays.
+fn open(path: &Path, access: Access) -> Result<ImageFile> {
+    let opened = match ImageFile::open(path, access, Duration::ZERO) {
+        Err(error) if error.kind() == Kind::InUse && holders::device_of(path).is_none() => {
+            ImageFile::open(path, access, LOCK_WAIT)
+        }
+        outcome => outcome,
+    };
+    opened.map_err(|error| holders::explain(error, path))
+}
+
+/// The longest requests whose buffers stay within bounds: many requests in flight need not be long ones.
+fn request_bytes(queues: u16, depth: u16) -> u32 {
+    let mut bytes = Options::default().request_bytes;
+    while u64::from(queues) * u64::from(depth) * u64::from(bytes) > MAX_BUFFER_BYTES
+        && bytes > MIN_REQUEST_BYTES
+    {
+        bytes /= 2;
+    }
+    bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        add: Add,
+    }
+
+    fn parse(arguments: &[&str]) -> Add {
+        Line::try_parse_from([&["add"], arguments].concat()).expect("a good command line").add
+    }
+
+    #[test]
+    fn the_child_serves_what_the_parent_was_told_to() {
+        let add = parse(&["--read-only", "--id", "7", "--depth", "9", "--queues", "3", "--", "-odd name"]);
+        let arguments = add.child_arguments(&add.options());
+        let again = Line::try_parse_from(arguments).expect("its own words").add;
+        assert!(again.serve && again.read_only && again.image == Path::new("-odd name"));
+        assert_eq!((again.id, again.queues, again.depth), (Some(7), Some(3), 9));
+        assert_eq!(again.options(), add.options());
+    }
+
+    #[test]
+    fn deep_queues_get_short_requests_instead_of_an_error() {
+        assert_eq!(request_bytes(4, 64), 512 << 10);
+        assert_eq!(request_bytes(1, 4096), 64 << 10);
+        for (queues, depth) in [(1, 1), (1, 4096), (16, 4096), (64, 64)] {
+            let options = Options { id: None, queues, depth, request_bytes: request_bytes(queues, depth) };
+            options.validate().expect("within bounds");
+        }
+    }
+
+    #[test]
+    fn counts_out_of_range_are_wrong_usage() {
+        for arguments in
+            [["--queues", "0"], ["--queues", "65"], ["--depth", "0"], ["--depth", "4097"], ["--id", "-1"]]
+        {
+            assert!(Line::try_parse_from([&["add", "x"], &arguments[..]].concat()).is_err(), "{arguments:?}");
+        }
+    }
+}

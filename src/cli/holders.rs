@@ -1,0 +1,65 @@
+//! Who has an image, in words for people. Best effort: who may not look is told less.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use vhdx_ublk::device::registry::{FileId, Listed, RUN_DIRECTORY, Registry, State};
+use vhdx_ublk::device::usage;
+use vhdx_ublk::error::{Error, Kind, Result};
+
+/// Our devices, in the order of their numbers. Nothing is made where there are none.
+///
+/// # Errors
+///
+/// When the caller may not look, or the registry cannot be read.
+pub fn devices() -> Result<Vec<Listed>> {
+    match registry()? {
+        Some(registry) => registry.list(),
+        None => Ok(Vec::new()),
+    }
+}
+
+/// The registry, if there is one.
+///
+/// # Errors
+///
+/// When the caller may not look.
+pub fn registry() -> Result<Option<Registry>> {
+    if !Path::new(RUN_DIRECTORY).exists() {
+        return Ok(None);
+    }
+    if !nix::unistd::geteuid().is_root() {
+        return Err(Error::new(Kind::Permission, "only root sees the devices").remedy("run it as root"));
+    }
+    Registry::open().map(Some)
+}
+
+/// The device that serves the file at `path`, and will go on to.
+pub fn device_of(path: &Path) -> Option<PathBuf> {
+    let file = FileId::of(&fs::metadata(path).ok()?);
+    let stays = |state| !matches!(state, State::Stopping | State::Dead | State::Failed);
+    let mut devices = devices().ok()?.into_iter();
+    let listed = devices.find(|listed| listed.entry.image_file == file && stays(listed.state))?;
+    Some(listed.entry.device)
+}
+
+/// Which processes have the file at `path` open: `open in fio (pid 123)`.
+pub fn processes(path: &Path) -> Vec<String> {
+    fs::metadata(path).map(|found| usage::of_file(FileId::of(&found))).unwrap_or_default()
+}
+
+/// Says who has the image at `path`, if that is what is wrong.
+pub fn explain(error: Error, path: &Path) -> Error {
+    if error.kind() != Kind::InUse || error.remedy_text().is_some() {
+        return error;
+    }
+    if let Some(device) = device_of(path) {
+        let device = device.display();
+        return error.remedy(format!("it is {device} already; `vhdx-ublk del {device}` takes that away"));
+    }
+    let processes = processes(path);
+    if processes.is_empty() {
+        return error.remedy(format!("find out who has it: lslocks, or fuser -v {}", path.display()));
+    }
+    error.remedy(format!("end its use first: it is {}", processes.join(", ")))
+}

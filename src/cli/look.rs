@@ -1,0 +1,157 @@
+//! A look at an image: plain reads, no ring, nothing written, no trace left.
+//!
+//! Beside readers the image is locked like any reader's. While a writer has it, it is read without a lock:
+//! what is seen then may be stale, or torn between two states, so a look that finds a contradiction is taken
+//! again.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
+
+use uuid::Uuid;
+
+use vhdx_ublk::disk::{Access, Buffer, Disk, ImageFile, next_data};
+use vhdx_ublk::error::{Error, Kind, Result};
+use vhdx_ublk::image::{Image, Mode};
+
+/// How often an image is read that a writer keeps changing.
+const ATTEMPTS: u32 = 3;
+
+/// The pause between two of them: more than a commit of metadata takes.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// The unit of `st_blocks`, whatever the file system's own block size.
+const STAT_BLOCK_BYTES: u64 = 512;
+
+/// What was seen.
+pub struct Seen {
+    /// The image, its log replayed in memory.
+    pub image: Image,
+    /// The file, as an absolute path without symbolic links.
+    pub path: PathBuf,
+    /// The file's length, bytes.
+    pub file_size: u64,
+    /// The space the file takes on its host, bytes.
+    pub host_bytes: u64,
+    /// A writer had the image: the figures may be stale.
+    pub in_use: bool,
+}
+
+/// Looks at the image at `path`.
+///
+/// # Errors
+///
+/// Whatever is wrong with the file or the image. A contradiction in an image that is in use counts only if it
+/// is there every time.
+pub fn look(path: &Path) -> Result<Seen> {
+    match ImageFile::open(path, Access::ReadOnly, Duration::ZERO) {
+        Ok(locked) => {
+            let same = locked.as_fd().try_clone_to_owned();
+            let same =
+                same.map_err(|error| Error::io("duplicating the image's descriptor", error).file(path))?;
+            see(File::from(same), path, false)
+        }
+        Err(error) if error.kind() == Kind::InUse => look_past_a_writer(path),
+        Err(error) => Err(error),
+    }
+}
+
+fn look_past_a_writer(path: &Path) -> Result<Seen> {
+    let mut left = ATTEMPTS;
+    loop {
+        let file = open_quietly(path).map_err(|error| Error::io("opening the image", error).file(path))?;
+        left -= 1;
+        match see(file, path, true) {
+            Err(error) if left > 0 && is_contradiction(error.kind()) => thread::sleep(PAUSE),
+            outcome => return outcome.map_err(|error| error.remedy("the image is in use: look again later")),
+        }
+    }
+}
+
+fn is_contradiction(kind: Kind) -> bool {
+    matches!(kind, Kind::Corrupt | Kind::Truncated | Kind::Unsupported)
+}
+
+/// As [`ImageFile`] opens it: without waiting for anybody, without touching its access time where allowed.
+fn open_quietly(path: &Path) -> io::Result<File> {
+    let open = |flags| OpenOptions::new().read(true).custom_flags(flags).open(path);
+    let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
+    match open(flags | libc::O_NOATIME) {
+        Err(error) if error.raw_os_error() == Some(libc::EPERM) => open(flags),
+        outcome => outcome,
+    }
+}
+
+fn see(file: File, path: &Path, in_use: bool) -> Result<Seen> {
+    let named = |error: Error| error.file(path);
+    let failed = |error| Error::io("looking at the image", error).file(path);
+    let disk = Plain(file);
+    let image = smol::block_on(Image::open(&disk, Mode::ReadOnly, Uuid::new_v4)).map_err(named)?;
+    let found = disk.0.metadata().map_err(failed)?;
+    let path = fs::canonicalize(path).map_err(failed)?;
+    let (file_size, host_bytes) = (found.len(), found.blocks() * STAT_BLOCK_BYTES);
+    Ok(Seen { image, path, file_size, host_bytes, in_use })
+}
+
+/// A file that is only read.
+struct Plain(File);
+
+impl Disk for Plain {
+    async fn read(&self, offset: u64, length: usize) -> io::Result<Buffer> {
+        let mut buffer = Buffer::zeroed(length);
+        let mut done = 0;
+        while done < length {
+            match self.0.read_at(&mut buffer[done..], offset + done as u64) {
+                Ok(0) => break, // the end of the file, behind which everything is zero
+                Ok(count) => done += count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(buffer)
+    }
+
+    async fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
+        next_data(&self.0, offset)
+    }
+
+    async fn length(&self) -> io::Result<u64> {
+        Ok(self.0.metadata()?.len())
+    }
+
+    async fn write(&self, _: u64, _: Buffer) -> io::Result<()> {
+        only_read()
+    }
+
+    async fn sync(&self) -> io::Result<()> {
+        only_read()
+    }
+
+    async fn grow(&self, _: u64) -> io::Result<()> {
+        only_read()
+    }
+
+    async fn truncate(&self, _: u64) -> io::Result<()> {
+        only_read()
+    }
+
+    async fn reserve(&self, _: u64, _: u64) -> io::Result<()> {
+        only_read()
+    }
+
+    async fn zero(&self, _: u64, _: u64) -> io::Result<()> {
+        only_read()
+    }
+
+    async fn punch(&self, _: u64, _: u64) -> io::Result<bool> {
+        only_read()
+    }
+}
+
+fn only_read<T>() -> io::Result<T> {
+    Err(io::ErrorKind::ReadOnlyFilesystem.into())
+}

@@ -1,0 +1,97 @@
+//! The command line: one file per command.
+//!
+//! Standard output carries the answer and nothing else; everything else goes to standard error. The exit
+//! status is 0 for success, 1 for failure, 2 for wrong usage. A command with `--json` gives its error as JSON
+//! too, on standard output.
+
+mod add;
+mod create;
+mod del;
+mod features;
+mod holders;
+mod info;
+mod list;
+mod logging;
+mod look;
+mod output;
+mod size;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use vhdx_ublk::error::{Kind, Result};
+
+/// Exit statuses, as the help text states them.
+const FAILURE: u8 = 1;
+const WRONG_USAGE: u8 = 2;
+
+/// Serve VHDX disk images as Linux block devices.
+#[derive(Parser)]
+#[command(version, max_term_width = 100, after_help = AFTER_HELP)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const AFTER_HELP: &str = "\
+Examples:
+  vhdx-ublk create disk.vhdx --size 10G      make an empty disk of 10 GiB
+  vhdx-ublk add disk.vhdx                    serve it; prints its name: /dev/ublkb0
+  vhdx-ublk del /dev/ublkb0                  take the device away and close the image
+
+Exit status: 0 success, 1 failure, 2 wrong usage.";
+
+#[derive(Subcommand)]
+enum Command {
+    Add(add::Add),
+    Del(del::Del),
+    List(list::List),
+    Create(create::Create),
+    Info(info::Info),
+    Features(features::Features),
+}
+
+impl Command {
+    fn wants_json(&self) -> bool {
+        match self {
+            Self::List(list) => list.json,
+            Self::Info(info) => info.json,
+            Self::Features(features) => features.json,
+            Self::Add(_) | Self::Del(_) | Self::Create(_) => false,
+        }
+    }
+
+    fn run(self) -> Result<()> {
+        match self {
+            Self::Add(add) => add.run(),
+            Self::Del(del) => del.run(),
+            Self::List(list) => list.run(),
+            Self::Create(create) => create.run(),
+            Self::Info(info) => info.run(),
+            Self::Features(features) => features.run(),
+        }
+    }
+}
+
+/// The whole program.
+pub fn main() -> ExitCode {
+    let command = Cli::parse().command;
+    logging::start();
+    let json = command.wants_json();
+    let Err(error) = command.run() else { return ExitCode::SUCCESS };
+    output::report(&error, json);
+    ExitCode::from(if error.kind() == Kind::Usage { WRONG_USAGE } else { FAILURE })
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,176 @@
+//! What the user reads: answers on standard output, errors on standard error.
+
+use std::io::{self, Write};
+
+use serde::Serialize;
+
+use vhdx_ublk::error::{Error, Kind, Result};
+
+/// Writes `text` and a newline to standard output. A reader that has left is no failure.
+///
+/// # Errors
+///
+/// When standard output cannot be written for any other reason.
+pub fn print(text: &str) -> Result<()> {
+    let mut stdout = io::stdout().lock();
+    match writeln!(stdout, "{text}").and_then(|()| stdout.flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(Error::io("writing the output", error))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Writes `value` as JSON to standard output.
+///
+/// # Errors
+///
+/// As [`print()`].
+pub fn print_json(value: &impl Serialize) -> Result<()> {
+    let text = serde_json::to_string_pretty(value);
+    print(&text.map_err(|error| Error::io("writing the output as JSON", error.into()))?)
+}
+
+/// Tells the user what went wrong, and what to do about it.
+pub fn report(error: &Error, json: bool) {
+    // Where the report cannot be written, the exit status still says it.
+    if json {
+        let _ = print_json(&Report { error: Failure::of(error) });
+        return;
+    }
+    let mut stderr = io::stderr().lock();
+    let _ = writeln!(stderr, "vhdx-ublk: {error}");
+    if let Some(remedy) = remedy(error) {
+        let _ = writeln!(stderr, "  try: {remedy}");
+    }
+}
+
+#[derive(Serialize)]
+struct Report<'a> {
+    error: Failure<'a>,
+}
+
+/// An error as JSON.
+#[derive(Serialize)]
+struct Failure<'a> {
+    kind: Kind,
+    message: String,
+    file: Option<String>,
+    structure: Option<&'static str>,
+    offset: Option<u64>,
+    remedy: Option<&'a str>,
+}
+
+impl<'a> Failure<'a> {
+    fn of(error: &'a Error) -> Self {
+        Self {
+            kind: error.kind(),
+            message: error.to_string(),
+            file: error.file_path().map(|path| path.to_string_lossy().into_owned()),
+            structure: error.structure(),
+            offset: error.offset(),
+            remedy: remedy(error),
+        }
+    }
+}
+
+/// The error with advice, where there is any: for an error whose parts do not all travel.
+pub fn advised(error: Error) -> Error {
+    match remedy(&error).map(str::to_owned) {
+        Some(remedy) => error.remedy(remedy),
+        None => error,
+    }
+}
+
+/// What can be done: the error's own advice, or what helps with most errors of its kind.
+fn remedy(error: &Error) -> Option<&str> {
+    error.remedy_text().filter(|text| !text.is_empty()).or(match error.kind() {
+        Kind::NotVhdx => {
+            Some("check the file's name; `file` and `qemu-img info` recognise many other formats")
+        }
+        Kind::Corrupt => {
+            Some("do not write to the image: restore it from a backup, or copy it again from its source")
+        }
+        Kind::Truncated => Some("the file was cut short: copy it again from its source"),
+        Kind::NoSpace => Some("make room on the file system that holds the file"),
+        Kind::Permission => Some("run it as root, or as a user who may access the file"),
+        Kind::Exists => Some("choose another name"),
+        Kind::NotFound => Some("check the spelling of the path"),
+        Kind::Usage => Some("vhdx-ublk --help"),
+        Kind::Unsupported if error.structure().is_some() => {
+            Some("a newer vhdx-ublk may handle it, and so may the program that made the image")
+        }
+        Kind::Unsupported | Kind::InUse | Kind::NoDriver | Kind::Poisoned | Kind::Io => None,
+    })
+}
+
+/// A list of `key: value` lines, the values aligned.
+#[derive(Default)]
+pub struct Fields(Vec<(&'static str, String)>);
+
+impl Fields {
+    /// Appends a line. A key of no characters continues the line above.
+    pub fn add(&mut self, key: &'static str, value: impl Into<String>) {
+        self.0.push((key, value.into()));
+    }
+}
+
+impl std::fmt::Display for Fields {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let width = self.0.iter().map(|(key, _)| key.len()).max().unwrap_or(0) + 2;
+        for (index, (key, value)) in self.0.iter().enumerate() {
+            let key = if key.is_empty() { String::new() } else { format!("{key}:") };
+            let newline = if index == 0 { "" } else { "\n" };
+            write!(f, "{newline}{key:width$}{value}")?;
+        }
+        Ok(())
+    }
+}
+
+/// Rows under a headline, the columns aligned, the last one ragged.
+pub fn table<const N: usize>(headline: [&str; N], rows: &[[String; N]]) -> String {
+    let headline = headline.map(str::to_owned);
+    let all = || std::iter::once(&headline).chain(rows);
+    let width = |column: usize| all().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let widths: [usize; N] = std::array::from_fn(width);
+    let line = |row: &[String; N]| {
+        let cells = row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}"));
+        cells.collect::<Vec<_>>().join("  ").trim_end().to_owned()
+    };
+    all().map(line).collect::<Vec<_>>().join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    #[test]
+    fn fields_and_tables_are_aligned() {
+        let mut fields = Fields::default();
+        fields.add("size", "1");
+        fields.add("block size", "2");
+        fields.add("", "3");
+        assert_eq!(fields.to_string(), "size:       1\nblock size: 2\n            3");
+        let rows = [["a".into(), "x y".into()], ["long".into(), String::new()]];
+        assert_eq!(table(["N", "WHAT"], &rows), "N     WHAT\na     x y\nlong");
+    }
+
+    #[test]
+    fn an_error_as_json_has_every_part() {
+        let error = Error::corrupt("BAT", "overlaps").at(7).file(Path::new("a.vhdx")).remedy("give up");
+        let json = serde_json::to_value(Report { error: Failure::of(&error) }).expect("serialisable");
+        let expected = serde_json::json!({"error": {
+            "kind": "corrupt", "message": "a.vhdx: BAT at byte 7: overlaps", "file": "a.vhdx",
+            "structure": "BAT", "offset": 7, "remedy": "give up",
+        }});
+        assert_eq!(json, expected);
+    }
+
+    #[test]
+    fn advice_that_is_missing_or_empty_is_made_up_for() {
+        assert!(remedy(&Error::new(Kind::Truncated, "x")).is_some());
+        assert!(remedy(&Error::new(Kind::Corrupt, "x").remedy("")).is_some_and(|text| !text.is_empty()));
+    }
+}

@@ -1,0 +1,171 @@
+//! Sizes as people write and read them. All units are powers of 1024.
+
+use vhdx_ublk::format::{MAX_BLOCK_SIZE, MAX_VIRTUAL_SIZE, MIB, MIN_BLOCK_SIZE, header};
+
+/// Units above the byte, each 1024 times the one before.
+const UNITS: [char; 6] = ['K', 'M', 'G', 'T', 'P', 'E'];
+
+/// Reads a size: a number of bytes, or a number and a unit: `64K`, `64KiB`.
+///
+/// # Errors
+///
+/// Says what is wrong with the text.
+pub fn parse(text: &str) -> Result<u64, String> {
+    let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();
+    let (number, unit) = text.split_at(digits);
+    if number.is_empty() {
+        return Err("a size is a whole number with an optional unit: 512, 64K, 10G, 1TiB".into());
+    }
+    let power = power_of(unit)?;
+    let too_much = || "the size does not fit 64 bits".to_owned();
+    let number: u64 = number.parse().map_err(|_| too_much())?;
+    number.checked_mul(1 << (10 * power)).ok_or_else(too_much)
+}
+
+/// The power of 1024 that `unit` stands for.
+fn power_of(unit: &str) -> Result<u32, String> {
+    let unknown = || Err(format!("unknown unit {unit:?}: write K, M, G, T or KiB, MiB, GiB, TiB"));
+    let mut letters = unit.chars();
+    let Some(first) = letters.next() else { return Ok(0) };
+    match (first.to_ascii_uppercase(), letters.as_str().to_ascii_lowercase().as_str()) {
+        ('B', "") => Ok(0),
+        (letter, "" | "ib") => match UNITS.iter().position(|known| *known == letter) {
+            Some(index) => Ok(u32::try_from(index + 1).expect("six units")),
+            None => unknown(),
+        },
+        (letter, "b") if UNITS.contains(&letter) => Err(format!(
+            "{unit} may mean 1000 or 1024: write {letter} or {letter}iB, which are powers of 1024"
+        )),
+        _ => unknown(),
+    }
+}
+
+/// Reads the size of a disk.
+///
+/// # Errors
+///
+/// Says what is wrong with the text.
+pub fn parse_disk(text: &str) -> Result<u64, String> {
+    match parse(text)? {
+        0 => Err("a disk has at least one sector".into()),
+        size if size > MAX_VIRTUAL_SIZE => Err("the format ends at 64T".into()),
+        size => Ok(size),
+    }
+}
+
+/// Reads the size of a block.
+///
+/// # Errors
+///
+/// Says what is wrong with the text.
+pub fn parse_block(text: &str) -> Result<u32, String> {
+    let blocks = MIN_BLOCK_SIZE..=MAX_BLOCK_SIZE;
+    let size =
+        u32::try_from(parse(text)?).ok().filter(|size| size.is_power_of_two() && blocks.contains(size));
+    size.ok_or_else(|| "a block is a power of two from 1M to 256M".into())
+}
+
+/// Reads the size of a log.
+///
+/// # Errors
+///
+/// Says what is wrong with the text.
+pub fn parse_log(text: &str) -> Result<u32, String> {
+    let size = u32::try_from(parse(text)?).ok();
+    let size = size.filter(|&size| (1..=header::MAX_LOG_LENGTH).contains(&size));
+    let size = size.filter(|&size| u64::from(size).is_multiple_of(MIB));
+    size.ok_or_else(|| "a log is a multiple of 1M, at most 1G".into())
+}
+
+/// A size for people: `10 GiB`, `1.5 MiB`, `512 bytes`.
+pub fn human(size: u64) -> String {
+    let power = (size.max(1).ilog2() / 10).min(6);
+    if power == 0 {
+        return format!("{size} bytes");
+    }
+    let unit = UNITS[power as usize - 1];
+    let tenths = (u128::from(size) * 10) >> (10 * power);
+    match (tenths / 10, tenths % 10) {
+        (whole, 0) => format!("{whole} {unit}iB"),
+        (whole, tenth) => format!("{whole}.{tenth} {unit}iB"),
+    }
+}
+
+/// A size both ways: `10737418240 (10 GiB)`.
+pub fn both(size: u64) -> String {
+    if size < 1024 { size.to_string() } else { format!("{size} ({})", human(size)) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_spelling_of_a_unit_is_read() {
+        for (text, expected) in [
+            ("0", 0),
+            ("512", 512),
+            ("512B", 512),
+            ("64K", 64 << 10),
+            ("64k", 64 << 10),
+            ("64KiB", 64 << 10),
+            ("10G", 10 << 30),
+            ("10gib", 10 << 30),
+            ("1T", 1 << 40),
+            ("15E", 15 << 60),
+            ("18446744073709551615", u64::MAX),
+        ] {
+            assert_eq!(parse(text), Ok(expected), "{text}");
+        }
+    }
+
+    #[test]
+    fn garbage_and_overflow_are_refused() {
+        for text in [
+            "",
+            "G",
+            "-1",
+            "+1",
+            "1.5G",
+            "1 G",
+            " 1",
+            "1G ",
+            "0x10",
+            "10X",
+            "10GG",
+            "10iB",
+            "16E",
+            "1KB",
+            "１",
+            "18446744073709551616",
+            "99999999999999999999999G",
+            "1🦀",
+        ] {
+            assert!(parse(text).is_err(), "{text:?}");
+        }
+        assert!(parse("10GB").expect_err("ambiguous").contains("GiB"));
+    }
+
+    #[test]
+    fn the_bounds_of_each_size_are_checked() {
+        assert_eq!(parse_disk("64T"), Ok(MAX_VIRTUAL_SIZE));
+        assert!(parse_disk("65T").is_err() && parse_disk("0").is_err());
+        assert_eq!((parse_block("1M"), parse_block("256M")), (Ok(1 << 20), Ok(256 << 20)));
+        assert!(["512K", "3M", "512M", "4G", "8G"].iter().all(|text| parse_block(text).is_err()));
+        assert_eq!((parse_log("1M"), parse_log("1G")), (Ok(1 << 20), Ok(1 << 30)));
+        assert!(["0", "1K", "1025M", "4G", "5G"].iter().all(|text| parse_log(text).is_err()));
+    }
+
+    #[test]
+    fn people_read_sizes_in_the_largest_unit() {
+        assert_eq!(human(0), "0 bytes");
+        assert_eq!(human(1023), "1023 bytes");
+        assert_eq!(human(1024), "1 KiB");
+        assert_eq!(human(1536), "1.5 KiB");
+        assert_eq!(human((10 << 30) - 1), "9.9 GiB", "never more than it is");
+        assert_eq!(human(64 << 40), "64 TiB");
+        assert_eq!(human(u64::MAX), "15.9 EiB");
+        assert_eq!(both(10 << 30), "10737418240 (10 GiB)");
+        assert_eq!(both(512), "512");
+    }
+}
