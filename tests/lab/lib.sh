@@ -1,0 +1,92 @@
+# What the laboratory's tests share. Sourced by tests/lab/run and by each test.
+# shellcheck shell=bash
+
+: "${VHDX_UBLK:?the vhdx-ublk binary}"
+scratch=${VHDX_LAB_SCRATCH:-/tmp/vhdx-ublk-lab}
+log=${TMPDIR:-/tmp}/vhdx-ublk-lab.log
+corpus=${VHDX_CORPUS:-$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)/../shared/images}
+mnt=$scratch.mnt
+
+ublk() { "$VHDX_UBLK" "$@"; }
+note() { echo "note: $*"; }
+fail() { echo "$*" >&2; return 1; }
+
+wanted() {
+    local name=$1 part
+    shift
+    [ $# -gt 0 ] || return 0
+    for part; do [[ $name != *"$part"* ]] || return 0; done
+    return 1
+}
+
+# A real file system on the laboratory's first disk: direct I/O means something there.
+prepare_scratch() {
+    local disk
+    mkdir -p "$scratch" "$mnt"
+    read -r disk _ <<<"${VHDX_LAB_DISKS:-}"
+    [ -n "$disk" ] || fail "no disk: give the laboratory one with --disk"
+    mkfs.ext4 -q -F -E lazy_itable_init=0 "$disk"
+    mount "$disk" "$scratch"
+}
+
+release_scratch() {
+    umount "$scratch"
+    rmdir "$scratch" "$mnt"
+}
+
+begin() { cd "$scratch"; }
+
+# Whatever a test left behind, whether it passed or not.
+finish() {
+    local status=$?
+    cd /
+    umount -q "$mnt" 2>/dev/null || true
+    if [ "$(ublk list --json)" != "[]" ]; then
+        [ $status -ne 0 ] || { echo "the test left a device behind"; ublk list; status=1; }
+        ublk del --all --force || true
+    fi
+    rm -rf "${scratch:?}"/*
+    exit $status
+}
+
+sha() { sha256sum "$1" | cut -d' ' -f1; }
+host_bytes() { echo $(($(stat -c '%b * %B' "$1"))); }
+
+# unpack NAME: a real image of the corpus, in the current folder.
+unpack() {
+    [ -r "$corpus/$1.vhdx.xz" ] || { echo "SKIPPED: no $1.vhdx.xz in $corpus (VHDX_CORPUS)"; exit 0; }
+    xz -dc "$corpus/$1.vhdx.xz" >"$1.vhdx"
+}
+
+# The first partition of a device, mapped by its start, as no kernel but a partitioned one shows it.
+mount_partition() {
+    local device=$1 fstype=$2 start
+    start=$(sfdisk --json "$device" | sed -n 's/.*"start": *\([0-9]*\).*/\1/p' | head -n 1)
+    mount -t "$fstype" -o "ro,offset=$((start * 512))" "$device" "$mnt"
+}
+
+# Files worth copying: real ones, about $1 MB, in folder $2.
+copy_real_files() {
+    local limit_kb=$(($1 * 1024)) to=$2 used=0 file size
+    mkdir -p "$to"
+    while read -r size file; do
+        cp --parents "$file" "$to"
+        used=$((used + size / 1024 + 1))
+        [ $used -lt $limit_kb ] || return 0
+    done < <(find /usr/lib /usr/bin /usr/share -xdev -type f -size +64k -printf '%s %p\n' 2>/dev/null | sort -k2)
+    fail "this machine has only $used KB of files to copy"
+}
+
+manifest() { (cd "$1" && find . -type f -print0 | sort -z | xargs -0 sha256sum); }
+
+# stamps DEVICE OFFSET_MB COUNT_MB SEED: reproducible data at an offset, and its digest.
+stamps() {
+    head -c "$3M" /dev/zero | openssl enc -aes-128-ctr -nosalt -K "$(printf %032x "$4")" -iv "$(printf %032x 0)"
+}
+write_stamps() { stamps "$@" | dd of="$1" bs=1M seek="$2" oflag=direct iflag=fullblock conv=notrunc status=none; }
+check_stamps() {
+    local found expected
+    found=$(dd if="$1" bs=1M skip="$2" count="$3" status=none | sha256sum)
+    expected=$(stamps "$@" | sha256sum)
+    [ "$found" = "$expected" ] || fail "$1 does not hold at $2 MB what was written there"
+}
