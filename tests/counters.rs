@@ -62,7 +62,7 @@ fn random_first_writes_flush_within_the_formula() {
     }
     let flushed = flush(&mut world);
     let after = world.counters();
-    let (pages, rounds_of) = (after.pages - before.pages, 84);
+    let (pages, rounds_of) = (after.pages - before.pages, 81);
     let total = after.syncs - before.syncs;
     println!(
         "{WRITES} random first writes on 1 TiB: {pages} pages logged in {} commits, {total} syncs in all, {flushed} of them in the flush",

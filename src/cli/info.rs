@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
+use std::ops::Range;
 use std::path::PathBuf;
 
 use serde::Serialize;
@@ -116,7 +117,7 @@ impl Info {
 impl Report {
     fn of(seen: &Seen) -> Self {
         let Image { creator, header, regions, metadata, map, .. } = &seen.image;
-        let blocks = Blocks::count(map);
+        let blocks = Blocks::count(map, &seen.image.stored_slots);
         Self {
             image: seen.path.to_string_lossy().into_owned(),
             format: "vhdx",
@@ -173,11 +174,15 @@ impl RegionReport {
 }
 
 impl Blocks {
-    fn count(map: &BlockMap) -> Self {
+    /// Counts the blocks; those outside the `stored` slots are not there.
+    fn count(map: &BlockMap, stored: &[Range<u64>]) -> Self {
         let geometry = map.geometry();
         let mut blocks = Self { total: geometry.block_count(), ..Self::default() };
         let mut expected = None;
-        for block in 0..geometry.block_count() {
+        let mut looked_at = 0;
+        let stored = stored.iter().cloned().flatten();
+        for block in stored.filter_map(|slot| geometry.block_of_slot(slot)) {
+            looked_at += 1;
             let entry = map.load(block).entry;
             *blocks.of_state(entry) += 1;
             if matches!(
@@ -188,6 +193,7 @@ impl Blocks {
                 expected = Some(entry.offset() + geometry.block_size());
             }
         }
+        blocks.not_present += geometry.block_count() - looked_at;
         blocks
     }
 
@@ -316,6 +322,10 @@ mod tests {
 
     use super::*;
 
+    fn count(map: &BlockMap) -> Blocks {
+        Blocks::count(map, std::slice::from_ref(&(0..map.geometry().slot_count())))
+    }
+
     fn map(entries: &[BatEntry]) -> BlockMap {
         let map = BlockMap::empty(Geometry::new(entries.len() as u64 * MIB, 1 << 20, 512, false));
         for (block, entry) in (0..).zip(entries) {
@@ -327,8 +337,7 @@ mod tests {
     #[test]
     fn every_block_is_counted_once() {
         let at = |mib: u64| BatEntry::present(mib * MIB);
-        let blocks =
-            Blocks::count(&map(&[at(5), BatEntry::zero(), at(6), BatEntry::unmapped(), at(9), at(2)]));
+        let blocks = count(&map(&[at(5), BatEntry::zero(), at(6), BatEntry::unmapped(), at(9), at(2)]));
         let expected =
             Blocks { total: 6, allocated: 4, zero: 1, unmapped: 1, misplaced: 2, ..Blocks::default() };
         assert_eq!(blocks, expected);
@@ -338,7 +347,7 @@ mod tests {
 
     #[test]
     fn nothing_and_a_single_block_are_not_fragmented() {
-        assert_eq!(Blocks::count(&map(&[BatEntry::zero()])).fragmentation(), 0);
-        assert_eq!(Blocks::count(&map(&[BatEntry::present(9 * MIB)])).fragmentation(), 0);
+        assert_eq!(count(&map(&[BatEntry::zero()])).fragmentation(), 0);
+        assert_eq!(count(&map(&[BatEntry::present(9 * MIB)])).fragmentation(), 0);
     }
 }

@@ -14,7 +14,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -36,7 +36,7 @@ use crate::engine::shared::Shared;
 use crate::error::{Error, Kind, Result};
 
 /// How long the queues may take to be ready: only a hang, or a machine that starves, comes near it.
-const READY_DEADLINE: Duration = Duration::from_secs(30);
+const READY_DEADLINE: Duration = Duration::from_secs(60);
 
 /// How long a queue may take to drain once the kernel has stopped the device: nothing is left to wait for.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(30);
@@ -179,7 +179,7 @@ impl<E: EngineHandle> Device<E> {
         start_engine: impl FnOnce(EngineEnds) -> Result<E>,
     ) -> Result<()> {
         let path = format!("/dev/ublkc{}", self.info.id);
-        let cdev = Arc::new(await_node(Path::new(&path), true)?);
+        let cdev = Arc::new(await_node(Path::new(&path), Node::Character)?);
         self.cdev = Some(cdev.clone());
         let (engine, fronts) = mailboxes(self.info.queues, self.info.depth)?;
         self.engine = Some(start_engine(engine)?);
@@ -189,7 +189,7 @@ impl<E: EngineHandle> Device<E> {
         self.await_queues()?;
         self.control.set_params(self.info.id, served.parameters.to_kernel(self.info.request_bytes))?;
         self.control.start(self.info.id)?;
-        await_node(&self.entry.device, false)?;
+        await_node(&self.entry.device, Node::Block)?;
         self.entry.started = true;
         self.registry.write(&self.entry)
     }
@@ -388,23 +388,40 @@ fn agree(new: &NewDevice, info: &DeviceInfo) -> Result<()> {
     Ok(())
 }
 
-/// Opens a device node as soon as it can be opened.
-fn await_node(path: &Path, writable: bool) -> Result<File> {
+/// What kind of node a device has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Node {
+    Character,
+    Block,
+}
+
+/// Opens a device node as soon as it can be opened: a character device for the server, to write, a block
+/// device only to see that others can open it.
+fn await_node(path: &Path, node: Node) -> Result<File> {
     let until = Instant::now() + NODE_DEADLINE;
     loop {
-        match OpenOptions::new().read(true).write(writable).custom_flags(libc::O_CLOEXEC).open(path) {
+        let error = match open_node(path, node) {
             Ok(file) => return Ok(file),
-            Err(error) if Instant::now() >= until => return Err(node_missing(path, error)),
-            Err(_) => thread::sleep(POLL_INTERVAL),
+            Err(error) => error,
+        };
+        if Instant::now() >= until {
+            let seconds = NODE_DEADLINE.as_secs();
+            return Err(Error::io(format!("opening the device node for {seconds} s"), error)
+                .file(path)
+                .remedy("check that /dev is a devtmpfs, or that udev is running"));
         }
+        thread::sleep(POLL_INTERVAL);
     }
 }
 
-fn node_missing(path: &Path, error: io::Error) -> Error {
-    let seconds = NODE_DEADLINE.as_secs();
-    Error::io(format!("opening the device node for {seconds} s"), error)
-        .file(path)
-        .remedy("check that /dev is a devtmpfs, or that udev is running")
+fn open_node(path: &Path, node: Node) -> io::Result<File> {
+    let file = OpenOptions::new().read(true).write(node == Node::Character).open(path)?;
+    let kind = file.metadata()?.file_type();
+    let is_right = match node {
+        Node::Character => kind.is_char_device(),
+        Node::Block => kind.is_block_device(),
+    };
+    if is_right { Ok(file) } else { Err(io::Error::other("something else has its place")) }
 }
 
 /// Blocks the signals that ask a daemon to end, here and in every thread started later, and has one thread

@@ -4,6 +4,7 @@
 
 use std::ffi::OsStr;
 use std::fs;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -174,7 +175,8 @@ fn await_node_gone(entry: &Entry) -> Result<()> {
     let until = Instant::now() + NODE_DEADLINE;
     let block = PathBuf::from(format!("/sys/class/block/ublkb{}", entry.id));
     // A device of the same number may be made at any moment: then the kernel has one, and ours is gone.
-    while entry.device.exists() && !block.exists() {
+    let is_there = || fs::metadata(&entry.device).is_ok_and(|found| found.file_type().is_block_device());
+    while is_there() && !block.exists() {
         if Instant::now() >= until {
             let message = format!("{} is still there, though the device is gone", entry.device.display());
             return Err(Error::new(Kind::Io, message).remedy(format!("rm {}", entry.device.display())));
@@ -187,9 +189,10 @@ fn await_node_gone(entry: &Entry) -> Result<()> {
 fn unclean(entry: &Entry, failure: &str) -> Error {
     let message =
         format!("{} is gone, but its image could not be closed cleanly: {failure}", entry.device.display());
-    Error::new(Kind::Poisoned, message)
-        .file(&entry.image)
-        .remedy(format!("vhdx-ublk check {}", entry.image.display()))
+    Error::new(Kind::Poisoned, message).file(&entry.image).remedy(format!(
+        "look for the cause (dmesg, free space), then `vhdx-ublk add {}`",
+        entry.image.display()
+    ))
 }
 
 #[cfg(test)]

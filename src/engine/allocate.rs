@@ -33,7 +33,7 @@ impl<D: Disk + 'static> Engine<D> {
                 self.space.borrow_mut().free(grant.extent, false);
                 return Err(errno(&error));
             }
-            self.recycled_granted.set(true);
+            self.recycled_grants.update(|count| count + 1);
         }
         self.check_poison()?;
         self.count(|counters| counters.grants += 1);

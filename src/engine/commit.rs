@@ -15,15 +15,13 @@ use std::collections::VecDeque;
 use std::rc::Rc;
 
 use super::local::Promise;
-use super::ring::{Placement, cycle_threshold};
+use super::ring::{Placement, cycle_threshold, round_pages};
 use super::{Engine, Outcome};
 use crate::disk::{Buffer, Disk, PAGE_BYTES};
 use crate::format::log::{Change, NewEntry};
 
-/// Copies of the pages that one sync makes durable, and where their entries go.
+/// Copies of the pages that one sync makes durable.
 struct Round {
-    tail: u64,
-    placements: Vec<Placement>,
     pages: Vec<PageCopy>,
 }
 
@@ -73,9 +71,14 @@ impl<D: Disk + 'static> Engine<D> {
         let batch = self.quarantine.borrow_mut().close_batch();
         self.send_barrier();
         let outcome = self.commit(set).await;
-        if let (Ok(()), Some(batch)) = (outcome, batch) {
-            self.quarantine.borrow_mut().batch_durable(batch);
-            self.start(|engine| async move { engine.release_quarantine().await });
+        match (outcome, batch) {
+            (Ok(()), Some(batch)) => {
+                self.quarantine.borrow_mut().batch_durable(batch);
+                self.start(|engine| async move { engine.release_quarantine().await });
+            }
+            (Ok(()), None) => {}
+            // Whoever waits for quarantined space would wait for ever.
+            (Err(_), _) => self.released_bell.ring(),
         }
         for waiter in waiters {
             waiter.keep(outcome);
@@ -91,7 +94,7 @@ impl<D: Disk + 'static> Engine<D> {
         self.activate_log().await?;
         self.count(|counters| counters.commits += 1);
         let mut next = self.copy_round(&mut set);
-        if self.recycled_granted.get() {
+        if self.unsynced_recycling() {
             self.sync().await?;
         }
         while let Some(round) = next {
@@ -106,32 +109,33 @@ impl<D: Disk + 'static> Engine<D> {
         Ok(())
     }
 
-    /// Clears the marks of as many pages as a round takes, then copies them.
+    /// Clears the marks of as many pages as a round surely takes, then copies them.
     fn copy_round(&self, set: &mut VecDeque<u64>) -> Option<Round> {
-        if set.is_empty() {
-            return None;
-        }
-        let mut ring = self.ring.borrow_mut();
-        let ring = ring.as_mut().expect("the log is active");
-        let tail = ring.tail();
-        let placements = ring.place_round(set.len());
-        let count: usize = placements.iter().map(|placement| placement.pages).sum();
+        let count = set.len().min(round_pages(self.layout.log.length));
         let pages = set.drain(..count).map(|page| {
             self.dirty.borrow_mut().remove(&page);
             PageCopy { page, bytes: self.shared.map.copy_page(page) }
         });
-        Some(Round { tail, placements, pages: pages.collect() })
+        let pages: Vec<PageCopy> = pages.collect();
+        (!pages.is_empty()).then_some(Round { pages })
     }
 
+    /// Places the round's entries and writes them. Not before the sync of the round before this one has
+    /// completed: only then is the space that this round may take known to be free.
     async fn write_entries(self: &Rc<Self>, round: &Round) -> Outcome {
+        let (tail, placements) = {
+            let mut ring = self.ring.borrow_mut();
+            let ring = ring.as_mut().expect("the log is active");
+            (ring.tail(), ring.place_round(round.pages.len()))
+        };
         let mut pages = round.pages.iter();
-        for placement in &round.placements {
+        for placement in &placements {
             let changes = pages.by_ref().take(placement.pages).map(|copy| Change::Data {
                 file_offset: self.page_offset(copy.page),
                 page: copy.bytes.clone(),
             });
             let changes: Vec<Change> = changes.collect();
-            let (position, entry) = self.encode_entry(round.tail, placement, &changes);
+            let (position, entry) = self.encode_entry(tail, placement, &changes);
             self.count(|counters| {
                 counters.entries += 1;
                 counters.pages += changes.len() as u64;
@@ -140,6 +144,7 @@ impl<D: Disk + 'static> Engine<D> {
                 return Err(self.poison("writing a log entry", &error));
             }
         }
+        assert!(pages.next().is_none(), "a round places all its pages");
         Ok(())
     }
 

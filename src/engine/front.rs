@@ -577,8 +577,10 @@ impl Front {
     fn end_piece<P: Port>(&mut self, id: PieceId, errno: i32, port: &mut P) {
         let piece = self.release_piece(id);
         if errno != 0 {
-            if piece.rest.op == (FileOp::Write { durable: true }) {
-                self.shared.poison();
+            if piece.rest.op == (FileOp::Write { durable: true }) && self.shared.poison() {
+                tracing::error!(
+                    "a durable write failed with errno {errno}: no write or flush will succeed any more"
+                );
             }
             self.slots[usize::from(id.tag)].fail(errno);
         }

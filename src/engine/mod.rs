@@ -118,8 +118,9 @@ pub struct Engine<D: Disk> {
     released_bell: Bell,
     flush_waiters: RefCell<Vec<Promise<Outcome>>>,
     commit_bell: Bell,
-    /// Recycled space was granted since the last sync was issued.
-    recycled_granted: Cell<bool>,
+    /// Grants of recycled space so far, and how many of them a completed sync covers.
+    recycled_grants: Cell<u64>,
+    recycled_synced: Cell<u64>,
     /// The file's length once every extension so far has completed.
     file_length: Cell<u64>,
     /// The length at which all extensions had completed when the last completed sync was issued.
@@ -170,7 +171,8 @@ impl<D: Disk + 'static> Engine<D> {
             released_bell: Bell::default(),
             flush_waiters: RefCell::default(),
             commit_bell: Bell::default(),
-            recycled_granted: Cell::new(false),
+            recycled_grants: Cell::default(),
+            recycled_synced: Cell::default(),
             file_length: Cell::new(image.layout.file_length),
             stable_length: Cell::new(0),
             layout: image.layout,
@@ -212,6 +214,8 @@ impl<D: Disk + 'static> Engine<D> {
 
     async fn serve(self: &Rc<Self>, ask: Ask) -> Outcome {
         self.check_poison()?;
+        let changes = !matches!(ask, Ask::OpenSession | Ask::Flush);
+        assert!(!changes || self.shared.session() == Session::Open, "fronts open the session first");
         match ask {
             Ask::OpenSession => self.open_session().await,
             Ask::Allocate { first, count } => self.allocate(first, count).await,

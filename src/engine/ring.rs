@@ -69,27 +69,27 @@ impl Ring {
         self.live.front().map_or(self.head, |round| round.start)
     }
 
-    /// Places as many of `pages` pages as one round takes; returns its entries in ring order.
+    /// Places a round of `pages` pages, at most [`round_pages`]; returns its entries in ring order. The round
+    /// before it is durable.
     pub fn place_round(&mut self, pages: usize) -> Vec<Placement> {
-        assert!(pages > 0, "a round has something to log");
+        assert!((1..=round_pages(self.length)).contains(&pages), "{pages} pages are no round");
+        assert!(self.live.len() <= 1, "one round at most is not durable in place when the next is placed");
         let (start, tail) = (self.head, self.tail());
         let mut left = pages;
-        let mut budget = round_sectors(self.length);
+        let mut sectors_used = (start + self.length - self.stable_tail) % self.length / SECTOR as u64;
         let mut placements = Vec::new();
-        while left > 0 && budget > 1 {
-            let to_end = (self.length - self.head) / SECTOR as u64;
-            let room = usize::try_from(to_end.min(budget)).expect("a log has at most 2^18 sectors");
-            let count = if to_end == 1 { 0 } else { left.min(room - 1).min(MAX_DESCRIPTORS_WRITTEN) };
+        while left > 0 {
+            let to_end = usize::try_from((self.length - self.head) / SECTOR as u64).expect("at most 2^18");
+            let count = if to_end == 1 { 0 } else { left.min(to_end - 1).min(MAX_DESCRIPTORS_WRITTEN) };
             placements.push(Placement { position: self.head, pages: count, sequence: self.next_sequence });
             let sectors = 1 + count as u64;
             self.next_sequence = self.next_sequence.checked_add(1).expect("2^64 entries outlast the disk");
             self.head = (self.head + sectors * SECTOR as u64) % self.length;
-            budget -= sectors;
+            sectors_used += sectors;
             left -= count;
         }
-        let used = (self.head + self.length - self.stable_tail) % self.length;
-        assert!(used <= self.length - SPARE_SECTORS * SECTOR as u64, "a round overwrote live log space");
-        assert!(self.live.len() <= 2, "one round at most is unapplied when the next is placed");
+        let free = (self.length / SECTOR as u64).checked_sub(sectors_used);
+        assert!(free.is_some_and(|free| free >= SPARE_SECTORS), "a round overwrote live log space");
         self.live.push_back(Round { id: self.next_round, start, tail, applied: false });
         self.next_round += 1;
         placements
@@ -120,9 +120,13 @@ impl Ring {
     }
 }
 
-/// The most sectors one round may take in a log of `length` bytes.
-fn round_sectors(length: u64) -> u64 {
-    (length / SECTOR as u64 - SPARE_SECTORS) / 3
+/// The most pages one round takes in a log of `length` bytes: a third of what is not spare, less the sectors
+/// that headers and a filler at the ring's end can take.
+pub fn round_pages(length: u64) -> usize {
+    let sectors =
+        usize::try_from((length / SECTOR as u64 - SPARE_SECTORS) / 3).expect("at most 2^18 sectors");
+    let headers = sectors.div_ceil(MAX_DESCRIPTORS_WRITTEN + 1) + 2;
+    sectors - headers
 }
 
 /// Dirty pages at which a cycle starts by itself: a quarter of the log.
@@ -134,39 +138,46 @@ pub fn cycle_threshold(log_length: u64) -> usize {
 mod tests {
     use super::*;
 
-    /// Whatever the rounds' sizes, no round overwrites what the newest synced entry still needs, every entry
-    /// ends inside the ring, and sequence numbers have no gap.
+    /// Whatever the rounds' sizes, no round overwrites what the newest synced entry still needs (the ring
+    /// asserts it), every entry ends inside the ring, and sequence numbers have no gap.
     #[test]
     fn rounds_of_any_size_never_run_over_live_log_space() {
-        let length = 1 << 20;
-        let mut ring = Ring::after_initial_entry(Uuid::from_u128(1), 1 << 20, length);
-        let mut sequence = 2;
-        for step in 0_usize..5000 {
-            let pages = 1 + step * 7919 % 300;
-            let placements = ring.place_round(pages);
-            let placed: usize = placements.iter().map(|placement| placement.pages).sum();
-            assert!(placed > 0 && placed <= pages);
-            for placement in placements {
-                assert_eq!(placement.sequence, sequence);
-                sequence += 1;
-                assert!(
-                    placement.position + (1 + placement.pages as u64) * 4096 <= length,
-                    "{placement:?} wraps"
-                );
+        for length in [1_u64 << 20, 3 << 20, 32 << 20] {
+            let mut ring = Ring::after_initial_entry(Uuid::from_u128(1), 1 << 20, length);
+            let mut sequence = 2;
+            for step in 0_usize..20_000 {
+                let pages =
+                    if step % 3 == 0 { round_pages(length) } else { 1 + step * 7919 % round_pages(length) };
+                let placements = ring.place_round(pages);
+                assert_eq!(placements.iter().map(|placement| placement.pages).sum::<usize>(), pages);
+                for placement in placements {
+                    assert_eq!(placement.sequence, sequence);
+                    sequence += 1;
+                    let end = placement.position + (1 + placement.pages as u64) * 4096;
+                    assert!(end <= length, "{placement:?} wraps");
+                }
+                let settled = ring.newest_applied();
+                ring.round_synced();
+                if let Some(round) = settled {
+                    ring.settle(round);
+                }
+                ring.round_applied();
             }
-            let settled = ring.newest_applied();
-            ring.round_synced();
-            if let Some(round) = settled {
-                ring.settle(round);
-            }
-            ring.round_applied();
         }
     }
 
+    /// A round placed before the one before it is durable would need a fourth part of the ring.
     #[test]
-    fn a_round_takes_a_third_of_the_log() {
+    #[should_panic(expected = "one round at most")]
+    fn a_round_is_not_placed_before_the_last_one_is_settled() {
         let mut ring = Ring::after_initial_entry(Uuid::from_u128(1), 1 << 20, 1 << 20);
-        let placed: usize = ring.place_round(1000).iter().map(|placement| placement.pages).sum();
-        assert_eq!(placed, 83, "84 sectors, one of them the entry's header");
+        ring.place_round(80);
+        ring.place_round(80);
+    }
+
+    #[test]
+    fn a_round_takes_about_a_third_of_the_log() {
+        assert_eq!(round_pages(1 << 20), 81);
+        assert_eq!(round_pages(1 << 30), 86_689);
     }
 }

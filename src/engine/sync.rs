@@ -14,13 +14,14 @@ impl<D: Disk + 'static> Engine<D> {
         let length = self.file_length.get();
         let settling = std::mem::take(&mut *self.settling.borrow_mut());
         let applied = self.ring.borrow().as_ref().and_then(Ring::newest_applied);
-        self.recycled_granted.set(false);
+        let recycled = self.recycled_grants.get();
         self.count(|counters| counters.syncs += 1);
         if let Err(error) = self.disk.sync().await {
             return Err(self.poison("syncing the image", &error));
         }
         self.check_poison()?;
         self.stable_length.update(|stable| stable.max(length));
+        self.recycled_synced.update(|synced| synced.max(recycled));
         for extent in settling {
             self.space.borrow_mut().free(extent, true);
         }
@@ -28,5 +29,10 @@ impl<D: Disk + 'static> Engine<D> {
             ring.settle(round);
         }
         Ok(())
+    }
+
+    /// Whether recycled space was granted whose zeros no completed sync covers.
+    pub(super) fn unsynced_recycling(&self) -> bool {
+        self.recycled_synced.get() < self.recycled_grants.get()
     }
 }

@@ -112,10 +112,12 @@ impl<D: Disk + 'static> Engine<D> {
     /// Brings back to the free map everything that is in quarantine now. One caller at a time.
     pub(super) async fn reclaim(self: &Rc<Self>) -> Outcome {
         self.flush().await?;
-        let Some(newest) = self.quarantine.borrow().newest_batch() else { return Ok(()) };
-        while self.quarantine.borrow().holds_batch_until(newest) || self.releasing.get() > 0 {
+        let newest = self.quarantine.borrow().newest_batch();
+        let held = || newest.is_some_and(|newest| self.quarantine.borrow().holds_batch_until(newest));
+        while held() || self.releasing.get() > 0 {
+            self.check_poison()?;
             self.released_bell.wait().await;
         }
-        self.sync().await
+        self.flush().await
     }
 }

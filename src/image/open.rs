@@ -3,6 +3,8 @@
 //! Order: file identifier, headers, log (replayed in place or in memory), region tables, metadata, BAT. Nothing
 //! behind the log is believed before the log has been replayed.
 
+use std::ops::Range;
+
 use uuid::Uuid;
 
 use super::block_map::BlockMap;
@@ -68,6 +70,8 @@ pub struct Image {
     pub layout: Layout,
     /// Where each block lies.
     pub map: BlockMap,
+    /// The slots that the file stores, ascending; all others lie in holes of the BAT and are zero.
+    pub stored_slots: Vec<Range<u64>>,
     /// What occupies the file.
     pub space: Space,
     /// The replayed log, in a read-only open of a dirty image.
@@ -81,9 +85,10 @@ impl Image {
     /// Whatever contradicts the format, by structure and offset; I/O errors.
     pub async fn open<D: Disk>(disk: &D, mode: Mode, new_guid: impl FnOnce() -> Uuid) -> Result<Self> {
         let file = View { disk, overlay: None };
-        let creator = FileId::parse(&file.read("file identifier", 0, FileId::SIZE).await?)?.creator;
-        let mut header = read_headers(&file).await?;
         let length = file_length(disk).await?;
+        let first = file.read("file identifier", 0, FileId::SIZE).await?;
+        let creator = FileId::parse(&first[..present(0, FileId::SIZE, length)])?.creator;
+        let mut header = read_headers(&file, length).await?;
         check_log_place(&header, length)?;
         let state = Log::new(disk, &header.header).scan(length).await?;
         let (found_log, positions) = match state {
@@ -99,7 +104,7 @@ impl Image {
             }
             (Some(positions), Mode::Writable) => {
                 replay::in_place(disk, &mut Headers::new(&header)?, &positions, new_guid()).await?;
-                header = read_headers(&file).await?;
+                header = read_headers(&file, file_length(disk).await?).await?;
             }
         }
         Self::open_replayed(disk, creator, header, found_log, overlay).await
@@ -138,11 +143,12 @@ impl Image {
             metadata.logical_sector_size,
             metadata.has_parent,
         );
-        let map = read_bat(&file, geometry, &layout, &mut space).await?;
-        if let Some(overlay) = &overlay {
+        let (map, stored_slots) = read_bat(&file, geometry, &layout, &mut space).await?;
+        // Of a differencing image the log changes sector bitmaps too, and its payload is not served.
+        if let Some(overlay) = overlay.as_ref().filter(|_| !metadata.has_parent) {
             check_overlay(overlay, &space, &layout, &regions)?;
         }
-        Ok(Self { creator, header, found_log, regions, metadata, layout, map, space, overlay })
+        Ok(Self { creator, header, found_log, regions, metadata, layout, map, stored_slots, space, overlay })
     }
 
     /// Refuses what a writer cannot work with.
@@ -207,10 +213,17 @@ async fn file_length<D: Disk>(disk: &D) -> Result<u64> {
     disk.length().await.map_err(|error| Error::io("asking for the file's length", error))
 }
 
-async fn read_headers<D: Disk>(file: &View<'_, D>) -> Result<Current> {
+/// How many of `wanted` bytes at `offset` a file of `file_length` bytes has.
+fn present(offset: u64, wanted: usize, file_length: u64) -> usize {
+    usize::try_from(file_length.saturating_sub(offset)).unwrap_or(usize::MAX).min(wanted)
+}
+
+async fn read_headers<D: Disk>(file: &View<'_, D>, file_length: u64) -> Result<Current> {
     let first = file.read("header 1", header::OFFSETS[0], header::SIZE).await?;
     let second = file.read("header 2", header::OFFSETS[1], header::SIZE).await?;
-    header::current([&first, &second])
+    let [first_bytes, second_bytes] =
+        header::OFFSETS.map(|offset| present(offset, header::SIZE, file_length));
+    header::current([&first[..first_bytes], &second[..second_bytes]])
 }
 
 fn check_log_place(header: &Current, file_length: u64) -> Result<()> {
@@ -267,12 +280,13 @@ async fn read_bat<D: Disk>(
     geometry: Geometry,
     layout: &Layout,
     space: &mut Space,
-) -> Result<BlockMap> {
+) -> Result<(BlockMap, Vec<Range<u64>>)> {
     if geometry.bat_length() > layout.bat.length {
         let message = format!("has {} bytes, the disk needs {}", layout.bat.length, geometry.bat_length());
         return Err(Error::corrupt("BAT", message).at(layout.bat.offset));
     }
     let map = BlockMap::empty(geometry);
+    let mut stored: Vec<Range<u64>> = Vec::new();
     let mut done = 0;
     while let Some(next) = file.next_stored(layout.bat.offset + done).await? {
         // What lies between is a hole: slots that are all zero, as the map has them already.
@@ -292,8 +306,13 @@ async fn read_bat<D: Disk>(
             }
         }
         done += length as u64;
+        let past = (done / ENTRY_SIZE as u64).min(geometry.slot_count());
+        match stored.last_mut() {
+            Some(last) if last.end == first => last.end = past,
+            _ => stored.push(first..past),
+        }
     }
-    Ok(map)
+    Ok((map, stored))
 }
 
 /// Checks one BAT entry that is not all zero and takes it over.
@@ -314,8 +333,11 @@ fn take_entry(entry: BatEntry, slot: u64, map: &BlockMap, file_length: u64, spac
                 .remedy("the file was cut short: copy it again from its source"));
         }
         space.occupy(extent, "payload block").map_err(|error| {
-            Error::corrupt("BAT", format!("slot {slot}: {error}"))
-                .remedy(error.remedy_text().unwrap_or_default())
+            let in_bat = Error::corrupt("BAT", format!("slot {slot}: {error}"));
+            match error.remedy_text() {
+                Some(remedy) => in_bat.remedy(remedy),
+                None => in_bat,
+            }
         })?;
     }
     map.restore(slot, entry);

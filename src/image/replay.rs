@@ -51,6 +51,9 @@ pub async fn in_place<D: Disk>(
     let header = headers.current().clone();
     let log = Log::new(disk, &header);
     let mut length = length_of(disk).await?;
+    // A file that ends inside a page is completed first: changes are whole pages.
+    let whole = checked_length(length)?;
+    reach(disk, &mut length, whole).await?;
     for (index, &position) in positions.iter().enumerate() {
         let entry = log.entry(position).await?;
         apply(disk, &entry, &mut length).await?;

@@ -162,10 +162,11 @@ impl SimDisk {
         self.state.borrow().activity
     }
 
-    /// The places of the operations in flight that are slow, or that are not.
-    pub fn places(&self, slow: bool) -> Vec<usize> {
+    /// The places of the operations in flight that are slow, or that are not; with or without syncs.
+    pub fn places(&self, slow: bool, syncs: bool) -> Vec<usize> {
         let state = self.state.borrow();
-        (0..state.in_flight.len()).filter(|&place| state.in_flight[place].slow == slow).collect()
+        let wanted = |op: &Op| op.slow == slow && (syncs || !matches!(op.effect, Effect::Sync));
+        (0..state.in_flight.len()).filter(|&place| wanted(&state.in_flight[place])).collect()
     }
 
     /// Starts an operation.
@@ -417,6 +418,7 @@ impl Disk for SimDisk {
 
     async fn write(&self, offset: u64, data: Buffer) -> io::Result<()> {
         let length = self.state.borrow().cache.length;
+        assert!(offset.is_multiple_of(4096), "a write at {offset}");
         assert!(offset + data.len() as u64 <= length, "a write past the end of the file, at {offset}");
         let bytes = Rc::new(data.to_vec());
         self.run(Effect::Write { offset, bytes, durable: false }).await.map(drop)
@@ -449,6 +451,10 @@ impl Disk for SimDisk {
     }
 
     async fn zero(&self, offset: u64, length: u64) -> io::Result<()> {
+        assert!(
+            offset.is_multiple_of(4096) && length.is_multiple_of(4096),
+            "zeroing {length} bytes at {offset}"
+        );
         self.run(Effect::Zero { offset, length }).await.map(drop)
     }
 

@@ -169,6 +169,8 @@ pub struct World {
     pub oracle: Oracle,
     issued: usize,
     pub activation: Activation,
+    /// Syncs do not complete.
+    pub hold_syncs: bool,
     trace: u64,
 }
 
@@ -198,7 +200,20 @@ impl World {
         let engine = engine.expect("the image is writable");
         let hosts = (0..config.fronts).map(|_| Host::new(engine.shared().clone(), config.depth)).collect();
         let activation = Activation::default();
-        Self { config, rng, disk, tasks, inbox, engine, hosts, oracle, issued: 0, activation, trace: 0 }
+        Self {
+            config,
+            rng,
+            disk,
+            tasks,
+            inbox,
+            engine,
+            hosts,
+            oracle,
+            issued: 0,
+            activation,
+            hold_syncs: false,
+            trace: 0,
+        }
     }
 
     /// Everything that was decided so far, as one number.
@@ -209,7 +224,7 @@ impl World {
     /// Takes one random step; `false` when nothing is left to do.
     pub fn step(&mut self) -> bool {
         let tasks = self.tasks.ready();
-        let (ops, slow) = (self.disk.places(false), self.disk.places(true));
+        let (ops, slow) = (self.disk.places(false, !self.hold_syncs), self.disk.places(true, true));
         let to_front: Vec<usize> =
             (0..self.hosts.len()).filter(|&index| !self.inbox.0.borrow()[index].is_empty()).collect();
         let to_engine: Vec<usize> =
