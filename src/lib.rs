@@ -3,7 +3,7 @@
 //! The modules, each using only those above it in this list:
 //!
 //! * [`error`]: the one error type;
-//! * [`format`]: the bytes of a VHDX file, both ways, no I/O;
+//! * [`mod@format`]: the bytes of a VHDX file, both ways, no I/O;
 //! * [`disk`]: the seam under the engine, and its `io_uring` implementation;
 //! * [`image`]: an opened image: geometry, block map, log replay;
 //! * [`engine`]: the live writer, and the front that serves one queue;
