@@ -73,7 +73,7 @@ copy_real_files() {
         cp --parents "$file" "$to"
         used=$((used + size / 1024 + 1))
         [ $used -lt $limit_kb ] || return 0
-    done < <(find /usr/lib /usr/bin /usr/share -xdev -type f -size +64k -printf '%s %p\n' 2>/dev/null | sort -k2)
+    done < <(find /usr/bin /usr/lib/*-linux-gnu -maxdepth 1 -type f -size +64k -printf '%s %p\n' | sort -k2)
     fail "this machine has only $used KB of files to copy"
 }
 
