@@ -2,8 +2,8 @@
 # shellcheck shell=bash
 
 : "${VHDX_UBLK:?the vhdx-ublk binary}"
-scratch=${VHDX_LAB_SCRATCH:-/tmp/vhdx-ublk-lab}
-log=${TMPDIR:-/tmp}/vhdx-ublk-lab.log
+scratch=${VHDX_LAB_SCRATCH:?set by tests/lab/run}
+log=$scratch.log
 corpus=${VHDX_CORPUS:-$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)/../shared/images}
 mnt=$scratch.mnt
 
@@ -32,6 +32,7 @@ prepare_scratch() {
 release_scratch() {
     umount "$scratch"
     rmdir "$scratch" "$mnt"
+    rm -f "$log"
 }
 
 begin() { cd "$scratch"; }
