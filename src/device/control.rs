@@ -14,6 +14,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::mem::offset_of;
 use std::os::fd::AsRawFd;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use io_uring::types::{Fd, SubmitArgs, Timespec};
@@ -30,6 +31,12 @@ const DEADLINE: Duration = Duration::from_secs(30);
 
 /// How long stopping may take: it ends when all I/O has, and file systems are written back first.
 const STOP_DEADLINE: Duration = Duration::from_secs(300);
+
+/// How long to wait for a deleted device's number to be free.
+const NUMBER_DEADLINE: Duration = Duration::from_secs(2);
+
+/// How often something without a notification of its own is looked at.
+pub(super) const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
 /// For commands that concern no queue.
 const NO_QUEUE: u16 = u16::MAX;
@@ -219,20 +226,28 @@ impl Control {
         unless_gone(self.exchange(STOP, id, 0, ()))
     }
 
-    /// Removes the device. Its number can be given to another once nobody has this one open any more: not
-    /// `/dev/ublkcN`, nor, as a file system mounted on it does, the block device.
+    /// Removes the device with this number and mark. `true`: the number is free again. It may take longer,
+    /// for as long as anybody has the block device open, as a file system mounted on it does.
     ///
     /// # Errors
     ///
     /// What the kernel says; a device that is gone is no error.
-    pub fn delete(&self, id: u32) -> Result<()> {
-        let result = self.exchange(DELETE, id, 0, ());
+    pub fn delete(&self, id: u32, mark: u64) -> Result<bool> {
         let refused =
             |error: &Error| matches!(error.os_error(), Some(libc::EOPNOTSUPP | libc::EINVAL | ENOTSUPP));
-        match result {
-            Err(error) if refused(&error) => unless_gone(self.exchange(DELETE_AND_WAIT, id, 0, ())),
-            other => unless_gone(other),
+        let result = match self.exchange(DELETE, id, 0, ()) {
+            Err(error) if refused(&error) => self.exchange(DELETE_AND_WAIT, id, 0, ()),
+            other => other,
+        };
+        unless_gone(result)?;
+        let until = Instant::now() + NUMBER_DEADLINE;
+        while self.info(id)?.is_some_and(|info| info.mark == mark) {
+            if Instant::now() >= until {
+                return Ok(false);
+            }
+            thread::sleep(POLL_INTERVAL);
         }
+        Ok(true)
     }
 
     /// Sends a command with `payload` as its buffer, and returns the buffer as the kernel left it.

@@ -1,8 +1,8 @@
 //! A device's life: made, started, served, taken down.
 //!
 //! Order of the way up: device → entry → engine → queues → parameters → start → node. Order of the way down:
-//! stop (while the queues serve: file systems are written back) → queues drained → engine closed (the image
-//! is clean now) → queues over → device deleted → entry removed.
+//! queues settled → stop (while they serve: file systems are written back) → queues drained → engine closed
+//! (the image is clean now) → queues over → device deleted → entry removed.
 //!
 //! Invariants:
 //!
@@ -17,38 +17,25 @@ use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::{SigSet, Signal};
 use serde::{Deserialize, Serialize};
 
-use super::control::{Control, DeviceInfo, NewDevice};
+use super::control::{Control, DeviceInfo, NewDevice, POLL_INTERVAL};
 use super::features;
 use super::mailbox::{EngineEnds, FrontEnds, mailboxes};
 use super::options::{Options, Parameters};
-use super::queue::{Queue, QueueSetup, Report};
+use super::queue::QueueSetup;
+use super::queues::Queues;
 use super::registry::{Entry, FileId, ProcessId, Registry};
 use super::ring::RingSetup;
 use crate::engine::front::Front;
 use crate::engine::shared::Shared;
 use crate::error::{Error, Kind, Result};
 
-/// How long the queues may take to be ready: only a hang, or a machine that starves, comes near it.
-const READY_DEADLINE: Duration = Duration::from_secs(60);
-
-/// How long a queue may take to drain once the kernel has stopped the device: nothing is left to wait for.
-const DRAIN_DEADLINE: Duration = Duration::from_secs(30);
-
 /// How long a device node may take to appear: at once in devtmpfs, later where something else makes it.
 const NODE_DEADLINE: Duration = Duration::from_secs(5);
-
-/// How long to wait for a deleted device's number to be free.
-const NUMBER_DEADLINE: Duration = Duration::from_secs(2);
-
-/// How often something without a notification of its own is looked at.
-pub(super) const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
 /// An opened image, ready to be served.
 pub struct Served {
@@ -84,12 +71,6 @@ pub struct Ready {
     pub log: PathBuf,
 }
 
-/// What the device's thread waits for.
-enum Event {
-    Signal(Signal),
-    Queue(u16, Report),
-}
-
 /// Serves `served` as a block device until a termination signal comes or somebody stops the device.
 ///
 /// Call it before any thread has been started. `start_engine` gets the engine's ends of the mailboxes; `ready`
@@ -106,12 +87,11 @@ pub fn serve<E: EngineHandle>(
     ready: impl FnOnce(&Ready) -> Result<()>,
 ) -> Result<()> {
     options.validate()?;
-    let (sender, events) = mpsc::channel();
-    watch_signals(sender.clone())?;
+    let queues = Queues::new()?;
     let registry = Registry::open()?;
-    let mut device = Device::add(registry, served, options, sender, events)?;
+    let mut device = Device::add(registry, queues, served, options)?;
     let outcome = device.bring_up(served, start_engine).and_then(|()| ready(&device.ready()));
-    let outcome = outcome.and_then(|()| device.await_end());
+    let outcome = outcome.and_then(|()| device.queues.await_end());
     device.take_down(outcome)
 }
 
@@ -120,26 +100,14 @@ struct Device<E> {
     info: DeviceInfo,
     registry: Registry,
     entry: Entry,
-    sender: mpsc::Sender<Event>,
-    events: mpsc::Receiver<Event>,
     cdev: Option<Arc<File>>,
     engine: Option<E>,
-    queues: Vec<Queue>,
-    /// Queues that have drained, or never began.
-    drained: usize,
-    /// A queue has failed: only the end of the process helps.
-    lost: bool,
+    queues: Queues,
 }
 
 impl<E: EngineHandle> Device<E> {
     /// Makes the device and its entry. What else has to be there is asked for first.
-    fn add(
-        registry: Registry,
-        served: &Served,
-        options: &Options,
-        sender: mpsc::Sender<Event>,
-        events: mpsc::Receiver<Event>,
-    ) -> Result<Self> {
+    fn add(registry: Registry, queues: Queues, served: &Served, options: &Options) -> Result<Self> {
         let control = Control::open()?;
         let new = NewDevice {
             id: options.id,
@@ -154,19 +122,7 @@ impl<E: EngineHandle> Device<E> {
         let image = image.map_err(|error| Error::io("looking at the image", error).file(&served.path))?;
         let info = control.add(&new)?;
         let entry = describe(&info, served, FileId::of(&image), daemon);
-        let device = Self {
-            control,
-            info,
-            registry,
-            entry,
-            sender,
-            events,
-            cdev: None,
-            engine: None,
-            queues: Vec::new(),
-            drained: 0,
-            lost: false,
-        };
+        let device = Self { control, info, registry, entry, cdev: None, engine: None, queues };
         match agree(&new, &info).and_then(|()| device.registry.write(&device.entry)) {
             Ok(()) => Ok(device),
             Err(error) => Err(device.take_down(Err(error)).expect_err("it failed")),
@@ -186,7 +142,7 @@ impl<E: EngineHandle> Device<E> {
         for (queue, ends) in (0..).zip(fronts) {
             self.start_queue(queue, ends, served, &cdev)?;
         }
-        self.await_queues()?;
+        self.queues.await_ready()?;
         self.control.set_params(self.info.id, served.parameters.to_kernel(self.info.request_bytes))?;
         self.control.start(self.info.id)?;
         await_node(&self.entry.device, Node::Block)?;
@@ -211,69 +167,7 @@ impl<E: EngineHandle> Device<E> {
             receiver: ends.receiver,
             cpus: self.control.queue_cpus(self.info.id, queue)?,
         };
-        let sender = self.sender.clone();
-        let report = move |report| {
-            // The device's thread listens until every queue is over, or the process ends.
-            let _ = sender.send(Event::Queue(queue, report));
-        };
-        self.queues.push(Queue::start(setup, report)?);
-        Ok(())
-    }
-
-    /// Waits until every queue is ready.
-    fn await_queues(&mut self) -> Result<()> {
-        let until = Instant::now() + READY_DEADLINE;
-        for _ in 0..self.queues.len() {
-            match self.next_event(Some(until))? {
-                Event::Queue(_, Report::Ready) => {}
-                event => return Err(self.take_note(event, "before the device was up")),
-            }
-        }
-        Ok(())
-    }
-
-    /// Waits until the device shall be taken down. An error when it has to be, for a failure.
-    fn await_end(&mut self) -> Result<()> {
-        match self.next_event(None)? {
-            Event::Signal(signal) => tracing::info!("stopping: {signal}"),
-            Event::Queue(_, Report::Drained) => {
-                self.drained += 1;
-                tracing::info!("stopping: the device was stopped by somebody else");
-            }
-            event @ Event::Queue(..) => return Err(self.take_note(event, "while the device was up")),
-        }
-        Ok(())
-    }
-
-    /// Counts an event that should not have come, and turns it into an error.
-    fn take_note(&mut self, event: Event, when: &str) -> Error {
-        match event {
-            Event::Signal(signal) => Error::new(Kind::Io, format!("stopped by {signal} {when}")),
-            Event::Queue(queue, Report::Ready) => panic!("queue {queue} is ready twice"),
-            Event::Queue(queue, Report::Drained) => {
-                self.drained += 1;
-                Error::new(Kind::Io, format!("queue {queue} was stopped {when}"))
-            }
-            Event::Queue(_, Report::Unready(error)) => {
-                self.drained += 1;
-                error
-            }
-            Event::Queue(_, Report::Failed(error)) => {
-                self.lost = true;
-                error
-            }
-        }
-    }
-
-    fn next_event(&self, until: Option<Instant>) -> Result<Event> {
-        let Some(until) = until else {
-            return Ok(self.events.recv().expect("the device itself holds a sender"));
-        };
-        match self.events.recv_timeout(until.saturating_duration_since(Instant::now())) {
-            Ok(event) => Ok(event),
-            Err(RecvTimeoutError::Timeout) => Err(Error::new(Kind::Io, "the queues did not answer in time")),
-            Err(RecvTimeoutError::Disconnected) => panic!("the device itself holds a sender"),
-        }
+        self.queues.start(setup)
     }
 
     /// The whole way down. Returns the first failure, `outcome` included.
@@ -285,7 +179,7 @@ impl<E: EngineHandle> Device<E> {
             Some(engine) => engine.close(),
             None => Ok(()),
         };
-        self.queues.drain(..).for_each(Queue::finish);
+        self.queues.finish();
         drop(self.cdev.take());
         let deleted = self.delete();
         let recorded = self.record(&closed, &deleted);
@@ -294,44 +188,14 @@ impl<E: EngineHandle> Device<E> {
 
     /// Stops the device and waits until no request is left.
     fn stop(&mut self) -> Result<()> {
-        self.refuse_if_lost()?;
+        self.queues.settle()?;
         self.control.stop(self.info.id)?;
-        let until = Instant::now() + DRAIN_DEADLINE;
-        while self.drained < self.queues.len() {
-            match self.next_event(Some(until))? {
-                Event::Queue(_, Report::Drained | Report::Unready(_)) => self.drained += 1,
-                Event::Queue(_, Report::Failed(error)) => {
-                    self.lost = true;
-                    return Err(error);
-                }
-                // It is being stopped already; and a queue may become ready just as its device is given up.
-                Event::Signal(_) | Event::Queue(_, Report::Ready) => {}
-            }
-        }
-        Ok(())
+        self.queues.drain()
     }
 
-    fn refuse_if_lost(&self) -> Result<()> {
-        if self.lost {
-            return Err(Error::new(
-                Kind::Io,
-                "a queue has failed, and its requests end only with this process",
-            ));
-        }
-        Ok(())
-    }
-
-    /// Deletes the device, and waits a little for its number to be free: it is at once, unless somebody still
-    /// has the block device open.
     fn delete(&self) -> Result<()> {
-        self.control.delete(self.info.id)?;
-        let until = Instant::now() + NUMBER_DEADLINE;
-        while self.control.info(self.info.id)?.is_some_and(|info| info.mark == self.info.mark) {
-            if Instant::now() >= until {
-                tracing::info!("{} is still open; its number is not free yet", self.entry.device.display());
-                break;
-            }
-            thread::sleep(POLL_INTERVAL);
+        if !self.control.delete(self.info.id, self.info.mark)? {
+            tracing::info!("{} is still open; its number is not free yet", self.entry.device.display());
         }
         Ok(())
     }
@@ -422,21 +286,4 @@ fn open_node(path: &Path, node: Node) -> io::Result<File> {
         Node::Block => kind.is_block_device(),
     };
     if is_right { Ok(file) } else { Err(io::Error::other("something else has its place")) }
-}
-
-/// Blocks the signals that ask a daemon to end, here and in every thread started later, and has one thread
-/// turn them into events.
-fn watch_signals(sender: mpsc::Sender<Event>) -> Result<()> {
-    let failed = |doing: &'static str| move |error| Error::io(doing, error);
-    let signals = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP]);
-    signals.thread_block().map_err(|errno| failed("blocking signals")(errno.into()))?;
-    let watch = move || {
-        while let Ok(signal) = signals.wait() {
-            if sender.send(Event::Signal(signal)).is_err() {
-                return;
-            }
-        }
-    };
-    let thread = thread::Builder::new().name("ublk-signals".into()).spawn(watch);
-    thread.map(drop).map_err(failed("starting the thread for signals"))
 }

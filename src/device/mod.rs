@@ -7,9 +7,9 @@
 //! * [`launch`]: how that process is started, and how it reports;
 //! * [`registry`], [`stop`], [`usage`], [`features`]: what other processes see and do.
 //!
-//! Beneath: `control` (the driver's commands), `queue` (one thread per queue), `ring` (its `io_uring`), and
-//! the pure parts, `descriptor`, `options` and `token`. Raw system calls are in `control`, `ring` and `sys`
-//! only. `libublk` gives the kernel's structures and numbers.
+//! Beneath: `control` (the driver's commands), `queue` (one thread per queue), `queues` (all of them), `ring` (a
+//! queue's `io_uring`), and the pure parts, `descriptor`, `options` and `token`. Raw system calls are in
+//! `control`, `ring` and `sys` only. `libublk` gives the kernel's structures and numbers.
 
 mod control;
 pub mod daemon;
@@ -21,6 +21,7 @@ pub mod mailbox;
 pub mod opened;
 mod options;
 mod queue;
+mod queues;
 pub mod registry;
 mod ring;
 pub mod stop;

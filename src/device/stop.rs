@@ -9,8 +9,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::control::Control;
-use super::daemon::POLL_INTERVAL;
+use super::control::{Control, POLL_INTERVAL};
 use super::registry::{Entry, FileId, Registry, State, state_of};
 use super::sys::ProcessHandle;
 use super::usage;
@@ -165,7 +164,7 @@ fn remove_remains(control: &Control, entry: &Entry) -> Result<()> {
     match control.info(entry.id)? {
         Some(info) if info.mark == entry.mark => {
             control.stop(entry.id)?;
-            control.delete(entry.id)
+            control.delete(entry.id, entry.mark).map(drop)
         }
         _ => Ok(()),
     }
