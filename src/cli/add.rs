@@ -9,12 +9,16 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
+use clap::ValueEnum;
 use vhdx_ublk::device::daemon::{self, Ready};
 use vhdx_ublk::device::engine_thread::EngineThread;
 use vhdx_ublk::device::opened::{NoEngine, Opened};
 use vhdx_ublk::device::registry::Registry;
+use vhdx_ublk::device::session::Plan;
 use vhdx_ublk::device::stop::{self, Target};
-use vhdx_ublk::device::{MAX_BUFFER_BYTES, MAX_DEPTH, MAX_QUEUES, MIN_REQUEST_BYTES, Options, launch};
+use vhdx_ublk::device::{
+    MAX_BUFFER_BYTES, MAX_DEPTH, MAX_QUEUES, MIN_REQUEST_BYTES, Options, Recovery, launch,
+};
 use vhdx_ublk::disk::{Access, ImageFile};
 use vhdx_ublk::error::{Kind, Result};
 
@@ -50,6 +54,11 @@ pub struct Add {
     #[arg(long, value_name = "N", default_value_t = 64)]
     #[arg(value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_DEPTH)))]
     depth: u16,
+    /// What happens when the daemon is killed: `reissue` lets all I/O wait for `vhdx-ublk recover`, `queue` fails
+    /// what is in flight and lets the rest wait, `none` fails everything [default: the first of these that the
+    /// kernel has]
+    #[arg(long, value_enum, value_name = "HOW")]
+    recovery: Option<Recovery>,
     /// Serve from this process, until it is interrupted (Ctrl-C)
     #[arg(short, long)]
     foreground: bool,
@@ -63,6 +72,7 @@ Examples:
   vhdx-ublk add disk.vhdx
   lsblk $(vhdx-ublk add --read-only disk.vhdx)
 
+If the daemon is killed, nothing that was acknowledged is lost: I/O waits until `vhdx-ublk recover`.
 Warnings of a running device go to /run/vhdx-ublk/N.log.
 Exit status: 0 the device can be used, 1 failure (and nothing is left behind), 2 wrong usage.";
 
@@ -86,7 +96,7 @@ impl Add {
         let default = u16::try_from(cpus.min(DEFAULT_QUEUES)).expect("a handful");
         let queues = self.queues.unwrap_or(default);
         let request_bytes = request_bytes(queues, self.depth);
-        Options { id: self.id, queues, depth: self.depth, request_bytes }
+        Options { id: self.id, queues, depth: self.depth, request_bytes, recovery: self.recovery }
     }
 
     /// The command line of the process that serves.
@@ -96,6 +106,10 @@ impl Add {
             [format!("--queues={}", options.queues), format!("--depth={}", options.depth)].map(Into::into),
         );
         arguments.extend(self.id.map(|id| format!("--id={id}").into()));
+        arguments.extend(self.recovery.map(|recovery| {
+            let value = recovery.to_possible_value().expect("every recovery has a name");
+            format!("--recovery={}", value.get_name()).into()
+        }));
         arguments.extend(self.read_only.then(|| "--read-only".into()));
         arguments.extend(["--".into(), self.image.clone().into()]);
         arguments
@@ -127,7 +141,8 @@ impl Add {
             return daemon::serve(&opened.served(&file)?, options, |ends| Ok(NoEngine(ends)), ready);
         }
         let file = Arc::new(open(&self.image, Access::ReadWrite)?);
-        let engine = EngineThread::open(file.clone())?;
+        let keep = self.recovery != Some(Recovery::None);
+        let engine = EngineThread::open(file.clone(), Plan::Fresh { keep })?;
         let served = engine.opened().served(&file)?;
         daemon::serve(&served, options, |ends| Ok(engine.start(ends)), ready)
     }
@@ -144,10 +159,17 @@ fn take_away(ready: &Ready) {
     }
 }
 
-/// Opens and locks the image. Waits for a holder to leave, unless it is a device of ours, which stays.
+/// Opens and locks the image, unless one of our devices has a claim to it.
 fn open(path: &Path, access: Access) -> Result<ImageFile> {
+    let file = open_locked(path, access)?;
+    holders::refuse_abandoned(path, access)?;
+    Ok(file)
+}
+
+/// Opens and locks an image. Waits for a holder to leave, unless it is a device of ours, which stays.
+pub fn open_locked(path: &Path, access: Access) -> Result<ImageFile> {
     let opened = match ImageFile::open(path, access, Duration::ZERO) {
-        Err(error) if error.kind() == Kind::InUse && holders::device_of(path).is_none() => {
+        Err(error) if error.kind() == Kind::InUse && !holders::is_served(path) => {
             ImageFile::open(path, access, LOCK_WAIT)
         }
         outcome => outcome,
@@ -184,7 +206,19 @@ mod tests {
 
     #[test]
     fn the_child_serves_what_the_parent_was_told_to() {
-        let add = parse(&["--read-only", "--id", "7", "--depth", "9", "--queues", "3", "--", "-odd name"]);
+        let add = parse(&[
+            "--read-only",
+            "--id",
+            "7",
+            "--depth",
+            "9",
+            "--queues",
+            "3",
+            "--recovery",
+            "queue",
+            "--",
+            "-odd name",
+        ]);
         let arguments = add.child_arguments(&add.options());
         let again = Line::try_parse_from(arguments).expect("its own words").add;
         assert!(again.serve && again.read_only && again.image == Path::new("-odd name"));
@@ -197,7 +231,8 @@ mod tests {
         assert_eq!(request_bytes(4, 64), 512 << 10);
         assert_eq!(request_bytes(1, 4096), 64 << 10);
         for (queues, depth) in [(1, 1), (1, 4096), (16, 4096), (64, 64)] {
-            let options = Options { id: None, queues, depth, request_bytes: request_bytes(queues, depth) };
+            let request_bytes = request_bytes(queues, depth);
+            let options = Options { queues, depth, request_bytes, ..Options::default() };
             options.validate().expect("within bounds");
         }
     }

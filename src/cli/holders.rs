@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use vhdx_ublk::device::registry::{FileId, Listed, RUN_DIRECTORY, Registry, State};
 use vhdx_ublk::device::usage;
+use vhdx_ublk::disk::Access;
 use vhdx_ublk::error::{Error, Kind, Result};
 
 /// Our devices, in the order of their numbers. Nothing is made where there are none.
@@ -41,6 +42,36 @@ pub fn device_of(path: &Path) -> Option<PathBuf> {
     let mut devices = devices().ok()?.into_iter();
     let listed = devices.find(|listed| listed.entry.image_file == file && stays(listed.state))?;
     Some(listed.entry.device)
+}
+
+/// Whether a living daemon of ours serves the file at `path`, and will go on to.
+pub fn is_served(path: &Path) -> bool {
+    let Ok(file) = fs::metadata(path).map(|found| FileId::of(&found)) else { return false };
+    let serves = |listed: &Listed| {
+        listed.entry.image_file == file && listed.state == State::Live && listed.entry.daemon.is_alive()
+    };
+    devices().is_ok_and(|devices| devices.iter().any(serves))
+}
+
+/// Refuses the image at `path` if a device of ours waits for its daemon to be replaced: what was acknowledged is
+/// not in the file alone, and its disk must not change meanwhile. The lock is free then.
+///
+/// # Errors
+///
+/// [`Kind::InUse`], with the ways out.
+pub fn refuse_abandoned(path: &Path, access: Access) -> Result<()> {
+    let found = fs::metadata(path).map(|found| FileId::of(&found));
+    let file = found.map_err(|error| Error::io("looking at the image", error).file(path))?;
+    let both_read = |listed: &Listed| listed.entry.read_only && access == Access::ReadOnly;
+    let concerns =
+        |listed: &Listed| listed.entry.image_file == file && listed.is_abandoned() && !both_read(listed);
+    // Who may not look cannot serve either, which is said later.
+    let Some(listed) = devices().unwrap_or_default().into_iter().find(concerns) else { return Ok(()) };
+    let device = listed.entry.device.display();
+    let remedy =
+        format!("`vhdx-ublk recover {device}` goes on with it, `vhdx-ublk del {device}` takes it away");
+    let message = format!("the image belongs to {device}, whose daemon was killed");
+    Err(Error::new(Kind::InUse, message).file(path).remedy(remedy))
 }
 
 /// Which processes have the file at `path` open: `open in fio (pid 123)`.

@@ -19,7 +19,8 @@ pub struct List {
 }
 
 const AFTER_HELP: &str = "\
-States: live (served), starting, stopping, dead (its daemon was killed: `del` removes it), failed (it is gone,
+States: live (served), starting, stopping, quiesced (its daemon was killed: I/O waits for
+`recover`), dead (its daemon was killed, and its I/O has failed: `del` removes it), failed (it is gone,
 but its image could not be closed cleanly: `del` tells why).
 
 JSON: id, device, image, pid, state, queues, depth, read_only, size (bytes), failure (null or a text).
@@ -96,6 +97,7 @@ fn word(state: State) -> Result<String> {
 
 #[cfg(test)]
 mod tests {
+    use vhdx_ublk::device::Recovery;
     use vhdx_ublk::device::registry::{Entry, FileId, ProcessId};
 
     use super::*;
@@ -111,6 +113,8 @@ mod tests {
             depth: 64,
             size_bytes: 1 << 30,
             read_only: true,
+            recovery: Recovery::None,
+            file_write_guid: uuid::Uuid::nil(),
             mark: 0,
             version: "0.1.0".into(),
             started: true,

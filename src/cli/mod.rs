@@ -14,6 +14,7 @@ mod list;
 mod logging;
 mod look;
 mod output;
+mod recover;
 mod size;
 
 use std::process::ExitCode;
@@ -47,6 +48,7 @@ enum Command {
     Add(add::Add),
     Del(del::Del),
     List(list::List),
+    Recover(recover::Recover),
     Create(create::Create),
     Info(info::Info),
     Features(features::Features),
@@ -58,7 +60,7 @@ impl Command {
             Self::List(list) => list.json,
             Self::Info(info) => info.json,
             Self::Features(features) => features.json,
-            Self::Add(_) | Self::Del(_) | Self::Create(_) => false,
+            Self::Add(_) | Self::Del(_) | Self::Recover(_) | Self::Create(_) => false,
         }
     }
 
@@ -67,6 +69,7 @@ impl Command {
             Self::Add(add) => add.run(),
             Self::Del(del) => del.run(),
             Self::List(list) => list.run(),
+            Self::Recover(recover) => recover.run(),
             Self::Create(create) => create.run(),
             Self::Info(info) => info.run(),
             Self::Features(features) => features.run(),

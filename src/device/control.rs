@@ -116,6 +116,8 @@ const INFO: Verb = verb(sys::UBLK_U_CMD_GET_DEV_INFO, "asking about");
 const AFFINITY: Verb = verb(sys::UBLK_U_CMD_GET_QUEUE_AFFINITY, "asking for the queue's CPUs of");
 const SET_PARAMS: Verb = verb(sys::UBLK_U_CMD_SET_PARAMS, "setting the parameters of");
 const START: Verb = verb(sys::UBLK_U_CMD_START_DEV, "starting");
+const START_RECOVERY: Verb = verb(sys::UBLK_U_CMD_START_USER_RECOVERY, "taking over");
+const END_RECOVERY: Verb = verb(sys::UBLK_U_CMD_END_USER_RECOVERY, "going on with");
 const STOP: Verb = Verb { deadline: STOP_DEADLINE, ..verb(sys::UBLK_U_CMD_STOP_DEV, "stopping") };
 const DELETE: Verb = verb(sys::UBLK_U_CMD_DEL_DEV_ASYNC, "deleting");
 /// The same before Linux 6.9: waits until nobody has the device open any more.
@@ -214,6 +216,33 @@ impl Control {
     /// What the kernel says.
     pub fn start(&self, id: u32) -> Result<()> {
         self.exchange(START, id, u64::from(std::process::id()), ()).map(drop)
+    }
+
+    /// Makes this process the server-to-be of a device whose server was killed. The kernel lets go of the dead
+    /// one in its own time, which is waited for.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says.
+    pub fn start_recovery(&self, id: u32) -> Result<()> {
+        let until = Instant::now() + DEADLINE;
+        loop {
+            match self.exchange(START_RECOVERY, id, 0, ()) {
+                Err(error) if error.os_error() == Some(libc::EBUSY) && Instant::now() < until => {
+                    thread::sleep(POLL_INTERVAL);
+                }
+                outcome => return outcome,
+            }
+        }
+    }
+
+    /// Lets requests flow again, to this process. Every tag of every queue has been fetched.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says.
+    pub fn end_recovery(&self, id: u32) -> Result<()> {
+        self.exchange(END_RECOVERY, id, u64::from(std::process::id()), ()).map(drop)
     }
 
     /// Takes `/dev/ublkbN` down: waits for the requests under way, then hands every tag back as aborted.

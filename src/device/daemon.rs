@@ -21,11 +21,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 use super::control::{Control, DeviceInfo, NewDevice, POLL_INTERVAL};
 use super::features;
 use super::mailbox::{EngineEnds, FrontEnds, mailboxes};
-use super::options::{Options, Parameters};
+use super::options::{Options, Parameters, Recovery};
 use super::queue::QueueSetup;
 use super::queues::Queues;
 use super::registry::{Entry, FileId, ProcessId, Registry};
@@ -43,10 +44,16 @@ pub struct Served {
     pub path: PathBuf,
     /// The one open file description that carries the lock; all rings use it.
     pub image: Arc<File>,
+    /// The same, whatever it is called.
+    pub image_file: FileId,
     /// What the fronts and the engine share.
     pub shared: Arc<Shared>,
     /// The disk as the kernel shall see it.
     pub parameters: Parameters,
+    /// The image's FileWriteGuid.
+    pub file_write_guid: Uuid,
+    /// Whether a successor could go on with it.
+    pub recoverable: bool,
 }
 
 /// The engine of a device, once started. It is dropped without [`EngineHandle::close`] only when the process is
@@ -90,9 +97,40 @@ pub fn serve<E: EngineHandle>(
     let queues = Queues::new()?;
     let registry = Registry::open()?;
     let mut device = Device::add(registry, queues, served, options)?;
-    let outcome = device.bring_up(served, start_engine).and_then(|()| ready(&device.ready()));
+    let outcome =
+        device.bring_up(served, start_engine, Beginning::Made).and_then(|()| ready(&device.ready()));
     let outcome = outcome.and_then(|()| device.queues.await_end());
     device.take_down(outcome)
+}
+
+/// Goes on serving the device of `entry`, whose daemon was killed, until it ends as by [`serve`].
+///
+/// Call it before any thread has been started, with the image opened as the device's session says.
+///
+/// # Errors
+///
+/// Whatever prevented it; the device waits for the next attempt as soon as the process has ended. Once it is
+/// served again: what kept the image from being closed cleanly.
+pub fn recover<E: EngineHandle>(
+    served: &Served,
+    entry: &Entry,
+    start_engine: impl FnOnce(EngineEnds) -> Result<E>,
+    ready: impl FnOnce(&Ready) -> Result<()>,
+) -> Result<()> {
+    let queues = Queues::new()?;
+    let registry = Registry::open()?;
+    let mut device = Device::take_over(registry, queues, entry)?;
+    device.bring_up(served, start_engine, Beginning::TakenOver)?;
+    ready(&device.ready())?;
+    let outcome = device.queues.await_end();
+    device.take_down(outcome)
+}
+
+/// How a device comes to this process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Beginning {
+    Made,
+    TakenOver,
 }
 
 struct Device<E> {
@@ -109,19 +147,21 @@ impl<E: EngineHandle> Device<E> {
     /// Makes the device and its entry. What else has to be there is asked for first.
     fn add(registry: Registry, queues: Queues, served: &Served, options: &Options) -> Result<Self> {
         let control = Control::open()?;
+        let recovery = match features::recovery(control.features(), options.recovery)? {
+            recovery if served.recoverable => recovery,
+            _ => Recovery::None,
+        };
         let new = NewDevice {
             id: options.id,
             queues: options.queues,
             depth: options.depth,
             request_bytes: options.request_bytes,
-            flags: features::wanted(control.features()),
-            mark: uuid::Uuid::new_v4().as_u64_pair().0,
+            flags: features::wanted(recovery),
+            mark: Uuid::new_v4().as_u64_pair().0,
         };
         let daemon = ProcessId::this()?;
-        let image = served.image.metadata();
-        let image = image.map_err(|error| Error::io("looking at the image", error).file(&served.path))?;
         let info = control.add(&new)?;
-        let entry = describe(&info, served, FileId::of(&image), daemon);
+        let entry = Entry { recovery, ..describe(&info, served, daemon) };
         let device = Self { control, info, registry, entry, cdev: None, engine: None, queues };
         match agree(&new, &info).and_then(|()| device.registry.write(&device.entry)) {
             Ok(()) => Ok(device),
@@ -129,10 +169,23 @@ impl<E: EngineHandle> Device<E> {
         }
     }
 
+    /// Makes this process the server-to-be of a device whose daemon was killed.
+    fn take_over(registry: Registry, queues: Queues, entry: &Entry) -> Result<Self> {
+        let control = Control::open()?;
+        let found = control.info(entry.id)?.filter(|info| info.mark == entry.mark);
+        let info =
+            found.ok_or_else(|| Error::new(Kind::NotFound, format!("{} is gone", entry.device.display())))?;
+        control.start_recovery(entry.id)?;
+        let entry = Entry { daemon: ProcessId::this()?, started: false, ..entry.clone() };
+        registry.write(&entry)?;
+        Ok(Self { control, info, registry, entry, cdev: None, engine: None, queues })
+    }
+
     fn bring_up(
         &mut self,
         served: &Served,
         start_engine: impl FnOnce(EngineEnds) -> Result<E>,
+        beginning: Beginning,
     ) -> Result<()> {
         let path = format!("/dev/ublkc{}", self.info.id);
         let cdev = Arc::new(await_node(Path::new(&path), Node::Character)?);
@@ -143,8 +196,14 @@ impl<E: EngineHandle> Device<E> {
             self.start_queue(queue, ends, served, &cdev)?;
         }
         self.queues.await_ready()?;
-        self.control.set_params(self.info.id, served.parameters.to_kernel(self.info.request_bytes))?;
-        self.control.start(self.info.id)?;
+        match beginning {
+            Beginning::Made => {
+                let parameters = served.parameters.to_kernel(self.info.request_bytes);
+                self.control.set_params(self.info.id, parameters)?;
+                self.control.start(self.info.id)?;
+            }
+            Beginning::TakenOver => self.control.end_recovery(self.info.id)?,
+        }
         await_node(&self.entry.device, Node::Block)?;
         self.entry.started = true;
         self.registry.write(&self.entry)
@@ -219,17 +278,19 @@ impl<E: EngineHandle> Device<E> {
     }
 }
 
-fn describe(info: &DeviceInfo, served: &Served, image_file: FileId, daemon: ProcessId) -> Entry {
+fn describe(info: &DeviceInfo, served: &Served, daemon: ProcessId) -> Entry {
     Entry {
         id: info.id,
         device: format!("/dev/ublkb{}", info.id).into(),
         image: served.path.clone(),
-        image_file,
+        image_file: served.image_file,
         daemon,
         queues: info.queues,
         depth: info.depth,
         size_bytes: served.parameters.size_bytes,
         read_only: served.parameters.read_only,
+        recovery: Recovery::None,
+        file_write_guid: served.file_write_guid,
         mark: info.mark,
         version: env!("CARGO_PKG_VERSION").into(),
         started: false,

@@ -22,7 +22,8 @@ use uuid::Uuid;
 use super::control::Control;
 use super::daemon::EngineHandle;
 use super::mailbox::{EngineEnds, Receiver, Sender, wake_up};
-use super::opened::{self, Opened};
+use super::opened::{self, Opened, WritableOpen};
+use super::session::{Plan, SessionFile, Sessions};
 use super::sys;
 use crate::disk::{ImageFile, Reactor, Ring, UringDisk};
 use crate::engine::local::{Bell, Spawn, yield_now};
@@ -42,22 +43,24 @@ pub struct EngineThread {
 }
 
 impl EngineThread {
-    /// Starts the thread and has it open the image in `file` for writing, which replays a dirty log.
+    /// Starts the thread and has it open the image in `file` for writing, which replays a dirty log and takes
+    /// over a session as `plan` says.
     ///
     /// # Errors
     ///
     /// Whatever is wrong with the image; [`Kind::Unsupported`] if it has a parent or no log; those of
-    /// [`Control::open`], before anything was written.
-    pub fn open(file: Arc<ImageFile>) -> Result<Self> {
-        Self::open_if(file, || Control::open().map(drop))
+    /// [`Control::open`], before anything was written; [`Kind::NotFound`] or [`Kind::Poisoned`] if there is no
+    /// session to resume.
+    pub fn open(file: Arc<ImageFile>, plan: Plan) -> Result<Self> {
+        let may_write = || Control::open().map(drop);
+        Self::open_as(file, WritableOpen { may_write, plan, sessions: Sessions::of_machine() })
     }
 
-    /// As [`EngineThread::open`]; `may_write` is asked before anything is written.
-    fn open_if(file: Arc<ImageFile>, may_write: fn() -> Result<()>) -> Result<Self> {
+    fn open_as(file: Arc<ImageFile>, how: WritableOpen) -> Result<Self> {
         let (ends, start) = mpsc::channel();
         let (report, opened) = mpsc::channel();
         let closing = Arc::new(AtomicBool::new(false));
-        let life = Life { file, may_write, report, start, closing: closing.clone() };
+        let life = Life { file, how, report, start, closing: closing.clone() };
         let thread = thread::Builder::new().name("vhdx-engine".into()).spawn(|| life.live());
         let thread = thread.map_err(|error| Error::io("starting the engine's thread", error))?;
         if let Ok(opened) = opened.recv() {
@@ -96,7 +99,7 @@ impl EngineHandle for EngineThread {
 /// What the thread is given.
 struct Life {
     file: Arc<ImageFile>,
-    may_write: fn() -> Result<()>,
+    how: WritableOpen,
     report: mpsc::Sender<Opened>,
     start: mpsc::Receiver<EngineEnds>,
     closing: Arc<AtomicBool>,
@@ -107,7 +110,7 @@ impl Life {
         leave_signals_to_others();
         let reactor = Reactor::new()?;
         let fronts = Rc::new(Mailboxes::default());
-        let (engine, opened) = self.open_engine(&reactor, fronts.clone())?;
+        let (engine, opened, session) = self.open_engine(&reactor, fronts.clone())?;
         let path = self.file.path().to_owned();
         drop(self.file); // the engine's disk has it
         // Nobody can be gone who waits for this; if so, nobody starts the engine either.
@@ -120,22 +123,25 @@ impl Life {
             tracing::info!("{}: closed; {:?}", path.display(), engine.counters());
         }
         let poisoned = engine.shared().session() == Session::Poisoned;
-        outcome.map_err(|errno| unclean(errno, poisoned, &path))
+        outcome.map_err(|errno| unclean(errno, poisoned, &path))?;
+        session.map_or(Ok(()), SessionFile::remove)
     }
 
     fn open_engine(
         &self,
         reactor: &Reactor,
         fronts: Rc<Mailboxes>,
-    ) -> Result<(Rc<Engine<UringDisk>>, Opened)> {
+    ) -> Result<(Rc<Engine<UringDisk>>, Opened, Option<SessionFile>)> {
         let disk = reactor.disk(self.file.clone());
-        let image = reactor.block_on(opened::writable(&disk, self.may_write))?;
+        let (image, session) = reactor.block_on(self.how.open(&disk))?;
         let parameters = opened::parameters(&image.metadata, false);
+        let file_write_guid = image.header.header.file_write_guid;
         let tasks: Rc<dyn Spawn> = reactor.executor().clone();
         let engine = Engine::new(image, disk, tasks, fronts, Box::new(Uuid::new_v4));
         let engine = engine.map_err(|error| error.file(self.file.path()))?;
-        let opened = Opened { shared: engine.shared().clone(), parameters };
-        Ok((engine, opened))
+        let shared = engine.shared().clone();
+        let opened = Opened { shared, parameters, file_write_guid, recoverable: session.is_some() };
+        Ok((engine, opened, session))
     }
 }
 
@@ -257,7 +263,7 @@ mod tests {
 
     struct Bench {
         path: PathBuf,
-        _directory: tempfile::TempDir,
+        directory: tempfile::TempDir,
     }
 
     impl Bench {
@@ -277,7 +283,7 @@ mod tests {
                 initial_state: InitialState::NotPresent,
             };
             reactor.block_on(image.write(&disk, Uuid::new_v4)).expect("room");
-            Self { path, _directory: directory }
+            Self { path, directory }
         }
 
         fn file(&self) -> Arc<ImageFile> {
@@ -285,7 +291,15 @@ mod tests {
         }
 
         fn open(&self) -> Result<EngineThread> {
-            EngineThread::open_if(self.file(), || Ok(()))
+            self.open_as(Plan::Fresh { keep: false })
+        }
+
+        fn open_as(&self, plan: Plan) -> Result<EngineThread> {
+            EngineThread::open_as(self.file(), self.how(plan))
+        }
+
+        fn how(&self, plan: Plan) -> WritableOpen {
+            WritableOpen { may_write: || Ok(()), plan, sessions: Sessions::at(self.directory.path()) }
         }
 
         fn bytes(&self) -> Vec<u8> {
@@ -361,7 +375,9 @@ mod tests {
     fn a_refusal_changes_nothing() {
         let bench = Bench::new();
         let before = bench.bytes();
-        let refused = EngineThread::open_if(bench.file(), || Err(Error::new(Kind::NoDriver, "no driver")));
+        let may_write = || Err(Error::new(Kind::NoDriver, "no driver"));
+        let how = WritableOpen { may_write, ..bench.how(Plan::Fresh { keep: true }) };
+        let refused = EngineThread::open_as(bench.file(), how);
         let error = refused.err().expect("refused");
         assert_eq!((error.kind(), error.file_path()), (Kind::NoDriver, None));
         assert!(bench.bytes() == before);

@@ -4,6 +4,7 @@ use libublk::sys;
 use serde::Serialize;
 
 use super::control::Control;
+use super::options::Recovery;
 use crate::error::{Error, Kind, Result};
 
 /// One feature of the driver.
@@ -48,13 +49,40 @@ const KNOWN: [(u32, &str, &str, &str); 21] = [
     (20, "IO_DESC_SIZE", "I/O descriptors of a chosen size", "7.3"),
 ];
 
-/// Features asked for when a device is made. The place where recovery and zero copy will be decided.
-pub(super) fn wanted(_driver: Option<u64>) -> u64 {
-    0
+const QUEUE: u64 = sys::UBLK_F_USER_RECOVERY as u64;
+const REISSUE: u64 = QUEUE | sys::UBLK_F_USER_RECOVERY_REISSUE as u64;
+
+/// Features asked for when a device is made that shall outlive its server as `recovery` says.
+pub(super) fn wanted(recovery: Recovery) -> u64 {
+    match recovery {
+        Recovery::None => 0,
+        Recovery::Queue => QUEUE,
+        Recovery::Reissue => REISSUE,
+    }
 }
 
-/// Features the queues make use of, asked for or not.
-const USED: u64 = sys::UBLK_F_CMD_IOCTL_ENCODE as u64;
+/// The recovery that a device gets: the one that was `chosen`, or the best that the `driver` has.
+///
+/// # Errors
+///
+/// [`Kind::Unsupported`] when the driver does not have what was chosen.
+pub(super) fn recovery(driver: Option<u64>, chosen: Option<Recovery>) -> Result<Recovery> {
+    let has = |recovery| wanted(recovery) & !driver.unwrap_or(0) == 0;
+    match chosen {
+        Some(chosen) if has(chosen) => Ok(chosen),
+        Some(_) => {
+            Err(Error::new(Kind::Unsupported, "this kernel's ublk driver does not have that recovery")
+                .remedy("add the device with --recovery none; `vhdx-ublk features` shows what there is"))
+        }
+        None => {
+            let known = [Recovery::Reissue, Recovery::Queue].into_iter().find(|&recovery| has(recovery));
+            Ok(known.unwrap_or_default())
+        }
+    }
+}
+
+/// Features in use, where the driver has them.
+const USED: u64 = REISSUE | sys::UBLK_F_CMD_IOCTL_ENCODE as u64;
 
 /// All features the driver has, and all this program knows of.
 ///
@@ -70,10 +98,9 @@ pub fn list() -> Result<Vec<Feature>> {
 }
 
 fn table(driver: u64) -> Vec<Feature> {
-    let used = USED | wanted(Some(driver));
     let row = |bit: u32, name, meaning, since| {
         let supported = driver >> bit & 1 == 1;
-        Feature { bit, name, meaning, since, supported, used: supported && used >> bit & 1 == 1 }
+        Feature { bit, name, meaning, since, supported, used: supported && USED >> bit & 1 == 1 }
     };
     let known = KNOWN.iter().map(|&(bit, name, meaning, since)| row(bit, name, meaning, since));
     let is_new = |bit: &u32| driver >> bit & 1 == 1 && KNOWN.iter().all(|(known, ..)| known != bit);
@@ -100,6 +127,22 @@ mod tests {
             assert!(KNOWN.iter().any(|row| row.1 == name && 1 << row.0 == bit), "{name}");
         }
         assert!(KNOWN.iter().zip(0..).all(|(row, bit)| row.0 == bit));
+    }
+
+    #[test]
+    fn a_device_gets_the_best_recovery_there_is_or_the_one_that_was_chosen() {
+        for (driver, best) in [
+            (None, Recovery::None),
+            (Some(0), Recovery::None),
+            (Some(QUEUE), Recovery::Queue),
+            (Some(!0), Recovery::Reissue),
+        ] {
+            assert_eq!(recovery(driver, None).expect("there is always one"), best);
+            assert_eq!(recovery(driver, Some(Recovery::None)).expect("none is always there"), Recovery::None);
+        }
+        assert_eq!(recovery(Some(!0), Some(Recovery::Queue)).expect("there"), Recovery::Queue);
+        let error = recovery(Some(QUEUE), Some(Recovery::Reissue)).expect_err("not there");
+        assert_eq!(error.kind(), Kind::Unsupported);
     }
 
     #[test]

@@ -24,6 +24,7 @@ mod queue;
 mod queues;
 pub mod registry;
 mod ring;
+pub mod session;
 pub mod stop;
 mod sys;
 mod token;
@@ -32,4 +33,5 @@ pub mod usage;
 pub use control::{Control, DeviceInfo, KernelState, NewDevice};
 pub use options::{
     MAX_BUFFER_BYTES, MAX_DEPTH, MAX_QUEUES, MAX_REQUEST_BYTES, MIN_REQUEST_BYTES, Options, Parameters,
+    Recovery,
 };

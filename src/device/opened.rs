@@ -14,11 +14,13 @@ use super::control::Control;
 use super::daemon::{EngineHandle, Served};
 use super::mailbox::EngineEnds;
 use super::options::Parameters;
+use super::registry::FileId;
+use super::session::{self, FoundSession, Plan, SessionFile, Sessions};
 use crate::disk::{ImageFile, PayloadIo, Reactor, UringDisk};
 use crate::engine::shared::Shared;
 use crate::error::{Error, Kind, Result};
 use crate::format::metadata::{DiskType, Metadata};
-use crate::image::{FoundLog, Image, Mode};
+use crate::image::{FoundLog, Image, Mode, SessionMemory};
 
 /// An image ready to be served.
 #[derive(Clone)]
@@ -27,6 +29,10 @@ pub struct Opened {
     pub shared: Arc<Shared>,
     /// The disk as the kernel shall see it.
     pub parameters: Parameters,
+    /// The image's FileWriteGuid.
+    pub file_write_guid: Uuid,
+    /// Whether a successor can go on where this process is killed.
+    pub recoverable: bool,
 }
 
 impl Opened {
@@ -43,7 +49,9 @@ impl Opened {
         choose_payload_io(file, &image.metadata)?;
         let fixed = image.metadata.kind() == DiskType::Fixed;
         let parameters = parameters(&image.metadata, true);
-        Ok(Self { shared: Arc::new(Shared::new(image.map, true, fixed)), parameters })
+        let file_write_guid = image.header.header.file_write_guid;
+        let shared = Arc::new(Shared::new(image.map, true, fixed));
+        Ok(Self { shared, parameters, file_write_guid, recoverable: true })
     }
 
     /// What [`super::daemon::serve`] asks for.
@@ -52,6 +60,7 @@ impl Opened {
     ///
     /// When the process has no file descriptor left.
     pub fn served(&self, file: &ImageFile) -> Result<Served> {
+        let image_file = FileId::of_image(file)?;
         // Another descriptor of the same open file description: lock and flags are shared.
         let same = file.as_fd().try_clone_to_owned();
         let same =
@@ -59,8 +68,11 @@ impl Opened {
         Ok(Served {
             path: file.path().to_owned(),
             image: Arc::new(File::from(same)),
+            image_file,
             shared: self.shared.clone(),
             parameters: self.parameters,
+            file_write_guid: self.file_write_guid,
+            recoverable: self.recoverable,
         })
     }
 }
@@ -75,30 +87,95 @@ impl EngineHandle for NoEngine {
     }
 }
 
-/// Opens the image on `disk` for writing; `may_write` is asked before anything is written.
-pub(super) async fn writable(disk: &UringDisk, may_write: fn() -> Result<()>) -> Result<Image> {
-    let named = |error: Error| error.file(disk.file().path());
-    let changes_payload =
-        |error: &Error| error.kind() == Kind::Unsupported && error.structure() == Some("log");
-    let image = match look(disk).await {
-        Ok(image) => {
-            image.check_writable().map_err(named)?;
-            Some(image).filter(|image| image.found_log == FoundLog::Clean)
+/// How an image is opened for writing.
+pub(super) struct WritableOpen {
+    /// Asked before anything is written.
+    pub(super) may_write: fn() -> Result<()>,
+    /// What to do about sessions.
+    pub(super) plan: Plan,
+    /// Where they are.
+    pub(super) sessions: Sessions,
+}
+
+impl WritableOpen {
+    /// Opens the image on `disk`, which carries its lock: every write of a dead holder has ended.
+    pub(super) async fn open(&self, disk: &UringDisk) -> Result<(Image, Option<SessionFile>)> {
+        let named = |error: Error| error.file(disk.file().path());
+        let file = FileId::of_image(disk.file())?;
+        let (clean, session) = self.examine(disk, file).await.map_err(named)?;
+        (self.may_write)()?;
+        self.take(disk, file, clean, session).await.map_err(named)
+    }
+
+    /// The image, if it can be used as it is, and the session to go on with. Nothing is written.
+    async fn examine(&self, disk: &UringDisk, file: FileId) -> Result<(Option<Image>, Option<FoundSession>)> {
+        let image = match look(disk).await {
+            Ok(image) => {
+                image.check_writable()?;
+                Some(image)
+            }
+            // A log that cannot be replayed in memory can still be replayed in place.
+            Err(error) if error.kind() == Kind::Unsupported && error.structure() == Some("log") => None,
+            Err(error) => return Err(error),
+        };
+        let session = session::choose(self.plan, self.sessions.find(file)?, image.as_ref(), file)?;
+        Ok((image.filter(|image| image.found_log == FoundLog::Clean), session))
+    }
+
+    async fn take(
+        &self,
+        disk: &UringDisk,
+        file: FileId,
+        clean: Option<Image>,
+        session: Option<FoundSession>,
+    ) -> Result<(Image, Option<SessionFile>)> {
+        let mut image = match clean {
+            Some(image) => image,
+            None => open_in_place(disk, session.as_ref().map(|(_, memory)| memory)).await?,
+        };
+        choose_payload_io(disk.file(), &image.metadata)?;
+        let session = match session {
+            Some((file, memory)) => {
+                image.resume_session(memory, disk).await.map_err(|error| file.explain(error))?;
+                Some(file)
+            }
+            None => self.start_session(&mut image, file),
+        };
+        Ok((image, session))
+    }
+
+    fn start_session(&self, image: &mut Image, file: FileId) -> Option<SessionFile> {
+        if self.plan == (Plan::Fresh { keep: false }) {
+            return None;
         }
-        // A log that cannot be replayed in memory can still be replayed in place.
-        Err(error) if changes_payload(&error) => None,
-        Err(error) => return Err(named(error)),
+        match self.sessions.create(file, image.map.geometry()) {
+            Ok((session, memory)) => {
+                image.start_session(memory, &image.owner(file.device, file.inode));
+                Some(session)
+            }
+            Err(error) => {
+                tracing::warn!("the device cannot be recovered if its daemon is killed: {error}");
+                None
+            }
+        }
+    }
+}
+
+/// Opens the image for writing, which replays its log in place. A session learns the FileWriteGuid before any
+/// header carries it.
+async fn open_in_place(disk: &UringDisk, session: Option<&SessionMemory>) -> Result<Image> {
+    let new_guid = || {
+        let guid = Uuid::new_v4();
+        if let Some(memory) = session {
+            memory.announce(guid);
+        }
+        guid
     };
-    may_write()?;
-    let image = match image {
-        Some(image) => image,
-        None => Image::open(disk, Mode::Writable, Uuid::new_v4).await.map_err(named)?,
-    };
+    let image = Image::open(disk, Mode::Writable, new_guid).await?;
     if let FoundLog::Dirty(entries) = image.found_log {
         tracing::info!("the image was not closed cleanly: replayed {entries} log entries");
     }
-    refuse_chain(&image).map_err(named)?;
-    choose_payload_io(disk.file(), &image.metadata)?;
+    refuse_chain(&image)?;
     Ok(image)
 }
 

@@ -24,6 +24,19 @@ pub const MAX_BUFFER_BYTES: u64 = 256 << 20;
 const _: () = assert!(MAX_DEPTH as u32 == sys::UBLK_MAX_QUEUE_DEPTH);
 const _: () = assert!((MAX_QUEUES as u32) <= sys::UBLK_MAX_NR_QUEUES);
 
+/// What becomes of a device whose daemon is killed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Recovery {
+    /// Its requests fail, and so does everything that comes later.
+    #[default]
+    None,
+    /// Its requests in flight fail; what comes later waits for `recover`.
+    Queue,
+    /// Everything waits for `recover`; requests in flight are repeated.
+    Reissue,
+}
+
 /// What the caller may choose about a device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Options {
@@ -35,11 +48,13 @@ pub struct Options {
     pub depth: u16,
     /// Longest request, bytes.
     pub request_bytes: u32,
+    /// What becomes of it when its daemon is killed; without a choice, the best that the kernel has.
+    pub recovery: Option<Recovery>,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { id: None, queues: 1, depth: 64, request_bytes: 512 << 10 }
+        Self { id: None, queues: 1, depth: 64, request_bytes: 512 << 10, recovery: None }
     }
 }
 

@@ -9,12 +9,16 @@
 
 use std::fs::{self, DirBuilder, OpenOptions};
 use std::io::{self, Write};
+use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 use super::control::{Control, DeviceInfo, KernelState};
+use super::options::Recovery;
+use crate::disk::ImageFile;
 use crate::error::{Error, Kind, Result};
 
 /// Where the entries and the daemons' logs are; only root may look.
@@ -22,7 +26,7 @@ pub const RUN_DIRECTORY: &str = "/run/vhdx-ublk";
 
 /// Mode of the directory, and of what is in it.
 const DIRECTORY_MODE: u32 = 0o700;
-const FILE_MODE: u32 = 0o600;
+pub(super) const FILE_MODE: u32 = 0o600;
 
 /// One device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,6 +49,10 @@ pub struct Entry {
     pub size_bytes: u64,
     /// Nothing may be written.
     pub read_only: bool,
+    /// What becomes of it when its daemon is killed.
+    pub recovery: Recovery,
+    /// The image's FileWriteGuid when it was opened.
+    pub file_write_guid: Uuid,
     /// See [`DeviceInfo::mark`].
     pub mark: u64,
     /// The version of the daemon.
@@ -105,10 +113,34 @@ pub struct Listed {
     pub state: State,
 }
 
+impl Listed {
+    /// Its daemon was killed, and it waits for the next one.
+    pub fn is_abandoned(&self) -> bool {
+        match self.state {
+            State::Quiesced | State::FailIo => true,
+            // The kernel notices a daemon's end in its own time.
+            State::Live => self.entry.recovery != Recovery::None && !self.entry.daemon.is_alive(),
+            _ => false,
+        }
+    }
+}
+
 impl FileId {
     /// The file behind `metadata`.
     pub fn of(metadata: &fs::Metadata) -> Self {
         Self { device: metadata.dev(), inode: metadata.ino() }
+    }
+
+    /// The file of an opened image.
+    ///
+    /// # Errors
+    ///
+    /// What the host says.
+    pub fn of_image(image: &ImageFile) -> Result<Self> {
+        let found = nix::sys::stat::fstat(image.as_fd());
+        let found =
+            found.map_err(|errno| Error::io("looking at the image", errno.into()).file(image.path()))?;
+        Ok(Self { device: found.st_dev, inode: found.st_ino })
     }
 }
 
@@ -162,7 +194,8 @@ impl Registry {
         Self::at(Path::new(RUN_DIRECTORY))
     }
 
-    fn at(directory: &Path) -> Result<Self> {
+    /// The registry in `directory`, which is made where it is not there.
+    pub(super) fn at(directory: &Path) -> Result<Self> {
         match DirBuilder::new().mode(DIRECTORY_MODE).create(directory) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
                 let error = Error::io("making the directory of devices", error).file(directory);
@@ -343,6 +376,8 @@ pub(super) mod tests {
             depth: 64,
             size_bytes: 1 << 30,
             read_only: false,
+            recovery: Recovery::Reissue,
+            file_write_guid: Uuid::from_u128(1),
             mark: u64::MAX,
             version: "0.1.0".into(),
             started: true,

@@ -1,22 +1,31 @@
 //! Taking devices away, from another process than the one that serves them.
 //!
-//! A living daemon is asked to do it: only it can leave the image clean. A dead one's device is removed here.
+//! A living daemon is asked to do it: only it can leave the image clean. A dead one's device is removed here, and its
+//! image closed with what its session holds.
 
 use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use super::control::{Control, POLL_INTERVAL};
+use super::daemon::EngineHandle;
+use super::engine_thread::EngineThread;
 use super::registry::{Entry, FileId, Registry, State, state_of};
+use super::session::{Plan, Sessions};
 use super::sys::ProcessHandle;
 use super::usage;
+use crate::disk::{Access, ImageFile};
 use crate::error::{Error, Kind, Result};
 
 /// How long a daemon may take: it writes back file systems and closes the image.
 const DAEMON_DEADLINE: Duration = Duration::from_secs(60);
+
+/// How long the I/O of a daemon that was killed may take to end, which ends its lock.
+const LOCK_DEADLINE: Duration = Duration::from_secs(30);
 
 /// How long the device node may stay after the device has gone.
 const NODE_DEADLINE: Duration = Duration::from_secs(5);
@@ -45,7 +54,8 @@ impl Target {
         }
     }
 
-    fn names(&self, entry: &Entry) -> bool {
+    /// Whether it means the device of `entry`.
+    pub fn names(&self, entry: &Entry) -> bool {
         match self {
             Self::Id(id) => entry.id == *id,
             Self::Image(path) => match fs::metadata(path) {
@@ -100,7 +110,7 @@ pub fn stop(registry: &Registry, entry: &Entry, force: bool) -> Result<()> {
         Err(error) => return Err(error),
     };
     let state = state_of(control.as_ref(), entry)?;
-    if state == Some(State::Live) && !force {
+    if matches!(state, Some(State::Live | State::Quiesced | State::FailIo)) && !force {
         refuse_if_used(entry)?;
     }
     if entry.daemon.is_alive() {
@@ -115,6 +125,10 @@ pub fn stop(registry: &Registry, entry: &Entry, force: bool) -> Result<()> {
     }
     await_node_gone(entry)?;
     registry.remove(entry.id)?;
+    if let Err(error) = close_image(entry) {
+        let image = entry.image.display();
+        tracing::warn!("{image} could not be closed, which the next `vhdx-ublk add` tries again: {error}");
+    }
     match last.failure {
         Some(failure) => Err(unclean(entry, &failure)),
         None => Ok(()),
@@ -168,6 +182,19 @@ fn remove_remains(control: &Control, entry: &Entry) -> Result<()> {
         }
         _ => Ok(()),
     }
+}
+
+/// Closes the image of a device that is gone and whose daemon was killed: what was acknowledged and is known to
+/// the session alone is committed.
+fn close_image(entry: &Entry) -> Result<()> {
+    if entry.read_only || Sessions::of_machine().find(entry.image_file)?.is_none() {
+        return Ok(());
+    }
+    let file = Arc::new(ImageFile::open(&entry.image, Access::ReadWrite, LOCK_DEADLINE)?);
+    if FileId::of_image(&file)? != entry.image_file {
+        return Err(Error::new(Kind::NotFound, "another file is in its place").file(&entry.image));
+    }
+    EngineThread::open(file, Plan::Fresh { keep: false })?.close()
 }
 
 fn await_node_gone(entry: &Entry) -> Result<()> {

@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr::{self, NonNull};
+use std::sync::atomic::AtomicU64;
 
 use libublk::sys;
 
@@ -87,6 +88,19 @@ impl Drop for Region {
         let result = check(unsafe { libc::munmap(self.base.as_ptr().cast(), self.length) });
         assert!(result.is_ok(), "unmapping what was mapped cannot fail");
     }
+}
+
+/// The words of a file in memory, shared with whoever maps it next; mapped until the process ends.
+pub(super) fn shared_words(file: &File, count: usize) -> io::Result<&'static [AtomicU64]> {
+    let length = count * size_of::<AtomicU64>();
+    let region =
+        Region::map(length, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED, file.as_raw_fd(), 0)?;
+    #[expect(clippy::cast_ptr_alignment, reason = "a mapping starts on a page border")]
+    let words = region.base.as_ptr().cast::<AtomicU64>();
+    std::mem::forget(region);
+    // SAFETY: mapped, aligned, never unmapped, and any bits are a valid word. Other processes that map the file
+    // use atomic words too.
+    Ok(unsafe { std::slice::from_raw_parts(words, count) })
 }
 
 /// `PR_SET_IO_FLUSHER` of `linux/prctl.h`; the `libc` crate does not have it.

@@ -150,6 +150,8 @@ impl<D: Disk + 'static> Engine<D> {
         image.check_writable()?;
         let fixed = image.metadata.kind() == crate::format::metadata::DiskType::Fixed;
         let shared = Arc::new(Shared::new(image.map, false, fixed));
+        let mut quarantine = Quarantine::default();
+        image.pending.unmapped.into_iter().for_each(|extent| quarantine.add(extent));
         let engine = Rc::new(Self {
             disk,
             shared,
@@ -162,16 +164,16 @@ impl<D: Disk + 'static> Engine<D> {
             grow_turn: Turnstile::default(),
             block_locks: BlockLocks::default(),
             space: RefCell::new(image.space),
-            quarantine: RefCell::default(),
+            quarantine: RefCell::new(quarantine),
             settling: RefCell::default(),
-            dirty: RefCell::default(),
+            dirty: RefCell::new(image.pending.pages),
             ring: RefCell::new(None),
             applied: RefCell::new(Promise::kept(Ok(()))),
             releasing: Cell::default(),
             released_bell: Bell::default(),
             flush_waiters: RefCell::default(),
             commit_bell: Bell::default(),
-            recycled_grants: Cell::default(),
+            recycled_grants: Cell::new(u64::from(image.pending.resumed)),
             recycled_synced: Cell::default(),
             file_length: Cell::new(image.layout.file_length),
             stable_length: Cell::new(0),

@@ -17,11 +17,14 @@ impl<D: Disk + 'static> Engine<D> {
         let turn = self.session_turn.enter().await;
         if self.shared.session() == Session::Idle {
             let (file_write, data_write) = (self.new_guid(), self.new_guid());
+            let memory = self.shared.map.memory();
+            memory.announce(file_write);
             self.update_headers(|header| {
                 header.file_write_guid = file_write;
                 header.data_write_guid = data_write;
             })
             .await?;
+            memory.settle(file_write);
             self.reserve_metadata().await?;
             self.complete_last_unit().await?;
             self.shared.open_session();

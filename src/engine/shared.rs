@@ -1,20 +1,10 @@
 //! What every thread of a device sees: the block map, the session word, what the host's file can do.
 
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::format::bat::Geometry;
 use crate::image::BlockMap;
-
-/// Where the writable session stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Session {
-    /// Nothing has been modified: the file is still as it was found.
-    Idle,
-    /// The headers announce a writer; modifications may go on.
-    Open,
-    /// Something that must not fail has failed: no write or flush succeeds any more, reads go on.
-    Poisoned,
-}
+pub use crate::image::Session;
 
 /// The state shared by the fronts and the engine.
 pub struct Shared {
@@ -24,23 +14,17 @@ pub struct Shared {
     pub read_only: bool,
     /// The image promises provisioned space (LeaveBlocksAllocated): nothing is ever unmapped.
     pub fixed: bool,
-    session: AtomicU8,
     can_zero_range: AtomicBool,
     can_punch: AtomicBool,
 }
 
-const IDLE: u8 = 0;
-const OPEN: u8 = 1;
-const POISONED: u8 = 2;
-
 impl Shared {
-    /// Fresh state over `map`, the session idle, the host trusted until it refuses.
+    /// State over `map` and the session in its memory; the host is trusted until it refuses.
     pub fn new(map: BlockMap, read_only: bool, fixed: bool) -> Self {
         Self {
             map,
             read_only,
             fixed,
-            session: AtomicU8::new(IDLE),
             can_zero_range: AtomicBool::new(true),
             can_punch: AtomicBool::new(true),
         }
@@ -54,21 +38,17 @@ impl Shared {
     /// The session word.
     #[inline]
     pub fn session(&self) -> Session {
-        match self.session.load(Ordering::Acquire) {
-            IDLE => Session::Idle,
-            OPEN => Session::Open,
-            _ => Session::Poisoned,
-        }
+        self.map.memory().session()
     }
 
     /// Idle becomes open; poison stays.
     pub fn open_session(&self) {
-        let _ = self.session.compare_exchange(IDLE, OPEN, Ordering::AcqRel, Ordering::Acquire);
+        self.map.memory().open();
     }
 
     /// From now on no write or flush may succeed. `true` for the one caller that changed it.
     pub fn poison(&self) -> bool {
-        self.session.swap(POISONED, Ordering::AcqRel) != POISONED
+        self.map.memory().poison()
     }
 
     /// Whether the host is believed to take `ZERO_RANGE`.

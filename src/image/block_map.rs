@@ -6,10 +6,9 @@
 //!
 //! Bit 3, reserved in the format, is DURABLE in memory: the entry that logged this very word has been synced.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
-use zerocopy::FromZeros;
-
+use super::memory::SessionMemory;
 use crate::disk::PAGE_BYTES;
 use crate::format::bat::{BatEntry, Geometry};
 
@@ -30,16 +29,28 @@ pub struct Mapping {
 
 /// The BAT as atomics; see the module's head for who may do what.
 pub struct BlockMap {
-    slots: Box<[AtomicU64]>,
+    memory: SessionMemory,
     geometry: Geometry,
 }
 
 impl BlockMap {
-    /// A map in which no slot is set. Memory is touched only where a slot is.
+    /// A map in which no slot is set, in private memory.
     pub fn empty(geometry: Geometry) -> Self {
-        let count = usize::try_from(geometry.slot_count()).expect("the BAT of 64 TiB has 67 125 248 slots");
-        let slots = <[AtomicU64]>::new_box_zeroed_with_elems(count);
-        Self { slots: slots.expect("513 MiB of address space"), geometry }
+        Self { memory: SessionMemory::private(&geometry), geometry }
+    }
+
+    /// The map that is in `memory`.
+    ///
+    /// # Panics
+    /// If the memory was made for another geometry.
+    pub(super) fn over(memory: SessionMemory, geometry: Geometry) -> Self {
+        assert!(memory.fits(&geometry), "memory made for another disk");
+        Self { memory, geometry }
+    }
+
+    /// The memory it is in.
+    pub fn memory(&self) -> &SessionMemory {
+        &self.memory
     }
 
     /// The geometry that numbers the slots.
@@ -50,20 +61,29 @@ impl BlockMap {
     /// The mapping of payload block `block`.
     #[inline]
     pub fn load(&self, block: u64) -> Mapping {
-        let word = self.slots[index(self.geometry.payload_slot(block))].load(Ordering::Acquire);
+        let word = self.memory.slots()[index(self.geometry.payload_slot(block))].load(Ordering::Acquire);
         Mapping { entry: BatEntry(word & !DURABLE), durable: word & DURABLE != 0 }
     }
 
     /// Publishes a new mapping of payload block `block`, not yet durable. Engine only.
     pub fn publish(&self, block: u64, entry: BatEntry) {
         assert_eq!(entry.0 & DURABLE, 0, "reserved bits never reach the map");
-        self.slots[index(self.geometry.payload_slot(block))].store(entry.0, Ordering::Release);
+        self.memory.slots()[index(self.geometry.payload_slot(block))].store(entry.0, Ordering::Release);
+    }
+
+    /// Any slot, a sector bitmap's included.
+    pub(super) fn load_slot(&self, slot: u64) -> Mapping {
+        let word = self.memory.slots()[index(slot)].load(Ordering::Acquire);
+        if self.geometry.is_bitmap_slot(slot) {
+            return Mapping { entry: BatEntry(word), durable: false };
+        }
+        Mapping { entry: BatEntry(word & !DURABLE), durable: word & DURABLE != 0 }
     }
 
     /// Takes over a slot as the file has it, durable by that. For opening only.
     pub fn restore(&self, slot: u64, entry: BatEntry) {
         let durable = if self.geometry.is_bitmap_slot(slot) { 0 } else { DURABLE };
-        self.slots[index(slot)].store(entry.0 | durable, Ordering::Relaxed);
+        self.memory.slots()[index(slot)].store(entry.0 | durable, Ordering::Relaxed);
     }
 
     /// Number of BAT pages.
@@ -90,9 +110,9 @@ impl BlockMap {
     pub fn mark_durable(&self, page: u64, logged: &[u8; PAGE_BYTES]) {
         for (slot, word) in self.page_slots(page).zip(logged.as_chunks::<8>().0) {
             let word = u64::from_le_bytes(*word);
-            let current = self.slots[index(slot)].load(Ordering::Relaxed);
+            let current = self.memory.slots()[index(slot)].load(Ordering::Relaxed);
             if current == word && !self.geometry.is_bitmap_slot(slot) {
-                self.slots[index(slot)].store(word | DURABLE, Ordering::Release);
+                self.memory.slots()[index(slot)].store(word | DURABLE, Ordering::Release);
             }
         }
     }
@@ -103,7 +123,7 @@ impl BlockMap {
     }
 
     fn file_word(&self, slot: u64) -> u64 {
-        let word = self.slots[index(slot)].load(Ordering::Relaxed);
+        let word = self.memory.slots()[index(slot)].load(Ordering::Relaxed);
         if self.geometry.is_bitmap_slot(slot) { word } else { word & !DURABLE }
     }
 }

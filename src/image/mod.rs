@@ -4,14 +4,18 @@ mod block_map;
 mod create;
 mod headers;
 mod log_scan;
+mod memory;
 mod open;
 mod overlay;
 mod replay;
+mod resume;
 mod space;
 
 pub use block_map::{BlockMap, Mapping, SLOTS_PER_PAGE};
 pub use create::{InitialState, NewImage};
 pub use headers::Headers;
+pub use memory::{Mismatch, Owner, Session, SessionMemory};
 pub use open::{FoundLog, Image, Layout, Mode, payload_extent};
 pub use overlay::Overlay;
+pub use resume::Pending;
 pub use space::{Extent, Grant, MAX_FILE_BYTES, Space};

@@ -12,6 +12,7 @@ use super::headers::Headers;
 use super::log_scan::{Log, LogState};
 use super::overlay::Overlay;
 use super::replay;
+use super::resume::Pending;
 use super::space::{Extent, Space};
 use crate::disk::{Buffer, Disk, PAGE_BYTES};
 use crate::error::{Error, Kind, Result};
@@ -76,6 +77,8 @@ pub struct Image {
     pub space: Space,
     /// The replayed log, in a read-only open of a dirty image.
     pub overlay: Option<Overlay>,
+    /// What a killed process left to be committed.
+    pub pending: Pending,
 }
 
 impl Image {
@@ -148,7 +151,19 @@ impl Image {
         if let Some(overlay) = overlay.as_ref().filter(|_| !metadata.has_parent) {
             check_overlay(overlay, &space, &layout, &regions)?;
         }
-        Ok(Self { creator, header, found_log, regions, metadata, layout, map, stored_slots, space, overlay })
+        Ok(Self {
+            creator,
+            header,
+            found_log,
+            regions,
+            metadata,
+            layout,
+            map,
+            stored_slots,
+            space,
+            overlay,
+            pending: Pending::default(),
+        })
     }
 
     /// Refuses what a writer cannot work with.
@@ -344,7 +359,7 @@ fn take_entry(entry: BatEntry, slot: u64, map: &BlockMap, file_length: u64, spac
     Ok(())
 }
 
-fn checked_payload(entry: BatEntry, block: u64, geometry: &Geometry) -> Result<Option<Extent>> {
+pub(super) fn checked_payload(entry: BatEntry, block: u64, geometry: &Geometry) -> Result<Option<Extent>> {
     let wrong = |what: &str| Err(Error::corrupt("BAT", format!("the entry of block {block} {what}")));
     let Some(state) = entry.payload_state() else { return wrong("has the reserved state 4") };
     if entry.reserved_bits() != 0 {

@@ -1,4 +1,4 @@
-# The daemon dies; the file is replayed by us and by QEMU, and both agree.
+# The daemon dies and leaves nothing but the file, which is by us and by QEMU, and both agree.
 # shellcheck shell=bash
 
 pid_of() { ublk list --json | tr -d ' \n' | grep -o '"pid":[0-9]*' | head -n 1 | cut -d: -f2; }
@@ -8,7 +8,7 @@ log_state() { ublk info --json "$1" | tr -d ' \n' | grep -o '"log":{[^}]*}' | gr
 die() {
     local device
     ublk create disk.vhdx --size 4G --block-size 1M
-    device=$(ublk add disk.vhdx --queues 2)
+    device=$(ublk add disk.vhdx --queues 2 --recovery none)
     mkfs.ext4 -q -F "$device"
     mount "$device" "$mnt"
     copy_real_files 20 "$mnt/files"

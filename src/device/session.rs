@@ -1,0 +1,200 @@
+//! Session files: memory in `/run/vhdx-ublk/` that outlives a killed daemon.
+//!
+//! One per image that is served for writing with recovery; its name is the image's identity, so whoever opens
+//! the image for writing finds it. It is made when the image is opened and goes away when the image was closed
+//! cleanly. One whose device is gone is an *orphan*: the next writable open takes it over.
+//!
+//! All its room is reserved at the start: a store into memory that the file system cannot provide would kill
+//! the daemon.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::PathBuf;
+use std::sync::atomic::AtomicU64;
+
+use nix::fcntl::{FallocateFlags, fallocate};
+
+use super::registry::{FILE_MODE, FileId, RUN_DIRECTORY, Registry};
+use super::sys;
+use crate::disk::PAGE_BYTES;
+use crate::error::{Error, Kind, Result};
+use crate::format::bat::Geometry;
+use crate::image::{Image, Mismatch, Session, SessionMemory};
+
+/// What a writable open does about sessions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Plan {
+    /// Takes over an orphan. Without one, starts a session if `keep`.
+    Fresh {
+        /// The device shall be recoverable.
+        keep: bool,
+    },
+    /// Goes on where a daemon was killed.
+    Resume {
+        /// Without the session, or with one that does not fit, starts anew: what was acknowledged and not
+        /// flushed may be lost.
+        accept_loss: bool,
+    },
+}
+
+/// Where session files are.
+#[derive(Clone, Debug)]
+pub(super) struct Sessions {
+    directory: PathBuf,
+}
+
+/// A session file.
+#[derive(Debug)]
+pub(super) struct SessionFile {
+    path: PathBuf,
+}
+
+/// A session file with its memory.
+pub(super) type FoundSession = (SessionFile, SessionMemory);
+
+impl Sessions {
+    /// The machine's.
+    pub(super) fn of_machine() -> Self {
+        Self { directory: RUN_DIRECTORY.into() }
+    }
+
+    #[cfg(test)]
+    pub(super) fn at(directory: &std::path::Path) -> Self {
+        Self { directory: directory.to_owned() }
+    }
+
+    fn path(&self, image: FileId) -> PathBuf {
+        self.directory.join(format!("{:x}-{:x}.session", image.device, image.inode))
+    }
+
+    /// The session file of the image `image`, if there is one, and its memory. Who may not look sees none.
+    pub(super) fn find(&self, image: FileId) -> Result<Option<FoundSession>> {
+        let found = SessionFile { path: self.path(image) };
+        let file = match OpenOptions::new().read(true).write(true).open(&found.path) {
+            Ok(file) => file,
+            Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::PermissionDenied) => {
+                return Ok(None);
+            }
+            Err(error) => return Err(Error::io("opening the session file", error).file(&found.path)),
+        };
+        let mapped = file.metadata().and_then(|metadata| {
+            let count = usize::try_from(metadata.len()).unwrap_or(0) / size_of::<AtomicU64>();
+            (metadata.len() > PAGE_BYTES as u64).then(|| sys::shared_words(&file, count)).transpose()
+        });
+        match mapped {
+            Ok(Some(words)) => Ok(Some((found, SessionMemory::shared(words)))),
+            // Its maker was killed before it had any room.
+            Ok(None) => found.remove().map(|()| None),
+            Err(error) => Err(Error::io("mapping the session file", error).file(&found.path)),
+        }
+    }
+
+    /// Makes a session file for a map of `geometry`, with all the room it needs.
+    pub(super) fn create(&self, image: FileId, geometry: &Geometry) -> Result<FoundSession> {
+        Registry::at(&self.directory)?;
+        let made = SessionFile { path: self.path(image) };
+        let count = SessionMemory::words_for(geometry);
+        let file =
+            OpenOptions::new().read(true).write(true).create_new(true).mode(FILE_MODE).open(&made.path);
+        let file = file.map_err(|error| Error::io("making the session file", error).file(&made.path))?;
+        match reserve(&file, count).and_then(|()| sys::shared_words(&file, count)) {
+            Ok(words) => Ok((made, SessionMemory::shared(words))),
+            Err(error) => {
+                let error = Error::io("reserving room for the session", error).file(&made.path);
+                made.remove()?;
+                Err(error)
+            }
+        }
+    }
+}
+
+impl SessionFile {
+    /// Removes it: the image needs it no more.
+    pub(super) fn remove(self) -> Result<()> {
+        let removed = fs::remove_file(&self.path);
+        removed.map_err(|error| Error::io("removing the session file", error).file(&self.path))
+    }
+
+    /// What is wrong with going on with it, and the way out.
+    pub(super) fn explain(&self, error: Error) -> Error {
+        error.remedy(format!(
+            "rm {} gives up what was acknowledged and not flushed; what was flushed is safe in the image",
+            self.path.display()
+        ))
+    }
+}
+
+fn reserve(file: &File, count: usize) -> io::Result<()> {
+    let length = i64::try_from(count * size_of::<AtomicU64>()).expect("513 MiB at most");
+    Ok(fallocate(file, FallocateFlags::empty(), 0, length)?)
+}
+
+/// The session to go on with, of those that were `found`, for an image that is not open for writing yet;
+/// `image` is how it looks. A session that cannot be gone on with is removed, or the reason for refusing.
+pub(super) fn choose(
+    plan: Plan,
+    found: Option<FoundSession>,
+    image: Option<&Image>,
+    file: FileId,
+) -> Result<Option<FoundSession>> {
+    let obstacle = match &found {
+        None => Some(Obstacle::Missing),
+        Some((_, memory)) => obstacle(memory, image, file),
+    };
+    let Some(obstacle) = obstacle else { return Ok(found) };
+    match plan {
+        Plan::Resume { accept_loss: false } => return Err(obstacle.error()),
+        Plan::Resume { accept_loss: true } => tracing::warn!("starting without the session: {obstacle}"),
+        Plan::Fresh { .. } => match obstacle {
+            Obstacle::Missing | Obstacle::Unfit(Mismatch::Incomplete | Mismatch::Foreign) => {}
+            _ => tracing::warn!("a session of this image is given up, what was flushed is safe: {obstacle}"),
+        },
+    }
+    found.map_or(Ok(()), |(file, _)| file.remove()).map(|()| None)
+}
+
+fn obstacle(memory: &SessionMemory, image: Option<&Image>, file: FileId) -> Option<Obstacle> {
+    // A log that only a replay in place can read is none of ours, so somebody else has written the image.
+    let Some(image) = image else { return Some(Obstacle::Unfit(Mismatch::Changed)) };
+    if !memory.fits(image.map.geometry()) {
+        return Some(Obstacle::Unfit(Mismatch::Incomplete));
+    }
+    let owner = image.owner(file.device, file.inode);
+    match memory.check(&owner, image.header.header.file_write_guid) {
+        Err(mismatch) => Some(Obstacle::Unfit(mismatch)),
+        Ok(()) if memory.session() == Session::Poisoned => Some(Obstacle::Poisoned),
+        Ok(()) => None,
+    }
+}
+
+/// Why a session cannot be gone on with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Obstacle {
+    Missing,
+    Unfit(Mismatch),
+    Poisoned,
+}
+
+impl Obstacle {
+    fn error(self) -> Error {
+        let kind = if self == Self::Poisoned { Kind::Poisoned } else { Kind::NotFound };
+        Error::new(kind, self.to_string()).in_structure("session").remedy(
+            "`vhdx-ublk del` takes the device away; `vhdx-ublk recover --accept-loss` goes on with what the image holds, which is what was flushed: a mounted file system may be damaged by that",
+        )
+    }
+}
+
+impl std::fmt::Display for Obstacle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Missing => "there is no session file of this image",
+            Self::Unfit(Mismatch::Incomplete) => "the session file was never completed",
+            Self::Unfit(Mismatch::Foreign) => "the session file is another image's",
+            Self::Unfit(Mismatch::Changed) => {
+                "somebody else has written the image since the daemon was killed"
+            }
+            Self::Poisoned => "writing to the image failed before the daemon was killed",
+        })
+    }
+}

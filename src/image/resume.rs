@@ -1,0 +1,115 @@
+//! Keeping the block map where it outlives the process, and taking it over from a process that was killed.
+//!
+//! A killed process leaves the file as the host's cache has it, and its memory. The memory knows every mapping
+//! that was published, and so everything that was acknowledged; the file knows those that were logged. What
+//! differs is committed by the successor. Until then both name their space: what only the file names, the
+//! successor has to keep until its unmapping is durable.
+
+use std::collections::BTreeSet;
+
+use super::block_map::{BlockMap, SLOTS_PER_PAGE};
+use super::memory::{Owner, Session, SessionMemory};
+use super::open::{Image, checked_payload, payload_extent};
+use super::space::Extent;
+use crate::disk::Disk;
+use crate::error::{Error, Kind, Result};
+
+/// What a killed process left to be committed.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Pending {
+    /// BAT pages that differ from the file's.
+    pub pages: BTreeSet<u64>,
+    /// Space that the file still names and the memory does not.
+    pub unmapped: Vec<Extent>,
+    /// The session goes on: zeros may have been granted that no sync covers.
+    pub resumed: bool,
+}
+
+impl Image {
+    /// Whose memory the session of this image is, whose file is `inode` on `file_system`.
+    pub fn owner(&self, file_system: u64, inode: u64) -> Owner {
+        Owner {
+            file_system,
+            inode,
+            virtual_size: self.metadata.virtual_size,
+            block_size: self.metadata.block_size.into(),
+            sector_size: self.metadata.logical_sector_size.into(),
+        }
+    }
+
+    /// Moves the block map into fresh `memory`.
+    ///
+    /// # Panics
+    /// If the memory was made for another disk, or is not fresh.
+    pub fn start_session(&mut self, memory: SessionMemory, owner: &Owner) {
+        let map = BlockMap::over(memory, *self.map.geometry());
+        for slot in self.stored_slots.iter().cloned().flatten() {
+            let entry = self.map.load_slot(slot).entry;
+            if entry.0 != 0 {
+                map.restore(slot, entry);
+            }
+        }
+        map.memory().complete(owner, self.header.header.file_write_guid);
+        self.map = map;
+    }
+
+    /// Takes over the session in `memory`, which was checked to be this image's and from which every write to
+    /// the file has ended. The image was opened for writing on `disk`, so its log is empty.
+    ///
+    /// # Errors
+    /// [`Kind::Poisoned`] if the session is, or the host cannot make durable what it holds; corrupt if the
+    /// memory cannot be this image's future.
+    pub async fn resume_session<D: Disk>(&mut self, memory: SessionMemory, disk: &D) -> Result<()> {
+        if memory.session() == Session::Poisoned {
+            return Err(Error::new(Kind::Poisoned, "writing failed before the process was killed")
+                .in_structure("session")
+                .remedy("what was flushed is safe in the image; take the device away with `vhdx-ublk del`"));
+        }
+        memory.settle(self.header.header.file_write_guid);
+        if let Err(error) = disk.sync().await {
+            memory.poison();
+            return Err(Error::io("syncing what the killed process wrote", error));
+        }
+        let map = BlockMap::over(memory, *self.map.geometry());
+        for slot in 0..map.geometry().slot_count() {
+            self.reconcile(slot, &map)?;
+        }
+        self.pending.resumed = map.memory().session() == Session::Open;
+        self.map = map;
+        Ok(())
+    }
+
+    /// Brings one slot of the session's `map` and of the file together.
+    fn reconcile(&mut self, slot: u64, map: &BlockMap) -> Result<()> {
+        let (in_file, live) = (self.map.load_slot(slot).entry, map.load_slot(slot));
+        if live.entry == in_file {
+            if in_file.0 != 0 {
+                map.restore(slot, in_file);
+            }
+            return Ok(());
+        }
+        let wrong = |what: &str| Err(Error::corrupt("session", format!("slot {slot} {what}")));
+        let Some(block) = map.geometry().block_of_slot(slot) else {
+            return wrong("is a sector bitmap's and differs from the file's");
+        };
+        if live.durable {
+            return wrong("was durable and is not in the file");
+        }
+        if map.memory().session() == Session::Idle {
+            return wrong("was changed before the session was opened");
+        }
+        let new = checked_payload(live.entry, block, map.geometry())?;
+        let old = payload_extent(in_file, map.geometry());
+        if new != old {
+            if let Some(extent) = new {
+                if extent.offset >= self.layout.file_length {
+                    return wrong("names space beyond the end of the file");
+                }
+                self.space.occupy(extent, "payload block of the session")?;
+            }
+            self.pending.unmapped.extend(old);
+        }
+        self.pending.pages.insert(slot / SLOTS_PER_PAGE);
+        Ok(())
+    }
+}

@@ -1,0 +1,90 @@
+# The daemon is killed again and again while a verifying writer works: nothing acknowledged is lost.
+# shellcheck shell=bash
+
+daemon_pid() { ublk list --json | tr -d ' \n' | grep -o '"pid":[0-9]*' | head -n 1 | cut -d: -f2; }
+stamper() { "${VHDX_STAMPER:-$(dirname "$VHDX_UBLK")/examples/stamper}" "$@"; }
+
+cycles() { if [ -n "$FULL" ]; then echo 200; else echo 50; fi; }
+
+# kill_again_and_again RECOVERY CYCLES [stamper options]
+kill_again_and_again() {
+    local how=$1 cycles=$2 device pid writer status=0
+    shift 2
+    ublk create disk.vhdx --size 2G --block-size 1M
+    device=$(ublk add disk.vhdx --queues 2 --recovery "$how")
+    rm -f stop
+    stamper "$device" stop "$@" >stamper.log 2>&1 &
+    writer=$!
+    for ((cycle = 0; cycle < cycles; cycle++)); do
+        sleep "0.$((RANDOM % 4))$((RANDOM % 10))"
+        pid=$(daemon_pid)
+        kill -9 "$pid"
+        ublk recover "$device" >/dev/null || { status=1; break; }
+    done
+    touch stop
+    wait "$writer" || status=1
+    note "$cycle kills, recovery $how: $(tail -n 1 stamper.log)"
+    [ $status -eq 0 ] || { cat stamper.log; cat /run/vhdx-ublk/*.log; fail "something was lost"; }
+    ublk del "$device"
+    qemu-img check -q disk.vhdx
+    [ -z "$(ls /run/vhdx-ublk/*.session 2>/dev/null)" ] || fail "the session outlives the clean close"
+}
+
+test_recovery_reissue_loses_nothing() { kill_again_and_again reissue "$(cycles)"; }
+test_recovery_queue_loses_nothing() { kill_again_and_again queue "$(cycles)" --errors; }
+
+# What was acknowledged and never flushed is in the image even if nobody recovers the device.
+test_recovery_by_deleting_and_adding() {
+    local device
+    ublk create disk.vhdx --size 1G
+    device=$(ublk add disk.vhdx)
+    write_stamps "$device" 10 40 7
+    kill -9 "$(daemon_pid)"
+    ublk add disk.vhdx 2>said && fail "an image whose device waits was added again"
+    grep -q "vhdx-ublk recover $device" said
+    ublk del --force "$device"
+    device=$(ublk add --read-only disk.vhdx)
+    check_stamps "$device" 10 40 7
+    ublk del "$device"
+}
+
+# A session that does not fit is refused, and nothing is made up.
+test_recovery_refuses_what_does_not_fit() {
+    local device
+    ublk create disk.vhdx --size 1G
+    device=$(ublk add disk.vhdx)
+    write_stamps "$device" 10 4 7
+    sync "$device"
+    kill -9 "$(daemon_pid)"
+    qemu-img check -q -r all disk.vhdx || true
+    qemu-io -f vhdx -c 'write -P 1 100M 4k' disk.vhdx >/dev/null
+    ublk recover "$device" 2>said && fail "an image that somebody else wrote was recovered"
+    grep -q "somebody else has written the image" said
+    grep -q "accept-loss" said
+    ublk recover --accept-loss "$device"
+    check_stamps "$device" 10 4 7
+    qemu-io -r -f raw -c 'read -P 1 100M 4k' "$device" | grep -q '^read 4096'
+    kill -9 "$(daemon_pid)"
+    rm /run/vhdx-ublk/*.session
+    ublk recover "$device" 2>said && fail "a device without a session was recovered"
+    grep -q "no session file" said
+    ublk del --force "$device"
+}
+
+# A read-only device is recovered too; an image that changed meanwhile is not served under its users.
+test_recovery_of_a_read_only_device() {
+    local device
+    ublk create disk.vhdx --size 1G
+    device=$(ublk add disk.vhdx)
+    write_stamps "$device" 10 4 7
+    ublk del "$device"
+    device=$(ublk add --read-only disk.vhdx)
+    kill -9 "$(daemon_pid)"
+    ublk recover --all
+    check_stamps "$device" 10 4 7
+    kill -9 "$(daemon_pid)"
+    qemu-io -f vhdx -c 'write -P 1 100M 4k' disk.vhdx >/dev/null
+    ublk recover "$device" 2>said && fail "another disk was put under the device's users"
+    grep -q "somebody has written the image" said
+    ublk del --force "$device"
+}
