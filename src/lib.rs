@@ -3,6 +3,7 @@
 //! The modules, each using only those above it in this list:
 //!
 //! * [`error`]: the one error type;
+//! * [`simulation`]: constants, but for the crash tests;
 //! * [`mod@format`]: the bytes of a VHDX file, both ways, no I/O;
 //! * [`disk`]: the seam under the engine, and its `io_uring` implementation;
 //! * [`image`]: an opened image: geometry, block map, log replay;
@@ -16,3 +17,4 @@ pub mod engine;
 pub mod error;
 pub mod format;
 pub mod image;
+pub mod simulation;

@@ -1,154 +1,81 @@
 //! Promises defended here: nothing acknowledged as flushed is ever lost; a sector never shows what was not
-//! written to it; what recovery left is a valid image; reads see what was written, whatever the order of
-//! messages, completions and wake-ups.
+//! written to it; what recovery left is a valid image, and power cuts in recovery change nothing; reads see
+//! what was written, whatever the order of messages, completions and wake-ups; after a failure that must not
+//! be, no write or flush succeeds.
 
 #[allow(dead_code, reason = "the simulator serves several tests, none of which needs all of it")]
 mod sim;
 
+use std::time::Duration;
+
 use fastrand::Rng;
-use sim::world::{Activation, Config, World, new_image};
+use sim::campaign::{Campaign, Report, run, scenario};
+use sim::judge::Effort;
+use sim::world::{Config, World, new_image};
 use vhdx_ublk::engine::front::Op;
 use vhdx_ublk::image::SLOTS_PER_PAGE;
 
-/// Lives per seed: each opens what the cut before it left.
-const LIVES: usize = 3;
+/// Distinct images that a test run recovers and judges, at least.
+const IMAGES: u64 = 1_000_000;
 
-/// Runs one seed through several lives and cuts; returns what was exercised.
-fn run(seed: u64, config: &Config) -> (Activation, u64) {
-    let mut rng = Rng::with_seed(seed);
-    let mut content = new_image(config, &mut rng);
-    let mut oracle = config.oracle();
-    let mut total = Activation::default();
-    let mut trace = 0_u64;
-    for life in 0..LIVES {
-        let mut world = World::open(config.clone(), content, oracle, rng.fork());
-        let pace = rng.usize(20..200);
-        let mut steps = 0;
-        let last_step = if life + 1 == LIVES { usize::MAX } else { rng.usize(100..3000) };
-        while steps < last_step && world.step() {
-            steps += 1;
-            if steps % pace == 0 {
-                world.cut(1);
-            }
-        }
-        if life + 1 == LIVES {
-            content = world.close();
-            oracle = world.oracle.clone();
-        } else {
-            (content, oracle) = world.cut(3).expect("three cuts were made");
-        }
-        trace ^= world.trace().rotate_left(u32::try_from(life).expect("few lives"));
-        total = sum(total, world.finish());
-    }
-    let mut ending = Activation::default();
-    let closed = sim::world::check_recovery(config, &content, &mut oracle.clone(), &mut rng, &mut ending);
-    closed.unwrap_or_else(|why| panic!("after a clean close: {why}"));
-    assert_eq!(ending.replays, 0, "a clean close leaves nothing to replay");
-    (total, trace)
-}
+/// What every test run exercises; one that stays at zero fails it.
+const EXERCISED: [&str; 36] = [
+    "P0 none or all of it",
+    "P2 parts of what was at risk",
+    "P3 sectors of 4096 bytes",
+    "P4 torn sectors",
+    "P5 a length of its own",
+    "P6 a sync fails",
+    "P7 bit rot refused",
+    "P7 bit rot that does not matter",
+    "a BAT page at risk in place",
+    "a Tail behind the log's end",
+    "a cycle of several entries",
+    "a durable write fails",
+    "a filler at the log's end",
+    "a front's I/O is tried again",
+    "a length at risk",
+    "a log entry at risk",
+    "barriers",
+    "blocks granted",
+    "blocks granted recycled space",
+    "blocks quarantined",
+    "commit cycles",
+    "cuts in a recovery",
+    "durable writes",
+    "extents out of quarantine",
+    "header 1 at risk",
+    "header 2 at risk",
+    "moments with every image",
+    "not present to present",
+    "not present to zero",
+    "payload sectors judged",
+    "present to zero",
+    "recoveries of recoveries",
+    "replays",
+    "sequences of operations",
+    "the file grows",
+    "the log wraps",
+];
 
-fn sum(a: Activation, b: Activation) -> Activation {
-    let (x, y) = (a.counters, b.counters);
-    Activation {
-        lives: a.lives + b.lives,
-        clean_closes: a.clean_closes + b.clean_closes,
-        states: a.states + b.states,
-        replays: a.replays + b.replays,
-        syncs: a.syncs + b.syncs,
-        durable_writes: a.durable_writes + b.durable_writes,
-        counters: vhdx_ublk::engine::Counters {
-            syncs: x.syncs + y.syncs,
-            commits: x.commits + y.commits,
-            entries: x.entries + y.entries,
-            pages: x.pages + y.pages,
-            grants: x.grants + y.grants,
-            recycled_grants: x.recycled_grants + y.recycled_grants,
-            grows: x.grows + y.grows,
-            unmapped: x.unmapped + y.unmapped,
-            released: x.released + y.released,
-            barriers: x.barriers + y.barriers,
-        },
-    }
-}
-
-/// Seeds per configuration; `VHDX_SEEDS` asks for more.
-fn seeds() -> u64 {
-    std::env::var("VHDX_SEEDS").ok().and_then(|value| value.parse().ok()).unwrap_or(60)
-}
-
-fn run_seeds(name: &str, config: &Config) -> Activation {
-    let mut total = Activation::default();
-    for seed in 0..seeds() {
-        let outcome = std::panic::catch_unwind(|| run(seed, config).0);
-        match outcome {
-            Ok(activation) => total = sum(total, activation),
-            Err(panic) => {
-                eprintln!(
-                    "{name}: seed {seed} fails; run it again with VHDX_SEED={seed} cargo test --test crash one_seed"
-                );
-                std::panic::resume_unwind(panic);
-            }
-        }
-    }
-    println!("{name}: {total:?}");
-    total
-}
-
-#[test]
-fn a_dynamic_image_keeps_its_promises_through_every_cut() {
-    let total = run_seeds("dynamic", &Config::small());
-    assert!(total.states > 500 && total.replays > 100, "too few states: {total:?}");
-    assert!(
-        total.counters.grows > 0 && total.counters.unmapped > 0 && total.counters.released > 0,
-        "{total:?}"
+fn tell(report: &Report) {
+    println!("{}", report.marks);
+    println!(
+        "{} images, {} distinct ones recovered and judged in {} runs, {:.0} distinct ones per second and core",
+        report.marks.count("images") + report.marks.count("cuts in a recovery"),
+        report.distinct,
+        report.runs,
+        report.speed()
     );
-    assert!(total.counters.barriers > 0 && total.durable_writes > 0, "{total:?}");
 }
 
 #[test]
-fn a_host_that_cannot_punch_recycles_space_safely() {
-    let config = Config { can_punch: false, ..Config::small() };
-    let total = run_seeds("no punch", &config);
-    assert!(total.counters.recycled_grants > 0, "nothing was recycled: {total:?}");
-}
-
-#[test]
-fn sectors_of_4096_bytes_keep_their_promises() {
-    let mut config = Config::small();
-    config.image.logical_sector_size = 4096;
-    config.image.block_size = 2 << 20;
-    config.image.virtual_size = (12 << 20) + 4096;
-    let total = run_seeds("4096-byte sectors", &config);
-    assert!(total.replays > 100, "{total:?}");
-}
-
-#[test]
-fn a_fixed_image_keeps_its_promises() {
-    let mut config = Config::small();
-    config.image.fixed = true;
-    let total = run_seeds("fixed", &config);
-    assert_eq!(total.counters.unmapped, 0, "fixed images keep their space: {total:?}");
-}
-
-#[test]
-fn blocks_on_both_sides_of_a_chunk_border_keep_their_promises() {
-    let mut config = Config::small();
-    config.image.virtual_size = 9 << 30;
-    config.image.block_size = 1 << 20;
-    config.blocks = vec![0, 510, 511, 512, 4094, 4095, 4096, 4097, 8191, 8192, 9215];
-    config.fronts = 3;
-    let total = run_seeds("chunk border", &config);
-    assert!(total.counters.pages > total.counters.entries, "several pages share an entry: {total:?}");
-}
-
-#[test]
-fn a_file_that_grows_again_and_again_keeps_its_promises() {
-    let mut config = Config::small();
-    config.image.virtual_size = 600 << 20;
-    config.image.block_size = 8 << 20;
-    config.blocks = (0..75).collect();
-    let total = run_seeds("growing", &config);
-    assert!(total.counters.grows > 4 * total.lives, "{total:?}");
+fn every_promise_holds_at_every_power_cut() {
+    let report = Campaign::test().run(|_, _| {});
+    tell(&report);
+    let missing = report.marks.missing(&EXERCISED);
+    assert!(missing.is_empty(), "never exercised: {missing:?}");
+    assert!(report.distinct >= IMAGES, "only {} distinct images", report.distinct);
 }
 
 /// More dirty BAT pages than the log holds, in one cycle: rounds follow each other round the ring, and the
@@ -187,14 +114,77 @@ fn rounds_that_fill_the_log_again_and_again_survive_every_cut() {
 
 #[test]
 fn one_seed_gives_one_trace() {
-    for seed in 0..5 {
-        assert_eq!(run(seed, &Config::small()).1, run(seed, &Config::small()).1, "seed {seed}");
+    for name in ["dynamic", "failed-sync", "again"] {
+        let (scenario, requests) = (scenario(name), 40);
+        for seed in 0..3 {
+            let traces = [(); 2].map(|()| run(&scenario, seed, requests, Effort::TEST));
+            assert_eq!(traces[0].trace, traces[1].trace, "{name}, seed {seed}");
+            assert_eq!(traces[0].distinct, traces[1].distinct, "{name}, seed {seed}");
+        }
     }
 }
 
-/// Reproduces one seed: `VHDX_SEED=17 cargo test --test crash one_seed -- --nocapture`.
+fn number(name: &str) -> Option<u64> {
+    let text = std::env::var(name).ok()?;
+    Some(text.parse().unwrap_or_else(|_| panic!("{name}={text} is no number")))
+}
+
+/// Repeats one run: `VHDX_SCENARIO`, `VHDX_SEED` and `VHDX_REQUESTS` name it, as a failing run says.
 #[test]
 fn one_seed() {
-    let seed = std::env::var("VHDX_SEED").ok().and_then(|value| value.parse().ok()).unwrap_or(0);
-    println!("{:?}", run(seed, &Config::small()));
+    let name = std::env::var("VHDX_SCENARIO").unwrap_or_else(|_| "dynamic".into());
+    let scenario = scenario(&name);
+    let requests = number("VHDX_REQUESTS")
+        .map_or(scenario.config.requests, |count| usize::try_from(count).expect("64-bit hosts only"));
+    let effort = effort();
+    tell(&run(&scenario, number("VHDX_SEED").unwrap_or(0), requests, effort));
+}
+
+fn effort() -> Effort {
+    match number("VHDX_DEPTH") {
+        None => Effort::TEST,
+        Some(depth) => Effort { depth: u32::try_from(depth).expect("a small number"), ..Effort::LONG },
+    }
+}
+
+/// The long run, as `tools/crash` asks for it.
+#[test]
+#[ignore = "takes hours: tools/crash runs it"]
+fn the_long_run() {
+    let state = std::env::var_os("VHDX_STATE").map(std::path::PathBuf::from);
+    let (done, before) = state.as_deref().map_or((0, 0), read_state);
+    let images = number("VHDX_IMAGES").map(|images| images.saturating_sub(before));
+    let minutes = number("VHDX_MINUTES").map(|minutes| Duration::from_secs(60 * minutes));
+    let seed = number("VHDX_SEED").unwrap_or(1_000_000);
+    let mut campaign =
+        Campaign { seed, images, at_most: minutes, done, effort: effort(), ..Campaign::test() };
+    for scenario in &mut campaign.scenarios {
+        if let sim::campaign::Body::Sequences(length) = &mut scenario.body {
+            *length = 3;
+        }
+    }
+    let report = campaign.run(|number, sum| {
+        eprint!(
+            "\r{} distinct images, {} runs, {:.0} per second and core ",
+            before + sum.distinct,
+            number + 1,
+            sum.speed()
+        );
+        if let Some(path) = &state {
+            // A lost state file costs repeated runs, nothing else.
+            let _ = std::fs::write(path, format!("{} {}\n", number + 1, before + sum.distinct));
+        }
+    });
+    eprintln!();
+    tell(&report);
+    println!("{} distinct images over all runs, no promise broken", before + report.distinct);
+}
+
+/// Runs done and distinct images recovered by earlier campaigns.
+fn read_state(path: &std::path::Path) -> (u64, u64) {
+    let Ok(text) = std::fs::read_to_string(path) else { return (0, 0) };
+    let mut numbers =
+        text.split_whitespace().map(|word| word.parse().expect("the state file holds two numbers"));
+    let mut next = || numbers.next().expect("the state file holds two numbers");
+    (next(), next())
 }

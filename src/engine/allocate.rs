@@ -7,6 +7,7 @@ use crate::disk::Disk;
 use crate::format::MIB;
 use crate::format::bat::{BatEntry, PayloadState};
 use crate::image::{Extent, Grant};
+use crate::simulation::{Plant, planted};
 
 /// How far the file is extended beyond what is needed: large steps are rare, and the tail is trimmed at close.
 const GROW_STEP_BYTES: u64 = 32 * MIB;
@@ -29,9 +30,8 @@ impl<D: Disk + 'static> Engine<D> {
         let grant = self.find_space(self.shared.geometry().block_size()).await?;
         if grant.recycled {
             self.count(|counters| counters.recycled_grants += 1);
-            if let Err(error) = self.disk.zero(grant.extent.offset, grant.extent.length).await {
-                self.space.borrow_mut().free(grant.extent, false);
-                return Err(errno(&error));
+            if !planted(Plant::SkipZeroFill) {
+                self.zero_grant(grant.extent).await?;
             }
             self.recycled_grants.update(|count| count + 1);
         }
@@ -39,6 +39,13 @@ impl<D: Disk + 'static> Engine<D> {
         self.count(|counters| counters.grants += 1);
         self.remap(block, BatEntry::present(grant.extent.offset));
         Ok(())
+    }
+
+    async fn zero_grant(self: &Rc<Self>, extent: Extent) -> Outcome {
+        self.disk.zero(extent.offset, extent.length).await.map_err(|error| {
+            self.space.borrow_mut().free(extent, false);
+            errno(&error)
+        })
     }
 
     /// Publishes a mapping and marks its page dirty, in one step: visible means committable. Space that the

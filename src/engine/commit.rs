@@ -19,6 +19,7 @@ use super::ring::{Placement, cycle_threshold, round_pages};
 use super::{Engine, Outcome};
 use crate::disk::{Buffer, Disk, PAGE_BYTES};
 use crate::format::log::{Change, NewEntry};
+use crate::simulation::{Plant, planted};
 
 /// Copies of the pages that one sync makes durable.
 struct Round {
@@ -66,9 +67,12 @@ impl<D: Disk + 'static> Engine<D> {
     }
 
     async fn cycle(self: &Rc<Self>) {
-        let waiters = std::mem::take(&mut *self.flush_waiters.borrow_mut());
+        let mut waiters = std::mem::take(&mut *self.flush_waiters.borrow_mut());
         let set: VecDeque<u64> = self.dirty.borrow().iter().copied().collect();
         let batch = self.quarantine.borrow_mut().close_batch();
+        if planted(Plant::EarlyFlush) {
+            waiters.drain(..).for_each(|waiter| waiter.keep(Ok(())));
+        }
         self.send_barrier();
         let outcome = self.commit(set).await;
         match (outcome, batch) {
@@ -94,7 +98,7 @@ impl<D: Disk + 'static> Engine<D> {
         self.activate_log().await?;
         self.count(|counters| counters.commits += 1);
         let mut next = self.copy_round(&mut set);
-        if self.unsynced_recycling() {
+        if self.unsynced_recycling() && !planted(Plant::SkipRecyclingSync) {
             self.sync().await?;
         }
         while let Some(round) = next {
@@ -102,6 +106,9 @@ impl<D: Disk + 'static> Engine<D> {
             next = self.copy_round(&mut set);
             let applied = self.applied.borrow().clone();
             applied.wait().await?;
+            if planted(Plant::ApplyBeforeLog) {
+                self.write_in_place(&round).await?;
+            }
             self.sync().await?;
             self.round_is_durable(&round);
             self.start_applying(round);
@@ -132,7 +139,7 @@ impl<D: Disk + 'static> Engine<D> {
         for placement in &placements {
             let changes = pages.by_ref().take(placement.pages).map(|copy| Change::Data {
                 file_offset: self.page_offset(copy.page),
-                page: copy.bytes.clone(),
+                page: self.page_to_log(copy),
             });
             let changes: Vec<Change> = changes.collect();
             let (position, entry) = self.encode_entry(tail, placement, &changes);
@@ -146,6 +153,10 @@ impl<D: Disk + 'static> Engine<D> {
         }
         assert!(pages.next().is_none(), "a round places all its pages");
         Ok(())
+    }
+
+    fn page_to_log(&self, copy: &PageCopy) -> Box<[u8; PAGE_BYTES]> {
+        if planted(Plant::LogLivePage) { self.shared.map.copy_page(copy.page) } else { copy.bytes.clone() }
     }
 
     fn encode_entry(&self, tail: u64, placement: &Placement, changes: &[Change]) -> (u64, Buffer) {
@@ -166,6 +177,9 @@ impl<D: Disk + 'static> Engine<D> {
         self.ring.borrow_mut().as_mut().expect("the log is active").round_synced();
         for copy in &round.pages {
             self.shared.map.mark_durable(copy.page, &copy.bytes);
+            if planted(Plant::LateMark) {
+                self.dirty.borrow_mut().remove(&copy.page);
+            }
         }
     }
 
@@ -175,8 +189,19 @@ impl<D: Disk + 'static> Engine<D> {
         self.start(|engine| async move { done.keep(engine.apply(&round).await) });
     }
 
-    /// Writes the round's copies in place, neighbouring pages together.
     async fn apply(self: &Rc<Self>, round: &Round) -> Outcome {
+        self.write_in_place(round).await?;
+        let mut ring = self.ring.borrow_mut();
+        let ring = ring.as_mut().expect("the log is active");
+        ring.round_applied();
+        if planted(Plant::TailBeforeSync) {
+            ring.newest_applied().into_iter().for_each(|round| ring.settle(round));
+        }
+        Ok(())
+    }
+
+    /// Writes the round's copies in place, neighbouring pages together.
+    async fn write_in_place(self: &Rc<Self>, round: &Round) -> Outcome {
         for run in round.pages.chunk_by(|a, b| a.page + 1 == b.page) {
             let mut bytes = Buffer::zeroed(run.len() * PAGE_BYTES);
             for (target, copy) in bytes.chunks_exact_mut(PAGE_BYTES).zip(run) {
@@ -187,7 +212,6 @@ impl<D: Disk + 'static> Engine<D> {
                 return Err(self.poison("writing the BAT", &error));
             }
         }
-        self.ring.borrow_mut().as_mut().expect("the log is active").round_applied();
         Ok(())
     }
 

@@ -19,6 +19,7 @@ use super::port::{FileIo, FileOp, MAX_WRITE_ZEROS, PieceId, Port};
 use super::shared::{Session, Shared};
 use crate::format::bat::PayloadState;
 use crate::image::Mapping;
+use crate::simulation::{Plant, planted};
 
 /// Pieces of one request in flight at a time: a request of 1 MiB crosses few blocks, a chain splits finer.
 pub const MAX_PIECES: usize = 8;
@@ -286,6 +287,7 @@ impl Front {
         if let Some(step) = self.await_session(tag, port) {
             return step;
         }
+        let durable = durable && !planted(Plant::IgnoreFua);
         let run = self.run(tag);
         if !run.present {
             let (first, count) = self.blocks_ahead(tag);
@@ -557,9 +559,16 @@ impl Front {
     }
 
     fn resubmit<P: Port>(&mut self, id: PieceId, rest: FileIo, port: &mut P) {
+        let parity = self.parity;
         let piece = self.piece(id);
         piece.retries = if piece.rest == rest { piece.retries + 1 } else { 0 };
         piece.rest = rest;
+        if planted(Plant::LateCount) {
+            let counted = std::mem::replace(&mut piece.parity, parity);
+            self.in_flight[counted] -= 1;
+            self.in_flight[parity] += 1;
+            self.answer_barrier(port);
+        }
         submit(id, rest, port);
     }
 
@@ -577,7 +586,9 @@ impl Front {
     fn end_piece<P: Port>(&mut self, id: PieceId, errno: i32, port: &mut P) {
         let piece = self.release_piece(id);
         if errno != 0 {
-            if piece.rest.op == (FileOp::Write { durable: true }) && self.shared.poison() {
+            let must_not_fail =
+                piece.rest.op == (FileOp::Write { durable: true }) && !planted(Plant::NoPoison);
+            if must_not_fail && self.shared.poison() {
                 tracing::error!(
                     "a durable write failed with errno {errno}: no write or flush will succeed any more"
                 );

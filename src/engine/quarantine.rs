@@ -7,6 +7,7 @@
 use std::collections::VecDeque;
 
 use crate::image::Extent;
+use crate::simulation::{Plant, planted};
 
 /// The batches and their two conditions; see the module's head.
 #[derive(Debug, Default)]
@@ -98,11 +99,12 @@ impl Quarantine {
     pub fn release(&mut self) -> Vec<Extent> {
         let mut released = Vec::new();
         self.batches.retain_mut(|batch| {
-            let free = batch.durable && batch.fence == Fence::Answered;
-            if free {
+            let durable = batch.durable || planted(Plant::ReuseBeforeDurable);
+            let fenced = batch.fence == Fence::Answered || planted(Plant::SkipBarrier);
+            if durable && fenced {
                 released.append(&mut batch.extents);
             }
-            !free
+            !(batch.durable && fenced)
         });
         merge(released)
     }

@@ -14,7 +14,7 @@ use std::collections::VecDeque;
 
 use uuid::Uuid;
 
-use crate::format::log::{MAX_DESCRIPTORS_WRITTEN, SECTOR};
+use crate::format::log::{MAX_DESCRIPTORS_WRITTEN, SECTOR, max_descriptors_written};
 
 /// Always free: an empty entry that moves the Tail fits, and head never meets tail.
 const SPARE_SECTORS: u64 = 2;
@@ -80,7 +80,7 @@ impl Ring {
         let mut placements = Vec::new();
         while left > 0 {
             let to_end = usize::try_from((self.length - self.head) / SECTOR as u64).expect("at most 2^18");
-            let count = if to_end == 1 { 0 } else { left.min(to_end - 1).min(MAX_DESCRIPTORS_WRITTEN) };
+            let count = if to_end == 1 { 0 } else { left.min(to_end - 1).min(max_descriptors_written()) };
             placements.push(Placement { position: self.head, pages: count, sequence: self.next_sequence });
             let sectors = 1 + count as u64;
             self.next_sequence = self.next_sequence.checked_add(1).expect("2^64 entries outlast the disk");

@@ -10,6 +10,7 @@ use super::{Engine, Outcome, errno};
 use crate::disk::{Buffer, Disk};
 use crate::format::MIB;
 use crate::format::log::NewEntry;
+use crate::simulation::{Plant, planted};
 
 impl<D: Disk + 'static> Engine<D> {
     /// The first modification of any kind waits for this.
@@ -65,6 +66,9 @@ impl<D: Disk + 'static> Engine<D> {
             changes: &[],
         };
         let bytes = Buffer::copy_of(&entry.encode());
+        if planted(Plant::HeaderBeforeEntry) {
+            self.update_headers(|header| header.log_guid = guid).await?;
+        }
         if let Err(error) = self.disk.write(self.layout.log.offset, bytes).await {
             return Err(self.poison("writing the first log entry", &error));
         }
@@ -77,7 +81,12 @@ impl<D: Disk + 'static> Engine<D> {
 
     /// A length that is stable already; replay refuses a file that is shorter.
     pub(super) fn flushed_file_offset(&self) -> u64 {
-        self.stable_length.get() / MIB * MIB
+        if planted(Plant::NoFlushedOffset) {
+            return 0;
+        }
+        let unstable = planted(Plant::UnstableLength);
+        let length = if unstable { self.file_length.get() } else { self.stable_length.get() };
+        length / MIB * MIB
     }
 
     /// The least length that holds everything, mappings about to be published included; replay restores it.

@@ -14,6 +14,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 use super::checksum::{self, Damage};
 use super::{HEADER_SECTION, MIB, guid, range_end};
 use crate::error::{Error, Kind, Result};
+use crate::simulation::log_unit;
 
 /// Where the two slots lie in the file, in bytes.
 pub const OFFSETS: [u64; 2] = [65536, 131_072];
@@ -140,7 +141,7 @@ impl Header {
             return Err(Error::new(Kind::Unsupported, message)
                 .remedy("open it once with the program that wrote it, so that the log is replayed"));
         }
-        if !offset.is_multiple_of(MIB) || !length.is_multiple_of(MIB) {
+        if !offset.is_multiple_of(MIB) || !length.is_multiple_of(log_unit()) {
             return corrupt(format!("a log of {length} bytes at {offset}, multiples of 1 MiB expected"));
         }
         if length == 0 {

@@ -21,6 +21,7 @@ use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::{MIB, PAGE, checksum, guid, range_end, region};
+use crate::simulation::{Plant, planted};
 
 /// Bytes of a log sector: entries start on one and consist of whole ones.
 pub const SECTOR: usize = 4096;
@@ -32,6 +33,11 @@ pub const MAX_DESCRIPTORS_WRITTEN: usize = 126;
 /// Where the log may first change the file, in bytes: the region tables. The file identifier never changes
 /// and the headers change by a protocol of their own.
 pub const LOWEST_TARGET: u64 = region::OFFSETS[0];
+
+/// [`MAX_DESCRIPTORS_WRITTEN`], one more with that bug planted.
+pub fn max_descriptors_written() -> usize {
+    MAX_DESCRIPTORS_WRITTEN + usize::from(planted(Plant::LongEntry))
+}
 
 const SIGNATURE: [u8; 4] = *b"loge";
 const DATA_DESCRIPTOR: [u8; 4] = *b"desc";
@@ -236,7 +242,7 @@ impl Entry {
         if header.entry_length as usize != bytes.len() {
             return Err(Rejected::Length);
         }
-        if checksum::verify(bytes, bytes.len(), SIGNATURE).is_err() {
+        if checksum::verify(bytes, bytes.len(), SIGNATURE).is_err() && !planted(Plant::SkipChecksum) {
             return Err(Rejected::Checksum);
         }
         let split =
@@ -344,7 +350,7 @@ impl NewEntry<'_> {
     /// documentation says, a change is empty, below [`LOWEST_TARGET`] or past what a file can hold, or a page
     /// is there twice.
     pub fn encode(&self) -> Vec<u8> {
-        assert!(self.changes.len() <= MAX_DESCRIPTORS_WRITTEN, "others cannot read longer entries");
+        assert!(self.changes.len() <= max_descriptors_written(), "others cannot read longer entries");
         self.check();
         self.lay_out()
     }
@@ -458,11 +464,17 @@ pub fn find_active(entries: &BTreeMap<u32, EntryHeader>, log_length: u32) -> Opt
     for (&tail, run) in &runs.by_offset {
         let last = &entries[&run.end];
         let lapped = run.bytes > log_length.into();
-        if last.tail == tail && !lapped && best.is_none_or(|(number, ..)| last.sequence_number > number) {
+        let whole = last.tail == tail || planted(Plant::KeepLaterEntries);
+        if whole && !lapped && best.is_none_or(|(number, ..)| last.sequence_number > number) {
             best = Some((last.sequence_number, tail, run.end));
         }
     }
-    let (_, tail, end) = best?;
+    let (_, mut tail, end) = best?;
+    while planted(Plant::ReplayBeforeTail)
+        && let Some(earlier) = runs.before(tail)
+    {
+        tail = earlier;
+    }
     let mut active = vec![tail];
     let mut at = tail;
     while at != end {
@@ -504,6 +516,11 @@ impl Runs {
             by_offset.insert(offset, rest);
         }
         Self { by_offset }
+    }
+
+    /// The entry that the one at `offset` continues.
+    fn before(&self, offset: u32) -> Option<u32> {
+        self.by_offset.iter().find(|(_, rest)| rest.next == Some(offset)).map(|(before, _)| *before)
     }
 }
 

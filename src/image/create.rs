@@ -14,6 +14,7 @@ use crate::format::header::{self, Header};
 use crate::format::metadata::Metadata;
 use crate::format::region::{self, Region, RegionTable};
 use crate::format::{MAX_VIRTUAL_SIZE, MIB, guid};
+use crate::simulation::log_unit;
 
 /// How much of the BAT is built and written at a time.
 const BAT_CHUNK_BYTES: u64 = MIB;
@@ -117,7 +118,7 @@ impl NewImage {
             ));
         }
         let log = u64::from(self.log_length);
-        if log == 0 || !log.is_multiple_of(MIB) || self.log_length > header::MAX_LOG_LENGTH {
+        if log == 0 || !log.is_multiple_of(log_unit()) || self.log_length > header::MAX_LOG_LENGTH {
             return usage(format!("a log of {log} bytes: the format has whole MiB, at most 1 GiB"));
         }
         Ok(())
@@ -144,7 +145,7 @@ impl NewImage {
             log_offset: MIB,
             log_length: self.log_length,
         };
-        let metadata_offset = MIB + u64::from(self.log_length);
+        let metadata_offset = MIB + u64::from(self.log_length).next_multiple_of(MIB);
         let bat_length = geometry.bat_length().next_multiple_of(MIB);
         let bat = Extent { offset: metadata_offset + METADATA_BYTES, length: bat_length };
         let regions = RegionTable::new(vec![

@@ -93,7 +93,8 @@ impl<'a, D: Disk> Log<'a, D> {
         let length = u64::from(self.header.log_length);
         let mut position = 0;
         while position < length {
-            let chunk = self.read(position, CHUNK_BYTES).await?;
+            let left = usize::try_from(length - position).expect("a log has at most 1 GiB");
+            let chunk = self.read(position, left.min(CHUNK_BYTES)).await?;
             for (index, sector) in chunk.chunks_exact(SECTOR).enumerate() {
                 starts.any_with_guid |= EntryHeader::carries(sector, self.header.log_guid);
                 let position = position + (index * SECTOR) as u64;

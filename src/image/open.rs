@@ -16,6 +16,7 @@ use super::resume::Pending;
 use super::space::{Extent, Space};
 use crate::disk::{Buffer, Disk, PAGE_BYTES};
 use crate::error::{Error, Kind, Result};
+use crate::format::MIB;
 use crate::format::bat::{BITMAP_BLOCK_SIZE, BatEntry, BitmapState, ENTRY_SIZE, Geometry, PayloadState};
 use crate::format::file_id::FileId;
 use crate::format::header::{self, Current};
@@ -135,7 +136,8 @@ impl Image {
         };
         let mut space = Space::new(length)?;
         if layout.log.length > 0 {
-            space.occupy(layout.log, "log")?;
+            let length = layout.log.length.next_multiple_of(MIB);
+            space.occupy(Extent { length, ..layout.log }, "log")?;
         }
         for region in regions.table.entries() {
             space.occupy(extent_of(*region), "region")?;

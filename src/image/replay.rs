@@ -13,6 +13,7 @@ use crate::error::{Error, Result};
 use crate::format::MIB;
 use crate::format::header::Header;
 use crate::format::log::{Change, Entry};
+use crate::simulation::{Plant, planted};
 
 /// Lays the entries at `positions` over the file, in memory.
 ///
@@ -57,7 +58,7 @@ pub async fn in_place<D: Disk>(
     for (index, &position) in positions.iter().enumerate() {
         let entry = log.entry(position).await?;
         apply(disk, &entry, &mut length).await?;
-        if index + 1 == positions.len() {
+        if index + 1 == positions.len() && !planted(Plant::NoExtension) {
             let needed = checked_length(entry.header.last_file_offset)?;
             reach(disk, &mut length, needed).await?;
         }

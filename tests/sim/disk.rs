@@ -18,7 +18,12 @@ use fastrand::Rng;
 use vhdx_ublk::disk::{Buffer, Disk};
 use vhdx_ublk::engine::port::PieceId;
 
+use super::judge::lengths;
 use super::store::Store;
+
+/// The numbers of "try again" and of an I/O error.
+pub const EAGAIN: i32 = 11;
+pub const EIO: i32 = 5;
 
 /// How a cut treats what was at risk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,13 +87,57 @@ struct Op {
 
 /// A change that is not durable yet.
 #[derive(Clone, Debug)]
-struct AtRisk {
-    op: u64,
+pub struct AtRisk {
+    pub op: u64,
     /// Its place in the order of completions; none while in flight.
     completed: Option<u64>,
-    effect: Effect,
+    pub effect: Effect,
     /// Ranges that a later durable write has settled: this change can no longer come back there.
     settled: Vec<Range<u64>>,
+}
+
+impl Effect {
+    /// A number that tells operations apart.
+    pub fn digest(&self) -> u64 {
+        let fold = |hash: u64, word: u64| (hash ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(23);
+        match self {
+            Self::Read { offset, length } => fold(fold(1, *offset), *length as u64),
+            Self::Write { offset, bytes, durable } => {
+                let words = bytes.chunks_exact(8);
+                let words = words.map(|word| u64::from_le_bytes(word.try_into().expect("eight bytes")));
+                words.fold(fold(2 + u64::from(*durable), *offset), fold)
+            }
+            Self::Zero { offset, length } => fold(fold(4, *offset), *length),
+            Self::Resize(length) => fold(5, *length),
+            Self::Sync => fold(6, 0),
+            Self::Nothing => fold(7, 0),
+        }
+    }
+}
+
+impl AtRisk {
+    /// Where its bytes go.
+    pub fn start(&self) -> Option<u64> {
+        match self.effect {
+            Effect::Write { offset, .. } | Effect::Zero { offset, .. } => Some(offset),
+            _ => None,
+        }
+    }
+
+    /// Whether it has not completed.
+    pub fn in_flight(&self) -> bool {
+        self.completed.is_none()
+    }
+
+    /// Whether it may still change the byte at `place`.
+    pub fn reaches(&self, place: u64) -> bool {
+        let range = match &self.effect {
+            Effect::Write { offset, bytes, .. } => *offset..*offset + bytes.len() as u64,
+            Effect::Zero { offset, length } => *offset..*offset + *length,
+            _ => return false,
+        };
+        range.contains(&place) && !self.settled.iter().any(|settled| settled.contains(&place))
+    }
 }
 
 /// What the disk did, for the activation report.
@@ -114,6 +163,13 @@ struct State {
     waiting: Vec<(u64, Waker)>,
     results: Vec<(u64, io::Result<Buffer>)>,
     activity: Activity,
+    /// Count what changes the files that a cut may leave: any of them, those that differ in metadata, those
+    /// that differ in what is durable.
+    versions: (u64, u64),
+    durable_version: u64,
+    /// Where metadata ends and payload begins, bytes.
+    metadata_end: u64,
+    trace: u64,
 }
 
 /// A handle on the disk; clones share it.
@@ -122,6 +178,8 @@ pub struct SimDisk {
     state: Rc<RefCell<State>>,
     /// Operations end at once: for opening an image outside the world's schedule.
     immediate: Rc<Cell<bool>>,
+    /// Half of the syncs are slow.
+    slow_syncs: Rc<Cell<bool>>,
     can_punch: bool,
     /// The medium writes no less than this at once, bytes.
     sector_size: u32,
@@ -143,6 +201,7 @@ impl SimDisk {
         Self {
             state: Rc::new(RefCell::new(state)),
             immediate: Rc::new(Cell::new(immediate)),
+            slow_syncs: Rc::default(),
             can_punch,
             sector_size,
         }
@@ -153,9 +212,99 @@ impl SimDisk {
         self.immediate.set(immediate);
     }
 
+    /// From now on half of the syncs are slow: much happens while one is under way.
+    pub fn slow_syncs(&self, slow: bool) {
+        self.slow_syncs.set(slow);
+    }
+
     /// What reads see now.
     pub fn content(&self) -> Store {
         self.state.borrow().cache.clone()
+    }
+
+    /// Everything that was asked of the disk and when it ended, as one number.
+    pub fn trace(&self) -> u64 {
+        self.state.borrow().trace
+    }
+
+    /// Counts of what changed the files that a cut may leave: any of them, and those that differ in metadata.
+    pub fn versions(&self) -> (u64, u64) {
+        self.state.borrow().versions
+    }
+
+    /// Counts what changed what is durable.
+    pub fn durable_version(&self) -> u64 {
+        self.state.borrow().durable_version
+    }
+
+    /// Says where metadata ends and payload begins, bytes.
+    pub fn set_metadata_end(&self, end: u64) {
+        self.state.borrow_mut().metadata_end = end;
+    }
+
+    /// Shows what is durable, what is at risk, and the lengths that the file may have after a cut.
+    pub fn at_risk<T>(&self, look: impl FnOnce(&Store, &[AtRisk], Vec<u64>) -> T) -> T {
+        let state = self.state.borrow();
+        let lengths = lengths(state.durable.length, state.at_risk.iter().map(|change| &change.effect));
+        look(&state.durable, &state.at_risk, lengths)
+    }
+
+    /// Completes the `index`-th operation, which a front waits for, with an error. `EAGAIN` has not begun it;
+    /// any other error may have done any of it.
+    pub fn fail(&self, index: usize, errno: i32) -> FrontDone {
+        let mut state = self.state.borrow_mut();
+        let op = state.in_flight.remove(index);
+        state.trace = state.trace.rotate_left(5) ^ op.id.wrapping_mul(0x1_0001) ^ errno.unsigned_abs() as u64;
+        let Owner::Front(front, piece) = op.owner else { panic!("the engine's disk retries by itself") };
+        if errno == EAGAIN {
+            state.at_risk.retain(|change| change.op != op.id);
+        } else {
+            state.completions += 1;
+            let number = state.completions;
+            if let Some(change) = state.at_risk.iter_mut().find(|change| change.op == op.id) {
+                change.completed = Some(number);
+            }
+        }
+        state.changed(&op.effect);
+        FrontDone { front, piece, result: -errno, bytes: None }
+    }
+
+    /// Fails the `index`-th operation, a sync: of what it should have made durable, some sectors are on the
+    /// medium and the rest never will be, though reads still see it.
+    pub fn fail_sync(&self, index: usize, rng: &mut Rng) {
+        let mut state = self.state.borrow_mut();
+        let op = state.in_flight.remove(index);
+        let covered = |change: &AtRisk| change.completed.is_some_and(|completed| completed <= op.covers);
+        let (lost, left): (Vec<AtRisk>, Vec<AtRisk>) = state.at_risk.drain(..).partition(covered);
+        state.at_risk = left;
+        let keep_rate = if rng.bool() { 0.0 } else { rng.f64() };
+        for change in lost {
+            let newer = state.durable.clone();
+            match change.effect {
+                Effect::Resize(length) if rng.f64() < keep_rate => state.durable.resize(length),
+                ref other => persist(&mut state.durable, other, Profile::Sectors512, false, keep_rate, rng),
+            }
+            keep_settled(&mut state.durable, &newer, &change.settled);
+        }
+        state.changed(&Effect::Sync);
+        state.results.push((op.id, Err(io::Error::from_raw_os_error(EIO))));
+        if let Some(place) = state.waiting.iter().position(|(id, _)| *id == op.id) {
+            state.waiting.swap_remove(place).1.wake();
+        }
+    }
+
+    /// The places of the operations in flight that are syncs.
+    pub fn syncs(&self) -> Vec<usize> {
+        let state = self.state.borrow();
+        (0..state.in_flight.len()).filter(|&at| matches!(state.in_flight[at].effect, Effect::Sync)).collect()
+    }
+
+    /// Whether a front waits for the `index`-th operation, and whether it is a durable write.
+    pub fn front_op(&self, index: usize) -> (bool, bool) {
+        let state = self.state.borrow();
+        let op = &state.in_flight[index];
+        let durable = matches!(op.effect, Effect::Write { durable: true, .. });
+        (matches!(op.owner, Owner::Front(..)), durable)
     }
 
     pub fn activity(&self) -> Activity {
@@ -175,6 +324,8 @@ impl SimDisk {
         let id = state.next_op;
         state.next_op += 1;
         let covers = state.completions;
+        state.trace = state.trace.rotate_left(5) ^ effect.digest();
+        state.issued(&effect);
         if matches!(effect, Effect::Write { .. } | Effect::Zero { .. } | Effect::Resize(_)) {
             state.at_risk.push(AtRisk {
                 op: id,
@@ -191,7 +342,11 @@ impl SimDisk {
     pub fn complete(&self, index: usize) -> Option<FrontDone> {
         let mut state = self.state.borrow_mut();
         let op = state.in_flight.remove(index);
+        state.trace = state.trace.rotate_left(5) ^ op.id.wrapping_mul(0x1_0001);
         let bytes = state.perform(&op);
+        if matches!(op.effect, Effect::Sync | Effect::Write { durable: true, .. }) {
+            state.changed(&op.effect);
+        }
         match op.owner {
             Owner::Front(front, piece) => {
                 let result = match &op.effect {
@@ -265,7 +420,9 @@ impl SimDisk {
     }
 
     async fn run(&self, effect: Effect) -> io::Result<Buffer> {
-        let id = self.issue(Owner::Engine, effect, false);
+        let number = self.state.borrow().activity.syncs;
+        let slow = matches!(effect, Effect::Sync) && self.slow_syncs.get() && number.is_multiple_of(2);
+        let id = self.issue(Owner::Engine, effect, slow);
         if self.immediate.get() {
             let index = self.state.borrow().in_flight.iter().position(|op| op.id == id).expect("just issued");
             self.complete(index);
@@ -284,6 +441,24 @@ impl SimDisk {
 }
 
 impl State {
+    /// A change is at risk that was not before.
+    fn issued(&mut self, effect: &Effect) {
+        let metadata = match effect {
+            Effect::Write { offset, .. } | Effect::Zero { offset, .. } => *offset < self.metadata_end,
+            Effect::Resize(_) => true,
+            Effect::Read { .. } | Effect::Sync | Effect::Nothing => return,
+        };
+        self.versions.0 += 1;
+        self.versions.1 += u64::from(metadata);
+    }
+
+    /// Something is durable, or no longer at risk.
+    fn changed(&mut self, effect: &Effect) {
+        self.versions.0 += 1;
+        self.durable_version += 1;
+        self.versions.1 += u64::from(matches!(effect, Effect::Sync | Effect::Write { durable: true, .. }));
+    }
+
     /// Lets a completed operation be seen; returns what a read found.
     fn perform(&mut self, op: &Op) -> Option<Vec<u8>> {
         self.completions += 1;
@@ -352,7 +527,8 @@ impl State {
     }
 }
 
-fn apply(store: &mut Store, effect: &Effect) {
+/// Makes a change in a file.
+pub fn apply(store: &mut Store, effect: &Effect) {
     match effect {
         Effect::Write { offset, bytes, .. } => store.write(*offset, bytes),
         Effect::Zero { offset, length } => store.zero(*offset, *length),
@@ -429,7 +605,7 @@ impl Disk for SimDisk {
     }
 
     async fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
-        Ok(Some(offset))
+        Ok(self.state.borrow().cache.next_stored(offset))
     }
 
     async fn length(&self) -> io::Result<u64> {

@@ -1,7 +1,15 @@
 //! A simulated device: disk, guest, oracle and schedule in one thread, reproducible from a seed.
 
+#[cfg(feature = "simulation")]
+pub mod campaign;
+pub mod choose;
 pub mod disk;
+pub mod images;
+pub mod judge;
+pub mod marks;
+pub mod medium;
 pub mod oracle;
 pub mod store;
 pub mod tasks;
+pub mod violation;
 pub mod world;

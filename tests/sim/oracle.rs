@@ -28,23 +28,60 @@ pub struct Oracle {
     sectors_per_block: u64,
     clock: u64,
     next_id: u64,
+    /// Changes whenever less is allowed than before.
+    version: u64,
+    /// Sectors watched at each of the three places of a block.
+    width: u64,
 }
 
 /// Sectors watched at each of the three places of a block.
 pub const WATCHED: u64 = 16;
 
 impl Oracle {
-    /// An oracle for blocks of so many sectors.
-    pub fn new(sectors_per_block: u64) -> Self {
-        Self { sectors: BTreeMap::new(), changes: BTreeMap::new(), sectors_per_block, clock: 0, next_id: 0 }
+    /// An oracle for blocks of so many sectors, which watches `width` of them at three places of each.
+    pub fn new(sectors_per_block: u64, width: u64) -> Self {
+        Self {
+            sectors: BTreeMap::new(),
+            changes: BTreeMap::new(),
+            sectors_per_block,
+            clock: 0,
+            next_id: 0,
+            version: 0,
+            width,
+        }
+    }
+
+    /// Changes whenever less is allowed than before.
+    pub fn version(&self) -> u64 {
+        self.version
+    }
+
+    /// The watched sectors in `first..end`, which is a block or a part of one.
+    pub fn watched_in(&self, first: u64, end: u64) -> impl Iterator<Item = u64> + use<> {
+        let block = first - first % self.sectors_per_block;
+        let (middle, last) =
+            (block + self.sectors_per_block / 2, block + self.sectors_per_block - self.width);
+        [block, middle, last]
+            .into_iter()
+            .flat_map({
+                let width = self.width;
+                move |from| from..from + width
+            })
+            .filter(move |sector| (first..end).contains(sector))
+    }
+
+    /// Whether a write to `sector` has been issued and not acknowledged.
+    pub fn is_being_written(&self, sector: u64) -> bool {
+        let history = self.sectors.get(&sector).into_iter().flatten();
+        history.rev().any(|entry| entry.acknowledged.is_none())
     }
 
     fn watched(&self, first: u64, count: u64) -> impl Iterator<Item = u64> + use<> {
-        let per_block = self.sectors_per_block;
+        let (per_block, width) = (self.sectors_per_block, self.width);
         let middle = per_block / 2;
         (first..first + count).filter(move |sector| {
             let within = sector % per_block;
-            within < WATCHED || within >= per_block - WATCHED || (middle..middle + WATCHED).contains(&within)
+            within < width || within >= per_block - width || (middle..middle + width).contains(&within)
         })
     }
 
@@ -76,6 +113,7 @@ impl Oracle {
 
     /// That write, the newest of `value` there, is acknowledged; `durable` as by FUA.
     pub fn acknowledge(&mut self, first: u64, count: u64, value: Value, durable: bool) {
+        self.version += 1;
         let now = self.tick();
         for sector in self.watched(first, count) {
             let history = self.sectors.get_mut(&sector).expect("issued before");
@@ -90,6 +128,7 @@ impl Oracle {
 
     /// A flush that was issued at time `issued` is acknowledged: what was acknowledged before it survives.
     pub fn flushed(&mut self, issued: u64) {
+        self.version += 1;
         for history in self.sectors.values_mut() {
             let floor = history.iter().rposition(|entry| {
                 entry.supersedes && entry.acknowledged.is_some_and(|acknowledged| acknowledged < issued)

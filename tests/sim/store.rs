@@ -28,6 +28,33 @@ impl Store {
         }
     }
 
+    /// Fills in what is stored of a range whose bytes are zero so far.
+    pub fn read_onto_zeros(&self, offset: u64, bytes: &mut [u8]) {
+        let end = (offset + bytes.len() as u64).min(self.length.max(offset));
+        for (page, data) in self.pages.range(offset / PAGE..end.div_ceil(PAGE)) {
+            let (from, to) = ((page * PAGE).max(offset), ((page + 1) * PAGE).min(end));
+            let place = |at: u64, base: u64| usize::try_from(at - base).expect("small");
+            let source = &data[place(from, page * PAGE)..place(to, page * PAGE)];
+            bytes[place(from, offset)..place(to, offset)].copy_from_slice(source);
+        }
+    }
+
+    /// The part below `end`, a whole number of pages; the length stays.
+    pub fn below(&self, end: u64) -> Self {
+        let pages = self.pages.range(..end / PAGE).map(|(page, data)| (*page, data.clone()));
+        Self { pages: pages.collect(), length: self.length }
+    }
+
+    /// Every page that is not all zero by chance of never having been written: its offset and bytes.
+    pub fn stored(&self) -> impl Iterator<Item = (u64, &[u8; PAGE_BYTES])> {
+        self.pages.iter().map(|(page, data)| (page * PAGE, &**data))
+    }
+
+    /// Where the next stored byte may lie, at `offset` or behind it.
+    pub fn next_stored(&self, offset: u64) -> Option<u64> {
+        self.pages.range(offset / PAGE..).next().map(|(page, _)| (page * PAGE).max(offset))
+    }
+
     /// Writes; what lies past the end is dropped, as a file system drops it.
     pub fn write(&mut self, offset: u64, bytes: &[u8]) {
         let room = usize::try_from(self.length.saturating_sub(offset)).unwrap_or(usize::MAX);

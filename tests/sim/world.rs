@@ -13,13 +13,16 @@ use vhdx_ublk::engine::message::{ToEngine, ToFront};
 use vhdx_ublk::engine::port::{FileIo, FileOp, PieceId, Port};
 use vhdx_ublk::engine::shared::Shared;
 use vhdx_ublk::engine::{Counters, Engine, Fronts};
-use vhdx_ublk::format::bat::PayloadState;
-use vhdx_ublk::image::{FoundLog, Image, InitialState, Mode, NewImage};
+use vhdx_ublk::format::bat::{BatEntry, PayloadState};
+use vhdx_ublk::image::{FoundLog, Image, InitialState, Layout, Mode, NewImage};
 
-use super::disk::{Effect, FrontDone, Owner, Profile, SimDisk};
+use super::disk::{EAGAIN, EIO, Effect, FrontDone, Owner, Profile, SimDisk};
+use super::judge::{Effort, Judge};
+use super::marks::Marks;
 use super::oracle::{Oracle, Value, WATCHED, decode, stamp};
 use super::store::Store;
 use super::tasks::{SimTasks, block_on};
+use super::violation::violated;
 
 /// The shape of a run.
 #[derive(Clone, Debug)]
@@ -32,12 +35,34 @@ pub struct Config {
     pub requests: usize,
     /// The blocks that requests go to: a window at either side of a chunk border, or anything.
     pub blocks: Vec<u64>,
+    /// Sectors watched at each of three places of a block.
+    pub width: u64,
+    /// What goes wrong below.
+    pub faults: Faults,
+    /// How many of each kind of request are made, in parts of their sum: see [`Config::ALL_KINDS`].
+    pub weights: [u32; 6],
+}
+
+/// What goes wrong below the program.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Faults {
+    /// One front I/O in so many is told to try again; 0 for none.
+    pub again: u32,
+    /// One sync fails.
+    pub sync: bool,
+    /// One durable write fails.
+    pub durable_write: bool,
+    /// Half of the syncs take long.
+    pub slow_syncs: bool,
 }
 
 impl Config {
+    /// Weights of write, durable write, read, flush, discard and write zeroes.
+    pub const ALL_KINDS: [u32; 6] = [50, 10, 18, 18, 12, 12];
+
     /// An oracle that knows an empty disk of this shape.
     pub fn oracle(&self) -> Oracle {
-        Oracle::new(u64::from(self.image.block_size / self.image.logical_sector_size))
+        Oracle::new(u64::from(self.image.block_size / self.image.logical_sector_size), self.width)
     }
 
     /// A small dynamic disk with 512-byte sectors.
@@ -57,6 +82,9 @@ impl Config {
             can_punch: true,
             requests: 120,
             blocks: (0..7).collect(),
+            width: WATCHED,
+            faults: Faults::default(),
+            weights: Self::ALL_KINDS,
         }
     }
 }
@@ -172,6 +200,21 @@ pub struct World {
     /// Syncs do not complete.
     pub hold_syncs: bool,
     trace: u64,
+    layout: Layout,
+    judge: Option<Judge>,
+    /// What the guest was told when something had failed for good: the time of the first such answer.
+    failed_at: Option<u64>,
+    /// A fault was injected that must poison the device.
+    injected: bool,
+    seen: Seen,
+    pub marks: Marks,
+}
+
+/// What the last step found, to see what the next one changes.
+#[derive(Default)]
+struct Seen {
+    entries: Vec<BatEntry>,
+    counters: Counters,
 }
 
 /// GUIDs from the run's own randomness.
@@ -194,6 +237,9 @@ impl World {
         let mut guids = guids(&mut rng);
         let image = block_on(Image::open(&disk, Mode::Writable, &mut guids)).expect("the image opens");
         disk.set_immediate(false);
+        disk.slow_syncs(config.faults.slow_syncs);
+        disk.set_metadata_end(image.layout.bat.end());
+        let layout = image.layout;
         let tasks = Rc::new(SimTasks::default());
         let inbox = Rc::new(Inbox(RefCell::new(vec![VecDeque::new(); config.fronts])));
         let engine = Engine::new(image, disk.clone(), tasks.clone(), inbox.clone(), Box::new(guids));
@@ -213,12 +259,78 @@ impl World {
             activation,
             hold_syncs: false,
             trace: 0,
+            layout,
+            judge: None,
+            failed_at: None,
+            injected: false,
+            seen: Seen::default(),
+            marks: Marks::default(),
         }
     }
 
-    /// Everything that was decided so far, as one number.
+    /// Everything that was decided, and everything that was asked of the disk, as one number.
     pub fn trace(&self) -> u64 {
-        self.trace
+        self.trace ^ self.disk.trace()
+    }
+
+    /// A judge for this world's image, to look at every moment of it.
+    pub fn new_judge(&mut self, effort: Effort) -> Judge {
+        let geometry = *self.engine.shared().geometry();
+        Judge::new(&self.config, geometry, self.layout, effort, self.rng.fork())
+    }
+
+    /// From now on every moment is looked at.
+    pub fn watch(&mut self, mut judge: Judge) {
+        judge.next_life();
+        self.judge = Some(judge);
+        self.look();
+    }
+
+    /// Ends the watch.
+    pub fn unwatch(&mut self) -> Option<Judge> {
+        self.judge.take()
+    }
+
+    /// Flips bits in the closed image.
+    pub fn rot(&mut self) {
+        let content = self.disk.content();
+        if let Some(Err(why)) = self.judge.as_mut().map(|judge| judge.rot(&content)) {
+            violated(why);
+        }
+    }
+
+    /// Whether a fault was injected after which the image cannot be closed.
+    pub fn is_broken(&self) -> bool {
+        self.injected
+    }
+
+    fn look(&mut self) {
+        self.mark_transitions();
+        let Some(judge) = &mut self.judge else { return };
+        if let Err(why) = judge.look(&self.disk, &self.oracle) {
+            violated(format!("after a power cut: {why}"));
+        }
+    }
+
+    fn mark_transitions(&mut self) {
+        let map = &self.engine.shared().map;
+        let now: Vec<BatEntry> = self.config.blocks.iter().map(|&block| map.load(block).entry).collect();
+        for (old, new) in self.seen.entries.iter().zip(&now).filter(|(old, new)| old != new) {
+            self.marks.hit(match (old.payload_state(), new.payload_state()) {
+                (Some(PayloadState::NotPresent), Some(PayloadState::FullyPresent)) => {
+                    "not present to present"
+                }
+                (Some(PayloadState::NotPresent), Some(PayloadState::Zero)) => "not present to zero",
+                (Some(PayloadState::Zero), Some(PayloadState::FullyPresent)) => "zero to present",
+                (Some(PayloadState::FullyPresent), Some(PayloadState::Zero)) => "present to zero",
+                other => violated(format!("a block changed its state as none may: {other:?}")),
+            });
+        }
+        let counters = self.engine.counters();
+        if counters.entries > self.seen.counters.entries && counters.commits == self.seen.counters.commits {
+            self.marks.hit("a cycle of several entries");
+        }
+        self.seen = Seen { entries: now, counters };
     }
 
     /// Takes one random step; `false` when nothing is left to do.
@@ -254,6 +366,7 @@ impl World {
             3 => self.deliver_to_engine(to_engine[pick / 3]),
             _ => self.new_request(),
         }
+        self.look();
         true
     }
 
@@ -265,7 +378,9 @@ impl World {
             assert!(steps < 10_000_000, "the world does not come to rest");
         }
         for host in &self.hosts {
-            assert!(host.front.is_idle(), "a request was never completed");
+            if !host.front.is_idle() {
+                violated("a request was never completed".into());
+            }
         }
     }
 
@@ -276,8 +391,12 @@ impl World {
         let engine = self.engine.clone();
         let closed = self.tasks.start(async move { engine.close().await });
         self.drain();
-        assert_eq!(closed.borrow_mut().take(), Some(Ok(())), "the image closes");
-        self.activation.clean_closes += 1;
+        let closed = closed.borrow_mut().take();
+        if closed == Some(Ok(())) {
+            self.activation.clean_closes += 1;
+        } else if !self.injected {
+            violated(format!("the image does not close: {closed:?}"));
+        }
         self.disk.content()
     }
 
@@ -288,7 +407,20 @@ impl World {
         activation.add(self.engine.counters());
         activation.syncs += self.disk.activity().syncs;
         activation.durable_writes += self.disk.activity().durable_writes;
+        self.mark_counters();
         activation
+    }
+
+    fn mark_counters(&mut self) {
+        let counters = self.engine.counters();
+        self.marks.add("blocks granted", counters.grants);
+        self.marks.add("blocks granted recycled space", counters.recycled_grants);
+        self.marks.add("the file grows", counters.grows);
+        self.marks.add("blocks quarantined", counters.unmapped);
+        self.marks.add("extents out of quarantine", counters.released);
+        self.marks.add("barriers", counters.barriers);
+        self.marks.add("commit cycles", counters.commits);
+        self.marks.add("durable writes", self.disk.activity().durable_writes);
     }
 
     /// Counters of the engine so far.
@@ -309,7 +441,7 @@ impl World {
             self.activation.states += 1;
             match recovered {
                 Ok(recovered) => chosen = Some((recovered, oracle)),
-                Err(why) => panic!("after a cut with profile {profile:?}: {why}"),
+                Err(why) => violated(format!("after a cut with profile {profile:?}: {why}")),
             }
         }
         chosen
@@ -371,11 +503,12 @@ impl World {
             _ => (place, self.rng.u64(1..16) * sector),
         };
         let length = length.min(size - offset).min(1 << 20);
-        let op = match self.rng.u32(..20) {
-            0..10 => Op::Write { durable: self.rng.u32(..6) == 0 },
-            10..13 => Op::Read,
-            13..16 => return Request { op: Op::Flush, offset: 0, length: 0 },
-            16..18 => Op::Discard,
+        let op = match self.random_kind() {
+            0 => Op::Write { durable: false },
+            1 => Op::Write { durable: true },
+            2 => Op::Read,
+            3 => return Request { op: Op::Flush, offset: 0, length: 0 },
+            4 => Op::Discard,
             _ => Op::WriteZeroes { keep_space: self.rng.bool() },
         };
         match op {
@@ -388,9 +521,19 @@ impl World {
         }
     }
 
+    fn random_kind(&mut self) -> usize {
+        let mut pick = self.rng.u32(..self.config.weights.iter().sum::<u32>());
+        let kinds = self.config.weights.iter().position(|&weight| {
+            let here = pick < weight;
+            pick = pick.wrapping_sub(if here { 0 } else { weight });
+            here
+        });
+        kinds.expect("below the sum")
+    }
+
     /// A guest does not change sectors that another change of its own is on its way to; but it may discard
     /// them, and get either.
-    fn overlaps(&self, request: &Request) -> bool {
+    pub fn overlaps(&self, request: &Request) -> bool {
         let changes = |op: Op| !matches!(op, Op::Read | Op::Flush);
         self.hosts.iter().flat_map(|host| host.active.iter().flatten()).any(|active| {
             let other = &active.request;
@@ -433,7 +576,7 @@ impl World {
     }
 
     fn complete_op(&mut self, index: usize) {
-        let Some(FrontDone { front, piece, result, bytes }) = self.disk.complete(index) else { return };
+        let Some(FrontDone { front, piece, result, bytes }) = self.end_op(index) else { return };
         if let Some(bytes) = bytes {
             // The piece knows its place; the buffer is filled where the request's cursor was.
             let place = self.hosts[front].front.buffer_place(piece);
@@ -441,6 +584,28 @@ impl World {
                 .copy_from_slice(&bytes);
         }
         self.with_front(front, |front, port| front.io_done(piece, result, port));
+    }
+
+    /// Lets an operation end, well or with an injected fault.
+    fn end_op(&mut self, index: usize) -> Option<FrontDone> {
+        let faults = self.config.faults;
+        let (front, durable) = self.disk.front_op(index);
+        if front && faults.again > 0 && self.rng.u32(..faults.again) == 0 {
+            self.marks.hit("a front's I/O is tried again");
+            return Some(self.disk.fail(index, EAGAIN));
+        }
+        if durable && faults.durable_write && self.rng.u32(..3) == 0 {
+            self.marks.hit("a durable write fails");
+            (self.config.faults.durable_write, self.injected) = (false, true);
+            return Some(self.disk.fail(index, EIO));
+        }
+        if faults.sync && self.disk.syncs().contains(&index) && self.rng.u32(..12) == 0 {
+            self.marks.hit("P6 a sync fails");
+            (self.config.faults.sync, self.injected) = (false, true);
+            self.disk.fail_sync(index, &mut self.rng);
+            return None;
+        }
+        self.disk.complete(index)
     }
 
     fn deliver_to_front(&mut self, index: usize) {
@@ -476,7 +641,17 @@ impl World {
         let active = self.hosts[index].active[usize::from(tag)].take();
         let Active { request, value, issued, readable } = active.expect("a request is completed once");
         let (first, count) = (request.offset / sector, request.length / sector);
-        assert!(result >= 0, "{request:?} failed with {result} and nothing was injected");
+        let now = self.oracle.now();
+        if result < 0 {
+            if !self.injected {
+                violated(format!("{request:?} failed with {result} and nothing was injected"));
+            }
+            self.failed_at.get_or_insert(now);
+            return;
+        }
+        if request.op != Op::Read && self.failed_at.is_some_and(|failed| failed < issued) {
+            violated(format!("{request:?} succeeded after the device had failed"));
+        }
         match request.op {
             Op::Write { durable } => self.oracle.acknowledge(first, count, value, durable),
             Op::Discard | Op::WriteZeroes { .. } => self.oracle.acknowledge(first, count, 0, false),
@@ -485,11 +660,14 @@ impl World {
                 let buffer = &self.hosts[index].buffers[usize::from(tag)];
                 let sectors = buffer.chunks(usize::try_from(sector).expect("small")).zip(readable);
                 for (number, (bytes, readable)) in (first..).zip(sectors) {
-                    let found = decode(number, bytes).unwrap_or_else(|why| panic!("a read found: {why}"));
+                    let found =
+                        decode(number, bytes).unwrap_or_else(|why| violated(format!("a read found: {why}")));
                     let legal = !self.oracle.watches(number)
                         || readable.contains(&found)
                         || self.oracle.changed_to(number, found, issued);
-                    assert!(legal, "a read found: {}", self.oracle.explain(number, found));
+                    if !legal {
+                        violated(format!("a read found: {}", self.oracle.explain(number, found)));
+                    }
                 }
             }
         }

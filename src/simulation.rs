@@ -1,0 +1,136 @@
+//! Switches for the crash tests: bugs planted on purpose, and logs shorter than the format allows.
+//!
+//! A harness is only worth what it catches, so the places where an ordering or a check decides between a
+//! crash-safe image and a broken one can be broken on purpose, one at a time. Without the cargo feature
+//! `simulation` every question asked here is a constant, and a build without debug assertions refuses the
+//! feature. The switches belong to the thread that sets them.
+
+#[cfg(all(feature = "simulation", not(debug_assertions)))]
+compile_error!("the feature `simulation` plants bugs: it is for tests and never for a release");
+
+/// A bug that can be planted. Each names what goes wrong; the code says where.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Plant {
+    /// No sync between zeroing recycled space and logging a mapping to it.
+    SkipRecyclingSync,
+    /// A BAT page is written in place before its log entry is durable.
+    ApplyBeforeLog,
+    /// The log's Tail passes pages that are in place but not durable there.
+    TailBeforeSync,
+    /// Unmapped space is used again before the unmapping is durable.
+    ReuseBeforeDurable,
+    /// A flush is acknowledged before its sync has completed.
+    EarlyFlush,
+    /// A header names a log that has no entry yet.
+    HeaderBeforeEntry,
+    /// Log entries do not say how long the file surely is.
+    NoFlushedOffset,
+    /// Replay does not extend the file to the length the log asks for.
+    NoExtension,
+    /// A durable write is an ordinary one.
+    IgnoreFua,
+    /// An entry takes 127 descriptors, which others cannot read.
+    LongEntry,
+    /// A torn log entry is taken for whole.
+    SkipChecksum,
+    /// Entries before the Tail are replayed too.
+    ReplayBeforeTail,
+    /// Entries behind a broken one are replayed without what they build on.
+    KeepLaterEntries,
+    /// Unmapped space is used again while older lookups are still on their way to it.
+    SkipBarrier,
+    /// Recycled space is granted with its old content.
+    SkipZeroFill,
+    /// Both headers are in flight at once.
+    TwinHeaders,
+    /// A page that changes while it is logged is left out of the next cycle.
+    LateMark,
+    /// The page as it is when it is written is logged, not the copy that was synced for.
+    LogLivePage,
+    /// Log entries say that the file surely is as long as it is now.
+    UnstableLength,
+    /// Free space found at open is taken for zeros.
+    TrustTail,
+    /// A piece that is submitted again counts for the barrier from then on, not from its lookup.
+    LateCount,
+    /// A durable write that failed does not poison the device.
+    NoPoison,
+}
+
+impl Plant {
+    /// All of them.
+    pub const ALL: [Self; 22] = [
+        Self::SkipRecyclingSync,
+        Self::ApplyBeforeLog,
+        Self::TailBeforeSync,
+        Self::ReuseBeforeDurable,
+        Self::EarlyFlush,
+        Self::HeaderBeforeEntry,
+        Self::NoFlushedOffset,
+        Self::NoExtension,
+        Self::IgnoreFua,
+        Self::LongEntry,
+        Self::SkipChecksum,
+        Self::ReplayBeforeTail,
+        Self::KeepLaterEntries,
+        Self::SkipBarrier,
+        Self::SkipZeroFill,
+        Self::TwinHeaders,
+        Self::LateMark,
+        Self::LogLivePage,
+        Self::UnstableLength,
+        Self::TrustTail,
+        Self::LateCount,
+        Self::NoPoison,
+    ];
+}
+
+/// Whether `plant` is planted: never, outside the simulation.
+#[cfg(not(feature = "simulation"))]
+#[inline]
+pub const fn planted(_plant: Plant) -> bool {
+    false
+}
+
+/// The unit of a log's length in bytes: 1 MiB by the format.
+#[cfg(not(feature = "simulation"))]
+#[inline]
+pub const fn log_unit() -> u64 {
+    crate::format::MIB
+}
+
+#[cfg(feature = "simulation")]
+pub use switches::{log_unit, plant, planted, set_log_unit};
+
+#[cfg(feature = "simulation")]
+mod switches {
+    use std::cell::Cell;
+
+    use super::Plant;
+    use crate::format::MIB;
+
+    thread_local! {
+        static PLANTED: Cell<Option<Plant>> = const { Cell::new(None) };
+        static LOG_UNIT: Cell<u64> = const { Cell::new(MIB) };
+    }
+
+    /// Whether `plant` is planted in this thread.
+    pub fn planted(plant: Plant) -> bool {
+        PLANTED.get() == Some(plant)
+    }
+
+    /// Plants one bug in this thread, or none.
+    pub fn plant(plant: Option<Plant>) {
+        PLANTED.set(plant);
+    }
+
+    /// The unit of a log's length in this thread, bytes.
+    pub fn log_unit() -> u64 {
+        LOG_UNIT.get()
+    }
+
+    /// Makes logs of any multiple of `bytes` legal in this thread.
+    pub fn set_log_unit(bytes: u64) {
+        LOG_UNIT.set(bytes);
+    }
+}

@@ -1,0 +1,183 @@
+//! Promise defended here: the crash tests see what they are for. Every bug planted in the program is caught by
+//! a broken promise, in the scenario or the test that names it, and never by chance.
+
+#[allow(dead_code, reason = "the simulator serves several tests, none of which needs all of it")]
+mod sim;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use fastrand::Rng;
+use sim::campaign::{LOG_UNIT, run, scenario, tiny};
+use sim::disk::SimDisk;
+use sim::judge::Effort;
+use sim::store::Store;
+use sim::tasks::block_on;
+use sim::violation::{broken_promise, message, violated};
+use sim::world::{Config, World, new_image};
+use uuid::Uuid;
+use vhdx_ublk::disk::{Buffer, Disk};
+use vhdx_ublk::engine::front::Op;
+use vhdx_ublk::format::header;
+use vhdx_ublk::format::log::{Change, NewEntry};
+use vhdx_ublk::image::{Image, Mode, SLOTS_PER_PAGE};
+use vhdx_ublk::simulation::{Plant, plant, set_log_unit};
+
+/// Seeds that a planted bug may take to be caught.
+const SEEDS: u64 = 40;
+
+/// What catches a planted bug.
+enum Catch {
+    Scenario(&'static str),
+    Test(fn()),
+}
+
+/// What catches `planted`.
+fn catch_for(planted: Plant) -> Catch {
+    match planted {
+        Plant::SkipRecyclingSync
+        | Plant::ReuseBeforeDurable
+        | Plant::SkipBarrier
+        | Plant::SkipZeroFill
+        | Plant::LogLivePage => Catch::Scenario("no-punch"),
+        Plant::ApplyBeforeLog | Plant::NoExtension | Plant::UnstableLength => Catch::Scenario("growing"),
+        Plant::TailBeforeSync
+        | Plant::EarlyFlush
+        | Plant::HeaderBeforeEntry
+        | Plant::IgnoreFua
+        | Plant::SkipChecksum
+        | Plant::TwinHeaders
+        | Plant::LateMark
+        | Plant::TrustTail => Catch::Scenario("dynamic"),
+        Plant::KeepLaterEntries => Catch::Scenario("chunk-border"),
+        Plant::LateCount => Catch::Scenario("again"),
+        Plant::NoPoison => Catch::Scenario("failed-durable-write"),
+        Plant::NoFlushedOffset => Catch::Test(a_file_that_lost_its_durable_end_is_refused),
+        Plant::LongEntry => Catch::Test(others_can_read_every_entry),
+        Plant::ReplayBeforeTail => Catch::Test(entries_before_the_tail_are_not_replayed),
+    }
+}
+
+/// The promise that breaks with `planted` in place, and the seed that breaks it; none, and what else was seen.
+fn hunt(planted: Plant) -> Result<(u64, String), Vec<String>> {
+    let mut others = Vec::new();
+    for seed in 0..SEEDS {
+        plant(Some(planted));
+        let outcome = catch_unwind(AssertUnwindSafe(|| match catch_for(planted) {
+            Catch::Scenario(name) => {
+                let scenario = scenario(name);
+                run(&scenario, seed, scenario.config.requests, Effort::TEST);
+            }
+            Catch::Test(test) => test(),
+        }));
+        plant(None);
+        if let Err(panic) = outcome {
+            match broken_promise(&*panic) {
+                Some(why) => return Ok((seed, why.to_owned())),
+                None => others.push(message(&*panic).to_owned()),
+            }
+        }
+    }
+    Err(others)
+}
+
+#[test]
+fn every_planted_bug_breaks_a_promise() {
+    let mut missed = Vec::new();
+    for planted in Plant::ALL {
+        match hunt(planted) {
+            Ok((seed, why)) => println!("{planted:?}, seed {seed}: {why}"),
+            Err(others) => missed.push((planted, others)),
+        }
+    }
+    let (all, caught) = (Plant::ALL.len(), Plant::ALL.len() - missed.len());
+    println!("{caught} of {all} planted bugs were caught");
+    assert!(missed.is_empty(), "not caught: {missed:?}");
+}
+
+/// A file that is shorter than it surely was when its newest log entry was written has lost something.
+#[test]
+fn a_file_that_lost_its_durable_end_is_refused() {
+    set_log_unit(LOG_UNIT);
+    let config = Config { requests: 0, ..tiny() };
+    let mut rng = Rng::with_seed(1);
+    let content = new_image(&config, &mut rng);
+    let mut world = World::open(config.clone(), content, config.oracle(), rng);
+    world.request(Op::Write { durable: false }, 0, 4096);
+    world.drain();
+    world.request(Op::Flush, 0, 0);
+    world.drain();
+    let mut file = world.cut_file();
+    open(&config, &file).expect("the whole file opens");
+    file.resize(file.length - (1 << 20));
+    if open(&config, &file).is_ok() {
+        violated("a file that lost its durable end is taken for whole".into());
+    }
+}
+
+/// QEMU reads no entry of more than 126 descriptors.
+#[test]
+fn others_can_read_every_entry() {
+    let mut config = Config::small();
+    config.image.virtual_size = 1 << 40;
+    config.image.log_length = 2 << 20;
+    config.requests = 0;
+    let mut rng = Rng::with_seed(1);
+    let content = new_image(&config, &mut rng);
+    let mut world = World::open(config.clone(), content, config.oracle(), rng);
+    for page in 0..160 {
+        world.request(Op::Write { durable: false }, (page * SLOTS_PER_PAGE) << 20, 4096);
+        world.drain();
+    }
+    let file = world.cut_file();
+    let log = 1 << 20..(1 << 20) + u64::from(config.image.log_length);
+    let mut longest = 0;
+    for (_, page) in file.stored().filter(|(at, page)| log.contains(at) && page.starts_with(b"loge")) {
+        longest = longest.max(u32::from_le_bytes(page[24..28].try_into().expect("four bytes")));
+    }
+    assert!(longest >= 126, "the pages did not fill an entry: {longest}");
+    if longest > 126 {
+        violated(format!("an entry has {longest} descriptors"));
+    }
+}
+
+/// What an entry before the Tail changed may since have become something else.
+#[test]
+fn entries_before_the_tail_are_not_replayed() {
+    set_log_unit(LOG_UNIT);
+    let mut config = tiny();
+    config.image.virtual_size = 600 << 20;
+    let mut rng = Rng::with_seed(1);
+    let disk = SimDisk::new(new_image(&config, &mut rng), true, true, 512);
+    let image = block_on(Image::open(&disk, Mode::Writable, || Uuid::from_u128(1))).expect("a new image");
+    let (bat, length) = (image.layout.bat.offset, image.layout.file_length);
+    let mut header = image.header.header.clone();
+    header.log_guid = Uuid::from_u128(2);
+    let mut page = Box::new([0; 4096]);
+    page[..8].copy_from_slice(&(length | 6).to_le_bytes());
+    let entries = [(1, 0, bat, page), (2, 8192, bat + 4096, Box::new([0; 4096]))];
+    for (sequence_number, tail, file_offset, page) in entries {
+        let entry = NewEntry {
+            sequence_number,
+            tail,
+            log_guid: header.log_guid,
+            flushed_file_offset: length,
+            last_file_offset: length + (1 << 20),
+            changes: &[Change::Data { file_offset, page }],
+        };
+        let place = header.log_offset + (sequence_number - 1) * 8192;
+        block_on(disk.write(place, Buffer::copy_of(&entry.encode()))).expect("room");
+    }
+    header.sequence_number += 1;
+    let slot = header::OFFSETS[image.header.slot ^ 1];
+    block_on(disk.write(slot, Buffer::copy_of(&header.encode()))).expect("room");
+    let replayed = open(&config, &disk.content()).expect("the log is valid");
+    if replayed.map.load(0).entry.0 != 0 {
+        violated("an entry before the Tail was replayed".into());
+    }
+}
+
+fn open(config: &Config, file: &Store) -> vhdx_ublk::error::Result<Image> {
+    let sector = config.image.logical_sector_size;
+    let disk = SimDisk::new(file.clone(), true, config.can_punch, sector);
+    block_on(Image::open(&disk, Mode::Writable, || Uuid::from_u128(3)))
+}
