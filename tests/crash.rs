@@ -60,6 +60,9 @@ const EXERCISED: [&str; 36] = [
 
 fn tell(report: &Report) {
     println!("{}", report.marks);
+    for (name, (distinct, busy)) in &report.scenarios {
+        println!("  {distinct:>12}  distinct images in {busy:>8.1?}: {name}");
+    }
     println!(
         "{} images, {} distinct ones recovered and judged in {} runs, {:.0} distinct ones per second and core",
         report.marks.count("images") + report.marks.count("cuts in a recovery"),

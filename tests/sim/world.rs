@@ -44,7 +44,7 @@ pub struct Config {
 }
 
 /// What goes wrong below the program.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub struct Faults {
     /// One front I/O in so many is told to try again; 0 for none.
     pub again: u32,
@@ -54,6 +54,14 @@ pub struct Faults {
     pub durable_write: bool,
     /// Half of the syncs take long.
     pub slow_syncs: bool,
+    /// One front I/O in so many takes long.
+    pub slow_io: u32,
+}
+
+impl Faults {
+    /// Nothing fails; what is slow now and then is ordinary.
+    pub const NONE: Self =
+        Self { again: 0, sync: false, durable_write: false, slow_syncs: false, slow_io: 6 };
 }
 
 impl Config {
@@ -83,7 +91,7 @@ impl Config {
             requests: 120,
             blocks: (0..7).collect(),
             width: WATCHED,
-            faults: Faults::default(),
+            faults: Faults::NONE,
             weights: Self::ALL_KINDS,
         }
     }
@@ -120,6 +128,7 @@ struct Host {
 struct SimPort<'a> {
     index: usize,
     disk: &'a SimDisk,
+    slow_io: u32,
     rng: &'a mut Rng,
     to_engine: &'a mut VecDeque<ToEngine>,
     buffers: &'a mut [Vec<u8>],
@@ -139,7 +148,7 @@ impl Port for SimPort<'_> {
             FileOp::WriteZeros => Effect::Write { offset, bytes: Rc::new(vec![0; length]), durable: false },
             FileOp::ZeroRange | FileOp::PunchHole => Effect::Zero { offset, length: length as u64 },
         };
-        let slow = self.rng.u32(..6) == 0;
+        let slow = self.rng.u32(..self.slow_io) == 0;
         self.disk.issue(Owner::Front(self.index, piece), effect, slow);
     }
 
@@ -623,6 +632,7 @@ impl World {
         let mut port = SimPort {
             index,
             disk: &self.disk,
+            slow_io: self.config.faults.slow_io,
             rng: &mut self.rng,
             to_engine: &mut host.to_engine,
             buffers: &mut host.buffers,
