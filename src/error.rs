@@ -124,6 +124,14 @@ impl Error {
         self.0.kind
     }
 
+    /// What was found and what was expected, without its place, and the cause beneath.
+    pub fn message(&self) -> String {
+        match &self.0.source {
+            Some(source) => format!("{}: {source}", self.0.message),
+            None => self.0.message.clone(),
+        }
+    }
+
     /// The operating system's error number beneath, if there is one.
     pub fn os_error(&self) -> Option<i32> {
         self.0.source.as_ref()?.downcast_ref::<std::io::Error>()?.raw_os_error()

@@ -120,6 +120,11 @@ impl BatEntry {
         }
     }
 
+    /// Whether the state is 5, which only images of the format's beta may have.
+    pub const fn is_beta_unmapped(self) -> bool {
+        self.0 & STATE_MASK == 5
+    }
+
     /// The state of a sector bitmap block; none for a reserved one.
     pub const fn bitmap_state(self) -> Option<BitmapState> {
         match self.0 & STATE_MASK {
@@ -461,6 +466,7 @@ mod tests {
             let entry = BatEntry(word);
             prop_assert_eq!(entry.offset() | entry.reserved_bits() | (word & 7), word);
             prop_assert_eq!(entry.payload_state().is_none(), word & 7 == 4);
+            prop_assert_eq!(entry.is_beta_unmapped(), word & 7 == 5);
             prop_assert_eq!(entry.bitmap_state().is_some(), matches!(word & 7, 0 | 6));
             prop_assert_eq!(BatEntry::read(entry.write()), entry);
         }

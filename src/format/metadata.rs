@@ -247,6 +247,24 @@ impl Table {
         Self::new(raw.iter().map(Entry::from_raw).collect(), region_length)
     }
 
+    /// The bytes of a table with its reserved fields and bits zeroed; none if they are zero already. Nothing
+    /// else changes: what lies behind the last entry stays.
+    ///
+    /// # Panics
+    /// If the bytes are not a table that [`Table::parse`] has accepted.
+    pub fn without_reserved(table: &[u8]) -> Option<Vec<u8>> {
+        let mut bytes = table[..TABLE_SIZE].to_vec();
+        let (head, rest) = RawTable::mut_from_prefix(&mut bytes).expect("TABLE_SIZE bytes hold the head");
+        (head.reserved, head.reserved_2) = (U16::new(0), [0; 20]);
+        let count = usize::from(head.entry_count.get());
+        let (entries, _) = <[RawEntry]>::mut_from_prefix_with_elems(rest, count).expect("2047 entries fit");
+        for entry in entries {
+            entry.flags = U32::new(entry.flags.get() & (IS_USER | IS_VIRTUAL_DISK | IS_REQUIRED));
+            entry.reserved = U32::new(0);
+        }
+        (bytes != table[..TABLE_SIZE]).then_some(bytes)
+    }
+
     /// Every item, in the table's order.
     pub fn entries(&self) -> &[Entry] {
         &self.entries
@@ -606,6 +624,22 @@ mod tests {
         assert_eq!(Metadata { leave_blocks_allocated: true, ..dynamic() }.kind(), DiskType::Fixed);
         assert_eq!(child().kind(), DiskType::Differencing);
         assert_eq!(Metadata { leave_blocks_allocated: true, ..child() }.kind(), DiskType::Differencing);
+    }
+
+    #[test]
+    fn reserved_fields_are_zeroed_and_nothing_else() {
+        let good = child().encode_region();
+        assert_eq!(Table::without_reserved(&good), None);
+        for at in [8, 12, 31, 32 + 27, 32 + 5 * 32 + 31] {
+            let mended = Table::without_reserved(&patched(at, &[0x80])).expect("something to mend");
+            assert!(mended == good[..TABLE_SIZE], "byte {at}");
+        }
+        let behind = patched(32 + 6 * 32 + 28, &[0x80]);
+        assert_eq!(
+            Table::without_reserved(&behind),
+            None,
+            "what lies behind the last entry is not part of it"
+        );
     }
 
     #[test]

@@ -283,6 +283,27 @@ pub fn current(copies: [&[u8]; 2]) -> Result<CurrentTable> {
     Ok(CurrentTable { table: RegionTable::from_intact(bytes, copy)?, copies })
 }
 
+/// An intact copy with its reserved fields and bits zeroed, sealed anew; none if they are zero already.
+/// Nothing else changes: what lies behind the last entry stays.
+///
+/// # Panics
+/// If the copy is not one that [`current`] has accepted.
+pub fn without_reserved(copy: &[u8]) -> Option<Vec<u8>> {
+    let mut bytes = intact(copy).expect("the copy was accepted").to_vec();
+    let (head, rest) = RawTable::mut_from_prefix(&mut bytes).expect("SIZE bytes hold the head");
+    head.reserved = U32::new(0);
+    let count = usize::try_from(head.entry_count.get()).expect("64-bit hosts only");
+    let (entries, _) = <[RawEntry]>::mut_from_prefix_with_elems(rest, count).expect("2047 entries fit");
+    for entry in entries {
+        entry.required = U32::new(entry.required.get() & REQUIRED);
+    }
+    if bytes == copy {
+        return None;
+    }
+    checksum::seal(&mut bytes);
+    Some(bytes)
+}
+
 /// The copy, if signature and checksum say there is one.
 fn intact(copy: &[u8]) -> std::result::Result<&[u8], Damage> {
     checksum::verify(copy, SIZE, SIGNATURE)
@@ -322,6 +343,16 @@ mod tests {
         let mut bytes = sample().encode();
         patch(&mut bytes, at, with);
         bytes
+    }
+
+    #[test]
+    fn reserved_fields_are_zeroed_and_nothing_else() {
+        assert_eq!(without_reserved(&sample().encode()), None);
+        for at in [12, 15, 16 + 29, 16 + 32 + 31, 16 + 64 + 30] {
+            assert_eq!(without_reserved(&patched(at, &[0x80])), Some(sample().encode()), "byte {at}");
+        }
+        let behind = patched(16 + 3 * 32 + 28, &[0x80]);
+        assert_eq!(without_reserved(&behind), None, "what lies behind the last entry is not part of it");
     }
 
     #[test]

@@ -197,13 +197,13 @@ pub fn payload_extent(entry: BatEntry, geometry: &Geometry) -> Option<Extent> {
 }
 
 /// A file as its readers shall see it: the replayed log lies over it.
-struct View<'a, D> {
-    disk: &'a D,
-    overlay: Option<&'a Overlay>,
+pub(super) struct View<'a, D> {
+    pub(super) disk: &'a D,
+    pub(super) overlay: Option<&'a Overlay>,
 }
 
 impl<D: Disk> View<'_, D> {
-    async fn read(&self, structure: &'static str, offset: u64, length: usize) -> Result<Buffer> {
+    pub(super) async fn read(&self, structure: &'static str, offset: u64, length: usize) -> Result<Buffer> {
         let result = self.disk.read(offset, length).await;
         let mut bytes =
             result.map_err(|error| Error::io("reading", error).in_structure(structure).at(offset))?;
@@ -216,7 +216,7 @@ impl<D: Disk> View<'_, D> {
 
 impl<D: Disk> View<'_, D> {
     /// The first page at `offset` or behind it that may hold anything but zeros.
-    async fn next_stored(&self, offset: u64) -> Result<Option<u64>> {
+    pub(super) async fn next_stored(&self, offset: u64) -> Result<Option<u64>> {
         if self.overlay.is_some() {
             return Ok(Some(offset));
         }
@@ -226,24 +226,30 @@ impl<D: Disk> View<'_, D> {
     }
 }
 
-async fn file_length<D: Disk>(disk: &D) -> Result<u64> {
+pub(super) async fn file_length<D: Disk>(disk: &D) -> Result<u64> {
     disk.length().await.map_err(|error| Error::io("asking for the file's length", error))
 }
 
 /// How many of `wanted` bytes at `offset` a file of `file_length` bytes has.
-fn present(offset: u64, wanted: usize, file_length: u64) -> usize {
+pub(super) fn present(offset: u64, wanted: usize, file_length: u64) -> usize {
     usize::try_from(file_length.saturating_sub(offset)).unwrap_or(usize::MAX).min(wanted)
 }
 
-async fn read_headers<D: Disk>(file: &View<'_, D>, file_length: u64) -> Result<Current> {
+/// The bytes of both headers, fewer where the file ends.
+pub(super) async fn read_header_slots<D: Disk>(file: &View<'_, D>, file_length: u64) -> Result<[Vec<u8>; 2]> {
     let first = file.read("header 1", header::OFFSETS[0], header::SIZE).await?;
     let second = file.read("header 2", header::OFFSETS[1], header::SIZE).await?;
     let [first_bytes, second_bytes] =
         header::OFFSETS.map(|offset| present(offset, header::SIZE, file_length));
-    header::current([&first[..first_bytes], &second[..second_bytes]])
+    Ok([first[..first_bytes].to_vec(), second[..second_bytes].to_vec()])
 }
 
-fn check_log_place(header: &Current, file_length: u64) -> Result<()> {
+async fn read_headers<D: Disk>(file: &View<'_, D>, file_length: u64) -> Result<Current> {
+    let [first, second] = read_header_slots(file, file_length).await?;
+    header::current([&first, &second])
+}
+
+pub(super) fn check_log_place(header: &Current, file_length: u64) -> Result<()> {
     let end = header.header.log_offset + u64::from(header.header.log_length);
     if end > file_length {
         return Err(truncated("log", header.header.log_offset, end, file_length));
@@ -251,7 +257,7 @@ fn check_log_place(header: &Current, file_length: u64) -> Result<()> {
     Ok(())
 }
 
-fn truncated(structure: &'static str, offset: u64, end: u64, file_length: u64) -> Error {
+pub(super) fn truncated(structure: &'static str, offset: u64, end: u64, file_length: u64) -> Error {
     let message = format!("ends at byte {end}, the file has only {file_length} bytes");
     Error::new(Kind::Truncated, message)
         .in_structure(structure)
@@ -271,7 +277,7 @@ async fn read_regions<D: Disk>(file: &View<'_, D>, file_length: u64) -> Result<C
     Ok(regions)
 }
 
-async fn read_metadata<D: Disk>(file: &View<'_, D>, region: Region) -> Result<Metadata> {
+pub(super) async fn read_metadata<D: Disk>(file: &View<'_, D>, region: Region) -> Result<Metadata> {
     let bytes = file.read("metadata table", region.offset, metadata::TABLE_SIZE).await?;
     let table = metadata::Table::parse(&bytes, region.length).map_err(|error| error.at(region.offset))?;
     let mut items = Vec::new();
@@ -290,7 +296,7 @@ async fn read_metadata<D: Disk>(file: &View<'_, D>, region: Region) -> Result<Me
 }
 
 /// How much of the BAT is read at a time.
-const BAT_CHUNK_BYTES: u64 = 1 << 20;
+pub(super) const BAT_CHUNK_BYTES: u64 = 1 << 20;
 
 async fn read_bat<D: Disk>(
     file: &View<'_, D>,
@@ -406,6 +412,6 @@ fn check_overlay(overlay: &Overlay, space: &Space, layout: &Layout, regions: &Cu
     Ok(())
 }
 
-fn extent_of(region: Region) -> Extent {
+pub(super) fn extent_of(region: Region) -> Extent {
     Extent { offset: region.offset, length: region.length.into() }
 }

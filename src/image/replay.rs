@@ -116,10 +116,10 @@ async fn update<D: Disk>(disk: &D, headers: &mut Headers, change: impl FnOnce(&m
     Ok(())
 }
 
-async fn sync<D: Disk>(disk: &D) -> Result<()> {
+pub(super) async fn sync<D: Disk>(disk: &D) -> Result<()> {
     disk.sync().await.map_err(|error| Error::io("syncing the image", error))
 }
 
-async fn length_of<D: Disk>(disk: &D) -> Result<u64> {
+pub(super) async fn length_of<D: Disk>(disk: &D) -> Result<u64> {
     disk.length().await.map_err(|error| Error::io("asking for the file's length", error))
 }

@@ -103,6 +103,33 @@ impl Space {
         Ok(())
     }
 
+    /// Marks all of `extent` as used, whatever was there; returns the first byte that was used already.
+    /// It starts in the file: past the map's limit it reaches by a block at most.
+    pub fn claim(&mut self, extent: Extent) -> Option<u64> {
+        assert!(extent.offset <= MAX_FILE_BYTES, "the file was measured before");
+        self.used.reach(extent.end() / MIB);
+        self.known_zero.reach(extent.end() / MIB);
+        let mut shared = None;
+        for unit in extent.units() {
+            if self.used.get(unit) {
+                shared.get_or_insert(unit * MIB);
+            }
+            self.used.set(unit, true);
+        }
+        shared
+    }
+
+    /// The runs of free MiB between used ones, ascending.
+    pub fn free_runs(&self) -> impl Iterator<Item = Extent> {
+        let end = self.used_end() / MIB;
+        let mut from = 1;
+        std::iter::from_fn(move || {
+            let start = self.used.next_clear(from, end)?;
+            from = self.used.next_set(start)?;
+            Some(Extent { offset: start * MIB, length: (from - start) * MIB })
+        })
+    }
+
     /// Takes the lowest free run of `length` bytes, if the file has one.
     pub fn take(&mut self, length: u64) -> Option<Grant> {
         let count = length / MIB;
@@ -211,6 +238,17 @@ impl Bits {
         Some(word as u64 * 64 + 63 - u64::from(self.0[word].leading_zeros()))
     }
 
+    /// The first set bit at `from` or behind it.
+    fn next_set(&self, from: u64) -> Option<u64> {
+        let first = *self.0.get(word_of(from))? >> (from % 64);
+        if first != 0 {
+            return Some(from + u64::from(first.trailing_zeros()));
+        }
+        let behind = word_of(from) + 1;
+        let word = behind + self.0.get(behind..)?.iter().position(|word| *word != 0)?;
+        Some(word as u64 * 64 + u64::from(self.0[word].trailing_zeros()))
+    }
+
     /// The first clear bit in `from..end`.
     fn next_clear(&self, from: u64, end: u64) -> Option<u64> {
         let mut bit = from;
@@ -277,6 +315,26 @@ mod tests {
         space.occupy(extent(164, 36), "payload block").expect("free");
         assert!(space.occupy(extent(0, 1), "payload block").is_err(), "the header section is used");
         assert_eq!(space.used_end(), 200 * MIB);
+    }
+
+    #[test]
+    fn a_claim_marks_everything_and_tells_what_it_shares() {
+        let mut space = Space::new(300 * MIB).expect("small");
+        assert_eq!(space.claim(extent(100, 10)), None);
+        assert_eq!(space.claim(extent(90, 30)), Some(100 * MIB));
+        assert_eq!(space.claim(extent(0, 1)), Some(0), "the header section is used");
+        assert!(space.is_used(90 * MIB..91 * MIB) && space.is_used(119 * MIB..120 * MIB));
+    }
+
+    #[test]
+    fn free_runs_lie_between_used_ones() {
+        let mut space = Space::new(1000 * MIB).expect("small");
+        assert_eq!(space.free_runs().count(), 0, "what lies behind the last used MiB is a tail");
+        for used in [extent(3, 60), extent(64, 1), extent(640, 2)] {
+            assert_eq!(space.claim(used), None);
+        }
+        let found: Vec<Extent> = space.free_runs().collect();
+        assert_eq!(found, [extent(1, 2), extent(63, 1), extent(65, 575)]);
     }
 
     #[test]

@@ -52,7 +52,8 @@ impl Store {
 
     /// Where the next stored byte may lie, at `offset` or behind it.
     pub fn next_stored(&self, offset: u64) -> Option<u64> {
-        self.pages.range(offset / PAGE..).next().map(|(page, _)| (page * PAGE).max(offset))
+        let found = self.pages.range(offset / PAGE..).next().map(|(page, _)| (page * PAGE).max(offset));
+        found.filter(|found| *found < self.length)
     }
 
     /// Writes; what lies past the end is dropped, as a file system drops it.

@@ -14,7 +14,7 @@ use vhdx_ublk::engine::port::{FileIo, FileOp, PieceId, Port};
 use vhdx_ublk::engine::shared::Shared;
 use vhdx_ublk::engine::{Counters, Engine, Fronts};
 use vhdx_ublk::format::bat::{BatEntry, PayloadState};
-use vhdx_ublk::image::{FoundLog, Image, InitialState, Layout, Mode, NewImage};
+use vhdx_ublk::image::{FoundLog, Image, InitialState, Layout, Mode, NewImage, check};
 
 use super::disk::{EAGAIN, EIO, Effect, FrontDone, Owner, Profile, SimDisk};
 use super::judge::{Effort, Judge};
@@ -712,6 +712,10 @@ pub fn check_recovery(
         return Err("the headers name a log that has no entry: others call that corrupt".into());
     }
     activation.replays += u64::from(image.found_log != FoundLog::Clean);
+    let report = block_on(check(&disk)).map_err(|error| error.to_string())?;
+    if report.corruptions > 0 || !report.complete {
+        return Err(format!("not sound after recovery: {:?}", report.findings));
+    }
     let recovered = disk.content();
     let touched: Vec<u64> = oracle.touched().collect();
     for sector in touched {

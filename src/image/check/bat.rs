@@ -1,0 +1,227 @@
+//! The BAT, entry by entry.
+
+use super::super::open::{BAT_CHUNK_BYTES, View};
+use super::super::payload_extent;
+use super::super::space::{Extent, Space};
+use super::{Examination, Finding};
+use crate::disk::{Disk, PAGE_BYTES};
+use crate::error::Result;
+use crate::format::bat::{BITMAP_BLOCK_SIZE, BatEntry, BitmapState, ENTRY_SIZE, Geometry, PayloadState};
+use crate::format::metadata::{DiskType, Metadata};
+use crate::format::region::Region;
+
+const BAT: &str = "BAT";
+
+/// What cannot be repaired, because it may be data.
+const RESTORE: &str = "what the entry should say cannot be told: restore the image from a backup, or copy out \
+                       what is still readable";
+
+/// The walk along the BAT.
+struct Walk<'a> {
+    found: &'a mut Examination,
+    space: &'a mut Space,
+    geometry: Geometry,
+    /// Where the BAT starts, bytes.
+    start: u64,
+    file_length: u64,
+    /// The chunk whose partial blocks have not met their bitmap yet.
+    owed_bitmap: Option<u64>,
+}
+
+impl Examination {
+    /// Examines every entry that the region holds; `false` if those are not all.
+    pub(super) async fn bat<D: Disk>(
+        &mut self,
+        file: &View<'_, D>,
+        metadata: &Metadata,
+        region: Region,
+        file_length: u64,
+        space: &mut Space,
+    ) -> Result<bool> {
+        let Metadata { virtual_size, block_size, logical_sector_size, has_parent, .. } = *metadata;
+        let geometry = Geometry::new(virtual_size, block_size, logical_sector_size, has_parent);
+        self.report.blocks = geometry.block_count();
+        let room = u64::from(region.length).min(file_length.saturating_sub(region.offset));
+        if geometry.bat_length() > room {
+            let what = format!("has {room} bytes, the disk needs {}", geometry.bat_length());
+            self.report.add(Finding::corruption(BAT, region.offset, what));
+        }
+        let slots = geometry.slot_count().min(room / ENTRY_SIZE as u64);
+        let mut walk =
+            Walk { found: self, space, geometry, start: region.offset, file_length, owed_bitmap: None };
+        walk.along(file, slots).await?;
+        walk.settle_bitmap(u64::MAX);
+        let missing = self.report.blocks - self.report.allocated_blocks;
+        if metadata.kind() == DiskType::Fixed && missing > 0 {
+            let what = format!("the image is fixed, and {missing} of its blocks have no space yet");
+            self.report.add(Finding::note(BAT, region.offset, what));
+        }
+        Ok(slots == geometry.slot_count())
+    }
+}
+
+impl Walk<'_> {
+    async fn along<D: Disk>(&mut self, file: &View<'_, D>, slots: u64) -> Result<()> {
+        let end = slots * ENTRY_SIZE as u64;
+        let mut done = 0;
+        while let Some(next) = file.next_stored(self.start + done).await? {
+            // What lies between is a hole: entries that are all zero, and those are always right.
+            done = next - self.start;
+            if done >= end {
+                break;
+            }
+            let length = (end - done).min(BAT_CHUNK_BYTES).next_multiple_of(PAGE_BYTES as u64);
+            let length = usize::try_from(length).expect("at most 1 MiB");
+            let bytes = file.read(BAT, self.start + done, length).await?;
+            let first = done / ENTRY_SIZE as u64;
+            for (slot, word) in (first..slots).zip(bytes.as_chunks::<ENTRY_SIZE>().0) {
+                let entry = BatEntry::read(*word);
+                if entry.0 != 0 {
+                    self.entry(slot, entry);
+                }
+            }
+            done += length as u64;
+        }
+        Ok(())
+    }
+
+    fn entry(&mut self, slot: u64, entry: BatEntry) {
+        match self.geometry.block_of_slot(slot) {
+            Some(block) => self.payload(slot, block, entry),
+            None if !self.geometry.is_bitmap_slot(slot) => {}
+            None if self.geometry.is_differencing() => self.bitmap(slot, entry),
+            None => {
+                let what = format!("slot {slot} has a sector bitmap, which an image without parent has not");
+                self.mend(slot, Finding::note(BAT, self.place(slot), what), BatEntry::not_present());
+            }
+        }
+    }
+
+    fn payload(&mut self, slot: u64, block: u64, entry: BatEntry) {
+        let Some(state) = entry.payload_state() else {
+            return self.beyond_repair(slot, format!("block {block} has the reserved state 4"));
+        };
+        if matches!(state, PayloadState::FullyPresent | PayloadState::PartiallyPresent) {
+            self.found.report.allocated_blocks += 1;
+        }
+        if state == PayloadState::PartiallyPresent {
+            if !self.geometry.is_differencing() {
+                let what = format!("block {block} is partially present, in an image without parent");
+                return self.beyond_repair(slot, what);
+            }
+            self.owe_bitmap(self.geometry.chunk_of_block(block));
+        }
+        if let Some(extent) = payload_extent(entry, &self.geometry)
+            && !self.place_block(slot, &format!("block {block}"), extent, self.needed_bytes(block))
+        {
+            return;
+        }
+        let places = !matches!(state, PayloadState::NotPresent | PayloadState::Zero);
+        let mended = BatEntry(if places { entry.offset() } else { 0 } | state as u64);
+        let finding = |what: String| Finding::corruption(BAT, self.place(slot), what);
+        let finding = if entry.reserved_bits() != 0 {
+            finding(format!("block {block} has reserved bits {:#x} set", entry.reserved_bits()))
+        } else if entry.is_beta_unmapped() {
+            finding(format!("block {block} has state 5, which only the format's beta had: unmapped"))
+        } else if mended != entry {
+            let what =
+                format!("block {block} has no data, and names byte {}: Windows refuses", entry.offset());
+            Finding::note(BAT, self.place(slot), what)
+        } else {
+            return;
+        };
+        self.mend(slot, finding, mended);
+    }
+
+    fn bitmap(&mut self, slot: u64, entry: BatEntry) {
+        let chunk = slot / (self.geometry.chunk_ratio() + 1);
+        let Some(state) = entry.bitmap_state() else {
+            return self
+                .beyond_repair(slot, format!("the sector bitmap of chunk {chunk} has a reserved state"));
+        };
+        let mut mended = BatEntry::not_present();
+        if state == BitmapState::Present {
+            self.settle_bitmap(chunk);
+            self.owed_bitmap = None;
+            let extent = Extent { offset: entry.offset(), length: BITMAP_BLOCK_SIZE };
+            let who = format!("the sector bitmap of chunk {chunk}");
+            if !self.place_block(slot, &who, extent, BITMAP_BLOCK_SIZE) {
+                return;
+            }
+            mended = BatEntry(entry.offset() | BitmapState::Present as u64);
+        }
+        if entry.reserved_bits() != 0 {
+            let what = format!("the sector bitmap of chunk {chunk} has reserved bits set");
+            self.mend(slot, Finding::corruption(BAT, self.place(slot), what), mended);
+        } else if mended != entry {
+            let what = format!("the sector bitmap of chunk {chunk} is absent, and has a place");
+            self.mend(slot, Finding::note(BAT, self.place(slot), what), mended);
+        }
+    }
+
+    /// Whether the extent that `who` names is in the file and its own. `needed` are its bytes that hold
+    /// something.
+    fn place_block(&mut self, slot: u64, who: &str, extent: Extent, needed: u64) -> bool {
+        let Extent { offset, length } = extent;
+        let file_length = self.file_length;
+        if offset >= file_length {
+            self.beyond_repair(
+                slot,
+                format!("{who} lies at byte {offset}, the file has {file_length} bytes"),
+            );
+            return false;
+        }
+        if let Some(shared) = self.space.claim(extent) {
+            let owner = self.found.rival(extent, shared);
+            self.beyond_repair(slot, format!("{who}, at byte {offset}, shares byte {shared} with {owner}"));
+            return false;
+        }
+        if offset + needed > file_length {
+            let what =
+                format!("{who} needs the file up to byte {}, it ends at {file_length}", offset + needed);
+            self.beyond_repair(slot, what);
+            return false;
+        }
+        if offset + length > file_length {
+            let what =
+                format!("the file ends inside {who}, behind the disk's end; the next writer completes it");
+            self.found.report.add(Finding::note(BAT, self.place(slot), what));
+        }
+        true
+    }
+
+    /// Bytes of a block that are bytes of the disk.
+    fn needed_bytes(&self, block: u64) -> u64 {
+        let start = block * self.geometry.block_size();
+        (self.geometry.virtual_size() - start).min(self.geometry.block_size())
+    }
+
+    /// Blocks of `chunk` are partial: its bitmap must come.
+    fn owe_bitmap(&mut self, chunk: u64) {
+        self.settle_bitmap(chunk);
+        self.owed_bitmap = Some(chunk);
+    }
+
+    /// The walk has reached `chunk`: no bitmap of an earlier one will come any more.
+    fn settle_bitmap(&mut self, chunk: u64) {
+        if let Some(owed) = self.owed_bitmap.take_if(|owed| *owed < chunk) {
+            let what = format!("chunk {owed} has partially present blocks, and no sector bitmap");
+            self.beyond_repair(self.geometry.bitmap_slot(owed), what);
+        }
+    }
+
+    fn beyond_repair(&mut self, slot: u64, what: String) {
+        self.found.report.add(Finding::corruption(BAT, self.place(slot), what).remedy(RESTORE));
+    }
+
+    fn mend(&mut self, slot: u64, finding: Finding, mended: BatEntry) {
+        let finding = finding.mended_by("is written without it: every reader reads on as before");
+        self.found.report.add(finding);
+        self.found.patch(self.place(slot), &mended.write());
+    }
+
+    /// Where the slot lies in the file, bytes.
+    fn place(&self, slot: u64) -> u64 {
+        self.start + slot * ENTRY_SIZE as u64
+    }
+}

@@ -1,0 +1,230 @@
+//! Promise defended here: a repair never loses or changes data, wherever the power is cut in it; an image that
+//! opened before opens at every such moment; and repairing again ends what was begun.
+
+#[allow(dead_code, reason = "the simulator serves several tests, none of which needs all of it")]
+mod sim;
+
+use fastrand::Rng;
+use sim::disk::{Profile, SimDisk};
+use sim::store::Store;
+use sim::tasks::{SimTasks, block_on};
+use sim::world::{Config, new_image};
+use uuid::Uuid;
+use vhdx_ublk::format::log::{Change, NewEntry};
+use vhdx_ublk::image::{Image, LogFound, Mode, Repair, Report, check, payload_extent, repair};
+
+const MIB: u64 = 1 << 20;
+
+/// Where a new image of the small configuration has things.
+const HEADERS: [u64; 2] = [64 << 10, 128 << 10];
+const REGION_TABLES: [u64; 2] = [192 << 10, 256 << 10];
+const LOG: u64 = MIB;
+const METADATA: u64 = 2 * MIB;
+const BAT: u64 = 3 * MIB;
+
+const ZERO: u64 = 2;
+const BETA_UNMAPPED: u64 = 5;
+const PRESENT: u64 = 6;
+const RESERVED: u64 = 1 << 9;
+
+/// Blocks of the small configuration, the last one partial.
+const BLOCKS: u64 = 7;
+
+/// Cuts per moment and profile.
+const CUTS: usize = 3;
+
+const LOG_GUID: Uuid = Uuid::from_u128(0xfeed);
+
+/// An image with two blocks, a leak between them and an unused tail.
+fn image() -> Store {
+    let mut store = new_image(&Config::small(), &mut Rng::with_seed(1));
+    assert_eq!(store.length, BAT + MIB, "the layout is the one this test knows");
+    store.resize(16 * MIB);
+    entry(&mut store, 0, (6 * MIB) | PRESENT);
+    entry(&mut store, 1, (4 * MIB) | PRESENT);
+    for (place, byte) in [(4, 0x44), (5, 0x55), (6, 0x66), (8, 0x88), (9, 0x99)] {
+        store.write(place * MIB, &vec![byte; 1 << 20]);
+    }
+    store
+}
+
+fn entry(store: &mut Store, block: u64, word: u64) {
+    store.write(BAT + 8 * block, &word.to_le_bytes());
+}
+
+/// Damages one bit.
+fn flip(store: &mut Store, at: u64) {
+    let mut byte = [0];
+    store.read(at, &mut byte);
+    store.write(at, &[byte[0] ^ 1]);
+}
+
+/// Both headers name a log; their checksums are renewed.
+fn name_log(store: &mut Store) {
+    for at in HEADERS {
+        let mut header = vec![0; 4096];
+        store.read(at, &mut header);
+        header[48..64].copy_from_slice(&LOG_GUID.to_bytes_le());
+        header[4..8].fill(0);
+        let checksum = crc32c::crc32c(&header);
+        header[4..8].copy_from_slice(&checksum.to_le_bytes());
+        store.write(at, &header);
+    }
+}
+
+/// One entry to replay, which makes block 2 present at 8 MiB.
+fn dirty_log(store: &mut Store) {
+    let mut page = Box::new([0; 4096]);
+    store.read(BAT, &mut page[..]);
+    page[16..24].copy_from_slice(&((8 * MIB) | PRESENT).to_le_bytes());
+    let changes = [Change::Data { file_offset: BAT, page }];
+    let entry = NewEntry {
+        sequence_number: 9,
+        tail: 0,
+        log_guid: LOG_GUID,
+        flushed_file_offset: 4 * MIB,
+        last_file_offset: 9 * MIB,
+        changes: &changes,
+    };
+    store.write(LOG, &entry.encode());
+    name_log(store);
+}
+
+/// Opens an image, replaying its log, and reads some sectors of each block.
+fn data(store: &Store) -> Vec<Vec<u8>> {
+    let disk = SimDisk::new(store.clone(), true, true, 512);
+    let mut rng = Rng::with_seed(2);
+    let image = block_on(Image::open(&disk, Mode::Writable, || Uuid::from_u128(rng.u128(1..))));
+    let image = image.unwrap_or_else(|error| panic!("it does not open: {error}"));
+    let content = disk.content();
+    let block = |block: u64| {
+        let mut bytes = vec![0; 3 * 512];
+        if let Some(extent) = payload_extent(image.map.load(block).entry, image.map.geometry()) {
+            for (sector, at) in bytes.chunks_mut(512).zip([0, 77 * 4096, MIB - 512]) {
+                content.read(extent.offset + at, sector);
+            }
+        }
+        bytes
+    };
+    (0..BLOCKS).map(block).collect()
+}
+
+fn checked(store: &Store) -> Report {
+    block_on(check(&SimDisk::new(store.clone(), true, true, 512))).expect("an image")
+}
+
+fn repaired(store: &Store, seed: u64) -> (Repair, Store) {
+    let disk = SimDisk::new(store.clone(), true, true, 512);
+    let mut rng = Rng::with_seed(seed);
+    let outcome = block_on(repair(&disk, || Uuid::from_u128(rng.u128(1..)))).expect("a repair");
+    (outcome, disk.content())
+}
+
+/// Repairs `damaged` step by step and cuts the power at each one; `judge` sees every file that may be left.
+fn cut_everywhere(damaged: &Store, mut judge: impl FnMut(&Store, &mut Rng)) -> Store {
+    let disk = SimDisk::new(damaged.clone(), false, true, 512);
+    let tasks = SimTasks::default();
+    let (mut rng, mut guids) = (Rng::with_seed(3), Rng::with_seed(4));
+    let on = disk.clone();
+    let result = tasks.start(async move { repair(&on, || Uuid::from_u128(guids.u128(1..))).await });
+    let mut steps = 0;
+    while tasks.ready() > 0 {
+        tasks.run(0);
+        for profile in Profile::ALL {
+            for _ in 0..CUTS {
+                judge(&disk.cut(profile, &mut rng), &mut rng);
+            }
+        }
+        if let Some(place) = disk.places(false, true).first() {
+            disk.complete(*place);
+        }
+        steps += 1;
+        assert!(steps < 10_000, "the repair does not end");
+    }
+    let outcome = result.take().expect("it has ended").expect("a repair");
+    assert!(outcome.before.repairable > 0 && steps > 20, "nothing was repaired: {outcome:?}");
+    assert_eq!((outcome.after.corruptions, outcome.after.leaks), (0, 0), "{:?}", outcome.after.findings);
+    disk.content()
+}
+
+/// What every reader accepts stays open to it at every moment, with the same data.
+#[test]
+fn an_image_that_opens_goes_on_opening() {
+    let mut damaged = image();
+    entry(&mut damaged, 3, (12 * MIB) | ZERO);
+    dirty_log(&mut damaged);
+    flip(&mut damaged, HEADERS[0] + 999);
+    flip(&mut damaged, REGION_TABLES[0] + 999);
+    let expected = data(&damaged);
+    assert_eq!((expected[0][0], expected[1][0], expected[2][0]), (0x66, 0x44, 0x88));
+    let mut cuts = 0;
+    let after = cut_everywhere(&damaged, |cut, _| {
+        assert!(data(cut) == expected, "other data after a cut");
+        cuts += 1;
+    });
+    assert!(data(&after) == expected && after.length == 9 * MIB);
+    println!("{cuts} cuts");
+}
+
+/// Faults of every kind at once, some of which no reader accepts: repairing again always ends well.
+#[test]
+fn a_repair_that_was_cut_short_is_ended_by_the_next() {
+    let mut damaged = image();
+    flip(&mut damaged, HEADERS[1] + 999);
+    flip(&mut damaged, REGION_TABLES[1] + 999);
+    flip(&mut damaged, METADATA + 8);
+    entry(&mut damaged, 0, (6 * MIB) | RESERVED | PRESENT);
+    entry(&mut damaged, 4, (9 * MIB) | BETA_UNMAPPED);
+    entry(&mut damaged, 5, RESERVED | ZERO);
+    let (outcome, whole) = repaired(&damaged, 5);
+    assert_eq!((outcome.before.corruptions, outcome.before.beyond_repair), (6, 0), "{outcome:?}");
+    let expected = data(&whole);
+    assert_eq!((expected[0][0], expected[1][0], expected[4][0]), (0x66, 0x44, 0x99));
+    cut_everywhere(&damaged, |cut, rng| {
+        let (outcome, again) = repaired(cut, rng.u64(..));
+        assert_eq!(outcome.before.beyond_repair, 0, "{:?}", outcome.before.findings);
+        assert_eq!((outcome.after.corruptions, outcome.after.leaks), (0, 0), "{:?}", outcome.after.findings);
+        assert!(data(&again) == expected, "other data after a cut and a second repair");
+    });
+}
+
+/// A log that was never written is declared empty at one stroke.
+#[test]
+fn a_virgin_log_is_cleared() {
+    let mut damaged = image();
+    name_log(&mut damaged);
+    assert_eq!(checked(&damaged).log, LogFound::Virgin);
+    let expected = data(&damaged);
+    let after = cut_everywhere(&damaged, |cut, _| {
+        let report = checked(cut);
+        assert!(matches!(report.log, LogFound::Virgin | LogFound::Clean), "{report:?}");
+        assert!(data(cut) == expected, "other data after a cut");
+    });
+    assert_eq!(checked(&after).findings, []);
+}
+
+/// An image with a fault beyond repair keeps its free space: the fault may hide a block in it.
+#[test]
+fn space_is_kept_while_a_fault_is_left() {
+    let mut damaged = image();
+    entry(&mut damaged, 3, (5 * MIB) | 4);
+    flip(&mut damaged, REGION_TABLES[1] + 999);
+    let (outcome, after) = repaired(&damaged, 6);
+    assert_eq!((outcome.before.corruptions, outcome.before.beyond_repair), (2, 1), "{outcome:?}");
+    assert_eq!((outcome.after.corruptions, outcome.after.leaks), (1, 1), "{outcome:?}");
+    assert_eq!((after.length, damaged.length), (16 * MIB, 16 * MIB));
+    let mut bytes = [0; 4];
+    after.read(5 * MIB, &mut bytes);
+    assert_eq!(bytes, [0x55; 4]);
+}
+
+/// What is sound is not touched: no write, no sync, no new GUID.
+#[test]
+fn nothing_is_written_to_a_sound_image() {
+    let store = new_image(&Config::small(), &mut Rng::with_seed(1));
+    let disk = SimDisk::new(store, true, true, 512);
+    let before = disk.activity();
+    block_on(repair(&disk, || panic!("no GUID is needed"))).expect("an image");
+    let after = disk.activity();
+    assert_eq!((after.writes, after.syncs, after.resizes, after.zeroes), (before.writes, before.syncs, 0, 0));
+}
