@@ -15,6 +15,8 @@ use serde_json::Value;
 use tempfile::TempDir;
 use vhdx_ublk::disk::{Access, ImageFile};
 
+#[path = "cli/check.rs"]
+mod check;
 #[path = "cli/damage.rs"]
 mod damage;
 
@@ -346,7 +348,7 @@ fn wrong_usage_exits_with_2() {
         run(wrong).misused();
     }
     assert!(run(&["--help"]).succeeded().contains("vhdx-ublk create disk.vhdx --size 10G"));
-    for command in ["add", "del", "list", "create", "info", "features"] {
+    for command in ["add", "del", "list", "create", "info", "check", "features"] {
         let help = run(&[command, "--help"]).succeeded();
         assert!(help.contains("Exit status:") && !help.contains("--serve"), "{help}");
     }
@@ -497,7 +499,7 @@ fn only_regular_files_are_images() {
 fn what_is_missing_is_said_to_be() {
     let bench = Bench::new();
     let image = bench.path("no/such.vhdx");
-    for command in ["info", "add"] {
+    for command in ["info", "add", "check"] {
         let message = on(command, &image, &[]).failed(1);
         assert!(message.contains("such.vhdx") && message.contains("No such file"), "{message}");
     }

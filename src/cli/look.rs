@@ -48,16 +48,23 @@ pub struct Seen {
 /// Whatever is wrong with the file or the image. A contradiction in an image that is in use counts only if it
 /// is there every time.
 pub fn look(path: &Path) -> Result<Seen> {
-    match ImageFile::open(path, Access::ReadOnly, Duration::ZERO) {
-        Ok(locked) => {
-            let same = locked.as_fd().try_clone_to_owned();
-            let same =
-                same.map_err(|error| Error::io("duplicating the image's descriptor", error).file(path))?;
-            see(File::from(same), path, false)
-        }
+    match lock_for_reading(path) {
+        Ok((disk, _lock)) => see(&disk, path, false),
         Err(error) if error.kind() == Kind::InUse => look_past_a_writer(path),
         Err(error) => Err(error),
     }
+}
+
+/// The image at `path`, which nobody writes to while the second value lives.
+///
+/// # Errors
+///
+/// As [`ImageFile::open`].
+pub fn lock_for_reading(path: &Path) -> Result<(Plain, ImageFile)> {
+    let locked = ImageFile::open(path, Access::ReadOnly, Duration::ZERO)?;
+    let same = locked.as_fd().try_clone_to_owned();
+    let same = same.map_err(|error| Error::io("duplicating the image's descriptor", error).file(path))?;
+    Ok((Plain(File::from(same)), locked))
 }
 
 fn look_past_a_writer(path: &Path) -> Result<Seen> {
@@ -65,7 +72,7 @@ fn look_past_a_writer(path: &Path) -> Result<Seen> {
     loop {
         let file = open_quietly(path).map_err(|error| Error::io("opening the image", error).file(path))?;
         left -= 1;
-        match see(file, path, true) {
+        match see(&Plain(file), path, true) {
             Err(error) if left > 0 && is_contradiction(error.kind()) => thread::sleep(PAUSE),
             outcome => return outcome.map_err(|error| error.remedy("the image is in use: look again later")),
         }
@@ -86,11 +93,10 @@ fn open_quietly(path: &Path) -> io::Result<File> {
     }
 }
 
-fn see(file: File, path: &Path, in_use: bool) -> Result<Seen> {
+fn see(disk: &Plain, path: &Path, in_use: bool) -> Result<Seen> {
     let named = |error: Error| error.file(path);
     let failed = |error| Error::io("looking at the image", error).file(path);
-    let disk = Plain(file);
-    let image = smol::block_on(Image::open(&disk, Mode::ReadOnly, Uuid::new_v4)).map_err(named)?;
+    let image = smol::block_on(Image::open(disk, Mode::ReadOnly, Uuid::new_v4)).map_err(named)?;
     let found = disk.0.metadata().map_err(failed)?;
     let path = fs::canonicalize(path).map_err(failed)?;
     let (file_size, host_bytes) = (found.len(), found.blocks() * STAT_BLOCK_BYTES);
@@ -98,7 +104,7 @@ fn see(file: File, path: &Path, in_use: bool) -> Result<Seen> {
 }
 
 /// A file that is only read.
-struct Plain(File);
+pub struct Plain(File);
 
 impl Disk for Plain {
     async fn read(&self, offset: u64, length: usize) -> io::Result<Buffer> {

@@ -1,10 +1,11 @@
 //! The command line: one file per command.
 //!
 //! Standard output carries the answer and nothing else; everything else goes to standard error. The exit
-//! status is 0 for success, 1 for failure, 2 for wrong usage. A command with `--json` gives its error as JSON
-//! too, on standard output.
+//! status is 0 for success, 1 for failure, 2 for wrong usage; `check` has its own. A command with `--json` gives
+//! its error as JSON too, on standard output.
 
 mod add;
+mod check;
 mod create;
 mod del;
 mod features;
@@ -24,6 +25,7 @@ use clap::{Parser, Subcommand};
 use vhdx_ublk::error::{Kind, Result};
 
 /// Exit statuses, as the help text states them.
+const SUCCESS: u8 = 0;
 const FAILURE: u8 = 1;
 const WRONG_USAGE: u8 = 2;
 
@@ -40,8 +42,9 @@ Examples:
   vhdx-ublk create disk.vhdx --size 10G      make an empty disk of 10 GiB
   vhdx-ublk add disk.vhdx                    serve it; prints its name: /dev/ublkb0
   vhdx-ublk del /dev/ublkb0                  take the device away and close the image
+  vhdx-ublk check disk.vhdx                  examine the image's structure
 
-Exit status: 0 success, 1 failure, 2 wrong usage.";
+Exit status: 0 success, 1 failure, 2 wrong usage; check has its own.";
 
 #[derive(Subcommand)]
 enum Command {
@@ -51,6 +54,7 @@ enum Command {
     Recover(recover::Recover),
     Create(create::Create),
     Info(info::Info),
+    Check(check::Check),
     Features(features::Features),
 }
 
@@ -59,12 +63,14 @@ impl Command {
         match self {
             Self::List(list) => list.json,
             Self::Info(info) => info.json,
+            Self::Check(check) => check.json,
             Self::Features(features) => features.json,
             Self::Add(_) | Self::Del(_) | Self::Recover(_) | Self::Create(_) => false,
         }
     }
 
-    fn run(self) -> Result<()> {
+    /// Runs the command; what it returns is the exit status.
+    fn run(self) -> Result<u8> {
         match self {
             Self::Add(add) => add.run(),
             Self::Del(del) => del.run(),
@@ -72,19 +78,39 @@ impl Command {
             Self::Recover(recover) => recover.run(),
             Self::Create(create) => create.run(),
             Self::Info(info) => info.run(),
+            Self::Check(check) => return check.run(),
             Self::Features(features) => features.run(),
         }
+        .map(|()| SUCCESS)
     }
 }
 
 /// The whole program.
 pub fn main() -> ExitCode {
-    let command = Cli::parse().command;
+    let command = match Cli::try_parse() {
+        Ok(cli) => cli.command,
+        Err(error) => return misused(&error),
+    };
     logging::start();
     let json = command.wants_json();
-    let Err(error) = command.run() else { return ExitCode::SUCCESS };
+    let error = match command.run() {
+        Ok(status) => return status.into(),
+        Err(error) => error,
+    };
     output::report(&error, json);
     ExitCode::from(if error.kind() == Kind::Usage { WRONG_USAGE } else { FAILURE })
+}
+
+/// Prints the help asked for, or what is wrong with the command line. To scripts that run `check`, 2 means
+/// corruption: its wrong usage is a plain failure.
+fn misused(error: &clap::Error) -> ExitCode {
+    // Where it cannot be printed, the exit status still says it.
+    let _ = error.print();
+    match (error.use_stderr(), std::env::args_os().nth(1)) {
+        (false, _) => ExitCode::SUCCESS,
+        (true, Some(command)) if command == "check" => ExitCode::from(FAILURE),
+        (true, _) => ExitCode::from(WRONG_USAGE),
+    }
 }
 
 #[cfg(test)]

@@ -5,20 +5,20 @@ use std::fs;
 use super::{Bench, MIB, Snapshot, on};
 
 /// Where `create` puts things in an image of 64 MiB with blocks of 1 MiB.
-const HEADERS: [usize; 2] = [64 << 10, 128 << 10];
-const REGION_TABLES: [usize; 2] = [192 << 10, 256 << 10];
-const LOG: usize = 1 << 20;
-const METADATA: usize = 2 << 20;
-const BAT: usize = 3 << 20;
-const END: usize = 4 << 20;
+pub const HEADERS: [usize; 2] = [64 << 10, 128 << 10];
+pub const REGION_TABLES: [usize; 2] = [192 << 10, 256 << 10];
+pub const LOG: usize = 1 << 20;
+pub const METADATA: usize = 2 << 20;
+pub const BAT: usize = 3 << 20;
+pub const END: usize = 4 << 20;
 
 /// Within the metadata region: the items, in the order they are written.
-const BLOCK_SIZE: usize = METADATA + (64 << 10);
-const VIRTUAL_SIZE: usize = BLOCK_SIZE + 8;
+pub const BLOCK_SIZE: usize = METADATA + (64 << 10);
+pub const VIRTUAL_SIZE: usize = BLOCK_SIZE + 8;
 
-const PRESENT: u64 = 6;
+pub const PRESENT: u64 = 6;
 
-type Bytes = Vec<u8>;
+pub type Bytes = Vec<u8>;
 
 /// What is done to a good image; the kind of the error; the structure it names; a part of its message.
 type Case = (&'static str, fn(&mut Bytes), &'static str, Option<&'static str>, &'static str);
@@ -115,12 +115,12 @@ const CASES: [Case; 26] = [
     ("a state that does not exist", |b| block(b, 3, 4), "corrupt", Some("BAT"), "block 3"),
 ];
 
-fn put(bytes: &mut Bytes, at: usize, with: &[u8]) {
+pub fn put(bytes: &mut Bytes, at: usize, with: &[u8]) {
     bytes[at..at + with.len()].copy_from_slice(with);
 }
 
 /// Changes both headers, and renews their checksums.
-fn headers(bytes: &mut Bytes, at: usize, with: &[u8]) {
+pub fn headers(bytes: &mut Bytes, at: usize, with: &[u8]) {
     for start in HEADERS {
         put(bytes, start + at, with);
         seal(&mut bytes[start..start + 4096]);
@@ -128,26 +128,26 @@ fn headers(bytes: &mut Bytes, at: usize, with: &[u8]) {
 }
 
 /// Changes both region tables, and renews their checksums.
-fn regions(bytes: &mut Bytes, at: usize, with: &[u8]) {
+pub fn regions(bytes: &mut Bytes, at: usize, with: &[u8]) {
     for start in REGION_TABLES {
         put(bytes, start + at, with);
         seal(&mut bytes[start..start + (64 << 10)]);
     }
 }
 
-fn seal(structure: &mut [u8]) {
+pub fn seal(structure: &mut [u8]) {
     structure[4..8].fill(0);
     let checksum = crc32c::crc32c(structure);
     structure[4..8].copy_from_slice(&checksum.to_le_bytes());
 }
 
-fn garbage_log(bytes: &mut Bytes) {
+pub fn garbage_log(bytes: &mut Bytes) {
     headers(bytes, 48, &[7; 16]);
     put(bytes, LOG, b"loge");
     put(bytes, LOG + 32, &[7; 16]);
 }
 
-fn unknown_region(bytes: &mut Bytes) {
+pub fn unknown_region(bytes: &mut Bytes) {
     regions(bytes, 8, &3_u32.to_le_bytes());
     let place =
         [&[9; 16][..], &(END as u64).to_le_bytes(), &(1_u32 << 20).to_le_bytes(), &1_u32.to_le_bytes()]
@@ -155,7 +155,7 @@ fn unknown_region(bytes: &mut Bytes) {
     regions(bytes, 16 + 2 * 32, &place);
 }
 
-fn unknown_item(bytes: &mut Bytes) {
+pub fn unknown_item(bytes: &mut Bytes) {
     const REQUIRED: u32 = 1 << 2;
     let count = u16::from_le_bytes([bytes[METADATA + 10], bytes[METADATA + 11]]);
     put(bytes, METADATA + 10, &(count + 1).to_le_bytes());
@@ -164,7 +164,7 @@ fn unknown_item(bytes: &mut Bytes) {
 }
 
 /// Sets the BAT entry of a block, in a file that has room for it.
-fn block(bytes: &mut Bytes, index: usize, entry: u64) {
+pub fn block(bytes: &mut Bytes, index: usize, entry: u64) {
     bytes.resize(END + (16 << 20), 0);
     put(bytes, BAT + 8 * index, &entry.to_le_bytes());
 }

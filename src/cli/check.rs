@@ -1,0 +1,170 @@
+//! `check`: whether an image is sound.
+
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::Serialize;
+use uuid::Uuid;
+
+use vhdx_ublk::disk::{Access, ImageFile, Reactor};
+use vhdx_ublk::error::Result;
+use vhdx_ublk::image::{self, Finding, LogFound, Repair, Report, Severity};
+
+use super::{holders, look, output, size};
+
+/// Examine the structure of an image: every header, table, log entry and block.
+///
+/// Nothing is changed, not even a time, unless --repair is given. A dirty log is no fault: everything else is
+/// examined as if it had been replayed.
+#[derive(clap::Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct Check {
+    /// The VHDX file
+    image: PathBuf,
+    /// Replay the log, and mend what can be mended without guessing; data is never guessed at
+    #[arg(long)]
+    repair: bool,
+    /// As JSON: one object, errors too
+    #[arg(long)]
+    pub json: bool,
+}
+
+const AFTER_HELP: &str = "\
+Examples:
+  vhdx-ublk check disk.vhdx             examine it; says what --repair would mend
+  vhdx-ublk check --repair disk.vhdx    mend it
+
+A corruption contradicts the format: data may be lost. A leak is room on the host that nothing names: no data is in
+danger, and writers use it in the end. A note is no fault. Two blocks in one place, reserved states and what lies
+behind the end of the file are never repaired: what they should say cannot be told.
+
+JSON: offsets and sizes are bytes. Keys: image, complete (everything could be examined), corruptions, leaks, notes,
+beyond_repair (corruptions that --repair does not mend), repairable (findings that it does), log (clean, dirty,
+virgin, torn, unknown), log_entries (to replay), blocks, allocated_blocks, free_bytes, leaked_bytes,
+unused_tail_bytes, findings [{severity, structure, offset, what, remedy, repairable}] (at most 1000 of each
+severity), before (null, or the same as it was before --repair).
+Exit status: 0 sound, 1 it cannot be told (not readable, no VHDX, in use; wrong usage too), 2 corruptions, 3 leaks
+and no corruption. After --repair it is that of the image as it is then.";
+
+/// Exit statuses, as the help text states them.
+const SOUND: u8 = 0;
+const CORRUPT: u8 = 2;
+const LEAKING: u8 = 3;
+
+impl Check {
+    /// Runs the command; returns the exit status.
+    pub fn run(self) -> Result<u8> {
+        let checked = if self.repair { repair(&self.image) } else { check(&self.image) };
+        let checked = checked.map_err(|error| holders::explain(error, &self.image))?;
+        if self.json {
+            output::print_json(&checked)?;
+        } else {
+            output::print(&checked.to_string())?;
+        }
+        Ok(match checked.report.verdict() {
+            None | Some(Severity::Note) => SOUND,
+            Some(Severity::Corruption) => CORRUPT,
+            Some(Severity::Leak) => LEAKING,
+        })
+    }
+}
+
+fn check(path: &Path) -> Result<Checked> {
+    let (disk, lock) = look::lock_for_reading(path)?;
+    let report = smol::block_on(image::check(&disk)).map_err(|error| error.file(path))?;
+    Ok(Checked { image: lock.path().to_string_lossy().into_owned(), report, before: None })
+}
+
+fn repair(path: &Path) -> Result<Checked> {
+    let file = Arc::new(ImageFile::open(path, Access::ReadWrite, Duration::ZERO)?);
+    let reactor = Reactor::new()?;
+    let disk = reactor.disk(Arc::clone(&file));
+    let repaired = reactor.block_on(image::repair(&disk, Uuid::new_v4));
+    let Repair { before, after } = repaired.map_err(|error| error.file(path))?;
+    let image = file.path().to_string_lossy().into_owned();
+    Ok(Checked { image, report: after, before: Some(before) })
+}
+
+/// What is printed.
+#[derive(Serialize)]
+struct Checked {
+    image: String,
+    #[serde(flatten)]
+    report: Report,
+    before: Option<Report>,
+}
+
+impl std::fmt::Display for Checked {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { image, report, before } = self;
+        if let Some(before) = before.as_ref().filter(|before| *before != report) {
+            writeln!(f, "{image} was repaired. Before: {}{}", summary(before), findings(before, true))?;
+            writeln!(f)?;
+            write!(f, "Now: ")?;
+        } else {
+            write!(f, "{image}: ")?;
+        }
+        write!(f, "{}{}", summary(report), findings(report, false))?;
+        if before.is_none() && report.repairable > 0 && report.verdict().is_some() {
+            write!(f, "\n\n{} of these can be mended: vhdx-ublk check --repair {image}", report.repairable)?;
+        }
+        Ok(())
+    }
+}
+
+/// `sound`, or how many there are of what, and the state of the log.
+fn summary(report: &Report) -> String {
+    let count = |count: u64, one: &str| match count {
+        0 => None,
+        1 => Some(format!("1 {one}")),
+        count => Some(format!("{count} {one}s")),
+    };
+    let faults = [count(report.corruptions, "corruption"), count(report.leaks, "leak")];
+    let faults: Vec<String> = faults.into_iter().flatten().collect();
+    let mut text = if faults.is_empty() { "sound".to_owned() } else { faults.join(", ") };
+    if report.log == LogFound::Dirty {
+        let _ = write!(text, "; the log is dirty ({} entries to replay)", report.log_entries);
+    }
+    if report.leaked_bytes > 0 {
+        let _ = write!(text, "; {} of free space taken on the host", size::human(report.leaked_bytes));
+    }
+    if !report.complete {
+        text += "; what lies behind could not be examined";
+    }
+    text
+}
+
+/// The findings by structure, in the order of the examination; `mended` ones say what was done.
+fn findings(report: &Report, mended: bool) -> String {
+    let mut text = String::new();
+    for group in report.findings.chunk_by(|a, b| a.structure == b.structure) {
+        let _ = write!(text, "\n\n{}", group[0].structure);
+        for finding in group {
+            let _ = write!(text, "\n  {}", line(finding, mended));
+        }
+    }
+    let kept = report.findings.len() as u64;
+    let counted = report.corruptions + report.leaks + report.notes;
+    if kept < counted {
+        let _ = write!(text, "\n\n... and {} more", counted - kept);
+    }
+    text
+}
+
+fn line(finding: &Finding, mended: bool) -> String {
+    let severity = match finding.severity {
+        Severity::Corruption => "corruption",
+        Severity::Leak => "leak",
+        Severity::Note => "note",
+    };
+    let place = finding.offset.map_or_else(String::new, |offset| format!(" at byte {offset}"));
+    let remedy = match (&finding.remedy, finding.repairable, mended) {
+        (None, ..) => String::new(),
+        (Some(remedy), false, _) => format!("\n    try: {remedy}"),
+        (Some(remedy), true, false) => format!("\n    --repair: {remedy}"),
+        (Some(remedy), true, true) => format!("\n    repaired: {remedy}"),
+    };
+    format!("{severity}{place}: {}{remedy}", finding.what)
+}

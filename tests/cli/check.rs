@@ -1,0 +1,495 @@
+//! Every fault is found, by structure and place, and not by one byte changed; what can be mended without
+//! guessing is mended, and nothing else.
+
+use std::fs::{self, File};
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use serde_json::Value;
+use uuid::Uuid;
+use vhdx_ublk::disk::{Access, ImageFile};
+use vhdx_ublk::format::locator::{PARENT_LINKAGE, ParentLocator, RELATIVE_PATH};
+use vhdx_ublk::format::log::{Change, NewEntry};
+use vhdx_ublk::format::metadata::Metadata;
+
+use super::damage::{
+    BAT, BLOCK_SIZE, Bytes, END, HEADERS, LOG, METADATA, PRESENT, REGION_TABLES, VIRTUAL_SIZE, block,
+    garbage_log, headers, put, regions, seal, unknown_region,
+};
+use super::{Bench, MIB, Ran, Snapshot, has, on, qemu, run, skipped};
+
+/// Exit statuses.
+const SOUND: i32 = 0;
+const UNKNOWN: i32 = 1;
+const CORRUPT: i32 = 2;
+const LEAKING: i32 = 3;
+
+/// The state of a block that is in this file only in part.
+const PARTIAL: u64 = 7;
+
+/// Blocks of a chunk; the slot of its sector bitmap.
+const CHUNK: usize = 4096;
+
+const LOG_GUID: Uuid = Uuid::from_u128(0x1234_5678);
+
+type Damage = fn(&mut Bytes);
+
+/// What is done to a good image; the exit status of `check`, the structure it names, where, a part of what it
+/// says; the exit status after `--repair`.
+type Case = (&'static str, Damage, i32, &'static str, usize, &'static str, i32);
+
+const CASES: [Case; 39] = [
+    ("header 1 bad", |b| b[HEADERS[0] + 100] ^= 1, CORRUPT, "header 1", HEADERS[0], "checksum", SOUND),
+    ("header 2 bad", |b| b[HEADERS[1] + 100] ^= 1, CORRUPT, "header 2", HEADERS[1], "checksum", SOUND),
+    ("no header", no_header, CORRUPT, "headers", HEADERS[0], "neither header", CORRUPT),
+    ("twin headers", twin_headers, SOUND, "headers", HEADERS[0], "the same", SOUND),
+    ("equal numbers", equal_numbers, CORRUPT, "headers", HEADERS[0], "cannot be told", CORRUPT),
+    ("table 1 bad", |b| b[REGION_TABLES[0] + 9] ^= 1, CORRUPT, "region table 1", REGION_TABLES[0], "", SOUND),
+    ("table 2 bad", |b| b[REGION_TABLES[1] + 9] ^= 1, CORRUPT, "region table 2", REGION_TABLES[1], "", SOUND),
+    ("tables differ", tables_differ, CORRUPT, "region table 2", REGION_TABLES[1], "differs", CORRUPT),
+    (
+        "region bits",
+        |b| regions(b, 45, &[1]),
+        CORRUPT,
+        "region tables",
+        REGION_TABLES[0] + 45,
+        "reserved",
+        SOUND,
+    ),
+    (
+        "region bits, one bad",
+        region_bits_and_a_bad_copy,
+        CORRUPT,
+        "region table 1",
+        REGION_TABLES[0],
+        "",
+        SOUND,
+    ),
+    ("metadata bits", |b| put(b, METADATA + 60, &[1]), CORRUPT, "metadata table", METADATA + 60, "", SOUND),
+    ("no metadata", |b| b[METADATA..BAT].fill(0), CORRUPT, "metadata table", METADATA, "signature", CORRUPT),
+    ("blocks of 3 MiB", |b| put(b, BLOCK_SIZE, &[0, 0, 0x30, 0]), CORRUPT, "metadata", METADATA, "", CORRUPT),
+    (
+        "a small BAT",
+        |b| put(b, VIRTUAL_SIZE, &(1_u64 << 45).to_le_bytes()),
+        CORRUPT,
+        "BAT",
+        BAT,
+        "needs",
+        CORRUPT,
+    ),
+    ("a virgin log", |b| headers(b, 48, &[7; 16]), CORRUPT, "log", LOG, "none was ever written", SOUND),
+    ("a torn log", garbage_log, CORRUPT, "log", LOG, "no valid sequence", CORRUPT),
+    ("a dirty log", dirty_log, SOUND, "log", LOG, "1 entries to replay", SOUND),
+    ("a log over payload", log_over_payload, CORRUPT, "log", END, "belong to a block", CORRUPT),
+    ("a short log", |b| b.truncate(LOG + 4096), CORRUPT, "log", LOG, "ends at byte", CORRUPT),
+    ("blocks overlap", |b| two_blocks(b, 5), CORRUPT, "BAT", BAT + 72, "another block", CORRUPT),
+    (
+        "a block in the header",
+        |b| block(b, 3, PRESENT),
+        CORRUPT,
+        "BAT",
+        BAT + 24,
+        "the header section",
+        CORRUPT,
+    ),
+    ("a block in the log", |b| block(b, 3, MIB | PRESENT), CORRUPT, "BAT", BAT + 24, "the log", CORRUPT),
+    (
+        "a block in the BAT",
+        |b| block(b, 3, (BAT as u64) | PRESENT),
+        CORRUPT,
+        "BAT",
+        BAT + 24,
+        "the BAT",
+        CORRUPT,
+    ),
+    (
+        "a block far out",
+        |b| block(b, 3, (1 << 40) | PRESENT),
+        CORRUPT,
+        "BAT",
+        BAT + 24,
+        "lies at byte",
+        CORRUPT,
+    ),
+    ("a block cut off", block_cut_off, CORRUPT, "BAT", BAT, "needs the file", CORRUPT),
+    (
+        "reserved bits",
+        |b| block(b, 0, (4 * MIB) | 8 | PRESENT),
+        CORRUPT,
+        "BAT",
+        BAT,
+        "reserved bits 0x8",
+        SOUND,
+    ),
+    ("state 4", |b| block(b, 3, 4), CORRUPT, "BAT", BAT + 24, "reserved state 4", CORRUPT),
+    ("state 5", |b| block(b, 0, (4 * MIB) | 5), CORRUPT, "BAT", BAT, "state 5", SOUND),
+    ("state 7", |b| block(b, 0, (4 * MIB) | 7), CORRUPT, "BAT", BAT, "without parent", CORRUPT),
+    (
+        "a zero block's place",
+        |b| block(b, 3, (5 * MIB) | 2),
+        SOUND,
+        "BAT",
+        BAT + 24,
+        "Windows refuses",
+        SOUND,
+    ),
+    ("an unused tail", |b| b.resize(END + 100, 0), SOUND, "space", END, "unused", SOUND),
+    (
+        "a log in the BAT",
+        |b| headers(b, 72, &(BAT as u64).to_le_bytes()),
+        CORRUPT,
+        "region tables",
+        BAT,
+        "the log",
+        CORRUPT,
+    ),
+    ("a fault and no log", fault_and_no_log, CORRUPT, "region table 1", REGION_TABLES[0], "", CORRUPT),
+    ("a child", |b| child(b, (5 * MIB) | PRESENT), SOUND, "metadata", METADATA, "parent", SOUND),
+    ("no bitmap", |b| child(b, 0), CORRUPT, "BAT", BAT + 8 * CHUNK, "no sector bitmap", CORRUPT),
+    ("a bitmap in state 3", |b| child(b, 3), CORRUPT, "BAT", BAT + 8 * CHUNK, "reserved state", CORRUPT),
+    (
+        "bitmap bits",
+        |b| child(b, (5 * MIB) | 8 | PRESENT),
+        CORRUPT,
+        "BAT",
+        BAT + 8 * CHUNK,
+        "bits set",
+        SOUND,
+    ),
+    (
+        "a shared bitmap",
+        |b| child(b, (4 * MIB) | PRESENT),
+        CORRUPT,
+        "BAT",
+        BAT + 8 * CHUNK,
+        "another",
+        CORRUPT,
+    ),
+    ("a leak", leak, LEAKING, "space", END, "take room", SOUND),
+];
+
+/// A damaged region table, and a log that a repair must not write to.
+fn fault_and_no_log(bytes: &mut Bytes) {
+    block(bytes, 3, MIB | PRESENT);
+    bytes[REGION_TABLES[0] + 9] ^= 1;
+}
+
+/// A child with one block of its own, in part, and the entry of the chunk's sector bitmap.
+fn child(bytes: &mut Bytes, bitmap: u64) {
+    let mut locator = ParentLocator::default();
+    locator.set(PARENT_LINKAGE, "{00000000-0000-0000-0000-000000000001}");
+    locator.set(RELATIVE_PATH, r".\parent.vhdx");
+    let metadata = Metadata {
+        block_size: 1 << 20,
+        leave_blocks_allocated: false,
+        has_parent: true,
+        virtual_size: 64 * MIB,
+        disk_id: Uuid::from_u128(1),
+        logical_sector_size: 512,
+        physical_sector_size: 4096,
+        parent_locator: Some(locator),
+    };
+    put(bytes, METADATA, &metadata.encode_region());
+    block(bytes, 7, (4 * MIB) | PARTIAL);
+    block(bytes, CHUNK, bitmap);
+    bytes.truncate(6 << 20);
+}
+
+fn no_header(bytes: &mut Bytes) {
+    for at in HEADERS {
+        bytes[at + 100] ^= 1;
+    }
+}
+
+fn twin_headers(bytes: &mut Bytes) {
+    bytes.copy_within(HEADERS[1]..HEADERS[1] + 4096, HEADERS[0]);
+}
+
+fn equal_numbers(bytes: &mut Bytes) {
+    twin_headers(bytes);
+    bytes[HEADERS[0] + 16] ^= 1;
+    seal(&mut bytes[HEADERS[0]..HEADERS[0] + 4096]);
+}
+
+fn tables_differ(bytes: &mut Bytes) {
+    let second = REGION_TABLES[1]..REGION_TABLES[1] + (64 << 10);
+    bytes[second.start + 200] ^= 1;
+    seal(&mut bytes[second]);
+}
+
+fn region_bits_and_a_bad_copy(bytes: &mut Bytes) {
+    regions(bytes, 45, &[1]);
+    bytes[REGION_TABLES[0] + 9] ^= 1;
+}
+
+fn two_blocks(bytes: &mut Bytes, mib: u64) {
+    block(bytes, 0, (mib * MIB) | PRESENT);
+    block(bytes, 9, (mib * MIB) | PRESENT);
+}
+
+fn block_cut_off(bytes: &mut Bytes) {
+    block(bytes, 0, (4 * MIB) | PRESENT);
+    bytes.truncate(END + 4096);
+}
+
+/// A hole in the middle that is stored on the host, between the regions and the only block.
+fn leak(bytes: &mut Bytes) {
+    block(bytes, 7, (6 * MIB) | PRESENT);
+    bytes.truncate(7 << 20);
+    bytes[END..].fill(0xdd);
+}
+
+/// One entry to replay, which makes block 2 present.
+fn dirty_log(bytes: &mut Bytes) {
+    let mut page = Box::new([0; 4096]);
+    page[16..24].copy_from_slice(&((4 * MIB) | PRESENT).to_le_bytes());
+    logged(bytes, BAT as u64, page);
+}
+
+/// One entry to replay, which changes a block's data.
+fn log_over_payload(bytes: &mut Bytes) {
+    block(bytes, 0, (4 * MIB) | PRESENT);
+    bytes.truncate(END + (1 << 20));
+    logged(bytes, END as u64, Box::new([0xee; 4096]));
+}
+
+fn logged(bytes: &mut Bytes, file_offset: u64, page: Box<[u8; 4096]>) {
+    let changes = [Change::Data { file_offset, page }];
+    let entry = NewEntry {
+        sequence_number: 1,
+        tail: 0,
+        log_guid: LOG_GUID,
+        flushed_file_offset: END as u64,
+        last_file_offset: END as u64 + MIB,
+        changes: &changes,
+    };
+    put(bytes, LOG, &entry.encode());
+    headers(bytes, 48, &LOG_GUID.to_bytes_le());
+}
+
+/// A good image of 64 MiB in blocks of 1 MiB.
+fn good(bench: &Bench) -> Bytes {
+    let good =
+        fs::read(bench.image("good.vhdx", &["--size", "64M", "--block-size", "1M"])).expect("readable");
+    assert_eq!(good.len(), END, "the layout is the one these tests know");
+    good
+}
+
+/// The report, from an exit status that is no failure.
+fn report(image: &Path, options: &[&str], status: i32) -> Value {
+    let Ran { status: found, stdout, stderr } = on("check", image, &[&["--json"], options].concat());
+    assert_eq!((found, stderr.as_str()), (Some(status), ""), "{stdout}");
+    serde_json::from_str(&stdout).expect("one JSON value")
+}
+
+#[test]
+fn every_fault_is_found_and_what_is_certain_is_repaired() {
+    let bench = Bench::new();
+    let good = good(&bench);
+    let image = bench.path("bad.vhdx");
+    for (name, damage, status, structure, offset, part, after) in CASES {
+        let mut bytes = good.clone();
+        damage(&mut bytes);
+        fs::write(&image, &bytes).expect("room");
+        let before = Snapshot::of(&image);
+        let found = report(&image, &[], status);
+        let findings = found["findings"].as_array().expect("an array");
+        let names = |finding: &&Value| finding["structure"] == structure && finding["offset"] == offset;
+        let finding = findings.iter().find(names).unwrap_or_else(|| panic!("{name}: {found:#}"));
+        assert!(finding["what"].as_str().is_some_and(|what| what.contains(part)), "{name}: {finding}");
+        let text = on("check", &image, &[]);
+        assert_eq!((text.status, text.stderr.as_str()), (Some(status), ""), "{name}");
+        assert!(text.stdout.contains(finding["what"].as_str().expect("text")), "{name}: {}", text.stdout);
+        before.assert_kept(&image);
+        let repaired = report(&image, &["--repair"], after);
+        assert_eq!(repaired["before"]["findings"], found["findings"], "{name}");
+        if found["repairable"] == 0 {
+            assert!(
+                fs::read(&image).expect("readable") == bytes,
+                "{name}: changed, and nothing was repaired"
+            );
+        } else {
+            let left = repaired["findings"].as_array().expect("an array");
+            let parent =
+                |finding: &Value| finding["what"].as_str().is_some_and(|what| what.contains("has a parent"));
+            assert!(left.iter().all(parent) && repaired["repairable"] == 0, "{name}: {repaired:#}");
+            on("info", &image, &[]).succeeded();
+        }
+        assert_eq!(report(&image, &[], after)["findings"], repaired["findings"], "{name}");
+    }
+}
+
+/// After a repair every block has the bytes it had, and QEMU agrees.
+#[test]
+fn a_repair_keeps_the_data() {
+    let bench = Bench::new();
+    let mut bytes = good(&bench);
+    block(&mut bytes, 5, (7 * MIB) | 8 | PRESENT);
+    block(&mut bytes, 6, (5 * MIB) | PRESENT);
+    block(&mut bytes, 8, (20 * MIB) | 2);
+    bytes[5 << 20..6 << 20].fill(0x66);
+    bytes[7 << 20..8 << 20].fill(0x55);
+    bytes[6 << 20..7 << 20].fill(0xdd);
+    bytes[HEADERS[0] + 100] ^= 1;
+    bytes[REGION_TABLES[0] + 100] ^= 1;
+    let image = bench.path("bad.vhdx");
+    fs::write(&image, &bytes).expect("room");
+    let found = report(&image, &[], CORRUPT);
+    assert_eq!(
+        (&found["corruptions"], &found["leaks"], &found["beyond_repair"]),
+        (&3.into(), &2.into(), &0.into())
+    );
+    assert_eq!((&found["allocated_blocks"], &found["unused_tail_bytes"]), (&2.into(), &(12 * MIB).into()));
+    assert_eq!((&found["free_bytes"], &found["leaked_bytes"]), (&(2 * MIB).into(), &(2 * MIB).into()));
+    let text = on("check", &image, &["--repair"]);
+    assert_eq!(text.status, Some(SOUND), "{}", text.stdout);
+    assert!(text.stdout.contains("repaired: is copied from its twin"), "{}", text.stdout);
+    let after = fs::read(&image).expect("readable");
+    assert_eq!(after.len(), 8 << 20, "the tail is cut off");
+    assert!(
+        after[5 << 20..6 << 20] == bytes[5 << 20..6 << 20] && after[7 << 20..] == bytes[7 << 20..8 << 20]
+    );
+    assert_eq!(after[BAT + 40..BAT + 48], ((7 * MIB) | PRESENT).to_le_bytes());
+    assert!(after[6 << 20..7 << 20].iter().all(|&byte| byte == 0), "the leak is a hole");
+    if !has("qemu-img") || !has("qemu-io") {
+        return skipped("qemu-img is not installed: nobody else has judged a repair");
+    }
+    qemu(&["check", "-q", "-f", "vhdx"], &image);
+    let commands = ["-c", "read -P 0x55 5M 1M", "-c", "read -P 0x66 6M 1M", "-c", "read -P 0 7M 57M"];
+    let read = Command::new("qemu-io").args(["-r", "-f", "vhdx"]).args(commands).arg(&image).output();
+    let read = read.expect("it runs");
+    let said = String::from_utf8_lossy(&read.stdout);
+    assert!(read.status.success() && !said.contains("failed"), "{said}");
+}
+
+/// More faults than are kept, of one kind, in more batches than one: all are counted, all are mended.
+#[test]
+fn thousands_of_faults_are_counted_and_mended() {
+    let bench = Bench::new();
+    let image = bench.image("a.vhdx", &["--size", "1T", "--block-size", "1M", "--block-state", "zero"]);
+    let mut bytes = fs::read(&image).expect("readable");
+    let bat = 3 << 20;
+    let pages = (bytes.len() - bat) / 4096;
+    assert!(pages > 2000, "several batches");
+    for page in 0..pages {
+        bytes[bat + page * 4096 + 1] = 0xff;
+    }
+    fs::write(&image, &bytes).expect("room");
+    let found = report(&image, &[], CORRUPT);
+    let faults = found["corruptions"].as_u64().expect("a number");
+    assert!(faults > 2000, "{faults}");
+    assert_eq!(found["repairable"], faults + found["notes"].as_u64().expect("a number"));
+    let kept = found["findings"].as_array().expect("an array");
+    assert_eq!(kept.iter().filter(|finding| finding["severity"] == "corruption").count(), 1000);
+    assert!(on("check", &image, &[]).stdout.contains(&format!("... and {} more", faults - 1000)));
+    report(&image, &["--repair"], SOUND);
+    assert_eq!(super::info(&image)["blocks"]["zero"], 1 << 20);
+}
+
+/// What `create` makes is sound, and told so in one line.
+#[test]
+fn what_create_makes_is_sound() {
+    let bench = Bench::new();
+    for (name, options) in [
+        ("a.vhdx", &["--size", "10G"][..]),
+        ("b.vhdx", &["--size", "64T", "--block-size", "256M"]),
+        ("c.vhdx", &["--size", "33M", "--type", "fixed"]),
+        ("d.vhdx", &["--size", "9G", "--logical-sector-size", "4096", "--block-state", "zero"]),
+    ] {
+        let image = bench.image(name, options);
+        let before = Snapshot::of(&image);
+        let canonical = image.canonicalize().expect("there");
+        assert_eq!(on("check", &image, &[]).succeeded(), format!("{}: sound\n", canonical.display()));
+        on("check", &image, &["--repair"]).succeeded();
+        before.assert_kept(&image);
+    }
+}
+
+/// Nothing is said of what cannot be told: that is a failure, and never the status of a corruption.
+#[test]
+fn what_cannot_be_told_is_a_failure() {
+    let bench = Bench::new();
+    let good = good(&bench);
+    let image = bench.path("a.vhdx");
+    let unreadable: [(Damage, &str); 4] = [
+        (|b| *b = b"What is this?".repeat(9000), "not-vhdx"),
+        (Bytes::clear, "not-vhdx"),
+        (|b| headers(b, 66, &2_u16.to_le_bytes()), "unsupported"),
+        (unknown_region, "unsupported"),
+    ];
+    for (damage, kind) in unreadable {
+        let mut bytes = good.clone();
+        damage(&mut bytes);
+        fs::write(&image, &bytes).expect("room");
+        let before = Snapshot::of(&image);
+        assert_eq!(on("check", &image, &["--json"]).failed_as_json()["kind"], kind);
+        on("check", &image, &["--repair"]).failed(UNKNOWN);
+        before.assert_kept(&image);
+    }
+    let misused = run(&["check", "--bogus"]);
+    assert_eq!((misused.status, misused.stdout.as_str()), (Some(UNKNOWN), ""));
+    assert!(misused.stderr.contains("--bogus"), "{}", misused.stderr);
+    fs::write(&image, &good).expect("room");
+    let held = ImageFile::open(&image, Access::ReadWrite, Duration::ZERO).expect("free");
+    for options in [&[][..], &["--repair"]] {
+        let message = on("check", &image, options).failed(UNKNOWN);
+        assert!(message.contains(&format!("(pid {})", std::process::id())), "{message}");
+    }
+    drop(held);
+    let _reader = ImageFile::open(&image, Access::ReadOnly, Duration::ZERO).expect("free");
+    on("check", &image, &[]).succeeded();
+    on("check", &image, &["--repair"]).failed(UNKNOWN);
+}
+
+/// Where QEMU finds a fault, so do we; images of others are sound.
+#[test]
+fn images_of_others_are_sound() {
+    let default = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/images");
+    let corpus = std::env::var_os("VHDX_CORPUS").map_or(default, Into::into);
+    if !corpus.is_dir() || !has("xz") {
+        return skipped(&format!("{} or xz is missing: images of others are not checked", corpus.display()));
+    }
+    let bench = Bench::new();
+    for name in ["ext2", "fat-parent", "fat-differential", "ntfs-fixed", "ntfs-dynamic", "iotest-dynamic-1G"]
+    {
+        let image = bench.path(&format!("{name}.vhdx"));
+        let packed = corpus.join(format!("{name}.vhdx.xz"));
+        let unpacked =
+            Command::new("xz").arg("-dc").arg(&packed).stdout(File::create(&image).expect("room")).status();
+        assert!(unpacked.expect("it runs").success(), "{}", packed.display());
+        let before = Snapshot::of(&image);
+        let report = report(&image, &[], SOUND);
+        let notes = u64::from(name == "fat-differential");
+        assert_eq!(
+            (&report["complete"], &report["notes"]),
+            (&true.into(), &notes.into()),
+            "{name}: {report:#}"
+        );
+        before.assert_kept(&image);
+    }
+}
+
+/// QEMU's check judges a part of what ours does: an image it finds corrupt, we do.
+#[test]
+fn what_qemu_finds_is_found() {
+    if !has("qemu-img") {
+        return skipped("qemu-img is not installed: no check is compared with QEMU's");
+    }
+    let bench = Bench::new();
+    let good = good(&bench);
+    let image = bench.path("bad.vhdx");
+    let mut refused = 0;
+    for (name, damage, status, ..) in CASES {
+        let mut bytes = good.clone();
+        damage(&mut bytes);
+        fs::write(&image, &bytes).expect("room");
+        let judged = Command::new("qemu-img").args(["check", "-q", "-f", "vhdx"]).arg(&image).output();
+        let sound = judged.expect("it runs").status.success();
+        // To QEMU a dirty log is a fault, and it has no parents.
+        let known = ["a dirty log", "a child"].contains(&name);
+        assert!(sound || status == CORRUPT || known, "{name}: QEMU finds a fault here");
+        refused += u32::from(!sound);
+    }
+    assert!(refused > 5, "QEMU found {refused} faults only");
+}
