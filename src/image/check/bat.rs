@@ -1,5 +1,7 @@
 //! The BAT, entry by entry.
 
+use std::fmt;
+
 use super::super::open::{BAT_CHUNK_BYTES, View};
 use super::super::payload_extent;
 use super::super::space::{Extent, Space};
@@ -15,6 +17,22 @@ const BAT: &str = "BAT";
 /// What cannot be repaired, because it may be data.
 const RESTORE: &str = "what the entry should say cannot be told: restore the image from a backup, or copy out \
                        what is still readable";
+
+/// Who names space.
+#[derive(Clone, Copy)]
+enum Owner {
+    Block(u64),
+    Bitmap(u64),
+}
+
+impl fmt::Display for Owner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Block(block) => write!(f, "block {block}"),
+            Self::Bitmap(chunk) => write!(f, "the sector bitmap of chunk {chunk}"),
+        }
+    }
+}
 
 /// The walk along the BAT.
 struct Walk<'a> {
@@ -111,41 +129,47 @@ impl Walk<'_> {
             }
             self.owe_bitmap(self.geometry.chunk_of_block(block));
         }
-        if let Some(extent) = payload_extent(entry, &self.geometry)
-            && !self.place_block(slot, &format!("block {block}"), extent, self.needed_bytes(block))
-        {
-            return;
+        if let Some(extent) = payload_extent(entry, &self.geometry) {
+            let present = matches!(state, PayloadState::FullyPresent | PayloadState::PartiallyPresent);
+            let needed = if present { self.needed_bytes(block) } else { 0 };
+            if !self.place_block(slot, Owner::Block(block), extent, needed) {
+                return;
+            }
         }
         let places = !matches!(state, PayloadState::NotPresent | PayloadState::Zero);
         let mended = BatEntry(if places { entry.offset() } else { 0 } | state as u64);
-        let finding = |what: String| Finding::corruption(BAT, self.place(slot), what);
-        let finding = if entry.reserved_bits() != 0 {
-            finding(format!("block {block} has reserved bits {:#x} set", entry.reserved_bits()))
-        } else if entry.is_beta_unmapped() {
-            finding(format!("block {block} has state 5, which only the format's beta had: unmapped"))
-        } else if mended != entry {
-            let what =
-                format!("block {block} has no data, and names byte {}: Windows refuses", entry.offset());
-            Finding::note(BAT, self.place(slot), what)
-        } else {
-            return;
-        };
-        self.mend(slot, finding, mended);
+        if mended != entry {
+            self.mend(slot, self.payload_fault(slot, block, entry), mended);
+        }
+    }
+
+    /// What is wrong with an entry whose meaning is clear.
+    fn payload_fault(&self, slot: u64, block: u64, entry: BatEntry) -> Finding {
+        let at = self.place(slot);
+        if entry.reserved_bits() != 0 {
+            let what = format!("block {block} has reserved bits {:#x} set", entry.reserved_bits());
+            return Finding::corruption(BAT, at, what);
+        }
+        if entry.is_beta_unmapped() {
+            let what = format!("block {block} has state 5, which only the format's beta had: unmapped");
+            return Finding::corruption(BAT, at, what);
+        }
+        let what = format!("block {block} has no data, and names byte {}: Windows refuses", entry.offset());
+        Finding::note(BAT, at, what)
     }
 
     fn bitmap(&mut self, slot: u64, entry: BatEntry) {
         let chunk = slot / (self.geometry.chunk_ratio() + 1);
         let Some(state) = entry.bitmap_state() else {
-            return self
-                .beyond_repair(slot, format!("the sector bitmap of chunk {chunk} has a reserved state"));
+            let what = format!("the sector bitmap of chunk {chunk} has a reserved state");
+            return self.beyond_repair(slot, what);
         };
         let mut mended = BatEntry::not_present();
         if state == BitmapState::Present {
             self.settle_bitmap(chunk);
             self.owed_bitmap = None;
             let extent = Extent { offset: entry.offset(), length: BITMAP_BLOCK_SIZE };
-            let who = format!("the sector bitmap of chunk {chunk}");
-            if !self.place_block(slot, &who, extent, BITMAP_BLOCK_SIZE) {
+            if !self.place_block(slot, Owner::Bitmap(chunk), extent, BITMAP_BLOCK_SIZE) {
                 return;
             }
             mended = BatEntry(entry.offset() | BitmapState::Present as u64);
@@ -161,14 +185,12 @@ impl Walk<'_> {
 
     /// Whether the extent that `who` names is in the file and its own. `needed` are its bytes that hold
     /// something.
-    fn place_block(&mut self, slot: u64, who: &str, extent: Extent, needed: u64) -> bool {
+    fn place_block(&mut self, slot: u64, who: Owner, extent: Extent, needed: u64) -> bool {
         let Extent { offset, length } = extent;
         let file_length = self.file_length;
         if offset >= file_length {
-            self.beyond_repair(
-                slot,
-                format!("{who} lies at byte {offset}, the file has {file_length} bytes"),
-            );
+            let what = format!("{who} lies at byte {offset}, the file has {file_length} bytes");
+            self.beyond_repair(slot, what);
             return false;
         }
         if let Some(shared) = self.space.claim(extent) {
