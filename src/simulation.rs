@@ -55,11 +55,21 @@ pub enum Plant {
     LateCount,
     /// A durable write that failed does not poison the device.
     NoPoison,
+    /// A killed process's I/O still lands when its successor has read the file.
+    NoFence,
+    /// A header carries a FileWriteGuid that the session's memory does not know yet.
+    LateAnnouncement,
+    /// What a killed process wrote is taken for durable.
+    TrustKilled,
+    /// A successor does not commit what the killed process had not logged.
+    ForgetPending,
+    /// A successor takes space for free that only the file still names.
+    ForgetUnmapped,
 }
 
 impl Plant {
     /// All of them.
-    pub const ALL: [Self; 22] = [
+    pub const ALL: [Self; 27] = [
         Self::SkipRecyclingSync,
         Self::ApplyBeforeLog,
         Self::TailBeforeSync,
@@ -82,6 +92,11 @@ impl Plant {
         Self::TrustTail,
         Self::LateCount,
         Self::NoPoison,
+        Self::NoFence,
+        Self::LateAnnouncement,
+        Self::TrustKilled,
+        Self::ForgetPending,
+        Self::ForgetUnmapped,
     ];
 }
 

@@ -19,7 +19,7 @@ use vhdx_ublk::image::SLOTS_PER_PAGE;
 const IMAGES: u64 = 1_000_000;
 
 /// What every test run exercises; one that stays at zero fails it.
-const EXERCISED: [&str; 36] = [
+const EXERCISED: [&str; 42] = [
     "P0 none or all of it",
     "P2 parts of what was at risk",
     "P3 sectors of 4096 bytes",
@@ -42,6 +42,8 @@ const EXERCISED: [&str; 36] = [
     "blocks quarantined",
     "commit cycles",
     "cuts in a recovery",
+    "daemon deaths",
+    "deaths in a recovery",
     "durable writes",
     "extents out of quarantine",
     "header 1 at risk",
@@ -49,11 +51,15 @@ const EXERCISED: [&str; 36] = [
     "moments with every image",
     "not present to present",
     "not present to zero",
+    "pages that only the memory had",
     "payload sectors judged",
     "present to zero",
     "recoveries of recoveries",
     "replays",
+    "requests failed by a death",
+    "requests repeated to a successor",
     "sequences of operations",
+    "space that only the file names",
     "the file grows",
     "the log wraps",
 ];

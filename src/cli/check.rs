@@ -8,6 +8,7 @@ use std::time::Duration;
 use serde::Serialize;
 use uuid::Uuid;
 
+use vhdx_ublk::device::session;
 use vhdx_ublk::disk::{Access, ImageFile, Reactor};
 use vhdx_ublk::error::Result;
 use vhdx_ublk::image::{self, Finding, LogFound, Repair, Report, Severity};
@@ -79,6 +80,8 @@ fn check(path: &Path) -> Result<Checked> {
 
 fn repair(path: &Path) -> Result<Checked> {
     let file = Arc::new(ImageFile::open(path, Access::ReadWrite, Duration::ZERO)?);
+    holders::refuse_abandoned(path, Access::ReadWrite)?;
+    session::refuse_orphan(&file)?;
     let reactor = Reactor::new()?;
     let disk = reactor.disk(Arc::clone(&file));
     let repaired = reactor.block_on(image::repair(&disk, Uuid::new_v4));

@@ -3,6 +3,8 @@
 use std::cell::Cell;
 use std::ffi::OsString;
 use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use vhdx_ublk::device::daemon::{self, Ready};
 use vhdx_ublk::device::engine_thread::EngineThread;
@@ -15,6 +17,9 @@ use vhdx_ublk::disk::{Access, ImageFile};
 use vhdx_ublk::error::{Error, Kind, Result};
 
 use super::{FAILURE, add, holders, logging, output};
+
+/// How long a killed daemon may take to be gone.
+const END_WAIT: Duration = Duration::from_secs(2);
 
 /// Go on serving devices whose daemon was killed.
 ///
@@ -72,7 +77,7 @@ impl Recover {
 
     /// Has a daemon of its own take the device over.
     fn recover(&self, listed: &Listed) -> Result<()> {
-        refuse_served(listed)?;
+        await_end(listed);
         let mut arguments: Vec<OsString> = vec!["recover".into(), "--serve".into()];
         arguments.extend(self.accept_loss.then(|| "--accept-loss".into()));
         arguments.extend(["--".into(), listed.entry.id.to_string().into()]);
@@ -123,6 +128,14 @@ fn find(devices: &[Listed], target: &Target) -> Result<Listed> {
     found.cloned().ok_or_else(|| {
         Error::new(Kind::NotFound, format!("{target} is no device of this program")).remedy("vhdx-ublk list")
     })
+}
+
+/// Waits a little for the end of a daemon that was killed a moment ago and is not gone yet.
+fn await_end(listed: &Listed) {
+    let until = Instant::now() + END_WAIT;
+    while listed.entry.daemon.is_alive() && Instant::now() < until {
+        thread::sleep(Duration::from_millis(10));
+    }
 }
 
 fn refuse_served(listed: &Listed) -> Result<()> {

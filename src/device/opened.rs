@@ -20,7 +20,7 @@ use crate::disk::{ImageFile, PayloadIo, Reactor, UringDisk};
 use crate::engine::shared::Shared;
 use crate::error::{Error, Kind, Result};
 use crate::format::metadata::{DiskType, Metadata};
-use crate::image::{FoundLog, Image, Mode, SessionMemory};
+use crate::image::{FoundLog, Image, Mode};
 
 /// An image ready to be served.
 #[derive(Clone)]
@@ -129,18 +129,20 @@ impl WritableOpen {
         clean: Option<Image>,
         session: Option<FoundSession>,
     ) -> Result<(Image, Option<SessionFile>)> {
-        let mut image = match clean {
-            Some(image) => image,
-            None => open_in_place(disk, session.as_ref().map(|(_, memory)| memory)).await?,
-        };
-        choose_payload_io(disk.file(), &image.metadata)?;
-        let session = match session {
-            Some((file, memory)) => {
-                image.resume_session(memory, disk).await.map_err(|error| file.explain(error))?;
-                Some(file)
+        let mut image = match (&session, clean) {
+            (Some((session, memory)), _) => {
+                let resumed = Image::resume(disk, memory.clone(), Uuid::new_v4).await;
+                resumed.map_err(|error| session.explain(error))?
             }
-            None => self.start_session(&mut image, file),
+            (None, Some(image)) => image,
+            (None, None) => Image::open(disk, Mode::Writable, Uuid::new_v4).await?,
         };
+        if let FoundLog::Dirty(entries) = image.found_log {
+            tracing::info!("the image was not closed cleanly: replayed {entries} log entries");
+        }
+        refuse_chain(&image)?;
+        choose_payload_io(disk.file(), &image.metadata)?;
+        let session = session.map(|(session, _)| session).or_else(|| self.start_session(&mut image, file));
         Ok((image, session))
     }
 
@@ -150,7 +152,8 @@ impl WritableOpen {
         }
         match self.sessions.create(file, image.map.geometry()) {
             Ok((session, memory)) => {
-                image.start_session(memory, &image.owner(file.device, file.inode));
+                let owner = image.owner(file.device, file.inode);
+                image.start_session(memory, &owner);
                 Some(session)
             }
             Err(error) => {
@@ -159,24 +162,6 @@ impl WritableOpen {
             }
         }
     }
-}
-
-/// Opens the image for writing, which replays its log in place. A session learns the FileWriteGuid before any
-/// header carries it.
-async fn open_in_place(disk: &UringDisk, session: Option<&SessionMemory>) -> Result<Image> {
-    let new_guid = || {
-        let guid = Uuid::new_v4();
-        if let Some(memory) = session {
-            memory.announce(guid);
-        }
-        guid
-    };
-    let image = Image::open(disk, Mode::Writable, new_guid).await?;
-    if let FoundLog::Dirty(entries) = image.found_log {
-        tracing::info!("the image was not closed cleanly: replayed {entries} log entries");
-    }
-    refuse_chain(&image)?;
-    Ok(image)
 }
 
 pub(super) fn parameters(metadata: &Metadata, read_only: bool) -> Parameters {

@@ -17,7 +17,7 @@ use nix::fcntl::{FallocateFlags, fallocate};
 
 use super::registry::{FILE_MODE, FileId, RUN_DIRECTORY, Registry};
 use super::sys;
-use crate::disk::PAGE_BYTES;
+use crate::disk::{ImageFile, PAGE_BYTES};
 use crate::error::{Error, Kind, Result};
 use crate::format::bat::Geometry;
 use crate::image::{Image, Mismatch, Session, SessionMemory};
@@ -123,6 +123,21 @@ impl SessionFile {
             self.path.display()
         ))
     }
+}
+
+/// Refuses an image of which a killed daemon left a session: that has to be taken over first.
+///
+/// # Errors
+///
+/// [`Kind::InUse`] if there is one; what the host says.
+pub fn refuse_orphan(image: &ImageFile) -> Result<()> {
+    if Sessions::of_machine().find(FileId::of_image(image)?)?.is_none() {
+        return Ok(());
+    }
+    let message = "a daemon was killed, and not everything it acknowledged is in the image";
+    let path = image.path();
+    let remedy = format!("`vhdx-ublk add {}` takes it over, `vhdx-ublk del` then closes it", path.display());
+    Err(Error::new(Kind::InUse, message).file(path).remedy(remedy))
 }
 
 fn reserve(file: &File, count: usize) -> io::Result<()> {

@@ -5,6 +5,7 @@
 //!
 //! What must be durable before what:
 //!
+//! 0. whatever a killed process wrote, before a header is (`open_session`);
 //! 1. new FileWriteGuid and DataWriteGuid in both headers, before any other modification (`open_session`);
 //! 2. an initial empty log entry, before a header names its LogGuid (`activate_log`);
 //! 3. recycled space zeroed and synced, before an entry that names it is written (`commit`);

@@ -17,9 +17,16 @@ impl<D: Disk + 'static> Engine<D> {
     pub(super) async fn open_session(self: &Rc<Self>) -> Outcome {
         let turn = self.session_turn.enter().await;
         if self.shared.session() == Session::Idle {
+            // The header found may be a killed process's, and the host may not have it yet: writing the other one
+            // now would put both at risk.
+            if !planted(Plant::TrustKilled) {
+                self.sync().await?;
+            }
             let (file_write, data_write) = (self.new_guid(), self.new_guid());
             let memory = self.shared.map.memory();
-            memory.announce(file_write);
+            if !planted(Plant::LateAnnouncement) {
+                memory.announce(file_write);
+            }
             self.update_headers(|header| {
                 header.file_write_guid = file_write;
                 header.data_write_guid = data_write;

@@ -1,8 +1,9 @@
 //! Replaying the log: in place for a writable open, in memory for a read-only one.
 //!
-//! In place, the order is: new FileWriteGuid in both headers (LogGuid unchanged) → the entries' changes → the
-//! length they need → sync → LogGuid zero in both headers. A cut anywhere leaves the same log to be replayed
-//! again; nothing in the log is overwritten before the headers have dropped it.
+//! In place, the order is: sync → new FileWriteGuid in both headers (LogGuid unchanged) → the entries' changes →
+//! the length they need → sync → LogGuid zero in both headers. A cut anywhere leaves the same log to be replayed
+//! again; nothing in the log is overwritten before the headers have dropped it. The first sync is for what a
+//! killed process wrote and the host has not: its newest header may be one of two that a cut would tear.
 
 use super::headers::Headers;
 use super::log_scan::Log;
@@ -48,6 +49,9 @@ pub async fn in_place<D: Disk>(
     positions: &[u32],
     file_write_guid: uuid::Uuid,
 ) -> Result<()> {
+    if !planted(Plant::TrustKilled) {
+        sync(disk).await?;
+    }
     update(disk, headers, |header| header.file_write_guid = file_write_guid).await?;
     let header = headers.current().clone();
     let log = Log::new(disk, &header);

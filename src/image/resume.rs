@@ -7,12 +7,15 @@
 
 use std::collections::BTreeSet;
 
+use uuid::Uuid;
+
 use super::block_map::{BlockMap, SLOTS_PER_PAGE};
 use super::memory::{Owner, Session, SessionMemory};
-use super::open::{Image, checked_payload, payload_extent};
+use super::open::{Image, Mode, checked_payload, payload_extent};
 use super::space::Extent;
 use crate::disk::Disk;
 use crate::error::{Error, Kind, Result};
+use crate::simulation::{Plant, planted};
 
 /// What a killed process left to be committed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -53,30 +56,45 @@ impl Image {
         self.map = map;
     }
 
-    /// Takes over the session in `memory`, which was checked to be this image's and from which every write to
-    /// the file has ended. The image was opened for writing on `disk`, so its log is empty.
+    /// Opens the image on `disk` for writing and takes over the session in `memory`, which was checked to be this
+    /// image's, of a process whose last write to the file has ended.
     ///
     /// # Errors
-    /// [`Kind::Poisoned`] if the session is, or the host cannot make durable what it holds; corrupt if the
-    /// memory cannot be this image's future.
-    pub async fn resume_session<D: Disk>(&mut self, memory: SessionMemory, disk: &D) -> Result<()> {
+    /// Those of [`Image::open`]; [`Kind::Poisoned`] if the session is; corrupt if it cannot be this image's
+    /// future. It stays as it is, for another attempt.
+    pub async fn resume<D: Disk>(
+        disk: &D,
+        memory: SessionMemory,
+        new_guid: impl FnOnce() -> Uuid,
+    ) -> Result<Self> {
         if memory.session() == Session::Poisoned {
             return Err(Error::new(Kind::Poisoned, "writing failed before the process was killed")
                 .in_structure("session")
                 .remedy("what was flushed is safe in the image; take the device away with `vhdx-ublk del`"));
         }
-        memory.settle(self.header.header.file_write_guid);
-        if let Err(error) = disk.sync().await {
+        if !planted(Plant::TrustKilled)
+            && let Err(error) = disk.sync().await
+        {
             memory.poison();
             return Err(Error::io("syncing what the killed process wrote", error));
         }
-        let map = BlockMap::over(memory, *self.map.geometry());
+        let announced = || {
+            let guid = new_guid();
+            memory.announce(guid);
+            guid
+        };
+        let mut image = Self::open(disk, Mode::Writable, announced).await?;
+        memory.settle(image.header.header.file_write_guid);
+        let map = BlockMap::over(memory, *image.map.geometry());
         for slot in 0..map.geometry().slot_count() {
-            self.reconcile(slot, &map)?;
+            image.reconcile(slot, &map)?;
         }
-        self.pending.resumed = map.memory().session() == Session::Open;
-        self.map = map;
-        Ok(())
+        if planted(Plant::ForgetPending) {
+            image.pending.pages.clear();
+        }
+        image.pending.resumed = map.memory().session() == Session::Open;
+        image.map = map;
+        Ok(image)
     }
 
     /// Brings one slot of the session's `map` and of the file together.
@@ -107,7 +125,10 @@ impl Image {
                 }
                 self.space.occupy(extent, "payload block of the session")?;
             }
-            self.pending.unmapped.extend(old);
+            match old {
+                Some(extent) if planted(Plant::ForgetUnmapped) => self.space.free(extent, false),
+                old => self.pending.unmapped.extend(old),
+            }
         }
         self.pending.pages.insert(slot / SLOTS_PER_PAGE);
         Ok(())

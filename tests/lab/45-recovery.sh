@@ -2,6 +2,21 @@
 # shellcheck shell=bash
 
 daemon_pid() { ublk list --json | tr -d ' \n' | grep -o '"pid":[0-9]*' | head -n 1 | cut -d: -f2; }
+# Kills the daemon and waits until it is gone, and its lock with it.
+kill_daemon() {
+    local pid
+    pid=$(daemon_pid)
+    kill -9 "$pid"
+    for _ in $(seq 200); do
+        [ -e "/proc/$pid" ] || break
+        sleep 0.05
+    done
+    for _ in $(seq 200); do
+        qemu-img check "$1" 2>&1 | grep -q ' lock' || return 0
+        sleep 0.05
+    done
+    fail "the dead daemon still has $1"
+}
 stamper() { "${VHDX_STAMPER:-$(dirname "$VHDX_UBLK")/examples/stamper}" "$@"; }
 
 cycles() { if [ -n "$FULL" ]; then echo 200; else echo 50; fi; }
@@ -19,7 +34,7 @@ kill_again_and_again() {
         sleep "0.$((RANDOM % 4))$((RANDOM % 10))"
         pid=$(daemon_pid)
         kill -9 "$pid"
-        ublk recover "$device" >/dev/null || { status=1; break; }
+        ublk recover "$device" >/dev/null || fail "not recovered after kill $cycle"
     done
     touch stop
     wait "$writer" || status=1
@@ -55,7 +70,7 @@ test_recovery_refuses_what_does_not_fit() {
     device=$(ublk add disk.vhdx)
     write_stamps "$device" 10 4 7
     sync "$device"
-    kill -9 "$(daemon_pid)"
+    kill_daemon disk.vhdx
     qemu-img check -q -r all disk.vhdx || true
     qemu-io -f vhdx -c 'write -P 1 100M 4k' disk.vhdx >/dev/null
     ublk recover "$device" 2>said && fail "an image that somebody else wrote was recovered"
@@ -64,7 +79,7 @@ test_recovery_refuses_what_does_not_fit() {
     ublk recover --accept-loss "$device"
     check_stamps "$device" 10 4 7
     qemu-io -r -f raw -c 'read -P 1 100M 4k' "$device" | grep -q '^read 4096'
-    kill -9 "$(daemon_pid)"
+    kill_daemon disk.vhdx
     rm /run/vhdx-ublk/*.session
     ublk recover "$device" 2>said && fail "a device without a session was recovered"
     grep -q "no session file" said
@@ -79,10 +94,10 @@ test_recovery_of_a_read_only_device() {
     write_stamps "$device" 10 4 7
     ublk del "$device"
     device=$(ublk add --read-only disk.vhdx)
-    kill -9 "$(daemon_pid)"
+    kill_daemon disk.vhdx
     ublk recover --all
     check_stamps "$device" 10 4 7
-    kill -9 "$(daemon_pid)"
+    kill_daemon disk.vhdx
     qemu-io -f vhdx -c 'write -P 1 100M 4k' disk.vhdx >/dev/null
     ublk recover "$device" 2>said && fail "another disk was put under the device's users"
     grep -q "somebody has written the image" said

@@ -88,6 +88,7 @@ pub fn scenarios() -> Vec<Scenario> {
         ),
         Scenario::swarm("failed-durable-write", 20, failed_durable_write()),
     ];
+    all.extend(deaths());
     all.push(Scenario {
         name: "sequences".into(),
         config: sequences(),
@@ -153,6 +154,16 @@ fn again() -> Config {
 fn failed_durable_write() -> Config {
     let faults = Faults { durable_write: true, ..Faults::NONE };
     Config { faults, weights: [30, 60, 10, 10, 5, 5], ..tiny() }
+}
+
+/// The daemon is killed again and again.
+fn deaths() -> [Scenario; 2] {
+    let faults = Faults { death: 150, ..Faults::NONE };
+    let recycling = Config { can_punch: false, width: 1, faults, ..tiny() };
+    [
+        Scenario::swarm("killed", 30, Config { faults, ..tiny() }),
+        Scenario::swarm("killed-no-punch", 30, recycling),
+    ]
 }
 
 fn sequences() -> Config {

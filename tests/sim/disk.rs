@@ -185,6 +185,9 @@ pub struct SimDisk {
     sector_size: u32,
 }
 
+/// An operation whose process has died.
+pub struct Abandoned(Op);
+
 /// The end of an operation that a front waits for.
 pub struct FrontDone {
     pub front: usize,
@@ -291,6 +294,11 @@ impl SimDisk {
         if let Some(place) = state.waiting.iter().position(|(id, _)| *id == op.id) {
             state.waiting.swap_remove(place).1.wake();
         }
+    }
+
+    /// How many operations are in flight.
+    pub fn operations(&self) -> usize {
+        self.state.borrow().in_flight.len()
     }
 
     /// The places of the operations in flight that are syncs.
@@ -407,16 +415,31 @@ impl SimDisk {
         store
     }
 
-    /// What a file system shows after the process has died and every operation in flight has landed or not.
-    pub fn kill(&self, rng: &mut Rng) -> Store {
-        let state = self.state.borrow();
-        let mut store = state.cache.clone();
-        for op in &state.in_flight {
-            if rng.bool() {
-                apply(&mut store, &op.effect);
+    /// The process has died: nobody waits for the operations in flight any more. They are returned, to land
+    /// while the lock is still held.
+    pub fn abandon(&self) -> Vec<Abandoned> {
+        let mut state = self.state.borrow_mut();
+        state.waiting.clear();
+        state.results.clear();
+        state.in_flight.drain(..).map(Abandoned).collect()
+    }
+
+    /// An operation of a dead process ends: it was never begun, is done, or is done in part.
+    pub fn land(&self, Abandoned(op): Abandoned, rng: &mut Rng) {
+        let mut state = self.state.borrow_mut();
+        state.trace = state.trace.rotate_left(5) ^ op.id.wrapping_mul(0x1_0003);
+        match (rng.u32(..3), &op.effect) {
+            (0, _) => drop(state.perform(&op)),
+            (1, Effect::Write { offset, bytes, .. }) => {
+                state.at_risk.retain(|change| change.op != op.id);
+                let unit = self.sector_size as usize;
+                for (index, part) in bytes.chunks(unit).enumerate().filter(|_| rng.bool()) {
+                    state.land_part(offset + (index * unit) as u64, part);
+                }
             }
+            _ => state.at_risk.retain(|change| change.op != op.id),
         }
-        store
+        state.changed(&op.effect);
     }
 
     async fn run(&self, effect: Effect) -> io::Result<Buffer> {
@@ -441,6 +464,16 @@ impl SimDisk {
 }
 
 impl State {
+    /// A part of a dead process's write is done.
+    fn land_part(&mut self, offset: u64, part: &[u8]) {
+        let effect = Effect::Write { offset, bytes: Rc::new(part.to_vec()), durable: false };
+        apply(&mut self.cache, &effect);
+        self.completions += 1;
+        let (op, completed) = (self.next_op, Some(self.completions));
+        self.next_op += 1;
+        self.at_risk.push(AtRisk { op, completed, effect, settled: Vec::new() });
+    }
+
     /// A change is at risk that was not before.
     fn issued(&mut self, effect: &Effect) {
         let metadata = match effect {

@@ -60,6 +60,13 @@ impl SimTasks {
         }
     }
 
+    /// The process has died: no task goes on.
+    pub fn die(&self) {
+        let tasks = std::mem::take(&mut *self.tasks.borrow_mut());
+        drop(tasks);
+        self.ready.lock().expect("one thread").clear();
+    }
+
     /// Starts a task whose result can be taken when it has ended.
     pub fn start<T: 'static>(&self, task: impl Future<Output = T> + 'static) -> Rc<RefCell<Option<T>>> {
         let result = Rc::new(RefCell::new(None));

@@ -1,6 +1,8 @@
 //! One device in one thread: a guest, fronts, the engine, the disk. Every message delivery, every completion
 //! and every wake-up is chosen by the seed.
 
+mod death;
+
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::rc::Rc;
@@ -14,7 +16,7 @@ use vhdx_ublk::engine::port::{FileIo, FileOp, PieceId, Port};
 use vhdx_ublk::engine::shared::Shared;
 use vhdx_ublk::engine::{Counters, Engine, Fronts};
 use vhdx_ublk::format::bat::{BatEntry, PayloadState};
-use vhdx_ublk::image::{FoundLog, Image, InitialState, Layout, Mode, NewImage, check};
+use vhdx_ublk::image::{FoundLog, Image, InitialState, Layout, Mode, NewImage, SessionMemory, check};
 
 use super::disk::{EAGAIN, EIO, Effect, FrontDone, Owner, Profile, SimDisk};
 use super::judge::{Effort, Judge};
@@ -56,12 +58,14 @@ pub struct Faults {
     pub slow_syncs: bool,
     /// One front I/O in so many takes long.
     pub slow_io: u32,
+    /// The daemon is killed at one step in so many; 0 for never.
+    pub death: u32,
 }
 
 impl Faults {
     /// Nothing fails; what is slow now and then is ordinary.
     pub const NONE: Self =
-        Self { again: 0, sync: false, durable_write: false, slow_syncs: false, slow_io: 6 };
+        Self { again: 0, sync: false, durable_write: false, slow_syncs: false, slow_io: 6, death: 0 };
 }
 
 impl Config {
@@ -217,6 +221,9 @@ pub struct World {
     injected: bool,
     seen: Seen,
     pub marks: Marks,
+    /// What outlives the daemon.
+    memory: SessionMemory,
+    deaths: u64,
 }
 
 /// What the last step found, to see what the next one changes.
@@ -244,7 +251,8 @@ impl World {
     pub fn open(config: Config, content: Store, oracle: Oracle, mut rng: Rng) -> Self {
         let disk = SimDisk::new(content, true, config.can_punch, config.image.logical_sector_size);
         let mut guids = guids(&mut rng);
-        let image = block_on(Image::open(&disk, Mode::Writable, &mut guids)).expect("the image opens");
+        let mut image = block_on(Image::open(&disk, Mode::Writable, &mut guids)).expect("the image opens");
+        let memory = death::start_session(&mut image);
         disk.set_immediate(false);
         disk.slow_syncs(config.faults.slow_syncs);
         disk.set_metadata_end(image.layout.bat.end());
@@ -274,6 +282,8 @@ impl World {
             injected: false,
             seen: Seen::default(),
             marks: Marks::default(),
+            memory,
+            deaths: 0,
         }
     }
 
@@ -344,6 +354,10 @@ impl World {
 
     /// Takes one random step; `false` when nothing is left to do.
     pub fn step(&mut self) -> bool {
+        if self.config.faults.death > 0 && self.rng.u32(..self.config.faults.death) == 0 {
+            self.die();
+            return true;
+        }
         let tasks = self.tasks.ready();
         let (ops, slow) = (self.disk.places(false, !self.hold_syncs), self.disk.places(true, true));
         let to_front: Vec<usize> =
@@ -397,10 +411,15 @@ impl World {
     pub fn close(&mut self) -> Store {
         self.config.requests = 0;
         self.drain();
-        let engine = self.engine.clone();
-        let closed = self.tasks.start(async move { engine.close().await });
-        self.drain();
-        let closed = closed.borrow_mut().take();
+        let closed = loop {
+            let (engine, deaths) = (self.engine.clone(), self.deaths);
+            let closed = self.tasks.start(async move { engine.close().await });
+            self.drain();
+            // A successor closes what a killed one has begun to.
+            if self.deaths == deaths {
+                break closed.borrow_mut().take();
+            }
+        };
         if closed == Some(Ok(())) {
             self.activation.clean_closes += 1;
         } else if !self.injected {

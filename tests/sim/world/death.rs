@@ -1,0 +1,171 @@
+//! The daemon is killed, and a successor takes over.
+//!
+//! What survives: the session's memory, and the file as the host's cache has it. I/O in flight may still land,
+//! in whole or in part, until the lock is granted. Nothing else survives; the guest's requests in flight are
+//! repeated to the successor, or fail.
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::rc::Rc;
+
+use vhdx_ublk::engine::Engine;
+use vhdx_ublk::engine::front::Front;
+use vhdx_ublk::format::bat::PayloadState;
+use vhdx_ublk::image::{Image, Mode, SessionMemory};
+use vhdx_ublk::simulation::{Plant, planted};
+
+use super::{Inbox, Seen, World, guids};
+use crate::sim::disk::{Abandoned, SimDisk};
+use crate::sim::oracle::decode;
+use crate::sim::violation::violated;
+
+/// The image's file system and inode, as far as anybody asks.
+const FILE: (u64, u64) = (1, 2);
+
+/// How many daemons are killed before one serves again, at most.
+const DEATHS_IN_A_ROW: u32 = 3;
+
+/// Moves the block map of `image` into memory that outlives the daemon.
+pub(super) fn start_session(image: &mut Image) -> SessionMemory {
+    let memory = SessionMemory::private(image.map.geometry());
+    let owner = image.owner(FILE.0, FILE.1);
+    image.start_session(memory.clone(), &owner);
+    memory
+}
+
+impl World {
+    /// Kills the daemon. Returns when a successor serves, and has shown that it lost nothing acknowledged.
+    pub fn die(&mut self) {
+        self.marks.hit("daemon deaths");
+        self.deaths += 1;
+        self.mark_counters();
+        let (mut late, mut deaths) = (self.end_process(), 1);
+        let image = loop {
+            let dies = deaths < DEATHS_IN_A_ROW && self.rng.bool();
+            let killed_at = dies.then(|| self.rng.usize(..40));
+            if let Some(image) = self.open_again(killed_at) {
+                break image;
+            }
+            self.marks.hit("deaths in a recovery");
+            late.extend(self.end_process());
+            deaths += 1;
+        };
+        for abandoned in late {
+            self.disk.land(abandoned, &mut self.rng);
+        }
+        self.serve(image);
+        self.compare();
+        self.repeat_requests();
+    }
+
+    /// Takes the process away. What of its I/O lands later than the lock allows is returned: nothing.
+    fn end_process(&mut self) -> Vec<Abandoned> {
+        self.tasks.die();
+        let mut abandoned = self.disk.abandon();
+        if planted(Plant::NoFence) {
+            return abandoned;
+        }
+        self.rng.shuffle(&mut abandoned);
+        for operation in abandoned {
+            self.disk.land(operation, &mut self.rng);
+            self.look_at_cuts();
+        }
+        Vec::new()
+    }
+
+    /// Opens the image as the successor does, step by step; none if it is killed before it has.
+    fn open_again(&mut self, killed_at: Option<usize>) -> Option<Image> {
+        let (disk, memory, guids) = (self.disk.clone(), self.memory.clone(), guids(&mut self.rng));
+        let opening = self.tasks.start(resume(disk, memory, guids));
+        let mut steps = 0;
+        loop {
+            if let Some(opened) = opening.borrow_mut().take() {
+                return Some(opened.unwrap_or_else(|why| violated(format!("the successor refuses: {why}"))));
+            }
+            if killed_at.is_some_and(|killed_at| steps >= killed_at) {
+                return None;
+            }
+            steps += 1;
+            assert!(steps < 1_000_000, "the successor does not come to rest");
+            let ops = self.disk.operations();
+            match self.rng.usize(..(self.tasks.ready() + ops).max(1)) {
+                task if task < self.tasks.ready() => self.tasks.run(task),
+                op => drop(self.disk.complete(op - self.tasks.ready())),
+            }
+            self.look_at_cuts();
+        }
+    }
+
+    /// A power cut may follow at any moment, and takes the session away.
+    fn look_at_cuts(&mut self) {
+        let Some(judge) = &mut self.judge else { return };
+        if let Err(why) = judge.look(&self.disk, &self.oracle) {
+            violated(format!("after the daemon's death and a power cut: {why}"));
+        }
+    }
+
+    fn serve(&mut self, image: Image) {
+        self.marks.add("pages that only the memory had", image.pending.pages.len() as u64);
+        self.marks.add("space that only the file names", image.pending.unmapped.len() as u64);
+        self.inbox = Rc::new(Inbox(RefCell::new(vec![VecDeque::new(); self.config.fronts])));
+        let (disk, tasks, inbox) = (self.disk.clone(), self.tasks.clone(), self.inbox.clone());
+        let engine = Engine::new(image, disk, tasks, inbox, Box::new(guids(&mut self.rng)));
+        self.engine = engine.expect("the image is writable");
+        self.seen = Seen::default();
+    }
+
+    /// Nothing that was acknowledged is lost, flushed or not.
+    fn compare(&mut self) {
+        let (content, map) = (self.disk.content(), &self.engine.shared().map);
+        let (geometry, sector_size) = (*map.geometry(), self.config.image.logical_sector_size);
+        for sector in self.oracle.touched() {
+            let offset = sector * u64::from(sector_size);
+            let entry = map.load(geometry.block_of_offset(offset)).entry;
+            let mut bytes = vec![0; sector_size as usize];
+            if entry.payload_state() == Some(PayloadState::FullyPresent) {
+                content.read(entry.offset() + geometry.offset_in_block(offset), &mut bytes);
+            }
+            let found =
+                decode(sector, &bytes).unwrap_or_else(|why| violated(format!("after a death: {why}")));
+            if !self.oracle.readable(sector).contains(&found) {
+                violated(format!("a death lost: {}", self.oracle.explain(sector, found)));
+            }
+        }
+    }
+
+    /// The kernel repeats what was in flight, or fails it.
+    fn repeat_requests(&mut self) {
+        let repeat = self.rng.bool();
+        for index in 0..self.hosts.len() {
+            let host = &mut self.hosts[index];
+            host.front = Front::new(self.engine.shared().clone(), self.config.depth);
+            host.to_engine.clear();
+            for tag in 0..self.config.depth {
+                let active = &mut self.hosts[index].active[usize::from(tag)];
+                match active.as_ref().map(|active| active.request) {
+                    Some(request) if repeat => {
+                        self.marks.hit("requests repeated to a successor");
+                        self.with_front(index, |front, port| front.start(tag, request, port));
+                    }
+                    Some(_) => {
+                        self.marks.hit("requests failed by a death");
+                        *active = None;
+                    }
+                    None => {}
+                }
+            }
+        }
+    }
+}
+
+async fn resume(
+    disk: SimDisk,
+    memory: SessionMemory,
+    mut guids: impl FnMut() -> uuid::Uuid,
+) -> Result<Image, String> {
+    let looked = Image::open(&disk, Mode::ReadOnly, &mut guids).await.map_err(|error| error.to_string())?;
+    let owner = looked.owner(FILE.0, FILE.1);
+    let fits = memory.check(&owner, looked.header.header.file_write_guid);
+    fits.map_err(|mismatch| format!("its memory does not fit: {mismatch:?}"))?;
+    Image::resume(&disk, memory, guids).await.map_err(|error| error.to_string())
+}
