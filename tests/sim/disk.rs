@@ -257,7 +257,8 @@ impl SimDisk {
     pub fn fail(&self, index: usize, errno: i32) -> FrontDone {
         let mut state = self.state.borrow_mut();
         let op = state.in_flight.remove(index);
-        state.trace = state.trace.rotate_left(5) ^ op.id.wrapping_mul(0x1_0001) ^ errno.unsigned_abs() as u64;
+        state.trace =
+            state.trace.rotate_left(5) ^ op.id.wrapping_mul(0x1_0001) ^ u64::from(errno.unsigned_abs());
         let Owner::Front(front, piece) = op.owner else { panic!("the engine's disk retries by itself") };
         if errno == EAGAIN {
             state.at_risk.retain(|change| change.op != op.id);

@@ -138,8 +138,18 @@ impl Images {
 
     /// Whether some of the choices kept what was durable and some did not.
     pub fn is_partial(&self, choice: &Choice) -> bool {
-        let digits = &choice[..choice.len() - 1];
+        let digits = &choice[..self.digits.len()];
         digits.contains(&0) && digits.iter().any(|&pick| pick > 0)
+    }
+
+    /// Whether every write is there as a whole or not at all.
+    pub fn is_of_whole_writes(&self, choice: &Choice) -> bool {
+        let digits = || self.digits.iter().zip(choice);
+        digits().all(|(digit, &pick)| {
+            let kept = |other: &Digit, pick: usize| pick + 1 == other.variants.len();
+            (pick == 0 || kept(digit, pick))
+                && digits().all(|(other, &same)| other.op != digit.op || (same == 0) == (pick == 0))
+        })
     }
 
     /// The image itself, metadata only.
@@ -219,7 +229,9 @@ impl Images {
         for _ in 0..samples {
             picks.push((0..count).map(|digit| rng.usize(..=last(digit))).collect());
         }
-        picks.iter_mut().for_each(|pick| pick.push(rng.usize(..self.lengths.len())));
+        for pick in &mut picks {
+            pick.push(rng.usize(..self.lengths.len()));
+        }
         picks
     }
 }

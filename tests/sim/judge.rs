@@ -41,7 +41,7 @@ impl Effort {
     /// What a test run affords.
     pub const TEST: Self = Self { limits: Limits { all: 512, samples: 64 }, depth: 1, garbage: true };
     /// What a night affords.
-    pub const LONG: Self = Self { limits: Limits { all: 1 << 16, samples: 4096 }, depth: 2, garbage: true };
+    pub const LONG: Self = Self { limits: Limits { all: 1 << 14, samples: 4096 }, depth: 2, garbage: true };
 }
 
 /// What recovery makes of an image.
@@ -66,8 +66,8 @@ pub struct Judge {
     unit: usize,
     effort: Effort,
     rng: Rng,
-    /// The outcome of every image seen.
-    seen: HashMap<u64, usize>,
+    /// The outcome of every image seen, and how many power cuts have hit its recovery.
+    seen: HashMap<u64, (usize, u32)>,
     outcomes: Vec<Outcome>,
     known: BTreeMap<Outcome, usize>,
     /// Recoveries that power cuts have attacked, by what they did.
@@ -148,7 +148,7 @@ impl Judge {
             self.marks.hit("images");
             let outcome = match self.recover_once(&images, &choice) {
                 Ok(outcome) => outcome,
-                Err(why) => return Err(self.least(&images, &choice, why)),
+                Err(why) => return Err(self.least(&images, &choice, &why)),
             };
             let length = images.length(&choice);
             if found.insert((outcome, length)) {
@@ -186,22 +186,34 @@ impl Judge {
     }
 
     fn recover_once(&mut self, images: &Images, choice: &Choice) -> Result<usize, String> {
+        if !self.seen.contains_key(&images.hash(choice)) {
+            self.mark_profile(images, choice);
+        }
+        self.outcome_of(images, choice, self.effort.depth)
+    }
+
+    /// What recovery makes of an image, whose recovery `depth` power cuts have hit from here on.
+    fn outcome_of(&mut self, images: &Images, choice: &Choice, depth: u32) -> Result<usize, String> {
         let hash = images.hash(choice);
-        if let Some(outcome) = self.seen.get(&hash) {
+        if let Some((outcome, hit)) = self.seen.get(&hash)
+            && *hit >= depth
+        {
             return Ok(*outcome);
         }
-        self.mark_profile(images, choice);
         let store = images.store(choice);
         let (outcome, ops) = self.recover(store.clone())?;
         let outcome = self.intern(outcome);
-        self.seen.insert(hash, outcome);
-        self.attack(&store, &ops, outcome, self.effort.depth)?;
+        self.seen.insert(hash, (outcome, depth));
+        self.attack(&store, &ops, outcome, depth)?;
         Ok(outcome)
     }
 
     fn mark_profile(&mut self, images: &Images, choice: &Choice) {
         let partial = images.is_partial(choice);
         self.marks.hit(if partial { "P2 parts of what was at risk" } else { "P0 none or all of it" });
+        if partial && images.is_of_whole_writes(choice) {
+            self.marks.hit("P1 whole writes");
+        }
         if self.unit == 4096 && partial {
             self.marks.hit("P3 sectors of 4096 bytes");
         }
@@ -258,7 +270,9 @@ impl Judge {
                 unfinished => unfinished,
             };
             self.cut_recovery(&durable, changes, expected, depth)?;
-            changes.iter().for_each(|change| apply(&mut durable, change));
+            for change in changes {
+                apply(&mut durable, change);
+            }
         }
         Ok(())
     }
@@ -282,21 +296,12 @@ impl Judge {
             Images::new(durable.clone(), hash, &risks, lengths, self.unit, limits, &mut self.rng);
         for choice in images.choices(coverage, limits, &mut self.rng) {
             self.marks.hit("cuts in a recovery");
-            let hash = images.hash(&choice);
-            let found = match self.seen.get(&hash) {
-                Some(found) => *found,
-                None => {
-                    let store = images.store(&choice);
-                    let again =
-                        |why| format!("after a power cut in recovery: {why}; {}", images.describe(&choice));
-                    let (outcome, ops) = self.recover(store.clone()).map_err(again)?;
-                    let outcome = self.intern(outcome);
-                    self.seen.insert(hash, outcome);
-                    self.marks.hit("recoveries of recoveries");
-                    self.attack(&store, &ops, outcome, depth - 1)?;
-                    outcome
-                }
-            };
+            if self.effort.depth > depth {
+                self.marks.hit("cuts in the recovery from a cut in a recovery");
+            }
+            let found = self.outcome_of(&images, &choice, depth - 1).map_err(|why| {
+                format!("after a power cut in recovery: {why}; {}", images.describe(&choice))
+            })?;
             if found != expected {
                 return Err(format!(
                     "a power cut in recovery changes what recovery finds: {:?} became {:?}; {}",
@@ -397,7 +402,7 @@ impl Judge {
     }
 
     /// The failing image with as little of it at risk as still fails, in words.
-    fn least(&mut self, images: &Images, choice: &Choice, why: String) -> String {
+    fn least(&self, images: &Images, choice: &Choice, why: &str) -> String {
         let end = self.layout.bat.end();
         let least = images.shrink(choice, |choice| {
             let medium = Medium::new(images.store(choice), end);
