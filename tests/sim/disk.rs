@@ -74,7 +74,7 @@ pub enum Effect {
     Nothing,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Op {
     id: u64,
     owner: Owner,
@@ -140,6 +140,27 @@ impl AtRisk {
     }
 }
 
+/// What goes wrong once with one operation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// It fails with this `errno`, so often in a row; some of it may have happened all the same.
+    Error { errno: i32, times: u32 },
+    /// It ends after a part, though the file does not end there. What a front meets, and the engine never.
+    Short,
+}
+
+/// A fault that waits for its operation.
+#[derive(Clone, Copy, Debug)]
+pub struct Injection {
+    pub fault: Fault,
+    /// Which operations it may hit.
+    pub hits: fn(Owner, &Effect) -> bool,
+    /// How many of those it lets pass.
+    pub after: u64,
+    /// Decides what a failed operation has done nevertheless.
+    pub seed: u64,
+}
+
 /// What the disk did, for the activation report.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Activity {
@@ -170,6 +191,8 @@ struct State {
     /// Where metadata ends and payload begins, bytes.
     metadata_end: u64,
     trace: u64,
+    injection: Option<Injection>,
+    struck: Option<(Owner, Effect)>,
 }
 
 /// A handle on the disk; clones share it.
@@ -316,6 +339,16 @@ impl SimDisk {
         (matches!(op.owner, Owner::Front(..)), durable)
     }
 
+    /// Lets a fault wait for its operation.
+    pub fn inject(&self, injection: Injection) {
+        self.state.borrow_mut().injection = Some(injection);
+    }
+
+    /// The operation that the fault has hit.
+    pub fn struck(&self) -> Option<(Owner, Effect)> {
+        self.state.borrow().struck.clone()
+    }
+
     pub fn activity(&self) -> Activity {
         self.state.borrow().activity
     }
@@ -350,24 +383,27 @@ impl SimDisk {
     /// Completes the `index`-th operation in flight. What a front waits for is returned; the engine is woken.
     pub fn complete(&self, index: usize) -> Option<FrontDone> {
         let mut state = self.state.borrow_mut();
-        let op = state.in_flight.remove(index);
+        let mut op = state.in_flight.remove(index);
         state.trace = state.trace.rotate_left(5) ^ op.id.wrapping_mul(0x1_0001);
-        let bytes = state.perform(&op);
-        if matches!(op.effect, Effect::Sync | Effect::Write { durable: true, .. }) {
+        let failed = state.strike(&mut op);
+        let bytes = if failed.is_some() { None } else { state.perform(&op) };
+        if failed.is_some() || matches!(op.effect, Effect::Sync | Effect::Write { durable: true, .. }) {
             state.changed(&op.effect);
         }
         match op.owner {
             Owner::Front(front, piece) => {
-                let result = match &op.effect {
+                let done = match &op.effect {
                     Effect::Read { .. } => bytes.as_ref().map_or(0, Vec::len),
                     Effect::Write { bytes, .. } => bytes.len(),
                     _ => 0,
                 };
-                Some(FrontDone { front, piece, result: i32::try_from(result).expect("at most 1 MiB"), bytes })
+                let done = i32::try_from(done).expect("at most 1 MiB");
+                Some(FrontDone { front, piece, result: failed.map_or(done, |errno| -errno), bytes })
             }
             Owner::Engine => {
                 let buffer = bytes.map_or_else(|| Buffer::zeroed(0), |bytes| Buffer::copy_of(&bytes));
-                state.results.push((op.id, Ok(buffer)));
+                let result = failed.map_or(Ok(buffer), |errno| Err(io::Error::from_raw_os_error(errno)));
+                state.results.push((op.id, result));
                 if let Some(place) = state.waiting.iter().position(|(id, _)| *id == op.id) {
                     state.waiting.swap_remove(place).1.wake();
                 }
@@ -542,6 +578,73 @@ impl State {
             change.completed = Some(number);
         }
         None
+    }
+
+    /// Lets the fault hit `op` if it is its turn: a short operation shrinks, a failed one gives its `errno`.
+    fn strike(&mut self, op: &mut Op) -> Option<i32> {
+        let mut injection = self.injection.filter(|injection| (injection.hits)(op.owner, &op.effect))?;
+        let first = self.struck.is_none();
+        if first && injection.after > 0 {
+            injection.after -= 1;
+            self.injection = Some(injection);
+            return None;
+        }
+        if !first && self.struck.as_ref().is_some_and(|(owner, _)| *owner != op.owner) {
+            return None;
+        }
+        self.struck = Some((op.owner, op.effect.clone()));
+        match injection.fault {
+            Fault::Short => {
+                self.injection = None;
+                self.shorten(op, injection.seed);
+                None
+            }
+            Fault::Error { errno, times } => {
+                injection.fault = Fault::Error { errno, times: times - 1 };
+                self.injection = (times > 1).then_some(injection);
+                self.fail(op, injection.seed);
+                Some(errno)
+            }
+        }
+    }
+
+    /// Leaves about half of a transfer; of a write not always whole sectors.
+    fn shorten(&mut self, op: &mut Op, seed: u64) {
+        match &mut op.effect {
+            Effect::Read { length, .. } => *length = (*length / 2).next_multiple_of(4096).min(*length),
+            Effect::Write { bytes, .. } => {
+                let odd = usize::from(seed.is_multiple_of(2)) * 100;
+                let half = (bytes.len() / 2).next_multiple_of(4096) + odd;
+                *bytes = Rc::new(bytes[..half.min(bytes.len())].to_vec());
+            }
+            _ => panic!("only transfers are short"),
+        }
+        if let Some(change) = self.at_risk.iter_mut().find(|change| change.op == op.id) {
+            change.effect = op.effect.clone();
+        }
+    }
+
+    /// A failed sync has made some of it durable and has forgotten the rest for good: no later sync brings it
+    /// back. Anything else that failed has happened, or not.
+    fn fail(&mut self, op: &Op, seed: u64) {
+        let chance = |number: u64| (number ^ seed).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 63 == 0;
+        match op.effect {
+            Effect::Sync => {
+                let covered = |change: &AtRisk| change.completed.is_some_and(|number| number <= op.covers);
+                self.settle(|change| covered(change) && chance(change.op));
+                self.at_risk.retain(|change| !covered(change));
+            }
+            Effect::Write { .. } | Effect::Zero { .. } if chance(op.id) => {
+                let happened = match &op.effect {
+                    Effect::Write { offset, bytes, .. } => {
+                        Effect::Write { offset: *offset, bytes: bytes.clone(), durable: false }
+                    }
+                    other => other.clone(),
+                };
+                self.perform(&Op { effect: happened, ..op.clone() });
+            }
+            _ => self.at_risk.retain(|change| change.op != op.id),
+        }
     }
 
     /// Makes the changes that `covered` picks durable, in the order they completed.

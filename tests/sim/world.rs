@@ -13,7 +13,7 @@ use uuid::Uuid;
 use vhdx_ublk::engine::front::{Front, Op, Request};
 use vhdx_ublk::engine::message::{ToEngine, ToFront};
 use vhdx_ublk::engine::port::{FileIo, FileOp, PieceId, Port};
-use vhdx_ublk::engine::shared::Shared;
+use vhdx_ublk::engine::shared::{Session, Shared};
 use vhdx_ublk::engine::{Counters, Engine, Fronts};
 use vhdx_ublk::format::bat::{BatEntry, PayloadState};
 use vhdx_ublk::image::{FoundLog, Image, InitialState, Layout, Mode, NewImage, SessionMemory, check};
@@ -212,6 +212,8 @@ pub struct World {
     pub activation: Activation,
     /// Syncs do not complete.
     pub hold_syncs: bool,
+    /// Requests that failed, which only an injected fault may cause, with their positive `errno`.
+    pub failures: Vec<(Op, i32)>,
     trace: u64,
     layout: Layout,
     judge: Option<Judge>,
@@ -275,6 +277,7 @@ impl World {
             issued: 0,
             activation,
             hold_syncs: false,
+            failures: Vec::new(),
             trace: 0,
             layout,
             judge: None,
@@ -409,23 +412,38 @@ impl World {
 
     /// Closes the image cleanly and returns the file.
     pub fn close(&mut self) -> Store {
-        self.config.requests = 0;
-        self.drain();
-        let closed = loop {
-            let (engine, deaths) = (self.engine.clone(), self.deaths);
-            let closed = self.tasks.start(async move { engine.close().await });
-            self.drain();
-            // A successor closes what a killed one has begun to.
-            if self.deaths == deaths {
-                break closed.borrow_mut().take();
-            }
-        };
-        if closed == Some(Ok(())) {
+        let closed = self.try_close();
+        if closed.is_ok() {
             self.activation.clean_closes += 1;
         } else if !self.injected {
             violated(format!("the image does not close: {closed:?}"));
         }
         self.disk.content()
+    }
+
+    /// Closes the image, clean or not.
+    pub fn try_close(&mut self) -> Result<(), i32> {
+        self.config.requests = 0;
+        self.drain();
+        loop {
+            let (engine, deaths) = (self.engine.clone(), self.deaths);
+            let closed = self.tasks.start(async move { engine.close().await });
+            self.drain();
+            // A successor closes what a killed one has begun to.
+            if self.deaths == deaths {
+                return closed.borrow_mut().take().expect("closing comes to an end");
+            }
+        }
+    }
+
+    /// Where the session stands.
+    pub fn session(&self) -> Session {
+        self.engine.shared().session()
+    }
+
+    /// The disk beneath.
+    pub fn disk(&self) -> &SimDisk {
+        &self.disk
     }
 
     /// What this life has exercised.
@@ -672,15 +690,19 @@ impl World {
         let (first, count) = (request.offset / sector, request.length / sector);
         let now = self.oracle.now();
         if result < 0 {
-            if !self.injected {
+            if !self.injected && self.disk.struck().is_none() {
                 violated(format!("{request:?} failed with {result} and nothing was injected"));
             }
-            self.failed_at.get_or_insert(now);
-            return;
+            if self.injected {
+                self.failed_at.get_or_insert(now);
+            }
+            return self.failures.push((request.op, -result));
         }
-        if request.op != Op::Read && self.failed_at.is_some_and(|failed| failed < issued) {
+        let changes = request.op != Op::Read;
+        if changes && self.failed_at.is_some_and(|failed| failed < issued) {
             violated(format!("{request:?} succeeded after the device had failed"));
         }
+        assert!(!changes || self.session() != Session::Poisoned, "{request:?} succeeds on a poisoned device");
         match request.op {
             Op::Write { durable } => self.oracle.acknowledge(first, count, value, durable),
             Op::Discard | Op::WriteZeroes { .. } => self.oracle.acknowledge(first, count, 0, false),
