@@ -18,7 +18,6 @@ use fastrand::Rng;
 use sim::oracle::{Oracle, decode, stamp};
 use sim::store::Store;
 use sim::world::{Activation, Config, World, check_recovery, new_image};
-use vhdx_ublk::disk::next_data;
 use vhdx_ublk::image::InitialState;
 
 /// Crash states that QEMU judges, per shape of image; `VHDX_JUDGED` asks for more.
@@ -53,18 +52,7 @@ fn is_file_dirty(path: &Path) -> bool {
 }
 
 fn load(path: &Path) -> Store {
-    const STEP: u64 = 64 << 10;
-    let file = File::open(path).expect("readable");
-    let mut content = Store::default();
-    content.resize(file.metadata().expect("open").len());
-    let mut next = 0;
-    while let Some(data) = next_data(&file, next).expect("the host knows its holes") {
-        let mut bytes = vec![0; usize::try_from(STEP.min(content.length - data)).expect("small")];
-        file.read_exact_at(&mut bytes, data).expect("inside the file");
-        content.write(data, &bytes);
-        next = data + STEP;
-    }
-    content
+    Store::load(&File::open(path).expect("readable")).expect("readable")
 }
 
 /// Neighbouring sectors as (first, count).

@@ -77,11 +77,10 @@ impl Oracle {
     }
 
     fn watched(&self, first: u64, count: u64) -> impl Iterator<Item = u64> + use<> {
-        let (per_block, width) = (self.sectors_per_block, self.width);
-        let middle = per_block / 2;
-        (first..first + count).filter(move |sector| {
-            let within = sector % per_block;
-            within < width || within >= per_block - width || (middle..middle + width).contains(&within)
+        let (per_block, width, end) = (self.sectors_per_block, self.width, first + count);
+        (first / per_block..end.div_ceil(per_block)).flat_map(move |block| {
+            let places = [0, per_block / 2, per_block - width].map(|within| block * per_block + within);
+            places.into_iter().flat_map(move |place| place.max(first)..(place + width).min(end))
         })
     }
 

@@ -96,6 +96,26 @@ impl Store {
         self.length = length;
     }
 
+    /// Where the next page lies that was ever written, at `offset` or behind it, bytes.
+    pub fn next_page(&self, offset: u64) -> Option<u64> {
+        self.pages.range(offset / PAGE..).next().map(|(page, _)| (page * PAGE).max(offset))
+    }
+
+    /// What a file holds, its holes passed over.
+    pub fn load(file: &std::fs::File) -> std::io::Result<Self> {
+        use std::os::unix::fs::FileExt;
+        const STEP: u64 = 64 << 10;
+        let mut store = Self { length: file.metadata()?.len(), ..Self::default() };
+        let mut next = 0;
+        while let Some(data) = vhdx_ublk::disk::next_data(file, next)?.filter(|&data| data < store.length) {
+            let mut bytes = vec![0; usize::try_from(STEP.min(store.length - data)).expect("small")];
+            file.read_exact_at(&mut bytes, data)?;
+            store.write(data, &bytes);
+            next = data + STEP;
+        }
+        Ok(store)
+    }
+
     /// The whole file, for other programs to read.
     pub fn save(&self, path: &std::path::Path) -> std::io::Result<()> {
         use std::os::unix::fs::FileExt;

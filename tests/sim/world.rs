@@ -214,6 +214,8 @@ pub struct World {
     pub hold_syncs: bool,
     /// Requests that failed, which only an injected fault may cause, with their positive `errno`.
     pub failures: Vec<(Op, i32)>,
+    /// What was on the disk before this life may be anything.
+    pub foreign: bool,
     trace: u64,
     layout: Layout,
     judge: Option<Judge>,
@@ -278,6 +280,7 @@ impl World {
             activation,
             hold_syncs: false,
             failures: Vec::new(),
+            foreign: false,
             trace: 0,
             layout,
             judge: None,
@@ -711,6 +714,9 @@ impl World {
                 let buffer = &self.hosts[index].buffers[usize::from(tag)];
                 let sectors = buffer.chunks(usize::try_from(sector).expect("small")).zip(readable);
                 for (number, (bytes, readable)) in (first..).zip(sectors) {
+                    if self.foreign && readable.contains(&0) {
+                        continue;
+                    }
                     let found =
                         decode(number, bytes).unwrap_or_else(|why| violated(format!("a read found: {why}")));
                     let legal = !self.oracle.watches(number)

@@ -1,0 +1,94 @@
+//! The good images that hostile ones are made from: small, and one of each kind.
+
+use fastrand::Rng;
+use uuid::Uuid;
+use vhdx_ublk::format::guid;
+use vhdx_ublk::format::locator::{self, ParentLocator};
+use vhdx_ublk::format::metadata::Metadata;
+
+use crate::craft::{BAT, Change, Craft, END, LOG_GUID, LogEntry, METADATA, MIB};
+use crate::sim::store::Store;
+use crate::sim::world::{Config, World, new_image};
+
+/// One image of each kind.
+pub fn images() -> Vec<Store> {
+    let mut large_sectors = Config::small();
+    large_sectors.image.logical_sector_size = 4096;
+    let mut fixed = Config::small();
+    fixed.image.fixed = true;
+    let mut large = Config::small();
+    large.image.virtual_size = 1 << 42;
+    large.image.block_size = 256 << 20;
+    let mut images: Vec<Store> =
+        [Config::small(), large_sectors.clone(), fixed, large].iter().map(|config| used(config, 1)).collect();
+    for seed in 1..4 {
+        images.push(dirty(&Config::small(), seed));
+        images.push(dirty(&large_sectors, seed));
+    }
+    images.push(child());
+    images.push(crafted_log());
+    images
+}
+
+fn world(config: &Config, seed: u64) -> World {
+    let config = Config { requests: 40, ..config.clone() };
+    let mut rng = Rng::with_seed(seed);
+    let content = new_image(&config, &mut rng);
+    let oracle = config.oracle();
+    World::open(config, content, oracle, rng)
+}
+
+/// An image that was written to and closed.
+fn used(config: &Config, seed: u64) -> Store {
+    let mut world = world(config, seed);
+    world.drain();
+    world.close()
+}
+
+/// An image that a power cut has left with a log to replay.
+fn dirty(config: &Config, seed: u64) -> Store {
+    let mut world = world(config, seed);
+    world.drain();
+    world.cut_file()
+}
+
+/// A differencing image with a block and a sector bitmap of its own.
+fn child() -> Store {
+    let config = Config::small();
+    let mut parent = ParentLocator::default();
+    parent.set(locator::PARENT_LINKAGE, guid::print(Uuid::from_u128(6)));
+    parent.set(locator::RELATIVE_PATH, ".\\parent.vhdx");
+    let metadata = Metadata {
+        block_size: config.image.block_size,
+        leave_blocks_allocated: false,
+        has_parent: true,
+        virtual_size: config.image.virtual_size,
+        disk_id: Uuid::from_u128(5),
+        logical_sector_size: 512,
+        physical_sector_size: 4096,
+        parent_locator: Some(parent),
+    };
+    let mut image = Craft::new(&config);
+    image.write(METADATA, &vec![0; 1 << 20]);
+    image.write(METADATA, &metadata.encode_region());
+    image.file.resize(END + 2 * MIB);
+    image.set_slot(0, END | 7);
+    image.set_slot(4096, (END + MIB) | 6);
+    image.file
+}
+
+/// A log of many kinds of entry.
+fn crafted_log() -> Store {
+    let mut image = Craft::new(&Config::small());
+    let page = |number: u64, fill| Change::Page { at: BAT + 4096 * number, fill };
+    let zeros = Change::Zeros { at: BAT + 4096, length: 16 * 4096 };
+    let many: Vec<Change> = (1..=130).map(|number| page(number, 9)).collect();
+    let entries = [
+        (250, LogEntry::new(7, 250, &[page(1, 1), zeros])),
+        (252, LogEntry::new(8, 250, &[page(2, 2), page(3, 3), page(4, 4), page(5, 5)])),
+        (1, LogEntry::new(9, 252, &many)),
+    ];
+    image.name_log(LOG_GUID);
+    entries.iter().for_each(|(sector, entry)| image.write_log(*sector, &entry.encode()));
+    image.file
+}
