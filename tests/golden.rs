@@ -72,9 +72,13 @@ fn image_with_block(entries: &[(u32, LogEntry)]) -> Craft {
     let mut image = Craft::new(&Config::small());
     image.file.resize(END + MIB);
     image.set_slot(0, END | PRESENT);
-    (0..256).for_each(|number| image.write(END + number * 4096, &page(b'p')));
+    for number in 0..256 {
+        image.write(END + number * 4096, &page(b'p'));
+    }
     image.name_log(LOG_GUID);
-    entries.iter().for_each(|(sector, entry)| image.write_log(*sector, &entry.encode()));
+    for (sector, entry) in entries {
+        image.write_log(*sector, &entry.encode());
+    }
     image
 }
 
@@ -263,7 +267,7 @@ fn a_block_of_zeros_names_no_space() {
     qemu_accepts(&content);
 }
 
-/// Disk2VHD writes two equal headers, which QEMU refused (fixed by commit 69060461).
+/// `Disk2VHD` writes two equal headers, which QEMU refused (fixed by commit 69060461).
 #[test]
 fn twin_headers_are_read_and_written_apart() {
     let mut image = Craft::new(&Config::small());
@@ -432,7 +436,9 @@ fn two_queues_that_meet_in_a_new_block_get_one_space() {
         let config = Config { fronts: 4, ..Config::small() };
         let content = new_image(&config, &mut Rng::with_seed(seed));
         let mut world = reopened(&config, content, config.oracle(), seed);
-        (0..8).for_each(|place| world.request(Op::Write { durable: false }, place * 8192, 8192));
+        for place in 0..8 {
+            world.request(Op::Write { durable: false }, place * 8192, 8192);
+        }
         world.drain();
         assert_eq!(world.counters().grants, 1, "seed {seed}");
         assert_eq!(world.close().length, END + MIB, "seed {seed}");
@@ -446,7 +452,9 @@ fn blocks_past_the_first_chunk_lie_one_slot_further() {
     config.image.virtual_size = 9 << 30;
     let mut world = quiet(&config);
     let blocks = [4095, 4096, 8191, 8192];
-    blocks.iter().for_each(|block| write(&mut world, block << 20));
+    for block in blocks {
+        write(&mut world, block << 20);
+    }
     let content = world.close();
     for (block, expected) in blocks.into_iter().zip([4095, 4097, 8192, 8194]) {
         assert_eq!(slot(&content, expected) & 7, PRESENT, "block {block}");
@@ -476,21 +484,21 @@ fn an_entry_names_the_length_that_its_mappings_need() {
     config.image.virtual_size = 1 << 30;
     config.image.block_size = 32 << 20;
     let mut world = quiet(&config);
-    let mut newest = 0;
+    let mut before = 0;
     for block in 0..6 {
         write(&mut world, block * (32 << 20));
         flush(&mut world);
         let image = Craft { file: world.disk().content() };
         let entries = (0..256).map(|sector| image.read(LOG + sector * 4096, 64));
         let lengths = entries.filter(|entry| entry.starts_with(b"loge")).map(|entry| {
-            let word = |at: usize| u64::from_le_bytes(entry[at..at + 8].try_into().expect("eight bytes"));
-            (word(16), word(48), word(56))
+            let field = |at: usize| u64::from_le_bytes(entry[at..at + 8].try_into().expect("eight bytes"));
+            (field(16), field(48), field(56))
         });
         let (_, flushed, last) = lengths.max().expect("something was logged");
         let needed = (slot(&image.file, block) & !0xf_ffff) + (32 << 20);
         assert!(last >= needed, "block {block} ends at {needed}, the entry says {last}");
-        assert!(last > newest && flushed <= image.file.length);
-        newest = last;
+        assert!(last > before && flushed <= image.file.length);
+        before = last;
         world.cut(10);
     }
 }

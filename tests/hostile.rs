@@ -26,6 +26,9 @@ static ALLOCATOR: memory::Counting = memory::Counting;
 /// Seconds of looking when nobody asks for more.
 const SECONDS: u64 = 5;
 
+/// Trials at least, on a machine however slow.
+const TRIALS: u64 = 500;
+
 /// The most images that are kept to make others from.
 const KEPT: usize = 4096;
 
@@ -62,7 +65,7 @@ impl Hunt {
     /// One trial; an image that went a new way is kept.
     fn try_one(&mut self, image: Store) {
         let seed = self.rng.u64(..);
-        self.coverage.start();
+        Coverage::start();
         let outcome = std::panic::catch_unwind(|| trial::run(&image, seed));
         let Outcome { ending, replayed, signature, peak } = outcome.unwrap_or_else(|panic| {
             report(&image, seed);
@@ -122,11 +125,13 @@ fn no_image_breaks_a_promise() {
     let seed = setting("VHDX_FUZZ_SEED").unwrap_or(1);
     let end = Instant::now() + Duration::from_secs(setting("VHDX_FUZZ_SECONDS").unwrap_or(SECONDS));
     let mut hunt = Hunt::new(seed);
-    corpus::images().into_iter().for_each(|image| hunt.try_one(image));
+    for image in corpus::images() {
+        hunt.try_one(image);
+    }
     assert_eq!(hunt.endings.get(&Ending::Refused), None, "good images open: {:?}", hunt.endings);
     assert_eq!(hunt.endings[&Ending::ReadOnly], 1, "all but the child are written to: {:?}", hunt.endings);
     let mut next_print = Instant::now() + Duration::from_secs(60);
-    while Instant::now() < end {
+    while Instant::now() < end || hunt.trials < TRIALS {
         hunt.go_on();
         if Instant::now() > next_print {
             hunt.print();

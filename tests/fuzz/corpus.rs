@@ -89,6 +89,8 @@ fn crafted_log() -> Store {
         (1, LogEntry::new(9, 252, &many)),
     ];
     image.name_log(LOG_GUID);
-    entries.iter().for_each(|(sector, entry)| image.write_log(*sector, &entry.encode()));
+    for (sector, entry) in &entries {
+        image.write_log(*sector, &entry.encode());
+    }
     image.file
 }

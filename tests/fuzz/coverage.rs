@@ -34,15 +34,15 @@ impl Coverage {
     }
 
     /// Forgets what was counted since the last trial.
-    pub fn start(&self) {
-        self.each(|_, counters| counters.fill(0));
+    pub fn start() {
+        each(|_, counters| counters.fill(0));
     }
 
     /// Takes over what was counted; whether any of it is new.
     pub fn finish(&mut self) -> bool {
         let mut seen = std::mem::take(&mut self.seen);
         let mut new = false;
-        self.each(|index, counters| {
+        each(|index, counters| {
             for (count, seen) in counters.iter().zip(&mut seen[index]).filter(|(count, _)| **count > 0) {
                 let bit = 1_u8 << count.ilog2();
                 new |= *seen & bit == 0;
@@ -58,12 +58,12 @@ impl Coverage {
         let all = self.seen.iter().map(Vec::len).sum();
         (self.seen.iter().flatten().filter(|seen| **seen > 0).count(), all)
     }
+}
 
-    fn each(&self, mut act: impl FnMut(usize, &mut [u8])) {
-        for (index, &(start, length)) in COUNTERS.lock().expect("nobody panics with it").iter().enumerate() {
-            // SAFETY: the object said that its counters are these bytes; they live as long as the program, and
-            // no code but the counting itself, which is plain increments on this thread, touches them.
-            act(index, unsafe { std::slice::from_raw_parts_mut(start as *mut u8, length) });
-        }
+fn each(mut act: impl FnMut(usize, &mut [u8])) {
+    for (index, &(start, length)) in COUNTERS.lock().expect("nobody panics with it").iter().enumerate() {
+        // SAFETY: the object said that its counters are these bytes; they live as long as the program, and no
+        // code but the counting itself, which is plain increments on this thread, touches them.
+        act(index, unsafe { std::slice::from_raw_parts_mut(start as *mut u8, length) });
     }
 }

@@ -49,8 +49,8 @@ impl Places {
         let log_offset = long(&header, 72) & 0x0fff_ffff_f000;
         let table = image.read(REGION_TABLES[0], 16 + 8 * 32);
         let region = |wanted: Uuid| {
-            let entries = table[16..].chunks(32);
-            let found = entries.filter(|entry| entry.starts_with(&wanted.to_bytes_le())).next_back();
+            let mut entries = table[16..].chunks(32);
+            let found = entries.rfind(|entry| entry.starts_with(&wanted.to_bytes_le()));
             found.map_or(3 * MIB, |entry| long(entry, 16) & 0x0fff_ffff_f000)
         };
         Self {
@@ -195,7 +195,7 @@ fn change_bat(image: &mut Craft, bat: u64, rng: &mut Rng) {
         // The space of another slot.
         2 => long(&image.read(bat.saturating_add(rng.u64(..8) * 8), 8), 0),
         3 => image.file.length.saturating_sub(rng.u64(..3) * MIB) & !(MIB - 1) | rng.u64(..8),
-        _ => rng.u64(..40) * MIB | rng.u64(..8),
+        _ => (rng.u64(..40) * MIB) | rng.u64(..8),
     };
     image.write(place, &word.to_le_bytes());
 }
@@ -273,7 +273,7 @@ fn add_entry(image: &mut Craft, places: &Places, rng: &mut Rng) {
 fn change_length(image: &mut Craft, rng: &mut Rng) {
     let length = image.file.length;
     let new = match rng.u32(..4) {
-        0 => rng.u64(..length + 1),
+        0 => rng.u64(..=length),
         1 => length.saturating_add(rng.u64(..64) * MIB),
         2 => length.saturating_sub(rng.u64(..3) * 4096 + rng.u64(..512)),
         _ => 1 << rng.u32(12..47),
@@ -282,10 +282,12 @@ fn change_length(image: &mut Craft, rng: &mut Rng) {
 }
 
 fn change_bytes(image: &mut Craft, rng: &mut Rng) {
-    let Some(page) = image.file.next_page(rng.u64(..image.file.length + 1)) else { return };
+    let Some(page) = image.file.next_page(rng.u64(..=image.file.length)) else { return };
     let at = page + rng.u64(..4088);
     let mut bytes = image.read(at, rng.usize(1..9));
-    bytes.iter_mut().for_each(|byte| *byte ^= rng.u8(..));
+    for byte in &mut bytes {
+        *byte ^= rng.u8(..);
+    }
     image.write(at, &bytes);
 }
 

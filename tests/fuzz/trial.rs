@@ -53,7 +53,8 @@ fn log_length(image: &Craft) -> u64 {
     longest(image, HEADERS.into_iter().map(|header| header + 68)).min(LONGEST_LOG)
 }
 
-/// The stated bound: 64 MiB, the longest region (a BAT has 513 MiB at most), and four times the log.
+/// The stated bound: 64 MiB (the space map takes half of that for the longest file), the longest region (a BAT
+/// has 513 MiB at most), and three times the log; once more for what the simulated disk keeps of the replay.
 fn memory_bound(image: &Craft) -> u64 {
     // The mutator changes the first few entries only.
     let lengths =
@@ -88,8 +89,8 @@ pub fn run(file: &Store, seed: u64) -> Outcome {
     describe(&writable, &mut shape);
     let replayed = read_only.as_ref().is_ok_and(|opened| matches!(opened.found_log, FoundLog::Dirty(_)));
     let ending = match (read_only, writable) {
-        (Ok(seen), Ok(opened)) => {
-            agree(&seen, &opened);
+        (Ok(in_memory), Ok(opened)) => {
+            agree(&in_memory, &opened);
             write_to(opened, content, seed, &mut shape)
         }
         // A log that changes payload is not replayed in memory.
@@ -117,13 +118,13 @@ fn describe(opened: &Result<Image, Error>, shape: &mut DefaultHasher) {
 }
 
 /// What is seen through a log replayed in memory is what its replay in place leaves.
-fn agree(seen: &Image, opened: &Image) {
-    assert_eq!(seen.found_log, opened.found_log);
-    assert_eq!(seen.metadata, opened.metadata);
-    assert_eq!(seen.layout.file_length.max(opened.layout.file_length), opened.layout.file_length);
-    let blocks = seen.map.geometry().block_count().min(10_000);
+fn agree(in_memory: &Image, opened: &Image) {
+    assert_eq!(in_memory.found_log, opened.found_log);
+    assert_eq!(in_memory.metadata, opened.metadata);
+    assert_eq!(in_memory.layout.file_length.max(opened.layout.file_length), opened.layout.file_length);
+    let blocks = in_memory.map.geometry().block_count().min(10_000);
     for block in 0..blocks {
-        assert_eq!(seen.map.load(block), opened.map.load(block), "block {block}");
+        assert_eq!(in_memory.map.load(block), opened.map.load(block), "block {block}");
     }
 }
 
