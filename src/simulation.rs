@@ -59,6 +59,8 @@ pub enum Plant {
     NoFence,
     /// A header carries a FileWriteGuid that the session's memory does not know yet.
     LateAnnouncement,
+    /// The log starts again while its last pages are on their way to their place.
+    StartAgainEarly,
     /// What a killed process wrote is taken for durable.
     TrustKilled,
     /// A successor does not commit what the killed process had not logged.
@@ -69,7 +71,7 @@ pub enum Plant {
 
 impl Plant {
     /// All of them.
-    pub const ALL: [Self; 27] = [
+    pub const ALL: [Self; 28] = [
         Self::SkipRecyclingSync,
         Self::ApplyBeforeLog,
         Self::TailBeforeSync,
@@ -94,6 +96,7 @@ impl Plant {
         Self::NoPoison,
         Self::NoFence,
         Self::LateAnnouncement,
+        Self::StartAgainEarly,
         Self::TrustKilled,
         Self::ForgetPending,
         Self::ForgetUnmapped,

@@ -41,6 +41,7 @@ fn catch_for(planted: Plant) -> Catch {
         | Plant::LogLivePage => Catch::Scenario("no-punch"),
         Plant::ApplyBeforeLog | Plant::NoExtension | Plant::UnstableLength => Catch::Scenario("growing"),
         Plant::TailBeforeSync
+        | Plant::StartAgainEarly
         | Plant::EarlyFlush
         | Plant::HeaderBeforeEntry
         | Plant::IgnoreFua

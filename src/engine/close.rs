@@ -36,9 +36,9 @@ impl<D: Disk + 'static> Engine<D> {
         let applied = self.applied.borrow().clone();
         applied.wait().await?;
         self.sync().await?;
-        if self.ring.borrow().is_some() {
+        if self.log.borrow().is_some() {
             self.update_headers(|header| header.log_guid = uuid::Uuid::nil()).await?;
-            *self.ring.borrow_mut() = None;
+            *self.log.borrow_mut() = None;
         }
         self.trim_tail().await
     }

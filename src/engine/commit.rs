@@ -6,7 +6,7 @@
 //! 1. clear the pages' dirty marks, then copy the pages: the copy is what is logged and what is applied;
 //! 2. if recycled space was granted since the last sync, sync: its zeros must be durable before an entry names
 //!    it. Later rounds are copied before the sync of the round before them, which serves them as this one;
-//! 3. write the round's entries;
+//! 3. write the round's entries; a log without room for them starts again first;
 //! 4. sync. The last round's sync makes durable everything acknowledged before the cycle closed its set;
 //! 5. write the copies in place, in the background, one round at a time, so that no older copy ever overwrites
 //!    a newer one. The next round's sync confirms them.
@@ -15,7 +15,7 @@ use std::collections::VecDeque;
 use std::rc::Rc;
 
 use super::local::Promise;
-use super::ring::{Placement, cycle_threshold, round_pages};
+use super::log::{Placement, cycle_threshold, round_pages};
 use super::{Engine, Outcome};
 use crate::disk::{Buffer, Disk, PAGE_BYTES};
 use crate::format::log::{Change, NewEntry};
@@ -95,13 +95,16 @@ impl<D: Disk + 'static> Engine<D> {
         if set.is_empty() {
             return self.sync().await;
         }
-        self.activate_log().await?;
+        if self.log.borrow().is_none() {
+            self.begin_log().await?;
+        }
         self.count(|counters| counters.commits += 1);
         let mut next = self.copy_round(&mut set);
         if self.unsynced_recycling() && !planted(Plant::SkipRecyclingSync) {
             self.sync().await?;
         }
         while let Some(round) = next {
+            self.make_room(&round).await?;
             self.write_entries(&round).await?;
             next = self.copy_round(&mut set);
             let applied = self.applied.borrow().clone();
@@ -127,13 +130,25 @@ impl<D: Disk + 'static> Engine<D> {
         (!pages.is_empty()).then_some(Round { pages })
     }
 
+    /// A log without room for the round starts again, once everything in it is in place.
+    async fn make_room(self: &Rc<Self>, round: &Round) -> Outcome {
+        if self.log.borrow().as_ref().is_some_and(|log| log.fits(round.pages.len())) {
+            return Ok(());
+        }
+        if !planted(Plant::StartAgainEarly) {
+            let applied = self.applied.borrow().clone();
+            applied.wait().await?;
+        }
+        self.begin_log().await
+    }
+
     /// Places the round's entries and writes them. Not before the sync of the round before this one has
     /// completed: only then is the space that this round may take known to be free.
     async fn write_entries(self: &Rc<Self>, round: &Round) -> Outcome {
         let (tail, placements) = {
-            let mut ring = self.ring.borrow_mut();
-            let ring = ring.as_mut().expect("the log is active");
-            (ring.tail(), ring.place_round(round.pages.len()))
+            let mut log = self.log.borrow_mut();
+            let log = log.as_mut().expect("the log is active");
+            (log.tail(), log.place_round(round.pages.len()))
         };
         let mut pages = round.pages.iter();
         for placement in &placements {
@@ -160,21 +175,21 @@ impl<D: Disk + 'static> Engine<D> {
     }
 
     fn encode_entry(&self, tail: u64, placement: &Placement, changes: &[Change]) -> (u64, Buffer) {
-        let ring = self.ring.borrow();
-        let ring = ring.as_ref().expect("the log is active");
+        let log = self.log.borrow();
+        let log = log.as_ref().expect("the log is active");
         let entry = NewEntry {
             sequence_number: placement.sequence,
             tail: u32::try_from(tail).expect("a log has at most 1 GiB"),
-            log_guid: ring.guid,
+            log_guid: log.guid,
             flushed_file_offset: self.flushed_file_offset(),
             last_file_offset: self.last_file_offset(),
             changes,
         };
-        (ring.offset + placement.position, Buffer::copy_of(&entry.encode()))
+        (log.offset + placement.position, Buffer::copy_of(&entry.encode()))
     }
 
     fn round_is_durable(&self, round: &Round) {
-        self.ring.borrow_mut().as_mut().expect("the log is active").round_synced();
+        self.log.borrow_mut().as_mut().expect("the log is active").round_synced();
         for copy in &round.pages {
             self.shared.map.mark_durable(copy.page, &copy.bytes);
             if planted(Plant::LateMark) {
@@ -191,11 +206,11 @@ impl<D: Disk + 'static> Engine<D> {
 
     async fn apply(self: &Rc<Self>, round: &Round) -> Outcome {
         self.write_in_place(round).await?;
-        let mut ring = self.ring.borrow_mut();
-        let ring = ring.as_mut().expect("the log is active");
-        ring.round_applied();
+        let mut log = self.log.borrow_mut();
+        let log = log.as_mut().expect("the log is active");
+        log.round_applied();
         if planted(Plant::TailBeforeSync) {
-            ring.newest_applied().into_iter().for_each(|round| ring.settle(round));
+            log.newest_applied().into_iter().for_each(|round| log.settle(round));
         }
         Ok(())
     }

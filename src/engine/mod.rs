@@ -7,12 +7,11 @@
 //!
 //! 0. whatever a killed process wrote, before a header is (`open_session`);
 //! 1. new FileWriteGuid and DataWriteGuid in both headers, before any other modification (`open_session`);
-//! 2. an initial empty log entry, before a header names its LogGuid (`activate_log`);
+//! 2. an initial empty log entry, before a header names its LogGuid (`begin_log`);
 //! 3. recycled space zeroed and synced, before an entry that names it is written (`commit`);
 //! 4. a page's log entry synced, before the page is written in place (`commit`);
 //! 5. an unmapping durable and every front past it, before the space is granted again (`quarantine`);
-//! 6. pages in place synced and a later round with an advanced Tail synced, before log space is overwritten
-//!    (`ring`);
+//! 6. everything logged synced in place, before the log starts again (`begin_log`);
 //! 7. everything in place synced, before the headers drop the LogGuid, and that durable before the file is
 //!    shortened (`close`).
 //!
@@ -25,10 +24,10 @@ mod commit;
 pub mod front;
 mod headers;
 pub mod local;
+mod log;
 pub mod message;
 pub mod port;
 mod quarantine;
-mod ring;
 mod session;
 pub mod shared;
 mod sync;
@@ -45,9 +44,9 @@ use crate::disk::Disk;
 use crate::error::Result;
 use crate::image::{Extent, Headers, Image, Layout, Space};
 use local::{Bell, BlockLocks, Promise, Spawn, Turnstile};
+use log::LogSpace;
 use message::{Ask, ToEngine, ToFront};
 use quarantine::Quarantine;
-use ring::Ring;
 use shared::{Session, Shared};
 
 /// What an operation that failed tells its requester: a positive `errno`.
@@ -72,6 +71,8 @@ pub struct Counters {
     pub syncs: u64,
     /// Commit cycles that logged something.
     pub commits: u64,
+    /// Logs begun: the session's first, and each time it started again.
+    pub logs: u64,
     /// Log entries written.
     pub entries: u64,
     /// BAT pages logged.
@@ -111,7 +112,7 @@ pub struct Engine<D: Disk> {
     /// Punched, and known zero after the next sync.
     settling: RefCell<Vec<Extent>>,
     dirty: RefCell<BTreeSet<u64>>,
-    ring: RefCell<Option<Ring>>,
+    log: RefCell<Option<LogSpace>>,
     /// Ends when the newest round's pages are in place.
     applied: RefCell<Promise<Outcome>>,
     /// Releases of quarantined space in progress, and the bell that rings when one ends.
@@ -168,7 +169,7 @@ impl<D: Disk + 'static> Engine<D> {
             quarantine: RefCell::new(quarantine),
             settling: RefCell::default(),
             dirty: RefCell::new(image.pending.pages),
-            ring: RefCell::new(None),
+            log: RefCell::new(None),
             applied: RefCell::new(Promise::kept(Ok(()))),
             releasing: Cell::default(),
             released_bell: Bell::default(),

@@ -4,7 +4,7 @@
 
 use std::rc::Rc;
 
-use super::ring::Ring;
+use super::log::LogSpace;
 use super::shared::Session;
 use super::{Engine, Outcome, errno};
 use crate::disk::{Buffer, Disk};
@@ -57,12 +57,12 @@ impl<D: Disk + 'static> Engine<D> {
         if needed > self.file_length.get() { self.grow_to(needed).await } else { Ok(()) }
     }
 
-    /// Before the first commit: an initial empty entry under a new LogGuid, durable before the headers name
-    /// it. The file never has a LogGuid without a valid entry.
-    pub(super) async fn activate_log(self: &Rc<Self>) -> Outcome {
-        if self.ring.borrow().is_some() {
-            return Ok(());
-        }
+    /// Before the first commit, and when the log starts again: an initial empty entry under a new LogGuid,
+    /// durable before the headers name it, and with it everything that an older log held, which is in place. The
+    /// file never has a LogGuid without a valid entry.
+    pub(super) async fn begin_log(self: &Rc<Self>) -> Outcome {
+        let spares_first = |log: &LogSpace| log.spares_first_sector();
+        assert!(self.log.borrow().as_ref().is_none_or(spares_first), "the first sector is still needed");
         let guid = self.new_guid();
         let entry = NewEntry {
             sequence_number: 1,
@@ -80,9 +80,12 @@ impl<D: Disk + 'static> Engine<D> {
             return Err(self.poison("writing the first log entry", &error));
         }
         self.sync().await?;
+        let settled = self.log.borrow().as_ref().is_none_or(LogSpace::is_settled);
+        assert!(settled || planted(Plant::StartAgainEarly), "a log that is still needed");
         self.update_headers(|header| header.log_guid = guid).await?;
-        let ring = Ring::after_initial_entry(guid, self.layout.log.offset, self.layout.log.length);
-        *self.ring.borrow_mut() = Some(ring);
+        self.count(|counters| counters.logs += 1);
+        let log = LogSpace::after_initial_entry(guid, self.layout.log.offset, self.layout.log.length);
+        *self.log.borrow_mut() = Some(log);
         Ok(())
     }
 

@@ -2,7 +2,7 @@
 
 use std::rc::Rc;
 
-use super::ring::Ring;
+use super::log::LogSpace;
 use super::{Engine, Outcome};
 use crate::disk::Disk;
 
@@ -13,7 +13,7 @@ impl<D: Disk + 'static> Engine<D> {
         self.check_poison()?;
         let length = self.file_length.get();
         let settling = std::mem::take(&mut *self.settling.borrow_mut());
-        let applied = self.ring.borrow().as_ref().and_then(Ring::newest_applied);
+        let applied = self.log.borrow().as_ref().and_then(LogSpace::newest_applied);
         let recycled = self.recycled_grants.get();
         self.count(|counters| counters.syncs += 1);
         if let Err(error) = self.disk.sync().await {
@@ -25,8 +25,8 @@ impl<D: Disk + 'static> Engine<D> {
         for extent in settling {
             self.space.borrow_mut().free(extent, true);
         }
-        if let (Some(ring), Some(round)) = (&mut *self.ring.borrow_mut(), applied) {
-            ring.settle(round);
+        if let (Some(log), Some(round)) = (&mut *self.log.borrow_mut(), applied) {
+            log.settle(round);
         }
         Ok(())
     }

@@ -3,7 +3,7 @@
 use std::rc::Rc;
 
 use super::local::yield_now;
-use super::ring::cycle_threshold;
+use super::log::cycle_threshold;
 use super::{Engine, Outcome};
 use crate::disk::Disk;
 use crate::format::bat::{BatEntry, PayloadState};

@@ -21,9 +21,9 @@ use super::store::Store;
 use super::violation::message;
 use super::world::{Config, Faults, World, new_image};
 
-/// A log of 16 sectors: rounds of one page, and a wrap every seven of them.
+/// A log of 16 sectors: rounds of three pages at most, and few of them before it starts again.
 const TINY_LOG: u32 = 64 << 10;
-/// A log of 24 sectors: rounds of up to four pages.
+/// A log of 24 sectors: rounds of up to six pages.
 const SMALL_LOG: u32 = 96 << 10;
 /// The unit of such logs.
 pub const LOG_UNIT: u64 = 4096;

@@ -418,28 +418,13 @@ impl Judge {
         let Some(newest) = changes.last() else { return };
         match &newest.effect {
             Effect::Resize(_) => self.marks.hit("a length at risk"),
-            Effect::Write { offset, bytes, .. } if *offset < self.layout.bat.end() => match *offset {
+            Effect::Write { offset, .. } if *offset < self.layout.bat.end() => match *offset {
                 offset if offset == header::OFFSETS[0] => self.marks.hit("header 1 at risk"),
                 offset if offset == header::OFFSETS[1] => self.marks.hit("header 2 at risk"),
                 offset if offset >= self.layout.bat.offset => self.marks.hit("a BAT page at risk in place"),
-                offset => self.mark_entry(offset - self.layout.log.offset, bytes),
+                _ => self.marks.hit("a log entry at risk"),
             },
             _ => {}
-        }
-    }
-
-    fn mark_entry(&mut self, position: u64, bytes: &[u8]) {
-        let word = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes"));
-        let (tail, sequence, pages) = (u64::from(word(12)), word(16), word(24));
-        self.marks.hit("a log entry at risk");
-        if sequence > 1 && pages == 0 {
-            self.marks.hit("a filler at the log's end");
-        }
-        if sequence > 1 && position == 0 {
-            self.marks.hit("the log wraps");
-        }
-        if tail > position {
-            self.marks.hit("a Tail behind the log's end");
         }
     }
 }

@@ -188,6 +188,7 @@ impl Activation {
         let sum = &mut self.counters;
         sum.syncs += counters.syncs;
         sum.commits += counters.commits;
+        sum.logs += counters.logs;
         sum.entries += counters.entries;
         sum.pages += counters.pages;
         sum.grants += counters.grants;
@@ -469,6 +470,7 @@ impl World {
         self.marks.add("extents out of quarantine", counters.released);
         self.marks.add("barriers", counters.barriers);
         self.marks.add("commit cycles", counters.commits);
+        self.marks.add("the log starts again", counters.logs.saturating_sub(1));
         self.marks.add("durable writes", self.disk.activity().durable_writes);
     }
 

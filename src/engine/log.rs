@@ -1,0 +1,210 @@
+//! Where log entries go: arithmetic, no I/O.
+//!
+//! A *round* is what one sync makes durable: some entries, one after the other, all carrying the same Tail.
+//!
+//! * The log is filled from its start towards its end and never wraps. When a round does not fit any more, it
+//!   starts again from the beginning under a new LogGuid, once everything in it is durable in place. (Readers
+//!   must accept logs that wrap. QEMU reads some of them wrongly, without a word, and never ends with others.)
+//! * Its last sector stays free: QEMU takes a log that is exactly full for one that lacks its first entry.
+//! * A round's Tail is the start of the oldest round whose pages are not known to be durable in place.
+//! * A round takes at most a third of the log, so that three of them, and the first entry, fit.
+
+use std::collections::VecDeque;
+
+use uuid::Uuid;
+
+use crate::format::log::{MAX_DESCRIPTORS_WRITTEN, SECTOR, max_descriptors_written};
+
+/// Sectors that no round takes: the initial entry's, and the last one.
+const SPARE_SECTORS: u64 = 2;
+
+/// The log of an open session, from its initial entry on.
+#[derive(Debug)]
+pub struct LogSpace {
+    /// The LogGuid.
+    pub guid: Uuid,
+    /// Where the log lies in the file, bytes.
+    pub offset: u64,
+    length: u64,
+    head: u64,
+    next_sequence: u64,
+    /// The Tail that the newest *synced* round carries: nothing from here to the head may be overwritten.
+    stable_tail: u64,
+    /// Rounds whose pages are not known to be durable in place, oldest first.
+    live: VecDeque<Round>,
+    next_round: u64,
+}
+
+#[derive(Debug)]
+struct Round {
+    id: u64,
+    start: u64,
+    tail: u64,
+    applied: bool,
+}
+
+/// Where one entry goes and how many pages it takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Placement {
+    /// Byte offset inside the log.
+    pub position: u64,
+    /// Number of data pages, 1 to 126.
+    pub pages: usize,
+    /// The entry's sequence number.
+    pub sequence: u64,
+}
+
+impl LogSpace {
+    /// The log right after its initial empty entry, at position 0 with sequence number 1, was synced.
+    pub fn after_initial_entry(guid: Uuid, offset: u64, length: u64) -> Self {
+        let sector = SECTOR as u64;
+        assert!(length >= 8 * sector && length.is_multiple_of(sector), "a log of {length} bytes");
+        let live = VecDeque::from([Round { id: 0, start: 0, tail: 0, applied: true }]);
+        Self { guid, offset, length, head: sector, next_sequence: 2, stable_tail: 0, live, next_round: 1 }
+    }
+
+    /// The Tail of the round about to be placed.
+    pub fn tail(&self) -> u64 {
+        self.live.front().map_or(self.head, |round| round.start)
+    }
+
+    /// Whether a round of `pages` pages has room.
+    pub fn fits(&self, pages: usize) -> bool {
+        let entries = pages.div_ceil(max_descriptors_written());
+        let sectors = (pages + entries + 1) as u64; // the last sector stays free
+        self.head + sectors * SECTOR as u64 <= self.length
+    }
+
+    /// Places a round of `pages` pages, which fits; returns its entries in order. The round before it is
+    /// durable.
+    pub fn place_round(&mut self, pages: usize) -> Vec<Placement> {
+        assert!((1..=round_pages(self.length)).contains(&pages), "{pages} pages are no round");
+        assert!(self.fits(pages), "a round of {pages} pages leaves the log");
+        assert!(self.live.len() <= 1, "one round at most is not durable in place when the next is placed");
+        let (start, tail) = (self.head, self.tail());
+        let mut left = pages;
+        let mut placements = Vec::new();
+        while left > 0 {
+            let pages = left.min(max_descriptors_written());
+            placements.push(Placement { position: self.head, pages, sequence: self.next_sequence });
+            self.next_sequence = self.next_sequence.checked_add(1).expect("2^64 entries outlast the disk");
+            self.head += (1 + pages as u64) * SECTOR as u64;
+            left -= pages;
+        }
+        self.live.push_back(Round { id: self.next_round, start, tail, applied: false });
+        self.next_round += 1;
+        placements
+    }
+
+    /// The newest round and with it its Tail are durable.
+    pub fn round_synced(&mut self) {
+        self.stable_tail = self.live.back().expect("a round was placed").tail;
+    }
+
+    /// The newest synced round has been written in place, not yet synced there.
+    pub fn round_applied(&mut self) {
+        let round = self.live.iter_mut().find(|round| !round.applied).expect("a round was placed");
+        round.applied = true;
+    }
+
+    /// The newest round that is in place now, all older ones included; a sync issued now settles until there.
+    pub fn newest_applied(&self) -> Option<u64> {
+        self.live.iter().take_while(|round| round.applied).last().map(|round| round.id)
+    }
+
+    /// A sync issued after round `newest` was applied has completed.
+    pub fn settle(&mut self, newest: u64) {
+        while self.live.front().is_some_and(|round| round.id <= newest) {
+            let round = self.live.pop_front().expect("just seen");
+            assert!(round.applied, "only applied rounds settle");
+        }
+    }
+
+    /// Whether the newest synced entry can do without the first sector, where the next log begins: until a header
+    /// names that one, a power cut brings this one back.
+    pub fn spares_first_sector(&self) -> bool {
+        self.stable_tail > 0
+    }
+
+    /// Whether everything in the log is durable in place.
+    pub fn is_settled(&self) -> bool {
+        self.live.is_empty()
+    }
+}
+
+/// The most pages one round takes in a log of `length` bytes: a third of what is not spare, less the sectors
+/// that entries' headers take.
+pub fn round_pages(length: u64) -> usize {
+    let sectors =
+        usize::try_from((length / SECTOR as u64 - SPARE_SECTORS) / 3).expect("at most 2^18 sectors");
+    sectors - sectors.div_ceil(MAX_DESCRIPTORS_WRITTEN + 1)
+}
+
+/// Dirty pages at which a cycle starts by itself: a quarter of the log.
+pub fn cycle_threshold(log_length: u64) -> usize {
+    usize::try_from(log_length / SECTOR as u64 / 4).expect("a log has at most 2^18 sectors")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whatever the rounds' sizes, three fit, entries follow each other without a gap and stay inside the log,
+    /// and when no more fit the log may start again.
+    #[test]
+    fn rounds_of_any_size_follow_each_other_until_the_log_starts_again() {
+        for length in [1_u64 << 20, 3 << 20, 32 << 20] {
+            let mut step = 0;
+            for _lap in 0..50 {
+                let mut log = LogSpace::after_initial_entry(Uuid::from_u128(1), 1 << 20, length);
+                let (mut sequence, mut position, mut rounds) = (2, 4096, 0);
+                loop {
+                    step += 1;
+                    let pages = if step % 3 == 0 {
+                        round_pages(length)
+                    } else {
+                        1 + step * 7919 % round_pages(length)
+                    };
+                    if !log.fits(pages) {
+                        break;
+                    }
+                    let placements = log.place_round(pages);
+                    assert_eq!(placements.iter().map(|placement| placement.pages).sum::<usize>(), pages);
+                    for placement in placements {
+                        assert_eq!((placement.sequence, placement.position), (sequence, position));
+                        sequence += 1;
+                        position += (1 + placement.pages as u64) * 4096;
+                        assert!(position < length, "the last sector stays free");
+                    }
+                    let settled = log.newest_applied();
+                    log.round_synced();
+                    if let Some(round) = settled {
+                        log.settle(round);
+                    }
+                    assert!(!log.is_settled(), "a round is not in place yet");
+                    log.round_applied();
+                    rounds += 1;
+                }
+                assert!(rounds >= 3, "{rounds} rounds in a log of {length} bytes");
+                assert!(log.spares_first_sector());
+                log.settle(log.newest_applied().expect("the last round is in place"));
+                assert!(log.is_settled());
+            }
+        }
+    }
+
+    /// A round placed before the one before it is durable would need a fourth part of the log.
+    #[test]
+    #[should_panic(expected = "one round at most")]
+    fn a_round_is_not_placed_before_the_last_one_is_settled() {
+        let mut log = LogSpace::after_initial_entry(Uuid::from_u128(1), 1 << 20, 1 << 20);
+        log.place_round(80);
+        log.place_round(80);
+    }
+
+    #[test]
+    fn a_round_takes_about_a_third_of_the_log() {
+        assert_eq!(round_pages(1 << 20), 83);
+        assert_eq!(round_pages(1 << 30), 86_693);
+    }
+}
