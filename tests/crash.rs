@@ -9,7 +9,7 @@ mod sim;
 use std::time::Duration;
 
 use fastrand::Rng;
-use sim::campaign::{Campaign, Report, run, scenario};
+use sim::campaign::{Campaign, Report, Scenario, run, scenario, scenarios};
 use sim::judge::Effort;
 use sim::world::{Config, World, new_image};
 use vhdx_ublk::engine::front::Op;
@@ -19,7 +19,7 @@ use vhdx_ublk::image::SLOTS_PER_PAGE;
 const IMAGES: u64 = 1_000_000;
 
 /// What every test run exercises; one that stays at zero fails it.
-const EXERCISED: [&str; 41] = [
+const EXERCISED: [&str; 42] = [
     "P0 none or all of it",
     "P1 whole writes",
     "P2 parts of what was at risk",
@@ -53,6 +53,7 @@ const EXERCISED: [&str; 41] = [
     "pages that only the memory had",
     "payload sectors judged",
     "present to zero",
+    "recovered images examined whole",
     "replays",
     "requests failed by a death",
     "requests repeated to a successor",
@@ -141,7 +142,8 @@ fn number(name: &str) -> Option<u64> {
 #[test]
 fn one_seed() {
     let name = std::env::var("VHDX_SCENARIO").unwrap_or_else(|_| "dynamic".into());
-    let scenario = scenario(&name);
+    let scenario =
+        if number("VHDX_DEPTH").is_some() { scenario(&name).lengthened() } else { scenario(&name) };
     let requests = number("VHDX_REQUESTS")
         .map_or(scenario.config.requests, |count| usize::try_from(count).expect("64-bit hosts only"));
     let effort = effort();
@@ -164,13 +166,8 @@ fn the_long_run() {
     let images = number("VHDX_IMAGES").map(|images| images.saturating_sub(before));
     let minutes = number("VHDX_MINUTES").map(|minutes| Duration::from_secs(60 * minutes));
     let seed = number("VHDX_SEED").unwrap_or(1_000_000);
-    let mut campaign =
-        Campaign { seed, images, at_most: minutes, done, effort: effort(), ..Campaign::test() };
-    for scenario in &mut campaign.scenarios {
-        if let sim::campaign::Body::Sequences(length) = &mut scenario.body {
-            *length = 3;
-        }
-    }
+    let scenarios = scenarios().into_iter().map(Scenario::lengthened).collect();
+    let campaign = Campaign { scenarios, effort: effort(), seed, images, at_most: minutes, done };
     let report = campaign.run(|ledger| {
         let (distinct, rate) = (before + ledger.total.distinct, ledger.total.speed());
         eprint!("\r{distinct} distinct images, {} runs, {rate:.0} per second and core ", ledger.done);

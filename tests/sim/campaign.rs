@@ -57,6 +57,14 @@ impl Scenario {
         Self { name: name.into(), config, body: Body::Swarm, seeds }
     }
 
+    /// The same with longer sequences, where there are any.
+    pub fn lengthened(mut self) -> Self {
+        if let Body::Sequences(length) = &mut self.body {
+            *length += 1;
+        }
+        self
+    }
+
     /// Where randomness starts: no two scenarios do the same, so their images differ too.
     fn seed(&self, seed: u64) -> u64 {
         let fold = |hash: u64, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
@@ -560,9 +568,10 @@ fn tell(scenario: &Scenario, seed: u64, effort: Effort, why: &str) -> String {
         }
         step = step.min(requests / 2);
     }
+    let depth = if effort == Effort::TEST { String::new() } else { format!("VHDX_DEPTH={} ", effort.depth) };
     format!(
         "{why}\n\nscenario {name}, seed {seed}, {requests} requests per life; to repeat:\n  VHDX_SCENARIO={name} \
-         VHDX_SEED={seed} VHDX_REQUESTS={requests} cargo test --locked --features simulation --test crash one_seed \
+         VHDX_SEED={seed} VHDX_REQUESTS={requests} {depth}cargo test --locked --features simulation --test crash one_seed \
          -- --nocapture\n",
         name = scenario.name
     )

@@ -21,7 +21,7 @@ use super::store::Store;
 /// Broken variants drawn per log entry where its sectors are taken together.
 const BROKEN_MEMBERS: usize = 6;
 
-/// Sectors of what a torn write leaves.
+/// What every byte of a torn sector reads.
 pub const GARBAGE: u8 = 0xa5;
 
 /// A change of metadata that is not durable.
@@ -36,7 +36,7 @@ pub struct Risk<'a> {
 }
 
 /// How many images to make.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
     /// All of them up to this many.
     pub all: usize,

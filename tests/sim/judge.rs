@@ -10,7 +10,7 @@ use fastrand::Rng;
 use uuid::Uuid;
 use vhdx_ublk::format::bat::{BatEntry, Geometry, PayloadState};
 use vhdx_ublk::format::{header, region};
-use vhdx_ublk::image::{FoundLog, Image, Layout, Mode, payload_extent};
+use vhdx_ublk::image::{FoundLog, Image, Layout, Mode, check, payload_extent};
 
 use super::disk::{AtRisk, Effect, SimDisk, apply};
 use super::images::{Choice, Coverage, Images, Limits, Risk, hash_store};
@@ -28,7 +28,7 @@ const RECOVERY_GUID: Uuid = Uuid::from_u128(0xfeed);
 const ROTTEN_BITS: u32 = 24;
 
 /// How hard to look.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Effort {
     pub limits: Limits,
     /// How many power cuts may hit one recovery.
@@ -245,7 +245,21 @@ impl Judge {
                 return Err(format!("a block lies at {extent:?}, the file ends at {length}"));
             }
         }
-        Ok((Outcome { words, length }, medium.into_ops()))
+        let outcome = Outcome { words, length };
+        if !self.known.contains_key(&outcome) {
+            self.examine(&medium)?;
+        }
+        Ok((outcome, medium.into_ops()))
+    }
+
+    /// What recovery leaves is sound in every structure.
+    fn examine(&mut self, medium: &Medium) -> Result<(), String> {
+        self.marks.hit("recovered images examined whole");
+        let report = block_on(check(medium)).map_err(|error| format!("the examination fails: {error}"))?;
+        if report.corruptions > 0 || !report.complete {
+            return Err(format!("not sound after recovery: {:?}", report.findings));
+        }
+        Ok(())
     }
 
     fn intern(&mut self, outcome: Outcome) -> usize {
