@@ -10,7 +10,10 @@ use sim::store::Store;
 use sim::tasks::{SimTasks, block_on};
 use sim::world::{Config, new_image};
 use uuid::Uuid;
+use vhdx_ublk::error::Result;
+use vhdx_ublk::format::guid::{REGION_BAT, REGION_METADATA};
 use vhdx_ublk::format::log::{Change, NewEntry};
+use vhdx_ublk::format::region::{Region, RegionTable};
 use vhdx_ublk::image::{Image, LogFound, Mode, Repair, Report, check, payload_extent, repair};
 
 const MIB: u64 = 1 << 20;
@@ -32,6 +35,9 @@ const BLOCKS: u64 = 7;
 
 /// Cuts per moment and profile.
 const CUTS: usize = 3;
+
+/// Damaged images that are examined and repaired.
+const MUTANTS: u64 = 1000;
 
 const LOG_GUID: Uuid = Uuid::from_u128(0xfeed);
 
@@ -65,11 +71,15 @@ fn name_log(store: &mut Store) {
         let mut header = vec![0; 4096];
         store.read(at, &mut header);
         header[48..64].copy_from_slice(&LOG_GUID.to_bytes_le());
-        header[4..8].fill(0);
-        let checksum = crc32c::crc32c(&header);
-        header[4..8].copy_from_slice(&checksum.to_le_bytes());
+        seal(&mut header);
         store.write(at, &header);
     }
+}
+
+fn seal(structure: &mut [u8]) {
+    structure[4..8].fill(0);
+    let checksum = crc32c::crc32c(structure);
+    structure[4..8].copy_from_slice(&checksum.to_le_bytes());
 }
 
 /// One entry to replay, which makes block 2 present at 8 MiB.
@@ -92,10 +102,14 @@ fn dirty_log(store: &mut Store) {
 
 /// Opens an image, replaying its log, and reads some sectors of each block.
 fn data(store: &Store) -> Vec<Vec<u8>> {
+    read(store).unwrap_or_else(|error| panic!("it does not open: {error}"))
+}
+
+fn read(store: &Store) -> Result<Vec<Vec<u8>>> {
     let disk = SimDisk::new(store.clone(), true, true, 512);
     let mut rng = Rng::with_seed(2);
     let image = block_on(Image::open(&disk, Mode::Writable, || Uuid::from_u128(rng.u128(1..))));
-    let image = image.unwrap_or_else(|error| panic!("it does not open: {error}"));
+    let image = image?;
     let content = disk.content();
     let block = |block: u64| {
         let mut bytes = vec![0; 3 * 512];
@@ -106,7 +120,7 @@ fn data(store: &Store) -> Vec<Vec<u8>> {
         }
         bytes
     };
-    (0..BLOCKS).map(block).collect()
+    Ok((0..image.map.geometry().block_count().min(BLOCKS)).map(block).collect())
 }
 
 fn checked(store: &Store) -> Report {
@@ -155,6 +169,8 @@ fn an_image_that_opens_goes_on_opening() {
     dirty_log(&mut damaged);
     flip(&mut damaged, HEADERS[0] + 999);
     flip(&mut damaged, REGION_TABLES[0] + 999);
+    let report = checked(&damaged);
+    assert_eq!((report.log, report.log_entries, report.allocated_blocks), (LogFound::Dirty, 1, 3));
     let expected = data(&damaged);
     assert_eq!((expected[0][0], expected[1][0], expected[2][0]), (0x66, 0x44, 0x88));
     let mut cuts = 0;
@@ -188,6 +204,27 @@ fn a_repair_that_was_cut_short_is_ended_by_the_next() {
     });
 }
 
+/// Both region tables change in sectors far from each other, so a change in place could leave none intact.
+#[test]
+fn both_region_tables_change_as_one() {
+    let mut damaged = image();
+    let region = |guid, offset, length| Region { guid, offset, length, required: false };
+    let mut regions = vec![region(REGION_BAT, BAT, 1 << 20), region(REGION_METADATA, METADATA, 1 << 20)];
+    regions.extend((1..20).map(|number| region(Uuid::from_u128(number), MIB, 0)));
+    let mut table = RegionTable::new(regions).expect("a good table").encode();
+    let last_entry = 16 + 20 * 32;
+    table[last_entry + 31] = 0x80;
+    seal(&mut table);
+    for at in REGION_TABLES {
+        damaged.write(at, &table);
+    }
+    let expected = data(&damaged);
+    let after = cut_everywhere(&damaged, |cut, _| {
+        assert!(data(cut) == expected, "other data after a cut");
+    });
+    assert_eq!(checked(&after).findings, []);
+}
+
 /// A log that was never written is declared empty at one stroke.
 #[test]
 fn a_virgin_log_is_cleared() {
@@ -212,6 +249,7 @@ fn space_is_kept_while_a_fault_is_left() {
     let (outcome, after) = repaired(&damaged, 6);
     assert_eq!((outcome.before.corruptions, outcome.before.beyond_repair), (2, 1), "{outcome:?}");
     assert_eq!((outcome.after.corruptions, outcome.after.leaks), (1, 1), "{outcome:?}");
+    assert_eq!(outcome.after.repairable, 0, "nothing is offered that would not be done: {outcome:?}");
     assert_eq!((after.length, damaged.length), (16 * MIB, 16 * MIB));
     let mut bytes = [0; 4];
     after.read(5 * MIB, &mut bytes);
@@ -227,4 +265,66 @@ fn nothing_is_written_to_a_sound_image() {
     block_on(repair(&disk, || panic!("no GUID is needed"))).expect("an image");
     let after = disk.activity();
     assert_eq!((after.writes, after.syncs, after.resizes, after.zeroes), (before.writes, before.syncs, 0, 0));
+}
+
+/// Changes a byte or a word of some structure, and often renews the checksum over it.
+fn mutate(store: &mut Store, rng: &mut Rng) {
+    let copy = rng.usize(..2);
+    let (start, length, sealed) = match rng.u32(..7) {
+        0 => (HEADERS[copy], 80, 4096),
+        1 => (REGION_TABLES[copy], 16 + 3 * 32, 64 << 10),
+        2 => (METADATA, 32 + 6 * 32, 0),
+        3 => (METADATA + (64 << 10), 40, 0),
+        4 => (LOG, 2 * 4096, 0),
+        5 => return entry(store, rng.u64(..BLOCKS), any_entry(rng)),
+        _ => return store.resize(rng.u64(..20) * MIB + rng.u64(..2) * 4097),
+    };
+    let at = start + rng.u64(..length);
+    let byte = rng.choice([0, 1, 3, 0x80, 0xff]).expect("not empty");
+    store.write(at, &[byte]);
+    if sealed > 0 && rng.bool() {
+        let mut structure = vec![0; sealed];
+        store.read(start, &mut structure);
+        seal(&mut structure);
+        store.write(start, &structure);
+    }
+}
+
+fn any_entry(rng: &mut Rng) -> u64 {
+    (rng.u64(..20) * MIB) | (rng.u64(..4) / 3 * RESERVED) | rng.u64(..8)
+}
+
+/// Whatever a file holds: neither an examination nor a repair panics; what is called sound opens; and a repair
+/// leaves an image that opened with the data it had.
+#[test]
+fn what_is_called_sound_opens_and_a_repair_keeps_what_opened() {
+    let (mut sound, mut opened, mut mended) = (0, 0, 0);
+    for seed in 0..MUTANTS {
+        let mut rng = Rng::with_seed(seed);
+        let mut store = image();
+        if rng.bool() {
+            dirty_log(&mut store);
+        }
+        (0..rng.u32(1..5)).for_each(|_| mutate(&mut store, &mut rng));
+        let before = read(&store);
+        let disk = SimDisk::new(store.clone(), true, true, 512);
+        let Ok(report) = block_on(check(&disk)) else {
+            assert!(before.is_err(), "seed {seed}: it opens, and nothing could be told");
+            continue;
+        };
+        let is_sound = report.complete && report.corruptions == 0;
+        assert!(!is_sound || before.is_ok(), "seed {seed}: called sound: {:?}", before.err());
+        let Ok(outcome) = block_on(repair(&disk, || Uuid::from_u128(rng.u128(1..)))) else { continue };
+        let after = read(&disk.content());
+        let mends = outcome.after.complete && outcome.after.corruptions == 0;
+        assert!(!mends || after.is_ok(), "seed {seed}: called mended: {:?}", after.err());
+        if let Ok(before) = before {
+            opened += 1;
+            assert!(after.is_ok_and(|after| after == before), "seed {seed}: other data after a repair");
+        }
+        sound += u32::from(is_sound);
+        mended += u32::from(!is_sound && mends);
+    }
+    println!("{MUTANTS} mutants: {opened} opened, {sound} were sound, {mended} were mended");
+    assert!(sound > 50 && opened > sound && mended > 50, "{opened} opened, {sound} sound, {mended} mended");
 }
