@@ -46,6 +46,9 @@ finish() {
         [ $status -ne 0 ] || { echo "the test left a device behind"; ublk list; status=1; }
         ublk del --all --force || true
     fi
+    cd "$scratch"
+    ! declare -F take_down >/dev/null || take_down
+    cd /
     rm -rf "${scratch:?}"/*
     exit $status
 }
