@@ -4,7 +4,9 @@ recorded, and the judge.
   power.py work FOLDER DEVICE JOURNAL   files written, synced and removed in FOLDER; each event goes to JOURNAL
                                         and, under its number, as a mark into the log of DEVICE
   power.py points LOG COUNT             at most COUNT moments at which the power may be cut, one per line:
-                                        entries of the log until then, and the last mark among them
+                                        entries of the log until then, and the last mark among them. Half
+                                        of them follow a flush, half a mark at once: what was acknowledged
+                                        just now has no later flush to hide behind
   power.py replay LOG TARGET FROM TO    writes the log's entries FROM up to TO, without TO, to TARGET
   power.py verify FOLDER JOURNAL MARK   whether everything synced by then is in FOLDER
 
@@ -109,19 +111,24 @@ def entries(log):
 
 
 def points(log_name, wanted):
-    found, last_mark = [], 0
+    flushes, marks, last_mark = [], [], 0
     with open(log_name, "rb") as log:
         for index, (_, _, _, flags, mark, _) in enumerate(entries(log)):
             if mark is not None and mark.isdigit():
                 last_mark = int(mark)
-            if flags & (FLUSH | FUA) and last_mark > 0:
-                found.append((index + 1, last_mark))
-    kept = found
-    if len(found) > wanted:
-        kept = [found[number * (len(found) - 1) // (wanted - 1)] for number in range(wanted)]
-    print(f"{len(kept)} of {len(found)} moments", file=sys.stderr)
+                marks.append((index + 1, last_mark))
+            elif flags & (FLUSH | FUA) and last_mark > 0:
+                flushes.append((index + 1, last_mark))
+    kept = sorted(evenly(flushes, wanted // 2) + evenly(marks, wanted // 2))
+    print(f"{len(kept)} of {len(flushes) + len(marks)} moments", file=sys.stderr)
     for index, mark in kept:
         print(index, mark)
+
+
+def evenly(found, wanted):
+    if len(found) <= wanted:
+        return found
+    return [found[number * (len(found) - 1) // (wanted - 1)] for number in range(wanted)]
 
 
 def replay(log_name, target_name, start, end):
