@@ -57,7 +57,7 @@ fn qemu_accepts(content: &Store) {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let path = folder.path().join("image.vhdx");
     content.save(&path).expect("room");
-    let mut command = std::process::Command::new("qemu-img");
+    let mut command = qemu::command("qemu-img");
     qemu::run(command.args(["check", "-q", "-f", "vhdx"]).arg(&path)).expect("QEMU finds no error");
 }
 
@@ -345,7 +345,7 @@ fn the_space_of_a_fixed_image_is_used_and_not_added_to() {
     }
     let folder = tempfile::tempdir().expect("a temporary folder");
     let path = folder.path().join("fixed.vhdx");
-    let mut command = std::process::Command::new("qemu-img");
+    let mut command = qemu::command("qemu-img");
     command.args(["create", "-q", "-f", "vhdx", "-o", "subformat=fixed,block_size=1M"]);
     qemu::run(command.arg(&path).arg("16M")).expect("made");
     let bytes = std::fs::read(&path).expect("readable");

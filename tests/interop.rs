@@ -11,7 +11,6 @@ mod sim;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::process::Command;
 
 use craft::{BAT, HEADERS};
 use fastrand::Rng;
@@ -71,7 +70,7 @@ fn dumped_line(line: &str) -> Option<(u64, Vec<u8>)> {
 
 /// The bytes of these sectors, ascending, as QEMU reads them from an image whose log is empty.
 fn read_by_qemu(image: &Path, sectors: &[u64]) -> Vec<[u8; 512]> {
-    let mut command = Command::new("qemu-io");
+    let mut command = qemu::command("qemu-io");
     command.args(["-r", "-f", "vhdx"]);
     for (first, count) in runs(sectors) {
         command.args(["-c", &format!("read -v {} {}", first * SECTOR, count * SECTOR)]);
@@ -249,7 +248,7 @@ impl Table {
         std::fs::write(&stamped, bytes).expect("room");
         let write = format!("write -s {} {} 512", stamped.display(), sector * SECTOR);
         self.oracle.issue(sector, 1, id, true);
-        let mut command = Command::new("qemu-io");
+        let mut command = qemu::command("qemu-io");
         let ended = qemu::run(command.args(open).args(["-c", &write, "-c", end]).arg(image)).is_ok();
         self.oracle.acknowledge(sector, 1, id, true);
         ended

@@ -17,9 +17,16 @@ pub fn is_here() -> bool {
     found
 }
 
+/// One of the tools, ended after two minutes: some logs make it search for ever.
+pub fn command(program: &str) -> Command {
+    let mut command = Command::new("timeout");
+    command.args(["--kill-after=5", "120", program]);
+    command
+}
+
 /// Has QEMU replay the log of an image in place.
 pub fn replay(image: &Path) -> Result<(), String> {
-    let mut command = Command::new("qemu-img");
+    let mut command = command("qemu-img");
     command.args(["check", "-q", "-f", "vhdx", "-r", "all"]).arg(image);
     run(&mut command).map(drop)
 }
