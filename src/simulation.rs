@@ -117,8 +117,17 @@ pub const fn log_unit() -> u64 {
     crate::format::MIB
 }
 
+/// The most descriptors of an entry that is written: `usual`.
+#[cfg(not(feature = "simulation"))]
+#[inline]
+pub const fn descriptors_per_entry(usual: usize) -> usize {
+    usual
+}
+
 #[cfg(feature = "simulation")]
-pub use switches::{log_unit, plant, planted, set_log_unit};
+pub use switches::{
+    descriptors_per_entry, log_unit, plant, planted, set_descriptors_per_entry, set_log_unit,
+};
 
 #[cfg(feature = "simulation")]
 mod switches {
@@ -130,6 +139,7 @@ mod switches {
     thread_local! {
         static PLANTED: Cell<Option<Plant>> = const { Cell::new(None) };
         static LOG_UNIT: Cell<u64> = const { Cell::new(MIB) };
+        static DESCRIPTORS: Cell<Option<usize>> = const { Cell::new(None) };
     }
 
     /// Whether `plant` is planted in this thread.
@@ -140,6 +150,17 @@ mod switches {
     /// Plants one bug in this thread, or none.
     pub fn plant(plant: Option<Plant>) {
         PLANTED.set(plant);
+    }
+
+    /// The most descriptors of an entry that is written in this thread: `usual`, fewer, or one too many.
+    pub fn descriptors_per_entry(usual: usize) -> usize {
+        DESCRIPTORS.get().unwrap_or(usual) + usize::from(planted(Plant::LongEntry))
+    }
+
+    /// Makes entries in this thread as short as `count` descriptors, or as long as usual: a log of few sectors
+    /// then has rounds of several entries.
+    pub fn set_descriptors_per_entry(count: Option<usize>) {
+        DESCRIPTORS.set(count);
     }
 
     /// The unit of a log's length in this thread, bytes.

@@ -40,16 +40,15 @@ fn catch_for(planted: Plant) -> Catch {
         | Plant::SkipZeroFill
         | Plant::LogLivePage => Catch::Scenario("no-punch"),
         Plant::ApplyBeforeLog | Plant::NoExtension | Plant::UnstableLength => Catch::Scenario("growing"),
-        Plant::TailBeforeSync
-        | Plant::StartAgainEarly
-        | Plant::EarlyFlush
+        Plant::StartAgainEarly => Catch::Scenario("flushes"),
+        Plant::EarlyFlush
         | Plant::HeaderBeforeEntry
         | Plant::IgnoreFua
         | Plant::SkipChecksum
         | Plant::TwinHeaders
         | Plant::LateMark
         | Plant::TrustTail => Catch::Scenario("dynamic"),
-        Plant::KeepLaterEntries => Catch::Scenario("chunk-border"),
+        Plant::KeepLaterEntries | Plant::TailBeforeSync => Catch::Scenario("chunk-border"),
         Plant::LateCount => Catch::Scenario("again"),
         Plant::NoFence | Plant::LateAnnouncement | Plant::TrustKilled | Plant::ForgetPending => {
             Catch::Scenario("killed")

@@ -13,7 +13,8 @@ use std::collections::VecDeque;
 
 use uuid::Uuid;
 
-use crate::format::log::{MAX_DESCRIPTORS_WRITTEN, SECTOR, max_descriptors_written};
+use crate::format::log::{SECTOR, max_descriptors_written};
+use crate::simulation::{Plant, planted};
 
 /// Sectors that no round takes: the initial entry's, and the last one.
 const SPARE_SECTORS: u64 = 2;
@@ -103,8 +104,10 @@ impl LogSpace {
 
     /// The newest synced round has been written in place, not yet synced there.
     pub fn round_applied(&mut self) {
-        let round = self.live.iter_mut().find(|round| !round.applied).expect("a round was placed");
-        round.applied = true;
+        match self.live.iter_mut().find(|round| !round.applied) {
+            Some(round) => round.applied = true,
+            None => assert!(planted(Plant::StartAgainEarly), "a round was placed"),
+        }
     }
 
     /// The newest round that is in place now, all older ones included; a sync issued now settles until there.
@@ -137,7 +140,7 @@ impl LogSpace {
 pub fn round_pages(length: u64) -> usize {
     let sectors =
         usize::try_from((length / SECTOR as u64 - SPARE_SECTORS) / 3).expect("at most 2^18 sectors");
-    sectors - sectors.div_ceil(MAX_DESCRIPTORS_WRITTEN + 1)
+    sectors - sectors.div_ceil(max_descriptors_written() + 1)
 }
 
 /// Dirty pages at which a cycle starts by itself: a quarter of the log.

@@ -21,7 +21,7 @@ use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::{MIB, PAGE, checksum, guid, range_end, region};
-use crate::simulation::{Plant, planted};
+use crate::simulation::{Plant, descriptors_per_entry, planted};
 
 /// Bytes of a log sector: entries start on one and consist of whole ones.
 pub const SECTOR: usize = 4096;
@@ -34,9 +34,9 @@ pub const MAX_DESCRIPTORS_WRITTEN: usize = 126;
 /// and the headers change by a protocol of their own.
 pub const LOWEST_TARGET: u64 = region::OFFSETS[0];
 
-/// [`MAX_DESCRIPTORS_WRITTEN`], one more with that bug planted.
+/// [`MAX_DESCRIPTORS_WRITTEN`], unless a simulation wants entries of another length.
 pub fn max_descriptors_written() -> usize {
-    MAX_DESCRIPTORS_WRITTEN + usize::from(planted(Plant::LongEntry))
+    descriptors_per_entry(MAX_DESCRIPTORS_WRITTEN)
 }
 
 const SIGNATURE: [u8; 4] = *b"loge";

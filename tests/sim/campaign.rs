@@ -11,7 +11,7 @@ use fastrand::Rng;
 use nix::time::{ClockId, clock_gettime};
 use vhdx_ublk::engine::front::{Op, Request};
 use vhdx_ublk::image::{InitialState, NewImage};
-use vhdx_ublk::simulation::set_log_unit;
+use vhdx_ublk::simulation::{set_descriptors_per_entry, set_log_unit};
 
 use super::choose::Choices;
 use super::judge::{Effort, Judge};
@@ -95,6 +95,7 @@ pub fn scenarios() -> Vec<Scenario> {
         Scenario::swarm("chunk-border", 60, chunk_border()),
         Scenario::swarm("growing", 10, growing()),
         Scenario::swarm("again", 30, again()),
+        Scenario::swarm("flushes", 20, flushes()),
         Scenario::swarm(
             "failed-sync",
             40,
@@ -142,6 +143,7 @@ fn chunk_border() -> Config {
     config.image.log_length = SMALL_LOG;
     config.blocks = vec![0, 511, 512, 4095, 4096, 4097, 8191, 8192, 9215];
     config.fronts = 3;
+    config.descriptors = Some(2);
     config
 }
 
@@ -163,6 +165,11 @@ fn again() -> Config {
     config.weights = [30, 5, 40, 20, 20, 5];
     config.faults = Faults { again: 2, slow_io: 2, ..Faults::NONE };
     config
+}
+
+/// Many flushes on few tags: one after the other, so that the log is soon full.
+fn flushes() -> Config {
+    Config { weights: [50, 10, 2, 90, 20, 5], depth: 3, width: 1, requests: 400, ..tiny() }
 }
 
 fn failed_durable_write() -> Config {
@@ -275,6 +282,7 @@ impl Report {
 /// With a violation if a promise is broken.
 pub fn run(scenario: &Scenario, seed: u64, requests: usize, effort: Effort) -> Report {
     set_log_unit(LOG_UNIT);
+    set_descriptors_per_entry(scenario.config.descriptors);
     let started = thread_time();
     let mut report = match scenario.body {
         Body::Swarm => swarm(scenario, seed, requests, effort, LIVES),

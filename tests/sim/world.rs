@@ -39,6 +39,8 @@ pub struct Config {
     pub blocks: Vec<u64>,
     /// Sectors watched at each of three places of a block.
     pub width: u64,
+    /// The most descriptors of a log entry, if not as many as usual: see `set_descriptors_per_entry`.
+    pub descriptors: Option<usize>,
     /// What goes wrong below.
     pub faults: Faults,
     /// How many of each kind of request are made, in parts of their sum: see [`Config::ALL_KINDS`].
@@ -95,6 +97,7 @@ impl Config {
             requests: 120,
             blocks: (0..7).collect(),
             width: WATCHED,
+            descriptors: None,
             faults: Faults::NONE,
             weights: Self::ALL_KINDS,
         }
