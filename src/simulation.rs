@@ -13,6 +13,8 @@ compile_error!("the feature `simulation` plants bugs: it is for tests and never 
 pub enum Plant {
     /// No sync between zeroing recycled space and logging a mapping to it.
     SkipRecyclingSync,
+    /// No sync between extending the file and logging a mapping to the new part.
+    SkipGrowthSync,
     /// A BAT page is written in place before its log entry is durable.
     ApplyBeforeLog,
     /// The log's Tail passes pages that are in place but not durable there.
@@ -71,8 +73,9 @@ pub enum Plant {
 
 impl Plant {
     /// All of them.
-    pub const ALL: [Self; 28] = [
+    pub const ALL: [Self; 29] = [
         Self::SkipRecyclingSync,
+        Self::SkipGrowthSync,
         Self::ApplyBeforeLog,
         Self::TailBeforeSync,
         Self::ReuseBeforeDurable,

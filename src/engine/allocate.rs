@@ -9,8 +9,10 @@ use crate::format::bat::{BatEntry, PayloadState};
 use crate::image::{Extent, Grant};
 use crate::simulation::{Plant, planted};
 
-/// How far the file is extended beyond what is needed: large steps are rare, and the tail is trimmed at close.
-const GROW_STEP_BYTES: u64 = 32 * MIB;
+/// How far the file is extended beyond what is needed: an eighth of its length, within these bounds. Each step
+/// costs the next commit a sync, so they have to be rare; the tail takes no space and is trimmed at close.
+const MIN_GROW_STEP_BYTES: u64 = 32 * MIB;
+const MAX_GROW_STEP_BYTES: u64 = 1024 * MIB;
 
 impl<D: Disk + 'static> Engine<D> {
     /// Gives every block of `first..first + count` space; an allocation in progress is joined.
@@ -94,8 +96,9 @@ impl<D: Disk + 'static> Engine<D> {
     /// Extends the file generously, or at least by `length`.
     async fn grow_for(self: &Rc<Self>, length: u64) -> Outcome {
         let end = self.file_length.get().next_multiple_of(MIB);
-        match self.grow_to(end + length.max(GROW_STEP_BYTES)).await {
-            Err(libc::ENOSPC) if length < GROW_STEP_BYTES => self.grow_to(end + length).await,
+        let step = (end / 8).clamp(MIN_GROW_STEP_BYTES, MAX_GROW_STEP_BYTES).next_multiple_of(MIB);
+        match self.grow_to(end + length.max(step)).await {
+            Err(libc::ENOSPC) if length < step => self.grow_to(end + length).await,
             outcome => outcome,
         }
     }

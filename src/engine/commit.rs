@@ -4,8 +4,8 @@
 //! ends in a sync, dirty or not. Per round:
 //!
 //! 1. clear the pages' dirty marks, then copy the pages: the copy is what is logged and what is applied;
-//! 2. if recycled space was granted since the last sync, sync: its zeros must be durable before an entry names
-//!    it. Later rounds are copied before the sync of the round before them, which serves them as this one;
+//! 2. if recycled space was granted since the last sync, or space by which the file has grown since, sync: its
+//!    zeros, and the file's length, must be durable before an entry names it. Later rounds are copied before the sync of the round before them, which serves them as this one;
 //! 3. write the round's entries; a log without room for them starts again first;
 //! 4. sync. The last round's sync makes durable everything acknowledged before the cycle closed its set;
 //! 5. write the copies in place, in the background, one round at a time, so that no older copy ever overwrites
@@ -100,7 +100,7 @@ impl<D: Disk + 'static> Engine<D> {
         }
         self.count(|counters| counters.commits += 1);
         let mut next = self.copy_round(&mut set);
-        if self.unsynced_recycling() && !planted(Plant::SkipRecyclingSync) {
+        if self.unsynced_space() {
             self.sync().await?;
         }
         while let Some(round) = next {

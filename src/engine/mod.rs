@@ -8,7 +8,8 @@
 //! 0. whatever a killed process wrote, before a header is (`open_session`);
 //! 1. new FileWriteGuid and DataWriteGuid in both headers, before any other modification (`open_session`);
 //! 2. an initial empty log entry, before a header names its LogGuid (`begin_log`);
-//! 3. recycled space zeroed and synced, before an entry that names it is written (`commit`);
+//! 3. recycled space zeroed and synced, and the length of a file that has grown, before an entry that names the
+//!    space is written (`commit`);
 //! 4. a page's log entry synced, before the page is written in place (`commit`);
 //! 5. an unmapping durable and every front past it, before the space is granted again (`quarantine`);
 //! 6. everything logged synced in place, before the log starts again (`begin_log`);

@@ -5,6 +5,7 @@ use std::rc::Rc;
 use super::log::LogSpace;
 use super::{Engine, Outcome};
 use crate::disk::Disk;
+use crate::simulation::{Plant, planted};
 
 impl<D: Disk + 'static> Engine<D> {
     /// Makes everything that has completed so far durable. A failure poisons: a sync is never retried, since
@@ -31,8 +32,12 @@ impl<D: Disk + 'static> Engine<D> {
         Ok(())
     }
 
-    /// Whether recycled space was granted whose zeros no completed sync covers.
-    pub(super) fn unsynced_recycling(&self) -> bool {
-        self.recycled_synced.get() < self.recycled_grants.get()
+    /// Whether space was granted that an entry must not name yet: its zeros, or the length of the file that holds
+    /// it, are covered by no completed sync. (Replay restores a lost length; QEMU's does not.)
+    pub(super) fn unsynced_space(&self) -> bool {
+        let recycled = self.recycled_synced.get() < self.recycled_grants.get();
+        let grown = self.stable_length.get() < self.space.borrow().used_end().min(self.file_length.get());
+        let recycled = recycled && !planted(Plant::SkipRecyclingSync);
+        recycled || grown && !planted(Plant::SkipGrowthSync)
     }
 }

@@ -170,8 +170,8 @@ impl Judge {
         (store.clone(), *hash)
     }
 
-    /// The changes of metadata. Torn sectors: log entries in flight are protected by their checksum, headers
-    /// by their twin; the BAT is protected by the log, but only against what the log knows of.
+    /// The changes of metadata. A write in flight may leave torn sectors: log entries are protected by their
+    /// checksum, headers by their twin, and the BAT by the log, which has every page before it is written in place.
     fn risks<'a>(&self, changes: &'a [AtRisk]) -> Vec<Risk<'a>> {
         let end = self.layout.bat.end();
         let inside = changes.iter().filter(|change| change.start().is_some_and(|start| start < end));
@@ -179,7 +179,8 @@ impl Judge {
             .map(|change| {
                 let start = change.start().expect("just seen");
                 let log = (self.layout.log.offset..self.layout.log.end()).contains(&start);
-                let torn = log && change.in_flight() || header::OFFSETS.contains(&start);
+                let bat = start >= self.layout.bat.offset;
+                let torn = (log || bat) && change.in_flight() || header::OFFSETS.contains(&start);
                 Risk { op: change.op, effect: &change.effect, garbage: torn && self.effort.garbage, log }
             })
             .collect()
@@ -227,6 +228,7 @@ impl Judge {
 
     /// Opens the image as the next process would.
     fn recover(&mut self, store: Store) -> Result<(Outcome, Vec<Effect>), String> {
+        let found_length = store.length;
         let medium = Medium::new(store, self.layout.bat.end());
         let image = block_on(Image::open(&medium, Mode::Writable, || RECOVERY_GUID));
         let image = image.map_err(|error| format!("the image does not open: {error}"))?;
@@ -243,6 +245,9 @@ impl Judge {
             let extent = payload_extent(BatEntry(word), &self.geometry);
             if let Some(extent) = extent.filter(|extent| extent.end() > length) {
                 return Err(format!("a block lies at {extent:?}, the file ends at {length}"));
+            }
+            if extent.is_some_and(|extent| extent.end() > found_length) {
+                return Err(format!("others do not extend the file, of {found_length} bytes, to {extent:?}"));
             }
         }
         let outcome = Outcome { words, length };
