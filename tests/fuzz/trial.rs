@@ -10,7 +10,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use fastrand::Rng;
 use uuid::Uuid;
 use vhdx_ublk::error::Error;
-use vhdx_ublk::image::{FoundLog, Image, Mode};
+use vhdx_ublk::image::{FoundLog, Image, Mode, check};
 
 use super::memory::peak_of;
 use super::probe::Probe;
@@ -135,6 +135,7 @@ fn write_to(opened: Image, content: Store, seed: u64, shape: &mut DefaultHasher)
         return Ending::ReadOnly;
     }
     drop(opened);
+    let damage = beyond_repair(&content);
     let mut rng = Rng::with_seed(seed);
     let mut config = Config { requests: REQUESTS, can_punch: rng.bool(), ..Config::small() };
     config.image.virtual_size = geometry.virtual_size();
@@ -147,6 +148,7 @@ fn write_to(opened: Image, content: Store, seed: u64, shape: &mut DefaultHasher)
     (0..rng.usize(..2000)).take_while(|_| world.step()).for_each(drop);
     opens_again(world.cut_file(), "a power cut");
     let left = world.close();
+    assert!(beyond_repair(&left) <= damage, "our writing adds no damage");
     let counters = world.counters();
     for counter in [counters.grants, counters.recycled_grants, counters.grows, counters.unmapped] {
         counter.checked_ilog2().hash(shape);
@@ -154,6 +156,14 @@ fn write_to(opened: Image, content: Store, seed: u64, shape: &mut DefaultHasher)
     let found = opens_again(left, "a clean close");
     assert_eq!(found, FoundLog::Clean, "a clean close leaves nothing to replay");
     Ending::Written
+}
+
+/// How much of an image that opens contradicts the format, and cannot be repaired.
+fn beyond_repair(file: &Store) -> u64 {
+    let disk = Probe::new(file.clone(), false, u64::MAX);
+    let report = block_on(check(&disk)).expect("what opens can be examined");
+    assert!(report.complete, "what opens is examined whole: {:?}", report.findings);
+    report.beyond_repair
 }
 
 /// What we leave is an image, whatever it was made from.

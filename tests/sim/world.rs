@@ -352,6 +352,7 @@ impl World {
                 (Some(PayloadState::NotPresent), Some(PayloadState::Zero)) => "not present to zero",
                 (Some(PayloadState::Zero), Some(PayloadState::FullyPresent)) => "zero to present",
                 (Some(PayloadState::FullyPresent), Some(PayloadState::Zero)) => "present to zero",
+                _ if self.foreign => "a state that others left changes",
                 other => violated(format!("a block changed its state as none may: {other:?}")),
             });
         }
