@@ -302,6 +302,25 @@ mod tests {
             WritableOpen { may_write: || Ok(()), plan, sessions: Sessions::at(self.directory.path()) }
         }
 
+        /// The session file, if there is one.
+        fn session(&self) -> Option<PathBuf> {
+            let entries = fs::read_dir(self.directory.path()).expect("readable");
+            let mut paths = entries.map(|entry| entry.expect("readable").path());
+            paths.find(|path| path.extension().is_some_and(|extension| extension == "session"))
+        }
+
+        /// Opens the image, allocates a block, and closes it again.
+        fn modify(&self) {
+            let (ends, mut fronts) = mailboxes(1, 4).expect("file descriptors");
+            let engine = self.open().expect("a good image").start(ends);
+            for (tag, ask) in [(0, Ask::OpenSession), (1, Ask::Allocate { first: 0, count: 1 })] {
+                fronts[0].sender.send(ToEngine::Ask { tag, ask });
+                fronts[0].sender.flush();
+                assert_eq!(answered(receive(&fronts[0])), tag);
+            }
+            engine.close().expect("committed");
+        }
+
         fn bytes(&self) -> Vec<u8> {
             fs::read(&self.path).expect("readable")
         }
@@ -382,6 +401,51 @@ mod tests {
         assert_eq!((error.kind(), error.file_path()), (Kind::NoDriver, None));
         assert!(bench.bytes() == before);
         drop(bench.file());
+    }
+
+    /// A session is there while the image is served, and goes away with a clean close.
+    #[test]
+    fn a_session_lasts_as_long_as_the_image_is_served() {
+        let bench = Bench::new();
+        let engine = bench.open_as(Plan::Fresh { keep: true }).expect("a good image");
+        assert!(engine.opened().recoverable && bench.session().is_some());
+        engine.close().expect("nothing to do");
+        assert_eq!(bench.session(), None);
+        let engine = bench.open_as(Plan::Fresh { keep: false }).expect("a good image");
+        assert!(!engine.opened().recoverable && bench.session().is_none());
+        engine.close().expect("nothing to do");
+    }
+
+    /// What a killed daemon left is taken over if it fits the image, and otherwise refused or given up.
+    #[test]
+    fn a_session_that_does_not_fit_is_not_gone_on_with() {
+        let bench = Bench::new();
+        let resume = |accept_loss| bench.open_as(Plan::Resume { accept_loss });
+        let missing = resume(false).err().expect("there is no session");
+        assert_eq!(missing.kind(), Kind::NotFound);
+        let engine = resume(true).expect("loss is accepted");
+        let left = bench.session().expect("a new one was made");
+        let bytes = fs::read(&left).expect("readable");
+        engine.close().expect("nothing to do");
+
+        fs::write(&left, &bytes).expect("as a killed daemon leaves it");
+        resume(false).expect("it fits").close().expect("nothing to do");
+        assert_eq!(bench.session(), None);
+
+        bench.modify();
+        fs::write(&left, &bytes).expect("as a killed daemon left it before");
+        let changed = resume(false).err().expect("the image was written since");
+        assert!(changed.to_string().contains("somebody else has written"), "{changed}");
+        assert!(bench.session().is_some(), "a refusal changes nothing");
+        bench.open_as(Plan::Fresh { keep: false }).expect("given up").close().expect("nothing to do");
+        assert_eq!(bench.session(), None);
+
+        let engine = resume(true).expect("loss is accepted");
+        engine.opened().shared.poison();
+        let poisoned = fs::read(bench.session().expect("made")).expect("readable");
+        assert!(engine.close().is_err(), "a poisoned image is not closed");
+        fs::write(&left, &poisoned).expect("as a killed daemon leaves it");
+        assert_eq!(resume(false).err().expect("it was poisoned").kind(), Kind::Poisoned);
     }
 
     /// An engine that is dropped before it was started lets go of the image.

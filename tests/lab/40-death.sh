@@ -1,7 +1,6 @@
-# The daemon dies and leaves nothing but the file, which is by us and by QEMU, and both agree.
+# The daemon dies and leaves nothing but the file, which is replayed by us and by QEMU, and both agree.
 # shellcheck shell=bash
 
-pid_of() { ublk list --json | tr -d ' \n' | grep -o '"pid":[0-9]*' | head -n 1 | cut -d: -f2; }
 log_state() { ublk info --json "$1" | tr -d ' \n' | grep -o '"log":{[^}]*}' | grep -o '"state":"[a-z]*"' | cut -d'"' -f4; }
 
 # die FLUSHED: writes, maybe flushes, kills the daemon, deletes the device and adds the file again at once.
@@ -15,7 +14,7 @@ die() {
     manifest "$mnt/files" >before
     sync
     "$@"
-    kill -9 "$(pid_of)"
+    kill -9 "$(daemon_pid)"
     umount "$mnt" || umount -l "$mnt"
     ublk del --force "$device"
     note "the log is $(log_state disk.vhdx) after the kill"
@@ -55,7 +54,7 @@ test_death_of_a_read_only_device_changes_nothing() {
     local device before
     before=$(sha ntfs-dynamic.vhdx)
     device=$(ublk add --read-only ntfs-dynamic.vhdx)
-    kill -9 "$(pid_of)"
+    kill -9 "$(daemon_pid)"
     ublk del "$device"
     [ "$(sha ntfs-dynamic.vhdx)" = "$before" ]
 }

@@ -1,22 +1,6 @@
 # The daemon is killed again and again while a verifying writer works: nothing acknowledged is lost.
 # shellcheck shell=bash
 
-daemon_pid() { ublk list --json | tr -d ' \n' | grep -o '"pid":[0-9]*' | head -n 1 | cut -d: -f2; }
-# Kills the daemon and waits until it is gone, and its lock with it.
-kill_daemon() {
-    local pid
-    pid=$(daemon_pid)
-    kill -9 "$pid"
-    for _ in $(seq 200); do
-        [ -e "/proc/$pid" ] || break
-        sleep 0.05
-    done
-    for _ in $(seq 200); do
-        qemu-img check "$1" 2>&1 | grep -q ' lock' || return 0
-        sleep 0.05
-    done
-    fail "the dead daemon still has $1"
-}
 stamper() { "${VHDX_STAMPER:-$(dirname "$VHDX_UBLK")/examples/stamper}" "$@"; }
 
 cycles() { if [ -n "$FULL" ]; then echo 200; else echo 50; fi; }

@@ -24,3 +24,22 @@ test_stock_kernel_main_job() {
     ublk del disk.vhdx
     cmp before after || fail "files differ"
 }
+
+# The kernel that people run, too, lets a device outlive its daemon, in either way.
+test_stock_kernel_recovery() {
+    local device how
+    ublk create disk.vhdx --size 1G --block-size 1M
+    for how in reissue queue; do
+        device=$(ublk add disk.vhdx --queues 2 --recovery "$how")
+        write_stamps "$device" 10 8 7
+        kill_daemon disk.vhdx
+        ublk recover "$device"
+        check_stamps "$device" 10 8 7
+        write_stamps "$device" 30 8 9
+        kill_daemon disk.vhdx
+        ublk recover --all
+        check_stamps "$device" 30 8 9
+        ublk del "$device"
+    done
+    qemu-img check -q disk.vhdx
+}

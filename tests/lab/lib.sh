@@ -94,3 +94,21 @@ check_stamps() {
     expected=$(stamps "$@" | sha256sum)
     [ "$found" = "$expected" ] || fail "$1 does not hold at $2 MB what was written there"
 }
+
+daemon_pid() { ublk list --json | tr -d ' \n' | grep -o '"pid":[0-9]*' | head -n 1 | cut -d: -f2; }
+
+# Kills the daemon and waits until it is gone, and its lock with it.
+kill_daemon() {
+    local pid
+    pid=$(daemon_pid)
+    kill -9 "$pid"
+    for _ in $(seq 200); do
+        [ -e "/proc/$pid" ] || break
+        sleep 0.05
+    done
+    for _ in $(seq 200); do
+        qemu-img check "$1" 2>&1 | grep -q ' lock' || return 0
+        sleep 0.05
+    done
+    fail "the dead daemon still has $1"
+}
