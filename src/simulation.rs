@@ -61,6 +61,8 @@ pub enum Plant {
     NoFence,
     /// A header carries a FileWriteGuid that the session's memory does not know yet.
     LateAnnouncement,
+    /// A successor forgets what the file carries while it announces what it is to carry.
+    LateSettlement,
     /// The log starts again while its last pages are on their way to their place.
     StartAgainEarly,
     /// What a killed process wrote is taken for durable.
@@ -73,7 +75,7 @@ pub enum Plant {
 
 impl Plant {
     /// All of them.
-    pub const ALL: [Self; 29] = [
+    pub const ALL: [Self; 30] = [
         Self::SkipRecyclingSync,
         Self::SkipGrowthSync,
         Self::ApplyBeforeLog,
@@ -99,6 +101,7 @@ impl Plant {
         Self::NoPoison,
         Self::NoFence,
         Self::LateAnnouncement,
+        Self::LateSettlement,
         Self::StartAgainEarly,
         Self::TrustKilled,
         Self::ForgetPending,

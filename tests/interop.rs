@@ -178,8 +178,8 @@ fn qemu_replays_what_power_cuts_leave_while_the_file_grows() {
     judge_crash_states(&config);
 }
 
-/// A log that is nearly full, and one that has started again. QEMU loses entries of a log that is exactly full,
-/// takes a wrong beginning of one that wraps, and searches others for ever: ours never is either.
+/// A log that is nearly full, and one that has started again. QEMU loses an entry of a log that is exactly full,
+/// searches one that has a single free sector for ever, and misreads one that wraps: ours never is any of these.
 #[test]
 fn qemu_replays_what_power_cuts_leave_when_the_log_is_full() {
     let full = Config { requests: 3000, weights: [40, 5, 0, 60, 25, 5], ..Config::small() };

@@ -50,9 +50,11 @@ fn catch_for(planted: Plant) -> Catch {
         | Plant::TrustTail => Catch::Scenario("dynamic"),
         Plant::KeepLaterEntries | Plant::TailBeforeSync => Catch::Scenario("chunk-border"),
         Plant::LateCount => Catch::Scenario("again"),
-        Plant::NoFence | Plant::LateAnnouncement | Plant::TrustKilled | Plant::ForgetPending => {
-            Catch::Scenario("killed")
-        }
+        Plant::NoFence
+        | Plant::LateAnnouncement
+        | Plant::LateSettlement
+        | Plant::TrustKilled
+        | Plant::ForgetPending => Catch::Scenario("killed"),
         Plant::ForgetUnmapped => Catch::Scenario("killed-no-punch"),
         Plant::NoPoison => Catch::Scenario("failed-durable-write"),
         Plant::NoFlushedOffset => Catch::Test(a_file_that_lost_its_durable_end_is_refused),

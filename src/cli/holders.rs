@@ -58,15 +58,14 @@ pub fn is_served(path: &Path) -> bool {
 ///
 /// # Errors
 ///
-/// [`Kind::InUse`], with the ways out.
+/// [`Kind::InUse`], with the ways out; when it cannot be told.
 pub fn refuse_abandoned(path: &Path, access: Access) -> Result<()> {
     let found = fs::metadata(path).map(|found| FileId::of(&found));
     let file = found.map_err(|error| Error::io("looking at the image", error).file(path))?;
     let both_read = |listed: &Listed| listed.entry.read_only && access == Access::ReadOnly;
     let concerns =
         |listed: &Listed| listed.entry.image_file == file && listed.is_abandoned() && !both_read(listed);
-    // Who may not look cannot serve either, which is said later.
-    let Some(listed) = devices().unwrap_or_default().into_iter().find(concerns) else { return Ok(()) };
+    let Some(listed) = devices()?.into_iter().find(concerns) else { return Ok(()) };
     let device = listed.entry.device.display();
     let remedy =
         format!("`vhdx-ublk recover {device}` goes on with it, `vhdx-ublk del {device}` takes it away");

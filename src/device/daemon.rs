@@ -269,7 +269,7 @@ impl<E: EngineHandle> Device<E> {
         if deleted.is_err() {
             return Ok(());
         }
-        self.registry.remove(self.info.id)
+        self.registry.remove(self.info.id, self.info.mark)
     }
 
     fn ready(&self) -> Ready {

@@ -1,7 +1,7 @@
 //! The engine of a writable device, on a thread of its own, with its own ring.
 //!
 //! Its life: *opened* (the image is ready, nothing has been modified), *started* (the mailboxes are joined),
-//! *closed*. Dropped before it was started, it ends without a trace; dropped afterwards, it goes on until the
+//! *closed*. Dropped before it was started, it ends without a trace, and a session that it took over stays; dropped afterwards, it goes on until the
 //! process ends, and the image is left as after a crash.
 //!
 //! Replies leave in batches: they are queued as they come, and announced once no other task is ready.
@@ -117,7 +117,8 @@ impl Life {
         let _ = self.report.send(opened);
         let outcome = match self.start.recv() {
             Ok(ends) => serve(&reactor, &engine, &fronts, ends, self.closing),
-            Err(mpsc::RecvError) => reactor.block_on(engine.close()),
+            Err(mpsc::RecvError) if self.closing.load(Ordering::Acquire) => reactor.block_on(engine.close()),
+            Err(mpsc::RecvError) => return abandon(&reactor, &engine, session),
         };
         if engine.shared().session() != Session::Idle {
             tracing::info!("{}: closed; {:?}", path.display(), engine.counters());
@@ -150,6 +151,16 @@ fn leave_signals_to_others() {
     if let Err(errno) = SigSet::all().thread_block() {
         tracing::warn!("the engine does not leave signals to others: {errno}");
     }
+}
+
+/// Nobody will start the engine. What a session of a killed daemon holds still has to be served: it stays, and
+/// so does the image.
+fn abandon(reactor: &Reactor, engine: &Rc<Engine<UringDisk>>, session: Option<SessionFile>) -> Result<()> {
+    if engine.shared().session() == Session::Idle {
+        let unchanged = reactor.block_on(engine.close());
+        assert_eq!(unchanged, Ok(()), "nothing was modified");
+    }
+    session.map_or(Ok(()), SessionFile::abandon)
 }
 
 /// What fails here costs safety when memory runs out, but serves.

@@ -15,12 +15,12 @@ use super::daemon::{EngineHandle, Served};
 use super::mailbox::EngineEnds;
 use super::options::Parameters;
 use super::registry::FileId;
-use super::session::{self, FoundSession, Plan, SessionFile, Sessions};
+use super::session::{self, Plan, SessionFile, Sessions};
 use crate::disk::{ImageFile, PayloadIo, Reactor, UringDisk};
 use crate::engine::shared::Shared;
 use crate::error::{Error, Kind, Result};
 use crate::format::metadata::{DiskType, Metadata};
-use crate::image::{FoundLog, Image, Mode};
+use crate::image::{FoundLog, Image, Mode, SessionMemory};
 
 /// An image ready to be served.
 #[derive(Clone)]
@@ -40,11 +40,13 @@ impl Opened {
     ///
     /// # Errors
     ///
-    /// Whatever is wrong with the image; [`Kind::Unsupported`] if it has a parent; those of [`Control::open`].
+    /// Whatever is wrong with the image; [`Kind::Unsupported`] if it has a parent; [`Kind::InUse`] if a
+    /// killed daemon left a session of it; those of [`Control::open`].
     pub fn read_only(file: &Arc<ImageFile>) -> Result<Self> {
         let reactor = Reactor::new()?;
         let disk = reactor.disk(file.clone());
         let image = reactor.block_on(look(&disk)).map_err(|error| error.file(file.path()))?;
+        session::refuse_orphan(file)?;
         Control::open()?;
         choose_payload_io(file, &image.metadata)?;
         let fixed = image.metadata.kind() == DiskType::Fixed;
@@ -97,18 +99,26 @@ pub(super) struct WritableOpen {
     pub(super) sessions: Sessions,
 }
 
+/// What was found before anything is written.
+struct Examined {
+    /// The image, if it can be used as it is.
+    clean: Option<Image>,
+    /// The session to go on with, and the FileWriteGuid that the file carries.
+    session: Option<(SessionFile, SessionMemory, Uuid)>,
+}
+
 impl WritableOpen {
     /// Opens the image on `disk`, which carries its lock: every write of a dead holder has ended.
     pub(super) async fn open(&self, disk: &UringDisk) -> Result<(Image, Option<SessionFile>)> {
         let named = |error: Error| error.file(disk.file().path());
         let file = FileId::of_image(disk.file())?;
-        let (clean, session) = self.examine(disk, file).await.map_err(named)?;
+        let examined = self.examine(disk, file).await.map_err(named)?;
         (self.may_write)()?;
-        self.take(disk, file, clean, session).await.map_err(named)
+        self.take(disk, file, examined).await.map_err(named)
     }
 
-    /// The image, if it can be used as it is, and the session to go on with. Nothing is written.
-    async fn examine(&self, disk: &UringDisk, file: FileId) -> Result<(Option<Image>, Option<FoundSession>)> {
+    /// Looks at the image, and chooses the session to go on with. Nothing is written.
+    async fn examine(&self, disk: &UringDisk, file: FileId) -> Result<Examined> {
         let image = match look(disk).await {
             Ok(image) => {
                 image.check_writable()?;
@@ -119,19 +129,20 @@ impl WritableOpen {
             Err(error) => return Err(error),
         };
         let session = session::choose(self.plan, self.sessions.find(file)?, image.as_ref(), file)?;
-        Ok((image.filter(|image| image.found_log == FoundLog::Clean), session))
+        let carried = image.as_ref().map(|image| image.header.header.file_write_guid);
+        let session = session.zip(carried).map(|((file, memory), carried)| (file, memory, carried));
+        Ok(Examined { clean: image.filter(|image| image.found_log == FoundLog::Clean), session })
     }
 
     async fn take(
         &self,
         disk: &UringDisk,
         file: FileId,
-        clean: Option<Image>,
-        session: Option<FoundSession>,
+        Examined { clean, session }: Examined,
     ) -> Result<(Image, Option<SessionFile>)> {
         let mut image = match (&session, clean) {
-            (Some((session, memory)), _) => {
-                let resumed = Image::resume(disk, memory.clone(), Uuid::new_v4).await;
+            (Some((session, memory, carried)), _) => {
+                let resumed = Image::resume(disk, memory.clone(), *carried, Uuid::new_v4).await;
                 resumed.map_err(|error| session.explain(error))?
             }
             (None, Some(image)) => image,
@@ -142,7 +153,7 @@ impl WritableOpen {
         }
         refuse_chain(&image)?;
         choose_payload_io(disk.file(), &image.metadata)?;
-        let session = session.map(|(session, _)| session).or_else(|| self.start_session(&mut image, file));
+        let session = session.map(|(session, ..)| session).or_else(|| self.start_session(&mut image, file));
         Ok((image, session))
     }
 

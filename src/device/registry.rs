@@ -253,12 +253,16 @@ impl Registry {
         written.map_err(|error| Error::io("writing the device's entry", error).file(&path))
     }
 
-    /// Removes an entry, and the log if nothing was written to it.
+    /// Removes the entry of device `id` with this mark, and the log if nothing was written to it. A later device
+    /// of the same number keeps its own.
     ///
     /// # Errors
     ///
     /// When the file is there and cannot be removed.
-    pub fn remove(&self, id: u32) -> Result<()> {
+    pub fn remove(&self, id: u32, mark: u64) -> Result<()> {
+        if self.entry(id)?.is_some_and(|entry| entry.mark != mark) {
+            return Ok(());
+        }
         let path = self.entry_path(id);
         match fs::remove_file(&path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -328,7 +332,7 @@ impl Registry {
         for entry in self.entries()? {
             match state_of(control.as_ref(), &entry)? {
                 Some(state) => listed.push(Listed { entry, state }),
-                None => self.remove(entry.id)?,
+                None => self.remove(entry.id, entry.mark)?,
             }
         }
         Ok(listed)
@@ -402,8 +406,10 @@ pub(super) mod tests {
         assert_eq!(registry.entry(7).expect("read"), Some(changed));
         let mode = fs::metadata(registry.entry_path(7)).expect("there").permissions().mode();
         assert_eq!(mode & 0o777, FILE_MODE);
-        registry.remove(7).expect("removed");
-        registry.remove(7).expect("removing what is not there is no error");
+        registry.remove(7, 5).expect("another device's entry is left alone");
+        assert!(registry.entry(7).expect("read").is_some());
+        registry.remove(7, u64::MAX).expect("removed");
+        registry.remove(7, u64::MAX).expect("removing what is not there is no error");
         assert_eq!(registry.entries().expect("read"), [entry(3)]);
     }
 

@@ -48,6 +48,8 @@ pub(super) struct Sessions {
 #[derive(Debug)]
 pub(super) struct SessionFile {
     path: PathBuf,
+    /// By this process, which may give it up; not by one that was killed.
+    made_here: bool,
 }
 
 /// A session file with its memory.
@@ -70,7 +72,7 @@ impl Sessions {
 
     /// The session file of the image `image`, if there is one, and its memory. Who may not look sees none.
     pub(super) fn find(&self, image: FileId) -> Result<Option<FoundSession>> {
-        let found = SessionFile { path: self.path(image) };
+        let found = SessionFile { path: self.path(image), made_here: false };
         let file = match OpenOptions::new().read(true).write(true).open(&found.path) {
             Ok(file) => file,
             Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::PermissionDenied) => {
@@ -84,8 +86,8 @@ impl Sessions {
         });
         match mapped {
             Ok(Some(words)) => Ok(Some((found, SessionMemory::shared(words)))),
-            // Its maker was killed before it had any room.
-            Ok(None) => found.remove().map(|()| None),
+            // Its maker has not made room yet, or was killed before it had.
+            Ok(None) => Ok(None),
             Err(error) => Err(Error::io("mapping the session file", error).file(&found.path)),
         }
     }
@@ -93,7 +95,9 @@ impl Sessions {
     /// Makes a session file for a map of `geometry`, with all the room it needs.
     pub(super) fn create(&self, image: FileId, geometry: &Geometry) -> Result<FoundSession> {
         Registry::at(&self.directory)?;
-        let made = SessionFile { path: self.path(image) };
+        let made = SessionFile { path: self.path(image), made_here: true };
+        // Whatever is there is of no use to anybody: its maker, which had the lock, was killed before it was done.
+        made.unlink()?;
         let count = SessionMemory::words_for(geometry);
         let file =
             OpenOptions::new().read(true).write(true).create_new(true).mode(FILE_MODE).open(&made.path);
@@ -112,8 +116,21 @@ impl Sessions {
 impl SessionFile {
     /// Removes it: the image needs it no more.
     pub(super) fn remove(self) -> Result<()> {
-        let removed = fs::remove_file(&self.path);
-        removed.map_err(|error| Error::io("removing the session file", error).file(&self.path))
+        self.unlink()
+    }
+
+    /// Removes it if this process made it and has not used it.
+    pub(super) fn abandon(self) -> Result<()> {
+        if self.made_here { self.unlink() } else { Ok(()) }
+    }
+
+    fn unlink(&self) -> Result<()> {
+        match fs::remove_file(&self.path) {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                Err(Error::io("removing the session file", error).file(&self.path))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// What is wrong with going on with it, and the way out.

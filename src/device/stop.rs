@@ -14,12 +14,13 @@ use std::time::{Duration, Instant};
 use super::control::{Control, POLL_INTERVAL};
 use super::daemon::EngineHandle;
 use super::engine_thread::EngineThread;
-use super::registry::{Entry, FileId, Registry, State, state_of};
+use super::registry::{Entry, FileId, Listed, Registry, State, state_of};
 use super::session::{Plan, Sessions};
 use super::sys::ProcessHandle;
 use super::usage;
 use crate::disk::{Access, ImageFile};
 use crate::error::{Error, Kind, Result};
+use crate::image::Session;
 
 /// How long a daemon may take: it writes back file systems and closes the image.
 const DAEMON_DEADLINE: Duration = Duration::from_secs(60);
@@ -124,11 +125,8 @@ pub fn stop(registry: &Registry, entry: &Entry, force: bool) -> Result<()> {
         remove_remains(control, entry)?;
     }
     await_node_gone(entry)?;
-    registry.remove(entry.id)?;
-    if let Err(error) = close_image(entry) {
-        let image = entry.image.display();
-        tracing::warn!("{image} could not be closed, which the next `vhdx-ublk add` tries again: {error}");
-    }
+    registry.remove(entry.id, entry.mark)?;
+    close_image(registry, entry)?;
     match last.failure {
         Some(failure) => Err(unclean(entry, &failure)),
         None => Ok(()),
@@ -186,15 +184,31 @@ fn remove_remains(control: &Control, entry: &Entry) -> Result<()> {
 
 /// Closes the image of a device that is gone and whose daemon was killed: what was acknowledged and is known to
 /// the session alone is committed.
-fn close_image(entry: &Entry) -> Result<()> {
-    if entry.read_only || Sessions::of_machine().find(entry.image_file)?.is_none() {
+fn close_image(registry: &Registry, entry: &Entry) -> Result<()> {
+    let served = |listed: Listed| listed.entry.image_file == entry.image_file;
+    if entry.read_only || registry.list()?.into_iter().any(served) {
         return Ok(());
     }
-    let file = Arc::new(ImageFile::open(&entry.image, Access::ReadWrite, LOCK_DEADLINE)?);
-    if FileId::of_image(&file)? != entry.image_file {
-        return Err(Error::new(Kind::NotFound, "another file is in its place").file(&entry.image));
+    let Some((session, memory)) = Sessions::of_machine().find(entry.image_file)? else { return Ok(()) };
+    if memory.session() == Session::Poisoned {
+        session.remove()?;
+        return Err(unclean(entry, "writing failed before the daemon was killed"));
     }
-    EngineThread::open(file, Plan::Fresh { keep: false })?.close()
+    let file = ImageFile::open(&entry.image, Access::ReadWrite, LOCK_DEADLINE);
+    let closed = file.and_then(|file| {
+        if FileId::of_image(&file)? != entry.image_file {
+            return Err(Error::new(Kind::NotFound, "another file is in its place").file(&entry.image));
+        }
+        EngineThread::open(Arc::new(file), Plan::Fresh { keep: false })?.close()
+    });
+    closed.map_err(|error| {
+        let message = format!(
+            "{} is gone, but not everything that was acknowledged is in its image yet: {error}",
+            entry.device.display()
+        );
+        Error::new(Kind::Io, message)
+            .remedy(format!("`vhdx-ublk add {}`, then `vhdx-ublk del`", entry.image.display()))
+    })
 }
 
 fn await_node_gone(entry: &Entry) -> Result<()> {

@@ -57,7 +57,8 @@ impl Image {
     }
 
     /// Opens the image on `disk` for writing and takes over the session in `memory`, which was checked to be this
-    /// image's, of a process whose last write to the file has ended.
+    /// image's, of a process whose last write to the file has ended. `carried` is the FileWriteGuid that the file
+    /// carries.
     ///
     /// # Errors
     /// Those of [`Image::open`]; [`Kind::Poisoned`] if the session is; corrupt if it cannot be this image's
@@ -65,6 +66,7 @@ impl Image {
     pub async fn resume<D: Disk>(
         disk: &D,
         memory: SessionMemory,
+        carried: Uuid,
         new_guid: impl FnOnce() -> Uuid,
     ) -> Result<Self> {
         if memory.session() == Session::Poisoned {
@@ -78,12 +80,24 @@ impl Image {
             memory.poison();
             return Err(Error::io("syncing what the killed process wrote", error));
         }
+        // The file may carry what a successor announced that was killed itself; the next one takes its place.
+        if !planted(Plant::LateSettlement) {
+            memory.settle(carried);
+        }
+        let mut replaying = false;
         let announced = || {
             let guid = new_guid();
             memory.announce(guid);
+            replaying = true;
             guid
         };
-        let mut image = Self::open(disk, Mode::Writable, announced).await?;
+        let opened = Self::open(disk, Mode::Writable, announced).await;
+        let mut image = opened.inspect_err(|error| {
+            // A write or sync that failed is never tried again: the host may have dropped what it held.
+            if replaying && error.kind() == Kind::Io {
+                memory.poison();
+            }
+        })?;
         memory.settle(image.header.header.file_write_guid);
         let map = BlockMap::over(memory, *image.map.geometry());
         for slot in 0..map.geometry().slot_count() {

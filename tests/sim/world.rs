@@ -766,7 +766,7 @@ pub fn check_recovery(
     }
     activation.replays += u64::from(image.found_log != FoundLog::Clean);
     let report = block_on(check(&disk)).map_err(|error| error.to_string())?;
-    if report.corruptions > 0 || !report.complete {
+    if report.beyond_repair > 0 || !report.complete {
         return Err(format!("not sound after recovery: {:?}", report.findings));
     }
     let recovered = disk.content();

@@ -69,8 +69,8 @@ impl Examination {
         if self.take(open::check_log_place(current, length))?.is_none() {
             return Ok(None);
         }
-        let length = u64::from(log_length).next_multiple_of(MIB);
-        self.fixtures.push((Extent { offset: log_offset, length }, LOG));
+        let taken = u64::from(log_length).next_multiple_of(MIB);
+        self.fixtures.push((Extent { offset: log_offset, length: taken }, LOG));
         if log_length == 0 {
             let what = "the image has no log: it can be read, not written to";
             self.report.add(Finding::note("log", header::OFFSETS[current.slot], what));

@@ -23,7 +23,7 @@ use crate::sim::violation::violated;
 const FILE: (u64, u64) = (1, 2);
 
 /// How many daemons are killed before one serves again, at most.
-const DEATHS_IN_A_ROW: u32 = 3;
+const DEATHS_IN_A_ROW: u32 = 5;
 
 /// Moves the block map of `image` into memory that outlives the daemon.
 pub(super) fn start_session(image: &mut Image) -> SessionMemory {
@@ -42,7 +42,7 @@ impl World {
         let (mut late, mut deaths) = (self.end_process(), 1);
         let image = loop {
             let dies = deaths < DEATHS_IN_A_ROW && self.rng.bool();
-            let killed_at = dies.then(|| self.rng.usize(..40));
+            let killed_at = dies.then(|| self.rng.usize(..90));
             if let Some(image) = self.open_again(killed_at) {
                 break image;
             }
@@ -165,7 +165,8 @@ async fn resume(
 ) -> Result<Image, String> {
     let looked = Image::open(&disk, Mode::ReadOnly, &mut guids).await.map_err(|error| error.to_string())?;
     let owner = looked.owner(FILE.0, FILE.1);
-    let fits = memory.check(&owner, looked.header.header.file_write_guid);
+    let carried = looked.header.header.file_write_guid;
+    let fits = memory.check(&owner, carried);
     fits.map_err(|mismatch| format!("its memory does not fit: {mismatch:?}"))?;
-    Image::resume(&disk, memory, guids).await.map_err(|error| error.to_string())
+    Image::resume(&disk, memory, carried, guids).await.map_err(|error| error.to_string())
 }
