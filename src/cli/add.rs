@@ -2,7 +2,6 @@
 //!
 //! Without `--foreground` the program runs itself again: the child serves, the parent waits for its word.
 
-use std::cell::Cell;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -22,7 +21,7 @@ use vhdx_ublk::device::{
 use vhdx_ublk::disk::{Access, ImageFile};
 use vhdx_ublk::error::{Kind, Result};
 
-use super::{FAILURE, holders, logging, output};
+use super::{detached, holders, output};
 
 /// How long a holder of the image may take to leave: a process that was killed keeps its lock until its last
 /// I/O has ended.
@@ -72,7 +71,8 @@ Examples:
   vhdx-ublk add disk.vhdx
   lsblk $(vhdx-ublk add --read-only disk.vhdx)
 
-If the daemon is killed, nothing that was acknowledged is lost: I/O waits until `vhdx-ublk recover`.
+If the daemon is killed, nothing that was acknowledged is lost: I/O waits until `vhdx-ublk
+recover`.
 Warnings of a running device go to /run/vhdx-ublk/N.log.
 Exit status: 0 the device can be used, 1 failure (and nothing is left behind), 2 wrong usage.";
 
@@ -85,7 +85,7 @@ impl Add {
             return self.serve(&options, |ready| output::print(&ready.device.display().to_string()));
         }
         if self.serve {
-            return self.serve_detached(&options);
+            return detached::run(|ready| self.serve(&options, ready));
         }
         let ready = launch::launch(self.child_arguments(&options))?;
         output::print(&ready.device.display().to_string()).inspect_err(|_| take_away(&ready))
@@ -115,24 +115,6 @@ impl Add {
         arguments
     }
 
-    /// Serves as a daemon. Ends the process where the parent has been told of a failure: it tells the user.
-    fn serve_detached(&self, options: &Options) -> Result<()> {
-        let announced = Cell::new(false);
-        let ready = |ready: &Ready| {
-            launch::announce(ready)?;
-            logging::detached();
-            announced.set(true);
-            Ok(())
-        };
-        let outcome = launch::enter().and_then(|()| self.serve(options, ready)).map_err(output::advised);
-        match outcome {
-            Err(error) if !announced.get() && launch::announce_failure(&error).is_ok() => {
-                std::process::exit(FAILURE.into())
-            }
-            outcome => outcome,
-        }
-    }
-
     /// Serves until the device's end.
     fn serve(&self, options: &Options, ready: impl FnOnce(&Ready) -> Result<()>) -> Result<()> {
         if self.read_only {
@@ -151,8 +133,8 @@ impl Add {
 /// Takes away a device of which the user was never told.
 fn take_away(ready: &Ready) {
     let stopped = Registry::open().and_then(|registry| {
-        let entry = stop::find(&registry, &Target::Id(ready.id))?;
-        stop::stop(&registry, &entry, true)
+        let found = stop::find(&registry, &Target::Id(ready.id))?;
+        stop::stop(&registry, &found.entry, true)
     });
     if let Err(error) = stopped {
         tracing::warn!("{} is there, but nobody may know of it: {error}", ready.device.display());

@@ -37,17 +37,19 @@ Examples:
   vhdx-ublk check disk.vhdx             examine it; says what --repair would mend
   vhdx-ublk check --repair disk.vhdx    mend it
 
-A corruption contradicts the format: data may be lost. A leak is room on the host that nothing names: no data is in
-danger, and writers use it in the end. A note is no fault. Two blocks in one place, reserved states and what lies
-behind the end of the file are never repaired: what they should say cannot be told.
+A corruption contradicts the format: data may be lost. A leak is room on the host that nothing
+names: no data is in danger, and writers use it in the end. A note is no fault. Two blocks in
+one place, reserved states and what lies behind the end of the file are never repaired: what
+they should say cannot be told.
 
-JSON: offsets and sizes are bytes. Keys: image, complete (everything could be examined), corruptions, leaks, notes,
-beyond_repair (corruptions that --repair does not mend), repairable (findings that it does), log (clean, dirty,
-virgin, torn, unknown), log_entries (to replay), blocks, allocated_blocks, free_bytes, leaked_bytes,
-unused_tail_bytes, findings [{severity, structure, offset, what, remedy, repairable}] (at most 1000 of each
-severity), before (null, or the same as it was before --repair).
-Exit status: 0 sound, 1 it cannot be told (not readable, no VHDX, in use; wrong usage too), 2 corruptions, 3 leaks
-and no corruption. After --repair it is that of the image as it is then.";
+JSON: offsets and sizes are bytes. Keys: image, complete (everything could be examined),
+corruptions, leaks, notes, beyond_repair (corruptions that --repair does not mend), repairable
+(findings that it does), log (clean, dirty, virgin, torn, unknown), log_entries (to replay),
+blocks, allocated_blocks, free_bytes, leaked_bytes, unused_tail_bytes, findings [{severity,
+structure, offset, what, remedy, repairable}] (at most 1000 of each severity), before (null, or
+the same as it was before --repair).
+Exit status: 0 sound, 1 it cannot be told (not readable, no VHDX, in use; wrong usage too), 2
+corruptions, 3 leaks and no corruption. After --repair it is that of the image as it is then.";
 
 /// Exit statuses, as the help text states them.
 const SOUND: u8 = 0;
@@ -81,7 +83,7 @@ fn check(path: &Path) -> Result<Checked> {
 fn repair(path: &Path) -> Result<Checked> {
     let file = Arc::new(ImageFile::open(path, Access::ReadWrite, Duration::ZERO)?);
     holders::refuse_abandoned(path, Access::ReadWrite)?;
-    session::refuse_orphan(&file)?;
+    session::refuse_orphan(&file, None)?;
     let reactor = Reactor::new()?;
     let disk = reactor.disk(Arc::clone(&file));
     let repaired = reactor.block_on(image::repair(&disk, Uuid::new_v4));

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 
 use vhdx_ublk::device::registry::{Entry, Registry};
 use vhdx_ublk::device::stop::{self, Target};
-use vhdx_ublk::error::{Error, Kind, Result};
+use vhdx_ublk::error::Result;
 
 use super::{holders, output};
 
@@ -31,22 +31,14 @@ Examples:
   vhdx-ublk del /dev/ublkb0 disk.vhdx
   vhdx-ublk del --all
 
-Exit status: 0 all of them are gone, 1 some are still there or their image could not be closed cleanly,
-2 wrong usage.";
+Exit status: 0 all of them are gone, 1 some are still there or their image could not be closed
+cleanly, 2 wrong usage.";
 
 impl Del {
     /// Runs the command. Every target is tried; the last failure is returned, earlier ones are told at once.
     pub fn run(self) -> Result<()> {
         let registry = holders::registry()?;
-        let mut failure = None;
-        for outcome in self.outcomes(registry.as_ref())? {
-            if let Err(error) = outcome
-                && let Some(earlier) = failure.replace(error)
-            {
-                output::report(&earlier, false);
-            }
-        }
-        failure.map_or(Ok(()), Err)
+        output::last_failure(self.outcomes(registry.as_ref())?)
     }
 
     /// Takes the devices away, one by one, as the outcomes are asked for.
@@ -63,15 +55,9 @@ impl Del {
             None if self.all => Ok(Box::new(std::iter::empty())),
             registry => Ok(Box::new(self.target.iter().map(move |text| {
                 let target = Target::parse(text);
-                let registry = registry.ok_or_else(|| nothing_serves(&target))?;
-                let entry = stop::find(registry, &target)?;
-                remove(registry, entry)
+                let registry = registry.ok_or_else(|| holders::nothing_serves(&target))?;
+                remove(registry, stop::find(registry, &target)?.entry)
             }))),
         }
     }
-}
-
-fn nothing_serves(target: &Target) -> Error {
-    Error::new(Kind::NotFound, format!("{target}: there are no devices of this program"))
-        .remedy("vhdx-ublk list")
 }

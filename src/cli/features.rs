@@ -15,7 +15,8 @@ pub struct Features {
 }
 
 const AFTER_HELP: &str = "\
-JSON: bit, name, meaning, since (the first kernel that has it), supported, used (by this program).
+JSON: bit, name, meaning, since (the first kernel that has it), supported, used (by this
+program).
 Exit status: 0 success, 1 failure (as when there is no driver), 2 wrong usage.";
 
 impl Features {

@@ -4,6 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use vhdx_ublk::device::registry::{FileId, Listed, RUN_DIRECTORY, Registry, State};
+use vhdx_ublk::device::stop::{self, Target};
 use vhdx_ublk::device::usage;
 use vhdx_ublk::disk::Access;
 use vhdx_ublk::error::{Error, Kind, Result};
@@ -33,6 +34,22 @@ pub fn registry() -> Result<Option<Registry>> {
         return Err(Error::new(Kind::Permission, "only root sees the devices").remedy("run it as root"));
     }
     Registry::open().map(Some)
+}
+
+/// The device of ours that `target` names.
+///
+/// # Errors
+///
+/// As [`stop::find`], and when the caller may not look.
+pub fn find(target: &Target) -> Result<Listed> {
+    let registry = registry()?.ok_or_else(|| nothing_serves(target))?;
+    stop::find(&registry, target)
+}
+
+/// There is no device of ours at all, so `target` names none.
+pub fn nothing_serves(target: &Target) -> Error {
+    Error::new(Kind::NotFound, format!("{target}: there are no devices of this program"))
+        .remedy("vhdx-ublk list")
 }
 
 /// The device that serves the file at `path`, and will go on to.

@@ -34,13 +34,15 @@ pub struct Info {
 }
 
 const AFTER_HELP: &str = "\
-Fragmentation is the share of allocated blocks, in percent, that do not follow their predecessor in the file.
+Fragmentation is the share of allocated blocks, in percent, that do not follow their predecessor
+in the file.
 
-JSON: sizes and offsets are bytes, GUIDs lower case. Keys: format, type, virtual_size, block_size,
-logical_sector_size, physical_sector_size, disk_id, file_write_guid, data_write_guid, creator, header_sequence,
-log {state, size, offset, entries}, blocks {total, allocated, partial, zero, not_present, undefined, unmapped},
-fragmentation, regions [{name, guid, offset, size, required}], file_size, host_bytes (space taken on the host),
-parent (null, or the parent locator's entries), attached (null, or the device), in_use, used_by, warnings.
+JSON: sizes and offsets are bytes, GUIDs lower case. Keys: format, type, virtual_size,
+block_size, logical_sector_size, physical_sector_size, disk_id, file_write_guid,
+data_write_guid, creator, header_sequence, log {state, size, offset, entries}, blocks {total,
+allocated, partial, zero, not_present, undefined, unmapped}, fragmentation, regions [{name,
+guid, offset, size, required}], file_size, host_bytes (space taken on the host), parent (null,
+or the parent locator's entries), attached (null, or the device), in_use, used_by, warnings.
 Exit status: 0 success, 1 failure, 2 wrong usage.";
 
 #[derive(Serialize)]

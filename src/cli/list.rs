@@ -20,10 +20,11 @@ pub struct List {
 
 const AFTER_HELP: &str = "\
 States: live (served), starting, stopping, quiesced (its daemon was killed: I/O waits for
-`recover`), dead (its daemon was killed, and its I/O has failed: `del` removes it), failed (it is gone,
-but its image could not be closed cleanly: `del` tells why).
+`recover`), dead (its daemon was killed, and its I/O has failed: `del` removes it), failed (it
+is gone, but its image could not be closed cleanly: `del` tells why).
 
-JSON: id, device, image, pid, state, queues, depth, read_only, size (bytes), failure (null or a text).
+JSON: id, device, image, pid, state, queues, depth, read_only, size (bytes), failure (null or a
+text).
 Exit status: 0 success, 1 failure, 2 wrong usage.";
 
 /// A device as it is shown.

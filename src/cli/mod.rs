@@ -8,6 +8,7 @@ mod add;
 mod check;
 mod create;
 mod del;
+mod detached;
 mod features;
 mod holders;
 mod info;

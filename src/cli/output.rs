@@ -45,6 +45,21 @@ pub fn report(error: &Error, json: bool) {
     }
 }
 
+/// The last failure of all `outcomes`, each of which is asked for; earlier ones are told at once.
+///
+/// # Errors
+///
+/// That failure.
+pub fn last_failure(outcomes: impl Iterator<Item = Result<()>>) -> Result<()> {
+    let mut failure = None;
+    for error in outcomes.filter_map(Result::err) {
+        if let Some(earlier) = failure.replace(error) {
+            report(&earlier, false);
+        }
+    }
+    failure.map_or(Ok(()), Err)
+}
+
 #[derive(Serialize)]
 struct Report<'a> {
     error: Failure<'a>,

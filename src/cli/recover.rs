@@ -1,6 +1,5 @@
 //! `recover`: goes on serving devices whose daemon was killed.
 
-use std::cell::Cell;
 use std::ffi::OsString;
 use std::sync::Arc;
 use std::thread;
@@ -16,7 +15,7 @@ use vhdx_ublk::device::stop::Target;
 use vhdx_ublk::disk::{Access, ImageFile};
 use vhdx_ublk::error::{Error, Kind, Result};
 
-use super::{FAILURE, add, holders, logging, output};
+use super::{add, detached, holders, output};
 
 /// How long a killed daemon may take to be gone.
 const END_WAIT: Duration = Duration::from_secs(2);
@@ -54,25 +53,17 @@ impl Recover {
     /// Runs the command. Every target is tried; the last failure is returned, earlier ones are told at once.
     pub fn run(self) -> Result<()> {
         if self.serve {
-            return self.serve_detached();
+            return detached::run(|ready| self.serve(ready));
         }
-        let mut failure = None;
-        for listed in self.targets()? {
-            if let Err(error) = listed.and_then(|listed| self.recover(&listed))
-                && let Some(earlier) = failure.replace(error)
-            {
-                output::report(&earlier, false);
-            }
-        }
-        failure.map_or(Ok(()), Err)
+        let targets = self.targets()?.into_iter();
+        output::last_failure(targets.map(|listed| self.recover(&listed?)))
     }
 
     fn targets(&self) -> Result<Vec<Result<Listed>>> {
-        let devices = holders::devices()?;
         if self.all {
-            return Ok(devices.into_iter().filter(Listed::is_abandoned).map(Ok).collect());
+            return Ok(holders::devices()?.into_iter().filter(Listed::is_abandoned).map(Ok).collect());
         }
-        Ok(self.target.iter().map(|text| find(&devices, &Target::parse(text))).collect())
+        Ok(self.target.iter().map(|text| holders::find(&Target::parse(text))).collect())
     }
 
     /// Has a daemon of its own take the device over.
@@ -85,27 +76,9 @@ impl Recover {
         output::print(&ready.device.display().to_string())
     }
 
-    /// Serves as a daemon. Ends the process where the parent has been told of a failure: it tells the user.
-    fn serve_detached(&self) -> Result<()> {
-        let announced = Cell::new(false);
-        let ready = |ready: &Ready| {
-            launch::announce(ready)?;
-            logging::detached();
-            announced.set(true);
-            Ok(())
-        };
-        let outcome = launch::enter().and_then(|()| self.serve(ready)).map_err(output::advised);
-        match outcome {
-            Err(error) if !announced.get() && launch::announce_failure(&error).is_ok() => {
-                std::process::exit(FAILURE.into())
-            }
-            outcome => outcome,
-        }
-    }
-
     fn serve(&self, ready: impl FnOnce(&Ready) -> Result<()>) -> Result<()> {
         let [text] = &self.target[..] else { return Err(Error::new(Kind::Usage, "one device per daemon")) };
-        let listed = find(&holders::devices()?, &Target::parse(text))?;
+        let listed = holders::find(&Target::parse(text))?;
         refuse_served(&listed)?;
         let entry = &listed.entry;
         if entry.read_only {
@@ -121,13 +94,6 @@ impl Recover {
         let served = engine.opened().served(&file)?;
         daemon::recover(&served, entry, |ends| Ok(engine.start(ends)), ready)
     }
-}
-
-fn find(devices: &[Listed], target: &Target) -> Result<Listed> {
-    let found = devices.iter().find(|listed| target.names(&listed.entry));
-    found.cloned().ok_or_else(|| {
-        Error::new(Kind::NotFound, format!("{target} is no device of this program")).remedy("vhdx-ublk list")
-    })
 }
 
 /// Waits a little for the end of a daemon that was killed a moment ago and is not gone yet.
@@ -149,7 +115,8 @@ fn refuse_served(listed: &Listed) -> Result<()> {
             Error::new(Kind::Unsupported, format!("{device} cannot be recovered: its I/O has failed already"))
                 .remedy(format!("`vhdx-ublk del {device}`, then `vhdx-ublk add {image}`"))
         }
-        _ => Error::new(Kind::Usage, format!("{device} has a daemon: there is nothing to recover")),
+        _ => Error::new(Kind::Usage, format!("{device} has a daemon: there is nothing to recover"))
+            .remedy("vhdx-ublk list"),
     };
     Err(error)
 }

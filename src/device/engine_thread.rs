@@ -1,8 +1,8 @@
 //! The engine of a writable device, on a thread of its own, with its own ring.
 //!
 //! Its life: *opened* (the image is ready, nothing has been modified), *started* (the mailboxes are joined),
-//! *closed*. Dropped before it was started, it ends without a trace, and a session that it took over stays; dropped afterwards, it goes on until the
-//! process ends, and the image is left as after a crash.
+//! *closed*. Dropped before it was started, it ends without a trace, and a session that it took over stays;
+//! dropped afterwards, it goes on until the process ends, and the image is left as after a crash.
 //!
 //! Replies leave in batches: they are queued as they come, and announced once no other task is ready.
 

@@ -46,7 +46,7 @@ impl Opened {
         let reactor = Reactor::new()?;
         let disk = reactor.disk(file.clone());
         let image = reactor.block_on(look(&disk)).map_err(|error| error.file(file.path()))?;
-        session::refuse_orphan(file)?;
+        session::refuse_orphan(file, Some(&image))?;
         Control::open()?;
         choose_payload_io(file, &image.metadata)?;
         let fixed = image.metadata.kind() == DiskType::Fixed;

@@ -16,7 +16,7 @@ use super::queue::{Queue, QueueSetup, Report};
 use crate::error::{Error, Kind, Result};
 
 /// How long the queues may take to be ready: only a hang, or a machine that starves, comes near it.
-const READY_DEADLINE: Duration = Duration::from_secs(30);
+const READY_DEADLINE: Duration = Duration::from_secs(60);
 
 /// How long a queue may take to drain once the kernel has stopped the device: nothing is left to wait for.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(30);

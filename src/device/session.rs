@@ -142,17 +142,20 @@ impl SessionFile {
     }
 }
 
-/// Refuses an image of which a killed daemon left a session: that has to be taken over first.
+/// Refuses the image in `file` if a killed daemon left a session of it: that has to be taken over first. A
+/// session that does not fit `image`, as it was opened, does not count.
 ///
 /// # Errors
 ///
 /// [`Kind::InUse`] if there is one; what the host says.
-pub fn refuse_orphan(image: &ImageFile) -> Result<()> {
-    if Sessions::of_machine().find(FileId::of_image(image)?)?.is_none() {
+pub fn refuse_orphan(file: &ImageFile, image: Option<&Image>) -> Result<()> {
+    let id = FileId::of_image(file)?;
+    let Some((_, memory)) = Sessions::of_machine().find(id)? else { return Ok(()) };
+    if image.is_some() && obstacle(&memory, image, id).is_some() {
         return Ok(());
     }
     let message = "a daemon was killed, and not everything it acknowledged is in the image";
-    let path = image.path();
+    let path = file.path();
     let remedy = format!("`vhdx-ublk add {}` takes it over, `vhdx-ublk del` then closes it", path.display());
     Err(Error::new(Kind::InUse, message).file(path).remedy(remedy))
 }

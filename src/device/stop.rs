@@ -1,7 +1,7 @@
 //! Taking devices away, from another process than the one that serves them.
 //!
-//! A living daemon is asked to do it: only it can leave the image clean. A dead one's device is removed here, and its
-//! image closed with what its session holds.
+//! A living daemon is asked to do it: only it can leave the image clean. A dead one's device is removed here, and
+//! its image closed with what its session holds.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -55,8 +55,7 @@ impl Target {
         }
     }
 
-    /// Whether it means the device of `entry`.
-    pub fn names(&self, entry: &Entry) -> bool {
+    fn names(&self, entry: &Entry) -> bool {
         match self {
             Self::Id(id) => entry.id == *id,
             Self::Image(path) => match fs::metadata(path) {
@@ -81,15 +80,15 @@ impl std::fmt::Display for Target {
 /// # Errors
 ///
 /// [`Kind::NotFound`] when it is none of ours; [`Kind::Usage`] when several serve the image, read-only.
-pub fn find(registry: &Registry, target: &Target) -> Result<Entry> {
-    let listed = registry.list()?.into_iter().map(|listed| listed.entry);
-    let mut entries: Vec<Entry> = listed.filter(|entry| target.names(entry)).collect();
-    if let [first, second, ..] = &entries[..] {
-        let (first, second) = (first.device.display(), second.device.display());
+pub fn find(registry: &Registry, target: &Target) -> Result<Listed> {
+    let mut found = registry.list()?;
+    found.retain(|listed| target.names(&listed.entry));
+    if let [first, second, ..] = &found[..] {
+        let (first, second) = (first.entry.device.display(), second.entry.device.display());
         let message = format!("{target} is served by several devices, {first} and {second} among them");
         return Err(Error::new(Kind::Usage, message).remedy("name the device instead of the image"));
     }
-    entries.pop().ok_or_else(|| {
+    found.pop().ok_or_else(|| {
         let message = match target {
             Target::Id(id) => format!("/dev/ublkb{id} is no device of this program"),
             Target::Image(path) => format!("no device serves {}", path.display()),
@@ -126,10 +125,9 @@ pub fn stop(registry: &Registry, entry: &Entry, force: bool) -> Result<()> {
     }
     await_node_gone(entry)?;
     registry.remove(entry.id, entry.mark)?;
-    close_image(registry, entry)?;
-    match last.failure {
-        Some(failure) => Err(unclean(entry, &failure)),
-        None => Ok(()),
+    match (close_image(registry, entry)?, last.failure) {
+        (Closed::Untouched, Some(failure)) => Err(unclean(entry, &failure)),
+        _ => Ok(()),
     }
 }
 
@@ -182,17 +180,28 @@ fn remove_remains(control: &Control, entry: &Entry) -> Result<()> {
     }
 }
 
-/// Closes the image of a device that is gone and whose daemon was killed: what was acknowledged and is known to
-/// the session alone is committed.
-fn close_image(registry: &Registry, entry: &Entry) -> Result<()> {
+/// What became of the image of a device that is gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Closed {
+    /// It was closed now, with everything that was acknowledged.
+    Now,
+    /// Nothing of it was left to be closed here.
+    Untouched,
+}
+
+/// Closes the image of a device that is gone and whose daemon did not: what was acknowledged and is known to the
+/// session alone is committed.
+fn close_image(registry: &Registry, entry: &Entry) -> Result<Closed> {
     let served = |listed: Listed| listed.entry.image_file == entry.image_file;
     if entry.read_only || registry.list()?.into_iter().any(served) {
-        return Ok(());
+        return Ok(Closed::Untouched);
     }
-    let Some((session, memory)) = Sessions::of_machine().find(entry.image_file)? else { return Ok(()) };
+    let Some((session, memory)) = Sessions::of_machine().find(entry.image_file)? else {
+        return Ok(Closed::Untouched);
+    };
     if memory.session() == Session::Poisoned {
         session.remove()?;
-        return Err(unclean(entry, "writing failed before the daemon was killed"));
+        return Err(unclean(entry, "writing to it had failed"));
     }
     let file = ImageFile::open(&entry.image, Access::ReadWrite, LOCK_DEADLINE);
     let closed = file.and_then(|file| {
@@ -201,7 +210,7 @@ fn close_image(registry: &Registry, entry: &Entry) -> Result<()> {
         }
         EngineThread::open(Arc::new(file), Plan::Fresh { keep: false })?.close()
     });
-    closed.map_err(|error| {
+    closed.map(|()| Closed::Now).map_err(|error| {
         let message = format!(
             "{} is gone, but not everything that was acknowledged is in its image yet: {error}",
             entry.device.display()

@@ -136,6 +136,7 @@ impl Image {
         };
         let mut space = Space::new(length)?;
         if layout.log.length > 0 {
+            // Whole MiB by the format; a simulation's short log takes the rest of its MiB.
             let length = layout.log.length.next_multiple_of(MIB);
             space.occupy(Extent { length, ..layout.log }, "log")?;
         }
