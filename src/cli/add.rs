@@ -16,7 +16,7 @@ use vhdx_ublk::device::registry::Registry;
 use vhdx_ublk::device::session::Plan;
 use vhdx_ublk::device::stop::{self, Target};
 use vhdx_ublk::device::{
-    MAX_BUFFER_BYTES, MAX_DEPTH, MAX_QUEUES, MIN_REQUEST_BYTES, Options, Recovery, launch,
+    MAX_BUFFER_BYTES, MAX_DEPTH, MAX_QUEUES, MIN_REQUEST_BYTES, Options, Recovery, ZeroCopy, launch,
 };
 use vhdx_ublk::disk::{Access, ImageFile};
 use vhdx_ublk::error::{Kind, Result};
@@ -58,6 +58,10 @@ pub struct Add {
     /// kernel has]
     #[arg(long, value_enum, value_name = "HOW")]
     recovery: Option<Recovery>,
+    /// Leave data in the pages of the requests (`on`, Linux 6.16 or newer), or copy it once between the kernel and
+    /// the daemon (`off`)
+    #[arg(long, value_enum, value_name = "WHEN", default_value = "auto")]
+    zero_copy: ZeroCopy,
     /// Serve from this process, until it is interrupted (Ctrl-C)
     #[arg(short, long)]
     foreground: bool,
@@ -96,7 +100,8 @@ impl Add {
         let default = u16::try_from(cpus.min(DEFAULT_QUEUES)).expect("a handful");
         let queues = self.queues.unwrap_or(default);
         let request_bytes = request_bytes(queues, self.depth);
-        Options { id: self.id, queues, depth: self.depth, request_bytes, recovery: self.recovery }
+        let Self { id, depth, recovery, zero_copy, .. } = *self;
+        Options { id, queues, depth, request_bytes, recovery, zero_copy }
     }
 
     /// The command line of the process that serves.
@@ -110,6 +115,8 @@ impl Add {
             let value = recovery.to_possible_value().expect("every recovery has a name");
             format!("--recovery={}", value.get_name()).into()
         }));
+        let zero_copy = options.zero_copy.to_possible_value().expect("every choice has a name");
+        arguments.push(format!("--zero-copy={}", zero_copy.get_name()).into());
         arguments.extend(self.read_only.then(|| "--read-only".into()));
         arguments.extend(["--".into(), self.image.clone().into()]);
         arguments
@@ -198,6 +205,8 @@ mod tests {
             "3",
             "--recovery",
             "queue",
+            "--zero-copy",
+            "fallback",
             "--",
             "-odd name",
         ]);

@@ -23,8 +23,8 @@ States: live (served), starting, stopping, quiesced (its daemon was killed: I/O 
 `recover`), dead (its daemon was killed, and its I/O has failed: `del` removes it), failed (it
 is gone, but its image could not be closed cleanly: `del` tells why).
 
-JSON: id, device, image, pid, state, queues, depth, read_only, size (bytes), failure (null or a
-text).
+JSON: id, device, image, pid, state, queues, depth, read_only, zero_copy, size (bytes), failure
+(null or a text).
 Exit status: 0 success, 1 failure, 2 wrong usage.";
 
 /// A device as it is shown.
@@ -38,6 +38,7 @@ struct Row {
     queues: u16,
     depth: u16,
     read_only: bool,
+    zero_copy: bool,
     size: u64,
     failure: Option<String>,
 }
@@ -53,6 +54,7 @@ impl From<Listed> for Row {
             queues: entry.queues,
             depth: entry.depth,
             read_only: entry.read_only,
+            zero_copy: entry.zero_copy,
             size: entry.size_bytes,
             failure: entry.failure,
         }
@@ -115,6 +117,7 @@ mod tests {
             size_bytes: 1 << 30,
             read_only: true,
             recovery: Recovery::None,
+            zero_copy: true,
             file_write_guid: uuid::Uuid::nil(),
             mark: 0,
             version: "0.1.0".into(),
@@ -129,7 +132,8 @@ mod tests {
         let json = serde_json::to_value([Row::from(listed())]).expect("serialisable");
         let expected = serde_json::json!([{
             "id": 3, "device": "/dev/ublkb3", "image": "/images/disk.vhdx", "pid": 1234, "state": "fail-io",
-            "queues": 2, "depth": 64, "read_only": true, "size": 1_073_741_824, "failure": null,
+            "queues": 2, "depth": 64, "read_only": true, "zero_copy": true, "size": 1_073_741_824,
+            "failure": null,
         }]);
         assert_eq!(json, expected);
     }

@@ -21,6 +21,7 @@ use io_uring::types::{Fd, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode, squeue};
 use libublk::sys;
 
+use super::options::KernelParameters;
 use crate::error::{Error, Kind, Result};
 
 /// Where commands go.
@@ -205,7 +206,7 @@ impl Control {
     /// # Errors
     ///
     /// What the kernel says.
-    pub fn set_params(&self, id: u32, params: sys::ublk_params) -> Result<()> {
+    pub fn set_params(&self, id: u32, params: KernelParameters) -> Result<()> {
         self.exchange(SET_PARAMS, id, 0, params).map(drop)
     }
 

@@ -24,13 +24,14 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::control::{Control, DeviceInfo, NewDevice, POLL_INTERVAL};
+use super::data::Numbers;
 use super::features;
 use super::mailbox::{EngineEnds, FrontEnds, mailboxes};
-use super::options::{Options, Parameters, Recovery};
+use super::options::{Options, Parameters, Recovery, ZeroCopy};
 use super::queue::QueueSetup;
 use super::queues::Queues;
 use super::registry::{Entry, FileId, ProcessId, Registry};
-use super::ring::RingSetup;
+use super::ring::{RingSetup, Transfer};
 use crate::engine::front::Front;
 use crate::engine::shared::Shared;
 use crate::error::{Error, Kind, Result};
@@ -136,6 +137,7 @@ enum Beginning {
 struct Device<E> {
     control: Control,
     info: DeviceInfo,
+    transfer: Transfer,
     registry: Registry,
     entry: Entry,
     cdev: Option<Arc<File>>,
@@ -156,13 +158,18 @@ impl<E: EngineHandle> Device<E> {
             queues: options.queues,
             depth: options.depth,
             request_bytes: options.request_bytes,
-            flags: features::wanted(recovery),
+            flags: features::wanted(recovery) | features::transfer(control.features(), options.zero_copy)?,
             mark: Uuid::new_v4().as_u64_pair().0,
         };
         let daemon = ProcessId::this()?;
         let info = control.add(&new)?;
         let entry = Entry { recovery, ..describe(&info, served, daemon) };
-        let device = Self { control, info, registry, entry, cdev: None, engine: None, queues };
+        let transfer = match features::is_in_place(info.flags) {
+            false => Transfer::Copied,
+            true if options.zero_copy == ZeroCopy::Fallback => Transfer::InPlace(Numbers::Impossible),
+            true => Transfer::InPlace(Numbers::Tag),
+        };
+        let device = Self { control, info, transfer, registry, entry, cdev: None, engine: None, queues };
         match agree(&new, &info).and_then(|()| device.registry.write(&device.entry)) {
             Ok(()) => Ok(device),
             Err(error) => Err(device.take_down(Err(error)).expect_err("it failed")),
@@ -178,7 +185,9 @@ impl<E: EngineHandle> Device<E> {
         control.start_recovery(entry.id)?;
         let entry = Entry { daemon: ProcessId::this()?, started: false, ..entry.clone() };
         registry.write(&entry)?;
-        Ok(Self { control, info, registry, entry, cdev: None, engine: None, queues })
+        let in_place = features::is_in_place(info.flags);
+        let transfer = if in_place { Transfer::InPlace(Numbers::Tag) } else { Transfer::Copied };
+        Ok(Self { control, info, transfer, registry, entry, cdev: None, engine: None, queues })
     }
 
     fn bring_up(
@@ -198,7 +207,8 @@ impl<E: EngineHandle> Device<E> {
         self.queues.await_ready()?;
         match beginning {
             Beginning::Made => {
-                let parameters = served.parameters.to_kernel(self.info.request_bytes);
+                let in_place = features::is_in_place(self.info.flags);
+                let parameters = served.parameters.to_kernel(self.info.request_bytes, in_place);
                 self.control.set_params(self.info.id, parameters)?;
                 self.control.start(self.info.id)?;
             }
@@ -217,6 +227,7 @@ impl<E: EngineHandle> Device<E> {
                 depth: self.info.depth,
                 request_bytes: self.info.request_bytes,
                 ioctl_numbers: self.info.has_ioctl_numbers(),
+                transfer: self.transfer,
                 character_device: cdev.clone(),
                 image: served.image.clone(),
                 sender: ends.sender,
@@ -290,6 +301,7 @@ fn describe(info: &DeviceInfo, served: &Served, daemon: ProcessId) -> Entry {
         size_bytes: served.parameters.size_bytes,
         read_only: served.parameters.read_only,
         recovery: Recovery::None,
+        zero_copy: features::is_in_place(info.flags),
         file_write_guid: served.file_write_guid,
         mark: info.mark,
         version: env!("CARGO_PKG_VERSION").into(),

@@ -135,7 +135,7 @@ impl Life {
     ) -> Result<(Rc<Engine<UringDisk>>, Opened, Option<SessionFile>)> {
         let disk = reactor.disk(self.file.clone());
         let (image, session) = reactor.block_on(self.how.open(&disk))?;
-        let parameters = opened::parameters(&image.metadata, false);
+        let parameters = opened::parameters(&self.file, &image.metadata, false)?;
         let file_write_guid = image.header.header.file_write_guid;
         let tasks: Rc<dyn Spawn> = reactor.executor().clone();
         let engine = Engine::new(image, disk, tasks, fronts, Box::new(Uuid::new_v4));

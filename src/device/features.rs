@@ -4,7 +4,7 @@ use libublk::sys;
 use serde::Serialize;
 
 use super::control::Control;
-use super::options::Recovery;
+use super::options::{Recovery, ZeroCopy};
 use crate::error::{Error, Kind, Result};
 
 /// One feature of the driver.
@@ -81,8 +81,31 @@ pub(super) fn recovery(driver: Option<u64>, chosen: Option<Recovery>) -> Result<
     }
 }
 
+const IN_PLACE: u64 = sys::UBLK_F_SUPPORT_ZERO_COPY as u64 | sys::UBLK_F_AUTO_BUF_REG as u64;
+
+/// Features asked for when the data of requests shall not be copied: none, where copying is faster.
+///
+/// # Errors
+///
+/// [`Kind::Unsupported`] when the driver does not have what was chosen.
+pub(super) fn transfer(driver: Option<u64>, chosen: ZeroCopy) -> Result<u64> {
+    match chosen {
+        ZeroCopy::Auto | ZeroCopy::Off => Ok(0),
+        ZeroCopy::On | ZeroCopy::Fallback if IN_PLACE & !driver.unwrap_or(0) == 0 => Ok(IN_PLACE),
+        ZeroCopy::On | ZeroCopy::Fallback => {
+            Err(Error::new(Kind::Unsupported, "this kernel's ublk driver cannot do without copying")
+                .remedy("Linux 6.16 or newer can; leave --zero-copy away, or choose off"))
+        }
+    }
+}
+
+/// Whether a device with these features leaves the data of requests where it is.
+pub(super) fn is_in_place(flags: u64) -> bool {
+    IN_PLACE & !flags == 0
+}
+
 /// Features in use, where the driver has them.
-const USED: u64 = REISSUE | sys::UBLK_F_CMD_IOCTL_ENCODE as u64;
+const USED: u64 = REISSUE | IN_PLACE | sys::UBLK_F_CMD_IOCTL_ENCODE as u64;
 
 /// All features the driver has, and all this program knows of.
 ///
@@ -143,6 +166,20 @@ mod tests {
         assert_eq!(recovery(Some(!0), Some(Recovery::Queue)).expect("there"), Recovery::Queue);
         let error = recovery(Some(QUEUE), Some(Recovery::Reissue)).expect_err("not there");
         assert_eq!(error.kind(), Kind::Unsupported);
+    }
+
+    #[test]
+    fn data_stays_in_place_only_where_that_was_chosen_and_the_driver_can() {
+        for chosen in [ZeroCopy::Auto, ZeroCopy::Off] {
+            assert!(!is_in_place(transfer(None, chosen).expect("copying is always there")));
+            assert!(!is_in_place(transfer(Some(!0), chosen).expect("copying is always there")));
+        }
+        for chosen in [ZeroCopy::On, ZeroCopy::Fallback] {
+            assert!(is_in_place(transfer(Some(!0), chosen).expect("there")));
+            for driver in [None, Some(0), Some(1), Some(1 << 11)] {
+                assert_eq!(transfer(driver, chosen).expect_err("not there").kind(), Kind::Unsupported);
+            }
+        }
     }
 
     #[test]

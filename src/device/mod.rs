@@ -8,11 +8,12 @@
 //! * [`registry`], [`stop`], [`usage`], [`features`]: what other processes see and do.
 //!
 //! Beneath: `control` (the driver's commands), `queue` (one thread per queue), `queues` (all of them), `ring` (a
-//! queue's `io_uring`), and the pure parts, `descriptor`, `options` and `token`. Raw system calls are in
-//! `control`, `ring` and `sys` only. `libublk` gives the kernel's structures and numbers.
+//! queue's `io_uring`), `data` (where the data of its requests is), and the pure parts, `descriptor`, `options`
+//! and `token`. Raw system calls are in `control`, `data`, `ring` and `sys` only. `libublk` gives the kernel's structures and numbers.
 
 mod control;
 pub mod daemon;
+mod data;
 mod descriptor;
 pub mod engine_thread;
 pub mod features;
@@ -33,5 +34,5 @@ pub mod usage;
 pub use control::{Control, DeviceInfo, KernelState, NewDevice};
 pub use options::{
     MAX_BUFFER_BYTES, MAX_DEPTH, MAX_QUEUES, MAX_REQUEST_BYTES, MIN_REQUEST_BYTES, Options, Parameters,
-    Recovery,
+    Recovery, ZeroCopy,
 };

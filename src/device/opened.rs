@@ -50,7 +50,7 @@ impl Opened {
         Control::open()?;
         choose_payload_io(file, &image.metadata)?;
         let fixed = image.metadata.kind() == DiskType::Fixed;
-        let parameters = parameters(&image.metadata, true);
+        let parameters = parameters(file, &image.metadata, true)?;
         let file_write_guid = image.header.header.file_write_guid;
         let shared = Arc::new(Shared::new(image.map, true, fixed));
         Ok(Self { shared, parameters, file_write_guid, recoverable: true })
@@ -175,13 +175,14 @@ impl WritableOpen {
     }
 }
 
-pub(super) fn parameters(metadata: &Metadata, read_only: bool) -> Parameters {
-    Parameters {
+pub(super) fn parameters(file: &ImageFile, metadata: &Metadata, read_only: bool) -> Result<Parameters> {
+    Ok(Parameters {
         size_bytes: metadata.virtual_size,
         logical_sector_bytes: metadata.logical_sector_size,
         physical_sector_bytes: metadata.physical_sector_size,
         read_only,
-    }
+        memory_alignment_bytes: file.memory_alignment(metadata.logical_sector_size)?,
+    })
 }
 
 async fn look(disk: &UringDisk) -> Result<Image> {

@@ -1,5 +1,7 @@
 //! How a device is made: its shape towards the kernel, and the bounds of each choice.
 
+use std::mem::offset_of;
+
 use libublk::sys;
 use serde::{Deserialize, Serialize};
 
@@ -37,6 +39,22 @@ pub enum Recovery {
     Reissue,
 }
 
+/// Whether the data of requests is copied between the kernel and the daemon.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum ZeroCopy {
+    /// What was measured to be faster.
+    #[default]
+    Auto,
+    /// It stays where it is.
+    On,
+    /// It is copied.
+    Off,
+    /// As `On`, through the way round that the kernel asks for when it is short of memory. For tests.
+    #[value(hide = true)]
+    Fallback,
+}
+
 /// What the caller may choose about a device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Options {
@@ -50,11 +68,20 @@ pub struct Options {
     pub request_bytes: u32,
     /// What becomes of it when its daemon is killed; without a choice, the best that the kernel has.
     pub recovery: Option<Recovery>,
+    /// Whether data is copied.
+    pub zero_copy: ZeroCopy,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { id: None, queues: 1, depth: 64, request_bytes: 512 << 10, recovery: None }
+        Self {
+            id: None,
+            queues: 1,
+            depth: 64,
+            request_bytes: 512 << 10,
+            recovery: None,
+            zero_copy: ZeroCopy::Auto,
+        }
     }
 }
 
@@ -102,6 +129,8 @@ pub struct Parameters {
     pub physical_sector_bytes: u32,
     /// Nothing may be written.
     pub read_only: bool,
+    /// What the image's file asks of memory for direct I/O, bytes, a power of two.
+    pub memory_alignment_bytes: u32,
 }
 
 /// The kernel counts in these, whatever the logical sector.
@@ -117,12 +146,29 @@ const DISCARD_GRANULARITY_BYTES: u32 = 4096;
 /// enough blocks that other requests are not kept waiting.
 const MAX_DISCARD_BYTES: u64 = 2 << 30;
 
+/// The kernel's `ublk_params`, of which the crate's ends before the last field.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct KernelParameters {
+    len: u32,
+    types: u32,
+    basic: sys::ublk_param_basic,
+    discard: sys::ublk_param_discard,
+    devt: sys::ublk_param_devt,
+    zoned: sys::ublk_param_zoned,
+    dma: sys::ublk_param_dma_align,
+}
+
+const _: () = assert!(offset_of!(KernelParameters, zoned) == offset_of!(sys::ublk_params, zoned));
+const _: () = assert!(offset_of!(KernelParameters, dma) == 108);
+
 impl Parameters {
-    /// The kernel's form of it. No DMA alignment is asked for: data is copied to and from aligned buffers.
-    pub(super) fn to_kernel(self, request_bytes: u32) -> sys::ublk_params {
+    /// The kernel's form of it, for requests whose data is copied, to and from aligned buffers, or `in_place`,
+    /// where the file's alignment concerns whoever makes the requests.
+    pub(super) fn to_kernel(self, request_bytes: u32, in_place: bool) -> KernelParameters {
         let physical = self.physical_sector_bytes.max(self.logical_sector_bytes);
-        let mut params = sys::ublk_params {
-            len: u32::try_from(size_of::<sys::ublk_params>()).expect("about a hundred bytes"),
+        let mut params = KernelParameters {
+            len: u32::try_from(size_of::<KernelParameters>()).expect("about a hundred bytes"),
             types: sys::UBLK_PARAM_TYPE_BASIC,
             ..Default::default()
         };
@@ -151,9 +197,16 @@ impl Parameters {
                 ..Default::default()
             };
         }
+        if in_place {
+            params.types |= sys::UBLK_PARAM_TYPE_DMA_ALIGN;
+            params.dma.alignment = self.memory_alignment_bytes.max(LEAST_MEMORY_ALIGNMENT_BYTES) - 1;
+        }
         params
     }
 }
+
+/// What the kernel asks of memory for any disk that does not say otherwise.
+const LEAST_MEMORY_ALIGNMENT_BYTES: u32 = 512;
 
 fn shift(sector_bytes: u32) -> u8 {
     assert!(sector_bytes.is_power_of_two(), "sectors of {sector_bytes} bytes");
@@ -169,6 +222,7 @@ mod tests {
         logical_sector_bytes: 512,
         physical_sector_bytes: 4096,
         read_only: false,
+        memory_alignment_bytes: 4,
     };
 
     #[test]
@@ -192,7 +246,7 @@ mod tests {
 
     #[test]
     fn a_writable_disk_has_a_cache_that_can_be_flushed_and_can_be_trimmed() {
-        let params = DISK.to_kernel(512 << 10);
+        let params = DISK.to_kernel(512 << 10, false);
         assert_eq!(params.basic.attrs, sys::UBLK_ATTR_VOLATILE_CACHE | sys::UBLK_ATTR_FUA);
         assert_eq!((params.basic.logical_bs_shift, params.basic.physical_bs_shift), (9, 12));
         assert_eq!((params.basic.max_sectors, params.basic.dev_sectors), (1024, 20 << 20));
@@ -203,13 +257,24 @@ mod tests {
     #[test]
     fn the_physical_sector_is_never_below_the_logical_one() {
         let odd = Parameters { logical_sector_bytes: 4096, physical_sector_bytes: 512, ..DISK };
-        let params = odd.to_kernel(4096);
+        let params = odd.to_kernel(4096, false);
         assert_eq!((params.basic.logical_bs_shift, params.basic.physical_bs_shift), (12, 12));
     }
 
     #[test]
+    fn only_data_that_stays_in_place_has_to_lie_as_the_file_wants_it() {
+        let alignment = |memory_alignment_bytes, in_place| {
+            let params = Parameters { memory_alignment_bytes, ..DISK }.to_kernel(4096, in_place);
+            (params.types & sys::UBLK_PARAM_TYPE_DMA_ALIGN != 0, params.dma.alignment)
+        };
+        assert_eq!(alignment(4096, false), (false, 0));
+        assert_eq!(alignment(4, true), (true, 511));
+        assert_eq!(alignment(4096, true), (true, 4095));
+    }
+
+    #[test]
     fn a_read_only_disk_offers_neither_flush_nor_trim() {
-        let params = Parameters { read_only: true, ..DISK }.to_kernel(4096);
+        let params = Parameters { read_only: true, ..DISK }.to_kernel(4096, false);
         assert_eq!(params.basic.attrs, sys::UBLK_ATTR_READ_ONLY);
         assert_eq!(params.types, sys::UBLK_PARAM_TYPE_BASIC);
     }

@@ -51,6 +51,9 @@ pub struct Entry {
     pub read_only: bool,
     /// What becomes of it when its daemon is killed.
     pub recovery: Recovery,
+    /// The data of requests is not copied.
+    #[serde(default)]
+    pub zero_copy: bool,
     /// The image's FileWriteGuid when it was opened.
     pub file_write_guid: Uuid,
     /// See [`DeviceInfo::mark`].
@@ -381,6 +384,7 @@ pub(super) mod tests {
             size_bytes: 1 << 30,
             read_only: false,
             recovery: Recovery::Reissue,
+            zero_copy: false,
             file_write_guid: Uuid::from_u128(1),
             mark: u64::MAX,
             version: "0.1.0".into(),

@@ -8,10 +8,6 @@
 //! * everything pushed in a batch is submitted by the one `io_uring_enter` that also waits: [`Ring::wait`].
 //!   It has no timeout, so an idle queue never wakes up;
 //! * the buffers and the eventfd's eight bytes outlive all I/O: a ring that fails is leaked, not dropped.
-//!
-//! Request data is copied by the kernel between the pages of a request and the tag's buffer, which is locked
-//! in memory: a buffer the kernel cannot fault in would stall the queue, and one it can fault in only partly
-//! would silently cut a write short.
 #![allow(unsafe_code, reason = "pushing a submission gives the kernel a pointer")]
 
 use std::fs::File;
@@ -26,6 +22,7 @@ use io_uring::{IoUring, opcode, squeue};
 use libublk::sys;
 use nix::sys::eventfd::EventFd;
 
+use super::data::{Data, Numbers};
 use super::descriptor;
 use super::mailbox::Sender;
 use super::sys::Region;
@@ -46,6 +43,7 @@ const SHORTAGE_PAUSE: Duration = Duration::from_millis(2);
 /// The files of the ring.
 const CHARACTER_DEVICE: Fixed = Fixed(0);
 const IMAGE: Fixed = Fixed(1);
+const ZEROS: Fixed = Fixed(2);
 
 /// Bits of a command's number that hold it alone, as kernels before 6.4 want it.
 const LEGACY_MASK: u32 = 0xff;
@@ -62,6 +60,8 @@ pub(super) struct RingSetup {
     pub(super) request_bytes: u32,
     /// Whether commands are known by their `ioctl` numbers.
     pub(super) ioctl_numbers: bool,
+    /// How data reaches the file.
+    pub(super) transfer: Transfer,
     /// `/dev/ublkcN`.
     pub(super) character_device: Arc<File>,
     /// The image.
@@ -72,6 +72,15 @@ pub(super) struct RingSetup {
     pub(super) wake: Arc<EventFd>,
 }
 
+/// How the data of requests reaches the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Transfer {
+    /// The kernel copies it.
+    Copied,
+    /// It stays in the requests' pages.
+    InPlace(Numbers),
+}
+
 /// Who has a tag.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Holder {
@@ -79,8 +88,13 @@ enum Holder {
     Nobody,
     /// Its command is out.
     Kernel,
+    /// Its request is here, and its pages are being registered.
+    Registering,
     /// Its request is being served.
-    Front,
+    Front {
+        /// Its pages were registered by a command of ours, and have to be given back by one.
+        by_command: bool,
+    },
     /// Its command came back for good.
     Ended,
 }
@@ -95,7 +109,8 @@ pub(super) enum Event {
         /// What is asked.
         request: std::result::Result<Request, i32>,
     },
-    /// The tag's command came back without a request, with this negative `errno`: there will be no more.
+    /// The tag's command came back without a request, or another one that must not fail did, with this negative
+    /// `errno`: there will be no more.
     Ended {
         /// The tag.
         tag: u16,
@@ -118,11 +133,14 @@ pub(super) struct Ring {
     uring: IoUring,
     /// Mapped read-only from the driver: what each tag's request is.
     descriptors: Region,
-    /// `request_bytes` per tag, then a page for the eventfd's count.
-    buffers: Region,
+    data: Data,
+    /// Where the eventfd's count goes.
+    wake_count: Region,
     zeros: Region,
     setup: RingSetup,
     holders: Box<[Holder]>,
+    /// Pieces that ended when they were submitted.
+    filled: Vec<(PieceId, u32)>,
     ended: u16,
     file_io_in_flight: usize,
     wake_armed: bool,
@@ -136,21 +154,26 @@ impl Ring {
             move |error| Error::io(doing, error)
         };
         let uring = build_ring(setup.depth).map_err(failed("making its ring"))?;
+        let mut data = match setup.transfer {
+            Transfer::Copied => Data::copied(setup.depth, setup.request_bytes),
+            Transfer::InPlace(numbers) => Data::in_place(numbers),
+        }
+        .map_err(failed("preparing for its data"))?;
+        data.register(&uring, setup.depth).map_err(failed("registering its buffers"))?;
         let files = [setup.character_device.as_raw_fd(), setup.image.as_raw_fd()];
+        let files: Vec<_> = files.into_iter().chain(data.zeros_fd()).collect();
         uring.submitter().register_files(&files).map_err(failed("registering its files"))?;
         let (offset, length) = descriptor_range(setup.queue, setup.depth);
         let descriptors = Region::of_device(&setup.character_device, offset, length);
-        let data = usize::from(setup.depth) * bytes(setup.request_bytes);
-        let buffers = Region::memory(data + PAGE_BYTES).map_err(failed("allocating its buffers"))?;
-        if let Err(error) = buffers.lock() {
-            tracing::warn!("queue {}: its buffers are not locked in memory: {error}", setup.queue);
-        }
+        let pieces = usize::from(setup.depth) * MAX_PIECES;
         Ok(Self {
             uring,
             descriptors: descriptors.map_err(failed("mapping its I/O descriptors"))?,
-            buffers,
+            data,
+            wake_count: Region::memory(PAGE_BYTES).map_err(failed("allocating a page"))?,
             zeros: Region::zeros(bytes(MAX_WRITE_ZEROS)).map_err(failed("mapping zeros"))?,
             holders: vec![Holder::Nobody; usize::from(setup.depth)].into_boxed_slice(),
+            filled: Vec::with_capacity(pieces),
             setup,
             ended: 0,
             file_io_in_flight: 0,
@@ -163,7 +186,7 @@ impl Ring {
         for tag in 0..self.setup.depth {
             let before = std::mem::replace(&mut self.holders[usize::from(tag)], Holder::Kernel);
             assert_eq!(before, Holder::Nobody, "tag {tag} is fetched once");
-            self.push_command(tag, sys::UBLK_U_IO_FETCH_REQ, 0);
+            self.push_offer(tag, sys::UBLK_U_IO_FETCH_REQ, 0);
         }
         self.enter(0)
     }
@@ -172,7 +195,7 @@ impl Ring {
     pub(super) fn arm_wake(&mut self) {
         assert!(!self.wake_armed, "one read of the eventfd at a time");
         self.wake_armed = true;
-        let count = self.buffers.at(self.wake_place(), size_of::<u64>());
+        let count = self.wake_count.at(0, size_of::<u64>());
         let fd = Fd(self.setup.wake.as_fd().as_raw_fd());
         self.push(opcode::Read::new(fd, count, 8).build(), Token::Wake);
     }
@@ -185,10 +208,25 @@ impl Ring {
 
     /// The next thing that came back, if there is one.
     pub(super) fn next_event(&mut self) -> Option<Event> {
-        let completion = self.uring.completion().next()?;
-        let result = completion.result();
-        Some(match Token::decode(completion.user_data()) {
-            Token::Command { tag } => self.take_back(tag, result),
+        if let Some((piece, length)) = self.filled.pop() {
+            return Some(Event::Io { piece, result: length.cast_signed() });
+        }
+        loop {
+            let completion = self.uring.completion().next()?;
+            if let Some(event) = self.take(Token::decode(completion.user_data()), completion.result()) {
+                return Some(event);
+            }
+        }
+    }
+
+    fn take(&mut self, token: Token, result: i32) -> Option<Event> {
+        Some(match token {
+            Token::Command { tag } => return self.take_back(tag, result),
+            Token::Register { tag } => self.registered(tag, result),
+            Token::Unregister { tag } => {
+                assert!(result < 0, "success is not told");
+                Event::Ended { tag, result }
+            }
             Token::FileIo(piece) => {
                 self.file_io_in_flight -= 1;
                 Event::Io { piece, result }
@@ -225,28 +263,53 @@ impl Ring {
         self.setup.queue
     }
 
-    fn take_back(&mut self, tag: u16, result: i32) -> Event {
+    fn take_back(&mut self, tag: u16, result: i32) -> Option<Event> {
         let holder = &mut self.holders[usize::from(tag)];
         assert_eq!(*holder, Holder::Kernel, "tag {tag} came back twice");
-        if result.cast_unsigned() == sys::UBLK_IO_RES_OK {
-            *holder = Holder::Front;
-            let descriptor = self.descriptors.descriptor(usize::from(tag));
-            return Event::Request {
-                tag,
-                request: descriptor::request(&descriptor, self.setup.request_bytes),
-            };
+        if result.cast_unsigned() != sys::UBLK_IO_RES_OK {
+            *holder = Holder::Ended;
+            self.ended += 1;
+            return Some(Event::Ended { tag, result });
         }
-        *holder = Holder::Ended;
-        self.ended += 1;
-        Event::Ended { tag, result }
+        let descriptor = self.descriptors.descriptor(usize::from(tag));
+        if self.data.wants_registration(descriptor.op_flags) {
+            *holder = Holder::Registering;
+            let entry = self.command(tag, sys::UBLK_U_IO_REGISTER_IO_BUF, 0, u64::from(tag));
+            self.push(entry.build(), Token::Register { tag });
+            return None;
+        }
+        *holder = Holder::Front { by_command: false };
+        Some(self.request(tag, &descriptor))
     }
 
-    fn push_command(&mut self, tag: u16, op: u32, result: i32) {
-        let buffer = self.buffers.at(self.buffer_place(tag), bytes(self.setup.request_bytes));
+    /// The pages of a request have been registered by our command, or cannot be: then it fails.
+    fn registered(&mut self, tag: u16, result: i32) -> Event {
+        let by_command = result >= 0;
+        let before = std::mem::replace(&mut self.holders[usize::from(tag)], Holder::Front { by_command });
+        assert_eq!(before, Holder::Registering, "tag {tag} did not wait for its pages");
+        if by_command {
+            let descriptor = self.descriptors.descriptor(usize::from(tag));
+            self.request(tag, &descriptor)
+        } else {
+            Event::Request { tag, request: Err(-result) }
+        }
+    }
+
+    fn request(&self, tag: u16, descriptor: &sys::ublksrv_io_desc) -> Event {
+        Event::Request { tag, request: descriptor::request(descriptor, self.setup.request_bytes) }
+    }
+
+    /// A command that offers `tag` to the kernel.
+    fn push_offer(&mut self, tag: u16, op: u32, result: i32) {
+        let (address, submission_address) = self.data.offer(tag);
+        let entry = self.command(tag, op, result, address).addr(submission_address);
+        self.push(entry.build(), Token::Command { tag });
+    }
+
+    fn command(&self, tag: u16, op: u32, result: i32, address: u64) -> opcode::UringCmd16 {
         let op = if self.setup.ioctl_numbers { op } else { op & LEGACY_MASK };
-        let command = encode(self.setup.queue, tag, result, buffer.expose_provenance());
-        let entry = opcode::UringCmd16::new(CHARACTER_DEVICE, op).cmd(command).build();
-        self.push(entry, Token::Command { tag });
+        let command = encode(self.setup.queue, tag, result, address);
+        opcode::UringCmd16::new(CHARACTER_DEVICE, op).cmd(command)
     }
 
     fn push(&mut self, entry: squeue::Entry, token: Token) {
@@ -273,42 +336,26 @@ impl Ring {
         }
     }
 
-    fn buffer_place(&self, tag: u16) -> usize {
-        assert!(tag < self.setup.depth, "tag {tag} of a queue of depth {}", self.setup.depth);
-        usize::from(tag) * bytes(self.setup.request_bytes)
-    }
-
-    fn wake_place(&self) -> usize {
-        usize::from(self.setup.depth) * bytes(self.setup.request_bytes)
-    }
-
-    /// The part of the tag's buffer that a piece may touch.
-    fn data_place(&self, piece: PieceId, buffer_offset: u32, length: u32) -> usize {
-        assert_eq!(self.holders[usize::from(piece.tag)], Holder::Front, "{piece:?} is of no request");
-        let end = u64::from(buffer_offset) + u64::from(length);
-        assert!(
-            end <= u64::from(self.setup.request_bytes),
-            "{buffer_offset}+{length} leaves the tag's buffer"
-        );
-        self.buffer_place(piece.tag) + bytes(buffer_offset)
+    fn assert_served(&self, tag: u16) {
+        let holder = self.holders[usize::from(tag)];
+        assert!(matches!(holder, Holder::Front { .. }), "tag {tag} has no request ({holder:?})");
     }
 }
 
 impl Port for Ring {
     fn submit(&mut self, piece: PieceId, io: FileIo) {
-        let FileIo { op, file_offset, buffer_offset, length } = io;
+        let FileIo { op, file_offset, length, .. } = io;
         assert!(length > 0, "{piece:?}: I/O of nothing");
+        self.assert_served(piece.tag);
         let entry = match op {
-            FileOp::Read => {
-                let place = self.data_place(piece, buffer_offset, length);
-                let data = self.buffers.at(place, bytes(length));
-                opcode::Read::new(IMAGE, data, length).offset(file_offset).build()
-            }
+            FileOp::Read => self.data.read(IMAGE, piece.tag, io),
+            FileOp::FillZero => match self.data.fill_zero(ZEROS, piece.tag, io) {
+                Some(entry) => entry,
+                None => return self.filled.push((piece, length)),
+            },
             FileOp::Write { durable } => {
-                let place = self.data_place(piece, buffer_offset, length);
-                let data = self.buffers.at(place, bytes(length));
                 let flags = if durable { libc::RWF_DSYNC } else { 0 };
-                opcode::Write::new(IMAGE, data, length).offset(file_offset).rw_flags(flags).build()
+                self.data.write(IMAGE, piece.tag, io, flags)
             }
             FileOp::WriteZeros => {
                 let zeros = self.zeros.at(0, bytes(length));
@@ -321,20 +368,21 @@ impl Port for Ring {
         self.push(entry, Token::FileIo(piece));
     }
 
-    fn fill_zero(&mut self, piece: PieceId, buffer_offset: u32, length: u32) -> bool {
-        let place = self.data_place(piece, buffer_offset, length);
-        self.buffers.fill_zero(place, bytes(length));
-        true
-    }
-
     fn send(&mut self, message: ToEngine) {
         self.setup.sender.send(message);
     }
 
     fn complete(&mut self, tag: u16, result: i32) {
         let before = std::mem::replace(&mut self.holders[usize::from(tag)], Holder::Kernel);
-        assert_eq!(before, Holder::Front, "a request is completed exactly once (tag {tag})");
-        self.push_command(tag, sys::UBLK_U_IO_COMMIT_AND_FETCH_REQ, result);
+        let Holder::Front { by_command } = before else {
+            panic!("a request is completed exactly once (tag {tag}, {before:?})")
+        };
+        if by_command {
+            // Before the offer, and carried out in order: the number is free when the next request needs it.
+            let entry = self.command(tag, sys::UBLK_U_IO_UNREGISTER_IO_BUF, 0, u64::from(tag)).build();
+            self.push(entry.flags(squeue::Flags::SKIP_SUCCESS), Token::Unregister { tag });
+        }
+        self.push_offer(tag, sys::UBLK_U_IO_COMMIT_AND_FETCH_REQ, result);
     }
 }
 
@@ -369,12 +417,12 @@ fn descriptor_range(queue: u16, depth: u16) -> (i64, usize) {
 }
 
 /// The bytes of a `ublksrv_io_cmd`.
-fn encode(queue: u16, tag: u16, result: i32, address: usize) -> [u8; 16] {
+fn encode(queue: u16, tag: u16, result: i32, address: u64) -> [u8; 16] {
     let mut bytes = [0; 16];
     bytes[offset_of!(sys::ublksrv_io_cmd, q_id)..][..2].copy_from_slice(&queue.to_ne_bytes());
     bytes[offset_of!(sys::ublksrv_io_cmd, tag)..][..2].copy_from_slice(&tag.to_ne_bytes());
     bytes[offset_of!(sys::ublksrv_io_cmd, result)..][..4].copy_from_slice(&result.to_ne_bytes());
-    bytes[offset_of!(sys::ublksrv_io_cmd, addr)..][..8].copy_from_slice(&(address as u64).to_ne_bytes());
+    bytes[offset_of!(sys::ublksrv_io_cmd, addr)..][..8].copy_from_slice(&address.to_ne_bytes());
     bytes
 }
 

@@ -55,6 +55,11 @@ impl Region {
         check(unsafe { libc::mlock(self.base.as_ptr().cast(), self.length) })
     }
 
+    /// How long it is, bytes.
+    pub(super) fn length(&self) -> usize {
+        self.length
+    }
+
     /// Where `length` bytes at `offset` lie.
     pub(super) fn at(&self, offset: usize, length: usize) -> *mut u8 {
         let end = offset.checked_add(length).expect("offsets within a mapping do not overflow");

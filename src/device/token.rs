@@ -11,6 +11,16 @@ pub(super) enum Token {
         /// The tag.
         tag: u16,
     },
+    /// The command that registers the pages of a tag's request.
+    Register {
+        /// The tag.
+        tag: u16,
+    },
+    /// The command that gives them back.
+    Unregister {
+        /// The tag.
+        tag: u16,
+    },
     /// File I/O for a piece of a request.
     FileIo(PieceId),
     /// The read of the mailbox's eventfd.
@@ -22,12 +32,16 @@ const PIECE_SHIFT: u32 = 16;
 const COMMAND: u64 = 1;
 const FILE_IO: u64 = 2;
 const WAKE: u64 = 3;
+const REGISTER: u64 = 4;
+const UNREGISTER: u64 = 5;
 
 impl Token {
-    /// Bits 0-15 the tag, 16-23 the piece, 32-33 the kind; the rest zero.
+    /// Bits 0-15 the tag, 16-23 the piece, 32-34 the kind; the rest zero.
     pub(super) fn encode(self) -> u64 {
         match self {
             Self::Command { tag } => COMMAND << KIND_SHIFT | u64::from(tag),
+            Self::Register { tag } => REGISTER << KIND_SHIFT | u64::from(tag),
+            Self::Unregister { tag } => UNREGISTER << KIND_SHIFT | u64::from(tag),
             Self::FileIo(PieceId { tag, piece }) => {
                 FILE_IO << KIND_SHIFT | u64::from(piece) << PIECE_SHIFT | u64::from(tag)
             }
@@ -41,6 +55,8 @@ impl Token {
         let tag = u16::from_le_bytes([tag_low, tag_high]);
         let token = match u64::from(kind) {
             COMMAND => Self::Command { tag },
+            REGISTER => Self::Register { tag },
+            UNREGISTER => Self::Unregister { tag },
             FILE_IO => Self::FileIo(PieceId { tag, piece }),
             WAKE => Self::Wake,
             _ => unreachable!("a completion of nothing that was submitted: {bits:#x}"),
@@ -61,7 +77,7 @@ mod tests {
         let mut seen = std::collections::BTreeSet::new();
         let mut tokens = vec![Token::Wake];
         for tag in [0, 1, 63, 4095, u16::MAX] {
-            tokens.push(Token::Command { tag });
+            tokens.extend([Token::Command { tag }, Token::Register { tag }, Token::Unregister { tag }]);
             tokens.extend([0, 1, 7, 255].map(|piece| Token::FileIo(PieceId { tag, piece })));
         }
         for token in tokens {

@@ -151,6 +151,17 @@ impl ImageFile {
         Ok(PayloadIo::Direct)
     }
 
+    /// What the host asks of memory for direct I/O, bytes, a power of two. A sector, if it does not tell.
+    ///
+    /// # Errors
+    ///
+    /// What the host says.
+    pub fn memory_alignment(&self, logical_sector_size: u32) -> Result<u32> {
+        let looking = |error| Error::io("looking at the host's direct I/O", error).file(&self.path);
+        let told = direct_alignment(self.file.as_fd()).map_err(looking)?;
+        Ok(told.map_or(logical_sector_size, |alignment| alignment.memory.max(1)))
+    }
+
     /// Reads one sector, aligned to a sector in file and memory and to nothing more.
     fn probe(&self, sector_size: u32) -> std::result::Result<(), String> {
         let size = sector_size as usize;

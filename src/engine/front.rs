@@ -274,12 +274,14 @@ impl Front {
             self.start_piece(tag, &run, FileOp::Read, false, port);
             return Step::Again;
         }
-        let buffer_offset = self.buffer_offset(tag);
-        let id = self
-            .claim_piece(tag, FileIo { op: FileOp::Read, file_offset: 0, buffer_offset, length: run.length });
-        if port.fill_zero(id, buffer_offset, run.length) {
-            self.release_piece(id);
-        }
+        let io = FileIo {
+            op: FileOp::FillZero,
+            file_offset: 0,
+            buffer_offset: self.buffer_offset(tag),
+            length: run.length,
+        };
+        let id = self.claim_piece(tag, io);
+        submit(id, io, port);
         Step::Again
     }
 
@@ -509,7 +511,7 @@ impl Front {
         }
         match rest.op {
             FileOp::PunchHole | FileOp::ZeroRange => self.judge_fallocate(piece, result),
-            FileOp::Read | FileOp::Write { .. } | FileOp::WriteZeros => {
+            FileOp::Read | FileOp::FillZero | FileOp::Write { .. } | FileOp::WriteZeros => {
                 let Ok(done) = u32::try_from(result) else { return Verdict::Failed(-result) };
                 self.judge_transfer(rest, done)
             }
@@ -574,13 +576,14 @@ impl Front {
 
     /// The file ends inside the block, as in fixed images by QEMU: what is not there reads as zero.
     fn fill_past_end<P: Port>(&mut self, id: PieceId, done: u32, port: &mut P) {
-        let rest = &mut self.piece(id).rest;
-        rest.buffer_offset += done;
-        rest.length -= done;
-        let (buffer_offset, length) = (rest.buffer_offset, rest.length);
-        if port.fill_zero(id, buffer_offset, length) {
-            self.end_piece(id, 0, port);
-        }
+        let rest = self.piece(id).rest;
+        let rest = FileIo {
+            op: FileOp::FillZero,
+            file_offset: 0,
+            buffer_offset: rest.buffer_offset + done,
+            length: rest.length - done,
+        };
+        self.resubmit(id, rest, port);
     }
 
     fn end_piece<P: Port>(&mut self, id: PieceId, errno: i32, port: &mut P) {

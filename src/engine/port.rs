@@ -19,7 +19,7 @@ pub struct PieceId {
 pub struct FileIo {
     /// What to do.
     pub op: FileOp,
-    /// Where in the image file, bytes.
+    /// Where in the image file, bytes; meaningless for [`FileOp::FillZero`].
     pub file_offset: u64,
     /// Where in the tag's buffer the data lies, bytes; meaningless for operations without data.
     pub buffer_offset: u32,
@@ -33,6 +33,8 @@ pub struct FileIo {
 pub enum FileOp {
     /// Read into the tag's buffer.
     Read,
+    /// Fill part of the tag's buffer with zeros; the file has no part in it.
+    FillZero,
     /// Write from the tag's buffer.
     Write {
         /// Durable before it completes (`RWF_DSYNC`).
@@ -53,10 +55,6 @@ pub const MAX_WRITE_ZEROS: u32 = 1 << 20;
 pub trait Port {
     /// Starts file I/O; its end comes back through [`super::front::Front::io_done`], exactly once.
     fn submit(&mut self, piece: PieceId, io: FileIo);
-
-    /// Fills part of the tag's buffer with zeros. `true`: done on return. `false`: the end comes back through
-    /// [`super::front::Front::io_done`] like file I/O of `length` bytes.
-    fn fill_zero(&mut self, piece: PieceId, buffer_offset: u32, length: u32) -> bool;
 
     /// Sends a message to the engine; there is always room.
     fn send(&mut self, message: ToEngine);

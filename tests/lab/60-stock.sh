@@ -25,6 +25,15 @@ test_stock_kernel_main_job() {
     cmp before after || fail "files differ"
 }
 
+# Without the feature, data is copied, and who insists is told.
+test_stock_kernel_copies() {
+    ublk create disk.vhdx --size 1G
+    zero_copy=on
+    ublk add disk.vhdx 2>said && fail "this kernel does not know how"
+    grep -q 'Linux 6.16 or newer' said || fail "$(cat said)"
+    [ "$(ublk list --json)" = "[]" ]
+}
+
 # The kernel that people run, too, lets a device outlive its daemon, in either way.
 test_stock_kernel_recovery() {
     local device how

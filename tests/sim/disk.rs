@@ -69,6 +69,10 @@ pub enum Effect {
         length: u64,
     },
     Resize(u64),
+    /// Zeros for a request's data; the file has no part in it.
+    Fill {
+        length: usize,
+    },
     Sync,
     /// Space only: no byte changes.
     Nothing,
@@ -111,6 +115,7 @@ impl Effect {
             Self::Resize(length) => fold(5, *length),
             Self::Sync => fold(6, 0),
             Self::Nothing => fold(7, 0),
+            Self::Fill { length } => fold(8, *length as u64),
         }
     }
 }
@@ -393,7 +398,7 @@ impl SimDisk {
         match op.owner {
             Owner::Front(front, piece) => {
                 let done = match &op.effect {
-                    Effect::Read { .. } => bytes.as_ref().map_or(0, Vec::len),
+                    Effect::Read { .. } | Effect::Fill { .. } => bytes.as_ref().map_or(0, Vec::len),
                     Effect::Write { bytes, .. } => bytes.len(),
                     _ => 0,
                 };
@@ -516,7 +521,7 @@ impl State {
         let metadata = match effect {
             Effect::Write { offset, .. } | Effect::Zero { offset, .. } => *offset < self.metadata_end,
             Effect::Resize(_) => true,
-            Effect::Read { .. } | Effect::Sync | Effect::Nothing => return,
+            Effect::Read { .. } | Effect::Fill { .. } | Effect::Sync | Effect::Nothing => return,
         };
         self.versions.0 += 1;
         self.versions.1 += u64::from(metadata);
@@ -544,6 +549,7 @@ impl State {
                 }
                 return Some(bytes);
             }
+            Effect::Fill { length } => return Some(vec![0; *length]),
             Effect::Sync => {
                 self.activity.syncs += 1;
                 self.settle(|change| change.completed.is_some_and(|completed| completed <= op.covers));
@@ -611,7 +617,9 @@ impl State {
     /// Leaves about half of a transfer; of a write not always whole sectors.
     fn shorten(&mut self, op: &mut Op, seed: u64) {
         match &mut op.effect {
-            Effect::Read { length, .. } => *length = (*length / 2).next_multiple_of(4096).min(*length),
+            Effect::Read { length, .. } | Effect::Fill { length } => {
+                *length = (*length / 2).next_multiple_of(4096).min(*length);
+            }
             Effect::Write { bytes, .. } => {
                 let odd = usize::from(seed.is_multiple_of(2)) * 100;
                 let half = (bytes.len() / 2).next_multiple_of(4096) + odd;
@@ -670,7 +678,7 @@ pub fn apply(store: &mut Store, effect: &Effect) {
         Effect::Write { offset, bytes, .. } => store.write(*offset, bytes),
         Effect::Zero { offset, length } => store.zero(*offset, *length),
         Effect::Resize(length) => store.resize(*length),
-        Effect::Read { .. } | Effect::Sync | Effect::Nothing => {}
+        Effect::Read { .. } | Effect::Fill { .. } | Effect::Sync | Effect::Nothing => {}
     }
 }
 
@@ -720,7 +728,7 @@ fn persist(store: &mut Store, effect: &Effect, profile: Profile, all: bool, keep
                 at += part;
             }
         }
-        Effect::Resize(_) | Effect::Read { .. } | Effect::Sync | Effect::Nothing => {}
+        Effect::Resize(_) | Effect::Read { .. } | Effect::Fill { .. } | Effect::Sync | Effect::Nothing => {}
     }
 }
 

@@ -147,6 +147,7 @@ impl Port for SimPort<'_> {
         let (offset, length) = (io.file_offset, io.length as usize);
         let effect = match io.op {
             FileOp::Read => Effect::Read { offset, length },
+            FileOp::FillZero => Effect::Fill { length },
             FileOp::Write { durable } => {
                 let from = io.buffer_offset as usize;
                 let bytes = self.buffers[usize::from(piece.tag)][from..from + length].to_vec();
@@ -157,12 +158,6 @@ impl Port for SimPort<'_> {
         };
         let slow = self.rng.u32(..self.slow_io) == 0;
         self.disk.issue(Owner::Front(self.index, piece), effect, slow);
-    }
-
-    fn fill_zero(&mut self, piece: PieceId, buffer_offset: u32, length: u32) -> bool {
-        let from = buffer_offset as usize;
-        self.buffers[usize::from(piece.tag)][from..from + length as usize].fill(0);
-        true
     }
 
     fn send(&mut self, message: ToEngine) {

@@ -1,0 +1,228 @@
+//! How the data of a request reaches the file: through a buffer of its tag's own, or from its own pages.
+//!
+//! *Copied*: the kernel copies between the pages of a request and the tag's buffer, and the file is read into,
+//! and written from, that buffer. All buffers are one region: locked, because a buffer the kernel cannot fault
+//! in would stall the queue, and one it can fault in only partly would silently cut a write short; registered
+//! in the ring, so that its pages are not looked up for every request.
+//!
+//! *In place*: the kernel registers the pages of a request in the ring, under the tag's number, together with
+//! the command that brings the request, and the file is read into, and written from, those pages. Addresses
+//! are offsets in the request then. Where the kernel fails to register them it says so, and the ring has to
+//! ask for it by a command of its own.
+#![allow(unsafe_code, reason = "registering a buffer gives the kernel a pointer")]
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::ptr;
+
+use io_uring::types::Fixed;
+use io_uring::{IoUring, opcode, squeue};
+use libublk::sys;
+
+use super::sys::Region;
+use crate::engine::port::FileIo;
+
+/// The number under which the buffers of all tags are registered, in copied data.
+const ALL_BUFFERS: u16 = 0;
+
+/// A number under which nothing can be registered: there are fewer tags.
+const NO_NUMBER: u16 = u16::MAX;
+
+/// Where the zeros come from that fill parts of a request's pages.
+const ZEROS_PATH: &str = "/dev/zero";
+
+/// See the module's head.
+pub(super) enum Data {
+    /// Through buffers.
+    Copied(Buffers),
+    /// In the pages of the requests.
+    InPlace {
+        /// Read to fill pages with zeros.
+        zeros: File,
+        /// Under which number the kernel registers a tag's pages.
+        numbers: Numbers,
+    },
+}
+
+/// The buffers of copied data.
+pub(super) struct Buffers {
+    region: Region,
+    request_bytes: usize,
+    registered: bool,
+}
+
+/// Which numbers the kernel is told to register pages under.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Numbers {
+    /// The tag's.
+    Tag,
+    /// One that does not exist, so that registering always fails: what the ring does then can be tested so.
+    Impossible,
+}
+
+impl Data {
+    /// Buffers of `request_bytes` for each of `depth` tags.
+    pub(super) fn copied(depth: u16, request_bytes: u32) -> io::Result<Self> {
+        let request_bytes = request_bytes as usize;
+        let region = Region::memory(usize::from(depth) * request_bytes)?;
+        Ok(Self::Copied(Buffers { region, request_bytes, registered: false }))
+    }
+
+    /// The requests' own pages.
+    pub(super) fn in_place(numbers: Numbers) -> io::Result<Self> {
+        Ok(Self::InPlace { zeros: File::open(ZEROS_PATH)?, numbers })
+    }
+
+    /// Makes the ring know the buffers, or room for those of `depth` requests. What only costs speed is a
+    /// warning.
+    pub(super) fn register(&mut self, uring: &IoUring, depth: u16) -> io::Result<()> {
+        let Self::Copied(buffers) = self else {
+            return uring.submitter().register_buffers_sparse(u32::from(depth));
+        };
+        if let Err(error) = buffers.region.lock() {
+            tracing::warn!("request buffers are not locked in memory: {error}");
+        }
+        let all = [libc::iovec {
+            iov_base: buffers.region.at(0, buffers.region.length()).cast(),
+            iov_len: buffers.region.length(),
+        }];
+        // SAFETY: the region is unmapped only after the ring, which has this object's owner as its own.
+        match unsafe { uring.submitter().register_buffers(&all) } {
+            Ok(()) => buffers.registered = true,
+            Err(error) => tracing::warn!("request buffers are not registered in the ring: {error}"),
+        }
+        Ok(())
+    }
+
+    /// The file that the ring has to know besides.
+    pub(super) fn zeros_fd(&self) -> Option<i32> {
+        match self {
+            Self::Copied(_) => None,
+            Self::InPlace { zeros, .. } => Some(zeros.as_raw_fd()),
+        }
+    }
+
+    /// What the command of a tag tells the kernel: the address in the command itself and the one in its
+    /// submission.
+    pub(super) fn offer(&self, tag: u16) -> (u64, Option<u64>) {
+        match self {
+            Self::Copied(buffers) => {
+                let place = buffers.at(tag, 0, 0).expose_provenance();
+                (place as u64, None)
+            }
+            Self::InPlace { numbers, .. } => {
+                let number = if *numbers == Numbers::Tag { tag } else { NO_NUMBER };
+                let flags = u64::from(sys::UBLK_AUTO_BUF_REG_FALLBACK);
+                (0, Some(u64::from(number) | flags << u16::BITS))
+            }
+        }
+    }
+
+    /// Whether a request whose flags are `op_flags` came without its pages being registered.
+    pub(super) fn wants_registration(&self, op_flags: u32) -> bool {
+        matches!(self, Self::InPlace { .. }) && op_flags & sys::UBLK_IO_F_NEED_REG_BUF != 0
+    }
+
+    /// Reads from `file` into the data of a tag.
+    pub(super) fn read(&self, file: Fixed, tag: u16, io: FileIo) -> squeue::Entry {
+        let FileIo { file_offset, length, .. } = io;
+        let (place, number) = self.place(tag, io);
+        match number {
+            Some(number) => opcode::ReadFixed::new(file, place, length, number).offset(file_offset).build(),
+            None => opcode::Read::new(file, place, length).offset(file_offset).build(),
+        }
+    }
+
+    /// Writes to `file` from the data of a tag.
+    pub(super) fn write(&self, file: Fixed, tag: u16, io: FileIo, flags: i32) -> squeue::Entry {
+        let FileIo { file_offset, length, .. } = io;
+        let (place, number) = self.place(tag, io);
+        match number {
+            Some(number) => {
+                let write = opcode::WriteFixed::new(file, place, length, number);
+                write.offset(file_offset).rw_flags(flags).build()
+            }
+            None => opcode::Write::new(file, place, length).offset(file_offset).rw_flags(flags).build(),
+        }
+    }
+
+    /// Fills part of the data of a tag with zeros. Done on return, or by the entry, with `zeros` the number
+    /// of the file that [`Data::zeros_fd`] gave.
+    pub(super) fn fill_zero(&mut self, zeros: Fixed, tag: u16, io: FileIo) -> Option<squeue::Entry> {
+        match self {
+            Self::Copied(buffers) => {
+                buffers.fill_zero(tag, io.buffer_offset, io.length);
+                None
+            }
+            Self::InPlace { .. } => Some(self.read(zeros, tag, FileIo { file_offset: 0, ..io })),
+        }
+    }
+
+    /// Where the data of a piece is, and the number under which the ring knows it.
+    fn place(&self, tag: u16, io: FileIo) -> (*mut u8, Option<u16>) {
+        match self {
+            Self::Copied(buffers) => {
+                let place = buffers.at(tag, io.buffer_offset, io.length);
+                (place, buffers.registered.then_some(ALL_BUFFERS))
+            }
+            Self::InPlace { .. } => (ptr::without_provenance_mut(io.buffer_offset as usize), Some(tag)),
+        }
+    }
+}
+
+impl Buffers {
+    fn offset(&self, tag: u16, buffer_offset: u32, length: u32) -> usize {
+        let end = buffer_offset as usize + length as usize;
+        assert!(end <= self.request_bytes, "{buffer_offset}+{length} leaves the tag's buffer");
+        usize::from(tag) * self.request_bytes + buffer_offset as usize
+    }
+
+    fn at(&self, tag: u16, buffer_offset: u32, length: u32) -> *mut u8 {
+        self.region.at(self.offset(tag, buffer_offset, length), length as usize)
+    }
+
+    fn fill_zero(&mut self, tag: u16, buffer_offset: u32, length: u32) {
+        self.region.fill_zero(self.offset(tag, buffer_offset, length), length as usize);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::port::FileOp;
+
+    #[test]
+    fn pages_are_registered_under_the_tags_number_or_under_none() {
+        let offer = |numbers| Data::in_place(numbers).expect("there is a /dev/zero").offer(7);
+        assert_eq!(offer(Numbers::Tag), (0, Some(7 | 1 << 16)));
+        assert_eq!(offer(Numbers::Impossible), (0, Some(0xffff | 1 << 16)));
+    }
+
+    #[test]
+    fn only_pages_may_be_unregistered_and_only_when_the_kernel_says_so() {
+        let in_place = Data::in_place(Numbers::Tag).expect("there is a /dev/zero");
+        assert!(in_place.wants_registration(1 | 1 << 17) && !in_place.wants_registration(1));
+        assert!(!Data::copied(1, 4096).expect("memory").wants_registration(1 << 17));
+    }
+
+    #[test]
+    fn buffers_lie_side_by_side_and_are_filled_at_once() {
+        let mut data = Data::copied(2, 8192).expect("memory");
+        let first = data.offer(0).0;
+        assert_eq!(data.offer(1).0, first + 8192);
+        let io = FileIo { op: FileOp::FillZero, file_offset: 0, buffer_offset: 4096, length: 4096 };
+        assert!(data.fill_zero(Fixed(2), 1, io).is_none());
+    }
+
+    #[test]
+    #[should_panic(expected = "leaves the tag's buffer")]
+    fn a_piece_never_reaches_into_the_next_tags_buffer() {
+        let data = Data::copied(2, 8192).expect("memory");
+        data.read(
+            Fixed(1),
+            0,
+            FileIo { op: FileOp::Read, file_offset: 0, buffer_offset: 4096, length: 8192 },
+        );
+    }
+}
