@@ -32,6 +32,7 @@ use super::queue::QueueSetup;
 use super::queues::Queues;
 use super::registry::{Entry, FileId, ProcessId, Registry};
 use super::ring::{RingSetup, Transfer};
+use super::sys;
 use crate::engine::front::Front;
 use crate::engine::shared::Shared;
 use crate::error::{Error, Kind, Result};
@@ -95,6 +96,7 @@ pub fn serve<E: EngineHandle>(
     ready: impl FnOnce(&Ready) -> Result<()>,
 ) -> Result<()> {
     options.validate()?;
+    prepare_process();
     let queues = Queues::new()?;
     let registry = Registry::open()?;
     let mut device = Device::add(registry, queues, served, options)?;
@@ -118,6 +120,7 @@ pub fn recover<E: EngineHandle>(
     start_engine: impl FnOnce(EngineEnds) -> Result<E>,
     ready: impl FnOnce(&Ready) -> Result<()>,
 ) -> Result<()> {
+    prepare_process();
     let queues = Queues::new()?;
     let registry = Registry::open()?;
     let mut device = Device::take_over(registry, queues, entry)?;
@@ -125,6 +128,13 @@ pub fn recover<E: EngineHandle>(
     ready(&device.ready())?;
     let outcome = device.queues.await_end();
     device.take_down(outcome)
+}
+
+/// What fails here costs safety when memory runs out, but serves.
+fn prepare_process() {
+    if let Err(error) = sys::keep_in_memory() {
+        tracing::warn!("the daemon may be swapped out: {error}");
+    }
 }
 
 /// How a device comes to this process.

@@ -1,9 +1,9 @@
 //! How the data of a request reaches the file: through a buffer of its tag's own, or from its own pages.
 //!
 //! *Copied*: the kernel copies between the pages of a request and the tag's buffer, and the file is read into,
-//! and written from, that buffer. All buffers are one region: locked, because a buffer the kernel cannot fault
-//! in would stall the queue, and one it can fault in only partly would silently cut a write short; registered
-//! in the ring, so that its pages are not looked up for every request.
+//! and written from, that buffer. All buffers are one region: present from the start, because a buffer the kernel
+//! cannot fault in would stall the queue, and one it can fault in only partly would silently cut a write short;
+//! registered in the ring, so that its pages are not looked up for every request.
 //!
 //! *In place*: the kernel registers the pages of a request in the ring, under the tag's number, together with
 //! the command that brings the request, and the file is read into, and written from, those pages. Addresses
@@ -80,9 +80,6 @@ impl Data {
         let Self::Copied(buffers) = self else {
             return uring.submitter().register_buffers_sparse(u32::from(depth));
         };
-        if let Err(error) = buffers.region.lock() {
-            tracing::warn!("request buffers are not locked in memory: {error}");
-        }
         let all = [libc::iovec {
             iov_base: buffers.region.at(0, buffers.region.length()).cast(),
             iov_len: buffers.region.length(),

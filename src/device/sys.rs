@@ -1,6 +1,6 @@
 //! The few system calls that no crate in use wraps safely: memory shared with the kernel, and what a thread
 //! or process is told to be.
-#![allow(unsafe_code, reason = "mmap, mlock, prctl, sched_setaffinity and pidfds are raw system calls")]
+#![allow(unsafe_code, reason = "mmap, mlockall, prctl, sched_setaffinity and pidfds are raw system calls")]
 
 use std::fs::File;
 use std::io;
@@ -47,12 +47,6 @@ impl Region {
         }
         let base = NonNull::new(base.cast()).expect("a mapping is never at address zero");
         Ok(Self { base, length })
-    }
-
-    /// Keeps the memory from being swapped out.
-    pub(super) fn lock(&self) -> io::Result<()> {
-        // SAFETY: the range is mapped as long as `self` lives.
-        check(unsafe { libc::mlock(self.base.as_ptr().cast(), self.length) })
     }
 
     /// How long it is, bytes.
@@ -106,6 +100,13 @@ pub(super) fn shared_words(file: &File, count: usize) -> io::Result<&'static [At
     // SAFETY: mapped, aligned, never unmapped, and any bits are a valid word. Other processes that map the file
     // use atomic words too.
     Ok(unsafe { std::slice::from_raw_parts(words, count) })
+}
+
+/// Keeps whatever memory this process has touched, or will touch, from being swapped out: the swap may be on the
+/// very disk that it serves. Memory that is never touched is not brought in by this.
+pub(super) fn keep_in_memory() -> io::Result<()> {
+    // SAFETY: no pointers are passed.
+    check(unsafe { libc::mlockall(libc::MCL_CURRENT | libc::MCL_FUTURE | libc::MCL_ONFAULT) })
 }
 
 /// `PR_SET_IO_FLUSHER` of `linux/prctl.h`; the `libc` crate does not have it.
