@@ -1,0 +1,150 @@
+"""The order of things: rounds of workloads of systems, one measurement at a time."""
+
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from commands import CommandError, Stuck
+from measure import Duration, Region, fill, measure
+from results import Results
+from scratch import GIB, MIB, free_bytes
+from systems import Device, System, Tools
+from workloads import GROWING, GROWTH_SHAPES, STANDING, Workload
+
+REGION_LIMIT = GIB
+# The standing images and one new one at a time use less than 13 regions' space together.
+REGIONS_PER_DISK = 14
+
+
+@dataclass
+class Bench:
+    """A run on one file system.
+
+    Systems that are measured on written blocks keep their device for the whole run, so that all are
+    in the same state in every round; for workloads that need an empty image, a device is made and
+    taken away again around each measurement.
+    """
+
+    tools: Tools
+    folder: Path
+    results: Results
+    duration: Duration
+    standing: dict[str, Device] = field(default_factory=dict)
+    stuck: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        share = min(REGION_LIMIT, free_bytes(self.folder) // REGIONS_PER_DISK)
+        self.length = max(share // (64 * MIB), 1) * 64 * MIB
+        self.results.facts["written region"] = f"{self.length // MIB} MiB, in the growth table twice {self.small // MIB} MiB"
+
+    @property
+    def small(self) -> int:
+        return self.length // 4
+
+    def run_round(self, number: int, workloads: list[Workload], systems: list[System]) -> None:
+        """Measures every workload on every system; each round another system is the first."""
+        self.results.rounds.append({})
+        for workload in workloads:
+            chosen = [system for system in workload.measured if system in systems]
+            turn = number % len(chosen) if chosen else 0
+            for system in chosen[turn:] + chosen[:turn]:
+                self.run_cell(number, workload, system)
+
+    def run_cell(self, number: int, workload: Workload, system: System) -> None:
+        started = time.monotonic()
+        label = f"round {number + 1}  {workload.name:34} {system.name:18}"
+        try:
+            if system.name in self.stuck:
+                raise CommandError("its device hung before")
+            with self.device(workload, system) as device, tempfile.TemporaryDirectory(dir="/run") as own:
+                sample = measure(workload, device, self.region(workload, device), self.duration, Path(own))
+        except Stuck as error:
+            self.stuck.add(system.name)
+            self.note_failure(label, workload, system, error)
+        except (CommandError, OSError, KeyError, ValueError) as error:
+            self.note_failure(label, workload, system, error)
+        else:
+            self.results.add(workload.name, system.name, sample)
+            figures = f"{sample.value:10.0f} {workload.unit:4}  p50 {sample.p50_us:9.0f} µs"
+            print(f"{label} {figures}  {time.monotonic() - started:5.1f} s", flush=True)
+
+    def note_failure(self, label: str, workload: Workload, system: System, error: Exception) -> None:
+        self.results.fail(workload.name, system.name, str(error) or repr(error))
+        print(f"{label} FAILED: {error!r}", flush=True)
+
+    def region(self, workload: Workload, device: Device) -> Region:
+        if workload in GROWING:
+            size = int((device.sysfs / "size").read_text()) * 512
+            return Region(0 if workload.region == "start" else size - self.small, self.small)
+        return Region(0, self.length)
+
+    @contextmanager
+    def device(self, workload: Workload, system: System) -> Iterator[Device]:
+        if workload.fresh:
+            with self.new_device(workload, system) as device:
+                yield device
+        else:
+            yield self.standing_device(system)
+
+    @contextmanager
+    def new_device(self, workload: Workload, system: System) -> Iterator[Device]:
+        assert workload.fresh
+        file = self.folder / "new"
+        file.unlink(missing_ok=True)
+        system.create(self.tools, file, workload.fresh.shape)
+        try:
+            device = system.attach(self.tools, file)
+            try:
+                if workload.fresh.filled:
+                    fill(device, Region(0, self.length))
+                yield device
+            finally:
+                system.stop(self.tools, device)
+        finally:
+            file.unlink()
+
+    def standing_device(self, system: System) -> Device:
+        """The system's device, made and filled when it is first needed, or when its server has died."""
+        device = self.standing.get(system.name)
+        if device and device.is_alive():
+            return device
+        if device:
+            self.drop(system)
+        file = self.folder / system.name.replace(" ", "-")
+        file.unlink(missing_ok=True)
+        shape = GROWTH_SHAPES.get(system.name, STANDING)
+        system.create(self.tools, file, shape)
+        device = self.standing[system.name] = system.attach(self.tools, file)
+        self.results.settings[system.name] = device.settings()
+        if system.name in GROWTH_SHAPES:
+            regions = [Region(0, self.small), Region(shape.size - self.small, self.small)]
+        else:
+            regions = [Region(0, self.length)]
+        try:
+            for region in regions:
+                fill(device, region)
+        except CommandError:
+            self.drop(system)
+            raise
+        return device
+
+    def drop(self, system: System) -> None:
+        device = self.standing.pop(system.name)
+        try:
+            system.stop(self.tools, device)
+        finally:
+            device.file.unlink(missing_ok=True)
+
+    def close(self, systems: list[System]) -> None:
+        """Takes every device away, whatever fails on the way."""
+        for system in systems:
+            if system.name in self.standing:
+                try:
+                    self.drop(system)
+                except CommandError as error:
+                    self.results.failures.append(f"taking away {system.name}: {error}")
+                    print(f"taking away {system.name}: {error}", file=sys.stderr)

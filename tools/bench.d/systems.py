@@ -1,0 +1,237 @@
+"""The systems under test: each makes a block device of a file, and takes it away again."""
+
+import json
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+
+from commands import CommandError, run, wait_until
+from scratch import set_no_scheduler
+
+DEPTH = 64
+BUFFER_BYTES = 512 << 10
+SECTOR_BYTES = 512
+PHYSICAL_SECTOR_BYTES = 4096
+QUEUE_SETTINGS = (
+    "scheduler",
+    "nr_requests",
+    "max_sectors_kb",
+    "logical_block_size",
+    "physical_block_size",
+    "write_cache",
+    "discard_granularity",
+)
+
+
+@dataclass(frozen=True)
+class Tools:
+    """The programs that are not found by name."""
+
+    vhdx_ublk: Path
+    rublk: Path
+
+    def has_zero_copy(self) -> bool:
+        return "--zero-copy" in run([self.vhdx_ublk, "add", "--help"])
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a device's image is like when it is new."""
+
+    size: int
+    block_size: int
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device that is up. `pid` is the process that serves it, None if the kernel does."""
+
+    path: Path
+    file: Path
+    pid: int | None
+
+    @property
+    def sysfs(self) -> Path:
+        return Path("/sys/block") / self.path.name
+
+    def settings(self) -> dict[str, str]:
+        """The block layer's settings of the device, which must not differ where it matters."""
+        return {name: (self.sysfs / "queue" / name).read_text().strip() for name in QUEUE_SETTINGS}
+
+    def is_alive(self) -> bool:
+        return self.sysfs.exists() and (self.pid is None or Path(f"/proc/{self.pid}").exists())
+
+
+@dataclass(frozen=True)
+class System(ABC):
+    """One way to serve a file as a block device."""
+
+    name: str
+
+    @abstractmethod
+    def create(self, tools: Tools, file: Path, shape: Shape) -> None:
+        """Makes the empty file."""
+
+    @abstractmethod
+    def start(self, tools: Tools, file: Path) -> Device:
+        """Serves the file."""
+
+    @abstractmethod
+    def stop(self, tools: Tools, device: Device) -> None:
+        """Takes the device away; when this returns, nothing has the file open."""
+
+    def missing(self, tools: Tools) -> str | None:
+        """Why this system cannot be measured here, if so."""
+        return None
+
+    def attach(self, tools: Tools, file: Path) -> Device:
+        """Serves the file with the settings that all systems are measured with."""
+        device = self.start(tools, file)
+        try:
+            set_no_scheduler(device.path)
+            block = int((device.sysfs / "queue/logical_block_size").read_text())
+            if block != SECTOR_BYTES:
+                raise CommandError(f"{self.name}: logical blocks of {block} bytes, not {SECTOR_BYTES}")
+        except BaseException:
+            self.stop(tools, device)
+            raise
+        return device
+
+
+def create_vhdx(tools: Tools, file: Path, shape: Shape) -> None:
+    run([tools.vhdx_ublk, "create", file, "--size", str(shape.size), "--block-size", str(shape.block_size)])
+
+
+def create_raw(file: Path, shape: Shape) -> None:
+    with file.open("xb") as raw:
+        raw.truncate(shape.size)
+
+
+@dataclass(frozen=True)
+class Ours(System):
+    """vhdx-ublk on a dynamic image."""
+
+    queues: int = 1
+    zero_copy: bool = False
+
+    def missing(self, tools: Tools) -> str | None:
+        if self.zero_copy and not tools.has_zero_copy():
+            return "this vhdx-ublk has no --zero-copy"
+        return None
+
+    def create(self, tools: Tools, file: Path, shape: Shape) -> None:
+        create_vhdx(tools, file, shape)
+
+    def start(self, tools: Tools, file: Path) -> Device:
+        copies = ["--zero-copy", "on" if self.zero_copy else "off"] if tools.has_zero_copy() else []
+        options = ["--queues", str(self.queues), "--depth", str(DEPTH), *copies]
+        path = Path(run([tools.vhdx_ublk, "add", *options, file]).strip())
+        served = json.loads(run([tools.vhdx_ublk, "list", "--json"]))
+        return Device(path, file, next(one["pid"] for one in served if one["device"] == str(path)))
+
+    def stop(self, tools: Tools, device: Device) -> None:
+        run([tools.vhdx_ublk, "del", device.path], 120)
+
+
+@dataclass(frozen=True)
+class Rublk(System):
+    """rublk's loop target on a raw file: a ublk server in Rust that has nothing to look up."""
+
+    queues: int = 1
+    zero_copy: bool = False
+
+    def create(self, tools: Tools, file: Path, shape: Shape) -> None:
+        create_raw(file, shape)
+
+    def start(self, tools: Tools, file: Path) -> Device:
+        # Direct I/O is its default; without a sector size it would take the file system's block.
+        options = ["--queue", str(self.queues), "--depth", str(DEPTH), "--io-buf-size", str(BUFFER_BYTES)]
+        options += ["--logical-block-size", str(SECTOR_BYTES)]
+        options += ["--physical-block-size", str(PHYSICAL_SECTOR_BYTES)]
+        options += ["--zero-copy"] if self.zero_copy else []
+        said = run([tools.rublk, "add", "loop", "--file", file, *options])
+        number = re.search(r"dev id (\d+)", said)
+        pid = re.search(r"daemon pid (\d+)", said)
+        if not number or not pid:
+            raise CommandError(f"rublk add: no device in its answer: {said.strip()}")
+        return Device(Path(f"/dev/ublkb{number[1]}"), file, int(pid[1]))
+
+    def stop(self, tools: Tools, device: Device) -> None:
+        run([tools.rublk, "del", "--number", device.path.name.removeprefix("ublkb")], 120)
+        wait_until(lambda: not Path(f"/proc/{device.pid}").exists(), "rublk's daemon has ended")
+
+
+@dataclass(frozen=True)
+class KernelLoop(System):
+    """The kernel's loop device on a raw file."""
+
+    def create(self, tools: Tools, file: Path, shape: Shape) -> None:
+        create_raw(file, shape)
+
+    def start(self, tools: Tools, file: Path) -> Device:
+        options = ["--direct-io=on", "--sector-size", str(SECTOR_BYTES)]
+        device = Device(Path(run(["losetup", "--find", "--show", *options, file]).strip()), file, None)
+        if (device.sysfs / "loop/dio").read_text().strip() != "1":
+            self.stop(tools, device)
+            raise CommandError("the kernel's loop device refuses direct I/O here")
+        return device
+
+    def stop(self, tools: Tools, device: Device) -> None:
+        run(["losetup", "--detach", device.path])
+        backing = device.sysfs / "loop/backing_file"
+        wait_until(lambda: not backing.exists(), "the loop device has let go of its file")
+
+
+@dataclass(frozen=True)
+class QemuNbd(System):
+    """qemu-nbd on a dynamic image, through the kernel's NBD client."""
+
+    aio: str = "native"
+
+    def create(self, tools: Tools, file: Path, shape: Shape) -> None:
+        create_vhdx(tools, file, shape)
+
+    def start(self, tools: Tools, file: Path) -> Device:
+        path = free_nbd()
+        pid_file = file.with_suffix(".pid")
+        options = ["--format=vhdx", "--cache=none", f"--aio={self.aio}", f"--pid-file={pid_file}"]
+        run(["qemu-nbd", f"--connect={path}", *options, file])
+        size = Path("/sys/block") / path.name / "size"
+        wait_until(lambda: pid_file.exists() and size.read_text().strip() != "0", "qemu-nbd serves the file")
+        pid = int(pid_file.read_text())
+        pid_file.unlink()
+        return Device(path, file, pid)
+
+    def stop(self, tools: Tools, device: Device) -> None:
+        run(["qemu-nbd", "--disconnect", device.path], 120)
+        wait_until(lambda: not Path(f"/proc/{device.pid}").exists(), "qemu-nbd has ended", 120)
+
+
+def free_nbd() -> Path:
+    """The first NBD device that nobody serves."""
+    if not Path("/sys/block/nbd0").exists():
+        run(["modprobe", "nbd"])
+    for number in range(16):
+        block = Path(f"/sys/block/nbd{number}")
+        if block.exists() and not (block / "pid").exists():
+            return Path("/dev") / block.name
+    raise CommandError("every NBD device is in use")
+
+
+OURS = Ours("ours")
+OURS_ZC = Ours("ours zc", zero_copy=True)
+RUBLK = Rublk("rublk")
+RUBLK_ZC = Rublk("rublk zc", zero_copy=True)
+LOOP = KernelLoop("kernel loop")
+QEMU_NATIVE = QemuNbd("qemu-nbd native", aio="native")
+QEMU_URING = QemuNbd("qemu-nbd io_uring", aio="io_uring")
+OURS_2Q = Ours("ours 2q", queues=2)
+RUBLK_2Q = Rublk("rublk 2q", queues=2)
+OURS_1G = Ours("ours 1 GiB")
+OURS_100G = Ours("ours 100 GiB")
+OURS_10T = Ours("ours 10 TiB")
+GROWTH = (OURS_1G, OURS_100G, OURS_10T)
+QEMU = (QEMU_NATIVE, QEMU_URING)
+COPYING = (OURS, RUBLK, LOOP, *QEMU)
+ALL = (OURS, OURS_ZC, RUBLK, RUBLK_ZC, LOOP, *QEMU, OURS_2Q, RUBLK_2Q, *GROWTH)

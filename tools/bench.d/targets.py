@@ -1,0 +1,90 @@
+"""What must be reached, as data."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+import systems
+from results import Results, Spread
+
+QEMU = tuple(system.name for system in systems.QEMU)
+RUBLK = (systems.RUBLK.name,)
+RUBLK_ZC = (systems.RUBLK_ZC.name,)
+OURS = systems.OURS.name
+OURS_ZC = systems.OURS_ZC.name
+OURS_2Q = systems.OURS_2Q.name
+
+
+class Verdict(Enum):
+    PASSED = "passed"
+    MISSED = "**missed**"
+    UNKNOWN = "not measured"
+
+
+@dataclass(frozen=True)
+class Target:
+    """The ratio `system` / best of `peers` of `metric` must be at least, or at most, so much."""
+
+    workload: str
+    system: str
+    peers: tuple[str, ...]
+    at_least: float | None = None
+    at_most: float | None = None
+    metric: str = "value"
+
+    def __post_init__(self) -> None:
+        assert (self.at_least is None) != (self.at_most is None), "one bound"
+
+    def bound(self) -> str:
+        return f"≥ {self.at_least:g}" if self.at_least is not None else f"≤ {self.at_most:g}"
+
+    def judge(self, results: Results) -> tuple[Spread | None, Verdict]:
+        ratio = results.ratio(self.workload, self.system, self.peers, self.metric)
+        if ratio is None:
+            return None, Verdict.UNKNOWN
+        if self.at_least is not None:
+            reached = ratio.median >= self.at_least
+        else:
+            assert self.at_most is not None
+            reached = ratio.median <= self.at_most
+        return ratio, Verdict.PASSED if reached else Verdict.MISSED
+
+
+# A hit costs what the raw file costs.
+HITS = [
+    *(Target(f"4k-rand{operation}-qd32", OURS, RUBLK, at_least=0.97) for operation in ("read", "write")),
+    *(Target(f"4k-rand{operation}-qd1", OURS, RUBLK, at_most=1.05, metric="p50_us") for operation in ("read", "write")),
+    *(
+        Target(f"{request}-seq{operation}-{depth}", OURS, RUBLK, at_least=0.97)
+        for request, depth in (("128k", "qd8"), ("1m", "qd4"))
+        for operation in ("read", "write")
+    ),
+    *(
+        Target(workload, OURS_ZC, RUBLK_ZC, at_least=0.97)
+        for workload in ("4k-randread-qd32", "4k-randwrite-qd32", "128k-seqread-qd8", "128k-seqwrite-qd8")
+    ),
+    *(
+        Target(f"4k-rand{operation}-qd32", OURS, RUBLK, at_most=1.1, metric="cpu_s_per_m")
+        for operation in ("read", "write")
+    ),
+    Target("4k-randread-qd32", OURS, QEMU, at_least=5),
+    Target("4k-randwrite-qd32", OURS, QEMU, at_least=8),
+]
+
+# So does, nearly, a block's first write, though it takes metadata.
+MISSES = [
+    Target("fill", OURS, RUBLK, at_least=0.9),
+    Target("first-1m", OURS, QEMU, at_least=20),
+    Target("first-32m", OURS, QEMU, at_least=20),
+]
+
+SYNCS = [
+    *(Target(f"sync-hit-{jobs}j", OURS, RUBLK, at_least=0.95) for jobs in (1, 16)),
+    *(Target(f"sync-first-{jobs}j", OURS, RUBLK, at_least=0.5) for jobs in (1, 16)),
+]
+
+# A second queue never costs anything.
+QUEUES = [
+    Target(f"4jobs-4k-rand{operation}-qd16", OURS_2Q, (OURS,), at_least=1.0) for operation in ("read", "write")
+]
+
+ALL = [*HITS, *MISSES, *SYNCS, *QUEUES]
