@@ -11,7 +11,7 @@ from pathlib import Path
 from commands import CommandError, Stuck
 from measure import Duration, Region, fill, measure
 from results import Results
-from scratch import GIB, MIB, free_bytes
+from scratch import GIB, MIB, free_bytes, set_no_scheduler
 from systems import Device, System, Tools
 from workloads import GROWING, GROWTH_SHAPES, STANDING, Workload
 
@@ -39,7 +39,8 @@ class Bench:
     def __post_init__(self) -> None:
         share = min(REGION_LIMIT, free_bytes(self.folder) // REGIONS_PER_DISK)
         self.length = max(share // (64 * MIB), 1) * 64 * MIB
-        self.results.facts["written region"] = f"{self.length // MIB} MiB, in the growth table twice {self.small // MIB} MiB"
+        written = f"{self.length // MIB} MiB; in the growth table {self.small // MIB} MiB at each end"
+        self.results.facts["written region"] = written
 
     @property
     def small(self) -> int:
@@ -61,6 +62,7 @@ class Bench:
             if system.name in self.stuck:
                 raise CommandError("its device hung before")
             with self.device(workload, system) as device, tempfile.TemporaryDirectory(dir="/run") as own:
+                set_no_scheduler(device.path)  # again: a rule of udev may have come after us
                 sample = measure(workload, device, self.region(workload, device), self.duration, Path(own))
         except Stuck as error:
             self.stuck.add(system.name)
@@ -119,7 +121,6 @@ class Bench:
         shape = GROWTH_SHAPES.get(system.name, STANDING)
         system.create(self.tools, file, shape)
         device = self.standing[system.name] = system.attach(self.tools, file)
-        self.results.settings[system.name] = device.settings()
         if system.name in GROWTH_SHAPES:
             regions = [Region(0, self.small), Region(shape.size - self.small, self.small)]
         else:
@@ -130,6 +131,7 @@ class Bench:
         except CommandError:
             self.drop(system)
             raise
+        self.results.settings[system.name] = device.settings()
         return device
 
     def drop(self, system: System) -> None:

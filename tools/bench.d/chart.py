@@ -9,7 +9,7 @@ matplotlib.use("Agg")  # no display
 
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.ticker import FuncFormatter  # noqa: E402
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator  # noqa: E402
 
 import systems  # noqa: E402
 import workloads  # noqa: E402
@@ -30,11 +30,11 @@ BAR = 1.0
 GAP = 1.2  # between workloads
 PEER_NAMES = {
     systems.RUBLK.name: "rublk, raw file",
-    systems.RUBLK_ZC.name: "rublk zero copy, raw file / ours zero copy",
+    systems.RUBLK_ZC.name: "rublk zero copy, raw file (ours zero copy)",
     systems.LOOP.name: "kernel loop device, raw file",
     systems.QEMU_NATIVE.name: "qemu-nbd, VHDX, aio=native",
     systems.QEMU_URING.name: "qemu-nbd, VHDX, aio=io_uring",
-    systems.RUBLK_2Q.name: "rublk two queues, raw file / ours two queues",
+    systems.RUBLK_2Q.name: "rublk two queues, raw file (ours two queues)",
 }
 
 
@@ -45,10 +45,11 @@ def draw_workload(axes: Axes, results: Results, workload: Workload, top: float) 
         ratio = results.ratio(workload.name, COUNTERPARTS[peer], [peer])
         if not ratio:
             continue
-        spread = [[ratio.median - ratio.least], [ratio.most - ratio.median]]
         # A bar starts at 1, where both are equal, so that faster and slower point apart.
         axes.barh(y, ratio.median - 1, left=1, height=BAR * 0.9, color=colour, zorder=2)
-        axes.errorbar(ratio.median, y, xerr=spread, color="black", linewidth=0.8, capsize=1.5, zorder=3)
+        if ratio.least < ratio.most:
+            spread = [[ratio.median - ratio.least], [ratio.most - ratio.median]]
+            axes.errorbar(ratio.median, y, xerr=spread, color="black", linewidth=0.8, capsize=1.5, zorder=3)
         text = f"{ratio.median:.2f}" if ratio.median < 10 else f"{ratio.median:.0f}"
         axes.annotate(
             text, (max(ratio.most, 1), y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=7
@@ -57,9 +58,28 @@ def draw_workload(axes: Axes, results: Results, workload: Workload, top: float) 
     return y
 
 
+def heading(results: Results) -> str:
+    facts, rounds = results.facts, len(results.rounds)
+    what = "a single round" if rounds == 1 else f"median of {rounds} rounds, whiskers from least to most"
+    return f"{facts['kernel']}, {facts['CPUs']} CPUs, {facts['file system']}; {what}"
+
+
+def label_axes(axes: Axes) -> None:
+    axes.axvline(1, color="black", linewidth=1, zorder=4)
+    axes.invert_yaxis()
+    axes.margins(y=0.01)
+    least, most = axes.get_xlim()
+    axes.set_xlim(min(least, 0.5), max(most * 1.3, 2))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.grid(axis="x", color="#dddddd", linewidth=0.5, zorder=0)
+    axes.set_xlabel("throughput of vhdx-ublk / throughput of the peer (log scale; right of 1: vhdx-ublk is faster)")
+
+
 def draw(results: Results, name: str) -> None:
     measured = [one for one in workloads.COMPARED if any(one.name in found for found in results.rounds)]
-    figure, axes = plt.subplots(figsize=(11, 0.75 * len(measured) + 2.2))
+    figure, axes = plt.subplots(figsize=(11, 0.75 * len(measured) + 2.2), layout="constrained")
     axes.set_xscale("log")
     y, centres, labels = 0.0, [], []
     for workload in measured:
@@ -68,23 +88,12 @@ def draw(results: Results, name: str) -> None:
             centres.append((y + end - BAR) / 2)
             labels.append(workload.title)
             y = end + GAP
-    axes.axvline(1, color="black", linewidth=1, zorder=4)
     axes.set_yticks(centres, labels, fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlim(min(axes.get_xlim()[0], 0.5), max(axes.get_xlim()[1] * 1.3, 2))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
-    axes.grid(axis="x", which="both", color="#dddddd", linewidth=0.5, zorder=0)
-    axes.set_xlabel("throughput of vhdx-ublk / throughput of the peer (log scale; right of 1: vhdx-ublk is faster)")
-    facts = results.facts
-    axes.set_title(
-        f"vhdx-ublk on a dynamic VHDX beside its peers\n{facts['kernel']}, {facts['CPUs']} CPUs, {facts['file system']}; "
-        f"median of {len(results.rounds)} round(s), whiskers least to most",
-        fontsize=9,
-    )
+    label_axes(axes)
+    figure.suptitle(f"vhdx-ublk on a dynamic VHDX beside its peers\n{heading(results)}", fontsize=9)
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in COLOURS.values()]
-    axes.legend(handles, [PEER_NAMES[peer] for peer in COLOURS], title="peer", fontsize=7, title_fontsize=8)
-    figure.tight_layout()
+    names = [PEER_NAMES[peer] for peer in COLOURS]
+    axes.legend(handles, names, fontsize=7, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     figure.savefig(f"{name}.svg")
     figure.savefig(f"{name}.png", dpi=150)
 

@@ -59,7 +59,7 @@ def chosen_systems(lists: list[str]) -> list[System]:
 
 def gather_facts(options: argparse.Namespace, tools: Tools, measured: list[System]) -> dict[str, str]:
     first_line = {name: run([name, "--version"]).splitlines()[0] for name in ("fio", "qemu-nbd")}
-    disk = "null_blk in memory" if options.fast_disk else "the disk tools/bench made"
+    disk = "a disk in memory (null_blk)" if options.fast_disk else "a disk in a file"
     return {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "kernel": f"{os.environ.get('VHDX_LAB_KERNEL', 'unknown')} ({platform.release()}, {platform.machine()})",

@@ -57,7 +57,10 @@ class Device:
 
     def settings(self) -> dict[str, str]:
         """The block layer's settings of the device, which must not differ where it matters."""
-        return {name: (self.sysfs / "queue" / name).read_text().strip() for name in QUEUE_SETTINGS}
+        found = {name: (self.sysfs / "queue" / name).read_text().strip() for name in QUEUE_SETTINGS}
+        # The one in use is in brackets among those there are.
+        found["scheduler"] = re.sub(r".*\[(.*)\].*", r"\1", found["scheduler"])
+        return found
 
     def is_alive(self) -> bool:
         return self.sysfs.exists() and (self.pid is None or Path(f"/proc/{self.pid}").exists())
