@@ -75,8 +75,9 @@ class Bench:
             print(f"{label} {figures}  {time.monotonic() - started:5.1f} s", flush=True)
 
     def note_failure(self, label: str, workload: Workload, system: System, error: Exception) -> None:
-        self.results.fail(workload.name, system.name, str(error) or repr(error))
-        print(f"{label} FAILED: {error!r}", flush=True)
+        reason = f"{type(error).__name__}: {error}" if not isinstance(error, CommandError) else str(error)
+        self.results.fail(workload.name, system.name, reason)
+        print(f"{label} FAILED: {reason}", flush=True)
 
     def region(self, workload: Workload, device: Device) -> Region:
         if workload in GROWING:

@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator  # noqa: E4
 
 import systems  # noqa: E402
 import workloads  # noqa: E402
-from report import COUNTERPARTS  # noqa: E402
+from report import COUNTERPARTS, number  # noqa: E402
 from results import Results  # noqa: E402
 from workloads import Workload  # noqa: E402
 
@@ -50,10 +50,8 @@ def draw_workload(axes: Axes, results: Results, workload: Workload, top: float) 
         if ratio.least < ratio.most:
             spread = [[ratio.median - ratio.least], [ratio.most - ratio.median]]
             axes.errorbar(ratio.median, y, xerr=spread, color="black", linewidth=0.8, capsize=1.5, zorder=3)
-        text = f"{ratio.median:.2f}" if ratio.median < 10 else f"{ratio.median:.0f}"
-        axes.annotate(
-            text, (max(ratio.most, 1), y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=7
-        )
+        place = (max(ratio.most, 1), y)
+        axes.annotate(number(ratio.median), place, (4, 0), textcoords="offset points", va="center", fontsize=7)
         y += BAR
     return y
 

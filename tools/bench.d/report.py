@@ -26,7 +26,7 @@ NOTES = """\
 * Latency is that of completion; where every write is synced, it is the sync's. Its resolution is 1.6 %.
 * CPU is what the serving process computed, user and system, per million of fio's requests; the work of kernel threads
   (the loop device, the NBD client) is not in it. The clock has 100 ticks a second: runs of less than a second of
-  computing say little.
+  computing say little. The user-mode kernel counts the wait for a disk's sync as computing, whoever asked for it.
 * Where blocks are written first and in the fill, the final sync is in the time. qemu-nbd is stopped there, and counted
   as far as it came, when a time limit ends.
 * ours: a dynamic image; rublk and the kernel's loop device: a raw file, as sparse as the image is empty; all on the

@@ -24,7 +24,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="tools/bench", allow_abbrev=False)
     parser.add_argument("--vhdx-ublk", type=Path, required=True)
     parser.add_argument("--rublk", type=Path, required=True)
-    parser.add_argument("--revision", default="unknown")
+    parser.add_argument("--revision", required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rounds", type=positive, default=3)
     parser.add_argument("--seconds", type=positive, default=4)
@@ -65,7 +65,7 @@ def gather_facts(options: argparse.Namespace, tools: Tools, measured: list[Syste
         "kernel": f"{os.environ.get('VHDX_LAB_KERNEL', 'unknown')} ({platform.release()}, {platform.machine()})",
         "CPUs": str(os.cpu_count()),
         "file system": f"{'xfs' if options.xfs else 'ext4'} on {disk}",
-        "ours": f"{run([tools.vhdx_ublk, '--version']).strip()}, revision {options.revision}",
+        "ours": f"{run([tools.vhdx_ublk, '--version']).strip()}, {options.revision}",
         "rublk": run([tools.rublk, "--version"]).strip(),
         "qemu-nbd": first_line["qemu-nbd"],
         "fio": first_line["fio"],
