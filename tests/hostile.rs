@@ -7,6 +7,9 @@
 #[allow(dead_code, reason = "shared with tests that lay out more")]
 mod craft;
 mod fuzz;
+#[allow(unsafe_code, reason = "a global allocator is unsafe by its trait")]
+#[allow(dead_code, reason = "shared with a test that counts allocations")]
+mod memory;
 #[allow(dead_code, reason = "the simulator serves several tests, none of which needs all of it")]
 mod sim;
 
@@ -17,7 +20,7 @@ use std::time::{Duration, Instant};
 use fastrand::Rng;
 use fuzz::coverage::Coverage;
 use fuzz::trial::{self, Ending, Outcome};
-use fuzz::{corpus, memory, mutator};
+use fuzz::{corpus, mutator};
 use sim::store::Store;
 
 #[global_allocator]

@@ -4,8 +4,6 @@
 pub mod corpus;
 #[allow(unsafe_code, reason = "the compiler's counters are raw memory")]
 pub mod coverage;
-#[allow(unsafe_code, reason = "a global allocator is unsafe by its trait")]
-pub mod memory;
 pub mod mutator;
 pub mod probe;
 pub mod trial;

@@ -12,9 +12,9 @@ use uuid::Uuid;
 use vhdx_ublk::error::Error;
 use vhdx_ublk::image::{FoundLog, Image, Mode, check};
 
-use super::memory::peak_of;
 use super::probe::Probe;
 use crate::craft::{Craft, HEADERS, REGION_TABLES};
+use crate::memory::peak_of;
 use crate::sim::store::Store;
 use crate::sim::tasks::block_on;
 use crate::sim::world::{Config, World};
