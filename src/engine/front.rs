@@ -119,6 +119,16 @@ impl Slot {
         asks: 0,
     };
 
+    /// Takes a request. The places of its pieces are empty already: each was emptied when its piece ended.
+    fn begin(&mut self, request: Request) {
+        assert!(self.request.is_none() && self.live_pieces == 0 && !self.waiting, "the tag is busy");
+        self.request = Some(request);
+        self.cursor = request.offset;
+        self.error = 0;
+        self.flush_at_end = false;
+        self.asks = 0;
+    }
+
     fn request(&self) -> &Request {
         self.request.as_ref().expect("an event names an active tag")
     }
@@ -155,9 +165,7 @@ impl Front {
 
     /// Takes a request; `tag` is idle.
     pub fn start<P: Port>(&mut self, tag: u16, request: Request, port: &mut P) {
-        let slot = &mut self.slots[usize::from(tag)];
-        assert!(slot.request.is_none(), "tag {tag} is busy");
-        *slot = Slot { request: Some(request), cursor: request.offset, ..Slot::IDLE };
+        self.slots[usize::from(tag)].begin(request);
         self.active += 1;
         if let Err(errno) = self.admit(request) {
             self.slots[usize::from(tag)].fail(errno);
@@ -263,7 +271,7 @@ impl Front {
             Op::Read | Op::Write { .. } => i32::try_from(request.length).expect("at most 1 MiB"),
             Op::Flush | Op::Discard | Op::WriteZeroes { .. } => 0,
         };
-        *slot = Slot::IDLE;
+        slot.request = None;
         self.active -= 1;
         port.complete(tag, result);
     }
