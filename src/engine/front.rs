@@ -377,6 +377,7 @@ impl Front {
     }
 
     /// `None` in an open session; otherwise the step that leads there, or to the request's failure.
+    #[inline]
     fn await_session<P: Port>(&mut self, tag: u16, port: &mut P) -> Option<Step> {
         match self.shared.session() {
             Session::Open => None,
@@ -408,6 +409,7 @@ impl Front {
     }
 
     /// The longest run from the cursor that one piece of file I/O can serve, over neighbouring blocks too.
+    #[inline]
     fn run(&self, tag: u16) -> Run {
         let slot = &self.slots[usize::from(tag)];
         let mut run = self.part(tag);
@@ -425,6 +427,7 @@ impl Front {
     }
 
     /// The part of the cursor's block that the request covers.
+    #[inline]
     fn part(&self, tag: u16) -> Run {
         let slot = &self.slots[usize::from(tag)];
         Run::of(&self.shared, slot.cursor, slot.end())
@@ -474,6 +477,7 @@ impl Front {
         }
     }
 
+    #[inline]
     fn start_piece<P: Port>(&mut self, tag: u16, run: &Run, op: FileOp, advisory: bool, port: &mut P) {
         assert!(run.present && run.length > 0, "file I/O goes to blocks that are there");
         let buffer_offset = self.buffer_offset(tag);
@@ -484,6 +488,7 @@ impl Front {
     }
 
     /// Takes a free place for a piece, counts it for the barrier and moves the cursor past it.
+    #[inline]
     fn claim_piece(&mut self, tag: u16, io: FileIo) -> PieceId {
         let slot = &mut self.slots[usize::from(tag)];
         let place = slot.pieces.iter().position(Option::is_none).expect("fewer than MAX_PIECES are live");
@@ -495,6 +500,7 @@ impl Front {
         PieceId { tag, piece: u8::try_from(place).expect("below MAX_PIECES") }
     }
 
+    #[inline]
     fn release_piece(&mut self, id: PieceId) -> Piece {
         let slot = &mut self.slots[usize::from(id.tag)];
         let piece = slot.pieces[usize::from(id.piece)].take().expect("a piece ends once");
@@ -508,6 +514,7 @@ impl Front {
     }
 
     /// What a completion means for its piece.
+    #[inline]
     fn judge(&self, piece: Piece, result: i32) -> Verdict {
         let rest = piece.rest;
         if result == -libc::EAGAIN || result == -libc::EINTR {
@@ -639,6 +646,7 @@ struct Run {
 
 impl Run {
     /// The run from virtual offset `from` to the end of its block or to `end`.
+    #[inline]
     fn of(shared: &Shared, from: u64, end: u64) -> Self {
         let geometry = shared.geometry();
         let block = geometry.block_of_offset(from);
