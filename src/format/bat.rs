@@ -192,6 +192,7 @@ impl Geometry {
     }
 
     /// Payload blocks; the last may reach past the disk's end.
+    #[inline]
     pub fn block_count(&self) -> u64 {
         self.virtual_size.div_ceil(1 << self.block_shift)
     }
@@ -234,11 +235,13 @@ impl Geometry {
     }
 
     /// Whether `slot` is a chunk's last, the one for its sector bitmap.
+    #[inline]
     pub fn is_bitmap_slot(&self, slot: u64) -> bool {
         slot % (self.chunk_ratio() + 1) == self.chunk_ratio()
     }
 
     /// The payload block of `slot`, unless the slot is a bitmap's or lies behind the last block.
+    #[inline]
     pub fn block_of_slot(&self, slot: u64) -> Option<u64> {
         let (chunk, index) = (slot / (self.chunk_ratio() + 1), slot % (self.chunk_ratio() + 1));
         let block = (chunk << self.ratio_shift) + index;

@@ -81,6 +81,7 @@ impl BlockMap {
     }
 
     /// Takes over a slot as the file has it, durable by that. For opening only.
+    #[inline]
     pub fn restore(&self, slot: u64, entry: BatEntry) {
         let durable = if self.geometry.is_bitmap_slot(slot) { 0 } else { DURABLE };
         self.memory.slots()[index(slot)].store(entry.0 | durable, Ordering::Relaxed);

@@ -188,6 +188,7 @@ impl Image {
 
 /// The space that a payload entry occupies: a present block's, or the old contents that an undefined or
 /// unmapped one still names.
+#[inline]
 pub fn payload_extent(entry: BatEntry, geometry: &Geometry) -> Option<Extent> {
     let names_space = match entry.payload_state() {
         Some(PayloadState::FullyPresent | PayloadState::PartiallyPresent) => true,
@@ -340,6 +341,7 @@ async fn read_bat<D: Disk>(
 }
 
 /// Checks one BAT entry that is not all zero and takes it over.
+#[inline]
 fn take_entry(entry: BatEntry, slot: u64, map: &BlockMap, file_length: u64, space: &mut Space) -> Result<()> {
     let geometry = map.geometry();
     let extent = match geometry.block_of_slot(slot) {
@@ -350,26 +352,34 @@ fn take_entry(entry: BatEntry, slot: u64, map: &BlockMap, file_length: u64, spac
     };
     if let Some(extent) = extent {
         if extent.offset >= file_length {
-            let message =
-                format!("slot {slot} names byte {}, the file has {file_length} bytes", extent.offset);
-            return Err(Error::new(Kind::Truncated, message)
-                .in_structure("BAT")
-                .remedy("the file was cut short: copy it again from its source"));
+            return Err(past_the_end(slot, extent, file_length));
         }
-        space.occupy(extent, "payload block").map_err(|error| {
-            let in_bat = Error::corrupt("BAT", format!("slot {slot}: {error}"));
-            match error.remedy_text() {
-                Some(remedy) => in_bat.remedy(remedy),
-                None => in_bat,
-            }
-        })?;
+        space.occupy(extent, "payload block").map_err(|error| of_slot(slot, &error))?;
     }
     map.restore(slot, entry);
     Ok(())
 }
 
+#[cold]
+fn past_the_end(slot: u64, extent: Extent, file_length: u64) -> Error {
+    let message = format!("slot {slot} names byte {}, the file has {file_length} bytes", extent.offset);
+    Error::new(Kind::Truncated, message)
+        .in_structure("BAT")
+        .remedy("the file was cut short: copy it again from its source")
+}
+
+#[cold]
+fn of_slot(slot: u64, error: &Error) -> Error {
+    let in_bat = Error::corrupt("BAT", format!("slot {slot}: {error}"));
+    match error.remedy_text() {
+        Some(remedy) => in_bat.remedy(remedy),
+        None => in_bat,
+    }
+}
+
+#[inline]
 pub(super) fn checked_payload(entry: BatEntry, block: u64, geometry: &Geometry) -> Result<Option<Extent>> {
-    let wrong = |what: &str| Err(Error::corrupt("BAT", format!("the entry of block {block} {what}")));
+    let wrong = |what: &str| Err(illegal(block, what));
     let Some(state) = entry.payload_state() else { return wrong("has the reserved state 4") };
     if entry.reserved_bits() != 0 {
         return wrong("has reserved bits set");
@@ -382,6 +392,11 @@ pub(super) fn checked_payload(entry: BatEntry, block: u64, geometry: &Geometry) 
         return wrong("says present, at offset 0");
     }
     Ok(extent)
+}
+
+#[cold]
+fn illegal(block: u64, what: &str) -> Error {
+    Error::corrupt("BAT", format!("the entry of block {block} {what}"))
 }
 
 fn checked_bitmap(entry: BatEntry, slot: u64) -> Result<Option<Extent>> {

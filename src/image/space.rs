@@ -82,6 +82,7 @@ impl Space {
     ///
     /// # Errors
     /// Corrupt if any of it is used already, is not on 1 MiB borders, or lies past the map's limit.
+    #[inline]
     pub fn occupy(&mut self, extent: Extent, what: &'static str) -> Result<()> {
         if !extent.offset.is_multiple_of(MIB) || !extent.length.is_multiple_of(MIB) {
             return Err(Error::corrupt(what, "is not on 1 MiB borders").at(extent.offset));
@@ -93,10 +94,7 @@ impl Space {
         self.known_zero.reach(extent.end() / MIB);
         for unit in extent.units() {
             if self.used.get(unit) {
-                let message = format!("shares the MiB at byte {} with another structure", unit * MIB);
-                return Err(Error::corrupt(what, message).at(extent.offset).remedy(
-                    "two structures claim the same bytes: do not write to this image; restore it from a backup, or copy its data out with `add --read-only` of an undamaged copy",
-                ));
+                return Err(shared(what, unit, extent));
             }
             self.used.set(unit, true);
         }
@@ -201,6 +199,14 @@ impl Space {
     }
 }
 
+#[cold]
+fn shared(what: &'static str, unit: u64, extent: Extent) -> Error {
+    let message = format!("shares the MiB at byte {} with another structure", unit * MIB);
+    Error::corrupt(what, message).at(extent.offset).remedy(
+        "two structures claim the same bytes: do not write to this image; restore it from a backup, or copy its data out with `add --read-only` of an undamaged copy",
+    )
+}
+
 /// A growing set of bits; what was never reached is clear.
 #[derive(Clone, Debug)]
 struct Bits(Vec<u64>);
@@ -212,6 +218,7 @@ impl Bits {
         bits
     }
 
+    #[inline]
     fn reach(&mut self, count: u64) {
         let words = usize::try_from(count.div_ceil(64)).expect("bounded by MAX_FILE_BYTES");
         if words > self.0.len() {
@@ -219,10 +226,12 @@ impl Bits {
         }
     }
 
+    #[inline]
     fn get(&self, bit: u64) -> bool {
         self.0.get(word_of(bit)).is_some_and(|word| word >> (bit % 64) & 1 == 1)
     }
 
+    #[inline]
     fn set(&mut self, bit: u64, value: bool) {
         let mask = 1 << (bit % 64);
         let word = &mut self.0[word_of(bit)];
