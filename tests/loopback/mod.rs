@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use vhdx_ublk::engine::front::{Front, MAX_PIECES, Request};
 use vhdx_ublk::engine::message::ToEngine;
-use vhdx_ublk::engine::port::{FileIo, PieceId, Port};
+use vhdx_ublk::engine::port::{FileIo, FileOp, PieceId, Port};
 use vhdx_ublk::engine::shared::Shared;
 use vhdx_ublk::format::bat::{BatEntry, Geometry};
 use vhdx_ublk::image::BlockMap;
@@ -39,13 +39,10 @@ struct Ends {
 
 impl Port for Ends {
     fn submit(&mut self, piece: PieceId, io: FileIo) {
+        assert_ne!(io.op, FileOp::FillZero, "{piece:?} misses: every block is in the file");
         self.pieces[self.live] = (piece, io.length.cast_signed());
         self.live += 1;
         self.started += 1;
-    }
-
-    fn fill_zero(&mut self, piece: PieceId, _buffer_offset: u32, _length: u32) -> bool {
-        panic!("{piece:?} misses: every block is in the file");
     }
 
     fn send(&mut self, message: ToEngine) {
