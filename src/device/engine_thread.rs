@@ -163,10 +163,13 @@ fn abandon(reactor: &Reactor, engine: &Rc<Engine<UringDisk>>, session: Option<Se
     session.map_or(Ok(()), SessionFile::abandon)
 }
 
-/// What fails here costs safety when memory runs out, but serves.
-fn become_io_flusher() {
+/// What fails here costs speed, or safety when memory runs out, but serves.
+fn prepare_thread() {
     if let Err(error) = sys::become_io_flusher() {
         tracing::warn!("the engine is not marked as serving a disk: {error}");
+    }
+    if let Err(error) = sys::become_urgent() {
+        tracing::warn!("the engine may have to wait for a CPU: {error}");
     }
 }
 
@@ -181,7 +184,7 @@ fn serve(
 ) -> Outcome {
     let (senders, receivers) = ends.fronts.into_iter().map(|end| (end.sender, end.receiver)).unzip();
     *fronts.senders.borrow_mut() = senders;
-    become_io_flusher();
+    prepare_thread();
     reactor.spawn(deliver(fronts.clone())).detach();
     let ear =
         Rc::new(Ear { wake: ends.wake, receivers, closing, close: Bell::default(), deaf: Cell::new(false) });

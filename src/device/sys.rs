@@ -1,6 +1,9 @@
 //! The few system calls that no crate in use wraps safely: memory shared with the kernel, and what a thread
 //! or process is told to be.
-#![allow(unsafe_code, reason = "mmap, mlockall, prctl, sched_setaffinity and pidfds are raw system calls")]
+#![allow(
+    unsafe_code,
+    reason = "mmap, mlockall, prctl, setpriority, sched_setaffinity and pidfds are raw system calls"
+)]
 
 use std::fs::File;
 use std::io;
@@ -117,6 +120,15 @@ const PR_SET_IO_FLUSHER: i32 = 57;
 pub(super) fn become_io_flusher() -> io::Result<()> {
     // SAFETY: no pointers are passed.
     check(unsafe { libc::prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) })
+}
+
+/// The most urgent an ordinary thread can be.
+const MOST_URGENT: i32 = -20;
+
+/// Lets this thread run as soon as it has something to do: whoever computes on the same CPUs waits for its answers.
+pub(super) fn become_urgent() -> io::Result<()> {
+    // SAFETY: no pointers are passed; 0 names the calling thread.
+    check(unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, MOST_URGENT) })
 }
 
 /// Keeps this thread on `cpus`. Those this process may not use are left out by the kernel; none left is an

@@ -3,7 +3,7 @@
 
 stamper() { "${VHDX_STAMPER:-$(dirname "$VHDX_UBLK")/examples/stamper}" "$@"; }
 
-cycles() { if [ -n "$FULL" ]; then echo 200; else echo 50; fi; }
+cycles() { if [ -n "$FULL" ]; then echo 200; elif [ "$zero_copy" = auto ]; then echo 50; else echo 20; fi; }
 
 # kill_again_and_again RECOVERY CYCLES [stamper options]
 kill_again_and_again() {
