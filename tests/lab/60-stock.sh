@@ -27,6 +27,7 @@ test_stock_kernel_main_job() {
 
 # Without the feature, data is copied, and who insists is told.
 test_stock_kernel_copies() {
+    [[ ${VHDX_LAB_KERNEL:-} == debian-6.12* ]] || { note "only a kernel without the feature can say so"; return 0; }
     ublk create disk.vhdx --size 1G
     zero_copy=on
     ublk add disk.vhdx 2>said && fail "this kernel does not know how"
