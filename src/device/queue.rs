@@ -106,9 +106,6 @@ fn prepare_thread(setup: &QueueSetup) {
     if let Err(error) = sys::become_io_flusher() {
         tracing::warn!("queue {queue} is not marked as serving a disk: {error}");
     }
-    if let Err(error) = sys::become_urgent() {
-        tracing::warn!("queue {queue} may have to wait for a CPU: {error}");
-    }
     if let Err(error) = sys::run_on(&setup.cpus) {
         tracing::warn!("queue {queue} is not kept on its CPUs {:?}: {error}", setup.cpus);
     }

@@ -125,7 +125,7 @@ pub(super) fn become_io_flusher() -> io::Result<()> {
 /// The most urgent an ordinary thread can be.
 const MOST_URGENT: i32 = -20;
 
-/// Lets this thread run as soon as it has something to do: whoever computes on the same CPUs waits for its answers.
+/// Lets this thread run as soon as it has something to do. Not for a thread that gains by finding much to do at once.
 pub(super) fn become_urgent() -> io::Result<()> {
     // SAFETY: no pointers are passed; 0 names the calling thread.
     check(unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, MOST_URGENT) })
