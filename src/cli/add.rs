@@ -16,7 +16,7 @@ use vhdx_ublk::device::registry::Registry;
 use vhdx_ublk::device::session::Plan;
 use vhdx_ublk::device::stop::{self, Target};
 use vhdx_ublk::device::{
-    MAX_BUFFER_BYTES, MAX_DEPTH, MAX_QUEUES, MIN_REQUEST_BYTES, Options, Recovery, ZeroCopy, launch,
+    MAX_BUFFER_BYTES, MAX_DEPTH, MAX_QUEUES, MIN_REQUEST_BYTES, Options, Recovery, ZeroCopy, features, launch,
 };
 use vhdx_ublk::disk::{Access, ImageFile};
 use vhdx_ublk::error::{Kind, Result};
@@ -124,6 +124,7 @@ impl Add {
 
     /// Serves until the device's end.
     fn serve(&self, options: &Options, ready: impl FnOnce(&Ready) -> Result<()>) -> Result<()> {
+        features::check(options)?;
         if self.read_only {
             let file = Arc::new(open(&self.image, Access::ReadOnly)?);
             let opened = Opened::read_only(&file)?;

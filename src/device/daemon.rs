@@ -24,14 +24,14 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::control::{Control, DeviceInfo, NewDevice, POLL_INTERVAL};
-use super::data::Numbers;
+use super::data::{Numbers, Transfer};
 use super::features;
 use super::mailbox::{EngineEnds, FrontEnds, mailboxes};
 use super::options::{Options, Parameters, Recovery, ZeroCopy};
 use super::queue::QueueSetup;
 use super::queues::Queues;
 use super::registry::{Entry, FileId, ProcessId, Registry};
-use super::ring::{RingSetup, Transfer};
+use super::ring::RingSetup;
 use super::sys;
 use crate::engine::front::Front;
 use crate::engine::shared::Shared;
@@ -174,11 +174,8 @@ impl<E: EngineHandle> Device<E> {
         let daemon = ProcessId::this()?;
         let info = control.add(&new)?;
         let entry = Entry { recovery, ..describe(&info, served, daemon) };
-        let transfer = match features::is_in_place(info.flags) {
-            false => Transfer::Copied,
-            true if options.zero_copy == ZeroCopy::Fallback => Transfer::InPlace(Numbers::Impossible),
-            true => Transfer::InPlace(Numbers::Tag),
-        };
+        let is_test = options.zero_copy == ZeroCopy::Fallback;
+        let transfer = transfer(&info, if is_test { Numbers::Impossible } else { Numbers::Tag });
         let device = Self { control, info, transfer, registry, entry, cdev: None, engine: None, queues };
         match agree(&new, &info).and_then(|()| device.registry.write(&device.entry)) {
             Ok(()) => Ok(device),
@@ -195,8 +192,7 @@ impl<E: EngineHandle> Device<E> {
         control.start_recovery(entry.id)?;
         let entry = Entry { daemon: ProcessId::this()?, started: false, ..entry.clone() };
         registry.write(&entry)?;
-        let in_place = features::is_in_place(info.flags);
-        let transfer = if in_place { Transfer::InPlace(Numbers::Tag) } else { Transfer::Copied };
+        let transfer = transfer(&info, Numbers::Tag);
         Ok(Self { control, info, transfer, registry, entry, cdev: None, engine: None, queues })
     }
 
@@ -217,7 +213,7 @@ impl<E: EngineHandle> Device<E> {
         self.queues.await_ready()?;
         match beginning {
             Beginning::Made => {
-                let in_place = features::is_in_place(self.info.flags);
+                let in_place = self.transfer != Transfer::Copied;
                 let parameters = served.parameters.to_kernel(self.info.request_bytes, in_place);
                 self.control.set_params(self.info.id, parameters)?;
                 self.control.start(self.info.id)?;
@@ -297,6 +293,11 @@ impl<E: EngineHandle> Device<E> {
         let log = self.registry.log_path(self.info.id);
         Ready { id: self.info.id, device: self.entry.device.clone(), log }
     }
+}
+
+/// How data travels on a device with the features it was granted.
+fn transfer(info: &DeviceInfo, numbers: Numbers) -> Transfer {
+    if features::is_in_place(info.flags) { Transfer::InPlace(numbers) } else { Transfer::Copied }
 }
 
 fn describe(info: &DeviceInfo, served: &Served, daemon: ProcessId) -> Entry {

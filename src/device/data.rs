@@ -32,6 +32,15 @@ const NO_NUMBER: u16 = u16::MAX;
 /// Where the zeros come from that fill parts of a request's pages.
 const ZEROS_PATH: &str = "/dev/zero";
 
+/// How the data of a device's requests reaches its file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Transfer {
+    /// The kernel copies it.
+    Copied,
+    /// It stays in the requests' pages.
+    InPlace(Numbers),
+}
+
 /// See the module's head.
 pub(super) enum Data {
     /// Through buffers.
@@ -62,15 +71,21 @@ pub(super) enum Numbers {
 }
 
 impl Data {
-    /// Buffers of `request_bytes` for each of `depth` tags.
-    pub(super) fn copied(depth: u16, request_bytes: u32) -> io::Result<Self> {
+    /// The data of `depth` tags, of at most `request_bytes` each.
+    pub(super) fn new(transfer: Transfer, depth: u16, request_bytes: u32) -> io::Result<Self> {
+        match transfer {
+            Transfer::Copied => Self::copied(depth, request_bytes),
+            Transfer::InPlace(numbers) => Self::in_place(numbers),
+        }
+    }
+
+    fn copied(depth: u16, request_bytes: u32) -> io::Result<Self> {
         let request_bytes = request_bytes as usize;
         let region = Region::memory(usize::from(depth) * request_bytes)?;
         Ok(Self::Copied(Buffers { region, request_bytes, registered: false }))
     }
 
-    /// The requests' own pages.
-    pub(super) fn in_place(numbers: Numbers) -> io::Result<Self> {
+    fn in_place(numbers: Numbers) -> io::Result<Self> {
         Ok(Self::InPlace { zeros: File::open(ZEROS_PATH)?, numbers })
     }
 
@@ -84,7 +99,8 @@ impl Data {
             iov_base: buffers.region.at(0, buffers.region.length()).cast(),
             iov_len: buffers.region.length(),
         }];
-        // SAFETY: the region is unmapped only after the ring, which has this object's owner as its own.
+        // SAFETY: the range is mapped. The kernel keeps its pages as long as they are registered, and nothing is
+        // submitted once the region has gone.
         match unsafe { uring.submitter().register_buffers(&all) } {
             Ok(()) => buffers.registered = true,
             Err(error) => tracing::warn!("request buffers are not registered in the ring: {error}"),

@@ -4,7 +4,7 @@ use libublk::sys;
 use serde::Serialize;
 
 use super::control::Control;
-use super::options::{Recovery, ZeroCopy};
+use super::options::{Options, Recovery, ZeroCopy};
 use crate::error::{Error, Kind, Result};
 
 /// One feature of the driver.
@@ -97,6 +97,18 @@ pub(super) fn transfer(driver: Option<u64>, chosen: ZeroCopy) -> Result<u64> {
                 .remedy("Linux 6.16 or newer can; leave --zero-copy away, or choose off"))
         }
     }
+}
+
+/// Whether the driver has what `options` choose: asked before an image is touched. Where there is no driver, that is
+/// told later, after whatever is wrong with the image.
+///
+/// # Errors
+///
+/// [`Kind::Unsupported`] when it has not.
+pub fn check(options: &Options) -> Result<()> {
+    let Ok(control) = Control::open() else { return Ok(()) };
+    recovery(control.features(), options.recovery)?;
+    transfer(control.features(), options.zero_copy).map(drop)
 }
 
 /// Whether a device with these features leaves the data of requests where it is.

@@ -22,7 +22,7 @@ use io_uring::{IoUring, opcode, squeue};
 use libublk::sys;
 use nix::sys::eventfd::EventFd;
 
-use super::data::{Data, Numbers};
+use super::data::{Data, Transfer};
 use super::descriptor;
 use super::mailbox::Sender;
 use super::sys::Region;
@@ -70,15 +70,6 @@ pub(super) struct RingSetup {
     pub(super) sender: Sender<ToEngine>,
     /// Wakes this queue.
     pub(super) wake: Arc<EventFd>,
-}
-
-/// How the data of requests reaches the file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Transfer {
-    /// The kernel copies it.
-    Copied,
-    /// It stays in the requests' pages.
-    InPlace(Numbers),
 }
 
 /// Who has a tag.
@@ -154,11 +145,8 @@ impl Ring {
             move |error| Error::io(doing, error)
         };
         let uring = build_ring(setup.depth).map_err(failed("making its ring"))?;
-        let mut data = match setup.transfer {
-            Transfer::Copied => Data::copied(setup.depth, setup.request_bytes),
-            Transfer::InPlace(numbers) => Data::in_place(numbers),
-        }
-        .map_err(failed("preparing for its data"))?;
+        let data = Data::new(setup.transfer, setup.depth, setup.request_bytes);
+        let mut data = data.map_err(failed("preparing for its data"))?;
         data.register(&uring, setup.depth).map_err(failed("registering its buffers"))?;
         let files = [setup.character_device.as_raw_fd(), setup.image.as_raw_fd()];
         let files: Vec<_> = files.into_iter().chain(data.zeros_fd()).collect();
@@ -314,7 +302,8 @@ impl Ring {
 
     fn push(&mut self, entry: squeue::Entry, token: Token) {
         let entry = entry.user_data(token.encode());
-        // SAFETY: the pointers in an entry lead into regions of this ring, which outlive it, or are none.
+        // SAFETY: the pointers in an entry lead into regions of this ring, which outlive it, are offsets in pages
+        // that the kernel has registered, or are none.
         while unsafe { self.uring.submission().push(&entry) }.is_err() {
             self.enter(0).expect("a full submission queue can be submitted");
         }

@@ -151,7 +151,7 @@ impl ImageFile {
         Ok(PayloadIo::Direct)
     }
 
-    /// What the host asks of memory for direct I/O, bytes, a power of two. A sector, if it does not tell.
+    /// What payload I/O asks of memory: bytes, a power of two, at most a logical sector.
     ///
     /// # Errors
     ///
@@ -159,7 +159,7 @@ impl ImageFile {
     pub fn memory_alignment(&self, logical_sector_size: u32) -> Result<u32> {
         let looking = |error| Error::io("looking at the host's direct I/O", error).file(&self.path);
         let told = direct_alignment(self.file.as_fd()).map_err(looking)?;
-        Ok(told.map_or(logical_sector_size, |alignment| alignment.memory.max(1)))
+        Ok(payload_alignment(told, logical_sector_size))
     }
 
     /// Reads one sector, aligned to a sector in file and memory and to nothing more.
@@ -286,6 +286,17 @@ fn change_flags(file: &File, change: impl FnOnce(OFlag) -> OFlag) -> io::Result<
     let flags = OFlag::from_bits_retain(fcntl(file, FcntlArg::F_GETFL)?);
     fcntl(file, FcntlArg::F_SETFL(change(flags)))?;
     Ok(())
+}
+
+/// What payload I/O asks of memory, bytes.
+fn payload_alignment(told: Option<DirectAlignment>, sector_size: u32) -> u32 {
+    match told {
+        // Tried with memory aligned to a sector.
+        None => sector_size,
+        // Through the page cache, which takes any memory.
+        Some(alignment) if unfit(alignment, sector_size).is_some() => 1,
+        Some(alignment) => alignment.memory.next_power_of_two(),
+    }
 }
 
 /// Why direct I/O of this alignment does not fit sectors of `sector_size` bytes, if it does not.
@@ -476,5 +487,18 @@ mod tests {
         assert!(unfit(alignment(512, 4096), 512).is_some_and(|reason| reason.contains("4096")));
         assert!(unfit(alignment(4096, 512), 512).is_some());
         assert!(unfit(alignment(0, 0), 4096).is_some());
+    }
+
+    /// More would be refused by the block layer, which takes less than a page.
+    #[test]
+    fn payload_never_asks_for_memory_aligned_to_more_than_a_sector() {
+        let alignment = |memory, offset| Some(DirectAlignment { memory, offset });
+        assert_eq!(payload_alignment(alignment(4, 512), 512), 4);
+        assert_eq!(payload_alignment(alignment(4096, 4096), 4096), 4096);
+        assert_eq!(payload_alignment(alignment(3, 512), 512), 4);
+        for buffered in [alignment(0, 0), alignment(1 << 16, 1 << 16), alignment(4096, 512)] {
+            assert_eq!(payload_alignment(buffered, 512), 1);
+        }
+        assert_eq!(payload_alignment(None, 512), 512);
     }
 }

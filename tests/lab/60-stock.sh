@@ -28,11 +28,20 @@ test_stock_kernel_main_job() {
 # Without the feature, data is copied, and who insists is told.
 test_stock_kernel_copies() {
     [[ ${VHDX_LAB_KERNEL:-} == debian-6.12* ]] || { note "only a kernel without the feature can say so"; return 0; }
+    local device before
     ublk create disk.vhdx --size 1G
+    device=$(ublk add disk.vhdx --recovery none)
+    write_stamps "$device" 10 4 7
+    sync "$device"
+    kill_daemon disk.vhdx
+    ublk del --force "$device"
+    before=$(sha disk.vhdx)
     zero_copy=on
     ublk add disk.vhdx 2>said && fail "this kernel does not know how"
     grep -q 'Linux 6.16 or newer' said || fail "$(cat said)"
     [ "$(ublk list --json)" = "[]" ]
+    [ "$(sha disk.vhdx)" = "$before" ] || fail "its log was replayed for nothing"
+    ublk info --json disk.vhdx | tr -d ' \n' | grep -q '"state":"dirty"' || fail "the log was to be dirty"
 }
 
 # The kernel that people run, too, lets a device outlive its daemon, in either way.
