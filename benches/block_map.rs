@@ -26,7 +26,7 @@ fn lookup(criterion: &mut Criterion, name: &str, size: u64) {
     let map = BlockMap::empty(geometry);
     let count = geometry.block_count();
     for block in 0..count {
-        map.restore(geometry.payload_slot(block), BatEntry::present((block + 1) * MIB));
+        map.restore(geometry.payload_slot(block), &[BatEntry::present((block + 1) * MIB).write()]);
     }
     let mut group = criterion.benchmark_group("block_map/load");
     group.bench_function(BenchmarkId::new("sequential", name), |bencher| {

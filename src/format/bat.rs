@@ -6,7 +6,8 @@
 //! * A [`Geometry`] is one the format allows. The slot of a block is the same in fixed, dynamic and
 //!   differencing images: after every chunk's payload blocks comes one slot for its sector bitmap, used or
 //!   not. Images under one chunk (4 GiB or more) do not show it.
-//! * Lookups divide by shifting; only the way back from a slot to its block divides.
+//! * Lookups divide by shifting; only the way back from a slot to its block divides, and not where slots are
+//!   walked through in order.
 
 use std::ops::Range;
 
@@ -146,6 +147,17 @@ impl BatEntry {
     }
 }
 
+/// What a slot of the BAT is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// A payload block's entry.
+    Block(u64),
+    /// The entry of a chunk's sector bitmap.
+    Bitmap(u64),
+    /// Nothing: it lies behind the last block's.
+    Nothing,
+}
+
 /// The shape of a virtual disk: which slot belongs to which block. Sizes and offsets in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Geometry {
@@ -246,6 +258,22 @@ impl Geometry {
         let (chunk, index) = (slot / (self.chunk_ratio() + 1), slot % (self.chunk_ratio() + 1));
         let block = (chunk << self.ratio_shift) + index;
         (index < self.chunk_ratio() && block < self.block_count()).then_some(block)
+    }
+
+    /// The `slots` in order, and what each is for.
+    pub fn walk(&self, slots: Range<u64>) -> impl Iterator<Item = (u64, Role)> {
+        let (ratio, blocks) = (self.chunk_ratio(), self.block_count());
+        let (mut chunk, mut index) = (slots.start / (ratio + 1), slots.start % (ratio + 1));
+        slots.map(move |slot| {
+            let block = slot - chunk;
+            let role = match index {
+                index if index == ratio => Role::Bitmap(chunk),
+                _ if block < blocks => Role::Block(block),
+                _ => Role::Nothing,
+            };
+            (chunk, index) = if index == ratio { (chunk + 1, 0) } else { (chunk, index + 1) };
+            (slot, role)
+        })
     }
 
     /// The payload block that holds byte `virtual_offset` of the disk.
@@ -387,6 +415,28 @@ mod tests {
         let largest = Geometry::new(MAX_VIRTUAL_SIZE, MIN_BLOCK_SIZE, 512, true);
         assert_eq!(largest.bat_length(), 537_001_984);
         assert!(largest.bat_length() <= super::super::region::MAX_BAT_LENGTH.into());
+    }
+
+    #[test]
+    fn a_walk_tells_what_every_slot_is_for() {
+        for (size, block_mib, sector, _) in &SLOTS[..6] {
+            let geometry = Geometry::new(*size, block_mib << 20, *sector, true);
+            let end = geometry.slot_count() + 3;
+            for first in [0, 1, geometry.chunk_ratio(), geometry.chunk_ratio() + 1, end - 1] {
+                for (slot, role) in geometry.walk(first..end) {
+                    let block = geometry.block_of_slot(slot);
+                    let expected = match block {
+                        Some(block) => Role::Block(block),
+                        None if geometry.is_bitmap_slot(slot) => {
+                            Role::Bitmap(slot / (geometry.chunk_ratio() + 1))
+                        }
+                        None => Role::Nothing,
+                    };
+                    assert_eq!(role, expected, "slot {slot} of {geometry:?}");
+                }
+                assert_eq!(geometry.walk(first..end).count() as u64, end.saturating_sub(first));
+            }
+        }
     }
 
     #[test]

@@ -6,11 +6,12 @@
 //!
 //! Bit 3, reserved in the format, is DURABLE in memory: the entry that logged this very word has been synced.
 
+use std::ops::Range;
 use std::sync::atomic::Ordering;
 
 use super::memory::SessionMemory;
 use crate::disk::PAGE_BYTES;
-use crate::format::bat::{BatEntry, Geometry};
+use crate::format::bat::{BatEntry, ENTRY_SIZE, Geometry, Role};
 
 /// Slots in one 4096-byte BAT page.
 pub const SLOTS_PER_PAGE: u64 = (PAGE_BYTES / size_of::<u64>()) as u64;
@@ -80,11 +81,29 @@ impl BlockMap {
         Mapping { entry: BatEntry(word & !DURABLE), durable: word & DURABLE != 0 }
     }
 
-    /// Takes over a slot as the file has it, durable by that. For opening only.
-    #[inline]
-    pub fn restore(&self, slot: u64, entry: BatEntry) {
-        let durable = if self.geometry.is_bitmap_slot(slot) { 0 } else { DURABLE };
-        self.memory.slots()[index(slot)].store(entry.0 | durable, Ordering::Relaxed);
+    /// Takes over the slots from `first` on as the file has them, durable by that. For opening only.
+    pub fn restore(&self, first: u64, words: &[[u8; ENTRY_SIZE]]) {
+        let slots = &self.memory.slots()[index(first)..][..words.len()];
+        let roles = self.geometry.walk(first..first + words.len() as u64);
+        for ((slot, word), (_, role)) in slots.iter().zip(words).zip(roles) {
+            let word = u64::from_le_bytes(*word);
+            let durable = if matches!(role, Role::Bitmap(_)) { 0 } else { DURABLE };
+            // A store of zeros would take memory.
+            if word != 0 {
+                slot.store(word | durable, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// Takes over what `other`, a map of the same disk, has in `slots`. For opening only.
+    pub(super) fn take_over(&self, other: &Self, slots: Range<u64>) {
+        let slots = index(slots.start)..index(slots.end);
+        for (mine, others) in self.memory.slots()[slots.clone()].iter().zip(&other.memory.slots()[slots]) {
+            let word = others.load(Ordering::Relaxed);
+            if word != 0 {
+                mine.store(word, Ordering::Relaxed);
+            }
+        }
     }
 
     /// Number of BAT pages.
@@ -118,7 +137,7 @@ impl BlockMap {
         }
     }
 
-    fn page_slots(&self, page: u64) -> std::ops::Range<u64> {
+    fn page_slots(&self, page: u64) -> Range<u64> {
         assert!(page < self.page_count(), "page {page} is past the BAT");
         page * SLOTS_PER_PAGE..((page + 1) * SLOTS_PER_PAGE).min(self.geometry.slot_count())
     }

@@ -17,7 +17,9 @@ use super::space::{Extent, Space};
 use crate::disk::{Buffer, Disk, PAGE_BYTES};
 use crate::error::{Error, Kind, Result};
 use crate::format::MIB;
-use crate::format::bat::{BITMAP_BLOCK_SIZE, BatEntry, BitmapState, ENTRY_SIZE, Geometry, PayloadState};
+use crate::format::bat::{
+    BITMAP_BLOCK_SIZE, BatEntry, BitmapState, ENTRY_SIZE, Geometry, PayloadState, Role,
+};
 use crate::format::file_id::FileId;
 use crate::format::header::{self, Current};
 use crate::format::metadata::{self, Metadata};
@@ -323,15 +325,11 @@ async fn read_bat<D: Disk>(
         let length = usize::try_from(length).expect("at most 1 MiB");
         let bytes = file.read("BAT", layout.bat.offset + done, length).await?;
         let first = done / ENTRY_SIZE as u64;
-        for (slot, word) in (first..geometry.slot_count()).zip(bytes.as_chunks::<ENTRY_SIZE>().0) {
-            let entry = BatEntry::read(*word);
-            if entry.0 != 0 {
-                let at = layout.bat.offset + slot * ENTRY_SIZE as u64;
-                take_entry(entry, slot, &map, layout.file_length, space).map_err(|error| error.at(at))?;
-            }
-        }
+        let past = (first + (length / ENTRY_SIZE) as u64).min(geometry.slot_count());
+        let words = &bytes.as_chunks().0[..usize::try_from(past - first).expect("a chunk's")];
+        take_words(first, words, &geometry, layout, space)?;
+        map.restore(first, words);
         done += length as u64;
-        let past = (done / ENTRY_SIZE as u64).min(geometry.slot_count());
         match stored.last_mut() {
             Some(last) if last.end == first => last.end = past,
             _ => stored.push(first..past),
@@ -340,15 +338,38 @@ async fn read_bat<D: Disk>(
     Ok((map, stored))
 }
 
-/// Checks one BAT entry that is not all zero and takes it over.
+/// Checks BAT entries, those of the slots from `first` on, and takes the space they name.
+fn take_words(
+    first: u64,
+    words: &[[u8; ENTRY_SIZE]],
+    geometry: &Geometry,
+    layout: &Layout,
+    space: &mut Space,
+) -> Result<()> {
+    for ((slot, role), word) in geometry.walk(first..first + words.len() as u64).zip(words) {
+        let entry = BatEntry::read(*word);
+        if entry.0 != 0 {
+            let taken = take_entry(entry, (slot, role), geometry, layout.file_length, space);
+            taken.map_err(|error| error.at(layout.bat.offset + slot * ENTRY_SIZE as u64))?;
+        }
+    }
+    Ok(())
+}
+
+/// Checks one BAT entry that is not all zero and takes the space it names.
 #[inline]
-fn take_entry(entry: BatEntry, slot: u64, map: &BlockMap, file_length: u64, space: &mut Space) -> Result<()> {
-    let geometry = map.geometry();
-    let extent = match geometry.block_of_slot(slot) {
-        Some(block) => checked_payload(entry, block, geometry)?,
-        None if geometry.is_bitmap_slot(slot) && geometry.is_differencing() => checked_bitmap(entry, slot)?,
+fn take_entry(
+    entry: BatEntry,
+    (slot, role): (u64, Role),
+    geometry: &Geometry,
+    file_length: u64,
+    space: &mut Space,
+) -> Result<()> {
+    let extent = match role {
+        Role::Block(block) => checked_payload(entry, block, geometry)?,
+        Role::Bitmap(_) if geometry.is_differencing() => checked_bitmap(entry, slot)?,
         // Images exist whose unused slots hold garbage, or a bitmap no reader may use: it is kept, not obeyed.
-        None => None,
+        Role::Bitmap(_) | Role::Nothing => None,
     };
     if let Some(extent) = extent {
         if extent.offset >= file_length {
@@ -356,7 +377,6 @@ fn take_entry(entry: BatEntry, slot: u64, map: &BlockMap, file_length: u64, spac
         }
         space.occupy(extent, "payload block").map_err(|error| of_slot(slot, &error))?;
     }
-    map.restore(slot, entry);
     Ok(())
 }
 

@@ -15,6 +15,7 @@ use super::open::{Image, Mode, checked_payload, payload_extent};
 use super::space::Extent;
 use crate::disk::Disk;
 use crate::error::{Error, Kind, Result};
+use crate::format::bat::Role;
 use crate::simulation::{Plant, planted};
 
 /// What a killed process left to be committed.
@@ -46,11 +47,8 @@ impl Image {
     /// If the memory was made for another disk, or is not fresh.
     pub fn start_session(&mut self, memory: SessionMemory, owner: &Owner) {
         let map = BlockMap::over(memory, *self.map.geometry());
-        for slot in self.stored_slots.iter().cloned().flatten() {
-            let entry = self.map.load_slot(slot).entry;
-            if entry.0 != 0 {
-                map.restore(slot, entry);
-            }
+        for slots in &self.stored_slots {
+            map.take_over(&self.map, slots.clone());
         }
         map.memory().complete(owner, self.header.header.file_write_guid);
         self.map = map;
@@ -99,8 +97,9 @@ impl Image {
             }
         })?;
         memory.settle(image.header.header.file_write_guid);
-        let map = BlockMap::over(memory, *image.map.geometry());
-        for slot in 0..map.geometry().slot_count() {
+        let geometry = *image.map.geometry();
+        let map = BlockMap::over(memory, geometry);
+        for slot in geometry.walk(0..geometry.slot_count()) {
             image.reconcile(slot, &map)?;
         }
         if planted(Plant::ForgetPending) {
@@ -112,16 +111,16 @@ impl Image {
     }
 
     /// Brings one slot of the session's `map` and of the file together.
-    fn reconcile(&mut self, slot: u64, map: &BlockMap) -> Result<()> {
+    fn reconcile(&mut self, (slot, role): (u64, Role), map: &BlockMap) -> Result<()> {
         let (in_file, live) = (self.map.load_slot(slot).entry, map.load_slot(slot));
         if live.entry == in_file {
             if in_file.0 != 0 {
-                map.restore(slot, in_file);
+                map.restore(slot, &[in_file.write()]);
             }
             return Ok(());
         }
         let wrong = |what: &str| Err(Error::corrupt("session", format!("slot {slot} {what}")));
-        let Some(block) = map.geometry().block_of_slot(slot) else {
+        let Role::Block(block) = role else {
             return wrong("is a sector bitmap's and differs from the file's");
         };
         if live.durable {

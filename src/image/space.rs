@@ -90,8 +90,6 @@ impl Space {
         if extent.offset.checked_add(extent.length).is_none_or(|end| end > MAX_FILE_BYTES) {
             return Err(Error::corrupt(what, "lies beyond any file this program maps").at(extent.offset));
         }
-        self.used.reach(extent.end() / MIB);
-        self.known_zero.reach(extent.end() / MIB);
         for unit in extent.units() {
             if self.used.get(unit) {
                 return Err(shared(what, unit, extent));
@@ -105,8 +103,6 @@ impl Space {
     /// It starts in the file: past the map's limit it reaches by a block at most.
     pub fn claim(&mut self, extent: Extent) -> Option<u64> {
         assert!(extent.offset <= MAX_FILE_BYTES, "the file was measured before");
-        self.used.reach(extent.end() / MIB);
-        self.known_zero.reach(extent.end() / MIB);
         let mut shared = None;
         for unit in extent.units() {
             if self.used.get(unit) {
@@ -158,8 +154,6 @@ impl Space {
     pub fn extend(&mut self, file_length: u64) {
         assert!(file_length.is_multiple_of(MIB), "files grow in whole MiB");
         let units = file_length / MIB;
-        self.used.reach(units);
-        self.known_zero.reach(units);
         for unit in self.units..units {
             // A tolerated partial last block is used beyond the end of the file it was found in.
             if !self.used.get(unit) {
@@ -213,17 +207,7 @@ struct Bits(Vec<u64>);
 
 impl Bits {
     fn new(count: u64) -> Self {
-        let mut bits = Self(Vec::new());
-        bits.reach(count);
-        bits
-    }
-
-    #[inline]
-    fn reach(&mut self, count: u64) {
-        let words = usize::try_from(count.div_ceil(64)).expect("bounded by MAX_FILE_BYTES");
-        if words > self.0.len() {
-            self.0.resize(words, 0);
-        }
+        Self(vec![0; word_of(count + 63)])
     }
 
     #[inline]
@@ -233,8 +217,11 @@ impl Bits {
 
     #[inline]
     fn set(&mut self, bit: u64, value: bool) {
-        let mask = 1 << (bit % 64);
-        let word = &mut self.0[word_of(bit)];
+        let (index, mask) = (word_of(bit), 1 << (bit % 64));
+        if index >= self.0.len() {
+            self.0.resize(index + 1, 0);
+        }
+        let word = &mut self.0[index];
         *word = if value { *word | mask } else { *word & !mask };
     }
 

@@ -17,7 +17,7 @@ pub fn full_map(virtual_size: u64, place: impl Fn(u64) -> u64) -> BlockMap {
     let map = BlockMap::empty(Geometry::new(virtual_size, 1 << 20, 512, false));
     let geometry = *map.geometry();
     for block in 0..geometry.block_count() {
-        map.restore(geometry.payload_slot(block), BatEntry::present(place(block)));
+        map.restore(geometry.payload_slot(block), &[BatEntry::present(place(block)).write()]);
     }
     map
 }

@@ -14,6 +14,7 @@ CONFIGURED = Path("/sys/kernel/config/nullb/vhdx-bench")
 FAST_DISK_BYTES = 6 * GIB
 # The kernel, the daemons' buffers and fio need this beside a disk in memory.
 SPARE_MEMORY_BYTES = 2 * GIB
+BALLAST_PART = 24
 
 
 def available_memory() -> int:
@@ -70,6 +71,8 @@ def mounted(disk: Path, file_system: str) -> Iterator[Path]:
     try:
         run(["mount", "-t", file_system, disk, folder])
         try:
+            # What is written first on an empty file system lies in smaller pieces than what comes after it.
+            run(["fallocate", "--length", str(free_bytes(folder) // BALLAST_PART), folder / "ballast"])
             yield folder
         finally:
             run(["umount", folder], 300)
