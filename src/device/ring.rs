@@ -375,27 +375,16 @@ impl Port for Ring {
     }
 }
 
-/// A ring with the flags that let completions wait for us instead of interrupting us, as far as the kernel
-/// takes them: all from Linux 6.1, some before.
+/// A ring whose completions wait for us instead of interrupting us.
 fn build_ring(depth: u16) -> io::Result<IoUring> {
     let entries = (2 * u32::from(depth) + 1).next_power_of_two().min(MAX_SUBMISSIONS);
     let pieces = u32::try_from(MAX_PIECES).expect("a small constant");
     // Room for the end of everything that can be under way, so that completions never overflow.
     let completions = (u32::from(depth) * (pieces + 1) + 1).next_power_of_two().max(2 * entries);
     let mut builder = IoUring::builder();
-    builder.setup_cqsize(completions).setup_submit_all();
-    let mut attempts = [builder.clone(), builder.clone(), builder];
-    attempts[0].setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag();
-    attempts[1].setup_single_issuer().setup_coop_taskrun().setup_taskrun_flag();
-    let [best, good, plain] = attempts;
-    let refused = |error: &io::Error| error.raw_os_error() == Some(libc::EINVAL);
-    match best.build(entries) {
-        Err(error) if refused(&error) => match good.build(entries) {
-            Err(error) if refused(&error) => plain.build(entries),
-            other => other,
-        },
-        other => other,
-    }
+    builder.setup_cqsize(completions).setup_submit_all().setup_single_issuer();
+    // Not DEFER_TASKRUN: woken in its wait, that hands over one completion, whatever else has come.
+    builder.setup_coop_taskrun().build(entries)
 }
 
 /// Where in `/dev/ublkcN` a queue's descriptors are: each queue has the room that the greatest depth needs.

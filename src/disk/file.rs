@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::fcntl::{FcntlArg, OFlag, PosixFadviseAdvice, fcntl, posix_fadvise};
 use nix::sys::statvfs::fstatvfs;
 use nix::unistd::{Whence, lseek};
 
@@ -125,8 +125,8 @@ impl ImageFile {
         Ok(Self { file, path: path.to_owned(), access, device, inode })
     }
 
-    /// Moves all further I/O of this file past the host's page cache, if the host can do that in units of the
-    /// image's logical sectors, of `logical_sector_size` bytes. Called once, before there is any I/O in
+    /// Moves all further I/O of this file past the host's page cache, and what is there out of it, if the host can
+    /// do that in units of the image's logical sectors, of `logical_sector_size` bytes. Called once, before there is any I/O in
     /// flight.
     ///
     /// # Errors
@@ -147,6 +147,10 @@ impl ImageFile {
         {
             change_flags(&self.file, |flags| flags & !OFlag::O_DIRECT).map_err(looking)?;
             return Ok(PayloadIo::Buffered { reason });
+        }
+        // While the page cache holds one page of a file, the host ends each of its direct writes on another thread.
+        if let Err(error) = posix_fadvise(&self.file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED) {
+            tracing::warn!("{}: the host keeps what it has cached: {error}", self.path.display());
         }
         Ok(PayloadIo::Direct)
     }

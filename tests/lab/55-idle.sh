@@ -40,6 +40,20 @@ test_idle_daemon_is_locked_in_memory() {
     ublk del "$device"
 }
 
+# One page of the image in the host's cache would make every direct write end on a thread of its own.
+test_host_caches_nothing_of_a_served_image() {
+    local device
+    ublk create disk.vhdx --size 1G --block-size 1M
+    cat disk.vhdx >/dev/null
+    [ "$(fincore --noheadings --output PAGES disk.vhdx)" -gt 0 ] || fail "fincore sees nothing"
+    device=$(ublk add disk.vhdx)
+    dd if=/dev/urandom of="$device" bs=64K count=100 oflag=direct conv=fsync 2>/dev/null
+    blkdiscard --offset 1M --length 2M "$device"
+    sync "$device"
+    [ "$(fincore --noheadings --output PAGES disk.vhdx)" -eq 0 ] || fail "$(fincore disk.vhdx)"
+    ublk del "$device"
+}
+
 # A hundred thousand requests of every kind: what is remembered of one that has ended is nothing.
 test_memory_does_not_grow_with_time() {
     local device pid before after round
