@@ -108,6 +108,7 @@ fn new_image(virtual_size: u64, block_size: u32, log_length: u32, initial_state:
         logical_sector_size: 512,
         physical_sector_size: 4096,
         initial_state,
+        parent: None,
     }
 }
 

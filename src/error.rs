@@ -25,6 +25,8 @@ pub enum Kind {
     NoSpace,
     /// The caller lacks a permission.
     Permission,
+    /// What is there is another image than the one that is needed.
+    Mismatch,
     /// The target exists already.
     Exists,
     /// No such file or device.

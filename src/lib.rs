@@ -7,10 +7,12 @@
 //! * [`mod@format`]: the bytes of a VHDX file, both ways, no I/O;
 //! * [`disk`]: the seam under the engine, and its `io_uring` implementation;
 //! * [`image`]: an opened image: geometry, block map, log replay;
+//! * [`chain`]: the parents of a differencing image;
 //! * [`engine`]: the live writer, and the front that serves one queue;
 //! * [`device`]: ublk: control commands, queue loops, the daemon's life cycle;
 //! * `cli`: one file per command.
 
+pub mod chain;
 pub mod device;
 pub mod disk;
 pub mod engine;

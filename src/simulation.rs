@@ -71,11 +71,17 @@ pub enum Plant {
     ForgetPending,
     /// A successor takes space for free that only the file still names.
     ForgetUnmapped,
+    /// A block of a differencing image gets zeros where it has its parent's content.
+    ForgetParents,
+    /// No sync between filling a block from its parents and logging a mapping to it.
+    SkipFillSync,
+    /// A block of a differencing image that is discarded shows its parent's content again.
+    RevealParents,
 }
 
 impl Plant {
     /// All of them.
-    pub const ALL: [Self; 30] = [
+    pub const ALL: [Self; 33] = [
         Self::SkipRecyclingSync,
         Self::SkipGrowthSync,
         Self::ApplyBeforeLog,
@@ -106,6 +112,9 @@ impl Plant {
         Self::TrustKilled,
         Self::ForgetPending,
         Self::ForgetUnmapped,
+        Self::ForgetParents,
+        Self::SkipFillSync,
+        Self::RevealParents,
     ];
 }
 

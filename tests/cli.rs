@@ -291,6 +291,40 @@ fn qemu(arguments: &[&str], image: &Path) -> String {
     String::from_utf8(output.stdout).expect("UTF-8")
 }
 
+/// A child has its parent's disk and a way to it, in whatever folder it is; the parent stays as it is.
+#[test]
+fn a_child_is_made_of_its_parent_and_leaves_it_alone() {
+    let bench = Bench::new();
+    let parent = bench.path("base.vhdx");
+    create(&parent, &["--size", "5G", "--logical-sector-size", "4096"]).succeeded();
+    let (before, of_parent) = (Snapshot::of(&parent), info(&parent));
+    std::fs::create_dir(bench.path("children")).expect("a folder");
+    let child = bench.path("children/child.vhdx");
+    let named = parent.to_str().expect("UTF-8");
+    create(&child, &["--parent", named, "--block-size", "1M"]).succeeded();
+    let of_child = info(&child);
+    for same in ["virtual_size", "logical_sector_size", "physical_sector_size", "disk_id"] {
+        assert_eq!(of_child[same], of_parent[same], "{same}");
+    }
+    assert_eq!((&of_child["type"], &of_child["block_size"]), (&"differencing".into(), &MIB.into()));
+    assert_eq!(of_child["parent"]["relative_path"], r"..\base.vhdx");
+    let linkage = of_child["parent"]["parent_linkage"].as_str().expect("a linkage");
+    assert_eq!(Some(linkage.trim_matches(['{', '}'])), of_parent["data_write_guid"].as_str());
+    on("info", &child, &["--chain"]).succeeded();
+    on("check", &child, &[]).succeeded();
+    before.assert_kept(&parent);
+    let other = bench.path("other.vhdx");
+    for wrong in [
+        &["--type", "differencing", "--size", "1G"][..],
+        &["--type", "fixed", "--parent", named],
+        &["--size", "5G", "--parent", named],
+        &["--logical-sector-size", "512", "--parent", named],
+    ] {
+        create(&other, wrong).misused();
+        assert!(!other.exists(), "{wrong:?}");
+    }
+}
+
 /// Wrong sizes and combinations are wrong usage, and make no file.
 #[test]
 fn numbers_that_make_no_image_make_no_file() {
@@ -611,10 +645,18 @@ fn images_of_others_are_read() {
         assert_eq!(seen["parent"].is_object(), kind == "differencing");
         if kind == "differencing" {
             assert_eq!(seen["parent"]["relative_path"], r".\fat-parent.vhdx");
-            for options in [&[][..], &["--read-only"]] {
-                let message = on("add", &image, options).failed(1);
-                assert!(message.contains("chains are not supported yet"), "{message}");
-            }
+            let chain = on("info", &image, &["--chain", "--json"]).succeeded();
+            let chain: Value = serde_json::from_str(&chain).expect("JSON");
+            let types: Vec<_> = (0..2).map(|layer| chain["chain"][layer]["type"].as_str()).collect();
+            assert_eq!(types, [Some("differencing"), Some("fixed")]);
+            let elsewhere = image.with_file_name("elsewhere");
+            std::fs::create_dir(&elsewhere).expect("a folder");
+            let alone = elsewhere.join("alone.vhdx");
+            std::fs::copy(&image, &alone).expect("room");
+            let message = on("info", &alone, &["--chain"]).failed(1);
+            assert!(message.contains("--parent-map"), "{message}");
+            let parent = bench.path("fat-parent.vhdx");
+            on("info", &alone, &["--chain", "--parent", parent.to_str().expect("UTF-8")]).succeeded();
         }
         before.assert_kept(&image);
     }

@@ -42,7 +42,7 @@ fn front(owner: Owner, _: &Effect) -> bool {
 
 fn long_transfer(owner: Owner, effect: &Effect) -> bool {
     let length = match effect {
-        Effect::Read { length, .. } | Effect::Fill { length } => *length,
+        Effect::Read { length, .. } | Effect::Given { length, .. } => *length,
         Effect::Write { bytes, .. } => bytes.len(),
         _ => 0,
     };
@@ -63,7 +63,7 @@ fn harm(owner: Owner, effect: &Effect) -> Harm {
         (_, Effect::Sync | Effect::Write { durable: true, .. }) | (Owner::Engine, Effect::Write { .. }) => {
             Harm::Poison
         }
-        (Owner::Front(..), Effect::Read { .. } | Effect::Fill { .. } | Effect::Write { .. }) => {
+        (Owner::Front(..), Effect::Read { .. } | Effect::Given { .. } | Effect::Write { .. }) => {
             Harm::OneRequest
         }
         _ => Harm::AtMostOne,

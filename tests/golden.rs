@@ -207,7 +207,7 @@ fn a_replay_costs_the_same_syncs_whatever_it_replays() {
 fn a_replay_that_fails_anywhere_is_an_error_and_can_be_repeated() {
     let image = image_with_block(&[(0, LogEntry::new(1, 0, &[spare_page(1, b'a'), spare_page(2, b'b')]))]);
     let changes: fn(Owner, &Effect) -> bool =
-        |_, effect| !matches!(effect, Effect::Read { .. } | Effect::Fill { .. });
+        |_, effect| !matches!(effect, Effect::Read { .. } | Effect::Given { .. });
     for after in 0..11 {
         let disk = SimDisk::new(image.file.clone(), true, true, 512);
         let fault = Fault::Error { errno: libc::EIO, times: 1 };

@@ -11,6 +11,7 @@ use std::time::Duration;
 use clap::ValueEnum;
 use vhdx_ublk::device::daemon::{self, Ready};
 use vhdx_ublk::device::engine_thread::EngineThread;
+use vhdx_ublk::device::layers::Parents;
 use vhdx_ublk::device::opened::{NoEngine, Opened};
 use vhdx_ublk::device::registry::Registry;
 use vhdx_ublk::device::session::Plan;
@@ -21,6 +22,7 @@ use vhdx_ublk::device::{
 use vhdx_ublk::disk::{Access, ImageFile};
 use vhdx_ublk::error::{Kind, Result};
 
+use super::parents::ParentOptions;
 use super::{detached, holders, output};
 
 /// How long a holder of the image may take to leave: a process that was killed keeps its lock until its last
@@ -62,6 +64,8 @@ pub struct Add {
     /// the daemon (`off`); `auto` copies, as the other was not measured to be faster
     #[arg(long, value_enum, value_name = "WHEN", default_value = "auto")]
     zero_copy: ZeroCopy,
+    #[command(flatten)]
+    parents: ParentOptions,
     /// Serve from this process, until it is interrupted (Ctrl-C)
     #[arg(short, long)]
     foreground: bool,
@@ -117,6 +121,7 @@ impl Add {
         }));
         let zero_copy = options.zero_copy.to_possible_value().expect("every choice has a name");
         arguments.push(format!("--zero-copy={}", zero_copy.get_name()).into());
+        arguments.extend(self.parents.arguments());
         arguments.extend(self.read_only.then(|| "--read-only".into()));
         arguments.extend(["--".into(), self.image.clone().into()]);
         arguments
@@ -125,14 +130,15 @@ impl Add {
     /// Serves until the device's end.
     fn serve(&self, options: &Options, ready: impl FnOnce(&Ready) -> Result<()>) -> Result<()> {
         features::check(options)?;
+        let parents = Parents { search: self.parents.search(), open: |path| open(path, Access::ReadOnly) };
         if self.read_only {
             let file = Arc::new(open(&self.image, Access::ReadOnly)?);
-            let opened = Opened::read_only(&file)?;
+            let opened = Opened::read_only(file.clone(), &parents)?;
             return daemon::serve(&opened.served(&file)?, options, |ends| Ok(NoEngine(ends)), ready);
         }
         let file = Arc::new(open(&self.image, Access::ReadWrite)?);
         let keep = self.recovery != Some(Recovery::None);
-        let engine = EngineThread::open(file.clone(), Plan::Fresh { keep })?;
+        let engine = EngineThread::open(file.clone(), Plan::Fresh { keep }, parents)?;
         let served = engine.opened().served(&file)?;
         daemon::serve(&served, options, |ends| Ok(engine.start(ends)), ready)
     }
@@ -208,6 +214,11 @@ mod tests {
             "queue",
             "--zero-copy",
             "fallback",
+            "--parent",
+            "-one",
+            "--parent-map",
+            r"C:\=/mnt/c",
+            "--parent=two",
             "--",
             "-odd name",
         ]);
@@ -216,6 +227,9 @@ mod tests {
         assert!(again.serve && again.read_only && again.image == Path::new("-odd name"));
         assert_eq!((again.id, again.queues, again.depth), (Some(7), Some(3), 9));
         assert_eq!(again.options(), add.options());
+        let search = again.parents.search();
+        assert_eq!(search.parents, [Path::new("-one"), Path::new("two")]);
+        assert_eq!(search.maps, add.parents.search().maps);
     }
 
     #[test]

@@ -17,10 +17,12 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use uuid::Uuid;
 
+use vhdx_ublk::chain;
 use vhdx_ublk::disk::{Access, ImageFile, Reactor};
 use vhdx_ublk::error::{Error, Kind, Result};
 use vhdx_ublk::image::{InitialState, NewImage};
 
+use super::look::{self, Seen};
 use super::{holders, size};
 
 /// Make a new, empty image.
@@ -31,12 +33,19 @@ use super::{holders, size};
 pub struct Create {
     /// The file to make
     image: PathBuf,
-    /// Size of the disk, up to 64T
-    #[arg(short, long, value_parser = size::parse_disk)]
-    size: u64,
-    /// Whether blocks get space when they are written (dynamic) or now, all of them (fixed)
-    #[arg(short = 't', long = "type", value_enum, value_name = "TYPE", default_value_t = DiskType::Dynamic)]
-    disk_type: DiskType,
+    /// Size of the disk, up to 64T; a differencing image has its parent's
+    #[arg(short, long, value_parser = size::parse_disk, required_unless_present = "parent")]
+    #[arg(allow_negative_numbers = true)]
+    size: Option<u64>,
+    /// Whether blocks get space when they are written (dynamic), now, all of them (fixed), or when they come to
+    /// differ from the parent's (differencing)
+    /// [default: dynamic; with --parent differencing]
+    #[arg(short = 't', long = "type", value_enum, value_name = "TYPE")]
+    disk_type: Option<DiskType>,
+    /// The image that a differencing one is the child of. It must not be written any more
+    #[arg(short, long, value_name = "FILE", conflicts_with_all = ["size", "logical_sector_size", "block_state"])]
+    #[arg(conflicts_with = "physical_sector_size")]
+    parent: Option<PathBuf>,
     /// Unit in which space is given to the disk: a power of two from 1M to 256M. Small blocks keep Linux file
     /// systems small; Windows' New-VHD takes 32M
     #[arg(long, value_name = "SIZE", value_parser = size::parse_block, default_value = "2M")]
@@ -63,6 +72,7 @@ const AFTER_HELP: &str = "\
 Examples:
   vhdx-ublk create disk.vhdx --size 10G
   vhdx-ublk create disk.vhdx --size 1T --type fixed --logical-sector-size 4096
+  vhdx-ublk create child.vhdx --type differencing --parent disk.vhdx
 
 Exit status: 0 the image is made, 1 failure (and no half-made file is left), 2 wrong usage.";
 
@@ -70,6 +80,7 @@ Exit status: 0 the image is made, 1 failure (and no half-made file is left), 2 w
 enum DiskType {
     Dynamic,
     Fixed,
+    Differencing,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -89,7 +100,11 @@ fn parse_sector(text: &str) -> std::result::Result<u32, String> {
 impl Create {
     /// Runs the command.
     pub fn run(self) -> Result<()> {
-        let new = self.plan()?;
+        let parent = self.parent.as_deref().map(look::look_at_rest).transpose()?;
+        let new = match &parent {
+            Some((parent, _locked)) => self.plan_child(parent)?,
+            None => self.plan()?,
+        };
         let reactor = Reactor::new()?;
         if self.force {
             return self.replace(&new, &reactor);
@@ -105,21 +120,44 @@ impl Create {
         sync_folder_of(&self.image)
     }
 
+    /// A child of `parent`: its content is all there is.
+    fn plan_child(&self, parent: &Seen) -> Result<NewImage> {
+        if self.disk_type.is_some_and(|chosen| chosen != DiskType::Differencing) {
+            return usage("only a differencing image has a parent");
+        }
+        let folder = fs::canonicalize(folder_of(&self.image));
+        let folder = folder.map_err(|error| Error::io("finding the folder", error).file(&self.image))?;
+        let metadata = &parent.image.metadata;
+        Ok(NewImage {
+            virtual_size: metadata.virtual_size,
+            fixed: false,
+            block_size: self.block_size,
+            log_length: self.log_size,
+            logical_sector_size: metadata.logical_sector_size,
+            physical_sector_size: metadata.physical_sector_size,
+            initial_state: InitialState::NotPresent,
+            parent: Some(chain::descent(parent, &folder)?),
+        })
+    }
+
     /// What the options mean together.
     fn plan(&self) -> Result<NewImage> {
-        let usage = |message: &str| Err(Error::new(Kind::Usage, message).remedy("vhdx-ublk create --help"));
-        if !self.size.is_multiple_of(self.logical_sector_size.into()) {
+        let Some(size) = self.size else { return usage("a disk needs a size") };
+        if self.disk_type == Some(DiskType::Differencing) {
+            return usage("--type differencing needs a --parent");
+        }
+        if !size.is_multiple_of(self.logical_sector_size.into()) {
             return usage("the size is no whole number of logical sectors");
         }
         if self.physical_sector_size < self.logical_sector_size {
             return usage("physical sectors are no smaller than logical ones");
         }
-        let fixed = self.disk_type == DiskType::Fixed;
+        let fixed = self.disk_type == Some(DiskType::Fixed);
         if fixed && self.block_state.is_some() {
             return usage("--block-state is for dynamic images: a fixed one has all its blocks");
         }
         Ok(NewImage {
-            virtual_size: self.size,
+            virtual_size: size,
             fixed,
             block_size: self.block_size,
             log_length: self.log_size,
@@ -129,6 +167,7 @@ impl Create {
                 Some(BlockState::Zero) => InitialState::Zero,
                 Some(BlockState::NotPresent) | None => InitialState::NotPresent,
             },
+            parent: None,
         })
     }
 
@@ -158,6 +197,10 @@ impl Create {
             Err(error) => Err(holders::explain(error, &self.image)),
         }
     }
+}
+
+fn usage<T>(message: &str) -> Result<T> {
+    Err(Error::new(Kind::Usage, message).remedy("vhdx-ublk create --help"))
 }
 
 fn write(new: &NewImage, reactor: &Reactor, file: ImageFile) -> Result<()> {
@@ -196,9 +239,12 @@ fn inherit(from: &Path, to: &Path) -> io::Result<()> {
 
 /// Makes the name of the file at `path` durable.
 fn sync_folder_of(path: &Path) -> Result<()> {
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let synced = File::open(folder).and_then(|folder| folder.sync_all());
+    let synced = File::open(folder_of(path)).and_then(|folder| folder.sync_all());
     synced.map_err(|error| Error::io("syncing the folder of the new image", error).file(path))
+}
+
+fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 /// A file that is removed unless it gets finished.

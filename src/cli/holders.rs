@@ -61,11 +61,18 @@ pub fn device_of(path: &Path) -> Option<PathBuf> {
     Some(listed.entry.device)
 }
 
-/// Whether a living daemon of ours serves the file at `path`, and will go on to.
+/// The device that serves a child of the file at `path`.
+fn child_of(path: &Path) -> Option<PathBuf> {
+    let file = FileId::of(&fs::metadata(path).ok()?);
+    let listed = devices().ok()?.into_iter().find(|listed| listed.entry.reads(file))?;
+    Some(listed.entry.device)
+}
+
+/// Whether a living daemon of ours serves the file at `path`, or a child of it, and will go on to.
 pub fn is_served(path: &Path) -> bool {
     let Ok(file) = fs::metadata(path).map(|found| FileId::of(&found)) else { return false };
     let serves = |listed: &Listed| {
-        listed.entry.image_file == file && listed.state == State::Live && listed.entry.daemon.is_alive()
+        listed.entry.reads(file) && listed.state == State::Live && listed.entry.daemon.is_alive()
     };
     devices().is_ok_and(|devices| devices.iter().any(serves))
 }
@@ -80,8 +87,7 @@ pub fn refuse_abandoned(path: &Path, access: Access) -> Result<()> {
     let found = fs::metadata(path).map(|found| FileId::of(&found));
     let file = found.map_err(|error| Error::io("looking at the image", error).file(path))?;
     let both_read = |listed: &Listed| listed.entry.read_only && access == Access::ReadOnly;
-    let concerns =
-        |listed: &Listed| listed.entry.image_file == file && listed.is_abandoned() && !both_read(listed);
+    let concerns = |listed: &Listed| listed.entry.reads(file) && listed.is_abandoned() && !both_read(listed);
     let Some(listed) = devices()?.into_iter().find(concerns) else { return Ok(()) };
     let device = listed.entry.device.display();
     let remedy =
@@ -103,6 +109,12 @@ pub fn explain(error: Error, path: &Path) -> Error {
     if let Some(device) = device_of(path) {
         let device = device.display();
         return error.remedy(format!("it is {device} already; `vhdx-ublk del {device}` takes that away"));
+    }
+    if let Some(device) = child_of(path) {
+        let device = device.display();
+        return error.remedy(format!(
+            "{device} reads it, as a parent of its image; `vhdx-ublk del {device}` takes that away"
+        ));
     }
     let processes = processes(path);
     if processes.is_empty() {

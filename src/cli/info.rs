@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
+use vhdx_ublk::chain;
 use vhdx_ublk::error::Result;
 use vhdx_ublk::format::bat::{BatEntry, PayloadState};
 use vhdx_ublk::format::guid;
@@ -17,6 +18,7 @@ use vhdx_ublk::image::{BlockMap, FoundLog, Image};
 
 use super::look::{self, Seen};
 use super::output::{self, Fields};
+use super::parents::ParentOptions;
 use super::{holders, size};
 
 /// Show what an image is like, without changing it.
@@ -28,6 +30,11 @@ use super::{holders, size};
 pub struct Info {
     /// The VHDX file
     image: PathBuf,
+    /// Show a differencing image's parents too, its own first
+    #[arg(short, long)]
+    chain: bool,
+    #[command(flatten)]
+    parents: ParentOptions,
     /// As JSON: one object, errors too
     #[arg(long)]
     pub json: bool,
@@ -43,6 +50,7 @@ data_write_guid, creator, header_sequence, log {state, size, offset, entries}, b
 allocated, partial, zero, not_present, undefined, unmapped}, fragmentation, regions [{name,
 guid, offset, size, required}], file_size, host_bytes (space taken on the host), parent (null,
 or the parent locator's entries), attached (null, or the device), in_use, used_by, warnings.
+With --chain: chain, a list of such objects.
 Exit status: 0 success, 1 failure, 2 wrong usage.";
 
 #[derive(Serialize)]
@@ -70,6 +78,12 @@ struct Report {
     in_use: bool,
     used_by: Vec<String>,
     warnings: Vec<&'static str>,
+}
+
+/// Every layer, from the one that was named to the one without a parent.
+#[derive(Serialize)]
+struct Chain {
+    chain: Vec<Report>,
 }
 
 #[derive(Serialize)]
@@ -111,8 +125,14 @@ impl Info {
     /// Runs the command.
     pub fn run(self) -> Result<()> {
         let seen = look::look(&self.image)?;
-        let report = Report::of(&seen);
-        if self.json { output::print_json(&report) } else { output::print(&report.to_string()) }
+        if !self.chain {
+            self.parents.refuse_without("--chain")?;
+            let report = Report::of(&seen);
+            return if self.json { output::print_json(&report) } else { output::print(&report.to_string()) };
+        }
+        let parents = chain::open_parents(&seen, &self.parents.search(), look::look)?;
+        let chain = Chain { chain: std::iter::once(&seen).chain(&parents).map(Report::of).collect() };
+        if self.json { output::print_json(&chain) } else { output::print(&chain.to_string()) }
     }
 }
 
@@ -271,6 +291,13 @@ impl std::fmt::Display for Report {
             fields.add("warning", *warning);
         }
         fields.fmt(f)
+    }
+}
+
+impl std::fmt::Display for Chain {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let layers: Vec<String> = self.chain.iter().map(Report::to_string).collect();
+        f.write_str(&layers.join("\n\n"))
     }
 }
 

@@ -110,6 +110,7 @@ mod tests {
             id: 3,
             device: "/dev/ublkb3".into(),
             image: "/images/disk.vhdx".into(),
+            parents: Vec::new(),
             image_file: FileId { device: 1, inode: 2 },
             daemon: ProcessId { pid: 1234, start_time: 5678 },
             queues: 2,

@@ -12,11 +12,16 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use uuid::Uuid;
 
+use vhdx_ublk::chain::Layer;
+use vhdx_ublk::device::session;
 use vhdx_ublk::disk::{Access, Buffer, Disk, ImageFile, next_data};
 use vhdx_ublk::error::{Error, Kind, Result};
 use vhdx_ublk::image::{Image, Mode};
+
+use super::holders;
 
 /// How often an image is read that a writer keeps changing.
 const ATTEMPTS: u32 = 3;
@@ -41,6 +46,16 @@ pub struct Seen {
     pub in_use: bool,
 }
 
+impl Layer for Seen {
+    fn image(&self) -> &Image {
+        &self.image
+    }
+
+    fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
 /// Looks at the image at `path`.
 ///
 /// # Errors
@@ -53,6 +68,19 @@ pub fn look(path: &Path) -> Result<Seen> {
         Err(error) if error.kind() == Kind::InUse => look_past_a_writer(path),
         Err(error) => Err(error),
     }
+}
+
+/// Looks at the image at `path`, which nobody writes to while the second value lives.
+///
+/// # Errors
+///
+/// As [`look`]; [`Kind::InUse`] if somebody writes to it, or a killed daemon has left something to be written.
+pub fn look_at_rest(path: &Path) -> Result<(Seen, ImageFile)> {
+    let (disk, lock) = lock_for_reading(path).map_err(|error| holders::explain(error, path))?;
+    let seen = see(&disk, path, false)?;
+    holders::refuse_abandoned(path, Access::ReadWrite)?;
+    session::refuse_orphan(&lock, Some(&seen.image))?;
+    Ok((seen, lock))
 }
 
 /// The image at `path`, which nobody writes to while the second value lives.
@@ -105,6 +133,13 @@ fn see(disk: &Plain, path: &Path, in_use: bool) -> Result<Seen> {
 
 /// A file that is only read.
 pub struct Plain(File);
+
+impl Drop for Plain {
+    /// What was read leaves the host's page cache: direct writes of a device to this file would be slower for it.
+    fn drop(&mut self) {
+        let _ = posix_fadvise(&self.0, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
+    }
+}
 
 impl Disk for Plain {
     async fn read(&self, offset: u64, length: usize) -> io::Result<Buffer> {

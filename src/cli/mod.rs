@@ -16,6 +16,7 @@ mod list;
 mod logging;
 mod look;
 mod output;
+mod parents;
 mod recover;
 mod size;
 

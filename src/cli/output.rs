@@ -115,7 +115,7 @@ fn remedy(error: &Error) -> Option<&str> {
         Kind::Unsupported if error.structure().is_some() => {
             Some("a newer vhdx-ublk may handle it, and so may the program that made the image")
         }
-        Kind::Unsupported | Kind::InUse | Kind::NoDriver | Kind::Poisoned | Kind::Io => None,
+        Kind::Unsupported | Kind::InUse | Kind::Mismatch | Kind::NoDriver | Kind::Poisoned | Kind::Io => None,
     })
 }
 

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use vhdx_ublk::device::daemon::{self, Ready};
 use vhdx_ublk::device::engine_thread::EngineThread;
 use vhdx_ublk::device::launch;
+use vhdx_ublk::device::layers::Parents;
 use vhdx_ublk::device::opened::{NoEngine, Opened};
 use vhdx_ublk::device::registry::{Entry, FileId, Listed, State};
 use vhdx_ublk::device::session::Plan;
@@ -81,16 +82,18 @@ impl Recover {
         let listed = holders::find(&Target::parse(text))?;
         refuse_served(&listed)?;
         let entry = &listed.entry;
+        let parents = Parents::of_device(entry, |path| add::open_locked(path, Access::ReadOnly));
         if entry.read_only {
             let file = Arc::new(open(entry, Access::ReadOnly)?);
-            let opened = Opened::read_only(&file)?;
+            let opened = Opened::read_only(file.clone(), &parents)?;
             if opened.file_write_guid != entry.file_write_guid && !self.accept_loss {
                 return Err(changed(entry));
             }
             return daemon::recover(&opened.served(&file)?, entry, |ends| Ok(NoEngine(ends)), ready);
         }
         let file = Arc::new(open(entry, Access::ReadWrite)?);
-        let engine = EngineThread::open(file.clone(), Plan::Resume { accept_loss: self.accept_loss })?;
+        let engine =
+            EngineThread::open(file.clone(), Plan::Resume { accept_loss: self.accept_loss }, parents)?;
         let served = engine.opened().served(&file)?;
         daemon::recover(&served, entry, |ends| Ok(engine.start(ends)), ready)
     }

@@ -44,10 +44,12 @@ const NODE_DEADLINE: Duration = Duration::from_secs(5);
 pub struct Served {
     /// Where it is: absolute, without symbolic links.
     pub path: PathBuf,
-    /// The one open file description that carries the lock; all rings use it.
-    pub image: Arc<File>,
+    /// The one open file description that carries its lock, and those of its parents; all rings use them.
+    pub images: Arc<[File]>,
     /// The same, whatever it is called.
     pub image_file: FileId,
+    /// The parents' paths, absolute, without symbolic links; its own first.
+    pub parents: Vec<PathBuf>,
     /// What the fronts and the engine share.
     pub shared: Arc<Shared>,
     /// The disk as the kernel shall see it.
@@ -235,7 +237,7 @@ impl<E: EngineHandle> Device<E> {
                 ioctl_numbers: self.info.has_ioctl_numbers(),
                 transfer: self.transfer,
                 character_device: cdev.clone(),
-                image: served.image.clone(),
+                images: served.images.clone(),
                 sender: ends.sender,
                 wake: ends.wake,
             },
@@ -306,6 +308,7 @@ fn describe(info: &DeviceInfo, served: &Served, daemon: ProcessId) -> Entry {
         device: format!("/dev/ublkb{}", info.id).into(),
         image: served.path.clone(),
         image_file: served.image_file,
+        parents: served.parents.clone(),
         daemon,
         queues: info.queues,
         depth: info.depth,

@@ -203,7 +203,7 @@ impl Buffers {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::port::FileOp;
+    use crate::engine::port::{FileOp, LEAF};
 
     #[test]
     fn pages_are_registered_under_the_tags_number_or_under_none() {
@@ -224,7 +224,8 @@ mod tests {
         let mut data = Data::copied(2, 8192).expect("memory");
         let first = data.offer(0).0;
         assert_eq!(data.offer(1).0, first + 8192);
-        let io = FileIo { op: FileOp::FillZero, file_offset: 0, buffer_offset: 4096, length: 4096 };
+        let io =
+            FileIo { op: FileOp::FillZero, layer: LEAF, file_offset: 0, buffer_offset: 4096, length: 4096 };
         assert!(data.fill_zero(Fixed(2), 1, io).is_none());
     }
 
@@ -235,7 +236,7 @@ mod tests {
         data.read(
             Fixed(1),
             0,
-            FileIo { op: FileOp::Read, file_offset: 0, buffer_offset: 4096, length: 8192 },
+            FileIo { op: FileOp::Read, layer: LEAF, file_offset: 0, buffer_offset: 4096, length: 8192 },
         );
     }
 }

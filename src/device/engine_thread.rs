@@ -21,8 +21,9 @@ use uuid::Uuid;
 
 use super::control::Control;
 use super::daemon::EngineHandle;
+use super::layers::{self, Parents};
 use super::mailbox::{EngineEnds, Receiver, Sender, wake_up};
-use super::opened::{self, Opened, WritableOpen};
+use super::opened::{self, Opened, WritableImage, WritableOpen};
 use super::session::{Plan, SessionFile, Sessions};
 use super::sys;
 use crate::disk::{ImageFile, Reactor, Ring, UringDisk};
@@ -48,12 +49,12 @@ impl EngineThread {
     ///
     /// # Errors
     ///
-    /// Whatever is wrong with the image; [`Kind::Unsupported`] if it has a parent or no log; those of
+    /// Whatever is wrong with the image or its parents; [`Kind::Unsupported`] if it has no log; those of
     /// [`Control::open`], before anything was written; [`Kind::NotFound`] or [`Kind::Poisoned`] if there is no
     /// session to resume.
-    pub fn open(file: Arc<ImageFile>, plan: Plan) -> Result<Self> {
+    pub fn open(file: Arc<ImageFile>, plan: Plan, parents: Parents) -> Result<Self> {
         let may_write = || Control::open().map(drop);
-        Self::open_as(file, WritableOpen { may_write, plan, sessions: Sessions::of_machine() })
+        Self::open_as(file, WritableOpen { may_write, plan, sessions: Sessions::of_machine(), parents })
     }
 
     fn open_as(file: Arc<ImageFile>, how: WritableOpen) -> Result<Self> {
@@ -133,15 +134,19 @@ impl Life {
         reactor: &Reactor,
         fronts: Rc<Mailboxes>,
     ) -> Result<(Rc<Engine<UringDisk>>, Opened, Option<SessionFile>)> {
-        let disk = reactor.disk(self.file.clone());
-        let (image, session) = reactor.block_on(self.how.open(&disk))?;
-        let parameters = opened::parameters(&self.file, &image.metadata, false)?;
+        let opened = self.how.open(reactor, &self.file)?;
+        let WritableImage { image, session, parents, disk } = opened;
+        let named = |error: Error| error.file(self.file.path());
+        let bitmaps = reactor.block_on(image.sector_bitmaps(&disk)).map_err(named)?;
+        let parameters = opened::parameters(&self.file, &image.metadata, false, &parents)?;
+        let (parents, parent_files) = layers::for_engine(reactor, parents)?;
         let file_write_guid = image.header.header.file_write_guid;
         let tasks: Rc<dyn Spawn> = reactor.executor().clone();
-        let engine = Engine::new(image, disk, tasks, fronts, Box::new(Uuid::new_v4));
-        let engine = engine.map_err(|error| error.file(self.file.path()))?;
+        let engine = Engine::of_chain(image, bitmaps, disk, parents, tasks, fronts, Box::new(Uuid::new_v4));
+        let engine = engine.map_err(named)?;
         let shared = engine.shared().clone();
-        let opened = Opened { shared, parameters, file_write_guid, recoverable: session.is_some() };
+        let recoverable = session.is_some();
+        let opened = Opened { shared, parameters, file_write_guid, recoverable, parents: parent_files };
         Ok((engine, opened, session))
     }
 }
@@ -295,6 +300,7 @@ mod tests {
                 logical_sector_size: 512,
                 physical_sector_size: 4096,
                 initial_state: InitialState::NotPresent,
+                parent: None,
             };
             reactor.block_on(image.write(&disk, Uuid::new_v4)).expect("room");
             Self { path, directory }
@@ -313,7 +319,12 @@ mod tests {
         }
 
         fn how(&self, plan: Plan) -> WritableOpen {
-            WritableOpen { may_write: || Ok(()), plan, sessions: Sessions::at(self.directory.path()) }
+            let parents = Parents {
+                search: crate::chain::Search::default(),
+                open: |path| panic!("{path:?} is no parent"),
+            };
+            let sessions = Sessions::at(self.directory.path());
+            WritableOpen { may_write: || Ok(()), plan, sessions, parents }
         }
 
         /// The session file, if there is one.

@@ -36,7 +36,7 @@ enum Line {
 }
 
 /// What kinds are called on the pipe.
-const KINDS: [(Kind, &str); 13] = [
+const KINDS: [(Kind, &str); 14] = [
     (Kind::NotVhdx, "not-vhdx"),
     (Kind::Corrupt, "corrupt"),
     (Kind::Truncated, "truncated"),
@@ -48,6 +48,7 @@ const KINDS: [(Kind, &str); 13] = [
     (Kind::NotFound, "not-found"),
     (Kind::NoDriver, "no-driver"),
     (Kind::Usage, "usage"),
+    (Kind::Mismatch, "mismatch"),
     (Kind::Poisoned, "poisoned"),
     (Kind::Io, "io"),
 ];

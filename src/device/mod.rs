@@ -18,6 +18,7 @@ mod descriptor;
 pub mod engine_thread;
 pub mod features;
 pub mod launch;
+pub mod layers;
 pub mod mailbox;
 pub mod opened;
 mod options;

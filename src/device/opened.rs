@@ -12,6 +12,7 @@ use uuid::Uuid;
 
 use super::control::Control;
 use super::daemon::{EngineHandle, Served};
+use super::layers::{Parents, ReadLayer};
 use super::mailbox::EngineEnds;
 use super::options::Parameters;
 use super::registry::FileId;
@@ -33,27 +34,30 @@ pub struct Opened {
     pub file_write_guid: Uuid,
     /// Whether a successor can go on where this process is killed.
     pub recoverable: bool,
+    /// The parents' files, locked as long as this lives; its own first.
+    pub(super) parents: Arc<[Arc<ImageFile>]>,
 }
 
 impl Opened {
-    /// Opens the image in `file` for reading. Nothing is written, not even its log.
+    /// Opens the image in `file` for reading, and its parents. Nothing is written, not even their logs.
     ///
     /// # Errors
     ///
-    /// Whatever is wrong with the image; [`Kind::Unsupported`] if it has a parent; [`Kind::InUse`] if a
-    /// killed daemon left a session of it; those of [`Control::open`].
-    pub fn read_only(file: &Arc<ImageFile>) -> Result<Self> {
+    /// Whatever is wrong with the images; those of [`crate::chain::open_parents`]; [`Kind::InUse`] if a killed
+    /// daemon left a session of one; those of [`Control::open`].
+    pub fn read_only(file: Arc<ImageFile>, parents: &Parents) -> Result<Self> {
         let reactor = Reactor::new()?;
-        let disk = reactor.disk(file.clone());
-        let image = reactor.block_on(look(&disk)).map_err(|error| error.file(file.path()))?;
-        session::refuse_orphan(file, Some(&image))?;
+        let leaf = ReadLayer::open(&reactor, file)?;
+        let parents = parents.of(&leaf.image, leaf.file.path(), &reactor)?;
         Control::open()?;
-        choose_payload_io(file, &image.metadata)?;
-        let fixed = image.metadata.kind() == DiskType::Fixed;
-        let parameters = parameters(file, &image.metadata, true)?;
-        let file_write_guid = image.header.header.file_write_guid;
-        let shared = Arc::new(Shared::new(image.map, true, fixed));
-        Ok(Self { shared, parameters, file_write_guid, recoverable: true })
+        let fixed = leaf.image.metadata.kind() == DiskType::Fixed;
+        let parameters = parameters(&leaf.file, &leaf.image.metadata, true, &parents)?;
+        let file_write_guid = leaf.image.header.header.file_write_guid;
+        let (_, leaf) = leaf.into_layer()?;
+        let parents = parents.into_iter().map(ReadLayer::into_layer).collect::<Result<Vec<_>>>()?;
+        let (parents, layers): (Vec<_>, Vec<_>) = parents.into_iter().unzip();
+        let shared = Arc::new(Shared::of_chain(leaf, layers.into(), true, fixed));
+        Ok(Self { shared, parameters, file_write_guid, recoverable: true, parents: parents.into() })
     }
 
     /// What [`super::daemon::serve`] asks for.
@@ -63,20 +67,25 @@ impl Opened {
     /// When the process has no file descriptor left.
     pub fn served(&self, file: &ImageFile) -> Result<Served> {
         let image_file = FileId::of_image(file)?;
-        // Another descriptor of the same open file description: lock and flags are shared.
-        let same = file.as_fd().try_clone_to_owned();
-        let same =
-            same.map_err(|error| Error::io("duplicating the image's descriptor", error).file(file.path()))?;
+        let files = std::iter::once(file).chain(self.parents.iter().map(Arc::as_ref));
         Ok(Served {
             path: file.path().to_owned(),
-            image: Arc::new(File::from(same)),
+            images: files.map(same_description).collect::<Result<_>>()?,
             image_file,
+            parents: self.parents.iter().map(|parent| parent.path().to_owned()).collect(),
             shared: self.shared.clone(),
             parameters: self.parameters,
             file_write_guid: self.file_write_guid,
             recoverable: self.recoverable,
         })
     }
+}
+
+/// Another descriptor of the same open file description: lock and flags are shared.
+fn same_description(file: &ImageFile) -> Result<File> {
+    let same = file.as_fd().try_clone_to_owned();
+    let failed = |error| Error::io("duplicating the image's descriptor", error).file(file.path());
+    same.map(File::from).map_err(failed)
 }
 
 /// Stands in for the engine of a read-only device, whose fronts never ask for anything. Keeps its ends of the
@@ -97,28 +106,55 @@ pub(super) struct WritableOpen {
     pub(super) plan: Plan,
     /// Where they are.
     pub(super) sessions: Sessions,
+    /// How its parents are opened.
+    pub(super) parents: Parents,
 }
 
 /// What was found before anything is written.
 struct Examined {
     /// The image, if it can be used as it is.
     clean: Option<Image>,
-    /// The session to go on with, and the FileWriteGuid that the file carries.
-    session: Option<(SessionFile, SessionMemory, Uuid)>,
+    session: Option<Carried>,
+}
+
+/// The session to go on with, and the FileWriteGuid that the file carries.
+type Carried = (SessionFile, SessionMemory, Uuid);
+
+/// An image opened for writing.
+pub(super) struct WritableImage {
+    pub(super) image: Image,
+    pub(super) session: Option<SessionFile>,
+    /// Its parents, its own first.
+    pub(super) parents: Vec<ReadLayer>,
+    pub(super) disk: UringDisk,
 }
 
 impl WritableOpen {
-    /// Opens the image on `disk`, which carries its lock: every write of a dead holder has ended.
-    pub(super) async fn open(&self, disk: &UringDisk) -> Result<(Image, Option<SessionFile>)> {
-        let named = |error: Error| error.file(disk.file().path());
-        let file = FileId::of_image(disk.file())?;
-        let examined = self.examine(disk, file).await.map_err(named)?;
+    /// Opens the image in `file`, which carries its lock: every write of a dead holder has ended.
+    pub(super) fn open(&self, reactor: &Reactor, file: &Arc<ImageFile>) -> Result<WritableImage> {
+        let named = |error: Error| error.file(file.path());
+        let (disk, id) = (reactor.disk(file.clone()), FileId::of_image(file)?);
+        let (seen, session) = reactor.block_on(self.examine(&disk, id)).map_err(named)?;
+        let seen = match seen {
+            Some(image) => Some((self.parents.of(&image, file.path(), reactor)?, image)),
+            None => None,
+        };
         (self.may_write)()?;
-        self.take(disk, file, examined).await.map_err(named)
+        let (parents, clean) = match seen {
+            Some((parents, image)) => (Some(parents), Some(image)),
+            None => (None, None),
+        };
+        let examined = Examined { clean: clean.filter(|image| image.found_log == FoundLog::Clean), session };
+        let (image, session) = reactor.block_on(self.take(&disk, id, examined)).map_err(named)?;
+        let parents = match parents {
+            Some(parents) => parents,
+            None => self.parents.of(&image, file.path(), reactor)?,
+        };
+        Ok(WritableImage { image, session, parents, disk })
     }
 
     /// Looks at the image, and chooses the session to go on with. Nothing is written.
-    async fn examine(&self, disk: &UringDisk, file: FileId) -> Result<Examined> {
+    async fn examine(&self, disk: &UringDisk, file: FileId) -> Result<(Option<Image>, Option<Carried>)> {
         let image = match look(disk).await {
             Ok(image) => {
                 image.check_writable()?;
@@ -131,7 +167,7 @@ impl WritableOpen {
         let session = session::choose(self.plan, self.sessions.find(file)?, image.as_ref(), file)?;
         let carried = image.as_ref().map(|image| image.header.header.file_write_guid);
         let session = session.zip(carried).map(|((file, memory), carried)| (file, memory, carried));
-        Ok(Examined { clean: image.filter(|image| image.found_log == FoundLog::Clean), session })
+        Ok((image, session))
     }
 
     async fn take(
@@ -151,7 +187,6 @@ impl WritableOpen {
         if let FoundLog::Dirty(entries) = image.found_log {
             tracing::info!("the image was not closed cleanly: replayed {entries} log entries");
         }
-        refuse_chain(&image)?;
         choose_payload_io(disk.file(), &image.metadata)?;
         let session = session.map(|(session, ..)| session).or_else(|| self.start_session(&mut image, file));
         Ok((image, session))
@@ -175,19 +210,27 @@ impl WritableOpen {
     }
 }
 
-pub(super) fn parameters(file: &ImageFile, metadata: &Metadata, read_only: bool) -> Result<Parameters> {
+/// The disk as the kernel shall see it, whose data comes from `file` and from `parents`.
+pub(super) fn parameters(
+    file: &ImageFile,
+    metadata: &Metadata,
+    read_only: bool,
+    parents: &[ReadLayer],
+) -> Result<Parameters> {
+    let files = std::iter::once(file).chain(parents.iter().map(|parent| parent.file.as_ref()));
+    let alignments = files.map(|file| file.memory_alignment(metadata.logical_sector_size));
     Ok(Parameters {
         size_bytes: metadata.virtual_size,
         logical_sector_bytes: metadata.logical_sector_size,
         physical_sector_bytes: metadata.physical_sector_size,
         read_only,
-        memory_alignment_bytes: file.memory_alignment(metadata.logical_sector_size)?,
+        memory_alignment_bytes: alignments.collect::<Result<Vec<_>>>()?.into_iter().max().unwrap_or(1),
     })
 }
 
-async fn look(disk: &UringDisk) -> Result<Image> {
+/// Reads and checks the image on `disk`, a dirty log in memory.
+pub(super) async fn look(disk: &UringDisk) -> Result<Image> {
     let image = Image::open(disk, Mode::ReadOnly, Uuid::new_v4).await?;
-    refuse_chain(&image)?;
     if image.metadata.virtual_size == 0 {
         return Err(Error::new(Kind::Unsupported, "the disk has no bytes, and the kernel no such devices")
             .in_structure("metadata"));
@@ -195,17 +238,8 @@ async fn look(disk: &UringDisk) -> Result<Image> {
     Ok(image)
 }
 
-fn refuse_chain(image: &Image) -> Result<()> {
-    if !image.metadata.has_parent {
-        return Ok(());
-    }
-    Err(Error::new(Kind::Unsupported, "the image is a differencing one, and chains are not supported yet")
-        .in_structure("metadata")
-        .remedy("merge it into its parent where it was made (Merge-VHD); `vhdx-ublk info` shows the parent"))
-}
-
 /// Takes direct I/O for the payload where the host has it, and says so where it has not.
-fn choose_payload_io(file: &ImageFile, metadata: &Metadata) -> Result<()> {
+pub(super) fn choose_payload_io(file: &ImageFile, metadata: &Metadata) -> Result<()> {
     if let PayloadIo::Buffered { reason } = file.enable_direct(metadata.logical_sector_size)? {
         let path = file.path().display();
         tracing::warn!("{path}: no direct I/O, the disk's data goes through the host's page cache: {reason}");

@@ -39,6 +39,9 @@ pub struct Entry {
     pub image: PathBuf,
     /// The image's device and inode, which a rename does not change.
     pub image_file: FileId,
+    /// Of a differencing image the parents' paths, its own first.
+    #[serde(default)]
+    pub parents: Vec<PathBuf>,
     /// The daemon.
     pub daemon: ProcessId,
     /// Queues.
@@ -64,6 +67,14 @@ pub struct Entry {
     pub started: bool,
     /// Why the image could not be closed cleanly; kept until somebody has been told.
     pub failure: Option<String>,
+}
+
+impl Entry {
+    /// Whether the device reads `file`, its image or one of that one's parents.
+    pub fn reads(&self, file: FileId) -> bool {
+        let is_it = |path: &PathBuf| fs::metadata(path).is_ok_and(|found| FileId::of(&found) == file);
+        self.image_file == file || self.parents.iter().any(is_it)
+    }
 }
 
 /// A file, whatever it is called.
@@ -377,6 +388,7 @@ pub(super) mod tests {
             id,
             device: format!("/dev/ublkb{id}").into(),
             image: "/images/disk.vhdx".into(),
+            parents: Vec::new(),
             image_file: FileId { device: 1, inode: 2 },
             daemon: ProcessId { pid: 1234, start_time: 5678 },
             queues: 2,

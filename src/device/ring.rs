@@ -12,6 +12,7 @@
 
 use std::fs::File;
 use std::io;
+use std::iter;
 use std::mem::offset_of;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
@@ -30,7 +31,7 @@ use super::token::Token;
 use crate::disk::PAGE_BYTES;
 use crate::engine::front::{MAX_PIECES, Request};
 use crate::engine::message::ToEngine;
-use crate::engine::port::{FileIo, FileOp, MAX_WRITE_ZEROS, PieceId, Port};
+use crate::engine::port::{FileIo, FileOp, LEAF, MAX_WRITE_ZEROS, PieceId, Port};
 use crate::error::{Error, Result};
 
 /// Places in the submission queue: a full one is submitted and filled again, so this bounds memory, not work.
@@ -40,10 +41,13 @@ const MAX_SUBMISSIONS: u32 = 4096;
 const MAX_SHORTAGES: u32 = 1000;
 const SHORTAGE_PAUSE: Duration = Duration::from_millis(2);
 
-/// The files of the ring.
+/// The files of the ring: this one, the images of the chain, and the one that zeros come from.
 const CHARACTER_DEVICE: Fixed = Fixed(0);
-const IMAGE: Fixed = Fixed(1);
-const ZEROS: Fixed = Fixed(2);
+
+/// The file of a layer.
+fn image(layer: u8) -> Fixed {
+    Fixed(CHARACTER_DEVICE.0 + 1 + u32::from(layer))
+}
 
 /// Bits of a command's number that hold it alone, as kernels before 6.4 want it.
 const LEGACY_MASK: u32 = 0xff;
@@ -64,8 +68,8 @@ pub(super) struct RingSetup {
     pub(super) transfer: Transfer,
     /// `/dev/ublkcN`.
     pub(super) character_device: Arc<File>,
-    /// The image.
-    pub(super) image: Arc<File>,
+    /// The images: the one that is served, its parent, and so on.
+    pub(super) images: Arc<[File]>,
     /// To the engine.
     pub(super) sender: Sender<ToEngine>,
     /// Wakes this queue.
@@ -148,8 +152,9 @@ impl Ring {
         let data = Data::new(setup.transfer, setup.depth, setup.request_bytes);
         let mut data = data.map_err(failed("preparing for its data"))?;
         data.register(&uring, setup.depth).map_err(failed("registering its buffers"))?;
-        let files = [setup.character_device.as_raw_fd(), setup.image.as_raw_fd()];
-        let files: Vec<_> = files.into_iter().chain(data.zeros_fd()).collect();
+        let images = setup.images.iter().map(AsRawFd::as_raw_fd);
+        let files = iter::once(setup.character_device.as_raw_fd()).chain(images);
+        let files: Vec<_> = files.chain(data.zeros_fd()).collect();
         uring.submitter().register_files(&files).map_err(failed("registering its files"))?;
         let (offset, length) = descriptor_range(setup.queue, setup.depth);
         let descriptors = Region::of_device(&setup.character_device, offset, length);
@@ -325,6 +330,10 @@ impl Ring {
         }
     }
 
+    fn zeros_file(&self) -> Fixed {
+        Fixed(CHARACTER_DEVICE.0 + 1 + u32::try_from(self.setup.images.len()).expect("at most 256"))
+    }
+
     fn assert_served(&self, tag: u16) {
         let holder = self.holders[usize::from(tag)];
         assert!(matches!(holder, Holder::Front { .. }), "tag {tag} has no request ({holder:?})");
@@ -337,18 +346,18 @@ impl Port for Ring {
         assert!(length > 0, "{piece:?}: I/O of nothing");
         self.assert_served(piece.tag);
         let entry = match op {
-            FileOp::Read => self.data.read(IMAGE, piece.tag, io),
-            FileOp::FillZero => match self.data.fill_zero(ZEROS, piece.tag, io) {
+            FileOp::Read => self.data.read(image(io.layer), piece.tag, io),
+            FileOp::FillZero => match self.data.fill_zero(self.zeros_file(), piece.tag, io) {
                 Some(entry) => entry,
                 None => return self.filled.push((piece, length)),
             },
             FileOp::Write { durable } => {
                 let flags = if durable { libc::RWF_DSYNC } else { 0 };
-                self.data.write(IMAGE, piece.tag, io, flags)
+                self.data.write(image(LEAF), piece.tag, io, flags)
             }
             FileOp::WriteZeros => {
                 let zeros = self.zeros.at(0, bytes(length));
-                opcode::Write::new(IMAGE, zeros, length).offset(file_offset).build()
+                opcode::Write::new(image(LEAF), zeros, length).offset(file_offset).build()
             }
             FileOp::ZeroRange => fallocate(libc::FALLOC_FL_ZERO_RANGE, file_offset, length),
             FileOp::PunchHole => fallocate(libc::FALLOC_FL_PUNCH_HOLE, file_offset, length),
@@ -406,7 +415,7 @@ fn encode(queue: u16, tag: u16, result: i32, address: u64) -> [u8; 16] {
 
 fn fallocate(mode: i32, offset: u64, length: u32) -> squeue::Entry {
     let mode = mode | libc::FALLOC_FL_KEEP_SIZE;
-    opcode::Fallocate::new(IMAGE, u64::from(length)).offset(offset).mode(mode).build()
+    opcode::Fallocate::new(image(LEAF), u64::from(length)).offset(offset).mode(mode).build()
 }
 
 /// A 32-bit length or offset as an index.

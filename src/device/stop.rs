@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use super::control::{Control, POLL_INTERVAL};
 use super::daemon::EngineHandle;
 use super::engine_thread::EngineThread;
+use super::layers::Parents;
 use super::registry::{Entry, FileId, Listed, Registry, State, state_of};
 use super::session::{Plan, Sessions};
 use super::sys::ProcessHandle;
@@ -208,7 +209,9 @@ fn close_image(registry: &Registry, entry: &Entry) -> Result<Closed> {
         if FileId::of_image(&file)? != entry.image_file {
             return Err(Error::new(Kind::NotFound, "another file is in its place").file(&entry.image));
         }
-        EngineThread::open(Arc::new(file), Plan::Fresh { keep: false })?.close()
+        let parents =
+            Parents::of_device(entry, |path| ImageFile::open(path, Access::ReadOnly, LOCK_DEADLINE));
+        EngineThread::open(Arc::new(file), Plan::Fresh { keep: false }, parents)?.close()
     });
     closed.map(|()| Closed::Now).map_err(|error| {
         let message = format!(

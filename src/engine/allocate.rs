@@ -37,6 +37,15 @@ impl<D: Disk + 'static> Engine<D> {
             }
             self.recycled_grants.update(|count| count + 1);
         }
+        if self.needs_parents(old) {
+            self.count(|counters| counters.fills += 1);
+            self.fill(block, grant.extent).await.inspect_err(|_| {
+                self.space.borrow_mut().free(grant.extent, false);
+            })?;
+            if !planted(Plant::SkipFillSync) {
+                self.recycled_grants.update(|count| count + 1);
+            }
+        }
         self.check_poison()?;
         self.count(|counters| counters.grants += 1);
         self.remap(block, BatEntry::present(grant.extent.offset));

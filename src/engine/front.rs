@@ -15,10 +15,9 @@
 use std::sync::Arc;
 
 use super::message::{Ask, ToEngine, ToFront};
-use super::port::{FileIo, FileOp, MAX_WRITE_ZEROS, PieceId, Port};
+use super::port::{FileIo, FileOp, LEAF, MAX_WRITE_ZEROS, PieceId, Port};
+use super::run::{Run, Source};
 use super::shared::{Session, Shared};
-use crate::format::bat::PayloadState;
-use crate::image::Mapping;
 use crate::simulation::{Plant, planted};
 
 /// Pieces of one request in flight at a time: a request of 1 MiB crosses few blocks, a chain splits finer.
@@ -277,13 +276,14 @@ impl Front {
     }
 
     fn step_read<P: Port>(&mut self, tag: u16, port: &mut P) -> Step {
-        let run = self.run(tag);
-        if run.present {
+        let run = self.run(tag, Run::through);
+        if run.is_present() {
             self.start_piece(tag, &run, FileOp::Read, false, port);
             return Step::Again;
         }
         let io = FileIo {
             op: FileOp::FillZero,
+            layer: LEAF,
             file_offset: 0,
             buffer_offset: self.buffer_offset(tag),
             length: run.length,
@@ -298,8 +298,8 @@ impl Front {
             return step;
         }
         let durable = durable && !planted(Plant::IgnoreFua);
-        let run = self.run(tag);
-        if !run.present {
+        let run = self.run(tag, Run::of);
+        if !run.is_present() {
             let (first, count) = self.blocks_ahead(tag);
             return self.ask_again(tag, Ask::Allocate { first, count }, port);
         }
@@ -334,7 +334,7 @@ impl Front {
             return Step::Wait;
         }
         let run = self.part(tag);
-        if run.present && u64::from(run.length) >= MIN_PUNCH_BYTES && self.shared.can_punch() {
+        if run.is_present() && u64::from(run.length) >= MIN_PUNCH_BYTES && self.shared.can_punch() {
             self.start_piece(tag, &run, FileOp::PunchHole, true, port);
         } else {
             self.skip(tag, &run);
@@ -352,11 +352,14 @@ impl Front {
             return Step::Wait;
         }
         let run = self.part(tag);
-        if run.present {
+        if run.is_present() {
             let op = self.zeroing_op(run.length, keep_space);
             self.start_piece(tag, &run, op, false, port);
-        } else if run.zero {
+        } else if run.source == Source::Zero {
             self.skip(tag, &run);
+        } else if run.source == Source::Parents {
+            let first = self.shared.geometry().block_of_offset(self.slots[usize::from(tag)].cursor);
+            return self.ask_again(tag, Ask::Allocate { first, count: 1 }, port);
         } else {
             let (first, count) = self.blocks_ahead(tag);
             return self.ask_again(tag, Ask::ZeroAbsent { first, count }, port);
@@ -410,12 +413,12 @@ impl Front {
 
     /// The longest run from the cursor that one piece of file I/O can serve, over neighbouring blocks too.
     #[inline]
-    fn run(&self, tag: u16) -> Run {
+    fn run(&self, tag: u16, look_up: impl Fn(&Shared, u64, u64) -> Run) -> Run {
         let slot = &self.slots[usize::from(tag)];
-        let mut run = self.part(tag);
+        let mut run = look_up(&self.shared, slot.cursor, slot.end());
         let mut next = slot.cursor + u64::from(run.length);
         while next < slot.end() {
-            let more = Run::of(&self.shared, next, slot.end());
+            let more = look_up(&self.shared, next, slot.end());
             if !run.continues_with(&more) {
                 break;
             }
@@ -479,9 +482,12 @@ impl Front {
 
     #[inline]
     fn start_piece<P: Port>(&mut self, tag: u16, run: &Run, op: FileOp, advisory: bool, port: &mut P) {
-        assert!(run.present && run.length > 0, "file I/O goes to blocks that are there");
+        let Source::File(layer, file_offset) = run.source else {
+            panic!("file I/O goes to blocks that are there")
+        };
+        assert!(layer == LEAF || op == FileOp::Read, "parents are only read");
         let buffer_offset = self.buffer_offset(tag);
-        let io = FileIo { op, file_offset: run.file_offset, buffer_offset, length: run.length };
+        let io = FileIo { op, layer, file_offset, buffer_offset, length: run.length };
         let id = self.claim_piece(tag, io);
         self.piece(id).advisory = advisory;
         submit(id, io, port);
@@ -569,6 +575,7 @@ impl Front {
         let advance = if rest.op == FileOp::WriteZeros { 0 } else { whole };
         Verdict::Continue(FileIo {
             op: rest.op,
+            layer: rest.layer,
             file_offset: rest.file_offset + u64::from(whole),
             buffer_offset: rest.buffer_offset + advance,
             length: rest.length - whole,
@@ -594,6 +601,7 @@ impl Front {
         let rest = self.piece(id).rest;
         let rest = FileIo {
             op: FileOp::FillZero,
+            layer: LEAF,
             file_offset: 0,
             buffer_offset: rest.buffer_offset + done,
             length: rest.length - done,
@@ -631,43 +639,6 @@ enum Verdict {
     Failed(i32),
     Continue(FileIo),
     EndOfFile(u32),
-}
-
-/// Consecutive virtual bytes that one piece can serve.
-struct Run {
-    /// The bytes lie in the file.
-    present: bool,
-    /// The block's state is ZERO.
-    zero: bool,
-    durable: bool,
-    file_offset: u64,
-    length: u32,
-}
-
-impl Run {
-    /// The run from virtual offset `from` to the end of its block or to `end`.
-    #[inline]
-    fn of(shared: &Shared, from: u64, end: u64) -> Self {
-        let geometry = shared.geometry();
-        let block = geometry.block_of_offset(from);
-        let within = from - block * geometry.block_size();
-        let length = (geometry.block_size() - within).min(end - from);
-        let Mapping { entry, durable } = shared.map.load(block);
-        let state = entry.payload_state();
-        let present = state == Some(PayloadState::FullyPresent);
-        let zero = state == Some(PayloadState::Zero);
-        let file_offset = if present { entry.offset() + within } else { 0 };
-        let length = u32::try_from(length).expect("a block has at most 256 MiB");
-        Self { present, zero, durable, file_offset, length }
-    }
-
-    fn continues_with(&self, next: &Self) -> bool {
-        match (self.present, next.present) {
-            (true, true) => next.file_offset == self.file_offset + u64::from(self.length),
-            (false, false) => true,
-            _ => false,
-        }
-    }
 }
 
 fn submit<P: Port>(id: PieceId, rest: FileIo, port: &mut P) {

@@ -39,7 +39,8 @@ pub enum Ask {
         /// Blocks that have no space become ZERO too, so that every reader sees zeros, not only this one.
         define_absent: bool,
     },
-    /// Make those of blocks `first..first + count` ZERO that have no space; blocks with space stay as they are.
+    /// Make those of blocks `first..first + count` ZERO that have no space and no parent's content; the others
+    /// stay as they are.
     ZeroAbsent {
         /// First block.
         first: u64,

@@ -8,7 +8,7 @@
 //! 0. whatever a killed process wrote, before a header is (`open_session`);
 //! 1. new FileWriteGuid and DataWriteGuid in both headers, before any other modification (`open_session`);
 //! 2. an initial empty log entry, before a header names its LogGuid (`begin_log`);
-//! 3. recycled space zeroed and synced, and the length of a file that has grown, before an entry that names the
+//! 3. recycled space zeroed and synced, space filled from the parents synced, and the length of a file that has grown, before an entry that names the
 //!    space is written (`commit`);
 //! 4. a page's log entry synced, before the page is written in place (`commit`);
 //! 5. an unmapping durable and every front past it, before the space is granted again (`quarantine`);
@@ -22,6 +22,7 @@
 mod allocate;
 mod close;
 mod commit;
+mod fill;
 pub mod front;
 mod headers;
 pub mod local;
@@ -29,6 +30,7 @@ mod log;
 pub mod message;
 pub mod port;
 mod quarantine;
+mod run;
 mod session;
 pub mod shared;
 mod sync;
@@ -43,12 +45,12 @@ use uuid::Uuid;
 
 use crate::disk::Disk;
 use crate::error::Result;
-use crate::image::{Extent, Headers, Image, Layout, Space};
+use crate::image::{Extent, Headers, Image, Layout, SectorBitmaps, Space};
 use local::{Bell, BlockLocks, Promise, Spawn, Turnstile};
 use log::LogSpace;
 use message::{Ask, ToEngine, ToFront};
 use quarantine::Quarantine;
-use shared::{Session, Shared};
+use shared::{Layer, Session, Shared};
 
 /// What an operation that failed tells its requester: a positive `errno`.
 pub type Outcome<T = ()> = std::result::Result<T, i32>;
@@ -82,6 +84,8 @@ pub struct Counters {
     pub grants: u64,
     /// Grants of recycled space, which had to be zeroed.
     pub recycled_grants: u64,
+    /// Grants that were filled with the parents' content.
+    pub fills: u64,
     /// Extensions of the file.
     pub grows: u64,
     /// Blocks that lost their space.
@@ -92,9 +96,19 @@ pub struct Counters {
     pub barriers: u64,
 }
 
+/// A parent of a differencing image, which is only read.
+pub struct Parent<D> {
+    /// Its file.
+    pub disk: D,
+    /// Where its content is.
+    pub layer: Layer,
+}
+
 /// The engine of one writable image. All of it lives on one thread.
 pub struct Engine<D: Disk> {
     disk: D,
+    /// Its parents' files, its own first.
+    parents: Vec<D>,
     shared: Arc<Shared>,
     layout: Layout,
     tasks: Rc<dyn Spawn>,
@@ -121,7 +135,7 @@ pub struct Engine<D: Disk> {
     released_bell: Bell,
     flush_waiters: RefCell<Vec<Promise<Outcome>>>,
     commit_bell: Bell,
-    /// Grants of recycled space so far, and how many of them a completed sync covers.
+    /// Grants of recycled or filled space so far, and how many of them a completed sync covers.
     recycled_grants: Cell<u64>,
     recycled_synced: Cell<u64>,
     /// The file's length once every extension so far has completed.
@@ -149,14 +163,38 @@ impl<D: Disk + 'static> Engine<D> {
         fronts: Rc<dyn Fronts>,
         guids: GuidSource,
     ) -> Result<Rc<Self>> {
+        assert!(!image.metadata.has_parent, "a differencing image has parents");
+        Self::of_chain(image, SectorBitmaps::default(), disk, Vec::new(), tasks, fronts, guids)
+    }
+
+    /// An engine over an opened image with its sector bitmaps, and its parents, its own first.
+    ///
+    /// # Errors
+    /// If the image is one that no writer can work with.
+    ///
+    /// # Panics
+    /// If the image was opened read-only.
+    pub fn of_chain(
+        image: Image,
+        bitmaps: SectorBitmaps,
+        disk: D,
+        parents: Vec<Parent<D>>,
+        tasks: Rc<dyn Spawn>,
+        fronts: Rc<dyn Fronts>,
+        guids: GuidSource,
+    ) -> Result<Rc<Self>> {
         assert!(image.overlay.is_none(), "a writable image has its log replayed in place");
         image.check_writable()?;
         let fixed = image.metadata.kind() == crate::format::metadata::DiskType::Fixed;
-        let shared = Arc::new(Shared::new(image.map, false, fixed));
+        let (parents, layers): (Vec<_>, Vec<_>) =
+            parents.into_iter().map(|parent| (parent.disk, parent.layer)).unzip();
+        let leaf = Layer { map: image.map, bitmaps };
+        let shared = Arc::new(Shared::of_chain(leaf, layers.into(), false, fixed));
         let mut quarantine = Quarantine::default();
         image.pending.unmapped.into_iter().for_each(|extent| quarantine.add(extent));
         let engine = Rc::new(Self {
             disk,
+            parents,
             shared,
             headers: RefCell::new(Headers::new(&image.header)?),
             tasks,

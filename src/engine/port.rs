@@ -14,12 +14,17 @@ pub struct PieceId {
     pub piece: u8,
 }
 
-/// File I/O on the image, at most `u32::MAX` bytes; offsets and lengths are multiples of the logical sector.
+/// The layer that is served itself; the others are its parents, each the parent of the one before it.
+pub const LEAF: u8 = 0;
+
+/// File I/O on an image of the chain, at most `u32::MAX` bytes; offsets and lengths are multiples of the logical sector.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FileIo {
     /// What to do.
     pub op: FileOp,
-    /// Where in the image file, bytes; meaningless for [`FileOp::FillZero`].
+    /// Which image's file; only [`LEAF`]'s is ever written. Meaningless for [`FileOp::FillZero`].
+    pub layer: u8,
+    /// Where in that file, bytes; meaningless for [`FileOp::FillZero`].
     pub file_offset: u64,
     /// Where in the tag's buffer the data lies, bytes; meaningless for operations without data.
     pub buffer_offset: u32,

@@ -8,13 +8,14 @@ use super::{Engine, Outcome};
 use crate::disk::Disk;
 use crate::format::bat::{BatEntry, PayloadState};
 use crate::image::Extent;
+use crate::simulation::{Plant, planted};
 
 /// Blocks handled before other tasks get a turn.
 const BLOCKS_PER_TURN: u64 = 512;
 
 impl<D: Disk + 'static> Engine<D> {
     /// Makes whole blocks ZERO. Blocks without space change only if `define_absent`: to this program they
-    /// read as zero anyway, to others an absent block's content is undefined.
+    /// read as zero anyway, or as their parents say, to others an absent block's content is undefined.
     pub(super) async fn unmap(self: &Rc<Self>, first: u64, count: u64, define_absent: bool) -> Outcome {
         assert!(!self.shared.fixed, "fixed images keep their space");
         self.change_each(first, count, |engine, old| {
@@ -24,10 +25,12 @@ impl<D: Disk + 'static> Engine<D> {
         .await
     }
 
-    /// Makes those blocks ZERO that have no data.
+    /// Makes those blocks ZERO that have no data, nor a parent's.
     pub(super) async fn zero_absent(self: &Rc<Self>, first: u64, count: u64) -> Outcome {
-        self.change_each(first, count, |_, old| {
-            !matches!(old.payload_state(), Some(PayloadState::FullyPresent | PayloadState::Zero))
+        self.change_each(first, count, |engine, old| {
+            let has_data =
+                old.payload_state() == Some(PayloadState::FullyPresent) || engine.needs_parents(old);
+            old.payload_state() != Some(PayloadState::Zero) && !has_data
         })
         .await
     }
@@ -41,8 +44,10 @@ impl<D: Disk + 'static> Engine<D> {
         for block in first..first + count {
             let change = async {
                 self.check_poison()?;
-                if to_zero(self, self.shared.map.load(block).entry) {
-                    self.remap(block, BatEntry::zero());
+                let old = self.shared.map.load(block).entry;
+                if to_zero(self, old) {
+                    let reveals = planted(Plant::RevealParents);
+                    self.remap(block, if reveals { BatEntry::not_present() } else { BatEntry::zero() });
                 }
                 Outcome::Ok(())
             };

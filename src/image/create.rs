@@ -11,6 +11,7 @@ use crate::error::{Error, Kind, Result};
 use crate::format::bat::{BatEntry, ENTRY_SIZE, Geometry};
 use crate::format::file_id::FileId;
 use crate::format::header::{self, Header};
+use crate::format::locator::ParentLocator;
 use crate::format::metadata::Metadata;
 use crate::format::region::{self, Region, RegionTable};
 use crate::format::{MAX_VIRTUAL_SIZE, MIB, guid};
@@ -48,6 +49,17 @@ pub struct NewImage {
     pub physical_sector_size: u32,
     /// Of a dynamic image's blocks.
     pub initial_state: InitialState,
+    /// Makes it a differencing image: no block is there, and all content is the parent's.
+    pub parent: Option<Descent>,
+}
+
+/// What a child has from its parent, besides the sizes of disk and sectors.
+#[derive(Clone, Debug)]
+pub struct Descent {
+    /// How the child finds its parent.
+    pub locator: ParentLocator,
+    /// They are the same virtual disk.
+    pub disk_id: Uuid,
 }
 
 struct Plan {
@@ -117,6 +129,10 @@ impl NewImage {
                 self.virtual_size, self.logical_sector_size
             ));
         }
+        let dynamic = !self.fixed && self.initial_state == InitialState::NotPresent;
+        if self.parent.is_some() && !dynamic {
+            return usage("a differencing image begins with no blocks of its own".into());
+        }
         let log = u64::from(self.log_length);
         if log == 0 || !log.is_multiple_of(log_unit()) || self.log_length > header::MAX_LOG_LENGTH {
             return usage(format!("a log of {log} bytes: the format has whole MiB, at most 1 GiB"));
@@ -125,16 +141,18 @@ impl NewImage {
     }
 
     fn plan(&self, new_guid: &mut impl FnMut() -> Uuid) -> Result<Plan> {
-        let geometry = Geometry::new(self.virtual_size, self.block_size, self.logical_sector_size, false);
+        let differencing = self.parent.is_some();
+        let geometry =
+            Geometry::new(self.virtual_size, self.block_size, self.logical_sector_size, differencing);
         let metadata = Metadata {
             block_size: self.block_size,
             leave_blocks_allocated: self.fixed,
-            has_parent: false,
+            has_parent: differencing,
             virtual_size: self.virtual_size,
-            disk_id: new_guid(),
+            disk_id: self.parent.as_ref().map_or_else(&mut *new_guid, |parent| parent.disk_id),
             logical_sector_size: self.logical_sector_size,
             physical_sector_size: self.physical_sector_size,
-            parent_locator: None,
+            parent_locator: self.parent.as_ref().map(|parent| parent.locator.clone()),
         };
         let header = Header {
             sequence_number: 1,

@@ -1,5 +1,6 @@
-//! An opened image: geometry, block map, log scan and replay, the map of what occupies the file.
+//! An opened image: geometry, block map, sector bitmaps, log scan and replay, the map of what occupies the file.
 
+mod bitmaps;
 mod block_map;
 mod check;
 mod create;
@@ -13,9 +14,10 @@ mod replay;
 mod resume;
 mod space;
 
+pub use bitmaps::{MAX_BITMAP_BYTES, SectorBitmaps};
 pub use block_map::{BlockMap, Mapping, SLOTS_PER_PAGE};
 pub use check::{Finding, KEPT_FINDINGS, LogFound, Report, Severity, check};
-pub use create::{InitialState, NewImage};
+pub use create::{Descent, InitialState, NewImage};
 pub use headers::Headers;
 pub use memory::{Mismatch, Owner, Session, SessionMemory};
 pub use open::{FoundLog, Image, Layout, Mode, payload_extent};

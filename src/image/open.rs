@@ -7,6 +7,7 @@ use std::ops::Range;
 
 use uuid::Uuid;
 
+use super::bitmaps::SectorBitmaps;
 use super::block_map::BlockMap;
 use super::headers::Headers;
 use super::log_scan::{Log, LogState};
@@ -152,9 +153,8 @@ impl Image {
             metadata.has_parent,
         );
         let (map, stored_slots) = read_bat(&file, geometry, &layout, &mut space).await?;
-        // Of a differencing image the log changes sector bitmaps too, and its payload is not served.
-        if let Some(overlay) = overlay.as_ref().filter(|_| !metadata.has_parent) {
-            check_overlay(overlay, &space, &layout, &regions)?;
+        if let Some(overlay) = &overlay {
+            check_overlay(overlay, &map, &space, &layout, &regions)?;
         }
         Ok(Self {
             creator,
@@ -169,6 +169,15 @@ impl Image {
             overlay,
             pending: Pending::default(),
         })
+    }
+
+    /// Reads the sector bitmaps from `disk`, on which this image is.
+    ///
+    /// # Errors
+    /// Corrupt if one is missing; unsupported if they take more than [`super::MAX_BITMAP_BYTES`]; I/O errors.
+    pub async fn sector_bitmaps<D: Disk>(&self, disk: &D) -> Result<SectorBitmaps> {
+        let file = View { disk, overlay: self.overlay.as_ref() };
+        SectorBitmaps::read(&file, &self.map, &self.stored_slots).await
     }
 
     /// Refuses what a writer cannot work with.
@@ -430,11 +439,19 @@ fn checked_bitmap(entry: BatEntry, slot: u64) -> Result<Option<Extent>> {
 }
 
 /// A log that was replayed in memory must not change payload: that is read from the file directly.
-fn check_overlay(overlay: &Overlay, space: &Space, layout: &Layout, regions: &CurrentTable) -> Result<()> {
-    let metadata: Vec<Extent> =
-        regions.table.entries().iter().copied().map(extent_of).chain([layout.log]).collect();
+fn check_overlay(
+    overlay: &Overlay,
+    map: &BlockMap,
+    space: &Space,
+    layout: &Layout,
+    regions: &CurrentTable,
+) -> Result<()> {
+    let regions = regions.table.entries().iter().copied().map(extent_of);
+    let mut metadata: Vec<Extent> = regions.chain([layout.log]).chain(bitmap_blocks(map)).collect();
+    metadata.sort();
     for range in overlay.ranges().filter(|range| range.end > crate::format::HEADER_SECTION) {
-        let inside = metadata.iter().any(|extent| extent.offset <= range.start && range.end <= extent.end());
+        let behind = metadata.partition_point(|extent| extent.offset <= range.start);
+        let inside = behind > 0 && range.end <= metadata[behind - 1].end();
         if !inside && space.is_used(range.start.max(crate::format::HEADER_SECTION)..range.end) {
             return Err(Error::new(
                 Kind::Unsupported,
@@ -446,6 +463,15 @@ fn check_overlay(overlay: &Overlay, space: &Space, layout: &Layout, regions: &Cu
         }
     }
     Ok(())
+}
+
+/// Where the sector bitmaps are that the file has.
+fn bitmap_blocks(map: &BlockMap) -> impl Iterator<Item = Extent> {
+    let geometry = *map.geometry();
+    let chunks = if geometry.is_differencing() { geometry.bitmap_block_count() } else { 0 };
+    let entries = (0..chunks).map(move |chunk| map.load_slot(geometry.bitmap_slot(chunk)).entry);
+    let present = entries.filter(|entry| entry.bitmap_state() == Some(BitmapState::Present));
+    present.map(|entry| Extent { offset: entry.offset(), length: BITMAP_BLOCK_SIZE })
 }
 
 pub(super) fn extent_of(region: Region) -> Extent {

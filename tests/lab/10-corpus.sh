@@ -29,15 +29,6 @@ test_corpus_ntfs_fixed() { read_only_digest ntfs-fixed list_ntfs; }
 test_corpus_ntfs_dynamic() { read_only_digest ntfs-dynamic list_ntfs; }
 test_corpus_iotest_dynamic() { read_only_digest iotest-dynamic-1G; }
 
-test_corpus_differencing_is_refused() {
-    unpack fat-differential
-    local before message
-    before=$(sha fat-differential.vhdx)
-    ! message=$(ublk add --read-only fat-differential.vhdx 2>&1) || fail "a child was served without its parent"
-    [[ $message == *differencing* ]] || fail "the refusal does not say why: $message"
-    [ "$(sha fat-differential.vhdx)" = "$before" ]
-}
-
 # A pattern over allocated and empty blocks of a Windows image; QEMU reads all four areas.
 test_corpus_iotest_written_and_read_by_qemu() {
     unpack iotest-dynamic-1G

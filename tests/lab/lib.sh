@@ -61,17 +61,20 @@ finish() {
 sha() { sha256sum "$1" | cut -d' ' -f1; }
 host_bytes() { echo $(($(stat -c '%b * %B' "$1"))); }
 
-# unpack NAME: a real image of the corpus, in the current folder.
+# unpack NAME...: real images of the corpus, in the current folder.
 unpack() {
-    [ -r "$corpus/$1.vhdx.xz" ] || { echo "SKIPPED: no $1.vhdx.xz in $corpus (VHDX_CORPUS)"; exit 0; }
-    xz -dc "$corpus/$1.vhdx.xz" >"$1.vhdx"
+    local name
+    for name; do
+        [ -r "$corpus/$name.vhdx.xz" ] || { echo "SKIPPED: no $name.vhdx.xz in $corpus (VHDX_CORPUS)"; exit 0; }
+        xz -dc "$corpus/$name.vhdx.xz" >"$name.vhdx"
+    done
 }
 
 # The first partition of a device, mapped by its start, as no kernel but a partitioned one shows it.
 mount_partition() {
-    local device=$1 fstype=$2 start
+    local device=$1 fstype=$2 mode=${3:-ro} start
     start=$(sfdisk --json "$device" | sed -n 's/.*"start": *\([0-9]*\).*/\1/p' | head -n 1)
-    mount -t "$fstype" -o "ro,offset=$((start * 512))" "$device" "$mnt"
+    mount -t "$fstype" -o "$mode,offset=$((start * 512))" "$device" "$mnt"
 }
 
 # Files worth copying: real ones, about $1 MB, in folder $2.

@@ -15,6 +15,7 @@ use vhdx_ublk::simulation::{set_descriptors_per_entry, set_log_unit};
 
 use super::choose::Choices;
 use super::judge::{Effort, Judge};
+use super::lineage::descent;
 use super::marks::Marks;
 use super::oracle::Oracle;
 use super::store::Store;
@@ -104,6 +105,7 @@ pub fn scenarios() -> Vec<Scenario> {
         Scenario::swarm("failed-durable-write", 20, failed_durable_write()),
     ];
     all.extend(deaths());
+    all.extend(children());
     all.push(Scenario {
         name: "sequences".into(),
         config: sequences(),
@@ -187,6 +189,21 @@ fn deaths() -> [Scenario; 2] {
     ]
 }
 
+/// A child of a parent that stays as it is, whose blocks are filled from it.
+fn children() -> [Scenario; 3] {
+    let child = |mut config: Config| {
+        config.image.parent = Some(descent());
+        config.requests = 60;
+        config
+    };
+    let faults = Faults { death: 150, ..Faults::NONE };
+    [
+        Scenario::swarm("child", 150, child(tiny())),
+        Scenario::swarm("child-chunk-border", 30, child(chunk_border())),
+        Scenario::swarm("child-killed", 60, child(Config { faults, can_punch: false, ..tiny() })),
+    ]
+}
+
 fn sequences() -> Config {
     let mut config = tiny();
     config.image.virtual_size = 3 << 20;
@@ -235,6 +252,7 @@ fn geometry(block_size: u32, sector: u32, size: u64) -> Config {
         logical_sector_size: sector,
         physical_sector_size: 4096,
         initial_state: InitialState::NotPresent,
+        parent: None,
     };
     // To open a BAT of half a GiB takes a hundred times as long.
     let requests = if size == 64 << 40 { 8 } else { 60 };

@@ -69,8 +69,9 @@ pub enum Effect {
         length: u64,
     },
     Resize(u64),
-    /// Zeros for a request's data; the file has no part in it.
-    Fill {
+    /// A request's data comes from elsewhere; the file has no part in it.
+    Given {
+        bytes: Rc<Vec<u8>>,
         length: usize,
     },
     Sync,
@@ -115,7 +116,7 @@ impl Effect {
             Self::Resize(length) => fold(5, *length),
             Self::Sync => fold(6, 0),
             Self::Nothing => fold(7, 0),
-            Self::Fill { length } => fold(8, *length as u64),
+            Self::Given { length, .. } => fold(8, *length as u64),
         }
     }
 }
@@ -398,7 +399,7 @@ impl SimDisk {
         match op.owner {
             Owner::Front(front, piece) => {
                 let done = match &op.effect {
-                    Effect::Read { .. } | Effect::Fill { .. } => bytes.as_ref().map_or(0, Vec::len),
+                    Effect::Read { .. } | Effect::Given { .. } => bytes.as_ref().map_or(0, Vec::len),
                     Effect::Write { bytes, .. } => bytes.len(),
                     _ => 0,
                 };
@@ -521,7 +522,7 @@ impl State {
         let metadata = match effect {
             Effect::Write { offset, .. } | Effect::Zero { offset, .. } => *offset < self.metadata_end,
             Effect::Resize(_) => true,
-            Effect::Read { .. } | Effect::Fill { .. } | Effect::Sync | Effect::Nothing => return,
+            Effect::Read { .. } | Effect::Given { .. } | Effect::Sync | Effect::Nothing => return,
         };
         self.versions.0 += 1;
         self.versions.1 += u64::from(metadata);
@@ -549,7 +550,7 @@ impl State {
                 }
                 return Some(bytes);
             }
-            Effect::Fill { length } => return Some(vec![0; *length]),
+            Effect::Given { bytes, length } => return Some(bytes[..*length].to_vec()),
             Effect::Sync => {
                 self.activity.syncs += 1;
                 self.settle(|change| change.completed.is_some_and(|completed| completed <= op.covers));
@@ -617,7 +618,7 @@ impl State {
     /// Leaves about half of a transfer; of a write not always whole sectors.
     fn shorten(&mut self, op: &mut Op, seed: u64) {
         match &mut op.effect {
-            Effect::Read { length, .. } | Effect::Fill { length } => {
+            Effect::Read { length, .. } | Effect::Given { length, .. } => {
                 *length = (*length / 2).next_multiple_of(4096).min(*length);
             }
             Effect::Write { bytes, .. } => {
@@ -678,7 +679,7 @@ pub fn apply(store: &mut Store, effect: &Effect) {
         Effect::Write { offset, bytes, .. } => store.write(*offset, bytes),
         Effect::Zero { offset, length } => store.zero(*offset, *length),
         Effect::Resize(length) => store.resize(*length),
-        Effect::Read { .. } | Effect::Fill { .. } | Effect::Sync | Effect::Nothing => {}
+        Effect::Read { .. } | Effect::Given { .. } | Effect::Sync | Effect::Nothing => {}
     }
 }
 
@@ -728,7 +729,7 @@ fn persist(store: &mut Store, effect: &Effect, profile: Profile, all: bool, keep
                 at += part;
             }
         }
-        Effect::Resize(_) | Effect::Read { .. } | Effect::Fill { .. } | Effect::Sync | Effect::Nothing => {}
+        Effect::Resize(_) | Effect::Read { .. } | Effect::Given { .. } | Effect::Sync | Effect::Nothing => {}
     }
 }
 

@@ -8,12 +8,13 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use fastrand::Rng;
 use uuid::Uuid;
-use vhdx_ublk::format::bat::{BatEntry, Geometry, PayloadState};
+use vhdx_ublk::format::bat::{BatEntry, Geometry};
 use vhdx_ublk::format::{header, region};
 use vhdx_ublk::image::{FoundLog, Image, Layout, Mode, check, payload_extent};
 
 use super::disk::{AtRisk, Effect, SimDisk, apply};
 use super::images::{Choice, Coverage, Images, Limits, Risk, hash_store};
+use super::lineage::Lineage;
 use super::marks::Marks;
 use super::medium::Medium;
 use super::oracle::{Oracle, decode};
@@ -62,6 +63,7 @@ struct Possible {
 pub struct Judge {
     blocks: Vec<u64>,
     geometry: Geometry,
+    lineage: Lineage,
     layout: Layout,
     unit: usize,
     effort: Effort,
@@ -85,6 +87,7 @@ impl Judge {
         Self {
             blocks: config.blocks.clone(),
             geometry,
+            lineage: Lineage::of(config),
             layout,
             unit: if config.image.logical_sector_size == 4096 { 4096 } else { 512 },
             effort,
@@ -411,11 +414,14 @@ impl Judge {
         let sector_size = u64::from(self.geometry.logical_sector_size());
         let start = block * self.geometry.block_size();
         let end = (start + self.geometry.block_size()).min(self.geometry.virtual_size());
-        let present = entry.payload_state() == Some(PayloadState::FullyPresent);
         let mut judged = 0;
         for sector in oracle.watched_in(start / sector_size, end / sector_size) {
-            let place = present.then(|| entry.offset() + sector * sector_size - start);
-            judged += view.judge_sector(sector, place, sector_size, oracle)?;
+            judged += if let Some(value) = self.lineage.elsewhere(entry, sector) {
+                judge_value(sector, Ok(value), oracle).map(|()| 1)?
+            } else {
+                let place = entry.offset() + sector * sector_size - start;
+                view.judge_sector(sector, place, sector_size, oracle)?
+            };
         }
         Ok(judged)
     }
@@ -459,14 +465,14 @@ impl Payload<'_> {
     fn judge_sector(
         &self,
         sector: u64,
-        place: Option<u64>,
+        place: u64,
         sector_size: u64,
         oracle: &Oracle,
     ) -> Result<u64, String> {
         let size = usize::try_from(sector_size).expect("small");
-        let Some(place) = place.filter(|place| place + sector_size <= self.length) else {
+        if place + sector_size > self.length {
             return judge_value(sector, Ok(0), oracle).map(|()| 1);
-        };
+        }
         let mut bytes = [0; 4096];
         self.durable.read_onto_zeros(place, &mut bytes[..size]);
         judge_value(sector, decode(sector, &bytes[..size]), oracle)?;

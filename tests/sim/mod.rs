@@ -6,6 +6,7 @@ pub mod choose;
 pub mod disk;
 pub mod images;
 pub mod judge;
+pub mod lineage;
 pub mod marks;
 pub mod medium;
 pub mod oracle;

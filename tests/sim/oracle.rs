@@ -6,6 +6,8 @@
 
 use std::collections::BTreeMap;
 
+use super::lineage::Lineage;
+
 /// What a sector holds: 0 is zeros, anything else the id of the write that filled it.
 pub type Value = u64;
 
@@ -32,6 +34,7 @@ pub struct Oracle {
     version: u64,
     /// Sectors watched at each of the three places of a block.
     width: u64,
+    lineage: Lineage,
 }
 
 /// Sectors watched at each of the three places of a block.
@@ -48,7 +51,13 @@ impl Oracle {
             next_id: 0,
             version: 0,
             width,
+            lineage: Lineage::default(),
         }
+    }
+
+    /// The same for a disk that begins with what `lineage` says.
+    pub fn descending(self, lineage: Lineage) -> Self {
+        Self { lineage, ..self }
     }
 
     /// Changes whenever less is allowed than before.
@@ -104,7 +113,10 @@ impl Oracle {
     pub fn issue(&mut self, first: u64, count: u64, value: Value, supersedes: bool) {
         let issued = self.tick();
         for sector in self.watched(first, count) {
-            let history = self.sectors.entry(sector).or_insert_with(|| vec![Entry::original()]);
+            let history = self
+                .sectors
+                .entry(sector)
+                .or_insert_with(|| vec![Entry::original(self.lineage.original(sector))]);
             history.push(Entry { value, issued, acknowledged: None, supersedes });
             self.changes.entry(sector).or_default().push((value, issued));
         }
@@ -138,7 +150,7 @@ impl Oracle {
 
     /// What a read of `sector` issued now may find, unless a change comes in between.
     pub fn readable(&self, sector: u64) -> Vec<Value> {
-        let Some(history) = self.sectors.get(&sector) else { return vec![0] };
+        let Some(history) = self.sectors.get(&sector) else { return vec![self.lineage.original(sector)] };
         let floor = history.iter().rposition(|entry| entry.supersedes && entry.acknowledged.is_some());
         history[floor.unwrap_or(0)..].iter().map(|entry| entry.value).collect()
     }
@@ -158,14 +170,14 @@ impl Oracle {
     pub fn may_survive(&self, sector: u64, value: Value) -> bool {
         match self.sectors.get(&sector) {
             Some(history) => history.iter().any(|entry| entry.value == value),
-            None => value == 0,
+            None => value == self.lineage.original(sector),
         }
     }
 
     /// What was found in `sector` after a cut is what it holds from now on.
     pub fn collapse(&mut self, sector: u64, value: Value) {
         if let Some(history) = self.sectors.get_mut(&sector) {
-            *history = vec![Entry { value, ..Entry::original() }];
+            *history = vec![Entry::original(value)];
         }
     }
 
@@ -181,8 +193,8 @@ impl Oracle {
 }
 
 impl Entry {
-    fn original() -> Self {
-        Self { value: 0, issued: 0, acknowledged: Some(0), supersedes: true }
+    fn original(value: Value) -> Self {
+        Self { value, issued: 0, acknowledged: Some(0), supersedes: true }
     }
 }
 

@@ -12,14 +12,17 @@ use fastrand::Rng;
 use uuid::Uuid;
 use vhdx_ublk::engine::front::{Front, Op, Request};
 use vhdx_ublk::engine::message::{ToEngine, ToFront};
-use vhdx_ublk::engine::port::{FileIo, FileOp, PieceId, Port};
+use vhdx_ublk::engine::port::{FileIo, FileOp, LEAF, PieceId, Port};
 use vhdx_ublk::engine::shared::{Session, Shared};
-use vhdx_ublk::engine::{Counters, Engine, Fronts};
+use vhdx_ublk::engine::{Counters, Engine, Fronts, Parent};
 use vhdx_ublk::format::bat::{BatEntry, PayloadState};
-use vhdx_ublk::image::{FoundLog, Image, InitialState, Layout, Mode, NewImage, SessionMemory, check};
+use vhdx_ublk::image::{
+    BlockMap, FoundLog, Image, InitialState, Layout, Mode, NewImage, SessionMemory, check,
+};
 
 use super::disk::{EAGAIN, EIO, Effect, FrontDone, Owner, Profile, SimDisk};
 use super::judge::{Effort, Judge};
+use super::lineage::Lineage;
 use super::marks::Marks;
 use super::oracle::{Oracle, Value, WATCHED, decode, stamp};
 use super::store::Store;
@@ -76,7 +79,9 @@ impl Config {
 
     /// An oracle that knows an empty disk of this shape.
     pub fn oracle(&self) -> Oracle {
-        Oracle::new(u64::from(self.image.block_size / self.image.logical_sector_size), self.width)
+        let oracle =
+            Oracle::new(u64::from(self.image.block_size / self.image.logical_sector_size), self.width);
+        oracle.descending(Lineage::of(self))
     }
 
     /// A small dynamic disk with 512-byte sectors.
@@ -90,6 +95,7 @@ impl Config {
                 logical_sector_size: 512,
                 physical_sector_size: 4096,
                 initial_state: InitialState::NotPresent,
+                parent: None,
             },
             fronts: 2,
             depth: 4,
@@ -135,6 +141,7 @@ struct Host {
 struct SimPort<'a> {
     index: usize,
     disk: &'a SimDisk,
+    parent: &'a Store,
     slow_io: u32,
     rng: &'a mut Rng,
     to_engine: &'a mut VecDeque<ToEngine>,
@@ -146,8 +153,13 @@ impl Port for SimPort<'_> {
     fn submit(&mut self, piece: PieceId, io: FileIo) {
         let (offset, length) = (io.file_offset, io.length as usize);
         let effect = match io.op {
-            FileOp::Read => Effect::Read { offset, length },
-            FileOp::FillZero => Effect::Fill { length },
+            FileOp::Read if io.layer == LEAF => Effect::Read { offset, length },
+            FileOp::Read => {
+                let mut bytes = vec![0; length];
+                self.parent.read(offset, &mut bytes);
+                Effect::Given { bytes: Rc::new(bytes), length }
+            }
+            FileOp::FillZero => Effect::Given { bytes: Rc::new(vec![0; length]), length },
             FileOp::Write { durable } => {
                 let from = io.buffer_offset as usize;
                 let bytes = self.buffers[usize::from(piece.tag)][from..from + length].to_vec();
@@ -167,6 +179,12 @@ impl Port for SimPort<'_> {
     fn complete(&mut self, tag: u16, result: i32) {
         self.completed.push((tag, result));
     }
+}
+
+/// The parent as an engine has it, and its file.
+fn parents(lineage: &Lineage) -> (Vec<Parent<SimDisk>>, Store) {
+    let Some((file, layer)) = lineage.parent() else { return (Vec::new(), Store::default()) };
+    (vec![Parent { disk: SimDisk::new(file.clone(), true, true, 512), layer }], file)
 }
 
 /// What a run has exercised; a knob that never moved fails the test that looks at this.
@@ -191,6 +209,7 @@ impl Activation {
         sum.pages += counters.pages;
         sum.grants += counters.grants;
         sum.recycled_grants += counters.recycled_grants;
+        sum.fills += counters.fills;
         sum.grows += counters.grows;
         sum.unmapped += counters.unmapped;
         sum.released += counters.released;
@@ -202,6 +221,9 @@ pub struct World {
     pub config: Config,
     rng: Rng,
     disk: SimDisk,
+    /// The parent's file; empty if there is none.
+    parent: Store,
+    lineage: Lineage,
     tasks: Rc<SimTasks>,
     inbox: Rc<Inbox>,
     engine: Rc<Engine<SimDisk>>,
@@ -246,7 +268,7 @@ fn guids(rng: &mut Rng) -> impl FnMut() -> Uuid + 'static {
 pub fn new_image(config: &Config, rng: &mut Rng) -> Store {
     let disk = SimDisk::new(Store::default(), true, config.can_punch, config.image.logical_sector_size);
     block_on(config.image.write(&disk, guids(rng))).expect("the configuration is legal");
-    disk.content()
+    Lineage::of(config).begin(disk.content())
 }
 
 impl World {
@@ -255,6 +277,7 @@ impl World {
         let disk = SimDisk::new(content, true, config.can_punch, config.image.logical_sector_size);
         let mut guids = guids(&mut rng);
         let mut image = block_on(Image::open(&disk, Mode::Writable, &mut guids)).expect("the image opens");
+        let bitmaps = block_on(image.sector_bitmaps(&disk)).expect("they are there");
         let memory = death::start_session(&mut image);
         disk.set_immediate(false);
         disk.slow_syncs(config.faults.slow_syncs);
@@ -262,7 +285,17 @@ impl World {
         let layout = image.layout;
         let tasks = Rc::new(SimTasks::default());
         let inbox = Rc::new(Inbox(RefCell::new(vec![VecDeque::new(); config.fronts])));
-        let engine = Engine::new(image, disk.clone(), tasks.clone(), inbox.clone(), Box::new(guids));
+        let lineage = Lineage::of(&config);
+        let (parents, parent) = parents(&lineage);
+        let engine = Engine::of_chain(
+            image,
+            bitmaps,
+            disk.clone(),
+            parents,
+            tasks.clone(),
+            inbox.clone(),
+            Box::new(guids),
+        );
         let engine = engine.expect("the image is writable");
         let hosts = (0..config.fronts).map(|_| Host::new(engine.shared().clone(), config.depth)).collect();
         let activation = Activation::default();
@@ -270,6 +303,8 @@ impl World {
             config,
             rng,
             disk,
+            parent,
+            lineage,
             tasks,
             inbox,
             engine,
@@ -347,6 +382,10 @@ impl World {
                 (Some(PayloadState::NotPresent), Some(PayloadState::Zero)) => "not present to zero",
                 (Some(PayloadState::Zero), Some(PayloadState::FullyPresent)) => "zero to present",
                 (Some(PayloadState::FullyPresent), Some(PayloadState::Zero)) => "present to zero",
+                (Some(PayloadState::PartiallyPresent), Some(PayloadState::FullyPresent)) => {
+                    "partial to present"
+                }
+                (Some(PayloadState::PartiallyPresent), Some(PayloadState::Zero)) => "partial to zero",
                 _ if self.foreign => "a state that others left changes",
                 other => violated(format!("a block changed its state as none may: {other:?}")),
             });
@@ -464,6 +503,7 @@ impl World {
         let counters = self.engine.counters();
         self.marks.add("blocks granted", counters.grants);
         self.marks.add("blocks granted recycled space", counters.recycled_grants);
+        self.marks.add("blocks filled from the parent", counters.fills);
         self.marks.add("the file grows", counters.grows);
         self.marks.add("blocks quarantined", counters.unmapped);
         self.marks.add("extents out of quarantine", counters.released);
@@ -673,6 +713,7 @@ impl World {
         let mut port = SimPort {
             index,
             disk: &self.disk,
+            parent: &self.parent,
             slow_io: self.config.faults.slow_io,
             rng: &mut self.rng,
             to_engine: &mut host.to_engine,
@@ -767,7 +808,7 @@ pub fn check_recovery(
     let recovered = disk.content();
     let touched: Vec<u64> = oracle.touched().collect();
     for sector in touched {
-        let found = read_sector(&image, &recovered, sector, config.image.logical_sector_size)?;
+        let found = read_sector(&image.map, &Lineage::of(config), &recovered, sector)?;
         if !oracle.may_survive(sector, found) {
             return Err(oracle.explain(sector, found));
         }
@@ -776,13 +817,16 @@ pub fn check_recovery(
     Ok(recovered)
 }
 
-fn read_sector(image: &Image, content: &Store, number: u64, sector_size: u32) -> Result<Value, String> {
-    let geometry = image.map.geometry();
-    let offset = number * u64::from(sector_size);
-    let entry = image.map.load(geometry.block_of_offset(offset)).entry;
-    let mut bytes = vec![0; sector_size as usize];
-    if entry.payload_state() == Some(PayloadState::FullyPresent) {
-        content.read(entry.offset() + geometry.offset_in_block(offset), &mut bytes);
+/// What `sector` holds in the recovered file, or below it.
+fn read_sector(map: &BlockMap, lineage: &Lineage, content: &Store, sector: u64) -> Result<Value, String> {
+    let geometry = map.geometry();
+    let size = geometry.logical_sector_size();
+    let offset = sector * u64::from(size);
+    let entry = map.load(geometry.block_of_offset(offset)).entry;
+    if let Some(value) = lineage.elsewhere(entry, sector) {
+        return Ok(value);
     }
-    decode(number, &bytes)
+    let mut bytes = vec![0; size as usize];
+    content.read(entry.offset() + geometry.offset_in_block(offset), &mut bytes);
+    decode(sector, &bytes)
 }

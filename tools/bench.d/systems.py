@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ DEPTH = 64
 BUFFER_BYTES = 512 << 10
 SECTOR_BYTES = 512
 PHYSICAL_SECTOR_BYTES = 4096
+ATTEMPTS = 5
 QUEUE_SETTINGS = (
     "scheduler",
     "nr_requests",
@@ -153,15 +155,30 @@ class Rublk(System):
         options += ["--logical-block-size", str(SECTOR_BYTES)]
         options += ["--physical-block-size", str(PHYSICAL_SECTOR_BYTES)]
         options += ["--zero-copy"] if self.zero_copy else []
-        said = run([tools.rublk, "add", "loop", "--file", file, *options])
+        said = self.add(tools, file, options)
         number = re.search(r"dev id (\d+)", said)
         pid = re.search(r"daemon pid (\d+)", said)
         if not number or not pid:
             raise CommandError(f"rublk add: no device in its answer: {said.strip()}")
         return Device(Path(f"/dev/ublkb{number[1]}"), file, int(pid[1]))
 
+    def add(self, tools: Tools, file: Path, options: list[str]) -> str:
+        """On a kernel with one CPU it panics at times, and works when it is told again."""
+        for left in reversed(range(ATTEMPTS)):
+            try:
+                return run([tools.rublk, "add", "loop", "--file", file, *options])
+            except CommandError:
+                if not left:
+                    raise
+                time.sleep(1)
+        raise AssertionError("the last attempt returns or raises")
+
     def stop(self, tools: Tools, device: Device) -> None:
-        run([tools.rublk, "del", "--number", device.path.name.removeprefix("ublkb")], 120)
+        try:
+            run([tools.rublk, "del", "--number", device.path.name.removeprefix("ublkb")], 120)
+        except CommandError:
+            # It panics at times when it has done its work.
+            wait_until(lambda: not device.sysfs.exists(), "rublk's device has gone")
         wait_until(lambda: not Path(f"/proc/{device.pid}").exists(), "rublk's daemon has ended")
 
 

@@ -10,13 +10,11 @@ use std::rc::Rc;
 
 use vhdx_ublk::engine::Engine;
 use vhdx_ublk::engine::front::Front;
-use vhdx_ublk::format::bat::PayloadState;
-use vhdx_ublk::image::{Image, Mode, SessionMemory};
+use vhdx_ublk::image::{Image, Mode, SectorBitmaps, SessionMemory};
 use vhdx_ublk::simulation::{Plant, planted};
 
-use super::{Inbox, Seen, World, guids};
+use super::{Inbox, Seen, World, guids, parents, read_sector};
 use crate::sim::disk::{Abandoned, SimDisk};
-use crate::sim::oracle::decode;
 use crate::sim::violation::violated;
 
 /// The image's file system and inode, as far as anybody asks.
@@ -40,11 +38,11 @@ impl World {
         self.deaths += 1;
         self.mark_counters();
         let (mut late, mut deaths) = (self.end_process(), 1);
-        let image = loop {
+        let opened = loop {
             let dies = deaths < DEATHS_IN_A_ROW && self.rng.bool();
             let killed_at = dies.then(|| self.rng.usize(..90));
-            if let Some(image) = self.open_again(killed_at) {
-                break image;
+            if let Some(opened) = self.open_again(killed_at) {
+                break opened;
             }
             self.marks.hit("deaths in a recovery");
             late.extend(self.end_process());
@@ -53,7 +51,7 @@ impl World {
         for abandoned in late {
             self.disk.land(abandoned, &mut self.rng);
         }
-        self.serve(image);
+        self.serve(opened);
         self.compare();
         self.repeat_requests();
     }
@@ -74,7 +72,7 @@ impl World {
     }
 
     /// Opens the image as the successor does, step by step; none if it is killed before it has.
-    fn open_again(&mut self, killed_at: Option<usize>) -> Option<Image> {
+    fn open_again(&mut self, killed_at: Option<usize>) -> Option<(Image, SectorBitmaps)> {
         let (disk, memory, guids) = (self.disk.clone(), self.memory.clone(), guids(&mut self.rng));
         let opening = self.tasks.start(resume(disk, memory, guids));
         let mut steps = 0;
@@ -104,12 +102,14 @@ impl World {
         }
     }
 
-    fn serve(&mut self, image: Image) {
+    fn serve(&mut self, (image, bitmaps): (Image, SectorBitmaps)) {
         self.marks.add("pages that only the memory had", image.pending.pages.len() as u64);
         self.marks.add("space that only the file names", image.pending.unmapped.len() as u64);
         self.inbox = Rc::new(Inbox(RefCell::new(vec![VecDeque::new(); self.config.fronts])));
         let (disk, tasks, inbox) = (self.disk.clone(), self.tasks.clone(), self.inbox.clone());
-        let engine = Engine::new(image, disk, tasks, inbox, Box::new(guids(&mut self.rng)));
+        let (parents, _) = parents(&self.lineage);
+        let guids = Box::new(guids(&mut self.rng));
+        let engine = Engine::of_chain(image, bitmaps, disk, parents, tasks, inbox, guids);
         self.engine = engine.expect("the image is writable");
         self.seen = Seen::default();
     }
@@ -117,16 +117,9 @@ impl World {
     /// Nothing that was acknowledged is lost, flushed or not.
     fn compare(&mut self) {
         let (content, map) = (self.disk.content(), &self.engine.shared().map);
-        let (geometry, sector_size) = (*map.geometry(), self.config.image.logical_sector_size);
         for sector in self.oracle.touched() {
-            let offset = sector * u64::from(sector_size);
-            let entry = map.load(geometry.block_of_offset(offset)).entry;
-            let mut bytes = vec![0; sector_size as usize];
-            if entry.payload_state() == Some(PayloadState::FullyPresent) {
-                content.read(entry.offset() + geometry.offset_in_block(offset), &mut bytes);
-            }
-            let found =
-                decode(sector, &bytes).unwrap_or_else(|why| violated(format!("after a death: {why}")));
+            let found = read_sector(map, &self.lineage, &content, sector);
+            let found = found.unwrap_or_else(|why| violated(format!("after a death: {why}")));
             if !self.oracle.readable(sector).contains(&found) {
                 violated(format!("a death lost: {}", self.oracle.explain(sector, found)));
             }
@@ -162,11 +155,13 @@ async fn resume(
     disk: SimDisk,
     memory: SessionMemory,
     mut guids: impl FnMut() -> uuid::Uuid,
-) -> Result<Image, String> {
+) -> Result<(Image, SectorBitmaps), String> {
     let looked = Image::open(&disk, Mode::ReadOnly, &mut guids).await.map_err(|error| error.to_string())?;
     let owner = looked.owner(FILE.0, FILE.1);
     let carried = looked.header.header.file_write_guid;
     let fits = memory.check(&owner, carried);
     fits.map_err(|mismatch| format!("its memory does not fit: {mismatch:?}"))?;
-    Image::resume(&disk, memory, carried, guids).await.map_err(|error| error.to_string())
+    let resumed = Image::resume(&disk, memory, carried, guids).await.map_err(|error| error.to_string())?;
+    let bitmaps = resumed.sector_bitmaps(&disk).await.map_err(|error| error.to_string())?;
+    Ok((resumed, bitmaps))
 }

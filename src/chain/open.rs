@@ -1,0 +1,137 @@
+//! Opening a chain: every parent found, recognised, and none of them twice.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use super::search::Search;
+use crate::error::{Error, Kind, Result};
+use crate::format::guid;
+use crate::format::locator::ParentLocator;
+use crate::image::Image;
+
+/// The most layers of a chain, the leaf included.
+pub const MAX_DEPTH: usize = 256;
+
+/// An opened image of a chain.
+pub trait Layer {
+    /// The image.
+    fn image(&self) -> &Image;
+
+    /// Its file, as an absolute path without symbolic links.
+    fn path(&self) -> &Path;
+}
+
+/// Opens the parents of `leaf`, its own parent first, with `open`.
+///
+/// # Errors
+///
+/// [`Kind::NotFound`] if a parent is nowhere; [`Kind::Mismatch`] if what is there is not, or no longer, the image
+/// that the child was made of; corrupt if the chain returns to one of its own; unsupported if it is too long;
+/// those of `open`.
+pub fn open_parents<L: Layer>(
+    leaf: &dyn Layer,
+    search: &Search,
+    mut open: impl FnMut(&Path) -> Result<L>,
+) -> Result<Vec<L>> {
+    let mut parents: Vec<L> = Vec::new();
+    let mut given = search.parents.iter();
+    loop {
+        let child = parents.last().map_or(leaf, |parent| parent);
+        let Some(locator) = &child.image().metadata.parent_locator else { break };
+        if parents.len() + 1 == MAX_DEPTH {
+            let message = format!("the chain has more than {MAX_DEPTH} layers");
+            return Err(Error::new(Kind::Unsupported, message).file(leaf.path()));
+        }
+        let paths = match given.next() {
+            Some(path) => vec![path.clone()],
+            None => search.candidates(child.path(), locator),
+        };
+        let used: Vec<&Path> = std::iter::once(leaf.path()).chain(parents.iter().map(L::path)).collect();
+        let parent = first_fitting(child, locator, paths, &used, &mut open)?;
+        parents.push(parent);
+    }
+    match given.next() {
+        None => Ok(parents),
+        Some(path) => {
+            let message =
+                format!("{} is given as a parent, and the image before it has none", path.display());
+            Err(Error::new(Kind::Usage, message).file(leaf.path()))
+        }
+    }
+}
+
+/// The first of `paths` that is the parent of `child`. If none is, why the likeliest is not.
+fn first_fitting<L: Layer>(
+    child: &dyn Layer,
+    locator: &ParentLocator,
+    paths: Vec<PathBuf>,
+    used: &[&Path],
+    open: &mut impl FnMut(&Path) -> Result<L>,
+) -> Result<L> {
+    let mut first_error = None;
+    for path in paths {
+        let checked = refuse_cycle(&path, used).and_then(|()| open(&path));
+        let checked = checked.and_then(|parent| recognise(child, locator, &parent).map(|()| parent));
+        match checked {
+            Ok(parent) => return Ok(parent),
+            Err(error) => first_error = first_error.or(Some(error)),
+        }
+    }
+    Err(first_error.unwrap_or_else(|| nowhere(child, locator)))
+}
+
+/// An image that is open already would have to be locked against itself.
+fn refuse_cycle(path: &Path, used: &[&Path]) -> Result<()> {
+    let identity = |path: &Path| {
+        let found = fs::metadata(path).map_err(|error| Error::io("finding the parent", error).file(path))?;
+        Ok((found.dev(), found.ino()))
+    };
+    let found = identity(path)?;
+    let used = used.iter().map(|path| identity(path)).collect::<Result<Vec<_>>>()?;
+    if used.contains(&found) {
+        let message = "it is its own ancestor: the chain never ends";
+        return Err(Error::corrupt("parent locator", message).file(path).remedy(REMEDY));
+    }
+    Ok(())
+}
+
+/// What to do about a parent that was not found, or is not the right one.
+const REMEDY: &str = "name the right file with --parent, or what its drive is here with --parent-map";
+
+/// Whether `parent` is what `child` was made of.
+fn recognise(child: &dyn Layer, locator: &ParentLocator, parent: &dyn Layer) -> Result<()> {
+    let found = parent.image().header.header.data_write_guid;
+    let linkage = locator.linkage().map_err(|error| error.file(child.path()))?;
+    if found != linkage && locator.linkage2() != Some(found) {
+        let (found, wanted) = (guid::print(found), guid::print(linkage));
+        let message = format!(
+            "it is not the parent of {}, or was written since that was made: its DataWriteGuid is {found}, {wanted} \
+             is wanted",
+            child.path().display()
+        );
+        return Err(Error::new(Kind::Mismatch, message).file(parent.path()).remedy(REMEDY));
+    }
+    let sectors = |layer: &dyn Layer| layer.image().metadata.logical_sector_size;
+    if sectors(parent) != sectors(child) {
+        let message = format!(
+            "it has sectors of {} bytes, its child {} of {}",
+            sectors(parent),
+            child.path().display(),
+            sectors(child)
+        );
+        return Err(Error::corrupt("metadata", message).file(parent.path()));
+    }
+    Ok(())
+}
+
+fn nowhere(child: &dyn Layer, locator: &ParentLocator) -> Error {
+    let known: Vec<&str> = locator
+        .entries
+        .iter()
+        .filter(|(key, _)| key.ends_with("_path"))
+        .map(|(_, value)| value.as_str())
+        .collect();
+    let message = format!("its parent is in none of the places it names: {}", known.join(", "));
+    Error::new(Kind::NotFound, message).in_structure("parent locator").file(child.path()).remedy(REMEDY)
+}

@@ -1,0 +1,47 @@
+//! What the user says about a differencing image's parents.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use vhdx_ublk::chain::{PathMap, Search};
+use vhdx_ublk::error::{Error, Kind, Result};
+
+/// Options of the commands that open whole chains.
+#[derive(clap::Args)]
+pub struct ParentOptions {
+    /// A differencing image's parent, where it is not where the image says; again for that one's parent, and so on
+    #[arg(long, value_name = "FILE", allow_hyphen_values = true)]
+    parent: Vec<PathBuf>,
+    /// Where a Windows drive, volume or share is on this machine, as in 'C:\=/mnt/c'; may be repeated
+    #[arg(long, value_name = "FROM=TO")]
+    parent_map: Vec<PathMap>,
+}
+
+impl ParentOptions {
+    /// Where to look for parents.
+    pub fn search(&self) -> Search {
+        Search { parents: self.parent.clone(), maps: self.parent_map.clone() }
+    }
+
+    /// Refuses these options where no parent is looked for, for want of `option`.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::Usage`] if there is one of them.
+    pub fn refuse_without(&self, option: &str) -> Result<()> {
+        if self.parent.is_empty() && self.parent_map.is_empty() {
+            return Ok(());
+        }
+        Err(Error::new(Kind::Usage, format!("parents are only looked for with {option}")))
+    }
+
+    /// The same options again.
+    pub fn arguments(&self) -> impl Iterator<Item = OsString> {
+        let parents = self.parent.iter().flat_map(|path| {
+            let mut option = OsString::from("--parent=");
+            option.push(path);
+            [option]
+        });
+        parents.chain(self.parent_map.iter().map(|map| format!("--parent-map={map}").into()))
+    }
+}

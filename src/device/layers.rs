@@ -1,0 +1,109 @@
+//! The parents of an image that is served: found, locked for reading, and read as they are.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use super::opened::{choose_payload_io, look};
+use super::registry::Entry;
+use super::session;
+use crate::chain::{self, Search};
+use crate::disk::{ImageFile, Reactor, UringDisk};
+use crate::engine::Parent;
+use crate::engine::shared::Layer;
+use crate::error::{Error, Result};
+use crate::image::{Image, SectorBitmaps};
+
+/// How the parents of a differencing image are found and opened.
+#[derive(Clone)]
+pub struct Parents {
+    /// Where they are looked for.
+    pub search: Search,
+    /// Opens and locks one of them.
+    pub open: fn(&Path) -> Result<ImageFile>,
+}
+
+/// An image of a chain that is only read.
+pub(super) struct ReadLayer {
+    pub(super) file: Arc<ImageFile>,
+    pub(super) image: Image,
+    bitmaps: SectorBitmaps,
+}
+
+/// A child while its parents are looked for.
+struct Child<'a> {
+    image: &'a Image,
+    path: &'a Path,
+}
+
+impl chain::Layer for Child<'_> {
+    fn image(&self) -> &Image {
+        self.image
+    }
+
+    fn path(&self) -> &Path {
+        self.path
+    }
+}
+
+impl chain::Layer for ReadLayer {
+    fn image(&self) -> &Image {
+        &self.image
+    }
+
+    fn path(&self) -> &Path {
+        self.file.path()
+    }
+}
+
+impl Parents {
+    /// The parents of a device's image, where its first daemon found them.
+    pub fn of_device(entry: &Entry, open: fn(&Path) -> Result<ImageFile>) -> Self {
+        Self { search: Search { parents: entry.parents.clone(), ..Search::default() }, open }
+    }
+
+    /// The parents of `image`, which is in the file at `path`; its own first.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`chain::open_parents`] and of [`ReadLayer::open`].
+    pub(super) fn of(&self, image: &Image, path: &Path, reactor: &Reactor) -> Result<Vec<ReadLayer>> {
+        let open = |path: &Path| ReadLayer::open(reactor, Arc::new((self.open)(path)?));
+        chain::open_parents(&Child { image, path }, &self.search, open)
+    }
+}
+
+impl ReadLayer {
+    /// Reads the image in `file`, a dirty log in memory.
+    ///
+    /// # Errors
+    ///
+    /// Whatever is wrong with it; [`crate::error::Kind::InUse`] if a killed daemon left a session of it.
+    pub(super) fn open(reactor: &Reactor, file: Arc<ImageFile>) -> Result<Self> {
+        let disk = reactor.disk(file.clone());
+        let read = async {
+            let image = look(&disk).await?;
+            let bitmaps = image.sector_bitmaps(&disk).await?;
+            Ok((image, bitmaps))
+        };
+        let (image, bitmaps) = reactor.block_on(read).map_err(|error: Error| error.file(file.path()))?;
+        session::refuse_orphan(&file, Some(&image))?;
+        Ok(Self { file, image, bitmaps })
+    }
+
+    /// What tells where its content is. From now on its file is for payload I/O.
+    pub(super) fn into_layer(self) -> Result<(Arc<ImageFile>, Layer)> {
+        choose_payload_io(&self.file, &self.image.metadata)?;
+        Ok((self.file, Layer { map: self.image.map, bitmaps: self.bitmaps }))
+    }
+}
+
+/// What the engine needs of parents, and what keeps them locked.
+pub(super) type EngineParents = (Vec<Parent<UringDisk>>, Arc<[Arc<ImageFile>]>);
+
+/// The parents as an engine on `reactor` reads them.
+pub(super) fn for_engine(reactor: &Reactor, parents: Vec<ReadLayer>) -> Result<EngineParents> {
+    let layers = parents.into_iter().map(ReadLayer::into_layer).collect::<Result<Vec<_>>>()?;
+    let files = layers.iter().map(|(file, _)| file.clone()).collect();
+    let parents = layers.into_iter().map(|(file, layer)| Parent { disk: reactor.disk(file), layer });
+    Ok((parents.collect(), files))
+}

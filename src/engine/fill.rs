@@ -1,0 +1,72 @@
+//! Making a block of a differencing image whole: what it does not have itself comes from its parents.
+//!
+//! It is filled in new space, which nothing names before all of it is there, and which no entry names before a sync
+//! has covered it. So a block is either as its parents and its sector bitmap say, or whole.
+
+use std::rc::Rc;
+
+use super::run::{Run, Source};
+use super::{Engine, Outcome, errno};
+use crate::disk::{Buffer, Disk, PAGE_BYTES};
+use crate::format::MIB;
+use crate::format::bat::{BatEntry, PayloadState};
+use crate::image::Extent;
+use crate::simulation::{Plant, planted};
+
+impl<D: Disk + 'static> Engine<D> {
+    /// Whether some of a block's content, by its entry, is in the parents.
+    pub(super) fn needs_parents(&self, entry: BatEntry) -> bool {
+        let below = [PayloadState::NotPresent, PayloadState::PartiallyPresent].map(Some);
+        self.shared.geometry().is_differencing() && below.contains(&entry.payload_state())
+    }
+
+    /// Puts the content of `block` into `space`, which reads as zero. Nothing changes `block` meanwhile.
+    pub(super) async fn fill(self: &Rc<Self>, block: u64, space: Extent) -> Outcome {
+        let start = block * space.length;
+        let end = (start + space.length).min(self.shared.geometry().virtual_size());
+        for from in (start..end).step_by(usize::try_from(MIB).expect("1 MiB")) {
+            self.check_poison()?;
+            if let Some(bytes) = self.content(from, end.min(from + MIB)).await? {
+                let place = space.offset + (from - start);
+                self.disk.write(place, bytes).await.map_err(|error| errno(&error))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The bytes of `from..end`, which is in one block, up to the next whole page; nothing if all of it is zero.
+    async fn content(&self, from: u64, end: u64) -> Outcome<Option<Buffer>> {
+        let mut bytes: Option<Buffer> = None;
+        let mut at = from;
+        while at < end {
+            let run = Run::through(&self.shared, at, end);
+            if let Source::File(layer, offset) = run.source
+                && !planted(Plant::ForgetParents)
+            {
+                let length = index(end - from).next_multiple_of(PAGE_BYTES);
+                let bytes = bytes.get_or_insert_with(|| Buffer::zeroed(length));
+                let target = &mut bytes[index(at - from)..][..run.length as usize];
+                self.copy_out(layer, offset, target).await?;
+            }
+            at += u64::from(run.length);
+        }
+        Ok(bytes)
+    }
+
+    /// Reads what lies at `offset` of a layer's file, and starts and ends at any sector, in whole pages.
+    async fn copy_out(&self, layer: u8, offset: u64, target: &mut [u8]) -> Outcome {
+        let disk = match usize::from(layer).checked_sub(1) {
+            None => &self.disk,
+            Some(parent) => &self.parents[parent],
+        };
+        let before = offset % PAGE_BYTES as u64;
+        let length = (index(before) + target.len()).next_multiple_of(PAGE_BYTES);
+        let pages = disk.read(offset - before, length).await.map_err(|error| errno(&error))?;
+        target.copy_from_slice(&pages[index(before)..][..target.len()]);
+        Ok(())
+    }
+}
+
+fn index(bytes: u64) -> usize {
+    usize::try_from(bytes).expect("64-bit hosts only")
+}

@@ -1,0 +1,139 @@
+//! Where the bytes of a virtual range are: in one of the chain's files, or nowhere.
+
+use super::port::LEAF;
+use super::shared::Shared;
+use crate::format::bat::{Geometry, PayloadState};
+use crate::image::{BlockMap, Mapping, SectorBitmaps};
+
+/// Where bytes are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Source {
+    /// In the file of this layer, at this offset.
+    File(u8, u64),
+    /// Nowhere: the leaf's block is ZERO.
+    Zero,
+    /// Nowhere: they read as zero, and others may think otherwise.
+    Undefined,
+    /// Where the parents say, as far as the leaf does not have them.
+    Parents,
+}
+
+/// Consecutive virtual bytes that one piece can serve.
+#[derive(Clone, Copy)]
+pub(super) struct Run {
+    pub(super) source: Source,
+    pub(super) durable: bool,
+    pub(super) length: u32,
+}
+
+impl Run {
+    /// The run from virtual offset `from` to the end of its block or to `end`, as the leaf has it: what it has only
+    /// in part counts as its parents'.
+    #[inline]
+    pub(super) fn of(shared: &Shared, from: u64, end: u64) -> Self {
+        let geometry = shared.geometry();
+        let block = geometry.block_of_offset(from);
+        let within = geometry.offset_in_block(from);
+        let length = (geometry.block_size() - within).min(end - from);
+        let Mapping { entry, durable } = shared.map.load(block);
+        let source = match entry.payload_state() {
+            Some(PayloadState::FullyPresent) => Source::File(LEAF, entry.offset() + within),
+            Some(PayloadState::Zero) => Source::Zero,
+            Some(PayloadState::NotPresent | PayloadState::PartiallyPresent) if geometry.is_differencing() => {
+                Source::Parents
+            }
+            _ => Source::Undefined,
+        };
+        Self { source, durable, length: u32::try_from(length).expect("a block has at most 256 MiB") }
+    }
+
+    /// The same for a reader: from the layer that has the content, shorter where a block is spread over several.
+    #[inline]
+    pub(super) fn through(shared: &Shared, from: u64, end: u64) -> Self {
+        let run = Self::of(shared, from, end);
+        match run.source {
+            Source::Parents => Self::in_chain(shared, from, from + u64::from(run.length)),
+            _ => run,
+        }
+    }
+
+    /// Layer by layer, until one has the content.
+    fn in_chain(shared: &Shared, from: u64, mut end: u64) -> Self {
+        let run = |source, length| {
+            let length = u32::try_from(length).expect("a block has at most 256 MiB");
+            Self { source, durable: false, length }
+        };
+        let leaf = (LEAF, &shared.map, shared.bitmaps());
+        for (layer, map, bitmaps) in std::iter::once(leaf).chain(shared.parents()) {
+            // A parent may be smaller than its child: what it does not have reads as zero.
+            if from >= map.geometry().virtual_size() {
+                break;
+            }
+            let (place, length) = look(map, bitmaps, from, end.min(map.geometry().virtual_size()));
+            match place {
+                Place::Here(file_offset) => return run(Source::File(layer, file_offset), length),
+                Place::Nowhere => return run(Source::Undefined, length),
+                Place::Below => end = from + length,
+            }
+        }
+        run(Source::Undefined, end - from)
+    }
+
+    /// Whether the bytes lie in a file.
+    pub(super) fn is_present(&self) -> bool {
+        matches!(self.source, Source::File(..))
+    }
+
+    /// Whether one piece can serve this run and `next`, which follows it.
+    pub(super) fn continues_with(&self, next: &Self) -> bool {
+        match (self.source, next.source) {
+            (Source::File(layer, offset), Source::File(next_layer, next_offset)) => {
+                layer == next_layer && next_offset == offset + u64::from(self.length)
+            }
+            (Source::File(..), _) | (_, Source::File(..)) => false,
+            _ => true,
+        }
+    }
+}
+
+/// Where one layer says that bytes are.
+enum Place {
+    /// In its file, at this offset.
+    Here(u64),
+    /// Where its parent says.
+    Below,
+    /// They are zero.
+    Nowhere,
+}
+
+/// What a layer says of the bytes from `from` on, and of how many, up to `end` or the end of its block.
+fn look(map: &BlockMap, bitmaps: &SectorBitmaps, from: u64, end: u64) -> (Place, u64) {
+    let geometry = map.geometry();
+    let block = geometry.block_of_offset(from);
+    let within = geometry.offset_in_block(from);
+    let length = (geometry.block_size() - within).min(end - from);
+    let entry = map.load(block).entry;
+    match entry.payload_state() {
+        Some(PayloadState::FullyPresent) => (Place::Here(entry.offset() + within), length),
+        Some(PayloadState::PartiallyPresent) => {
+            let (here, length) = sectors(geometry, bitmaps, block, within, length);
+            (if here { Place::Here(entry.offset() + within) } else { Place::Below }, length)
+        }
+        Some(PayloadState::NotPresent) if geometry.is_differencing() => (Place::Below, length),
+        _ => (Place::Nowhere, length),
+    }
+}
+
+/// Whether the sectors from byte `within` of `block` on are in its layer's file, and for how many bytes that holds,
+/// up to `length`.
+fn sectors(
+    geometry: &Geometry,
+    bitmaps: &SectorBitmaps,
+    block: u64,
+    within: u64,
+    length: u64,
+) -> (bool, u64) {
+    let sector = u64::from(geometry.logical_sector_size());
+    let (here, next) = bitmaps.run(geometry, block, within / sector, (within + length) / sector);
+    (here, next * sector - within)
+}

@@ -1,0 +1,167 @@
+//! A parent below the image, and what its child begins with.
+//!
+//! The parent has other blocks than its child, is smaller, and lacks every third of its blocks. Some of the child's
+//! blocks are partially present from the start, by runs of three sectors; what lies in its file under the others is
+//! nobody's.
+
+use std::collections::BTreeSet;
+
+use uuid::Uuid;
+use vhdx_ublk::engine::shared::Layer;
+use vhdx_ublk::format::bat::{BITMAP_BLOCK_SIZE, BatEntry, Geometry, PayloadState};
+use vhdx_ublk::format::locator::{PARENT_LINKAGE, ParentLocator, RELATIVE_PATH};
+use vhdx_ublk::image::{BlockMap, Descent, Image, Mode, SectorBitmaps};
+
+use super::disk::SimDisk;
+use super::oracle::{Value, stamp};
+use super::store::Store;
+use super::tasks::block_on;
+use super::world::Config;
+
+/// What the parent's sectors hold, and those that a new child has.
+const PARENT: Value = 1 << 40;
+const CHILD: Value = 1 << 41;
+
+/// Bytes of a block of the parent.
+const PARENT_BLOCK: u32 = 2 << 20;
+
+/// How a sector's content follows from the images below.
+#[derive(Clone, Debug, Default)]
+pub struct Lineage {
+    sector_bytes: u64,
+    block_bytes: u64,
+    parent_bytes: u64,
+    /// The parent's blocks that are there.
+    parents: BTreeSet<u64>,
+    /// The child's blocks that are partially present in the beginning.
+    partial: BTreeSet<u64>,
+}
+
+/// What makes a new image a child.
+pub fn descent() -> Descent {
+    let mut locator = ParentLocator::default();
+    locator.set(PARENT_LINKAGE, Uuid::from_u128(1).braced().to_string());
+    locator.set(RELATIVE_PATH, r".\parent.vhdx");
+    Descent { locator, disk_id: Uuid::from_u128(2) }
+}
+
+impl Lineage {
+    /// The one of a world; that of an image without a parent has nothing anywhere.
+    pub fn of(config: &Config) -> Self {
+        if config.image.parent.is_none() {
+            return Self::default();
+        }
+        let sector_bytes = u64::from(config.image.logical_sector_size);
+        let block_bytes = u64::from(config.image.block_size);
+        let parent_bytes = config.image.virtual_size / 3 * 2 / sector_bytes * sector_bytes;
+        let parent_block = u64::from(PARENT_BLOCK);
+        let under = config.blocks.iter().map(|block| block * block_bytes / parent_block);
+        let parents = under.filter(|block| block % 3 != 1 && block * parent_block < parent_bytes);
+        let partial = config.blocks.iter().copied().skip(1).step_by(3);
+        Self {
+            sector_bytes,
+            block_bytes,
+            parent_bytes,
+            parents: parents.collect(),
+            partial: partial.collect(),
+        }
+    }
+
+    /// What `sector` holds before anything is written.
+    pub fn original(&self, sector: u64) -> Value {
+        let is_here = self.block_bytes > 0
+            && self.partial.contains(&(sector * self.sector_bytes / self.block_bytes))
+            && self.bit(sector);
+        if is_here { CHILD } else { self.parents(sector) }
+    }
+
+    /// What `sector` holds under `entry`, if not what the child's file has there.
+    pub fn elsewhere(&self, entry: BatEntry, sector: u64) -> Option<Value> {
+        match entry.payload_state() {
+            Some(PayloadState::FullyPresent) => None,
+            Some(PayloadState::PartiallyPresent) if self.bit(sector) => None,
+            Some(PayloadState::PartiallyPresent | PayloadState::NotPresent) => Some(self.parents(sector)),
+            _ => Some(0),
+        }
+    }
+
+    fn bit(&self, sector: u64) -> bool {
+        (sector % (self.block_bytes / self.sector_bytes) / 3).is_multiple_of(2)
+    }
+
+    fn parents(&self, sector: u64) -> Value {
+        let offset = sector * self.sector_bytes;
+        let is_there =
+            self.parents.contains(&(offset / u64::from(PARENT_BLOCK))) && offset < self.parent_bytes;
+        if is_there { PARENT } else { 0 }
+    }
+
+    /// The parent's file, and where its content is; nothing if there is no parent.
+    pub fn parent(&self) -> Option<(Store, Layer)> {
+        if self.block_bytes == 0 {
+            return None;
+        }
+        let sector = u32::try_from(self.sector_bytes).expect("small");
+        let map = BlockMap::empty(Geometry::new(self.parent_bytes, PARENT_BLOCK, sector, false));
+        let (mut file, block_bytes) = (Store::default(), u64::from(PARENT_BLOCK));
+        file.resize((1 + self.parents.len() as u64) * block_bytes);
+        for (place, block) in (1..).zip(&self.parents) {
+            map.publish(*block, BatEntry::present(place * block_bytes));
+            let first = block * block_bytes / self.sector_bytes;
+            self.write(&mut file, place * block_bytes, first, block_bytes, |_| Some(PARENT));
+        }
+        Some((file, Layer { map, bitmaps: SectorBitmaps::default() }))
+    }
+
+    /// Lays the blocks that are partially present into the new child in `content`.
+    pub fn begin(&self, content: Store) -> Store {
+        if self.partial.is_empty() {
+            return content;
+        }
+        let disk = SimDisk::new(content, true, true, 512);
+        let image = block_on(Image::open(&disk, Mode::ReadOnly, Uuid::new_v4)).expect("a new image");
+        let (geometry, bat) = (*image.map.geometry(), image.layout.bat.offset);
+        let mut file = disk.content();
+        let chunks: BTreeSet<u64> =
+            self.partial.iter().map(|block| geometry.chunk_of_block(*block)).collect();
+        for chunk in chunks {
+            let place = file.length;
+            file.resize(place + BITMAP_BLOCK_SIZE);
+            file.write(bat + geometry.bitmap_slot(chunk) * 8, &BatEntry::present(place).write());
+            for block in self.partial.iter().filter(|block| geometry.chunk_of_block(**block) == chunk) {
+                self.begin_block(&mut file, &geometry, bat, *block, place);
+            }
+        }
+        file
+    }
+
+    fn begin_block(&self, file: &mut Store, geometry: &Geometry, bat: u64, block: u64, bitmap: u64) {
+        let (place, first) = (file.length, block * self.block_bytes / self.sector_bytes);
+        file.resize(place + self.block_bytes);
+        file.write(bat + geometry.payload_slot(block) * 8, &BatEntry::partially_present(place).write());
+        let slice = geometry.bitmap_slice(block);
+        let bits = (0..slice.end - slice.start)
+            .map(|byte| (0..8).fold(0, |bits, bit| bits | u8::from(self.bit(first + byte * 8 + bit)) << bit));
+        file.write(bitmap + slice.start, &bits.collect::<Vec<u8>>());
+        self.write(file, place, first, self.block_bytes, |sector| self.bit(sector).then_some(CHILD));
+    }
+
+    /// Fills a block in a file with what its sectors hold; those that hold nothing get garbage.
+    fn write(
+        &self,
+        file: &mut Store,
+        place: u64,
+        first: u64,
+        length: u64,
+        holds: impl Fn(u64) -> Option<Value>,
+    ) {
+        let mut bytes = vec![0xaa; usize::try_from(length).expect("small")];
+        let sectors = bytes.chunks_mut(usize::try_from(self.sector_bytes).expect("small"));
+        for (sector, bytes) in (first..).zip(sectors) {
+            if let Some(value) = holds(sector) {
+                stamp(sector, value, bytes);
+            }
+        }
+        file.write(place, &bytes);
+    }
+}
