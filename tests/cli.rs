@@ -298,7 +298,7 @@ fn a_child_is_made_of_its_parent_and_leaves_it_alone() {
     let parent = bench.path("base.vhdx");
     create(&parent, &["--size", "5G", "--logical-sector-size", "4096"]).succeeded();
     let (before, of_parent) = (Snapshot::of(&parent), info(&parent));
-    std::fs::create_dir(bench.path("children")).expect("a folder");
+    fs::create_dir(bench.path("children")).expect("a folder");
     let child = bench.path("children/child.vhdx");
     let named = parent.to_str().expect("UTF-8");
     create(&child, &["--parent", named, "--block-size", "1M"]).succeeded();
@@ -650,9 +650,9 @@ fn images_of_others_are_read() {
             let types: Vec<_> = (0..2).map(|layer| chain["chain"][layer]["type"].as_str()).collect();
             assert_eq!(types, [Some("differencing"), Some("fixed")]);
             let elsewhere = image.with_file_name("elsewhere");
-            std::fs::create_dir(&elsewhere).expect("a folder");
+            fs::create_dir(&elsewhere).expect("a folder");
             let alone = elsewhere.join("alone.vhdx");
-            std::fs::copy(&image, &alone).expect("room");
+            fs::copy(&image, &alone).expect("room");
             let message = on("info", &alone, &["--chain"]).failed(1);
             assert!(message.contains("--parent-map"), "{message}");
             let parent = bench.path("fat-parent.vhdx");
