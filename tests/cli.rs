@@ -316,6 +316,8 @@ fn a_child_is_made_of_its_parent_and_leaves_it_alone() {
     let other = bench.path("other.vhdx");
     for wrong in [
         &["--type", "differencing", "--size", "1G"][..],
+        &["--type", "differencing"],
+        &["--type", "dynamic"],
         &["--type", "fixed", "--parent", named],
         &["--size", "5G", "--parent", named],
         &["--logical-sector-size", "512", "--parent", named],

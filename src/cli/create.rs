@@ -34,7 +34,7 @@ pub struct Create {
     /// The file to make
     image: PathBuf,
     /// Size of the disk, up to 64T; a differencing image has its parent's
-    #[arg(short, long, value_parser = size::parse_disk, required_unless_present = "parent")]
+    #[arg(short, long, value_parser = size::parse_disk)]
     #[arg(allow_negative_numbers = true)]
     size: Option<u64>,
     /// Whether blocks get space when they are written (dynamic), now, all of them (fixed), or when they come to
@@ -142,10 +142,10 @@ impl Create {
 
     /// What the options mean together.
     fn plan(&self) -> Result<NewImage> {
-        let Some(size) = self.size else { return usage("a disk needs a size") };
         if self.disk_type == Some(DiskType::Differencing) {
             return usage("--type differencing needs a --parent");
         }
+        let Some(size) = self.size else { return usage("a disk needs a --size") };
         if !size.is_multiple_of(self.logical_sector_size.into()) {
             return usage("the size is no whole number of logical sectors");
         }

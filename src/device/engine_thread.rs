@@ -142,7 +142,7 @@ impl Life {
         let (parents, parent_files) = layers::for_engine(reactor, parents)?;
         let file_write_guid = image.header.header.file_write_guid;
         let tasks: Rc<dyn Spawn> = reactor.executor().clone();
-        let engine = Engine::of_chain(image, bitmaps, disk, parents, tasks, fronts, Box::new(Uuid::new_v4));
+        let engine = Engine::new(image, bitmaps, disk, parents, tasks, fronts, Box::new(Uuid::new_v4));
         let engine = engine.map_err(named)?;
         let shared = engine.shared().clone();
         let recoverable = session.is_some();

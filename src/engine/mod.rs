@@ -149,7 +149,8 @@ pub struct Engine<D: Disk> {
 }
 
 impl<D: Disk + 'static> Engine<D> {
-    /// An engine over an opened image. Nothing is written before the first modification.
+    /// An engine over an opened image with its sector bitmaps, and its parents, its own first. Nothing is written
+    /// before the first modification.
     ///
     /// # Errors
     /// If the image is one that no writer can work with.
@@ -157,24 +158,6 @@ impl<D: Disk + 'static> Engine<D> {
     /// # Panics
     /// If the image was opened read-only.
     pub fn new(
-        image: Image,
-        disk: D,
-        tasks: Rc<dyn Spawn>,
-        fronts: Rc<dyn Fronts>,
-        guids: GuidSource,
-    ) -> Result<Rc<Self>> {
-        assert!(!image.metadata.has_parent, "a differencing image has parents");
-        Self::of_chain(image, SectorBitmaps::default(), disk, Vec::new(), tasks, fronts, guids)
-    }
-
-    /// An engine over an opened image with its sector bitmaps, and its parents, its own first.
-    ///
-    /// # Errors
-    /// If the image is one that no writer can work with.
-    ///
-    /// # Panics
-    /// If the image was opened read-only.
-    pub fn of_chain(
         image: Image,
         bitmaps: SectorBitmaps,
         disk: D,

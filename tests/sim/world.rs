@@ -287,15 +287,8 @@ impl World {
         let inbox = Rc::new(Inbox(RefCell::new(vec![VecDeque::new(); config.fronts])));
         let lineage = Lineage::of(&config);
         let (parents, parent) = parents(&lineage);
-        let engine = Engine::of_chain(
-            image,
-            bitmaps,
-            disk.clone(),
-            parents,
-            tasks.clone(),
-            inbox.clone(),
-            Box::new(guids),
-        );
+        let engine =
+            Engine::new(image, bitmaps, disk.clone(), parents, tasks.clone(), inbox.clone(), Box::new(guids));
         let engine = engine.expect("the image is writable");
         let hosts = (0..config.fronts).map(|_| Host::new(engine.shared().clone(), config.depth)).collect();
         let activation = Activation::default();

@@ -109,7 +109,7 @@ impl World {
         let (disk, tasks, inbox) = (self.disk.clone(), self.tasks.clone(), self.inbox.clone());
         let (parents, _) = parents(&self.lineage);
         let guids = Box::new(guids(&mut self.rng));
-        let engine = Engine::of_chain(image, bitmaps, disk, parents, tasks, inbox, guids);
+        let engine = Engine::new(image, bitmaps, disk, parents, tasks, inbox, guids);
         self.engine = engine.expect("the image is writable");
         self.seen = Seen::default();
     }
