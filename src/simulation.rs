@@ -77,11 +77,25 @@ pub enum Plant {
     SkipFillSync,
     /// A block of a differencing image that is discarded shows its parent's content again.
     RevealParents,
+    /// No sync between the data of partially present blocks and the entry that has its bits.
+    SkipBitsSync,
+    /// A sector counts as being there when its write is submitted.
+    BitsBeforeData,
+    /// Bits that were set are not logged.
+    ForgetBits,
+    /// A block becomes partially present over bits that a power cut has left in the file.
+    KeepStaleBits,
+    /// A block becomes partially present before its chunk's sector bitmap is durable.
+    EarlyReliance,
+    /// A block becomes fully present before all its sectors are there.
+    EarlyPromotion,
+    /// A successor does not log the bits that the killed process had set.
+    ForgetResumedBits,
 }
 
 impl Plant {
     /// All of them.
-    pub const ALL: [Self; 33] = [
+    pub const ALL: [Self; 40] = [
         Self::SkipRecyclingSync,
         Self::SkipGrowthSync,
         Self::ApplyBeforeLog,
@@ -115,6 +129,13 @@ impl Plant {
         Self::ForgetParents,
         Self::SkipFillSync,
         Self::RevealParents,
+        Self::SkipBitsSync,
+        Self::BitsBeforeData,
+        Self::ForgetBits,
+        Self::KeepStaleBits,
+        Self::EarlyReliance,
+        Self::EarlyPromotion,
+        Self::ForgetResumedBits,
     ];
 }
 

@@ -20,11 +20,11 @@ use vhdx_ublk::chain::{self, Layer as _, MAX_DEPTH, Search};
 use vhdx_ublk::engine::front::{Front, MAX_PIECES, Op, Request};
 use vhdx_ublk::engine::message::ToEngine;
 use vhdx_ublk::engine::port::{FileIo, FileOp, PieceId, Port};
-use vhdx_ublk::engine::shared::{Layer, Shared};
+use vhdx_ublk::engine::shared::Shared;
 use vhdx_ublk::error::{Error, Kind, Result};
 use vhdx_ublk::format::bat::{BITMAP_BLOCK_SIZE, BatEntry, Geometry};
 use vhdx_ublk::format::locator::{PARENT_LINKAGE, PARENT_LINKAGE2, ParentLocator, RELATIVE_PATH};
-use vhdx_ublk::image::{BlockMap, Image, Mode, SectorBitmaps};
+use vhdx_ublk::image::{BlockMap, Image, Mode};
 
 /// Bytes on either side of a chunk's end, and at the disk's start, where the layers have something.
 const WINDOW: u64 = 4 * MIB;
@@ -86,9 +86,8 @@ impl Model {
         offset
     }
 
-    fn layer(&self) -> Layer {
+    fn layer(&self) -> BlockMap {
         let map = BlockMap::empty(self.geometry);
-        let mut bitmaps = SectorBitmaps::default();
         for (block, content) in &self.blocks {
             let entry = match content {
                 Block::Nothing(entry) => *entry,
@@ -101,13 +100,13 @@ impl Model {
                     for (bit, _) in bits.iter().enumerate().filter(|(_, here)| **here) {
                         bytes[index(slice.start) + bit / 8] |= 1 << (bit % 8);
                     }
-                    bitmaps.store(&self.geometry, *block, &bytes);
+                    map.bitmaps().store(&self.geometry, *block, &bytes).expect("memory");
                     BatEntry::partially_present(*offset)
                 }
             };
             map.publish(*block, entry);
         }
-        Layer { map, bitmaps }
+        map
     }
 }
 
@@ -199,7 +198,7 @@ fn a_chain_reads_as_its_layers_say_sector_by_sector() {
     for seed in 0..150 {
         let mut rng = Rng::with_seed(seed);
         let chain = random_chain(&mut rng);
-        let mut layers: Vec<Layer> = chain.iter().map(Model::layer).collect();
+        let mut layers: Vec<BlockMap> = chain.iter().map(Model::layer).collect();
         let leaf = layers.remove(0);
         let shared = Arc::new(Shared::of_chain(leaf, layers.into(), true, false));
         let mut front = Front::new(shared, 1);
@@ -379,18 +378,22 @@ fn a_bitmap_in_the_log_counts_and_a_missing_one_is_an_error() {
     child.file.resize(END + 3 * MIB);
     child.set_slot(0, (END + MIB) | 7);
     let (image, disk) = child.open(Mode::ReadOnly).expect("legal so far");
-    let error = block_on(image.sector_bitmaps(&disk)).expect_err("its bitmap is nowhere");
+    let error = block_on(image.read_bitmaps(&disk)).expect_err("its bitmap is nowhere");
     assert_eq!(error.kind(), Kind::Corrupt, "{error}");
     let bitmap_slot = image.map.geometry().bitmap_slot(0);
     child.set_slot(bitmap_slot, END | 6);
     child.name_log(LOG_GUID);
     child.write_log(0, &LogEntry::new(1, 0, &[Change::Page { at: END, fill: 1 }]).encode());
     let (image, disk) = child.open(Mode::ReadOnly).expect("the log changes no payload");
-    let bitmaps = block_on(image.sector_bitmaps(&disk)).expect("it is there");
+    block_on(image.read_bitmaps(&disk)).expect("it is there");
     let bits = craft::page(1);
     let geometry = image.map.geometry();
     for sector in 0..64 {
         let expected = bits[sector / 8] >> (sector % 8) & 1 == 1;
-        assert_eq!(bitmaps.run(geometry, 0, sector as u64, sector as u64 + 1).0, expected, "sector {sector}");
+        assert_eq!(
+            image.map.bitmaps().has(geometry, 0, sector as u64..sector as u64 + 1),
+            expected,
+            "sector {sector}"
+        );
     }
 }

@@ -10,7 +10,7 @@ use std::ops::RangeInclusive;
 use fastrand::Rng;
 use sim::disk::{Effect, Fault, Injection, Owner, Profile};
 use sim::lineage::descent;
-use sim::world::{Activation, Config, World, check_recovery, new_image};
+use sim::world::{Activation, Beginning, Config, World, check_recovery, new_image};
 use vhdx_ublk::engine::front::Op;
 use vhdx_ublk::engine::shared::Session;
 
@@ -62,10 +62,12 @@ fn space(_: Owner, effect: &Effect) -> bool {
 const METADATA_END: u64 = 4 << 20;
 
 /// What the failure of an operation must do, by the rule: syncs, durable writes and metadata writes poison.
-fn harm(owner: Owner, effect: &Effect) -> Harm {
+fn harm(beginning: Beginning, owner: Owner, effect: &Effect) -> Harm {
+    // Only a child that begins so has blocks filled from its parents, and no sector bitmap written.
+    let fills = beginning == Beginning::LeftOver;
     match (owner, effect) {
-        // A block that is filled from its parents: nothing names it yet.
-        (Owner::Engine, Effect::Write { offset, .. }) if *offset >= METADATA_END => Harm::OneRequest,
+        // A block that is filled: nothing names it yet.
+        (Owner::Engine, Effect::Write { offset, .. }) if fills && *offset >= METADATA_END => Harm::OneRequest,
         (_, Effect::Sync | Effect::Write { durable: true, .. }) | (Owner::Engine, Effect::Write { .. }) => {
             Harm::Poison
         }
@@ -98,7 +100,7 @@ impl Run {
             assert!(self.world.failures.is_empty());
             return false;
         };
-        let expected = expected.unwrap_or_else(|| harm(owner, &effect));
+        let expected = expected.unwrap_or_else(|| harm(self.world.config.beginning, owner, &effect));
         match expected {
             Harm::Poison => self.check_poisoned(),
             Harm::OneRequest => self.check_alive(1..=1),
@@ -161,13 +163,14 @@ impl Run {
     }
 }
 
-fn configs() -> [Config; 3] {
+fn configs() -> [Config; 4] {
     let small = Config { requests: 220, ..Config::small() };
     let mut child = small.clone();
     child.image.parent = Some(descent());
     let mut other = Config { can_punch: false, ..small.clone() };
     other.image.logical_sector_size = 4096;
-    [small, other, child]
+    let filled = Config { beginning: Beginning::LeftOver, ..child.clone() };
+    [small, other, child, filled]
 }
 
 /// Hits the first `count` operations that can be hit, in turn; returns how many workloads had so many.
@@ -192,13 +195,13 @@ fn hit_each(count: u64, fault: Fault, hits: fn(Owner, &Effect) -> bool, expected
 #[test]
 fn an_io_error_anywhere_fails_one_request_or_poisons() {
     let struck = hit_each(OPERATIONS, Fault::Error { errno: libc::EIO, times: 1 }, anything, None);
-    assert_eq!(struck, 3 * OPERATIONS, "the workload has too few operations");
+    assert_eq!(struck, 4 * OPERATIONS, "the workload has too few operations");
 }
 
 #[test]
 fn no_space_anywhere_fails_one_request_or_poisons() {
     let struck = hit_each(OPERATIONS, Fault::Error { errno: libc::ENOSPC, times: 1 }, anything, None);
-    assert_eq!(struck, 3 * OPERATIONS, "the workload has too few operations");
+    assert_eq!(struck, 4 * OPERATIONS, "the workload has too few operations");
 }
 
 #[test]

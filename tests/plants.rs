@@ -56,7 +56,15 @@ fn catch_for(planted: Plant) -> Catch {
         | Plant::TrustKilled
         | Plant::ForgetPending => Catch::Scenario("killed"),
         Plant::ForgetUnmapped => Catch::Scenario("killed-no-punch"),
-        Plant::ForgetParents | Plant::SkipFillSync | Plant::RevealParents => Catch::Scenario("child"),
+        Plant::ForgetParents | Plant::SkipFillSync => Catch::Scenario("child-filled"),
+        Plant::RevealParents
+        | Plant::SkipBitsSync
+        | Plant::BitsBeforeData
+        | Plant::ForgetBits
+        | Plant::KeepStaleBits
+        | Plant::EarlyPromotion => Catch::Scenario("child"),
+        Plant::EarlyReliance => Catch::Scenario("child-new"),
+        Plant::ForgetResumedBits => Catch::Scenario("child-killed"),
         Plant::NoPoison => Catch::Scenario("failed-durable-write"),
         Plant::NoFlushedOffset => Catch::Test(a_file_that_lost_its_durable_end_is_refused),
         Plant::NoExtension => Catch::Test(a_length_that_the_log_asks_for_is_restored),

@@ -137,12 +137,11 @@ impl Life {
         let opened = self.how.open(reactor, &self.file)?;
         let WritableImage { image, session, parents, disk } = opened;
         let named = |error: Error| error.file(self.file.path());
-        let bitmaps = reactor.block_on(image.sector_bitmaps(&disk)).map_err(named)?;
         let parameters = opened::parameters(&self.file, &image.metadata, false, &parents)?;
         let (parents, parent_files) = layers::for_engine(reactor, parents)?;
         let file_write_guid = image.header.header.file_write_guid;
         let tasks: Rc<dyn Spawn> = reactor.executor().clone();
-        let engine = Engine::new(image, bitmaps, disk, parents, tasks, fronts, Box::new(Uuid::new_v4));
+        let engine = Engine::new(image, disk, parents, tasks, fronts, Box::new(Uuid::new_v4));
         let engine = engine.map_err(named)?;
         let shared = engine.shared().clone();
         let recoverable = session.is_some();

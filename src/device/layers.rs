@@ -9,9 +9,8 @@ use super::session;
 use crate::chain::{self, Search};
 use crate::disk::{ImageFile, Reactor, UringDisk};
 use crate::engine::Parent;
-use crate::engine::shared::Layer;
 use crate::error::{Error, Result};
-use crate::image::{Image, SectorBitmaps};
+use crate::image::{BlockMap, Image};
 
 /// How the parents of a differencing image are found and opened.
 #[derive(Clone)]
@@ -26,7 +25,6 @@ pub struct Parents {
 pub(super) struct ReadLayer {
     pub(super) file: Arc<ImageFile>,
     pub(super) image: Image,
-    bitmaps: SectorBitmaps,
 }
 
 /// A child while its parents are looked for.
@@ -82,18 +80,18 @@ impl ReadLayer {
         let disk = reactor.disk(file.clone());
         let read = async {
             let image = look(&disk).await?;
-            let bitmaps = image.sector_bitmaps(&disk).await?;
-            Ok((image, bitmaps))
+            image.read_bitmaps(&disk).await?;
+            Ok(image)
         };
-        let (image, bitmaps) = reactor.block_on(read).map_err(|error: Error| error.file(file.path()))?;
+        let image = reactor.block_on(read).map_err(|error: Error| error.file(file.path()))?;
         session::refuse_orphan(&file, Some(&image))?;
-        Ok(Self { file, image, bitmaps })
+        Ok(Self { file, image })
     }
 
-    /// What tells where its content is. From now on its file is for payload I/O.
-    pub(super) fn into_layer(self) -> Result<(Arc<ImageFile>, Layer)> {
+    /// Where its content is. From now on its file is for payload I/O.
+    pub(super) fn into_map(self) -> Result<(Arc<ImageFile>, BlockMap)> {
         choose_payload_io(&self.file, &self.image.metadata)?;
-        Ok((self.file, Layer { map: self.image.map, bitmaps: self.bitmaps }))
+        Ok((self.file, self.image.map))
     }
 }
 
@@ -102,8 +100,8 @@ pub(super) type EngineParents = (Vec<Parent<UringDisk>>, Arc<[Arc<ImageFile>]>);
 
 /// The parents as an engine on `reactor` reads them.
 pub(super) fn for_engine(reactor: &Reactor, parents: Vec<ReadLayer>) -> Result<EngineParents> {
-    let layers = parents.into_iter().map(ReadLayer::into_layer).collect::<Result<Vec<_>>>()?;
+    let layers = parents.into_iter().map(ReadLayer::into_map).collect::<Result<Vec<_>>>()?;
     let files = layers.iter().map(|(file, _)| file.clone()).collect();
-    let parents = layers.into_iter().map(|(file, layer)| Parent { disk: reactor.disk(file), layer });
+    let parents = layers.into_iter().map(|(file, map)| Parent { disk: reactor.disk(file), map: map.into() });
     Ok((parents.collect(), files))
 }

@@ -53,10 +53,10 @@ impl Opened {
         let fixed = leaf.image.metadata.kind() == DiskType::Fixed;
         let parameters = parameters(&leaf.file, &leaf.image.metadata, true, &parents)?;
         let file_write_guid = leaf.image.header.header.file_write_guid;
-        let (_, leaf) = leaf.into_layer()?;
-        let parents = parents.into_iter().map(ReadLayer::into_layer).collect::<Result<Vec<_>>>()?;
-        let (parents, layers): (Vec<_>, Vec<_>) = parents.into_iter().unzip();
-        let shared = Arc::new(Shared::of_chain(leaf, layers.into(), true, fixed));
+        let (_, leaf) = leaf.into_map()?;
+        let parents = parents.into_iter().map(ReadLayer::into_map).collect::<Result<Vec<_>>>()?;
+        let (parents, maps): (Vec<_>, Vec<_>) = parents.into_iter().unzip();
+        let shared = Arc::new(Shared::of_chain(leaf.into(), maps.into_iter().map(Arc::new).collect(), true, fixed));
         Ok(Self { shared, parameters, file_write_guid, recoverable: true, parents: parents.into() })
     }
 
@@ -184,6 +184,9 @@ impl WritableOpen {
             (None, Some(image)) => image,
             (None, None) => Image::open(disk, Mode::Writable, Uuid::new_v4).await?,
         };
+        if session.is_none() {
+            image.read_bitmaps(disk).await?;
+        }
         if let FoundLog::Dirty(entries) = image.found_log {
             tracing::info!("the image was not closed cleanly: replayed {entries} log entries");
         }
@@ -196,17 +199,21 @@ impl WritableOpen {
         if self.plan == (Plan::Fresh { keep: false }) {
             return None;
         }
-        match self.sessions.create(file, image.map.geometry()) {
-            Ok((session, memory)) => {
-                let owner = image.owner(file.device, file.inode);
-                image.start_session(memory, &owner);
-                Some(session)
+        let started = self.sessions.create(file, image.map.geometry()).and_then(|(session, memory)| {
+            let owner = image.owner(file.device, file.inode);
+            match image.start_session(memory, &owner) {
+                Ok(()) => Ok(session),
+                Err(error) => {
+                    session.remove()?;
+                    Err(Error::io("reserving room for the sector bitmaps", error))
+                }
             }
-            Err(error) => {
+        });
+        started
+            .inspect_err(|error| {
                 tracing::warn!("the device cannot be recovered if its daemon is killed: {error}");
-                None
-            }
-        }
+            })
+            .ok()
     }
 }
 

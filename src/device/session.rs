@@ -4,13 +4,15 @@
 //! the image for writing finds it. It is made when the image is opened and goes away when the image was closed
 //! cleanly. One whose device is gone is an *orphan*: the next writable open takes it over.
 //!
-//! All its room is reserved at the start: a store into memory that the file system cannot provide would kill
-//! the daemon.
+//! Room is reserved before it is touched, for the block map at the start: a store into memory that the file system
+//! cannot provide would kill the daemon.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind};
+use std::ops::Range;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use nix::fcntl::{FallocateFlags, fallocate};
@@ -85,7 +87,7 @@ impl Sessions {
             (metadata.len() > PAGE_BYTES as u64).then(|| sys::shared_words(&file, count)).transpose()
         });
         match mapped {
-            Ok(Some(words)) => Ok(Some((found, SessionMemory::shared(words)))),
+            Ok(Some(words)) => Ok(Some((found, memory(words, file)))),
             // Its maker has not made room yet, or was killed before it had.
             Ok(None) => Ok(None),
             Err(error) => Err(Error::io("mapping the session file", error).file(&found.path)),
@@ -98,12 +100,17 @@ impl Sessions {
         let made = SessionFile { path: self.path(image), made_here: true };
         // Whatever is there is of no use to anybody: its maker, which had the lock, was killed before it was done.
         made.unlink()?;
-        let count = SessionMemory::words_for(geometry);
+        let (reserved, count) = (SessionMemory::reserved_words(geometry), SessionMemory::words_for(geometry));
         let file =
             OpenOptions::new().read(true).write(true).create_new(true).mode(FILE_MODE).open(&made.path);
         let file = file.map_err(|error| Error::io("making the session file", error).file(&made.path))?;
-        match reserve(&file, count).and_then(|()| sys::shared_words(&file, count)) {
-            Ok(words) => Ok((made, SessionMemory::shared(words))),
+        let length = (count * size_of::<AtomicU64>()) as u64;
+        let mapped = file
+            .set_len(length)
+            .and_then(|()| reserve(&file, 0..reserved))
+            .and_then(|()| sys::shared_words(&file, count));
+        match mapped {
+            Ok(words) => Ok((made, memory(words, file))),
             Err(error) => {
                 let error = Error::io("reserving room for the session", error).file(&made.path);
                 made.remove()?;
@@ -160,9 +167,14 @@ pub fn refuse_orphan(file: &ImageFile, image: Option<&Image>) -> Result<()> {
     Err(Error::new(Kind::InUse, message).file(path).remedy(remedy))
 }
 
-fn reserve(file: &File, count: usize) -> io::Result<()> {
-    let length = i64::try_from(count * size_of::<AtomicU64>()).expect("513 MiB at most");
-    Ok(fallocate(file, FallocateFlags::empty(), 0, length)?)
+fn memory(words: &'static [AtomicU64], file: File) -> SessionMemory {
+    SessionMemory::shared(words, Arc::new(move |range| reserve(&file, range)))
+}
+
+/// Makes room for a range of words.
+fn reserve(file: &File, words: Range<usize>) -> io::Result<()> {
+    let bytes = |words: usize| i64::try_from(words * size_of::<AtomicU64>()).expect("17 GiB at most");
+    Ok(fallocate(file, FallocateFlags::FALLOC_FL_KEEP_SIZE, bytes(words.start), bytes(words.len()))?)
 }
 
 /// The session to go on with, of those that were `found`, for an image that is not open for writing yet;

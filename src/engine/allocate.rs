@@ -6,7 +6,7 @@ use super::{Engine, Outcome, errno};
 use crate::disk::Disk;
 use crate::format::MIB;
 use crate::format::bat::{BatEntry, PayloadState};
-use crate::image::{Extent, Grant};
+use crate::image::{Extent, Grant, Page};
 use crate::simulation::{Plant, planted};
 
 /// How far the file is extended beyond what is needed: an eighth of its length, within these bounds. Each step
@@ -26,30 +26,49 @@ impl<D: Disk + 'static> Engine<D> {
 
     async fn allocate_block(self: &Rc<Self>, block: u64) -> Outcome {
         let old = self.shared.map.load(block).entry;
-        if old.payload_state() == Some(PayloadState::FullyPresent) {
+        if self.has_space(old) {
             return Ok(());
         }
-        let grant = self.find_space(self.shared.geometry().block_size()).await?;
+        let by_sectors = self.needs_parents(old) && self.can_be_partial(block).await?;
+        let extent = if by_sectors {
+            // What its sectors hold that are not marked is nobody's business.
+            self.find_space(self.shared.geometry().block_size()).await?.extent
+        } else {
+            self.find_zeros(self.shared.geometry().block_size()).await?
+        };
+        if !by_sectors && self.needs_parents(old) {
+            self.count(|counters| counters.fills += 1);
+            self.fill(block, extent).await.inspect_err(|_| self.space.borrow_mut().free(extent, false))?;
+            if !planted(Plant::SkipFillSync) {
+                self.payloads.update(|count| count + 1);
+            }
+        }
+        self.check_poison()?;
+        self.count(|counters| counters.grants += 1);
+        let offset = extent.offset;
+        let new = if by_sectors { BatEntry::partially_present(offset) } else { BatEntry::present(offset) };
+        self.remap(block, new);
+        Ok(())
+    }
+
+    /// Whether a block with this entry can be written as it is.
+    fn has_space(&self, entry: BatEntry) -> bool {
+        let partial = Some(PayloadState::PartiallyPresent);
+        entry.payload_state() == Some(PayloadState::FullyPresent)
+            || self.shared.geometry().is_differencing() && entry.payload_state() == partial
+    }
+
+    /// Space that reads as zero, durably so before an entry names it.
+    pub(super) async fn find_zeros(self: &Rc<Self>, length: u64) -> Outcome<Extent> {
+        let grant = self.find_space(length).await?;
         if grant.recycled {
             self.count(|counters| counters.recycled_grants += 1);
             if !planted(Plant::SkipZeroFill) {
                 self.zero_grant(grant.extent).await?;
             }
-            self.recycled_grants.update(|count| count + 1);
+            self.payloads.update(|count| count + 1);
         }
-        if self.needs_parents(old) {
-            self.count(|counters| counters.fills += 1);
-            self.fill(block, grant.extent).await.inspect_err(|_| {
-                self.space.borrow_mut().free(grant.extent, false);
-            })?;
-            if !planted(Plant::SkipFillSync) {
-                self.recycled_grants.update(|count| count + 1);
-            }
-        }
-        self.check_poison()?;
-        self.count(|counters| counters.grants += 1);
-        self.remap(block, BatEntry::present(grant.extent.offset));
-        Ok(())
+        Ok(grant.extent)
     }
 
     async fn zero_grant(self: &Rc<Self>, extent: Extent) -> Outcome {
@@ -64,7 +83,7 @@ impl<D: Disk + 'static> Engine<D> {
     pub(super) fn remap(self: &Rc<Self>, block: u64, new: BatEntry) {
         let old = self.shared.map.load(block).entry;
         self.shared.map.publish(block, new);
-        self.dirty.borrow_mut().insert(self.shared.map.page_of(block));
+        self.dirty.borrow_mut().insert(Page::Bat(self.shared.map.page_of(block)));
         if let Some(extent) = self.space_of(old) {
             self.count(|counters| counters.unmapped += 1);
             self.quarantine.borrow_mut().add(extent);

@@ -1,4 +1,6 @@
 //! Closing the image: the file that is left needs no replay and has no unused tail.
+//!
+//! Order: everything committed and in place → synced → the headers drop the LogGuid → the tail is cut off.
 
 use std::rc::Rc;
 
@@ -17,22 +19,49 @@ impl<D: Disk + 'static> Engine<D> {
     /// # Errors
     /// A positive `errno` if the image could not be closed clean; its content is safe in the log.
     pub async fn close(self: &Rc<Self>) -> Outcome {
+        let modified = self.shared.session() != Session::Idle;
+        let mut outcome = self.freeze().await;
+        if outcome.is_ok() && modified {
+            outcome = self.trim_tail().await;
+        }
+        self.end().await;
+        outcome
+    }
+
+    /// Makes the image whole on the medium, as [`Self::close`] does, but for its unused tail, which stays. It may be
+    /// gone on with: by [`Self::retire`], or by more asks.
+    ///
+    /// # Errors
+    /// Those of [`Self::close`].
+    pub async fn freeze(self: &Rc<Self>) -> Outcome {
         assert_eq!(self.open_tasks.get(), 0, "the fronts have stopped");
-        let outcome = match self.shared.session() {
+        match self.shared.session() {
             Session::Idle => Ok(()),
             Session::Open => self.close_session().await,
             Session::Poisoned => Err(libc::EIO),
-        };
+        }
+    }
+
+    /// Ends the engine of a frozen image that nobody will write any more: cuts its tail off.
+    ///
+    /// # Errors
+    /// A positive `errno` if the file keeps its tail, which does no harm.
+    pub async fn retire(self: &Rc<Self>) -> Outcome {
+        let outcome = self.trim_tail().await;
+        self.end().await;
+        outcome
+    }
+
+    async fn end(self: &Rc<Self>) {
         let ended = Promise::default();
         *self.closing.borrow_mut() = Some(ended.clone());
         self.commit_bell.ring();
         ended.wait().await;
-        outcome
     }
 
     async fn close_session(self: &Rc<Self>) -> Outcome {
         self.reclaim().await?;
-        assert!(self.dirty.borrow().is_empty(), "nobody dirties pages while closing");
+        assert!(self.dirty_pages() == 0, "nobody dirties pages while closing");
         let applied = self.applied.borrow().clone();
         applied.wait().await?;
         self.sync().await?;
@@ -40,7 +69,7 @@ impl<D: Disk + 'static> Engine<D> {
             self.update_headers(|header| header.log_guid = uuid::Uuid::nil()).await?;
             *self.log.borrow_mut() = None;
         }
-        self.trim_tail().await
+        Ok(())
     }
 
     /// Gives the unused end of the file back. The log is empty, and durably so: no replay misses the length.

@@ -4,8 +4,9 @@
 //! ends in a sync, dirty or not. Per round:
 //!
 //! 1. clear the pages' dirty marks, then copy the pages: the copy is what is logged and what is applied;
-//! 2. if recycled space was granted since the last sync, or space by which the file has grown since, sync: its
-//!    zeros, and the file's length, must be durable before an entry names it. Later rounds are copied before the sync of the round before them, which serves them as this one;
+//! 2. if recycled space was granted since the last sync, or space by which the file has grown since, or if sectors of
+//!    partially present blocks were written, sync: zeros, length and data must be durable before an entry names them.
+//!    Later rounds are copied before the sync of the round before them, which serves them as this one;
 //! 3. write the round's entries; a log without room for them starts again first;
 //! 4. sync. The last round's sync makes durable everything acknowledged before the cycle closed its set;
 //! 5. write the copies in place, in the background, one round at a time, so that no older copy ever overwrites
@@ -19,6 +20,7 @@ use super::log::{Placement, cycle_threshold, round_pages};
 use super::{Engine, Outcome};
 use crate::disk::{Buffer, Disk, PAGE_BYTES};
 use crate::format::log::{Change, NewEntry};
+use crate::image::Page;
 use crate::simulation::{Plant, planted};
 
 /// Copies of the pages that one sync makes durable.
@@ -27,13 +29,16 @@ struct Round {
 }
 
 struct PageCopy {
-    page: u64,
+    page: Page,
     bytes: Box<[u8; PAGE_BYTES]>,
 }
 
 impl<D: Disk + 'static> Engine<D> {
     /// Makes everything acknowledged before this call durable.
-    pub(super) async fn flush(self: &Rc<Self>) -> Outcome {
+    ///
+    /// # Errors
+    /// A positive `errno`; the device is poisoned then.
+    pub async fn flush(self: &Rc<Self>) -> Outcome {
         let done = Promise::default();
         self.flush_waiters.borrow_mut().push(done.clone());
         self.commit_bell.ring();
@@ -48,7 +53,7 @@ impl<D: Disk + 'static> Engine<D> {
     }
 
     fn cycle_is_due(&self) -> bool {
-        self.dirty.borrow().len() >= cycle_threshold(self.layout.log.length)
+        self.dirty_pages() >= cycle_threshold(self.layout.log.length)
     }
 
     /// Runs cycles whenever somebody waits for one or one is due, until the engine closes.
@@ -68,7 +73,8 @@ impl<D: Disk + 'static> Engine<D> {
 
     async fn cycle(self: &Rc<Self>) {
         let mut waiters = std::mem::take(&mut *self.flush_waiters.borrow_mut());
-        let set: VecDeque<u64> = self.dirty.borrow().iter().copied().collect();
+        self.take_bits();
+        let set: VecDeque<Page> = self.dirty.borrow().iter().copied().collect();
         let batch = self.quarantine.borrow_mut().close_batch();
         if planted(Plant::EarlyFlush) {
             waiters.drain(..).for_each(|waiter| waiter.keep(Ok(())));
@@ -90,7 +96,7 @@ impl<D: Disk + 'static> Engine<D> {
     }
 
     /// Logs the pages of `set`, syncs, and leaves the last round to be applied in the background.
-    async fn commit(self: &Rc<Self>, mut set: VecDeque<u64>) -> Outcome {
+    async fn commit(self: &Rc<Self>, mut set: VecDeque<Page>) -> Outcome {
         self.check_poison()?;
         if set.is_empty() {
             return self.sync().await;
@@ -100,7 +106,7 @@ impl<D: Disk + 'static> Engine<D> {
         }
         self.count(|counters| counters.commits += 1);
         let mut next = self.copy_round(&mut set);
-        if self.unsynced_space() {
+        if self.unsynced_payload() {
             self.sync().await?;
         }
         while let Some(round) = next {
@@ -120,11 +126,11 @@ impl<D: Disk + 'static> Engine<D> {
     }
 
     /// Clears the marks of as many pages as a round surely takes, then copies them.
-    fn copy_round(&self, set: &mut VecDeque<u64>) -> Option<Round> {
+    fn copy_round(&self, set: &mut VecDeque<Page>) -> Option<Round> {
         let count = set.len().min(round_pages(self.layout.log.length));
         let pages = set.drain(..count).map(|page| {
             self.dirty.borrow_mut().remove(&page);
-            PageCopy { page, bytes: self.shared.map.copy_page(page) }
+            PageCopy { page, bytes: self.copy_page(page) }
         });
         let pages: Vec<PageCopy> = pages.collect();
         (!pages.is_empty()).then_some(Round { pages })
@@ -153,7 +159,7 @@ impl<D: Disk + 'static> Engine<D> {
         let mut pages = round.pages.iter();
         for placement in &placements {
             let changes = pages.by_ref().take(placement.pages).map(|copy| Change::Data {
-                file_offset: self.page_offset(copy.page),
+                file_offset: self.page_place(copy.page),
                 page: self.page_to_log(copy),
             });
             let changes: Vec<Change> = changes.collect();
@@ -171,7 +177,7 @@ impl<D: Disk + 'static> Engine<D> {
     }
 
     fn page_to_log(&self, copy: &PageCopy) -> Box<[u8; PAGE_BYTES]> {
-        if planted(Plant::LogLivePage) { self.shared.map.copy_page(copy.page) } else { copy.bytes.clone() }
+        if planted(Plant::LogLivePage) { self.copy_page(copy.page) } else { copy.bytes.clone() }
     }
 
     fn encode_entry(&self, tail: u64, placement: &Placement, changes: &[Change]) -> (u64, Buffer) {
@@ -191,7 +197,9 @@ impl<D: Disk + 'static> Engine<D> {
     fn round_is_durable(&self, round: &Round) {
         self.log.borrow_mut().as_mut().expect("the log is active").round_synced();
         for copy in &round.pages {
-            self.shared.map.mark_durable(copy.page, &copy.bytes);
+            if let Page::Bat(page) = copy.page {
+                self.shared.map.mark_durable(page, &copy.bytes);
+            }
             if planted(Plant::LateMark) {
                 self.dirty.borrow_mut().remove(&copy.page);
             }
@@ -217,20 +225,37 @@ impl<D: Disk + 'static> Engine<D> {
 
     /// Writes the round's copies in place, neighbouring pages together.
     async fn write_in_place(self: &Rc<Self>, round: &Round) -> Outcome {
-        for run in round.pages.chunk_by(|a, b| a.page + 1 == b.page) {
+        let follows = |a: &PageCopy, b: &PageCopy| {
+            self.page_place(a.page) + PAGE_BYTES as u64 == self.page_place(b.page)
+        };
+        for run in round.pages.chunk_by(follows) {
             let mut bytes = Buffer::zeroed(run.len() * PAGE_BYTES);
             for (target, copy) in bytes.chunks_exact_mut(PAGE_BYTES).zip(run) {
                 target.copy_from_slice(&*copy.bytes);
             }
             self.check_poison()?;
-            if let Err(error) = self.disk.write(self.page_offset(run[0].page), bytes).await {
-                return Err(self.poison("writing the BAT", &error));
+            if let Err(error) = self.disk.write(self.page_place(run[0].page), bytes).await {
+                return Err(self.poison("writing metadata", &error));
             }
         }
         Ok(())
     }
 
-    fn page_offset(&self, page: u64) -> u64 {
-        self.layout.bat.offset + page * PAGE_BYTES as u64
+    fn copy_page(&self, page: Page) -> Box<[u8; PAGE_BYTES]> {
+        match page {
+            Page::Bat(page) => self.shared.map.copy_page(page),
+            Page::Bitmap { chunk, page } => self.copy_bits(chunk, page),
+        }
+    }
+
+    /// Where a page lies in the file.
+    fn page_place(&self, page: Page) -> u64 {
+        let (start, page) = match page {
+            Page::Bat(page) => (self.layout.bat.offset, page),
+            Page::Bitmap { chunk, page } => {
+                (self.shared.map.bitmap_place(chunk).expect("blocks rely on it"), page)
+            }
+        };
+        start + page * PAGE_BYTES as u64
     }
 }

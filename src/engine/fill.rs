@@ -1,7 +1,8 @@
-//! Making a block of a differencing image whole: what it does not have itself comes from its parents.
+//! Making an absent block of a differencing image whole with what its parents have, where it cannot become partially
+//! present ([`super::bits`]).
 //!
 //! It is filled in new space, which nothing names before all of it is there, and which no entry names before a sync
-//! has covered it. So a block is either as its parents and its sector bitmap say, or whole.
+//! has covered it. So a block is either as its parents say, or whole.
 
 use std::rc::Rc;
 

@@ -10,7 +10,8 @@
 //!   full length or its first error;
 //! * a piece counts for the barrier from its *lookup* to its end, in one of two counters by barrier parity;
 //! * a write is submitted only in an open session and reported as done only in an unpoisoned one;
-//! * a durable write into a block whose mapping is not durable is an ordinary write that joins a flush.
+//! * a durable write into a block whose mapping is not durable is an ordinary write that joins a flush;
+//! * a sector of a partially present block is marked as being there when its data is, and before the request is done.
 
 use std::sync::Arc;
 
@@ -74,6 +75,11 @@ pub struct Front {
     parity: usize,
     in_flight: [u32; 2],
     barrier_owed: bool,
+    /// No request is begun.
+    held: bool,
+    hold_owed: bool,
+    /// Requests that came meanwhile.
+    parked: Vec<(u16, Request)>,
 }
 
 #[derive(Clone)]
@@ -98,6 +104,8 @@ struct Piece {
     parity: usize,
     /// Not needed for the request's result: a host that cannot do it is no error.
     advisory: bool,
+    /// Of a write into partially present blocks: its virtual range.
+    written: Option<(u64, u64)>,
 }
 
 /// Whether a request can go on at once.
@@ -154,16 +162,22 @@ impl Front {
             parity: 0,
             in_flight: [0; 2],
             barrier_owed: false,
+            held: false,
+            hold_owed: false,
+            parked: Vec::with_capacity(usize::from(depth)),
         }
     }
 
     /// No request is active and no barrier is owed.
     pub fn is_idle(&self) -> bool {
-        self.active == 0 && !self.barrier_owed
+        self.active == 0 && !self.barrier_owed && self.parked.is_empty()
     }
 
     /// Takes a request; `tag` is idle.
     pub fn start<P: Port>(&mut self, tag: u16, request: Request, port: &mut P) {
+        if self.held {
+            return self.parked.push((tag, request));
+        }
         self.slots[usize::from(tag)].begin(request);
         self.active += 1;
         if let Err(errno) = self.admit(request) {
@@ -208,6 +222,31 @@ impl Front {
                 self.barrier_owed = true;
                 self.answer_barrier(port);
             }
+            ToFront::Hold => {
+                assert!(!self.held, "one hold at a time");
+                self.held = true;
+                self.hold_owed = true;
+                self.answer_hold(port);
+            }
+            ToFront::Release => self.release(port),
+        }
+    }
+
+    fn answer_hold<P: Port>(&mut self, port: &mut P) {
+        if self.hold_owed && self.active == 0 {
+            self.hold_owed = false;
+            port.send(ToEngine::Held);
+        }
+    }
+
+    fn release<P: Port>(&mut self, port: &mut P) {
+        assert!(self.held && !self.hold_owed, "what was held is released, once");
+        self.held = false;
+        if let Some(shared) = port.change_leaf() {
+            self.shared = shared;
+        }
+        for (tag, request) in std::mem::take(&mut self.parked) {
+            self.start(tag, request, port);
         }
     }
 
@@ -273,6 +312,7 @@ impl Front {
         slot.request = None;
         self.active -= 1;
         port.complete(tag, result);
+        self.answer_hold(port);
     }
 
     fn step_read<P: Port>(&mut self, tag: u16, port: &mut P) -> Step {
@@ -424,6 +464,7 @@ impl Front {
             }
             run.length += more.length;
             run.durable &= more.durable;
+            run.partial |= more.partial;
             next += u64::from(more.length);
         }
         run
@@ -488,8 +529,16 @@ impl Front {
         assert!(layer == LEAF || op == FileOp::Read, "parents are only read");
         let buffer_offset = self.buffer_offset(tag);
         let io = FileIo { op, layer, file_offset, buffer_offset, length: run.length };
+        let from = self.slots[usize::from(tag)].cursor;
         let id = self.claim_piece(tag, io);
-        self.piece(id).advisory = advisory;
+        let piece = self.piece(id);
+        piece.advisory = advisory;
+        if run.partial && !advisory && op != FileOp::Read {
+            piece.written = Some((from, from + u64::from(run.length)));
+            if planted(Plant::BitsBeforeData) {
+                self.shared.mark_written(from, from + u64::from(run.length));
+            }
+        }
         submit(id, io, port);
     }
 
@@ -498,7 +547,8 @@ impl Front {
     fn claim_piece(&mut self, tag: u16, io: FileIo) -> PieceId {
         let slot = &mut self.slots[usize::from(tag)];
         let place = slot.pieces.iter().position(Option::is_none).expect("fewer than MAX_PIECES are live");
-        slot.pieces[place] = Some(Piece { rest: io, retries: 0, parity: self.parity, advisory: false });
+        slot.pieces[place] =
+            Some(Piece { rest: io, retries: 0, parity: self.parity, advisory: false, written: None });
         slot.live_pieces += 1;
         slot.cursor += u64::from(io.length);
         slot.asks = 0;
@@ -620,6 +670,8 @@ impl Front {
                 );
             }
             self.slots[usize::from(id.tag)].fail(errno);
+        } else if let Some((from, to)) = piece.written {
+            self.shared.mark_written(from, to);
         }
         self.answer_barrier(port);
         self.advance(id.tag, port);

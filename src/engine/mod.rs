@@ -8,8 +8,9 @@
 //! 0. whatever a killed process wrote, before a header is (`open_session`);
 //! 1. new FileWriteGuid and DataWriteGuid in both headers, before any other modification (`open_session`);
 //! 2. an initial empty log entry, before a header names its LogGuid (`begin_log`);
-//! 3. recycled space zeroed and synced, space filled from the parents synced, and the length of a file that has grown, before an entry that names the
-//!    space is written (`commit`);
+//! 3. recycled space zeroed and synced, space filled from the parents synced, the data of partially present blocks
+//!    synced whose bits an entry has, and the length of a file that has grown, before that entry is written
+//!    (`commit`); a chunk's sector bitmap named by a durable entry before a block relies on it (`bits`);
 //! 4. a page's log entry synced, before the page is written in place (`commit`);
 //! 5. an unmapping durable and every front past it, before the space is granted again (`quarantine`);
 //! 6. everything logged synced in place, before the log starts again (`begin_log`);
@@ -20,6 +21,7 @@
 //! reads as zero, and its page is marked dirty in the same step.
 
 mod allocate;
+mod bits;
 mod close;
 mod commit;
 mod fill;
@@ -27,6 +29,7 @@ pub mod front;
 mod headers;
 pub mod local;
 mod log;
+mod marks;
 pub mod message;
 pub mod port;
 mod quarantine;
@@ -45,12 +48,12 @@ use uuid::Uuid;
 
 use crate::disk::Disk;
 use crate::error::Result;
-use crate::image::{Extent, Headers, Image, Layout, SectorBitmaps, Space};
+use crate::image::{BlockMap, Extent, Headers, Image, Layout, Page, Space};
 use local::{Bell, BlockLocks, Promise, Spawn, Turnstile};
 use log::LogSpace;
 use message::{Ask, ToEngine, ToFront};
 use quarantine::Quarantine;
-use shared::{Layer, Session, Shared};
+use shared::{Session, Shared};
 
 /// What an operation that failed tells its requester: a positive `errno`.
 pub type Outcome<T = ()> = std::result::Result<T, i32>;
@@ -78,7 +81,7 @@ pub struct Counters {
     pub logs: u64,
     /// Log entries written.
     pub entries: u64,
-    /// BAT pages logged.
+    /// Pages of the BAT and of sector bitmaps logged.
     pub pages: u64,
     /// Blocks granted space.
     pub grants: u64,
@@ -86,6 +89,10 @@ pub struct Counters {
     pub recycled_grants: u64,
     /// Grants that were filled with the parents' content.
     pub fills: u64,
+    /// Sector bitmaps begun.
+    pub bitmaps: u64,
+    /// Blocks of which all sectors have come to be there.
+    pub promotions: u64,
     /// Extensions of the file.
     pub grows: u64,
     /// Blocks that lost their space.
@@ -101,7 +108,7 @@ pub struct Parent<D> {
     /// Its file.
     pub disk: D,
     /// Where its content is.
-    pub layer: Layer,
+    pub map: Arc<BlockMap>,
 }
 
 /// The engine of one writable image. All of it lives on one thread.
@@ -126,7 +133,11 @@ pub struct Engine<D: Disk> {
     quarantine: RefCell<Quarantine>,
     /// Punched, and known zero after the next sync.
     settling: RefCell<Vec<Extent>>,
-    dirty: RefCell<BTreeSet<u64>>,
+    dirty: RefCell<BTreeSet<Page>>,
+    /// Beginning sector bitmaps, one at a time.
+    bitmap_turn: Turnstile,
+    /// Chunks whose sector bitmaps no durable entry names yet.
+    begun_bitmaps: RefCell<BTreeSet<u64>>,
     log: RefCell<Option<LogSpace>>,
     /// Ends when the newest round's pages are in place.
     applied: RefCell<Promise<Outcome>>,
@@ -135,9 +146,10 @@ pub struct Engine<D: Disk> {
     released_bell: Bell,
     flush_waiters: RefCell<Vec<Promise<Outcome>>>,
     commit_bell: Bell,
-    /// Grants of recycled or filled space so far, and how many of them a completed sync covers.
-    recycled_grants: Cell<u64>,
-    recycled_synced: Cell<u64>,
+    /// How often there was payload so far that an entry about to be written relies on, and how many of those a
+    /// completed sync covers: zeroed or filled space, and sectors whose bits were taken for the log.
+    payloads: Cell<u64>,
+    payloads_synced: Cell<u64>,
     /// The file's length once every extension so far has completed.
     file_length: Cell<u64>,
     /// The length at which all extensions had completed when the last completed sync was issued.
@@ -149,7 +161,7 @@ pub struct Engine<D: Disk> {
 }
 
 impl<D: Disk + 'static> Engine<D> {
-    /// An engine over an opened image with its sector bitmaps, and its parents, its own first. Nothing is written
+    /// An engine over an opened image, its sector bitmaps read, and its parents, its own first. Nothing is written
     /// before the first modification.
     ///
     /// # Errors
@@ -159,7 +171,6 @@ impl<D: Disk + 'static> Engine<D> {
     /// If the image was opened read-only.
     pub fn new(
         image: Image,
-        bitmaps: SectorBitmaps,
         disk: D,
         parents: Vec<Parent<D>>,
         tasks: Rc<dyn Spawn>,
@@ -169,10 +180,9 @@ impl<D: Disk + 'static> Engine<D> {
         assert!(image.overlay.is_none(), "a writable image has its log replayed in place");
         image.check_writable()?;
         let fixed = image.metadata.kind() == crate::format::metadata::DiskType::Fixed;
-        let (parents, layers): (Vec<_>, Vec<_>) =
-            parents.into_iter().map(|parent| (parent.disk, parent.layer)).unzip();
-        let leaf = Layer { map: image.map, bitmaps };
-        let shared = Arc::new(Shared::of_chain(leaf, layers.into(), false, fixed));
+        let (parents, maps): (Vec<_>, Vec<_>) =
+            parents.into_iter().map(|parent| (parent.disk, parent.map)).unzip();
+        let shared = Arc::new(Shared::of_chain(image.map.into(), maps.into(), false, fixed));
         let mut quarantine = Quarantine::default();
         image.pending.unmapped.into_iter().for_each(|extent| quarantine.add(extent));
         let engine = Rc::new(Self {
@@ -191,14 +201,16 @@ impl<D: Disk + 'static> Engine<D> {
             quarantine: RefCell::new(quarantine),
             settling: RefCell::default(),
             dirty: RefCell::new(image.pending.pages),
+            bitmap_turn: Turnstile::default(),
+            begun_bitmaps: RefCell::new(image.pending.bitmaps),
             log: RefCell::new(None),
             applied: RefCell::new(Promise::kept(Ok(()))),
             releasing: Cell::default(),
             released_bell: Bell::default(),
             flush_waiters: RefCell::default(),
             commit_bell: Bell::default(),
-            recycled_grants: Cell::new(u64::from(image.pending.resumed)),
-            recycled_synced: Cell::default(),
+            payloads: Cell::new(u64::from(image.pending.resumed)),
+            payloads_synced: Cell::default(),
             file_length: Cell::new(image.layout.file_length),
             stable_length: Cell::new(0),
             layout: image.layout,
@@ -225,12 +237,18 @@ impl<D: Disk + 'static> Engine<D> {
                 self.quarantine.borrow_mut().barrier_answered();
                 self.start(|engine| async move { engine.release_quarantine().await });
             }
+            ToEngine::Held => panic!("who holds the fronts listens to them"),
         }
     }
 
     /// What has been done so far.
     pub fn counters(&self) -> Counters {
         self.counters.get()
+    }
+
+    /// The DataWriteGuid that the file carries.
+    pub fn data_write_guid(&self) -> Uuid {
+        self.headers.borrow().current().data_write_guid
     }
 
     /// The state shared with the fronts.

@@ -3,7 +3,10 @@
 //! The loop owns the ring, the request buffers and the mailboxes; the front decides. Calls never block and
 //! never call back into the front.
 
+use std::sync::Arc;
+
 use super::message::ToEngine;
+use super::shared::Shared;
 
 /// Names one piece of one request: its completion comes back under the same name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,6 +66,10 @@ pub trait Port {
 
     /// Sends a message to the engine; there is always room.
     fn send(&mut self, message: ToEngine);
+
+    /// What the fronts of the device go on with after a hold, if it is something else than before: all file I/O from
+    /// now on is on its images.
+    fn change_leaf(&mut self) -> Option<Arc<Shared>>;
 
     /// Ends the request of `tag`: bytes done, 0, or a negative `errno`. Exactly once per request.
     fn complete(&mut self, tag: u16, result: i32);

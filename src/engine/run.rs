@@ -2,8 +2,8 @@
 
 use super::port::LEAF;
 use super::shared::Shared;
-use crate::format::bat::{Geometry, PayloadState};
-use crate::image::{BlockMap, Mapping, SectorBitmaps};
+use crate::format::bat::PayloadState;
+use crate::image::{BlockMap, Mapping};
 
 /// Where bytes are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,7 +14,7 @@ pub(super) enum Source {
     Zero,
     /// Nowhere: they read as zero, and others may think otherwise.
     Undefined,
-    /// Where the parents say, as far as the leaf does not have them.
+    /// Where the parents say.
     Parents,
 }
 
@@ -23,12 +23,14 @@ pub(super) enum Source {
 pub(super) struct Run {
     pub(super) source: Source,
     pub(super) durable: bool,
+    /// A block is partially present: what is written has to be marked.
+    pub(super) partial: bool,
     pub(super) length: u32,
 }
 
 impl Run {
-    /// The run from virtual offset `from` to the end of its block or to `end`, as the leaf has it: what it has only
-    /// in part counts as its parents'.
+    /// The run from virtual offset `from` to the end of its block or to `end`, as a writer sees it: in the space that
+    /// the leaf has for it.
     #[inline]
     pub(super) fn of(shared: &Shared, from: u64, end: u64) -> Self {
         let geometry = shared.geometry();
@@ -36,24 +38,29 @@ impl Run {
         let within = geometry.offset_in_block(from);
         let length = (geometry.block_size() - within).min(end - from);
         let Mapping { entry, durable } = shared.map.load(block);
-        let source = match entry.payload_state() {
+        let state = entry.payload_state();
+        let source = match state {
             Some(PayloadState::FullyPresent) => Source::File(LEAF, entry.offset() + within),
             Some(PayloadState::Zero) => Source::Zero,
-            Some(PayloadState::NotPresent | PayloadState::PartiallyPresent) if geometry.is_differencing() => {
-                Source::Parents
+            Some(PayloadState::PartiallyPresent) if geometry.is_differencing() => {
+                Source::File(LEAF, entry.offset() + within)
             }
+            Some(PayloadState::NotPresent) if geometry.is_differencing() => Source::Parents,
             _ => Source::Undefined,
         };
-        Self { source, durable, length: u32::try_from(length).expect("a block has at most 256 MiB") }
+        let partial = state == Some(PayloadState::PartiallyPresent);
+        let length = u32::try_from(length).expect("a block has at most 256 MiB");
+        Self { source, durable: durable && !partial, partial, length }
     }
 
     /// The same for a reader: from the layer that has the content, shorter where a block is spread over several.
     #[inline]
     pub(super) fn through(shared: &Shared, from: u64, end: u64) -> Self {
         let run = Self::of(shared, from, end);
-        match run.source {
-            Source::Parents => Self::in_chain(shared, from, from + u64::from(run.length)),
-            _ => run,
+        if run.partial || run.source == Source::Parents {
+            Self::in_chain(shared, from, from + u64::from(run.length))
+        } else {
+            run
         }
     }
 
@@ -61,15 +68,14 @@ impl Run {
     fn in_chain(shared: &Shared, from: u64, mut end: u64) -> Self {
         let run = |source, length| {
             let length = u32::try_from(length).expect("a block has at most 256 MiB");
-            Self { source, durable: false, length }
+            Self { source, durable: false, partial: false, length }
         };
-        let leaf = (LEAF, &shared.map, shared.bitmaps());
-        for (layer, map, bitmaps) in std::iter::once(leaf).chain(shared.parents()) {
+        for (layer, map) in std::iter::once((LEAF, shared.map.as_ref())).chain(shared.parents()) {
             // A parent may be smaller than its child: what it does not have reads as zero.
             if from >= map.geometry().virtual_size() {
                 break;
             }
-            let (place, length) = look(map, bitmaps, from, end.min(map.geometry().virtual_size()));
+            let (place, length) = look(map, from, end.min(map.geometry().virtual_size()));
             match place {
                 Place::Here(file_offset) => return run(Source::File(layer, file_offset), length),
                 Place::Nowhere => return run(Source::Undefined, length),
@@ -107,7 +113,7 @@ enum Place {
 }
 
 /// What a layer says of the bytes from `from` on, and of how many, up to `end` or the end of its block.
-fn look(map: &BlockMap, bitmaps: &SectorBitmaps, from: u64, end: u64) -> (Place, u64) {
+fn look(map: &BlockMap, from: u64, end: u64) -> (Place, u64) {
     let geometry = map.geometry();
     let block = geometry.block_of_offset(from);
     let within = geometry.offset_in_block(from);
@@ -116,7 +122,7 @@ fn look(map: &BlockMap, bitmaps: &SectorBitmaps, from: u64, end: u64) -> (Place,
     match entry.payload_state() {
         Some(PayloadState::FullyPresent) => (Place::Here(entry.offset() + within), length),
         Some(PayloadState::PartiallyPresent) => {
-            let (here, length) = sectors(geometry, bitmaps, block, within, length);
+            let (here, length) = sectors(map, block, within, length);
             (if here { Place::Here(entry.offset() + within) } else { Place::Below }, length)
         }
         Some(PayloadState::NotPresent) if geometry.is_differencing() => (Place::Below, length),
@@ -126,14 +132,9 @@ fn look(map: &BlockMap, bitmaps: &SectorBitmaps, from: u64, end: u64) -> (Place,
 
 /// Whether the sectors from byte `within` of `block` on are in its layer's file, and for how many bytes that holds,
 /// up to `length`.
-fn sectors(
-    geometry: &Geometry,
-    bitmaps: &SectorBitmaps,
-    block: u64,
-    within: u64,
-    length: u64,
-) -> (bool, u64) {
+fn sectors(map: &BlockMap, block: u64, within: u64, length: u64) -> (bool, u64) {
+    let geometry = map.geometry();
     let sector = u64::from(geometry.logical_sector_size());
-    let (here, next) = bitmaps.run(geometry, block, within / sector, (within + length) / sector);
+    let (here, next) = map.bitmaps().run(geometry, block, within / sector, (within + length) / sector);
     (here, next * sector - within)
 }

@@ -14,7 +14,10 @@ use crate::simulation::{Plant, planted};
 
 impl<D: Disk + 'static> Engine<D> {
     /// The first modification of any kind waits for this.
-    pub(super) async fn open_session(self: &Rc<Self>) -> Outcome {
+    ///
+    /// # Errors
+    /// A positive `errno`; nothing was modified then, or the device is poisoned.
+    pub async fn open_session(self: &Rc<Self>) -> Outcome {
         let turn = self.session_turn.enter().await;
         if self.shared.session() == Session::Idle {
             // The header found may be a killed process's, and the host may not have it yet: writing the other one

@@ -1,26 +1,21 @@
 //! What every thread of a device sees: the block maps of the chain, the session word, what the host's file can do.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::format::bat::Geometry;
+use super::marks::Marks;
+use crate::format::bat::{Geometry, PayloadState};
+use crate::image::BlockMap;
 pub use crate::image::Session;
-use crate::image::{BlockMap, SectorBitmaps};
-
-/// What tells where the content of one image is.
-pub struct Layer {
-    /// Where each block lies.
-    pub map: BlockMap,
-    /// Which sectors of its partially present blocks are in it.
-    pub bitmaps: SectorBitmaps,
-}
 
 /// The state shared by the fronts and the engine.
 pub struct Shared {
     /// Where each block lies.
-    pub map: BlockMap,
-    bitmaps: SectorBitmaps,
+    pub map: Arc<BlockMap>,
     /// Of a differencing image the parents, its own first; they are never written.
-    parents: Box<[Layer]>,
+    parents: Box<[Arc<BlockMap>]>,
+    /// Pages of the leaf's sector bitmaps that have changed.
+    pub(super) marks: Marks,
     /// Writes are refused before they reach the engine.
     pub read_only: bool,
     /// The image promises provisioned space (LeaveBlocksAllocated): nothing is ever unmapped.
@@ -32,15 +27,19 @@ pub struct Shared {
 impl Shared {
     /// State over `map` and the session in its memory; the host is trusted until it refuses.
     pub fn new(map: BlockMap, read_only: bool, fixed: bool) -> Self {
-        let leaf = Layer { map, bitmaps: SectorBitmaps::default() };
-        Self::of_chain(leaf, Box::default(), read_only, fixed)
+        Self::of_chain(map.into(), Box::default(), read_only, fixed)
     }
 
     /// State over a chain and the session in the memory of its leaf.
-    pub fn of_chain(leaf: Layer, parents: Box<[Layer]>, read_only: bool, fixed: bool) -> Self {
+    pub fn of_chain(
+        leaf: Arc<BlockMap>,
+        parents: Box<[Arc<BlockMap>]>,
+        read_only: bool,
+        fixed: bool,
+    ) -> Self {
         Self {
-            map: leaf.map,
-            bitmaps: leaf.bitmaps,
+            marks: Marks::new(leaf.geometry()),
+            map: leaf,
             parents,
             read_only,
             fixed,
@@ -55,13 +54,30 @@ impl Shared {
     }
 
     /// The image that the leaf's content comes from where it has none itself, and so on, with their numbers.
-    pub(super) fn parents(&self) -> impl Iterator<Item = (u8, &BlockMap, &SectorBitmaps)> {
-        (1..).zip(&self.parents).map(|(number, layer)| (number, &layer.map, &layer.bitmaps))
+    pub(super) fn parents(&self) -> impl Iterator<Item = (u8, &BlockMap)> {
+        (1..).zip(self.parents.iter().map(Arc::as_ref))
     }
 
-    /// Which sectors of its partially present blocks are in the leaf.
-    pub(super) fn bitmaps(&self) -> &SectorBitmaps {
-        &self.bitmaps
+    /// Where the content of every layer is, the leaf's first.
+    pub fn layers(&self) -> impl Iterator<Item = &Arc<BlockMap>> {
+        std::iter::once(&self.map).chain(&self.parents)
+    }
+
+    /// Virtual bytes `from..to` have been written into the space that their blocks have. Where a block is partially
+    /// present they are read from there from now on, and committed by the next cycle.
+    pub fn mark_written(&self, from: u64, to: u64) {
+        let geometry = self.geometry();
+        let sector = u64::from(geometry.logical_sector_size());
+        let mut at = from;
+        while at < to {
+            let block = geometry.block_of_offset(at);
+            let within = geometry.offset_in_block(at);
+            let end = to.min(at - within + geometry.block_size());
+            if self.map.load(block).entry.payload_state() == Some(PayloadState::PartiallyPresent) {
+                self.marks.set(&self.map, block, within / sector..(within + end - at) / sector);
+            }
+            at = end;
+        }
     }
 
     /// The session word.

@@ -15,14 +15,14 @@ impl<D: Disk + 'static> Engine<D> {
         let length = self.file_length.get();
         let settling = std::mem::take(&mut *self.settling.borrow_mut());
         let applied = self.log.borrow().as_ref().and_then(LogSpace::newest_applied);
-        let recycled = self.recycled_grants.get();
+        let payloads = self.payloads.get();
         self.count(|counters| counters.syncs += 1);
         if let Err(error) = self.disk.sync().await {
             return Err(self.poison("syncing the image", &error));
         }
         self.check_poison()?;
         self.stable_length.update(|stable| stable.max(length));
-        self.recycled_synced.update(|synced| synced.max(recycled));
+        self.payloads_synced.update(|synced| synced.max(payloads));
         for extent in settling {
             self.space.borrow_mut().free(extent, true);
         }
@@ -32,12 +32,11 @@ impl<D: Disk + 'static> Engine<D> {
         Ok(())
     }
 
-    /// Whether space was granted that an entry must not name yet: its zeros, or the length of the file that holds
-    /// it, are covered by no completed sync. (Replay restores a lost length; QEMU's does not.)
-    pub(super) fn unsynced_space(&self) -> bool {
-        let recycled = self.recycled_synced.get() < self.recycled_grants.get();
+    /// Whether an entry must not be written yet: payload that it relies on, or the length of the file that holds the
+    /// space it names, is covered by no completed sync. (Replay restores a lost length; QEMU's does not.)
+    pub(super) fn unsynced_payload(&self) -> bool {
+        let payload = self.payloads_synced.get() < self.payloads.get();
         let grown = self.stable_length.get() < self.space.borrow().used_end().min(self.file_length.get());
-        let recycled = recycled && !planted(Plant::SkipRecyclingSync);
-        recycled || grown && !planted(Plant::SkipGrowthSync)
+        payload && !planted(Plant::SkipRecyclingSync) || grown && !planted(Plant::SkipGrowthSync)
     }
 }

@@ -62,7 +62,7 @@ impl<D: Disk + 'static> Engine<D> {
 
     /// A long range lets others run, and waits for a cycle rather than pile up dirty pages.
     async fn pause_for_commit(self: &Rc<Self>) -> Outcome {
-        if self.dirty.borrow().len() >= cycle_threshold(self.layout.log.length) {
+        if self.dirty_pages() >= cycle_threshold(self.layout.log.length) {
             return self.flush().await;
         }
         yield_now().await;

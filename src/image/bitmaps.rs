@@ -1,85 +1,147 @@
 //! The sector bitmaps of an image in memory: which sectors of its partially present blocks are in its file.
 //!
-//! Only the bits of blocks that are partially present are kept, as only those mean anything: a bit per sector.
-//! Memory is touched where such blocks are, and nowhere else.
+//! Only the bits of blocks that are partially present mean anything. A bit per sector, in the format's own order, as
+//! atomic words: every thread reads them, and whoever has written a sector sets its bit. Bits are only ever set: a
+//! block that leaves this state does not come back to it. Memory is touched where such blocks are, and nowhere else.
 
+use std::io;
 use std::ops::Range;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use zerocopy::FromZeros;
 
 use super::block_map::BlockMap;
+use super::memory::Shared;
 use super::open::View;
-use crate::disk::Disk;
+use crate::disk::{Buffer, Disk, PAGE_BYTES};
 use crate::error::{Error, Kind, Result};
-use crate::format::bat::{BITMAP_BLOCK_SIZE, BatEntry, BitmapState, Geometry, PayloadState, Role};
+use crate::format::bat::{BITMAP_BLOCK_SIZE, Geometry, PayloadState, Role};
 
-/// The most memory that the bitmaps of one image may take, bytes: a bit per sector, so 32 TiB in partially
-/// present blocks of 512-byte sectors.
+/// The most memory that the bitmaps of one image may take, bytes: a bit per sector of every chunk that has
+/// partially present blocks, so 32 TiB in 512-byte sectors.
 pub const MAX_BITMAP_BYTES: u64 = 8 << 30;
 
+/// Bytes of a page of a sector bitmap, by which it is logged.
+const PAGE: u64 = PAGE_BYTES as u64;
+
+/// Pages of a chunk's bitmap.
+pub const PAGES_PER_CHUNK: u64 = BITMAP_BLOCK_SIZE / PAGE;
+
 const WORD_BITS: u64 = 64;
-const WORDS_PER_CHUNK: usize = (BITMAP_BLOCK_SIZE * 8 / WORD_BITS) as usize;
+
+/// Words of a chunk's bitmap.
+pub(super) const WORDS_PER_CHUNK: usize = (BITMAP_BLOCK_SIZE * 8 / WORD_BITS) as usize;
 
 /// See the module's head.
-#[derive(Debug, Default)]
 pub struct SectorBitmaps {
-    /// By chunk; shorter than there are chunks if the last ones have none.
-    chunks: Vec<Option<Box<[u64]>>>,
+    /// By chunk; of an image without parents there are none.
+    chunks: Box<[OnceLock<Words>]>,
+    /// How many of them have words.
+    made: AtomicUsize,
+    /// Where words come from, and the first one's place there; private memory if nowhere.
+    shared: Option<(Shared, usize)>,
+}
+
+enum Words {
+    Private(Box<[AtomicU64]>),
+    Shared(&'static [AtomicU64]),
+}
+
+impl Words {
+    #[inline]
+    fn get(&self) -> &[AtomicU64] {
+        match self {
+            Self::Private(words) => words,
+            Self::Shared(words) => words,
+        }
+    }
 }
 
 impl SectorBitmaps {
-    /// Reads the bits of every partially present block of `map`.
+    /// Bitmaps in memory of this process.
+    pub(super) fn private(geometry: &Geometry) -> Self {
+        let chunks = if geometry.is_differencing() { geometry.bitmap_block_count() } else { 0 };
+        let chunks = (0..chunks).map(|_| OnceLock::new()).collect();
+        Self { chunks, made: AtomicUsize::new(0), shared: None }
+    }
+
+    /// Bitmaps in shared memory, from its word `place` on.
+    pub(super) fn shared(geometry: &Geometry, memory: Shared, place: usize) -> Self {
+        Self { shared: Some((memory, place)), ..Self::private(geometry) }
+    }
+
+    /// Reads the bits of every partially present block of `map` into its bitmaps.
     pub(super) async fn read<D: Disk>(
         file: &View<'_, D>,
         map: &BlockMap,
         stored: &[Range<u64>],
-    ) -> Result<Self> {
-        let geometry = map.geometry();
-        let mut bitmaps = Self::default();
-        let mut kept = 0;
-        let mut chunk_read = None;
+    ) -> Result<()> {
+        let mut chunks = ChunkReader::default();
         for block in stored.iter().flat_map(|slots| partial_blocks(map, slots.clone())) {
-            kept += slice_bytes(geometry, block);
-            if kept > MAX_BITMAP_BYTES {
-                return Err(too_many());
-            }
-            let chunk = geometry.chunk_of_block(block);
-            if chunk_read.as_ref().is_none_or(|(read, _)| *read != chunk) {
-                let offset = place(map, chunk)?;
-                let length = usize::try_from(BITMAP_BLOCK_SIZE).expect("1 MiB");
-                chunk_read = Some((chunk, file.read("sector bitmap", offset, length).await?));
-            }
-            let (_, bytes) = chunk_read.as_ref().expect("it was just read");
-            bitmaps.store(geometry, block, bytes);
+            let bytes = chunks.read(file, map, map.geometry().chunk_of_block(block)).await?;
+            map.bitmaps().store(map.geometry(), block, bytes).map_err(no_room)?;
         }
-        Ok(bitmaps)
+        Ok(())
+    }
+
+    /// Makes room for the bits of `block`.
+    ///
+    /// # Errors
+    /// Out of memory beyond [`MAX_BITMAP_BYTES`]; no space where the memory is shared.
+    pub fn make_room(&self, geometry: &Geometry, block: u64) -> io::Result<()> {
+        let chunk = index(geometry.chunk_of_block(block));
+        if let Some((memory, place)) = &self.shared {
+            let slice = geometry.bitmap_slice(block);
+            let first = place + chunk * WORDS_PER_CHUNK;
+            (memory.reserve)(first + index(slice.start / 8)..first + index(slice.end / 8))?;
+        }
+        if self.chunks[chunk].get().is_some() {
+            return Ok(());
+        }
+        if (self.made.fetch_add(1, Ordering::Relaxed) as u64) >= MAX_BITMAP_BYTES / BITMAP_BLOCK_SIZE {
+            self.made.fetch_sub(1, Ordering::Relaxed);
+            return Err(io::ErrorKind::OutOfMemory.into());
+        }
+        self.chunks[chunk].get_or_init(|| match &self.shared {
+            Some((memory, place)) => {
+                Words::Shared(&memory.words[place + chunk * WORDS_PER_CHUNK..][..WORDS_PER_CHUNK])
+            }
+            None => Words::Private(
+                <[AtomicU64]>::new_box_zeroed_with_elems(WORDS_PER_CHUNK).expect("1 MiB of address space"),
+            ),
+        });
+        Ok(())
     }
 
     /// Takes over the bits of `block` out of `bytes`, its chunk's bitmap as the file has it.
-    pub fn store(&mut self, geometry: &Geometry, block: u64, bytes: &[u8]) {
-        let chunk = usize::try_from(geometry.chunk_of_block(block)).expect("64-bit hosts only");
-        if self.chunks.len() <= chunk {
-            self.chunks.resize(chunk + 1, None);
+    ///
+    /// # Errors
+    /// Those of [`Self::make_room`].
+    pub fn store(&self, geometry: &Geometry, block: u64, bytes: &[u8]) -> io::Result<()> {
+        self.make_room(geometry, block)?;
+        let words = self.slice(geometry, block).expect("there is room now");
+        for (word, bits) in words.iter().zip(slice_words(geometry, block, bytes)) {
+            word.store(bits, Ordering::Release);
         }
-        let words = self.chunks[chunk].get_or_insert_with(|| {
-            <[u64]>::new_box_zeroed_with_elems(WORDS_PER_CHUNK).expect("1 MiB of address space")
-        });
-        let slice = geometry.bitmap_slice(block);
-        let slice = index(slice.start)..index(slice.end);
-        let source = bytes[slice.clone()].as_chunks().0;
-        for (word, bytes) in words[slice.start / 8..slice.end / 8].iter_mut().zip(source) {
-            *word = u64::from_le_bytes(*bytes);
-        }
+        Ok(())
+    }
+
+    /// Takes over the bits of `block` from `other`.
+    pub(super) fn take_over(&self, other: &Self, geometry: &Geometry, block: u64) -> io::Result<()> {
+        self.make_room(geometry, block)?;
+        let mine = self.slice(geometry, block).into_iter().flatten();
+        let others = other.slice(geometry, block).into_iter().flatten();
+        mine.zip(others).for_each(|(mine, word)| mine.store(word.load(Ordering::Relaxed), Ordering::Relaxed));
+        Ok(())
     }
 
     /// How the sectors of partially present `block` go on from its sector `from`, which lies below `end`: whether
     /// they are in the file, and the first sector that differs, `end` at most.
     #[inline]
     pub fn run(&self, geometry: &Geometry, block: u64, from: u64, end: u64) -> (bool, u64) {
-        let chunk = index(geometry.chunk_of_block(block));
-        let Some(Some(words)) = self.chunks.get(chunk) else { return (false, end) };
-        let first = geometry.bitmap_slice(block).start * 8;
-        let word = |sector: u64| words[index((first + sector) / WORD_BITS)];
+        let Some(words) = self.slice(geometry, block) else { return (false, end) };
+        let word = |sector: u64| words[index(sector / WORD_BITS)].load(Ordering::Acquire);
         let here = word(from) >> (from % WORD_BITS) & 1 == 1;
         let mut sector = from;
         while sector < end {
@@ -91,10 +153,88 @@ impl SectorBitmaps {
         }
         (here, end)
     }
+
+    /// Whether all of `sectors` of partially present `block` are in the file.
+    #[inline]
+    pub fn has(&self, geometry: &Geometry, block: u64, sectors: Range<u64>) -> bool {
+        self.run(geometry, block, sectors.start, sectors.end) == (true, sectors.end)
+    }
+
+    /// The data of `sectors` of partially present `block` is in the file.
+    pub fn set(&self, geometry: &Geometry, block: u64, sectors: Range<u64>) {
+        let words = self.slice(geometry, block).expect("a partially present block has bits");
+        let mut sector = sectors.start;
+        while sector < sectors.end {
+            let next = ((sector / WORD_BITS + 1) * WORD_BITS).min(sectors.end);
+            let bits = u64::MAX >> (WORD_BITS - (next - sector)) << (sector % WORD_BITS);
+            words[index(sector / WORD_BITS)].fetch_or(bits, Ordering::AcqRel);
+            sector = next;
+        }
+    }
+
+    /// Whether every sector of partially present `block` is in the file.
+    pub fn is_full(&self, geometry: &Geometry, block: u64) -> bool {
+        let sectors = geometry.block_size() / u64::from(geometry.logical_sector_size());
+        self.has(geometry, block, 0..sectors)
+    }
+
+    /// The pages of the chunk's bitmap that hold bits of `block`.
+    pub fn pages(geometry: &Geometry, block: u64) -> Range<u64> {
+        let slice = geometry.bitmap_slice(block);
+        slice.start / PAGE..slice.end.div_ceil(PAGE)
+    }
+
+    /// A copy of page `page` of the bitmap of `chunk` as the file shall have it.
+    pub fn copy_page(&self, chunk: u64, page: u64) -> Box<[u8; PAGE_BYTES]> {
+        let mut bytes = Box::new([0; PAGE_BYTES]);
+        if let Some(words) = self.chunks[index(chunk)].get() {
+            let words = &words.get()[index(page) * PAGE_BYTES / 8..];
+            for (target, word) in bytes.as_chunks_mut::<8>().0.iter_mut().zip(words) {
+                *target = word.load(Ordering::Acquire).to_le_bytes();
+            }
+        }
+        bytes
+    }
+
+    /// How the bits of `block` relate to those in `bytes`, its chunk's bitmap as the file has it: whether they are
+    /// the same, and whether they have all that the file has.
+    pub(super) fn compare(&self, geometry: &Geometry, block: u64, bytes: &[u8]) -> (bool, bool) {
+        let words = self.slice(geometry, block).into_iter().flatten();
+        let pairs = words.map(|word| word.load(Ordering::Relaxed)).zip(slice_words(geometry, block, bytes));
+        pairs.fold((true, true), |(same, all), (mine, file)| (same && mine == file, all && file & !mine == 0))
+    }
+
+    #[inline]
+    fn slice(&self, geometry: &Geometry, block: u64) -> Option<&[AtomicU64]> {
+        let words = self.chunks.get(index(geometry.chunk_of_block(block)))?.get()?;
+        let slice = geometry.bitmap_slice(block);
+        Some(&words.get()[index(slice.start / 8)..index(slice.end / 8)])
+    }
+}
+
+/// The bitmap that was read last.
+#[derive(Default)]
+pub(super) struct ChunkReader(Option<(u64, Buffer)>);
+
+impl ChunkReader {
+    /// The bitmap of `chunk`, which has partially present blocks, as the file has it.
+    pub(super) async fn read<D: Disk>(
+        &mut self,
+        file: &View<'_, D>,
+        map: &BlockMap,
+        chunk: u64,
+    ) -> Result<&[u8]> {
+        if self.0.as_ref().is_none_or(|(read, _)| *read != chunk) {
+            let place = map.bitmap_place(chunk).ok_or_else(|| missing(chunk))?;
+            let length = index(BITMAP_BLOCK_SIZE);
+            self.0 = Some((chunk, file.read("sector bitmap", place, length).await?));
+        }
+        Ok(&self.0.as_ref().expect("it was just read").1)
+    }
 }
 
 /// The partially present blocks in `slots`.
-fn partial_blocks(map: &BlockMap, slots: Range<u64>) -> impl Iterator<Item = u64> {
+pub(super) fn partial_blocks(map: &BlockMap, slots: Range<u64>) -> impl Iterator<Item = u64> {
     let partial = PayloadState::PartiallyPresent;
     map.geometry().walk(slots).filter_map(move |(_, role)| match role {
         Role::Block(block) if map.load(block).entry.payload_state() == Some(partial) => Some(block),
@@ -102,22 +242,20 @@ fn partial_blocks(map: &BlockMap, slots: Range<u64>) -> impl Iterator<Item = u64
     })
 }
 
-/// Where the bitmap of `chunk` lies, which has partially present blocks.
-fn place(map: &BlockMap, chunk: u64) -> Result<u64> {
-    let entry: BatEntry = map.load_slot(map.geometry().bitmap_slot(chunk)).entry;
-    if entry.bitmap_state() == Some(BitmapState::Present) {
-        return Ok(entry.offset());
-    }
-    let message = format!("chunk {chunk} has partially present blocks and no sector bitmap");
-    Err(Error::corrupt("BAT", message).remedy("`vhdx-ublk check` tells what else is wrong"))
-}
-
-fn slice_bytes(geometry: &Geometry, block: u64) -> u64 {
+fn slice_words(geometry: &Geometry, block: u64, bytes: &[u8]) -> impl Iterator<Item = u64> {
     let slice = geometry.bitmap_slice(block);
-    slice.end - slice.start
+    bytes[index(slice.start)..index(slice.end)].as_chunks().0.iter().map(|bytes| u64::from_le_bytes(*bytes))
 }
 
-fn too_many() -> Error {
+pub(super) fn missing(chunk: u64) -> Error {
+    let message = format!("chunk {chunk} has partially present blocks and no sector bitmap");
+    Error::corrupt("BAT", message).remedy("`vhdx-ublk check` tells what else is wrong")
+}
+
+fn no_room(error: io::Error) -> Error {
+    if error.kind() != io::ErrorKind::OutOfMemory {
+        return Error::io("making room for sector bitmaps", error);
+    }
     let message = format!("its sector bitmaps take more than {MAX_BITMAP_BYTES} bytes of memory");
     Error::new(Kind::Unsupported, message).in_structure("BAT").remedy("merge it into its parent")
 }
@@ -145,8 +283,8 @@ mod tests {
             for (target, byte) in image[index(slice.start)..index(slice.end)].iter_mut().zip(&bytes) {
                 *target = *byte;
             }
-            let mut bitmaps = SectorBitmaps::default();
-            bitmaps.store(&geometry, block, &image);
+            let bitmaps = SectorBitmaps::private(&geometry);
+            bitmaps.store(&geometry, block, &image).expect("memory");
             let bit = |at: u64| image[index(slice.start + at / 8)] >> (at % 8) & 1 == 1;
             let sectors = geometry.block_size() / u64::from(sector);
             let mut at = 0;
@@ -163,6 +301,6 @@ mod tests {
     #[test]
     fn a_chunk_without_bits_has_nothing() {
         let geometry = Geometry::new(1 << 40, 2 << 20, 512, true);
-        assert_eq!(SectorBitmaps::default().run(&geometry, 9999, 5, 77), (false, 77));
+        assert_eq!(SectorBitmaps::private(&geometry).run(&geometry, 9999, 5, 77), (false, 77));
     }
 }

@@ -7,11 +7,13 @@
 //! Bit 3, reserved in the format, is DURABLE in memory: the entry that logged this very word has been synced.
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use super::bitmaps::SectorBitmaps;
 use super::memory::SessionMemory;
 use crate::disk::PAGE_BYTES;
-use crate::format::bat::{BatEntry, ENTRY_SIZE, Geometry, Role};
+use crate::format::bat::{BatEntry, BitmapState, ENTRY_SIZE, Geometry, Role};
 
 /// Slots in one 4096-byte BAT page.
 pub const SLOTS_PER_PAGE: u64 = (PAGE_BYTES / size_of::<u64>()) as u64;
@@ -28,16 +30,18 @@ pub struct Mapping {
     pub durable: bool,
 }
 
-/// The BAT as atomics; see the module's head for who may do what.
+/// The BAT as atomics; see the module's head for who may do what. What it says of partially present blocks, their
+/// sector bitmaps complete.
 pub struct BlockMap {
     memory: SessionMemory,
+    bitmaps: Arc<SectorBitmaps>,
     geometry: Geometry,
 }
 
 impl BlockMap {
     /// A map in which no slot is set, in private memory.
     pub fn empty(geometry: Geometry) -> Self {
-        Self { memory: SessionMemory::private(&geometry), geometry }
+        Self::over(SessionMemory::private(&geometry), geometry)
     }
 
     /// The map that is in `memory`.
@@ -46,12 +50,18 @@ impl BlockMap {
     /// If the memory was made for another geometry.
     pub(super) fn over(memory: SessionMemory, geometry: Geometry) -> Self {
         assert!(memory.fits(&geometry), "memory made for another disk");
-        Self { memory, geometry }
+        Self { bitmaps: memory.bitmaps(&geometry), memory, geometry }
     }
 
     /// The memory it is in.
     pub fn memory(&self) -> &SessionMemory {
         &self.memory
+    }
+
+    /// Which sectors of its partially present blocks are in the file.
+    #[inline]
+    pub fn bitmaps(&self) -> &SectorBitmaps {
+        &self.bitmaps
     }
 
     /// The geometry that numbers the slots.
@@ -70,6 +80,18 @@ impl BlockMap {
     pub fn publish(&self, block: u64, entry: BatEntry) {
         assert_eq!(entry.0 & DURABLE, 0, "reserved bits never reach the map");
         self.memory.slots()[index(self.geometry.payload_slot(block))].store(entry.0, Ordering::Release);
+    }
+
+    /// Publishes where the sector bitmap of `chunk` lies. Engine only.
+    pub fn publish_bitmap(&self, chunk: u64, file_offset: u64) {
+        let slot = index(self.geometry.bitmap_slot(chunk));
+        self.memory.slots()[slot].store(BatEntry::present(file_offset).0, Ordering::Release);
+    }
+
+    /// Where the sector bitmap of `chunk` lies in the file, if there is one.
+    pub fn bitmap_place(&self, chunk: u64) -> Option<u64> {
+        let entry = self.load_slot(self.geometry.bitmap_slot(chunk)).entry;
+        (entry.bitmap_state() == Some(BitmapState::Present)).then(|| entry.offset())
     }
 
     /// Any slot, a sector bitmap's included.
@@ -114,6 +136,11 @@ impl BlockMap {
     /// The BAT page that holds the slot of payload block `block`.
     pub fn page_of(&self, block: u64) -> u64 {
         self.geometry.payload_slot(block) / SLOTS_PER_PAGE
+    }
+
+    /// The BAT page that holds the slot of the sector bitmap of `chunk`.
+    pub fn page_of_bitmap(&self, chunk: u64) -> u64 {
+        self.geometry.bitmap_slot(chunk) / SLOTS_PER_PAGE
     }
 
     /// A copy of BAT page `page` as the file shall have it.

@@ -2,7 +2,7 @@
 //!
 //! It is either private, or shared memory that outlives the process: then a successor goes on where this one
 //! was killed, and nothing acknowledged is lost. Layout, in words of 64 bits: a header of one page, then one
-//! word per BAT slot.
+//! word per BAT slot; of a differencing image, from the next page on, the sector bitmaps, chunk by chunk.
 //!
 //! One atomic word is the unit of everything in it, so a process may be killed between any two stores:
 //!
@@ -10,12 +10,15 @@
 //! * of the two `FileWriteGuid`s, `next` is stored before any header carries it and `current` is replaced only
 //!   when every header that could be found carries `next`. So one of the two is whole and in the file.
 
+use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use uuid::Uuid;
 use zerocopy::FromZeros;
 
+use super::bitmaps::{SectorBitmaps, WORDS_PER_CHUNK};
 use crate::disk::PAGE_BYTES;
 use crate::format::bat::Geometry;
 
@@ -78,37 +81,78 @@ pub enum Mismatch {
     Changed,
 }
 
+/// Makes room for a range of shared memory, in words: touching memory without room would kill the process.
+pub type Reserve = Arc<dyn Fn(Range<usize>) -> io::Result<()> + Send + Sync>;
+
 /// A handle on the memory; clones share it.
 #[derive(Clone)]
 pub struct SessionMemory(Words);
 
 #[derive(Clone)]
 enum Words {
-    Private(Arc<Box<[AtomicU64]>>),
-    Shared(&'static [AtomicU64]),
+    Private(Arc<Private>),
+    Shared(Shared),
+}
+
+struct Private {
+    words: Box<[AtomicU64]>,
+    bitmaps: Arc<SectorBitmaps>,
+}
+
+/// Memory that others may have used before, and may use afterwards.
+#[derive(Clone)]
+pub(super) struct Shared {
+    pub(super) words: &'static [AtomicU64],
+    pub(super) reserve: Reserve,
 }
 
 impl SessionMemory {
     /// Zeroed memory of this process for a map of `geometry`. It is touched only where something is stored.
     pub fn private(geometry: &Geometry) -> Self {
-        let words = <[AtomicU64]>::new_box_zeroed_with_elems(Self::words_for(geometry));
-        Self(Words::Private(Arc::new(words.expect("513 MiB of address space at most"))))
+        let words = <[AtomicU64]>::new_box_zeroed_with_elems(Self::reserved_words(geometry));
+        let words = words.expect("513 MiB of address space at most");
+        Self(Words::Private(Arc::new(Private { words, bitmaps: Arc::new(SectorBitmaps::private(geometry)) })))
     }
 
-    /// Memory that others may have used before, and may use afterwards.
-    pub fn shared(words: &'static [AtomicU64]) -> Self {
+    /// Memory that others may have used before, and may use afterwards. There is room for its first
+    /// [`Self::reserved_words`]; `reserve` makes more.
+    pub fn shared(words: &'static [AtomicU64], reserve: Reserve) -> Self {
         assert!(words.len() > HEADER_WORDS, "a header and at least one slot");
-        Self(Words::Shared(words))
+        Self(Words::Shared(Shared { words, reserve }))
     }
 
-    /// How many words a map of `geometry` needs.
+    /// How many words a map of `geometry` needs from the start.
+    pub fn reserved_words(geometry: &Geometry) -> usize {
+        HEADER_WORDS + index(geometry.slot_count())
+    }
+
+    /// How many words it may need, with all sector bitmaps.
     pub fn words_for(geometry: &Geometry) -> usize {
-        HEADER_WORDS + usize::try_from(geometry.slot_count()).expect("64 TiB have 67 125 248 slots")
+        let reserved = Self::reserved_words(geometry);
+        if geometry.is_differencing() {
+            bitmaps_place(geometry) + index(geometry.bitmap_block_count()) * WORDS_PER_CHUNK
+        } else {
+            reserved
+        }
+    }
+
+    /// The sector bitmaps in it.
+    pub(super) fn bitmaps(&self, geometry: &Geometry) -> Arc<SectorBitmaps> {
+        match &self.0 {
+            Words::Private(private) => private.bitmaps.clone(),
+            Words::Shared(shared) => {
+                let place = bitmaps_place(geometry);
+                Arc::new(SectorBitmaps::shared(geometry, shared.clone(), place))
+            }
+        }
     }
 
     /// Whether it has room for a map of `geometry`.
     pub fn fits(&self, geometry: &Geometry) -> bool {
-        self.words().len() >= Self::words_for(geometry)
+        match &self.0 {
+            Words::Private(private) => private.words.len() >= Self::reserved_words(geometry),
+            Words::Shared(shared) => shared.words.len() >= Self::words_for(geometry),
+        }
     }
 
     /// The words of the block map.
@@ -120,8 +164,8 @@ impl SessionMemory {
     #[inline]
     fn words(&self) -> &[AtomicU64] {
         match &self.0 {
-            Words::Private(words) => words,
-            Words::Shared(words) => words,
+            Words::Private(private) => &private.words,
+            Words::Shared(shared) => shared.words,
         }
     }
 
@@ -139,6 +183,12 @@ impl SessionMemory {
     pub fn open(&self) {
         let word = &self.words()[STATE_PLACE];
         let _ = word.compare_exchange(IDLE, OPEN, Ordering::AcqRel, Ordering::Acquire);
+    }
+
+    /// Open becomes idle: the file has everything, durably. Poison stays.
+    pub fn rest(&self) {
+        let word = &self.words()[STATE_PLACE];
+        let _ = word.compare_exchange(OPEN, IDLE, Ordering::AcqRel, Ordering::Acquire);
     }
 
     /// From now on no write or flush may succeed. `true` for the one caller that changed it.
@@ -200,6 +250,15 @@ impl SessionMemory {
         self.store(place, high);
         self.store(place + 1, low);
     }
+}
+
+/// The word with which the sector bitmaps begin.
+fn bitmaps_place(geometry: &Geometry) -> usize {
+    SessionMemory::reserved_words(geometry).next_multiple_of(HEADER_WORDS)
+}
+
+fn index(count: u64) -> usize {
+    usize::try_from(count).expect("64-bit hosts only")
 }
 
 #[cfg(test)]

@@ -171,11 +171,11 @@ impl Image {
         })
     }
 
-    /// Reads the sector bitmaps from `disk`, on which this image is.
+    /// Reads the sector bitmaps from `disk`, on which this image is, into its map.
     ///
     /// # Errors
     /// Corrupt if one is missing; unsupported if they take more than [`super::MAX_BITMAP_BYTES`]; I/O errors.
-    pub async fn sector_bitmaps<D: Disk>(&self, disk: &D) -> Result<SectorBitmaps> {
+    pub async fn read_bitmaps<D: Disk>(&self, disk: &D) -> Result<()> {
         let file = View { disk, overlay: self.overlay.as_ref() };
         SectorBitmaps::read(&file, &self.map, &self.stored_slots).await
     }

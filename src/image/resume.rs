@@ -6,23 +6,29 @@
 //! successor has to keep until its unmapping is durable.
 
 use std::collections::BTreeSet;
+use std::io;
+use std::ops::Range;
 
 use uuid::Uuid;
 
+use super::bitmaps::{ChunkReader, SectorBitmaps, missing, partial_blocks};
 use super::block_map::{BlockMap, SLOTS_PER_PAGE};
 use super::memory::{Owner, Session, SessionMemory};
-use super::open::{Image, Mode, checked_payload, payload_extent};
+use super::open::{Image, Mode, View, checked_payload, payload_extent};
+use super::page::Page;
 use super::space::Extent;
 use crate::disk::Disk;
 use crate::error::{Error, Kind, Result};
-use crate::format::bat::Role;
+use crate::format::bat::{BITMAP_BLOCK_SIZE, BatEntry, BitmapState, PayloadState, Role};
 use crate::simulation::{Plant, planted};
 
 /// What a killed process left to be committed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Pending {
-    /// BAT pages that differ from the file's.
-    pub pages: BTreeSet<u64>,
+    /// Pages that differ from the file's.
+    pub pages: BTreeSet<Page>,
+    /// Chunks whose sector bitmaps no durable entry names yet.
+    pub bitmaps: BTreeSet<u64>,
     /// Space that the file still names and the memory does not.
     pub unmapped: Vec<Extent>,
     /// The session goes on: zeros may have been granted that no sync covers.
@@ -41,17 +47,29 @@ impl Image {
         }
     }
 
-    /// Moves the block map into fresh `memory`.
+    /// Moves the block map, and the sector bitmaps that were read, into fresh `memory`.
+    ///
+    /// # Errors
+    /// When there is no room for the bitmaps; the map stays where it was.
     ///
     /// # Panics
     /// If the memory was made for another disk, or is not fresh.
-    pub fn start_session(&mut self, memory: SessionMemory, owner: &Owner) {
-        let map = BlockMap::over(memory, *self.map.geometry());
+    pub fn start_session(&mut self, memory: SessionMemory, owner: &Owner) -> io::Result<()> {
+        let geometry = *self.map.geometry();
+        let map = BlockMap::over(memory, geometry);
         for slots in &self.stored_slots {
             map.take_over(&self.map, slots.clone());
         }
+        for block in self.partial_blocks() {
+            map.bitmaps().take_over(self.map.bitmaps(), &geometry, block)?;
+        }
         map.memory().complete(owner, self.header.header.file_write_guid);
         self.map = map;
+        Ok(())
+    }
+
+    fn partial_blocks(&self) -> impl Iterator<Item = u64> {
+        self.stored_slots.iter().flat_map(|slots: &Range<u64>| partial_blocks(&self.map, slots.clone()))
     }
 
     /// Opens the image on `disk` for writing and takes over the session in `memory`, which was checked to be this
@@ -102,6 +120,7 @@ impl Image {
         for slot in geometry.walk(0..geometry.slot_count()) {
             image.reconcile(slot, &map)?;
         }
+        image.reconcile_bitmaps(disk, &map).await?;
         if planted(Plant::ForgetPending) {
             image.pending.pages.clear();
         }
@@ -119,16 +138,19 @@ impl Image {
             }
             return Ok(());
         }
-        let wrong = |what: &str| Err(Error::corrupt("session", format!("slot {slot} {what}")));
-        let Role::Block(block) = role else {
-            return wrong("is a sector bitmap's and differs from the file's");
-        };
+        let wrong = |what: &str| Err(wrong(slot, what));
         if live.durable {
             return wrong("was durable and is not in the file");
         }
         if map.memory().session() == Session::Idle {
             return wrong("was changed before the session was opened");
         }
+        self.pending.pages.insert(Page::Bat(slot / SLOTS_PER_PAGE));
+        let block = match role {
+            Role::Block(block) => block,
+            Role::Bitmap(chunk) => return self.reconcile_bitmap_slot(slot, chunk, live.entry, map),
+            Role::Nothing => return wrong("is nobody's"),
+        };
         let new = checked_payload(live.entry, block, map.geometry())?;
         let old = payload_extent(in_file, map.geometry());
         if new != old {
@@ -143,7 +165,52 @@ impl Image {
                 old => self.pending.unmapped.extend(old),
             }
         }
-        self.pending.pages.insert(slot / SLOTS_PER_PAGE);
         Ok(())
     }
+
+    /// A sector bitmap that was begun: no block may rely on it before an entry that names it is durable.
+    fn reconcile_bitmap_slot(&mut self, slot: u64, chunk: u64, live: BatEntry, map: &BlockMap) -> Result<()> {
+        let begun = live.bitmap_state() == Some(BitmapState::Present)
+            && self.map.load_slot(slot).entry == BatEntry::not_present()
+            && map.geometry().is_differencing();
+        if !begun || live.offset() >= self.layout.file_length {
+            return Err(wrong(slot, "is a sector bitmap's and differs from the file's"));
+        }
+        let extent = Extent { offset: live.offset(), length: BITMAP_BLOCK_SIZE };
+        self.space.occupy(extent, "sector bitmap of the session")?;
+        self.pending.bitmaps.insert(chunk);
+        Ok(())
+    }
+
+    /// Finds the sectors that the session knows to be in the file and the file's bitmaps do not.
+    async fn reconcile_bitmaps<D: Disk>(&mut self, disk: &D, map: &BlockMap) -> Result<()> {
+        let geometry = *map.geometry();
+        let file = View { disk, overlay: None };
+        let mut chunks = ChunkReader::default();
+        for block in partial_blocks(map, 0..geometry.slot_count()) {
+            let slot = geometry.payload_slot(block);
+            let chunk = geometry.chunk_of_block(block);
+            map.bitmap_place(chunk).ok_or_else(|| missing(chunk))?;
+            map.bitmaps()
+                .make_room(&geometry, block)
+                .map_err(|error| Error::io("reading the session", error))?;
+            let (same, all) = match self.pending.bitmaps.contains(&chunk) {
+                true => (false, true),
+                false => map.bitmaps().compare(&geometry, block, chunks.read(&file, map, chunk).await?),
+            };
+            let in_file = self.map.load_slot(slot).entry.payload_state();
+            if !all && in_file == Some(PayloadState::PartiallyPresent) {
+                return Err(wrong(slot, "lacks sectors that the file has"));
+            }
+            if !same && !planted(Plant::ForgetResumedBits) {
+                let pages = SectorBitmaps::pages(&geometry, block);
+                self.pending.pages.extend(pages.map(|page| Page::Bitmap { chunk, page }));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn wrong(slot: u64, what: &str) -> Error {
+    Error::corrupt("session", format!("slot {slot} {what}"))
 }

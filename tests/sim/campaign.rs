@@ -20,7 +20,7 @@ use super::marks::Marks;
 use super::oracle::Oracle;
 use super::store::Store;
 use super::violation::message;
-use super::world::{Config, Faults, World, new_image};
+use super::world::{Beginning, Config, Faults, World, new_image};
 
 /// A log of 16 sectors: rounds of three pages at most, and few of them before it starts again.
 const TINY_LOG: u32 = 64 << 10;
@@ -189,18 +189,29 @@ fn deaths() -> [Scenario; 2] {
     ]
 }
 
-/// A child of a parent that stays as it is, whose blocks are filled from it.
-fn children() -> [Scenario; 3] {
+/// A child of a parent that stays as it is, some of whose sectors are there from the start, or none.
+fn children() -> [Scenario; 6] {
     let child = |mut config: Config| {
         config.image.parent = Some(descent());
         config.requests = 60;
+        config.beginning = Beginning::Partial;
         config
     };
     let faults = Faults { death: 150, ..Faults::NONE };
+    // Many commits, so that some come soon after a block was filled.
+    let filled = Config { weights: [50, 10, 2, 60, 20, 5], requests: 120, ..child(tiny()) };
+    let filled = Config { beginning: Beginning::LeftOver, ..filled };
     [
         Scenario::swarm("child", 150, child(tiny())),
         Scenario::swarm("child-chunk-border", 30, child(chunk_border())),
         Scenario::swarm("child-killed", 60, child(Config { faults, can_punch: false, ..tiny() })),
+        Scenario::swarm("child-filled", 60, filled),
+        Scenario::swarm("child-new", 60, Config { beginning: Beginning::Nothing, ..child(tiny()) }),
+        Scenario::swarm(
+            "child-new-killed",
+            40,
+            Config { beginning: Beginning::Nothing, faults, ..child(tiny()) },
+        ),
     ]
 }
 

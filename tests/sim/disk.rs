@@ -19,6 +19,7 @@ use vhdx_ublk::disk::{Buffer, Disk};
 use vhdx_ublk::engine::port::PieceId;
 
 use super::judge::lengths;
+use super::places::Places;
 use super::store::Store;
 
 /// The numbers of "try again" and of an I/O error.
@@ -194,8 +195,8 @@ struct State {
     /// that differ in what is durable.
     versions: (u64, u64),
     durable_version: u64,
-    /// Where metadata ends and payload begins, bytes.
-    metadata_end: u64,
+    /// Where metadata is.
+    places: Places,
     trace: u64,
     injection: Option<Injection>,
     struck: Option<(Owner, Effect)>,
@@ -269,9 +270,22 @@ impl SimDisk {
         self.state.borrow().durable_version
     }
 
-    /// Says where metadata ends and payload begins, bytes.
-    pub fn set_metadata_end(&self, end: u64) {
-        self.state.borrow_mut().metadata_end = end;
+    /// Says where metadata is.
+    pub fn set_metadata(&self, places: Places) {
+        self.state.borrow_mut().places = places;
+    }
+
+    /// There is a sector bitmap at byte `place`: metadata from now on.
+    pub fn add_bitmap(&self, place: u64) {
+        let mut state = self.state.borrow_mut();
+        if state.places.add_bitmap(place) {
+            state.changed(&Effect::Sync);
+        }
+    }
+
+    /// Where metadata is.
+    pub fn metadata(&self) -> Places {
+        self.state.borrow().places.clone()
     }
 
     /// Shows what is durable, what is at risk, and the lengths that the file may have after a cut.
@@ -520,7 +534,7 @@ impl State {
     /// A change is at risk that was not before.
     fn issued(&mut self, effect: &Effect) {
         let metadata = match effect {
-            Effect::Write { offset, .. } | Effect::Zero { offset, .. } => *offset < self.metadata_end,
+            Effect::Write { offset, .. } | Effect::Zero { offset, .. } => self.places.has(*offset),
             Effect::Resize(_) => true,
             Effect::Read { .. } | Effect::Given { .. } | Effect::Sync | Effect::Nothing => return,
         };

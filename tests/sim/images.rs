@@ -263,7 +263,15 @@ fn mix(value: u64) -> u64 {
 fn collect(base: &Store, risks: &[Risk<'_>], unit: usize) -> BTreeMap<u64, Sector> {
     let mut sectors: BTreeMap<u64, Sector> = BTreeMap::new();
     for risk in risks {
-        let Effect::Write { offset, bytes, .. } = risk.effect else { continue };
+        let zeros;
+        let (offset, bytes) = match risk.effect {
+            Effect::Write { offset, bytes, .. } => (offset, bytes.as_slice()),
+            Effect::Zero { offset, length } => {
+                zeros = vec![0; usize::try_from(*length).expect("a bitmap")];
+                (offset, zeros.as_slice())
+            }
+            _ => continue,
+        };
         for (index, bytes) in bytes.chunks(unit).enumerate() {
             let at = offset + (index * unit) as u64;
             let sector = sectors.entry(at).or_insert_with(|| Sector::durable(base, at, unit, risk.log));

@@ -8,9 +8,9 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use fastrand::Rng;
 use uuid::Uuid;
-use vhdx_ublk::format::bat::{BatEntry, Geometry};
+use vhdx_ublk::format::bat::{BatEntry, Geometry, PayloadState};
 use vhdx_ublk::format::{header, region};
-use vhdx_ublk::image::{FoundLog, Image, Layout, Mode, check, payload_extent};
+use vhdx_ublk::image::{BlockMap, FoundLog, Image, Layout, Mode, check, payload_extent};
 
 use super::disk::{AtRisk, Effect, SimDisk, apply};
 use super::images::{Choice, Coverage, Images, Limits, Risk, hash_store};
@@ -18,6 +18,7 @@ use super::lineage::Lineage;
 use super::marks::Marks;
 use super::medium::Medium;
 use super::oracle::{Oracle, decode};
+use super::places::Places;
 use super::store::Store;
 use super::tasks::block_on;
 use super::world::Config;
@@ -48,9 +49,12 @@ impl Effort {
 /// What recovery makes of an image.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Outcome {
-    words: Vec<u64>,
+    words: Vec<Found>,
     length: u64,
 }
+
+/// A watched block's entry and, if it is partially present, the sectors it has, as runs.
+type Found = (u64, Vec<(u64, u64)>);
 
 /// An outcome that is possible now, under one length of the file at the cut, and an image that leads to it.
 struct Possible {
@@ -65,6 +69,7 @@ pub struct Judge {
     geometry: Geometry,
     lineage: Lineage,
     layout: Layout,
+    places: Places,
     unit: usize,
     effort: Effort,
     rng: Rng,
@@ -88,6 +93,7 @@ impl Judge {
             blocks: config.blocks.clone(),
             geometry,
             lineage: Lineage::of(config),
+            places: Places::below(layout.bat.end()),
             layout,
             unit: if config.image.logical_sector_size == 4096 { 4096 } else { 512 },
             effort,
@@ -127,6 +133,7 @@ impl Judge {
         }
         self.marks.hit("moments");
         if metadata != self.versions.1 {
+            self.places = disk.metadata();
             self.recover_all(disk)?;
         }
         self.versions = versions;
@@ -165,7 +172,7 @@ impl Judge {
     fn base_of(&mut self, disk: &SimDisk, durable: &Store) -> (Store, u64) {
         let version = disk.durable_version();
         if self.base.as_ref().is_none_or(|(known, ..)| *known != version) {
-            let store = durable.below(self.layout.bat.end());
+            let store = self.places.part_of(durable);
             let hash = hash_store(&store, self.unit);
             self.base = Some((version, store, hash));
         }
@@ -174,16 +181,17 @@ impl Judge {
     }
 
     /// The changes of metadata. A write in flight may leave torn sectors: log entries are protected by their
-    /// checksum, headers by their twin, and the BAT by the log, which has every page before it is written in place.
+    /// checksum, headers by their twin, the BAT and sector bitmaps by the log, which has every page before it is
+    /// written in place.
     fn risks<'a>(&self, changes: &'a [AtRisk]) -> Vec<Risk<'a>> {
-        let end = self.layout.bat.end();
-        let inside = changes.iter().filter(|change| change.start().is_some_and(|start| start < end));
+        let inside =
+            changes.iter().filter(|change| change.start().is_some_and(|start| self.places.has(start)));
         inside
             .map(|change| {
                 let start = change.start().expect("just seen");
                 let log = (self.layout.log.offset..self.layout.log.end()).contains(&start);
-                let bat = start >= self.layout.bat.offset;
-                let torn = (log || bat) && change.in_flight() || header::OFFSETS.contains(&start);
+                let logged = start >= self.layout.bat.offset;
+                let torn = (log || logged) && change.in_flight() || header::OFFSETS.contains(&start);
                 Risk { op: change.op, effect: &change.effect, garbage: torn && self.effort.garbage, log }
             })
             .collect()
@@ -232,7 +240,7 @@ impl Judge {
     /// Opens the image as the next process would.
     fn recover(&mut self, store: Store) -> Result<(Outcome, Vec<Effect>), String> {
         let found_length = store.length;
-        let medium = Medium::new(store, self.layout.bat.end());
+        let medium = Medium::new(store, self.places.clone());
         let image = block_on(Image::open(&medium, Mode::Writable, || RECOVERY_GUID));
         let image = image.map_err(|error| format!("the image does not open: {error}"))?;
         match image.found_log {
@@ -242,9 +250,10 @@ impl Judge {
             FoundLog::Dirty(_) => self.marks.hit("replays"),
             FoundLog::Clean => {}
         }
-        let words: Vec<u64> = self.blocks.iter().map(|&block| image.map.load(block).entry.0).collect();
+        block_on(image.read_bitmaps(&medium)).map_err(|error| format!("no bitmaps: {error}"))?;
+        let words: Vec<_> = self.blocks.iter().map(|&block| found_in(&image.map, block)).collect();
         let length = image.layout.file_length;
-        for &word in &words {
+        for &(word, _) in &words {
             let extent = payload_extent(BatEntry(word), &self.geometry);
             if let Some(extent) = extent.filter(|extent| extent.end() > length) {
                 return Err(format!("a block lies at {extent:?}, the file ends at {length}"));
@@ -336,13 +345,14 @@ impl Judge {
         Ok(())
     }
 
-    /// Flips bits in what a checksum or a reserved field protects of the closed image in `content`: it is
+    /// Flips bits in what a checksum or a reserved field protects of the closed image on `disk`: it is
     /// refused, or read as if nothing had happened.
     ///
     /// # Errors
     /// A flipped bit that changes what is read.
-    pub fn rot(&mut self, content: &Store) -> Result<(), String> {
-        let whole = content.below(self.layout.bat.end());
+    pub fn rot(&mut self, disk: &SimDisk) -> Result<(), String> {
+        self.places = disk.metadata();
+        let whole = self.places.part_of(&disk.content());
         let (expected, _) = self.recover(whole.clone())?;
         for _ in 0..ROTTEN_BITS {
             let (at, bit) = self.rotting_bit();
@@ -377,18 +387,17 @@ impl Judge {
     }
 
     fn judge_all(&mut self, disk: &SimDisk, oracle: &Oracle) -> Result<(), String> {
-        let mut judged: HashSet<(usize, u64, u64)> = HashSet::new();
+        let mut judged: HashSet<(usize, &Found, u64)> = HashSet::new();
         let broken = disk.at_risk(|durable, changes, _| {
-            let end = self.layout.bat.end();
-            let payload: Vec<&AtRisk> =
-                changes.iter().filter(|change| change.start().is_some_and(|start| start >= end)).collect();
+            let is_payload = |change: &&AtRisk| change.start().is_some_and(|start| !self.places.has(start));
+            let payload: Vec<&AtRisk> = changes.iter().filter(is_payload).collect();
             for possible in &self.possible {
-                for (place, &word) in self.outcomes[possible.outcome].words.iter().enumerate() {
+                for (place, word) in self.outcomes[possible.outcome].words.iter().enumerate() {
                     if !judged.insert((place, word, possible.length)) {
                         continue;
                     }
                     let view = Payload { durable, changes: &payload, length: possible.length };
-                    match self.judge_block(self.blocks[place], BatEntry(word), &view, oracle) {
+                    match self.judge_block(self.blocks[place], word, &view, oracle) {
                         Ok(values) => self.marks.add("payload sectors judged", values),
                         Err(why) => return Err((possible.choice.clone(), why)),
                     }
@@ -407,16 +416,19 @@ impl Judge {
     fn judge_block(
         &self,
         block: u64,
-        entry: BatEntry,
+        (word, here): &Found,
         view: &Payload<'_>,
         oracle: &Oracle,
     ) -> Result<u64, String> {
         let sector_size = u64::from(self.geometry.logical_sector_size());
+        let entry = BatEntry(*word);
         let start = block * self.geometry.block_size();
         let end = (start + self.geometry.block_size()).min(self.geometry.virtual_size());
         let mut judged = 0;
         for sector in oracle.watched_in(start / sector_size, end / sector_size) {
-            judged += if let Some(value) = self.lineage.elsewhere(entry, sector) {
+            judged += if let Some(value) =
+                self.lineage.elsewhere(entry, sector, || is_in(here, sector - start / sector_size))
+            {
                 judge_value(sector, Ok(value), oracle).map(|()| 1)?
             } else {
                 let place = entry.offset() + sector * sector_size - start;
@@ -428,9 +440,8 @@ impl Judge {
 
     /// The failing image with as little of it at risk as still fails, in words.
     fn least(&self, images: &Images, choice: &Choice, why: &str) -> String {
-        let end = self.layout.bat.end();
         let least = images.shrink(choice, |choice| {
-            let medium = Medium::new(images.store(choice), end);
+            let medium = Medium::new(images.store(choice), self.places.clone());
             match block_on(Image::open(&medium, Mode::Writable, || RECOVERY_GUID)) {
                 Ok(image) => image.found_log == FoundLog::Virgin,
                 Err(_) => true,
@@ -498,6 +509,26 @@ impl Payload<'_> {
 fn judge_value(sector: u64, found: Result<u64, String>, oracle: &Oracle) -> Result<(), String> {
     let found = found?;
     if oracle.may_survive(sector, found) { Ok(()) } else { Err(oracle.explain(sector, found)) }
+}
+
+fn is_in(runs: &[(u64, u64)], sector: u64) -> bool {
+    runs.iter().any(|(start, end)| (*start..*end).contains(&sector))
+}
+
+/// The entry of `block`, and the sectors that it has if it is partially present.
+fn found_in(map: &BlockMap, block: u64) -> Found {
+    let (entry, geometry) = (map.load(block).entry, map.geometry());
+    let mut runs = Vec::new();
+    if entry.payload_state() == Some(PayloadState::PartiallyPresent) {
+        let sectors = geometry.block_size() / u64::from(geometry.logical_sector_size());
+        let mut at = 0;
+        while at < sectors {
+            let (here, next) = map.bitmaps().run(geometry, block, at, sectors);
+            runs.extend(here.then_some((at, next)));
+            at = next;
+        }
+    }
+    (entry.0, runs)
 }
 
 /// The lengths that a file of `durable` bytes may have with `changes` at risk.

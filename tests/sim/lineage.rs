@@ -2,21 +2,20 @@
 //!
 //! The parent has other blocks than its child, is smaller, and lacks every third of its blocks. Some of the child's
 //! blocks are partially present from the start, by runs of three sectors; what lies in its file under the others is
-//! nobody's.
+//! nobody's. Of the blocks behind these the bitmap has bits, which mean nothing: they are not there.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use uuid::Uuid;
-use vhdx_ublk::engine::shared::Layer;
 use vhdx_ublk::format::bat::{BITMAP_BLOCK_SIZE, BatEntry, Geometry, PayloadState};
 use vhdx_ublk::format::locator::{PARENT_LINKAGE, ParentLocator, RELATIVE_PATH};
-use vhdx_ublk::image::{BlockMap, Descent, Image, Mode, SectorBitmaps};
+use vhdx_ublk::image::{BlockMap, Descent, Image, Mode};
 
 use super::disk::SimDisk;
 use super::oracle::{Value, stamp};
 use super::store::Store;
 use super::tasks::block_on;
-use super::world::Config;
+use super::world::{Beginning, Config};
 
 /// What the parent's sectors hold, and those that a new child has.
 const PARENT: Value = 1 << 40;
@@ -35,6 +34,8 @@ pub struct Lineage {
     parents: BTreeSet<u64>,
     /// The child's blocks that are partially present in the beginning.
     partial: BTreeSet<u64>,
+    /// Blocks of whose chunks the file has bitmaps, with bits that mean nothing where blocks are not there.
+    left_over: BTreeSet<u64>,
 }
 
 /// What makes a new image a child.
@@ -57,13 +58,19 @@ impl Lineage {
         let parent_block = u64::from(PARENT_BLOCK);
         let under = config.blocks.iter().map(|block| block * block_bytes / parent_block);
         let parents = under.filter(|block| block % 3 != 1 && block * parent_block < parent_bytes);
-        let partial = config.blocks.iter().copied().skip(1).step_by(3);
+        let every_third = config.blocks.iter().copied().skip(1).step_by(3);
+        let partial = every_third.filter(|_| config.beginning == Beginning::Partial);
+        let left_over = match config.beginning {
+            Beginning::Nothing => BTreeSet::new(),
+            Beginning::Partial | Beginning::LeftOver => config.blocks.iter().copied().collect(),
+        };
         Self {
             sector_bytes,
             block_bytes,
             parent_bytes,
             parents: parents.collect(),
             partial: partial.collect(),
+            left_over,
         }
     }
 
@@ -75,11 +82,11 @@ impl Lineage {
         if is_here { CHILD } else { self.parents(sector) }
     }
 
-    /// What `sector` holds under `entry`, if not what the child's file has there.
-    pub fn elsewhere(&self, entry: BatEntry, sector: u64) -> Option<Value> {
+    /// What `sector` holds under `entry`, if not what the child's file has there; `here` tells what the bitmap says.
+    pub fn elsewhere(&self, entry: BatEntry, sector: u64, here: impl FnOnce() -> bool) -> Option<Value> {
         match entry.payload_state() {
             Some(PayloadState::FullyPresent) => None,
-            Some(PayloadState::PartiallyPresent) if self.bit(sector) => None,
+            Some(PayloadState::PartiallyPresent) if here() => None,
             Some(PayloadState::PartiallyPresent | PayloadState::NotPresent) => Some(self.parents(sector)),
             _ => Some(0),
         }
@@ -97,7 +104,7 @@ impl Lineage {
     }
 
     /// The parent's file, and where its content is; nothing if there is no parent.
-    pub fn parent(&self) -> Option<(Store, Layer)> {
+    pub fn parent(&self) -> Option<(Store, BlockMap)> {
         if self.block_bytes == 0 {
             return None;
         }
@@ -110,26 +117,33 @@ impl Lineage {
             let first = block * block_bytes / self.sector_bytes;
             self.write(&mut file, place * block_bytes, first, block_bytes, |_| Some(PARENT));
         }
-        Some((file, Layer { map, bitmaps: SectorBitmaps::default() }))
+        Some((file, map))
     }
 
     /// Lays the blocks that are partially present into the new child in `content`.
     pub fn begin(&self, content: Store) -> Store {
-        if self.partial.is_empty() {
+        if self.left_over.is_empty() {
             return content;
         }
         let disk = SimDisk::new(content, true, true, 512);
         let image = block_on(Image::open(&disk, Mode::ReadOnly, Uuid::new_v4)).expect("a new image");
         let (geometry, bat) = (*image.map.geometry(), image.layout.bat.offset);
         let mut file = disk.content();
-        let chunks: BTreeSet<u64> =
-            self.partial.iter().map(|block| geometry.chunk_of_block(*block)).collect();
-        for chunk in chunks {
-            let place = file.length;
-            file.resize(place + BITMAP_BLOCK_SIZE);
-            file.write(bat + geometry.bitmap_slot(chunk) * 8, &BatEntry::present(place).write());
-            for block in self.partial.iter().filter(|block| geometry.chunk_of_block(**block) == chunk) {
-                self.begin_block(&mut file, &geometry, bat, *block, place);
+        let mut bitmaps: BTreeMap<u64, u64> = BTreeMap::new();
+        for block in &self.left_over {
+            let chunk = geometry.chunk_of_block(*block);
+            let bitmap = *bitmaps.entry(chunk).or_insert_with(|| {
+                let place = file.length;
+                file.resize(place + BITMAP_BLOCK_SIZE);
+                file.write(bat + geometry.bitmap_slot(chunk) * 8, &BatEntry::present(place).write());
+                place
+            });
+            if self.partial.contains(block) {
+                self.begin_block(&mut file, &geometry, bat, *block, bitmap);
+            } else if block % 2 == 0 || self.partial.is_empty() {
+                let slice = geometry.bitmap_slice(*block);
+                let bits = vec![0xff; usize::try_from(slice.end - slice.start).expect("small")];
+                file.write(bitmap + slice.start, &bits);
             }
         }
         file

@@ -11,6 +11,7 @@ use std::rc::Rc;
 use vhdx_ublk::disk::{Buffer, Disk};
 
 use super::disk::{Effect, apply};
+use super::places::Places;
 use super::store::Store;
 use super::violation::violated;
 
@@ -19,13 +20,13 @@ pub struct Medium {
     store: RefCell<Store>,
     /// Changes and syncs, in order.
     ops: RefCell<Vec<Effect>>,
-    metadata_end: u64,
+    places: Places,
 }
 
 impl Medium {
-    /// A file with this content, of which only what lies below `metadata_end` is there.
-    pub fn new(store: Store, metadata_end: u64) -> Self {
-        Self { store: RefCell::new(store), ops: RefCell::default(), metadata_end }
+    /// A file with this content, of which only what is in `places` is there.
+    pub fn new(store: Store, places: Places) -> Self {
+        Self { store: RefCell::new(store), ops: RefCell::default(), places }
     }
 
     /// What recovery did.
@@ -39,7 +40,7 @@ impl Medium {
     }
 
     fn check_place(&self, doing: &str, offset: u64, length: usize) {
-        if offset + length as u64 > self.metadata_end {
+        if !self.places.has(offset) || !self.places.has(offset + length as u64 - 1) {
             violated(format!("recovery {doing} payload: {length} bytes at {offset}"));
         }
     }

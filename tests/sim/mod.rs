@@ -10,6 +10,7 @@ pub mod lineage;
 pub mod marks;
 pub mod medium;
 pub mod oracle;
+pub mod places;
 pub mod store;
 pub mod tasks;
 pub mod violation;

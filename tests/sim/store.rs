@@ -39,10 +39,10 @@ impl Store {
         }
     }
 
-    /// The part below `end`, a whole number of pages; the length stays.
-    pub fn below(&self, end: u64) -> Self {
-        let pages = self.pages.range(..end / PAGE).map(|(page, data)| (*page, data.clone()));
-        Self { pages: pages.collect(), length: self.length }
+    /// What lies in `ranges` of bytes, whole numbers of pages; the length stays.
+    pub fn only(&self, ranges: &[std::ops::Range<u64>]) -> Self {
+        let pages = ranges.iter().flat_map(|range| self.pages.range(range.start / PAGE..range.end / PAGE));
+        Self { pages: pages.map(|(page, data)| (*page, data.clone())).collect(), length: self.length }
     }
 
     /// Every page that is not all zero by chance of never having been written: its offset and bytes.

@@ -25,6 +25,7 @@ use super::judge::{Effort, Judge};
 use super::lineage::Lineage;
 use super::marks::Marks;
 use super::oracle::{Oracle, Value, WATCHED, decode, stamp};
+use super::places::Places;
 use super::store::Store;
 use super::tasks::{SimTasks, block_on};
 use super::violation::violated;
@@ -44,10 +45,23 @@ pub struct Config {
     pub width: u64,
     /// The most descriptors of a log entry, if not as many as usual: see `set_descriptors_per_entry`.
     pub descriptors: Option<usize>,
+    /// What a child begins with.
+    pub beginning: Beginning,
     /// What goes wrong below.
     pub faults: Faults,
     /// How many of each kind of request are made, in parts of their sum: see [`Config::ALL_KINDS`].
     pub weights: [u32; 6],
+}
+
+/// What a child begins with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Beginning {
+    /// No block, and no sector bitmap.
+    Nothing,
+    /// Some blocks partially present, with bits of other blocks beside theirs that mean nothing.
+    Partial,
+    /// No block, and sector bitmaps full of bits that mean nothing.
+    LeftOver,
 }
 
 /// What goes wrong below the program.
@@ -104,6 +118,7 @@ impl Config {
             blocks: (0..7).collect(),
             width: WATCHED,
             descriptors: None,
+            beginning: Beginning::Nothing,
             faults: Faults::NONE,
             weights: Self::ALL_KINDS,
         }
@@ -183,8 +198,8 @@ impl Port for SimPort<'_> {
 
 /// The parent as an engine has it, and its file.
 fn parents(lineage: &Lineage) -> (Vec<Parent<SimDisk>>, Store) {
-    let Some((file, layer)) = lineage.parent() else { return (Vec::new(), Store::default()) };
-    (vec![Parent { disk: SimDisk::new(file.clone(), true, true, 512), layer }], file)
+    let Some((file, map)) = lineage.parent() else { return (Vec::new(), Store::default()) };
+    (vec![Parent { disk: SimDisk::new(file.clone(), true, true, 512), map }], file)
 }
 
 /// What a run has exercised; a knob that never moved fails the test that looks at this.
@@ -210,6 +225,8 @@ impl Activation {
         sum.grants += counters.grants;
         sum.recycled_grants += counters.recycled_grants;
         sum.fills += counters.fills;
+        sum.bitmaps += counters.bitmaps;
+        sum.promotions += counters.promotions;
         sum.grows += counters.grows;
         sum.unmapped += counters.unmapped;
         sum.released += counters.released;
@@ -277,18 +294,17 @@ impl World {
         let disk = SimDisk::new(content, true, config.can_punch, config.image.logical_sector_size);
         let mut guids = guids(&mut rng);
         let mut image = block_on(Image::open(&disk, Mode::Writable, &mut guids)).expect("the image opens");
-        let bitmaps = block_on(image.sector_bitmaps(&disk)).expect("they are there");
+        block_on(image.read_bitmaps(&disk)).expect("they are there");
         let memory = death::start_session(&mut image);
         disk.set_immediate(false);
         disk.slow_syncs(config.faults.slow_syncs);
-        disk.set_metadata_end(image.layout.bat.end());
+        disk.set_metadata(Places::below(image.layout.bat.end()));
         let layout = image.layout;
         let tasks = Rc::new(SimTasks::default());
         let inbox = Rc::new(Inbox(RefCell::new(vec![VecDeque::new(); config.fronts])));
         let lineage = Lineage::of(&config);
         let (parents, parent) = parents(&lineage);
-        let engine =
-            Engine::new(image, bitmaps, disk.clone(), parents, tasks.clone(), inbox.clone(), Box::new(guids));
+        let engine = Engine::new(image, disk.clone(), parents, tasks.clone(), inbox.clone(), Box::new(guids));
         let engine = engine.expect("the image is writable");
         let hosts = (0..config.fronts).map(|_| Host::new(engine.shared().clone(), config.depth)).collect();
         let activation = Activation::default();
@@ -345,8 +361,7 @@ impl World {
 
     /// Flips bits in the closed image.
     pub fn rot(&mut self) {
-        let content = self.disk.content();
-        if let Some(Err(why)) = self.judge.as_mut().map(|judge| judge.rot(&content)) {
+        if let Some(Err(why)) = self.judge.as_mut().map(|judge| judge.rot(&self.disk)) {
             violated(why);
         }
     }
@@ -358,10 +373,20 @@ impl World {
 
     fn look(&mut self) {
         self.mark_transitions();
+        self.find_bitmaps();
         let Some(judge) = &mut self.judge else { return };
         if let Err(why) = judge.look(&self.disk, &self.oracle) {
             violated(format!("after a power cut: {why}"));
         }
+    }
+
+    /// Sector bitmaps that have been begun are metadata.
+    fn find_bitmaps(&self) {
+        let map = &self.engine.shared().map;
+        let chunks = self.config.blocks.iter().map(|block| map.geometry().chunk_of_block(*block));
+        let places =
+            chunks.filter(|_| map.geometry().is_differencing()).filter_map(|chunk| map.bitmap_place(chunk));
+        places.for_each(|place| self.disk.add_bitmap(place));
     }
 
     fn mark_transitions(&mut self) {
@@ -371,6 +396,9 @@ impl World {
             self.marks.hit(match (old.payload_state(), new.payload_state()) {
                 (Some(PayloadState::NotPresent), Some(PayloadState::FullyPresent)) => {
                     "not present to present"
+                }
+                (Some(PayloadState::NotPresent), Some(PayloadState::PartiallyPresent)) => {
+                    "not present to partial"
                 }
                 (Some(PayloadState::NotPresent), Some(PayloadState::Zero)) => "not present to zero",
                 (Some(PayloadState::Zero), Some(PayloadState::FullyPresent)) => "zero to present",
@@ -497,6 +525,8 @@ impl World {
         self.marks.add("blocks granted", counters.grants);
         self.marks.add("blocks granted recycled space", counters.recycled_grants);
         self.marks.add("blocks filled from the parent", counters.fills);
+        self.marks.add("sector bitmaps begun", counters.bitmaps);
+        self.marks.add("partial blocks made whole", counters.promotions);
         self.marks.add("the file grows", counters.grows);
         self.marks.add("blocks quarantined", counters.unmapped);
         self.marks.add("extents out of quarantine", counters.released);
@@ -798,6 +828,7 @@ pub fn check_recovery(
     if report.beyond_repair > 0 || !report.complete {
         return Err(format!("not sound after recovery: {:?}", report.findings));
     }
+    block_on(image.read_bitmaps(&disk)).map_err(|error| error.to_string())?;
     let recovered = disk.content();
     let touched: Vec<u64> = oracle.touched().collect();
     for sector in touched {
@@ -816,7 +847,11 @@ fn read_sector(map: &BlockMap, lineage: &Lineage, content: &Store, sector: u64) 
     let size = geometry.logical_sector_size();
     let offset = sector * u64::from(size);
     let entry = map.load(geometry.block_of_offset(offset)).entry;
-    if let Some(value) = lineage.elsewhere(entry, sector) {
+    let here = || {
+        let within = geometry.offset_in_block(offset) / u64::from(size);
+        map.bitmaps().has(geometry, geometry.block_of_offset(offset), within..within + 1)
+    };
+    if let Some(value) = lineage.elsewhere(entry, sector, here) {
         return Ok(value);
     }
     let mut bytes = vec![0; size as usize];

@@ -10,7 +10,7 @@ use std::rc::Rc;
 
 use vhdx_ublk::engine::Engine;
 use vhdx_ublk::engine::front::Front;
-use vhdx_ublk::image::{Image, Mode, SectorBitmaps, SessionMemory};
+use vhdx_ublk::image::{Image, Mode, SessionMemory};
 use vhdx_ublk::simulation::{Plant, planted};
 
 use super::{Inbox, Seen, World, guids, parents, read_sector};
@@ -27,7 +27,7 @@ const DEATHS_IN_A_ROW: u32 = 5;
 pub(super) fn start_session(image: &mut Image) -> SessionMemory {
     let memory = SessionMemory::private(image.map.geometry());
     let owner = image.owner(FILE.0, FILE.1);
-    image.start_session(memory.clone(), &owner);
+    image.start_session(memory.clone(), &owner).expect("there is memory");
     memory
 }
 
@@ -72,7 +72,7 @@ impl World {
     }
 
     /// Opens the image as the successor does, step by step; none if it is killed before it has.
-    fn open_again(&mut self, killed_at: Option<usize>) -> Option<(Image, SectorBitmaps)> {
+    fn open_again(&mut self, killed_at: Option<usize>) -> Option<Image> {
         let (disk, memory, guids) = (self.disk.clone(), self.memory.clone(), guids(&mut self.rng));
         let opening = self.tasks.start(resume(disk, memory, guids));
         let mut steps = 0;
@@ -96,20 +96,21 @@ impl World {
 
     /// A power cut may follow at any moment, and takes the session away.
     fn look_at_cuts(&mut self) {
+        self.find_bitmaps();
         let Some(judge) = &mut self.judge else { return };
         if let Err(why) = judge.look(&self.disk, &self.oracle) {
             violated(format!("after the daemon's death and a power cut: {why}"));
         }
     }
 
-    fn serve(&mut self, (image, bitmaps): (Image, SectorBitmaps)) {
+    fn serve(&mut self, image: Image) {
         self.marks.add("pages that only the memory had", image.pending.pages.len() as u64);
         self.marks.add("space that only the file names", image.pending.unmapped.len() as u64);
         self.inbox = Rc::new(Inbox(RefCell::new(vec![VecDeque::new(); self.config.fronts])));
         let (disk, tasks, inbox) = (self.disk.clone(), self.tasks.clone(), self.inbox.clone());
         let (parents, _) = parents(&self.lineage);
         let guids = Box::new(guids(&mut self.rng));
-        let engine = Engine::new(image, bitmaps, disk, parents, tasks, inbox, guids);
+        let engine = Engine::new(image, disk, parents, tasks, inbox, guids);
         self.engine = engine.expect("the image is writable");
         self.seen = Seen::default();
     }
@@ -155,13 +156,11 @@ async fn resume(
     disk: SimDisk,
     memory: SessionMemory,
     mut guids: impl FnMut() -> uuid::Uuid,
-) -> Result<(Image, SectorBitmaps), String> {
+) -> Result<Image, String> {
     let looked = Image::open(&disk, Mode::ReadOnly, &mut guids).await.map_err(|error| error.to_string())?;
     let owner = looked.owner(FILE.0, FILE.1);
     let carried = looked.header.header.file_write_guid;
     let fits = memory.check(&owner, carried);
     fits.map_err(|mismatch| format!("its memory does not fit: {mismatch:?}"))?;
-    let resumed = Image::resume(&disk, memory, carried, guids).await.map_err(|error| error.to_string())?;
-    let bitmaps = resumed.sector_bitmaps(&disk).await.map_err(|error| error.to_string())?;
-    Ok((resumed, bitmaps))
+    Image::resume(&disk, memory, carried, guids).await.map_err(|error| error.to_string())
 }

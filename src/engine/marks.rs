@@ -1,0 +1,115 @@
+//! Which pages of the leaf's sector bitmaps have changed since they were last copied for the log.
+//!
+//! Fronts set bits and mark; the engine takes the marks when a commit cycle closes its set, and copies the pages
+//! then. Whoever has been told that a write is done, and flushes, must find its bits in that copy:
+//!
+//! * a front marks *after* it has set the bits, and before it reports the write as done;
+//! * who finds the bits set already, by another front, cannot know whether that one has marked yet. So a front counts
+//!   itself into the page before it sets bits, and out after it has marked: who finds the bits set, and the page
+//!   neither marked nor anybody in it, knows that a copy has them. Otherwise it marks the page itself.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+
+use crate::disk::PAGE_BYTES;
+use crate::format::bat::Geometry;
+use crate::image::{BlockMap, PAGES_PER_CHUNK, Page};
+use crate::simulation::{Plant, planted};
+
+/// The page has changed.
+const MARKED: u32 = 1;
+
+/// One front is about to change the page and has not marked it yet.
+const INSIDE: u32 = 2;
+
+const WORD_BITS: u64 = 64;
+
+/// Sectors whose bits are in one page.
+const SECTORS_PER_PAGE: u64 = 8 * PAGE_BYTES as u64;
+
+/// See the module's head.
+pub struct Marks {
+    /// By page, chunk after chunk.
+    pages: Box<[AtomicU32]>,
+    /// A bit per chunk with marked pages.
+    chunks: Box<[AtomicU64]>,
+    count: AtomicUsize,
+}
+
+impl Marks {
+    /// No page is marked.
+    pub(super) fn new(geometry: &Geometry) -> Self {
+        let chunks = if geometry.is_differencing() { geometry.bitmap_block_count() } else { 0 };
+        let pages = usize::try_from(chunks * PAGES_PER_CHUNK).expect("2^22 pages at most");
+        let chunks = usize::try_from(chunks.div_ceil(WORD_BITS)).expect("2^8 words at most");
+        Self {
+            pages: (0..pages).map(|_| AtomicU32::new(0)).collect(),
+            chunks: (0..chunks).map(|_| AtomicU64::new(0)).collect(),
+            count: AtomicUsize::new(0),
+        }
+    }
+
+    /// How many pages are marked.
+    pub(super) fn count(&self) -> usize {
+        self.count.load(Ordering::Relaxed)
+    }
+
+    /// The data of `sectors` of `block`, which is partially present, is in the file.
+    pub(super) fn set(&self, map: &BlockMap, block: u64, sectors: Range<u64>) {
+        let geometry = map.geometry();
+        let (chunk, bitmaps) = (geometry.chunk_of_block(block), map.bitmaps());
+        let first = geometry.bitmap_slice(block).start * 8;
+        for page in (first + sectors.start) / SECTORS_PER_PAGE..=(first + sectors.end - 1) / SECTORS_PER_PAGE
+        {
+            let here = |page: u64| (page * SECTORS_PER_PAGE).saturating_sub(first);
+            let part = sectors.start.max(here(page))..sectors.end.min(here(page + 1));
+            let word = self.page(chunk, page);
+            if !bitmaps.has(geometry, block, part.clone()) {
+                word.fetch_add(INSIDE, Ordering::AcqRel);
+                bitmaps.set(geometry, block, part);
+                self.mark(chunk, page);
+                word.fetch_sub(INSIDE, Ordering::AcqRel);
+            } else if word.load(Ordering::Acquire) != 0 {
+                self.mark(chunk, page);
+            }
+        }
+    }
+
+    fn mark(&self, chunk: u64, page: u64) {
+        if planted(Plant::ForgetBits) {
+            return;
+        }
+        // Counted first, so that whoever takes the mark finds it counted.
+        self.count.fetch_add(1, Ordering::AcqRel);
+        if self.page(chunk, page).fetch_or(MARKED, Ordering::AcqRel) & MARKED != 0 {
+            self.count.fetch_sub(1, Ordering::AcqRel);
+        }
+        self.chunks[index(chunk / WORD_BITS)].fetch_or(1 << (chunk % WORD_BITS), Ordering::AcqRel);
+    }
+
+    /// Takes the marks away; the pages that had one.
+    pub(super) fn take(&self) -> Vec<Page> {
+        let mut taken = Vec::new();
+        for (word, chunks) in (0..).zip(&self.chunks) {
+            let mut chunks =
+                if chunks.load(Ordering::Relaxed) == 0 { 0 } else { chunks.swap(0, Ordering::AcqRel) };
+            while chunks != 0 {
+                let chunk = word * WORD_BITS + u64::from(chunks.trailing_zeros());
+                chunks &= chunks - 1;
+                let marked =
+                    |page: &u64| self.page(chunk, *page).fetch_and(!MARKED, Ordering::AcqRel) & MARKED != 0;
+                taken.extend((0..PAGES_PER_CHUNK).filter(marked).map(|page| Page::Bitmap { chunk, page }));
+            }
+        }
+        self.count.fetch_sub(taken.len(), Ordering::AcqRel);
+        taken
+    }
+
+    fn page(&self, chunk: u64, page: u64) -> &AtomicU32 {
+        &self.pages[index(chunk * PAGES_PER_CHUNK + page)]
+    }
+}
+
+fn index(count: u64) -> usize {
+    usize::try_from(count).expect("64-bit hosts only")
+}
