@@ -146,6 +146,10 @@ struct Files<'a> {
 }
 
 impl Port for Files<'_> {
+    fn change_leaf(&mut self) -> Option<Arc<Shared>> {
+        None
+    }
+
     fn submit(&mut self, piece: PieceId, io: FileIo) {
         let at = |bytes: u64| usize::try_from(bytes / self.sector).expect("small");
         let count = at(io.length.into());
@@ -198,7 +202,7 @@ fn a_chain_reads_as_its_layers_say_sector_by_sector() {
     for seed in 0..150 {
         let mut rng = Rng::with_seed(seed);
         let chain = random_chain(&mut rng);
-        let mut layers: Vec<BlockMap> = chain.iter().map(Model::layer).collect();
+        let mut layers: Vec<Arc<BlockMap>> = chain.iter().map(|model| model.layer().into()).collect();
         let leaf = layers.remove(0);
         let shared = Arc::new(Shared::of_chain(leaf, layers.into(), true, false));
         let mut front = Front::new(shared, 1);

@@ -21,15 +21,26 @@ pub fn descent(parent: &impl Layer, folder: &Path) -> Result<Descent> {
         let remedy = format!("`vhdx-ublk check --repair {}`", parent.path().display());
         return Err(Error::new(Kind::Unsupported, message).file(parent.path()).remedy(remedy));
     }
-    let path = relative_path(folder, parent.path()).ok_or_else(|| {
+    let guid = parent.image().header.header.data_write_guid;
+    descent_of(parent.path(), guid, parent.image().metadata.disk_id, folder)
+}
+
+/// The same for the parent in the file at `path`, absolute and without symbolic links, of which it is known that it
+/// will not change any more.
+///
+/// # Errors
+///
+/// [`Kind::Unsupported`] if its path cannot be told in UTF-16.
+pub fn descent_of(path: &Path, data_write_guid: Uuid, disk_id: Uuid, folder: &Path) -> Result<Descent> {
+    let relative = relative_path(folder, path).ok_or_else(|| {
         let message = "its path is no UTF-8, and a child could not name it";
-        Error::new(Kind::Unsupported, message).file(parent.path()).remedy("rename it")
+        Error::new(Kind::Unsupported, message).file(path).remedy("rename it")
     })?;
     let mut locator = ParentLocator::default();
-    locator.set(PARENT_LINKAGE, guid::print(parent.image().header.header.data_write_guid));
+    locator.set(PARENT_LINKAGE, guid::print(data_write_guid));
     locator.set(PARENT_LINKAGE2, guid::print(Uuid::nil()));
-    locator.set(RELATIVE_PATH, path);
-    Ok(Descent { locator, disk_id: parent.image().metadata.disk_id })
+    locator.set(RELATIVE_PATH, relative);
+    Ok(Descent { locator, disk_id })
 }
 
 /// The way from `folder` to `file`, both absolute, as Windows writes it.

@@ -9,7 +9,7 @@ mod open;
 mod path;
 mod search;
 
-pub use kinship::descent;
+pub use kinship::{descent, descent_of};
 pub use open::{Layer, MAX_DEPTH, open_parents};
 pub use path::PathMap;
 pub use search::Search;

@@ -4,9 +4,7 @@
 //! not be finished, for an error or a signal, is removed, and one that replaces another is made beside it and
 //! renamed. After a power cut there may be an unfinished file; nobody takes it for an image.
 
-use std::fs::{self, File};
-use std::io;
-use std::os::unix::fs::MetadataExt;
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -18,7 +16,7 @@ use signal_hook::iterator::Signals;
 use uuid::Uuid;
 
 use vhdx_ublk::chain;
-use vhdx_ublk::disk::{Access, ImageFile, Reactor};
+use vhdx_ublk::disk::{Access, ImageFile, Reactor, folder_of, inherit, sync_folder_of};
 use vhdx_ublk::error::{Error, Kind, Result};
 use vhdx_ublk::image::{InitialState, NewImage};
 
@@ -181,8 +179,7 @@ impl Create {
         let file = unfinished.create(&beside)?;
         write(new, reactor, file).map_err(|error| error.file(&self.image))?;
         if old.is_some() {
-            inherit(target, &beside)
-                .map_err(|error| Error::io("taking over the file's permissions", error).file(target))?;
+            inherit(target, &beside)?;
         }
         fs::rename(&beside, target).map_err(|error| Error::io("replacing the file", error).file(target))?;
         unfinished.finished();
@@ -227,24 +224,6 @@ fn check_room(new: &NewImage, file: &ImageFile) -> Result<()> {
         size::human(available)
     );
     Err(Error::new(Kind::NoSpace, message).remedy("make room, or choose --type dynamic"))
-}
-
-/// Gives the file at `to` the permissions, and if possible the owner, of the one at `from`.
-fn inherit(from: &Path, to: &Path) -> io::Result<()> {
-    let old = fs::metadata(from)?;
-    // Who may not give files away keeps them.
-    let _ = std::os::unix::fs::chown(to, Some(old.uid()), Some(old.gid()));
-    fs::set_permissions(to, old.permissions())
-}
-
-/// Makes the name of the file at `path` durable.
-fn sync_folder_of(path: &Path) -> Result<()> {
-    let synced = File::open(folder_of(path)).and_then(|folder| folder.sync_all());
-    synced.map_err(|error| Error::io("syncing the folder of the new image", error).file(path))
-}
-
-fn folder_of(path: &Path) -> &Path {
-    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 /// A file that is removed unless it gets finished.

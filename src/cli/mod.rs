@@ -19,6 +19,7 @@ mod output;
 mod parents;
 mod recover;
 mod size;
+mod snapshot;
 
 use std::process::ExitCode;
 
@@ -54,6 +55,7 @@ enum Command {
     Del(del::Del),
     List(list::List),
     Recover(recover::Recover),
+    Snapshot(snapshot::Snapshot),
     Create(create::Create),
     Info(info::Info),
     Check(check::Check),
@@ -67,6 +69,7 @@ impl Command {
             Self::Info(info) => info.json,
             Self::Check(check) => check.json,
             Self::Features(features) => features.json,
+            Self::Snapshot(snapshot) => snapshot.json,
             Self::Add(_) | Self::Del(_) | Self::Recover(_) | Self::Create(_) => false,
         }
     }
@@ -78,6 +81,7 @@ impl Command {
             Self::Del(del) => del.run(),
             Self::List(list) => list.run(),
             Self::Recover(recover) => recover.run(),
+            Self::Snapshot(snapshot) => snapshot.run(),
             Self::Create(create) => create.run(),
             Self::Info(info) => info.run(),
             Self::Check(check) => return check.run(),

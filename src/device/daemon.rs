@@ -16,7 +16,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -26,12 +26,15 @@ use uuid::Uuid;
 use super::control::{Control, DeviceInfo, NewDevice, POLL_INTERVAL};
 use super::data::{Numbers, Transfer};
 use super::features;
+use super::leaf::NextLeaf;
 use super::mailbox::{EngineEnds, FrontEnds, mailboxes};
 use super::options::{Options, Parameters, Recovery, ZeroCopy};
 use super::queue::QueueSetup;
 use super::queues::Queues;
 use super::registry::{Entry, FileId, ProcessId, Registry};
 use super::ring::RingSetup;
+use super::snapshot::{NewLeaf, Order};
+use super::socket::{self, Call, Command};
 use super::sys;
 use crate::engine::front::Front;
 use crate::engine::shared::Shared;
@@ -69,6 +72,12 @@ pub trait EngineHandle {
     ///
     /// When the image could not be left clean.
     fn close(self) -> Result<()>;
+
+    /// Where the queues find the leaf that they serve after a snapshot.
+    fn next_leaf(&self) -> NextLeaf;
+
+    /// Takes a snapshot, and answers to whom the order says.
+    fn snapshot(&self, order: Order);
 }
 
 /// A device that is served.
@@ -104,7 +113,7 @@ pub fn serve<E: EngineHandle>(
     let mut device = Device::add(registry, queues, served, options)?;
     let outcome =
         device.bring_up(served, start_engine, Beginning::Made).and_then(|()| ready(&device.ready()));
-    let outcome = outcome.and_then(|()| device.queues.await_end());
+    let outcome = outcome.and_then(|()| device.obey());
     device.take_down(outcome)
 }
 
@@ -128,7 +137,7 @@ pub fn recover<E: EngineHandle>(
     let mut device = Device::take_over(registry, queues, entry)?;
     device.bring_up(served, start_engine, Beginning::TakenOver)?;
     ready(&device.ready())?;
-    let outcome = device.queues.await_end();
+    let outcome = device.obey();
     device.take_down(outcome)
 }
 
@@ -151,7 +160,8 @@ struct Device<E> {
     info: DeviceInfo,
     transfer: Transfer,
     registry: Registry,
-    entry: Entry,
+    /// A snapshot changes it, on the engine's thread.
+    entry: Arc<Mutex<Entry>>,
     cdev: Option<Arc<File>>,
     engine: Option<E>,
     queues: Queues,
@@ -178,8 +188,9 @@ impl<E: EngineHandle> Device<E> {
         let entry = Entry { recovery, ..describe(&info, served, daemon) };
         let is_test = options.zero_copy == ZeroCopy::Fallback;
         let transfer = transfer(&info, if is_test { Numbers::Impossible } else { Numbers::Tag });
+        let entry = Arc::new(Mutex::new(entry));
         let device = Self { control, info, transfer, registry, entry, cdev: None, engine: None, queues };
-        match agree(&new, &info).and_then(|()| device.registry.write(&device.entry)) {
+        match agree(&new, &info).and_then(|()| device.record(|_| ())) {
             Ok(()) => Ok(device),
             Err(error) => Err(device.take_down(Err(error)).expect_err("it failed")),
         }
@@ -194,7 +205,7 @@ impl<E: EngineHandle> Device<E> {
         control.start_recovery(entry.id)?;
         let entry = Entry { daemon: ProcessId::this()?, started: false, ..entry.clone() };
         registry.write(&entry)?;
-        let transfer = transfer(&info, Numbers::Tag);
+        let (transfer, entry) = (transfer(&info, Numbers::Tag), Arc::new(Mutex::new(entry)));
         Ok(Self { control, info, transfer, registry, entry, cdev: None, engine: None, queues })
     }
 
@@ -222,9 +233,37 @@ impl<E: EngineHandle> Device<E> {
             }
             Beginning::TakenOver => self.control.end_recovery(self.info.id)?,
         }
-        await_node(&self.entry.device, Node::Block)?;
-        self.entry.started = true;
-        self.registry.write(&self.entry)
+        await_node(&self.path(), Node::Block)?;
+        socket::listen(&self.registry.socket_path(self.info.id), self.queues.caller())?;
+        self.record(|entry| entry.started = true)
+    }
+
+    fn path(&self) -> PathBuf {
+        device_path(self.info.id)
+    }
+
+    /// Does what it is told until it shall end.
+    fn obey(&mut self) -> Result<()> {
+        while let Some(Call { command, answer }) = self.queues.next_call()? {
+            let Command::Snapshot { image } = command;
+            let (entry, registry) = (self.entry.clone(), Registry::open()?);
+            let switch = Box::new(move |leaf: NewLeaf| {
+                change_entry(&registry, &entry, |entry| {
+                    entry.image = leaf.image;
+                    entry.image_file = leaf.image_file;
+                    entry.parents = leaf.parents;
+                    entry.file_write_guid = leaf.file_write_guid;
+                })
+            });
+            let engine = self.engine.as_ref().expect("a device that is up has an engine");
+            engine.snapshot(Order { image, switch, answer });
+        }
+        Ok(())
+    }
+
+    /// Changes the device's entry.
+    fn record(&self, change: impl FnOnce(&mut Entry)) -> Result<()> {
+        change_entry(&self.registry, &self.entry, change)
     }
 
     fn start_queue(&mut self, queue: u16, ends: FrontEnds, served: &Served, cdev: &Arc<File>) -> Result<()> {
@@ -238,6 +277,7 @@ impl<E: EngineHandle> Device<E> {
                 transfer: self.transfer,
                 character_device: cdev.clone(),
                 images: served.images.clone(),
+                next: self.engine.as_ref().expect("started before the queues").next_leaf(),
                 sender: ends.sender,
                 wake: ends.wake,
             },
@@ -260,7 +300,7 @@ impl<E: EngineHandle> Device<E> {
         self.queues.finish();
         drop(self.cdev.take());
         let deleted = self.delete();
-        let recorded = self.record(&closed, &deleted);
+        let recorded = self.leave(&closed, &deleted);
         outcome.and(closed).and(deleted).and(recorded)
     }
 
@@ -273,17 +313,16 @@ impl<E: EngineHandle> Device<E> {
 
     fn delete(&self) -> Result<()> {
         if !self.control.delete(self.info.id, self.info.mark)? {
-            tracing::info!("{} is still open; its number is not free yet", self.entry.device.display());
+            tracing::info!("{} is still open; its number is not free yet", self.path().display());
         }
         Ok(())
     }
 
     /// Removes the entry, unless somebody still has to learn of a failure or to delete the device.
-    fn record(&mut self, closed: &Result<()>, deleted: &Result<()>) -> Result<()> {
+    fn leave(&self, closed: &Result<()>, deleted: &Result<()>) -> Result<()> {
         if let Err(error) = closed {
             tracing::error!("the image could not be closed cleanly: {error}");
-            self.entry.failure = Some(error.to_string());
-            return self.registry.write(&self.entry);
+            return self.record(|entry| entry.failure = Some(error.to_string()));
         }
         if deleted.is_err() {
             return Ok(());
@@ -293,8 +332,22 @@ impl<E: EngineHandle> Device<E> {
 
     fn ready(&self) -> Ready {
         let log = self.registry.log_path(self.info.id);
-        Ready { id: self.info.id, device: self.entry.device.clone(), log }
+        Ready { id: self.info.id, device: self.path(), log }
     }
+}
+
+/// Changes an entry, and only then what is known of it.
+fn change_entry(registry: &Registry, entry: &Mutex<Entry>, change: impl FnOnce(&mut Entry)) -> Result<()> {
+    let mut entry = entry.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut changed = entry.clone();
+    change(&mut changed);
+    registry.write(&changed)?;
+    *entry = changed;
+    Ok(())
+}
+
+fn device_path(id: u32) -> PathBuf {
+    format!("/dev/ublkb{id}").into()
 }
 
 /// How data travels on a device with the features it was granted.
@@ -305,7 +358,7 @@ fn transfer(info: &DeviceInfo, numbers: Numbers) -> Transfer {
 fn describe(info: &DeviceInfo, served: &Served, daemon: ProcessId) -> Entry {
     Entry {
         id: info.id,
-        device: format!("/dev/ublkb{}", info.id).into(),
+        device: device_path(info.id),
         image: served.path.clone(),
         image_file: served.image_file,
         parents: served.parents.clone(),

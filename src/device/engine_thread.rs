@@ -21,10 +21,13 @@ use uuid::Uuid;
 
 use super::control::Control;
 use super::daemon::EngineHandle;
-use super::layers::{self, Parents};
+use super::layers::{self, EngineParents, Parents};
+use super::leaf::NextLeaf;
 use super::mailbox::{EngineEnds, Receiver, Sender, wake_up};
 use super::opened::{self, Opened, WritableImage, WritableOpen};
+use super::options::Parameters;
 use super::session::{Plan, SessionFile, Sessions};
+use super::snapshot::{Order, Place};
 use super::sys;
 use crate::disk::{ImageFile, Reactor, Ring, UringDisk};
 use crate::engine::local::{Bell, Spawn, yield_now};
@@ -32,13 +35,17 @@ use crate::engine::message::{ToEngine, ToFront};
 use crate::engine::shared::Session;
 use crate::engine::{Engine, Fronts, Outcome};
 use crate::error::{Error, Kind, Result};
+use crate::image::Image;
 
 /// The engine's thread, as the device sees it.
 pub struct EngineThread {
     thread: JoinHandle<Result<()>>,
     opened: Opened,
     ends: mpsc::Sender<EngineEnds>,
+    orders: mpsc::Sender<Order>,
     closing: Arc<AtomicBool>,
+    called: Arc<AtomicBool>,
+    next: NextLeaf,
     /// There once it is started.
     wake: Option<Arc<EventFd>>,
 }
@@ -60,12 +67,23 @@ impl EngineThread {
     fn open_as(file: Arc<ImageFile>, how: WritableOpen) -> Result<Self> {
         let (ends, start) = mpsc::channel();
         let (report, opened) = mpsc::channel();
-        let closing = Arc::new(AtomicBool::new(false));
-        let life = Life { file, how, report, start, closing: closing.clone() };
+        let (orders, ordered) = mpsc::channel();
+        let (closing, called) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+        let next = NextLeaf::default();
+        let life = Life {
+            file,
+            how,
+            report,
+            start,
+            ordered,
+            closing: closing.clone(),
+            called: called.clone(),
+            next: next.clone(),
+        };
         let thread = thread::Builder::new().name("vhdx-engine".into()).spawn(|| life.live());
         let thread = thread.map_err(|error| Error::io("starting the engine's thread", error))?;
         if let Ok(opened) = opened.recv() {
-            return Ok(Self { thread, opened, ends, closing, wake: None });
+            return Ok(Self { thread, opened, ends, orders, closing, called, next, wake: None });
         }
         let outcome = thread.join().expect("a panic ends the process");
         Err(outcome.expect_err("it has not opened the image"))
@@ -86,13 +104,30 @@ impl EngineThread {
     }
 }
 
-impl EngineHandle for EngineThread {
-    fn close(self) -> Result<()> {
-        self.closing.store(true, Ordering::Release);
-        drop(self.ends);
+impl EngineThread {
+    fn call(&self) {
+        self.called.store(true, Ordering::Release);
         if let Some(wake) = &self.wake {
             wake_up(wake);
         }
+    }
+}
+
+impl EngineHandle for EngineThread {
+    fn next_leaf(&self) -> NextLeaf {
+        self.next.clone()
+    }
+
+    fn snapshot(&self, order: Order) {
+        // A thread that has ended answers nobody, and who asked finds the channel closed.
+        let _ = self.orders.send(order);
+        self.call();
+    }
+
+    fn close(self) -> Result<()> {
+        self.closing.store(true, Ordering::Release);
+        self.call();
+        drop(self.ends);
         self.thread.join().expect("a panic ends the process")
     }
 }
@@ -103,7 +138,21 @@ struct Life {
     how: WritableOpen,
     report: mpsc::Sender<Opened>,
     start: mpsc::Receiver<EngineEnds>,
+    ordered: mpsc::Receiver<Order>,
+    /// Set by another thread, as is `called` after it.
     closing: Arc<AtomicBool>,
+    /// There is something in `ordered`, or `closing` is set.
+    called: Arc<AtomicBool>,
+    next: NextLeaf,
+}
+
+/// The image that is served, and its engine.
+pub(super) struct Serving {
+    pub(super) engine: Rc<Engine<UringDisk>>,
+    pub(super) opened: Opened,
+    pub(super) session: Option<SessionFile>,
+    pub(super) file: Arc<ImageFile>,
+    pub(super) disk_id: Uuid,
 }
 
 impl Life {
@@ -111,42 +160,99 @@ impl Life {
         leave_signals_to_others();
         let reactor = Reactor::new()?;
         let fronts = Rc::new(Mailboxes::default());
-        let (engine, opened, session) = self.open_engine(&reactor, fronts.clone())?;
-        let path = self.file.path().to_owned();
-        drop(self.file); // the engine's disk has it
+        let mut serving = self.open_engine(&reactor, &fronts)?;
         // Nobody can be gone who waits for this; if so, nobody starts the engine either.
-        let _ = self.report.send(opened);
+        let _ = self.report.send(serving.opened.clone());
         let outcome = match self.start.recv() {
-            Ok(ends) => serve(&reactor, &engine, &fronts, ends, self.closing),
-            Err(mpsc::RecvError) if self.closing.load(Ordering::Acquire) => reactor.block_on(engine.close()),
-            Err(mpsc::RecvError) => return abandon(&reactor, &engine, session),
+            Ok(ends) => self.serve(&reactor, &mut serving, &fronts, ends),
+            Err(mpsc::RecvError) if self.closing.load(Ordering::Acquire) => {
+                reactor.block_on(serving.engine.close())
+            }
+            Err(mpsc::RecvError) => return serving.give_up(&reactor),
         };
+        let (engine, path) = (serving.engine, serving.file.path());
         if engine.shared().session() != Session::Idle {
             tracing::info!("{}: closed; {:?}", path.display(), engine.counters());
         }
         let poisoned = engine.shared().session() == Session::Poisoned;
-        outcome.map_err(|errno| unclean(errno, poisoned, &path))?;
-        session.map_or(Ok(()), SessionFile::remove)
+        outcome.map_err(|errno| unclean(errno, poisoned, path))?;
+        serving.session.map_or(Ok(()), SessionFile::remove)
     }
 
-    fn open_engine(
+    fn open_engine(&self, reactor: &Reactor, fronts: &Rc<Mailboxes>) -> Result<Serving> {
+        let WritableImage { image, session, parents } = self.how.open(reactor, &self.file)?;
+        let parameters = opened::parameters(&self.file, &image.metadata, false, &parents)?;
+        let parents = layers::for_engine(reactor, parents)?;
+        open_served(reactor, fronts, self.file.clone(), image, session, parents, parameters)
+    }
+
+    /// Serves the fronts until the device is closed, then closes the image. The fronts are listened to until that
+    /// is done: closing empties the quarantine, which waits for their barriers.
+    fn serve(
         &self,
         reactor: &Reactor,
-        fronts: Rc<Mailboxes>,
-    ) -> Result<(Rc<Engine<UringDisk>>, Opened, Option<SessionFile>)> {
-        let opened = self.how.open(reactor, &self.file)?;
-        let WritableImage { image, session, parents, disk } = opened;
-        let named = |error: Error| error.file(self.file.path());
-        let parameters = opened::parameters(&self.file, &image.metadata, false, &parents)?;
-        let (parents, parent_files) = layers::for_engine(reactor, parents)?;
-        let file_write_guid = image.header.header.file_write_guid;
-        let tasks: Rc<dyn Spawn> = reactor.executor().clone();
-        let engine = Engine::new(image, disk, parents, tasks, fronts, Box::new(Uuid::new_v4));
-        let engine = engine.map_err(named)?;
-        let shared = engine.shared().clone();
-        let recoverable = session.is_some();
-        let opened = Opened { shared, parameters, file_write_guid, recoverable, parents: parent_files };
-        Ok((engine, opened, session))
+        serving: &mut Serving,
+        fronts: &Rc<Mailboxes>,
+        ends: EngineEnds,
+    ) -> Outcome {
+        let (senders, receivers) = ends.fronts.into_iter().map(|end| (end.sender, end.receiver)).unzip();
+        *fronts.senders.borrow_mut() = senders;
+        prepare_thread();
+        reactor.spawn(deliver(fronts.clone())).detach();
+        let ear = Rc::new(Ear {
+            wake: ends.wake,
+            receivers,
+            engine: RefCell::new(serving.engine.clone()),
+            called: self.called.clone(),
+            attention: Bell::default(),
+            held: Cell::new(0),
+            all_held: Bell::default(),
+            deaf: Cell::new(false),
+        });
+        let listening = reactor.spawn(listen(reactor.ring().clone(), ear.clone()));
+        while !self.closing.load(Ordering::Acquire) {
+            let place = Place { reactor, how: &self.how, ear: &ear, fronts, next: &self.next };
+            while let Ok(order) = self.ordered.try_recv() {
+                place.obey(order, serving);
+            }
+            reactor.block_on(ear.attention.wait());
+        }
+        let outcome = reactor.block_on(serving.engine.close());
+        ear.deaf.set(true);
+        wake_up(&ear.wake);
+        reactor.block_on(listening);
+        outcome
+    }
+}
+
+/// An engine for an image that was opened, and its parents.
+pub(super) fn open_served(
+    reactor: &Reactor,
+    fronts: &Rc<Mailboxes>,
+    file: Arc<ImageFile>,
+    image: Image,
+    session: Option<SessionFile>,
+    (parents, parent_files): EngineParents,
+    parameters: Parameters,
+) -> Result<Serving> {
+    let (file_write_guid, disk_id) = (image.header.header.file_write_guid, image.metadata.disk_id);
+    let (disk, tasks): (_, Rc<dyn Spawn>) = (reactor.disk(file.clone()), reactor.executor().clone());
+    let engine = Engine::new(image, disk, parents, tasks, fronts.clone(), Box::new(Uuid::new_v4));
+    let engine = engine.map_err(|error| error.file(file.path()))?;
+    let (shared, recoverable) = (engine.shared().clone(), session.is_some());
+    let opened = Opened { shared, parameters, file_write_guid, recoverable, parents: parent_files };
+    Ok(Serving { engine, opened, session, file, disk_id })
+}
+
+impl Serving {
+    /// Nobody will start the engine. What a session of a killed daemon holds still has to be served: it stays, and
+    /// so does the image.
+    pub(super) fn give_up(self, reactor: &Reactor) -> Result<()> {
+        if self.engine.shared().session() == Session::Idle {
+            let unchanged = reactor.block_on(self.engine.close());
+            assert_eq!(unchanged, Ok(()), "nothing was modified");
+        }
+        self.session.map_or(Ok(()), SessionFile::abandon)
     }
 }
 
@@ -155,16 +261,6 @@ fn leave_signals_to_others() {
     if let Err(errno) = SigSet::all().thread_block() {
         tracing::warn!("the engine does not leave signals to others: {errno}");
     }
-}
-
-/// Nobody will start the engine. What a session of a killed daemon holds still has to be served: it stays, and
-/// so does the image.
-fn abandon(reactor: &Reactor, engine: &Rc<Engine<UringDisk>>, session: Option<SessionFile>) -> Result<()> {
-    if engine.shared().session() == Session::Idle {
-        let unchanged = reactor.block_on(engine.close());
-        assert_eq!(unchanged, Ok(()), "nothing was modified");
-    }
-    session.map_or(Ok(()), SessionFile::abandon)
 }
 
 /// What fails here costs speed, or safety when memory runs out, but serves.
@@ -177,60 +273,60 @@ fn prepare_thread() {
     }
 }
 
-/// Serves the fronts until the device is closed, then closes the image. The fronts are listened to until that
-/// is done: closing empties the quarantine, which waits for their barriers.
-fn serve(
-    reactor: &Reactor,
-    engine: &Rc<Engine<UringDisk>>,
-    fronts: &Rc<Mailboxes>,
-    ends: EngineEnds,
-    closing: Arc<AtomicBool>,
-) -> Outcome {
-    let (senders, receivers) = ends.fronts.into_iter().map(|end| (end.sender, end.receiver)).unzip();
-    *fronts.senders.borrow_mut() = senders;
-    prepare_thread();
-    reactor.spawn(deliver(fronts.clone())).detach();
-    let ear =
-        Rc::new(Ear { wake: ends.wake, receivers, closing, close: Bell::default(), deaf: Cell::new(false) });
-    let listening = reactor.spawn(listen(reactor.ring().clone(), engine.clone(), ear.clone()));
-    reactor.block_on(ear.close.wait());
-    let outcome = reactor.block_on(engine.close());
-    ear.deaf.set(true);
-    wake_up(&ear.wake);
-    reactor.block_on(listening);
-    outcome
-}
-
 /// Where the fronts' messages arrive.
-struct Ear {
+pub(super) struct Ear {
     wake: Arc<EventFd>,
     receivers: Vec<Receiver<ToEngine>>,
+    /// Whom they are for.
+    pub(super) engine: RefCell<Rc<Engine<UringDisk>>>,
     /// Set by another thread, which rings `wake` afterwards.
-    closing: Arc<AtomicBool>,
-    /// Rung when `closing` was seen.
-    close: Bell,
+    called: Arc<AtomicBool>,
+    /// Rung when `called` was seen.
+    attention: Bell,
+    /// How many fronts hold, and the bell that rings when all do.
+    held: Cell<usize>,
+    all_held: Bell,
     /// The image is closed.
     deaf: Cell<bool>,
 }
 
-async fn listen(ring: Rc<Ring>, engine: Rc<Engine<UringDisk>>, ear: Rc<Ear>) {
+impl Ear {
+    fn hear(&self, front: usize, message: ToEngine) {
+        if message != ToEngine::Held {
+            return self.engine.borrow().receive(front, message);
+        }
+        self.held.update(|count| count + 1);
+        if self.held.get() == self.receivers.len() {
+            self.all_held.ring();
+        }
+    }
+
+    /// Holds all fronts: returns when none of them serves a request.
+    pub(super) fn hold(&self, reactor: &Reactor, fronts: &Mailboxes) {
+        self.held.set(0);
+        (0..fronts.count()).for_each(|front| fronts.send(front, ToFront::Hold));
+        reactor.block_on(self.all_held.wait());
+    }
+}
+
+async fn listen(ring: Rc<Ring>, ear: Rc<Ear>) {
     while !ear.deaf.get() {
         let count = ring.read_eventfd(ear.wake.clone()).await;
         count.expect("an eventfd can be read as long as it is open");
         for (index, front) in ear.receivers.iter().enumerate() {
             while let Some(message) = front.pop() {
-                engine.receive(index, message);
+                ear.hear(index, message);
             }
         }
-        if ear.closing.load(Ordering::Acquire) {
-            ear.close.ring();
+        if ear.called.swap(false, Ordering::AcqRel) {
+            ear.attention.ring();
         }
     }
 }
 
 /// The engine's way to the fronts.
 #[derive(Default)]
-struct Mailboxes {
+pub(super) struct Mailboxes {
     senders: RefCell<Vec<Sender<ToFront>>>,
     /// Something was queued and not yet announced.
     queued: Bell,
@@ -247,6 +343,13 @@ impl Fronts for Mailboxes {
     }
 }
 
+impl Mailboxes {
+    /// Lets fronts that were held go on.
+    pub(super) fn release(&self) {
+        (0..self.count()).for_each(|front| self.send(front, ToFront::Release));
+    }
+}
+
 /// Announces what was queued, once per batch and front.
 async fn deliver(fronts: Rc<Mailboxes>) {
     loop {
@@ -256,7 +359,7 @@ async fn deliver(fronts: Rc<Mailboxes>) {
     }
 }
 
-fn unclean(errno: i32, poisoned: bool, path: &Path) -> Error {
+pub(super) fn unclean(errno: i32, poisoned: bool, path: &Path) -> Error {
     if poisoned {
         let message = "writes were stopped by an earlier failure, and the image was not closed; what was flushed is safe";
         return Error::new(Kind::Poisoned, message).file(path).remedy(

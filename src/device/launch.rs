@@ -16,6 +16,7 @@ use nix::unistd;
 use serde::{Deserialize, Serialize};
 
 use super::daemon::Ready;
+use super::wire::Failure;
 use crate::error::{Error, Kind, Result};
 
 /// This program, even if its file has been replaced since.
@@ -32,26 +33,8 @@ const LOG_MODE: u32 = 0o600;
 #[serde(rename_all = "lowercase")]
 enum Line {
     Ready(Ready),
-    Error { kind: String, message: String, remedy: Option<String> },
+    Error(Failure),
 }
-
-/// What kinds are called on the pipe.
-const KINDS: [(Kind, &str); 14] = [
-    (Kind::NotVhdx, "not-vhdx"),
-    (Kind::Corrupt, "corrupt"),
-    (Kind::Truncated, "truncated"),
-    (Kind::Unsupported, "unsupported"),
-    (Kind::InUse, "in-use"),
-    (Kind::NoSpace, "no-space"),
-    (Kind::Permission, "permission"),
-    (Kind::Exists, "exists"),
-    (Kind::NotFound, "not-found"),
-    (Kind::NoDriver, "no-driver"),
-    (Kind::Usage, "usage"),
-    (Kind::Mismatch, "mismatch"),
-    (Kind::Poisoned, "poisoned"),
-    (Kind::Io, "io"),
-];
 
 /// Runs this program again with `arguments`, as a daemon that calls [`enter`], then [`announce`] or
 /// [`announce_failure`]; waits until it has. Its way up has deadlines of its own.
@@ -77,14 +60,7 @@ pub fn launch(arguments: impl IntoIterator<Item = OsString>) -> Result<Ready> {
 fn parse(line: &str) -> Option<Result<Ready>> {
     match serde_json::from_str(line).ok()? {
         Line::Ready(ready) => Some(Ok(ready)),
-        Line::Error { kind, message, remedy } => {
-            let kind = KINDS.iter().find(|(_, name)| *name == kind).map_or(Kind::Io, |(kind, _)| *kind);
-            let error = Error::new(kind, message);
-            Some(Err(match remedy {
-                Some(remedy) => error.remedy(remedy),
-                None => error,
-            }))
-        }
+        Line::Error(failure) => Some(Err(failure.into())),
     }
 }
 
@@ -133,9 +109,7 @@ pub fn announce(ready: &Ready) -> Result<()> {
 ///
 /// When the parent is gone.
 pub fn announce_failure(error: &Error) -> Result<()> {
-    let kind = KINDS.iter().find(|(kind, _)| *kind == error.kind()).map_or("io", |(_, name)| name);
-    let remedy = error.remedy_text().map(str::to_owned);
-    tell(&Line::Error { kind: kind.into(), message: error.to_string(), remedy })
+    tell(&Line::Error(error.into()))
 }
 
 fn tell(line: &Line) -> Result<()> {
@@ -164,18 +138,12 @@ mod tests {
     }
 
     #[test]
-    fn every_kind_of_error_arrives_with_its_message_and_remedy() {
-        for (kind, name) in KINDS {
-            let line = Line::Error {
-                kind: name.into(),
-                message: "a.vhdx: no".into(),
-                remedy: Some("do this".into()),
-            };
-            let error = through_the_pipe(&line).expect_err("an error");
-            assert_eq!(error.kind(), kind);
-            assert_eq!(error.to_string(), "a.vhdx: no");
-            assert_eq!(error.remedy_text(), Some("do this"));
-        }
+    fn a_failure_is_announced_as_documented() {
+        let error = Error::new(Kind::NoSpace, "a.vhdx: no").remedy("do this");
+        let text = serde_json::to_string(&Line::Error((&error).into())).expect("serialisable");
+        assert_eq!(text, r#"{"error":{"kind":"no-space","message":"a.vhdx: no","remedy":"do this"}}"#);
+        let found = parse(&text).expect("a line").expect_err("an error");
+        assert_eq!(found.remedy_text(), Some("do this"));
     }
 
     #[test]

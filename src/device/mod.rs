@@ -4,7 +4,8 @@
 //! * [`mailbox`]: what joins its queues to the engine;
 //! * [`engine_thread`]: the engine of a writable device, on a thread of its own;
 //! * [`opened`]: an image checked and ready to be served;
-//! * [`launch`]: how that process is started, and how it reports;
+//! * [`snapshot`]: how the image of a device becomes the parent of a new one while it is served;
+//! * [`launch`]: how that process is started, and how it reports; [`socket`]: how it is told what to do;
 //! * [`registry`], [`stop`], [`usage`], [`features`]: what other processes see and do.
 //!
 //! Beneath: `control` (the driver's commands), `queue` (one thread per queue), `queues` (all of them), `ring` (a
@@ -19,6 +20,7 @@ pub mod engine_thread;
 pub mod features;
 pub mod launch;
 pub mod layers;
+mod leaf;
 pub mod mailbox;
 pub mod opened;
 mod options;
@@ -27,10 +29,13 @@ mod queues;
 pub mod registry;
 mod ring;
 pub mod session;
+pub mod snapshot;
+pub mod socket;
 pub mod stop;
 mod sys;
 mod token;
 pub mod usage;
+mod wire;
 
 pub use control::{Control, DeviceInfo, KernelState, NewDevice};
 pub use options::{

@@ -13,10 +13,12 @@ use uuid::Uuid;
 use super::control::Control;
 use super::daemon::{EngineHandle, Served};
 use super::layers::{Parents, ReadLayer};
+use super::leaf::NextLeaf;
 use super::mailbox::EngineEnds;
 use super::options::Parameters;
 use super::registry::FileId;
 use super::session::{self, Plan, SessionFile, Sessions};
+use super::snapshot::Order;
 use crate::disk::{ImageFile, PayloadIo, Reactor, UringDisk};
 use crate::engine::shared::Shared;
 use crate::error::{Error, Kind, Result};
@@ -56,7 +58,8 @@ impl Opened {
         let (_, leaf) = leaf.into_map()?;
         let parents = parents.into_iter().map(ReadLayer::into_map).collect::<Result<Vec<_>>>()?;
         let (parents, maps): (Vec<_>, Vec<_>) = parents.into_iter().unzip();
-        let shared = Arc::new(Shared::of_chain(leaf.into(), maps.into_iter().map(Arc::new).collect(), true, fixed));
+        let shared =
+            Arc::new(Shared::of_chain(leaf.into(), maps.into_iter().map(Arc::new).collect(), true, fixed));
         Ok(Self { shared, parameters, file_write_guid, recoverable: true, parents: parents.into() })
     }
 
@@ -93,6 +96,16 @@ fn same_description(file: &ImageFile) -> Result<File> {
 pub struct NoEngine(pub EngineEnds);
 
 impl EngineHandle for NoEngine {
+    fn next_leaf(&self) -> NextLeaf {
+        NextLeaf::default()
+    }
+
+    fn snapshot(&self, order: Order) {
+        let message = "it is served read-only, and a snapshot would be no different";
+        // Who asked may have lost patience.
+        let _ = order.answer.send(Err(Error::new(Kind::Unsupported, message)));
+    }
+
     fn close(self) -> Result<()> {
         Ok(())
     }
@@ -126,7 +139,6 @@ pub(super) struct WritableImage {
     pub(super) session: Option<SessionFile>,
     /// Its parents, its own first.
     pub(super) parents: Vec<ReadLayer>,
-    pub(super) disk: UringDisk,
 }
 
 impl WritableOpen {
@@ -150,7 +162,7 @@ impl WritableOpen {
             Some(parents) => parents,
             None => self.parents.of(&image, file.path(), reactor)?,
         };
-        Ok(WritableImage { image, session, parents, disk })
+        Ok(WritableImage { image, session, parents })
     }
 
     /// Looks at the image, and chooses the session to go on with. Nothing is written.
@@ -193,6 +205,16 @@ impl WritableOpen {
         choose_payload_io(disk.file(), &image.metadata)?;
         let session = session.map(|(session, ..)| session).or_else(|| self.start_session(&mut image, file));
         Ok((image, session))
+    }
+
+    /// Makes an image ready that was just made, as [`Self::open`] does.
+    pub(super) async fn start(
+        &self,
+        disk: &UringDisk,
+        file: FileId,
+        image: Image,
+    ) -> Result<(Image, Option<SessionFile>)> {
+        self.take(disk, file, Examined { clean: Some(image), session: None }).await
     }
 
     fn start_session(&self, image: &mut Image, file: FileId) -> Option<SessionFile> {

@@ -1,6 +1,7 @@
 //! All queues of a device: started, watched, drained and ended together.
 //!
-//! Queues and termination signals speak on one channel, so that the device's thread waits in one place.
+//! Queues, termination signals and the control socket speak on one channel, so that the device's thread waits in
+//! one place.
 //!
 //! Order on the way down: *settled* (every queue that was started has begun or has failed to), then the kernel
 //! stops the device, then *drained*, then *finished*. A queue that offered its tags only after the stop would
@@ -13,6 +14,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{SigSet, Signal};
 
 use super::queue::{Queue, QueueSetup, Report};
+use super::socket::Call;
 use crate::error::{Error, Kind, Result};
 
 /// How long the queues may take to be ready: only a hang, or a machine that starves, comes near it.
@@ -25,6 +27,7 @@ const DRAIN_DEADLINE: Duration = Duration::from_secs(30);
 enum Event {
     Signal(Signal),
     Queue(u16, Report),
+    Call(Call),
 }
 
 /// See the module's head.
@@ -75,14 +78,26 @@ impl Queues {
                     let message = format!("stopped by {signal} before the device was up");
                     return Err(Error::new(Kind::Io, message));
                 }
+                Event::Call(_) => panic!("the socket is made when the queues are ready"),
             }
         }
         Ok(())
     }
 
-    /// Waits until the device shall be taken down. An error when it has to be, for a failure.
-    pub(super) fn await_end(&mut self) -> Result<()> {
+    /// What passes calls on to the device's thread.
+    pub(super) fn caller(&self) -> impl Fn(Call) + Send + 'static {
+        let sender = self.sender.clone();
+        move |call| {
+            // Nobody listens any more: who called finds the answer's channel closed.
+            let _ = sender.send(Event::Call(call));
+        }
+    }
+
+    /// Waits for the next call, or until the device shall be taken down: none. An error when it has to be, for a
+    /// failure.
+    pub(super) fn next_call(&mut self) -> Result<Option<Call>> {
         match self.next(None)? {
+            Event::Call(call) => return Ok(Some(call)),
             Event::Signal(signal) => tracing::info!("stopping: {signal}"),
             Event::Queue(_, Report::Drained) => {
                 tracing::info!("stopping: somebody else has stopped the device");
@@ -92,7 +107,7 @@ impl Queues {
                 panic!("queue {queue} has begun before")
             }
         }
-        Ok(())
+        Ok(None)
     }
 
     /// Waits until every queue that was started has begun, or has failed to.
@@ -113,7 +128,7 @@ impl Queues {
     }
 
     /// Takes events until `is_done`. A queue that fails is an error; everything else is only counted, signals
-    /// as well: the device is being taken down already.
+    /// and calls as well: the device is being taken down already.
     fn work_off(&mut self, deadline: Duration, is_done: impl Fn(&Self) -> bool) -> Result<()> {
         let until = Instant::now() + deadline;
         while !self.failed && !is_done(self) {
@@ -151,7 +166,7 @@ impl Queues {
             }
             Event::Queue(_, Report::Drained) => self.drained += 1,
             Event::Queue(_, Report::Failed(_)) => self.failed = true,
-            Event::Signal(_) => {}
+            Event::Signal(_) | Event::Call(_) => {}
         }
         Ok(event)
     }
@@ -213,7 +228,7 @@ mod tests {
         assert!(queues(1, [Report::Failed(failure())]).await_ready().is_err());
         assert!(queues(1, [Report::Failed(failure())]).settle().is_err());
         let mut up = queues(0, [Report::Failed(failure())]);
-        assert!(up.await_end().is_err());
+        assert!(up.next_call().is_err());
         assert!(
             up.settle().is_err(),
             "the kernel must not be asked to stop the device: it would never answer"
@@ -228,6 +243,6 @@ mod tests {
         assert!(coming_up.await_ready().expect_err("a signal").to_string().contains("SIGTERM"));
         let mut up = queues(0, []);
         up.sender.send(Event::Signal(Signal::SIGINT)).expect("the receiver is here");
-        assert!(up.await_end().is_ok());
+        assert!(matches!(up.next_call(), Ok(None)));
     }
 }

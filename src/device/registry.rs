@@ -241,6 +241,11 @@ impl Registry {
         self.directory.join(format!("{id}.log"))
     }
 
+    /// Where the daemon of device `id` listens.
+    pub fn socket_path(&self, id: u32) -> PathBuf {
+        self.directory.join(format!("{id}.sock"))
+    }
+
     fn entry_path(&self, id: u32) -> PathBuf {
         self.directory.join(format!("{id}.json"))
     }
@@ -284,6 +289,7 @@ impl Registry {
             }
             _ => {}
         }
+        let _ = fs::remove_file(self.socket_path(id)); // nobody listens there
         let log = self.log_path(id);
         if fs::metadata(&log).is_ok_and(|metadata| metadata.len() == 0) {
             let _ = fs::remove_file(log); // it holds nothing, so it does no harm either

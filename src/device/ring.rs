@@ -25,13 +25,16 @@ use nix::sys::eventfd::EventFd;
 
 use super::data::{Data, Transfer};
 use super::descriptor;
+use super::leaf::NextLeaf;
 use super::mailbox::Sender;
 use super::sys::Region;
 use super::token::Token;
+use crate::chain::MAX_DEPTH as MAX_LAYERS;
 use crate::disk::PAGE_BYTES;
 use crate::engine::front::{MAX_PIECES, Request};
 use crate::engine::message::ToEngine;
 use crate::engine::port::{FileIo, FileOp, LEAF, MAX_WRITE_ZEROS, PieceId, Port};
+use crate::engine::shared::Shared;
 use crate::error::{Error, Result};
 
 /// Places in the submission queue: a full one is submitted and filled again, so this bounds memory, not work.
@@ -41,13 +44,14 @@ const MAX_SUBMISSIONS: u32 = 4096;
 const MAX_SHORTAGES: u32 = 1000;
 const SHORTAGE_PAUSE: Duration = Duration::from_millis(2);
 
-/// The files of the ring: this one, the images of the chain, and the one that zeros come from.
+/// The files of the ring: this one, the one that zeros come from, and the images of the chain, the leaf last, with
+/// places for more.
 const CHARACTER_DEVICE: Fixed = Fixed(0);
+const ZEROS: Fixed = Fixed(1);
+const FIRST_IMAGE: u32 = 2;
 
-/// The file of a layer.
-fn image(layer: u8) -> Fixed {
-    Fixed(CHARACTER_DEVICE.0 + 1 + u32::from(layer))
-}
+/// A place without a file.
+const NO_FILE: i32 = -1;
 
 /// Bits of a command's number that hold it alone, as kernels before 6.4 want it.
 const LEGACY_MASK: u32 = 0xff;
@@ -70,6 +74,8 @@ pub(super) struct RingSetup {
     pub(super) character_device: Arc<File>,
     /// The images: the one that is served, its parent, and so on.
     pub(super) images: Arc<[File]>,
+    /// The one that is served later.
+    pub(super) next: NextLeaf,
     /// To the engine.
     pub(super) sender: Sender<ToEngine>,
     /// Wakes this queue.
@@ -133,6 +139,8 @@ pub(super) struct Ring {
     wake_count: Region,
     zeros: Region,
     setup: RingSetup,
+    /// How many images the chain has.
+    layers: usize,
     holders: Box<[Holder]>,
     /// Pieces that ended when they were submitted.
     filled: Vec<(PieceId, u32)>,
@@ -152,9 +160,10 @@ impl Ring {
         let data = Data::new(setup.transfer, setup.depth, setup.request_bytes);
         let mut data = data.map_err(failed("preparing for its data"))?;
         data.register(&uring, setup.depth).map_err(failed("registering its buffers"))?;
-        let images = setup.images.iter().map(AsRawFd::as_raw_fd);
-        let files = iter::once(setup.character_device.as_raw_fd()).chain(images);
-        let files: Vec<_> = files.chain(data.zeros_fd()).collect();
+        let images =
+            setup.images.iter().rev().map(AsRawFd::as_raw_fd).chain(iter::repeat(NO_FILE)).take(MAX_LAYERS);
+        let first = [setup.character_device.as_raw_fd(), data.zeros_fd().unwrap_or(NO_FILE)];
+        let files: Vec<_> = first.into_iter().chain(images).collect();
         uring.submitter().register_files(&files).map_err(failed("registering its files"))?;
         let (offset, length) = descriptor_range(setup.queue, setup.depth);
         let descriptors = Region::of_device(&setup.character_device, offset, length);
@@ -167,6 +176,7 @@ impl Ring {
             zeros: Region::zeros(bytes(MAX_WRITE_ZEROS)).map_err(failed("mapping zeros"))?,
             holders: vec![Holder::Nobody; usize::from(setup.depth)].into_boxed_slice(),
             filled: Vec::with_capacity(pieces),
+            layers: setup.images.len(),
             setup,
             ended: 0,
             file_io_in_flight: 0,
@@ -330,8 +340,10 @@ impl Ring {
         }
     }
 
-    fn zeros_file(&self) -> Fixed {
-        Fixed(CHARACTER_DEVICE.0 + 1 + u32::try_from(self.setup.images.len()).expect("at most 256"))
+    /// The file of a layer.
+    fn image(&self, layer: u8) -> Fixed {
+        let place = self.layers - 1 - usize::from(layer);
+        Fixed(FIRST_IMAGE + u32::try_from(place).expect("at most 256"))
     }
 
     fn assert_served(&self, tag: u16) {
@@ -346,24 +358,33 @@ impl Port for Ring {
         assert!(length > 0, "{piece:?}: I/O of nothing");
         self.assert_served(piece.tag);
         let entry = match op {
-            FileOp::Read => self.data.read(image(io.layer), piece.tag, io),
-            FileOp::FillZero => match self.data.fill_zero(self.zeros_file(), piece.tag, io) {
+            FileOp::Read => self.data.read(self.image(io.layer), piece.tag, io),
+            FileOp::FillZero => match self.data.fill_zero(ZEROS, piece.tag, io) {
                 Some(entry) => entry,
                 None => return self.filled.push((piece, length)),
             },
             FileOp::Write { durable } => {
                 let flags = if durable { libc::RWF_DSYNC } else { 0 };
-                self.data.write(image(LEAF), piece.tag, io, flags)
+                self.data.write(self.image(LEAF), piece.tag, io, flags)
             }
             FileOp::WriteZeros => {
                 let zeros = self.zeros.at(0, bytes(length));
-                opcode::Write::new(image(LEAF), zeros, length).offset(file_offset).build()
+                opcode::Write::new(self.image(LEAF), zeros, length).offset(file_offset).build()
             }
-            FileOp::ZeroRange => fallocate(libc::FALLOC_FL_ZERO_RANGE, file_offset, length),
-            FileOp::PunchHole => fallocate(libc::FALLOC_FL_PUNCH_HOLE, file_offset, length),
+            FileOp::ZeroRange => fallocate(self.image(LEAF), libc::FALLOC_FL_ZERO_RANGE, file_offset, length),
+            FileOp::PunchHole => fallocate(self.image(LEAF), libc::FALLOC_FL_PUNCH_HOLE, file_offset, length),
         };
         self.file_io_in_flight += 1;
         self.push(entry, Token::FileIo(piece));
+    }
+
+    fn change_leaf(&mut self) -> Option<Arc<Shared>> {
+        let leaf = self.setup.next.above(self.layers)?;
+        let place = FIRST_IMAGE + u32::try_from(self.layers).expect("at most 256");
+        let updated = self.uring.submitter().register_files_update(place, &[leaf.file.as_fd().as_raw_fd()]);
+        assert!(matches!(updated, Ok(1)), "a reserved place takes a file: {updated:?}");
+        self.layers += 1;
+        Some(leaf.shared)
     }
 
     fn send(&mut self, message: ToEngine) {
@@ -413,9 +434,9 @@ fn encode(queue: u16, tag: u16, result: i32, address: u64) -> [u8; 16] {
     bytes
 }
 
-fn fallocate(mode: i32, offset: u64, length: u32) -> squeue::Entry {
+fn fallocate(file: Fixed, mode: i32, offset: u64, length: u32) -> squeue::Entry {
     let mode = mode | libc::FALLOC_FL_KEEP_SIZE;
-    opcode::Fallocate::new(image(LEAF), u64::from(length)).offset(offset).mode(mode).build()
+    opcode::Fallocate::new(file, u64::from(length)).offset(offset).mode(mode).build()
 }
 
 /// A 32-bit length or offset as an index.

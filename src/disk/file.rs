@@ -125,6 +125,11 @@ impl ImageFile {
         Ok(Self { file, path: path.to_owned(), access, device, inode })
     }
 
+    /// Lets others read it too, who could not before: this process writes it no more.
+    pub fn share(&self) {
+        lock::share(&self.file);
+    }
+
     /// Moves all further I/O of this file past the host's page cache, and what is there out of it, if the host can
     /// do that in units of the image's logical sectors, of `logical_sector_size` bytes. Called once, before there is any I/O in
     /// flight.
@@ -313,6 +318,34 @@ fn unfit(alignment: DirectAlignment, sector_size: u32) -> Option<String> {
         let needed = offset.max(memory);
         format!("the host's direct I/O needs units of {needed} bytes, the logical sectors have {sector_size}")
     })
+}
+
+/// Makes the name of the file at `path` durable.
+///
+/// # Errors
+///
+/// [`Kind::Io`] when its folder cannot be synced.
+pub fn sync_folder_of(path: &Path) -> Result<()> {
+    let synced = File::open(folder_of(path)).and_then(|folder| folder.sync_all());
+    synced.map_err(|error| Error::io("syncing the folder of the new image", error).file(path))
+}
+
+/// The folder of the file at `path`.
+pub fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// Gives the file at `to` the permissions, and if possible the owner, of the one at `from`.
+///
+/// # Errors
+///
+/// [`Kind::Io`] when the permissions cannot be set.
+pub fn inherit(from: &Path, to: &Path) -> Result<()> {
+    let failed = |error| Error::io("taking over the file's permissions", error).file(from);
+    let old = fs::metadata(from).map_err(failed)?;
+    // Who may not give files away keeps them.
+    let _ = std::os::unix::fs::chown(to, Some(old.uid()), Some(old.gid()));
+    fs::set_permissions(to, old.permissions()).map_err(failed)
 }
 
 #[cfg(test)]

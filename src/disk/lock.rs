@@ -115,6 +115,13 @@ pub fn unlock(file: &File) {
     }
 }
 
+/// Gives back what only a writer holds, so that the lock is a reader's. No failure is told, as by [`unlock`].
+pub fn share(file: &File) {
+    for permission in Access::ReadWrite.held().iter().filter(|held| !Access::ReadOnly.held().contains(held)) {
+        let _ = set(file, libc::F_UNLCK, HELD_BASE + permission..HELD_BASE + permission + 1);
+    }
+}
+
 /// One round: take every lock, then look for conflicts; give every lock back unless all is well.
 fn attempt(file: &File, access: Access) -> Result<()> {
     let outcome = take(file, access).and_then(|()| look(file, access));

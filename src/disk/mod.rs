@@ -19,7 +19,7 @@ mod ring;
 mod uring;
 
 pub use buffer::{Buffer, PAGE_BYTES};
-pub use file::{HostRoom, ImageFile, PayloadIo, next_data};
+pub use file::{HostRoom, ImageFile, PayloadIo, folder_of, inherit, next_data, sync_folder_of};
 pub use lock::Access;
 pub use reactor::Reactor;
 pub use ring::Ring;

@@ -20,6 +20,12 @@ use crate::simulation::log_unit;
 /// How much of the BAT is built and written at a time.
 const BAT_CHUNK_BYTES: u64 = MIB;
 
+/// The size of a block of a new image, bytes, where nobody says otherwise: file systems stay small in it.
+pub const DEFAULT_BLOCK_SIZE: u32 = 2 << 20;
+
+/// The length of the log of a new image, bytes, where nobody says otherwise.
+pub const DEFAULT_LOG_LENGTH: u32 = 1 << 20;
+
 /// The length of the metadata region of a new image, bytes.
 const METADATA_BYTES: u64 = MIB;
 

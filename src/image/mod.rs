@@ -18,7 +18,7 @@ mod space;
 pub use bitmaps::{MAX_BITMAP_BYTES, PAGES_PER_CHUNK, SectorBitmaps};
 pub use block_map::{BlockMap, Mapping, SLOTS_PER_PAGE};
 pub use check::{Finding, KEPT_FINDINGS, LogFound, Report, Severity, check};
-pub use create::{Descent, InitialState, NewImage};
+pub use create::{DEFAULT_BLOCK_SIZE, DEFAULT_LOG_LENGTH, Descent, InitialState, NewImage};
 pub use headers::Headers;
 pub use memory::{Mismatch, Owner, Reserve, Session, SessionMemory};
 pub use open::{FoundLog, Image, Layout, Mode, payload_extent};

@@ -38,6 +38,10 @@ struct Ends {
 }
 
 impl Port for Ends {
+    fn change_leaf(&mut self) -> Option<Arc<Shared>> {
+        None
+    }
+
     fn submit(&mut self, piece: PieceId, io: FileIo) {
         assert_ne!(io.op, FileOp::FillZero, "{piece:?} misses: every block is in the file");
         self.pieces[self.live] = (piece, io.length.cast_signed());

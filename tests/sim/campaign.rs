@@ -106,9 +106,19 @@ pub fn scenarios() -> Vec<Scenario> {
     ];
     all.extend(deaths());
     all.extend(children());
+    all.extend(snapshots());
     all.push(Scenario {
         name: "sequences".into(),
         config: sequences(),
+        body: Body::Sequences(2),
+        seeds: SEQUENCE_SEEDS,
+    });
+    let mut config = sequences();
+    config.image.parent = Some(descent());
+    config.beginning = Beginning::Partial;
+    all.push(Scenario {
+        name: "child-sequences".into(),
+        config,
         body: Body::Sequences(2),
         seeds: SEQUENCE_SEEDS,
     });
@@ -212,6 +222,16 @@ fn children() -> [Scenario; 6] {
             40,
             Config { beginning: Beginning::Nothing, faults, ..child(tiny()) },
         ),
+    ]
+}
+
+/// Snapshots are taken while requests come.
+fn snapshots() -> [Scenario; 2] {
+    let faults = Faults { snapshot: 60, ..Faults::NONE };
+    let once = |name: &str, config| Scenario { name: name.into(), config, body: Body::Short, seeds: 60 };
+    [
+        once("snapshot", Config { faults, ..tiny() }),
+        once("snapshot-no-punch", Config { faults, can_punch: false, fronts: 3, ..tiny() }),
     ]
 }
 

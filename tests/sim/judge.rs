@@ -121,6 +121,12 @@ impl Judge {
         self.base = None;
     }
 
+    /// From now on the images are those of a child of the image so far.
+    pub fn descend(&mut self, config: &Config, geometry: Geometry, layout: Layout) {
+        (self.lineage, self.geometry, self.layout) = (Lineage::of(config), geometry, layout);
+        self.next_life();
+    }
+
     /// The power may be cut now: everything that this may leave keeps the promises.
     ///
     /// # Errors

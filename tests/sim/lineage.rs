@@ -5,6 +5,7 @@
 //! nobody's. Of the blocks behind these the bitmap has bits, which mean nothing: they are not there.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use uuid::Uuid;
 use vhdx_ublk::format::bat::{BITMAP_BLOCK_SIZE, BatEntry, Geometry, PayloadState};
@@ -36,6 +37,8 @@ pub struct Lineage {
     partial: BTreeSet<u64>,
     /// Blocks of whose chunks the file has bitmaps, with bits that mean nothing where blocks are not there.
     left_over: BTreeSet<u64>,
+    /// What the parent holds, if it was frozen by a snapshot, and what it was made of.
+    frozen: Option<Arc<(BTreeMap<u64, Value>, Lineage)>>,
 }
 
 /// What makes a new image a child.
@@ -51,6 +54,9 @@ impl Lineage {
     pub fn of(config: &Config) -> Self {
         if config.image.parent.is_none() {
             return Self::default();
+        }
+        if let Some(frozen) = &config.frozen {
+            return frozen.as_ref().clone();
         }
         let sector_bytes = u64::from(config.image.logical_sector_size);
         let block_bytes = u64::from(config.image.block_size);
@@ -71,7 +77,13 @@ impl Lineage {
             parents: parents.collect(),
             partial: partial.collect(),
             left_over,
+            frozen: None,
         }
+    }
+
+    /// The one of a child of an image that holds `values`, and elsewhere what `below` says.
+    pub fn frozen(values: BTreeMap<u64, Value>, below: Self) -> Self {
+        Self { frozen: Some(Arc::new((values, below))), ..Self::default() }
     }
 
     /// What `sector` holds before anything is written.
@@ -97,6 +109,13 @@ impl Lineage {
     }
 
     fn parents(&self, sector: u64) -> Value {
+        if let Some(frozen) = &self.frozen {
+            let (values, below) = frozen.as_ref();
+            return values.get(&sector).copied().unwrap_or_else(|| below.original(sector));
+        }
+        if self.sector_bytes == 0 {
+            return 0;
+        }
         let offset = sector * self.sector_bytes;
         let is_there =
             self.parents.contains(&(offset / u64::from(PARENT_BLOCK))) && offset < self.parent_bytes;

@@ -155,6 +155,14 @@ impl Oracle {
         history[floor.unwrap_or(0)..].iter().map(|entry| entry.value).collect()
     }
 
+    /// What `sector` may hold if nothing counts that is not acknowledged.
+    pub fn acknowledged(&self, sector: u64) -> Vec<Value> {
+        let Some(history) = self.sectors.get(&sector) else { return vec![self.lineage.original(sector)] };
+        let floor = history.iter().rposition(|entry| entry.supersedes && entry.acknowledged.is_some());
+        let known = history[floor.unwrap_or(0)..].iter().filter(|entry| entry.acknowledged.is_some());
+        known.map(|entry| entry.value).collect()
+    }
+
     /// Whether `sector` is one whose history is kept.
     pub fn watches(&self, sector: u64) -> bool {
         self.watched(sector, 1).next().is_some()

@@ -2,6 +2,7 @@
 //! and every wake-up is chosen by the seed.
 
 mod death;
+mod snapshot;
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -47,6 +48,8 @@ pub struct Config {
     pub descriptors: Option<usize>,
     /// What a child begins with.
     pub beginning: Beginning,
+    /// What the parents of a child hold that was made by a snapshot.
+    pub frozen: Option<Arc<Lineage>>,
     /// What goes wrong below.
     pub faults: Faults,
     /// How many of each kind of request are made, in parts of their sum: see [`Config::ALL_KINDS`].
@@ -79,12 +82,21 @@ pub struct Faults {
     pub slow_io: u32,
     /// The daemon is killed at one step in so many; 0 for never.
     pub death: u32,
+    /// A snapshot is taken at one step in so many; 0 for never.
+    pub snapshot: u32,
 }
 
 impl Faults {
     /// Nothing fails; what is slow now and then is ordinary.
-    pub const NONE: Self =
-        Self { again: 0, sync: false, durable_write: false, slow_syncs: false, slow_io: 6, death: 0 };
+    pub const NONE: Self = Self {
+        again: 0,
+        sync: false,
+        durable_write: false,
+        slow_syncs: false,
+        slow_io: 6,
+        death: 0,
+        snapshot: 0,
+    };
 }
 
 impl Config {
@@ -119,6 +131,7 @@ impl Config {
             width: WATCHED,
             descriptors: None,
             beginning: Beginning::Nothing,
+            frozen: None,
             faults: Faults::NONE,
             weights: Self::ALL_KINDS,
         }
@@ -147,6 +160,8 @@ struct Active {
 
 struct Host {
     front: Front,
+    /// What it goes on with after a hold.
+    next: Option<Arc<Shared>>,
     to_engine: VecDeque<ToEngine>,
     buffers: Vec<Vec<u8>>,
     active: Vec<Option<Active>>,
@@ -156,7 +171,8 @@ struct Host {
 struct SimPort<'a> {
     index: usize,
     disk: &'a SimDisk,
-    parent: &'a Store,
+    parents: &'a [Store],
+    next: &'a mut Option<Arc<Shared>>,
     slow_io: u32,
     rng: &'a mut Rng,
     to_engine: &'a mut VecDeque<ToEngine>,
@@ -171,7 +187,7 @@ impl Port for SimPort<'_> {
             FileOp::Read if io.layer == LEAF => Effect::Read { offset, length },
             FileOp::Read => {
                 let mut bytes = vec![0; length];
-                self.parent.read(offset, &mut bytes);
+                self.parents[usize::from(io.layer) - 1].read(offset, &mut bytes);
                 Effect::Given { bytes: Rc::new(bytes), length }
             }
             FileOp::FillZero => Effect::Given { bytes: Rc::new(vec![0; length]), length },
@@ -187,6 +203,10 @@ impl Port for SimPort<'_> {
         self.disk.issue(Owner::Front(self.index, piece), effect, slow);
     }
 
+    fn change_leaf(&mut self) -> Option<Arc<Shared>> {
+        self.next.take()
+    }
+
     fn send(&mut self, message: ToEngine) {
         self.to_engine.push_back(message);
     }
@@ -196,10 +216,10 @@ impl Port for SimPort<'_> {
     }
 }
 
-/// The parent as an engine has it, and its file.
-fn parents(lineage: &Lineage) -> (Vec<Parent<SimDisk>>, Store) {
-    let Some((file, map)) = lineage.parent() else { return (Vec::new(), Store::default()) };
-    (vec![Parent { disk: SimDisk::new(file.clone(), true, true, 512), map }], file)
+/// The parent, if there is one, as an engine has it, and its file.
+fn parents(lineage: &Lineage) -> (Vec<Parent<SimDisk>>, Vec<Store>) {
+    let Some((file, map)) = lineage.parent() else { return (Vec::new(), Vec::new()) };
+    (vec![Parent { disk: SimDisk::new(file.clone(), true, true, 512), map: map.into() }], vec![file])
 }
 
 /// What a run has exercised; a knob that never moved fails the test that looks at this.
@@ -238,8 +258,8 @@ pub struct World {
     pub config: Config,
     rng: Rng,
     disk: SimDisk,
-    /// The parent's file; empty if there is none.
-    parent: Store,
+    /// The parents' files, its own first.
+    parents: Vec<Store>,
     lineage: Lineage,
     tasks: Rc<SimTasks>,
     inbox: Rc<Inbox>,
@@ -266,6 +286,9 @@ pub struct World {
     /// What outlives the daemon.
     memory: SessionMemory,
     deaths: u64,
+    /// How many fronts hold, while they are asked to.
+    held: Option<usize>,
+    snapshots: usize,
 }
 
 /// What the last step found, to see what the next one changes.
@@ -288,22 +311,34 @@ pub fn new_image(config: &Config, rng: &mut Rng) -> Store {
     Lineage::of(config).begin(disk.content())
 }
 
+/// An image that a world serves.
+struct Opened {
+    image: Image,
+    disk: SimDisk,
+    memory: SessionMemory,
+}
+
+fn open_image(config: &Config, content: Store, guids: &mut impl FnMut() -> Uuid) -> Opened {
+    let disk = SimDisk::new(content, true, config.can_punch, config.image.logical_sector_size);
+    let mut image = block_on(Image::open(&disk, Mode::Writable, guids)).expect("the image opens");
+    block_on(image.read_bitmaps(&disk)).expect("they are there");
+    let memory = death::start_session(&mut image);
+    disk.set_immediate(false);
+    disk.slow_syncs(config.faults.slow_syncs);
+    disk.set_metadata(Places::below(image.layout.bat.end()));
+    Opened { image, disk, memory }
+}
+
 impl World {
     /// A world that opens the image in `content` for writing.
     pub fn open(config: Config, content: Store, oracle: Oracle, mut rng: Rng) -> Self {
-        let disk = SimDisk::new(content, true, config.can_punch, config.image.logical_sector_size);
         let mut guids = guids(&mut rng);
-        let mut image = block_on(Image::open(&disk, Mode::Writable, &mut guids)).expect("the image opens");
-        block_on(image.read_bitmaps(&disk)).expect("they are there");
-        let memory = death::start_session(&mut image);
-        disk.set_immediate(false);
-        disk.slow_syncs(config.faults.slow_syncs);
-        disk.set_metadata(Places::below(image.layout.bat.end()));
+        let Opened { image, disk, memory } = open_image(&config, content, &mut guids);
         let layout = image.layout;
         let tasks = Rc::new(SimTasks::default());
         let inbox = Rc::new(Inbox(RefCell::new(vec![VecDeque::new(); config.fronts])));
         let lineage = Lineage::of(&config);
-        let (parents, parent) = parents(&lineage);
+        let (parents, parent_files) = parents(&lineage);
         let engine = Engine::new(image, disk.clone(), parents, tasks.clone(), inbox.clone(), Box::new(guids));
         let engine = engine.expect("the image is writable");
         let hosts = (0..config.fronts).map(|_| Host::new(engine.shared().clone(), config.depth)).collect();
@@ -312,7 +347,7 @@ impl World {
             config,
             rng,
             disk,
-            parent,
+            parents: parent_files,
             lineage,
             tasks,
             inbox,
@@ -333,6 +368,8 @@ impl World {
             marks: Marks::default(),
             memory,
             deaths: 0,
+            held: None,
+            snapshots: 0,
         }
     }
 
@@ -422,6 +459,14 @@ impl World {
     pub fn step(&mut self) -> bool {
         if self.config.faults.death > 0 && self.rng.u32(..self.config.faults.death) == 0 {
             self.die();
+            return true;
+        }
+        let snapshot = self.config.faults.snapshot;
+        let may = self.held.is_none()
+            && self.snapshots < snapshot::MAX_SNAPSHOTS
+            && self.issued < self.config.requests;
+        if snapshot > 0 && may && self.rng.u32(..snapshot) == 0 {
+            self.snapshot();
             return true;
         }
         let tasks = self.tasks.ready();
@@ -728,7 +773,10 @@ impl World {
 
     fn deliver_to_engine(&mut self, index: usize) {
         let message = self.hosts[index].to_engine.pop_front().expect("checked by the caller");
-        self.engine.receive(index, message);
+        match (message, &mut self.held) {
+            (ToEngine::Held, Some(held)) => *held += 1,
+            _ => self.engine.receive(index, message),
+        }
     }
 
     fn with_front(&mut self, index: usize, act: impl FnOnce(&mut Front, &mut SimPort<'_>)) {
@@ -736,7 +784,8 @@ impl World {
         let mut port = SimPort {
             index,
             disk: &self.disk,
-            parent: &self.parent,
+            parents: &self.parents,
+            next: &mut host.next,
             slow_io: self.config.faults.slow_io,
             rng: &mut self.rng,
             to_engine: &mut host.to_engine,
@@ -800,6 +849,7 @@ impl Host {
     fn new(shared: Arc<Shared>, depth: u16) -> Self {
         Self {
             front: Front::new(shared, depth),
+            next: None,
             to_engine: VecDeque::new(),
             buffers: vec![Vec::new(); usize::from(depth)],
             active: (0..depth).map(|_| None).collect(),

@@ -1,0 +1,71 @@
+//! `snapshot`: freezes the image of a device as the parent of a new one.
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use vhdx_ublk::device::socket::{self, Command};
+use vhdx_ublk::device::stop::{self, Target};
+use vhdx_ublk::disk::folder_of;
+use vhdx_ublk::error::{Error, Kind, Result};
+
+use super::{holders, output};
+
+/// Freeze the image of a device as the parent of a new one, which is served from then on.
+///
+/// File systems that are mounted go on; requests wait for some milliseconds. The frozen image is what the device held
+/// at that moment, closed cleanly, and does not change any more: copy it, check it, or go back to it.
+#[derive(clap::Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct Snapshot {
+    /// The device: its number, /dev/ublkbN, or the path of its image
+    target: OsString,
+    /// The new image; there must be nothing yet
+    image: PathBuf,
+    /// Answer as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+const AFTER_HELP: &str = "\
+Examples:
+  vhdx-ublk snapshot 0 monday.vhdx
+  vhdx-ublk snapshot disk.vhdx /snapshots/monday.vhdx --json
+
+The new image finds its parent by its path: move both, or none. What a file system has not
+written yet is not in the frozen image: `sync` first, or freeze it (fsfreeze) for files that
+are whole.
+Exit status: 0 the new image is served, 1 failure (and the old one still is), 2 wrong usage.";
+
+impl Snapshot {
+    /// Runs the command.
+    pub fn run(&self) -> Result<()> {
+        let target = Target::parse(&self.target);
+        let registry = holders::registry()?.ok_or_else(|| holders::nothing_serves(&target))?;
+        let entry = stop::find(&registry, &target)?.entry;
+        let device = entry.device.display();
+        if !entry.daemon.is_alive() {
+            let message = format!("the daemon of {device} is gone");
+            return Err(Error::new(Kind::NotFound, message).remedy(format!("vhdx-ublk recover {}", entry.id)));
+        }
+        let image = absolute(&self.image)?;
+        let snapped = socket::ask(&registry.socket_path(entry.id), &Command::Snapshot { image })?;
+        if self.json {
+            return output::print_json(&snapped);
+        }
+        let (image, parent) = (snapped.image.display(), snapped.parent.display());
+        let pause = snapped.pause_us.div_ceil(1000);
+        output::print(&format!(
+            "{image} is served as {device} now; {parent} is its parent (pause: {pause} ms)"
+        ))
+    }
+}
+
+/// The path of a file that is not there yet, from the root.
+fn absolute(path: &Path) -> Result<PathBuf> {
+    let folder = fs::canonicalize(folder_of(path));
+    let folder = folder.map_err(|error| Error::io("finding the folder", error).file(path))?;
+    let name =
+        path.file_name().ok_or_else(|| Error::new(Kind::Usage, "the new image has no name").file(path))?;
+    Ok(folder.join(name))
+}

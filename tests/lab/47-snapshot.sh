@@ -1,0 +1,132 @@
+# Snapshots of devices in use: what is frozen is the device at one moment, and what is served goes on.
+# shellcheck shell=bash
+
+stamper() { "${VHDX_STAMPER:-$(dirname "$VHDX_UBLK")/examples/stamper}" "$@"; }
+
+# Takes a snapshot of the only device and keeps the pause, in microseconds, in `pauses`.
+snap() { ublk snapshot 0 "$1" --json | tr -d ' \n' | grep -o '"pause_us":[0-9]*' | cut -d: -f2 >>pauses; }
+
+tell_pauses() {
+    local count p99
+    count=$(wc -l <pauses)
+    p99=$(sort -n pauses | sed -n "$(((count * 99 + 99) / 100))p")
+    note "$count snapshots $1: pause p99 $p99 us, median $(sort -n pauses | sed -n "$(((count + 1) / 2))p") us"
+}
+
+# A verifying writer works all the time; each frozen image passes the examination, and the last chain has it all.
+snapshots_under_writer() {
+    local device writer number status=0
+    ublk create 0.vhdx --size 1G --block-size 1M
+    device=$(ublk add 0.vhdx --id 0 --queues 2)
+    rm -f stop pauses
+    stamper "$device" stop >stamper.log 2>&1 &
+    writer=$!
+    for number in $(seq "$1"); do
+        sleep "0.$((RANDOM % 3))$((RANDOM % 10))"
+        snap "$number.vhdx"
+        ! "${2:-false}" || { kill -9 "$(daemon_pid)"; ublk recover "$device" >/dev/null; }
+    done
+    touch stop
+    wait "$writer" || status=1
+    [ $status -eq 0 ] || { cat stamper.log; cat /run/vhdx-ublk/*.log; fail "something was lost"; }
+    ublk del "$device"
+    qemu-img check -q 0.vhdx
+    ublk check "$1.vhdx" >/dev/null
+    [ "$(ublk info --chain --json "$1.vhdx" | grep -c '"image"')" -eq "$(($1 + 1))" ] || fail "the chain is too short"
+    tell_pauses "under a writer"
+    [ -z "$(ls /run/vhdx-ublk/*.session 2>/dev/null)" ] || fail "a session outlives the clean close"
+}
+
+test_snapshot_under_a_verifying_writer() { snapshots_under_writer 40; }
+test_snapshot_and_kill() { snapshots_under_writer 20 true; }
+test_snapshot_zero_copy() { zero_copy=on snapshots_under_writer 10; }
+
+# The daemon is killed in the middle of a snapshot: the device comes back with the one image or the other.
+test_snapshot_killed_in_the_middle() {
+    local device writer number status=0 taken=0
+    ublk create 0.vhdx --size 1G --block-size 1M
+    device=$(ublk add 0.vhdx --id 0)
+    rm -f stop
+    stamper "$device" stop >stamper.log 2>&1 &
+    writer=$!
+    for number in $(seq 30); do
+        ublk snapshot 0 "$number.vhdx" >/dev/null 2>&1 &
+        sleep "0.0$((RANDOM % 10))$((RANDOM % 10))"
+        kill -9 "$(daemon_pid)"
+        wait $! || true
+        ublk recover "$device" >/dev/null || fail "not recovered after kill $number"
+        ! ublk list --json | grep -q "/$number.vhdx" || taken=$((taken + 1))
+    done
+    touch stop
+    wait "$writer" || status=1
+    [ $status -eq 0 ] || { cat stamper.log; cat /run/vhdx-ublk/*.log; fail "something was lost"; }
+    note "$taken of 30 snapshots were taken before the kill"
+    ublk del "$device"
+}
+
+# fio verifies every byte that it has written before, between and after the snapshots.
+test_snapshot_under_fio() {
+    local device fio
+    ublk create 0.vhdx --size 1G
+    device=$(ublk add 0.vhdx --id 0 --queues 2)
+    fio --name=verify --filename="$device" --direct=1 --ioengine=io_uring --iodepth=16 --rw=randrw --bsrange=4k-256k \
+        --blockalign=4k --size=512m --io_size=1500m --verify=crc32c --verify_fatal=1 --verify_backlog=64 --minimal >fio.log 2>&1 &
+    fio=$!
+    rm -f pauses
+    for number in $(seq 20); do
+        sleep 0.2
+        snap "$number.vhdx"
+    done
+    wait $fio || fail "$(cut -c1-300 fio.log)"
+    tell_pauses "under fio"
+    ublk del "$device"
+}
+
+# A mounted file system is written to all the time. What was frozen is as after a power cut: its journal makes it whole.
+test_snapshot_of_a_mounted_ext4() {
+    local device writer number
+    ublk create 0.vhdx --size 2G
+    device=$(ublk add 0.vhdx --id 0)
+    mkfs.ext4 -q "$device"
+    mount "$device" "$mnt"
+    (while [ ! -e stop ]; do copy_real_files 20 "$mnt/$RANDOM"; done) &
+    writer=$!
+    rm -f pauses
+    for number in $(seq 5); do
+        sleep 1
+        snap "$number.vhdx"
+    done
+    touch stop
+    wait $writer || true # the disk may be full
+    manifest "$mnt" >before
+    umount "$mnt"
+    tell_pauses "under a mounted ext4"
+    qemu-img convert -f vhdx -O raw 0.vhdx frozen.raw || fail "QEMU does not read the frozen image"
+    e2fsck -p frozen.raw >fsck.log || [ $? -le 1 ] || fail "$(cat fsck.log)"
+    e2fsck -fn frozen.raw >fsck.log 2>&1 || fail "$(cat fsck.log)"
+    ublk del "$device"
+    device=$(ublk add --read-only 5.vhdx)
+    e2fsck -fn "$device" >fsck.log 2>&1 || fail "$(cat fsck.log)"
+    mount -o ro "$device" "$mnt"
+    manifest "$mnt" | diff -q - before || fail "files have changed"
+    umount "$mnt"
+    ublk del "$device"
+}
+
+test_snapshot_refusals() {
+    local device
+    ublk create 0.vhdx --size 1G
+    device=$(ublk add 0.vhdx)
+    echo mine >taken.vhdx
+    ! ublk snapshot "$device" taken.vhdx 2>said || fail "a file was replaced"
+    [ "$(cat taken.vhdx)" = mine ] || fail "a file was written"
+    ! ublk snapshot "$device" nowhere/new.vhdx 2>said || fail "there is no such folder"
+    write_stamps "$device" 10 20 3
+    check_stamps "$device" 10 20 3
+    ublk del "$device"
+    device=$(ublk add --read-only 0.vhdx)
+    ! ublk snapshot "$device" new.vhdx 2>said || fail "nobody writes to it"
+    grep -q 'read-only' said || fail "$(cat said)"
+    [ ! -e new.vhdx ] || fail "something was left behind"
+    ublk del "$device"
+}

@@ -1,0 +1,124 @@
+//! The image that is served becomes the parent of a new one, while requests come.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use fastrand::Rng;
+use vhdx_ublk::engine::message::ToFront;
+use vhdx_ublk::engine::{Engine, Parent};
+use vhdx_ublk::image::BlockMap;
+
+use super::{Beginning, Config, Opened, Seen, World, check_recovery, guids, open_image, read_sector};
+use crate::sim::disk::SimDisk;
+use crate::sim::lineage::{Lineage, descent};
+use crate::sim::oracle::Value;
+use crate::sim::store::Store;
+use crate::sim::tasks::block_on;
+use crate::sim::violation::violated;
+
+/// How many snapshots are taken of one device, at most.
+pub(super) const MAX_SNAPSHOTS: usize = 3;
+
+/// Steps in which a hold, or a freeze, must come to its end.
+const MAX_STEPS: usize = 1_000_000;
+
+impl World {
+    /// Freezes the image and goes on with a child of it, in the steps of the device's.
+    pub(super) fn snapshot(&mut self) {
+        self.marks.hit("snapshots");
+        self.hold();
+        self.freeze();
+        let values = self.examine_frozen();
+        self.descend(values);
+        for front in 0..self.hosts.len() {
+            self.inbox.0.borrow_mut()[front].push_back(ToFront::Release);
+        }
+    }
+
+    fn hold(&mut self) {
+        self.held = Some(0);
+        for front in 0..self.hosts.len() {
+            self.inbox.0.borrow_mut()[front].push_back(ToFront::Hold);
+        }
+        self.step_until("the fronts hold", |world| world.held == Some(world.hosts.len()));
+    }
+
+    fn freeze(&mut self) {
+        let engine = self.engine.clone();
+        let frozen = self.tasks.start(async move { engine.freeze().await });
+        self.step_until("the image is frozen", |_| frozen.borrow().is_some());
+        if frozen.borrow().as_ref().is_some_and(|frozen| *frozen != Ok(())) {
+            violated("the image does not freeze".into());
+        }
+        self.held = None;
+    }
+
+    fn step_until(&mut self, what: &str, is_done: impl Fn(&Self) -> bool) {
+        let mut steps = 0;
+        while !is_done(self) {
+            steps += 1;
+            if !self.step() || steps > MAX_STEPS {
+                violated(format!("it never comes that {what}"));
+            }
+        }
+    }
+
+    /// What is frozen is durable and sound, and holds what was acknowledged and nothing else.
+    fn examine_frozen(&mut self) -> BTreeMap<u64, Value> {
+        let at_risk = self.disk.at_risk(|_, changes, _| changes.len());
+        if at_risk > 0 {
+            violated(format!("{at_risk} changes of a frozen image are not durable"));
+        }
+        let (content, mut oracle) = (self.disk.content(), self.oracle.clone());
+        let sound = check_recovery(&self.config, &content, &mut oracle, &mut self.rng, &mut self.activation);
+        sound.unwrap_or_else(|why| violated(format!("a frozen image: {why}")));
+        let map = &self.engine.shared().map;
+        let mut values = BTreeMap::new();
+        for sector in self.oracle.touched() {
+            let value = self.read_frozen(map, &content, sector);
+            if !self.oracle.acknowledged(sector).contains(&value) {
+                violated(format!("a frozen image: {}", self.oracle.explain(sector, value)));
+            }
+            values.insert(sector, value);
+        }
+        values
+    }
+
+    fn read_frozen(&self, map: &BlockMap, content: &Store, sector: u64) -> Value {
+        read_sector(map, &self.lineage, content, sector)
+            .unwrap_or_else(|why| violated(format!("a frozen image: {why}")))
+    }
+
+    /// Goes on with a child of the frozen image, which holds `values`.
+    fn descend(&mut self, values: BTreeMap<u64, Value>) {
+        self.lineage = Lineage::frozen(values, self.lineage.clone());
+        self.config.image.parent = Some(descent());
+        self.config.beginning = Beginning::Nothing;
+        self.config.frozen = Some(Arc::new(self.lineage.clone()));
+        let (frozen, old) = (self.disk.content(), self.engine.clone());
+        self.parents.insert(0, frozen);
+        let disks = self.parents.iter().map(|file| SimDisk::new(file.clone(), true, true, 512));
+        let maps = old.shared().layers().cloned();
+        let parents = disks.zip(maps).map(|(disk, map)| Parent { disk, map }).collect();
+        let mut rng = self.rng.fork();
+        let Opened { image, disk, memory } = new_leaf(&self.config, &mut rng);
+        (self.disk, self.memory, self.layout) = (disk, memory, image.layout);
+        let (tasks, inbox) = (self.tasks.clone(), self.inbox.clone());
+        let engine = Engine::new(image, self.disk.clone(), parents, tasks, inbox, Box::new(guids(&mut rng)));
+        self.engine = engine.expect("a new image is writable");
+        for host in &mut self.hosts {
+            host.next = Some(self.engine.shared().clone());
+        }
+        self.seen = Seen::default();
+        self.snapshots += 1;
+        if let Some(judge) = &mut self.judge {
+            judge.descend(&self.config, *self.engine.shared().geometry(), self.layout);
+        }
+    }
+}
+
+fn new_leaf(config: &Config, rng: &mut Rng) -> Opened {
+    let disk = SimDisk::new(Store::default(), true, config.can_punch, config.image.logical_sector_size);
+    block_on(config.image.write(&disk, guids(rng))).expect("the configuration is legal");
+    open_image(config, disk.content(), &mut guids(rng))
+}
