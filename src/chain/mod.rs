@@ -10,6 +10,6 @@ mod path;
 mod search;
 
 pub use kinship::descent;
-pub use open::{Layer, MAX_DEPTH, open_parents};
+pub use open::{Known, Layer, MAX_DEPTH, Relative, follow_parents, open_parents};
 pub use path::PathMap;
 pub use search::Search;

@@ -15,11 +15,12 @@ use std::time::Duration;
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use uuid::Uuid;
 
-use vhdx_ublk::chain::Layer;
+use vhdx_ublk::chain::{Known, Layer, Relative};
 use vhdx_ublk::device::session;
 use vhdx_ublk::disk::{Access, Buffer, Disk, ImageFile, next_data};
 use vhdx_ublk::error::{Error, Kind, Result};
-use vhdx_ublk::image::{Image, Mode};
+use vhdx_ublk::format::metadata::Metadata;
+use vhdx_ublk::image::{Identity, Image, Mode};
 
 use super::holders;
 
@@ -54,6 +55,40 @@ impl Layer for Seen {
     fn path(&self) -> &Path {
         &self.path
     }
+}
+
+/// An image of which only the identity is known. Nobody writes to it while this lives.
+pub struct Identified {
+    /// What it is, and where.
+    pub known: Known,
+    /// The same file, to be examined.
+    pub disk: Plain,
+    _lock: ImageFile,
+}
+
+impl Relative for Identified {
+    fn metadata(&self) -> &Metadata {
+        self.known.metadata()
+    }
+
+    fn data_write_guid(&self) -> Uuid {
+        self.known.data_write_guid()
+    }
+
+    fn path(&self) -> &Path {
+        self.known.path()
+    }
+}
+
+/// Identifies the image at `path`, whatever its blocks are like.
+///
+/// # Errors
+///
+/// Those of [`ImageFile::open`] and [`Identity::read`].
+pub fn identify(path: &Path) -> Result<Identified> {
+    let (disk, lock) = lock_for_reading(path)?;
+    let identity = smol::block_on(Identity::read(&disk)).map_err(|error| error.file(path))?;
+    Ok(Identified { known: Known { identity, path: lock.path().to_owned() }, disk, _lock: lock })
 }
 
 /// Looks at the image at `path`.
