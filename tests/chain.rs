@@ -16,7 +16,7 @@ use fastrand::Rng;
 use sim::tasks::block_on;
 use sim::world::Config;
 use uuid::Uuid;
-use vhdx_ublk::chain::{self, Layer as _, MAX_DEPTH, Search};
+use vhdx_ublk::chain::{self, Layer as _, MAX_DEPTH, MAX_NEIGHBOURS, Search};
 use vhdx_ublk::engine::front::{Front, MAX_PIECES, Op, Request};
 use vhdx_ublk::engine::message::ToEngine;
 use vhdx_ublk::engine::port::{FileIo, FileOp, PieceId, Port};
@@ -370,6 +370,43 @@ fn a_parent_that_is_nowhere_is_asked_for() {
     let (kind, text) = folder.refusal(&leaf, &Search::default());
     assert_eq!(kind, Kind::NotFound);
     assert!(text.contains(r"..\lost\base.vhdx"), "{text}");
+}
+
+/// What was made of an image is found beside it, whatever its name's letters; nothing else is.
+#[test]
+fn the_children_beside_an_image_are_found() {
+    let mut folder = Folder::default();
+    let base = folder.add("base.vhdx", image(LINKAGE, None));
+    let child = |linkage, linkage2, path: &str| image(OTHER, Some(locator(linkage, linkage2, path)));
+    let one = folder.add("one.vhdx", child(LINKAGE, Uuid::nil(), r".\base.vhdx"));
+    let merging = folder.add("Two.AVHDX", child(LINKAGE2, LINKAGE, r".\BASE.VHDX"));
+    folder.add("of-an-older-base.vhdx", child(LINKAGE2, Uuid::nil(), r".\base.vhdx"));
+    folder.add("of-a-copy.vhdx", child(LINKAGE, Uuid::nil(), r".\copy.vhdx"));
+    folder.add("copy.vhdx", image(LINKAGE, None));
+    folder.add("called-otherwise.bak", child(LINKAGE, Uuid::nil(), r".\base.vhdx"));
+    fs::write(folder.path("no-image.vhdx"), "").expect("room");
+    fs::create_dir(folder.path("folder.vhdx")).expect("a folder");
+    let link = folder.path("another-name-of-it.vhdx");
+    fs::hard_link(&base, &link).expect("one file system");
+    let parent = folder.open(&base).expect("an image");
+    let found = chain::children_beside(&parent, &Search::default(), |path| folder.open(path));
+    assert_eq!(found, [merging, one]);
+}
+
+#[test]
+fn a_full_folder_is_not_read_to_its_end() {
+    let mut folder = Folder::default();
+    let base = folder.add("base.vhdx", image(LINKAGE, None));
+    for number in 0..2 * MAX_NEIGHBOURS {
+        fs::write(folder.path(&format!("{number}.vhdx")), "").expect("room");
+    }
+    let parent = folder.open(&base).expect("an image");
+    let mut looked_at = 0;
+    let found = chain::children_beside(&parent, &Search::default(), |path| {
+        looked_at += 1;
+        folder.open(path)
+    });
+    assert_eq!((found, looked_at), (Vec::new(), MAX_NEIGHBOURS));
 }
 
 /// A child with block 0 partially present; the log holds a newer page of its bitmap than the file.

@@ -4,11 +4,13 @@
 //! the child was made, which decides: a parent that was written since would show the child's reader a disk that
 //! never was.
 
+mod children;
 mod kinship;
 mod open;
 mod path;
 mod search;
 
+pub use children::{MAX_NEIGHBOURS, children_beside, is_made_of};
 pub use kinship::descent;
 pub use open::{Known, Layer, MAX_DEPTH, Relative, follow_parents, open_parents};
 pub use path::PathMap;

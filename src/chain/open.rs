@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
 
+use super::children::is_made_of;
 use super::search::Search;
 use crate::error::{Error, Kind, Result};
 use crate::format::guid;
@@ -168,10 +169,9 @@ const REMEDY: &str = "name the right file with --parent, or what its drive is he
 
 /// Whether `parent` is what `child` was made of.
 fn recognise(child: &dyn Relative, locator: &ParentLocator, parent: &dyn Relative) -> Result<()> {
-    let found = parent.data_write_guid();
     let linkage = locator.linkage().map_err(|error| error.file(child.path()))?;
-    if found != linkage && locator.linkage2() != Some(found) {
-        let (found, wanted) = (guid::print(found), guid::print(linkage));
+    if !is_made_of(child, parent) {
+        let (found, wanted) = (guid::print(parent.data_write_guid()), guid::print(linkage));
         let message = format!(
             "it is not the parent of {}, or was written since that was made: its DataWriteGuid is {found}, {wanted} \
              is wanted",

@@ -91,6 +91,22 @@ pub fn identify(path: &Path) -> Result<Identified> {
     Ok(Identified { known: Known { identity, path: lock.path().to_owned() }, disk, _lock: lock })
 }
 
+/// Identifies the image at `path` without its lock, as it is at this moment.
+///
+/// # Errors
+///
+/// Those of [`Identity::read`], and [`Kind::Unsupported`] if it is no regular file.
+pub fn identify_unlocked(path: &Path) -> Result<Known> {
+    let failed = |error| Error::io("identifying the image", error).file(path);
+    let file = open_quietly(path).map_err(failed)?;
+    if !file.metadata().map_err(failed)?.is_file() {
+        return Err(Error::new(Kind::Unsupported, "it is no regular file").file(path));
+    }
+    let path = fs::canonicalize(path).map_err(failed)?;
+    let identity = smol::block_on(Identity::read(&Plain(file))).map_err(|error| error.file(&path))?;
+    Ok(Known { identity, path })
+}
+
 /// Looks at the image at `path`.
 ///
 /// # Errors
