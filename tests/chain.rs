@@ -13,6 +13,7 @@ use std::sync::Arc;
 
 use craft::{Change, Craft, END, LOG_GUID, LogEntry, METADATA, MIB};
 use fastrand::Rng;
+use sim::disk::SimDisk;
 use sim::tasks::block_on;
 use sim::world::Config;
 use uuid::Uuid;
@@ -24,7 +25,7 @@ use vhdx_ublk::engine::shared::{Layer, Shared};
 use vhdx_ublk::error::{Error, Kind, Result};
 use vhdx_ublk::format::bat::{BITMAP_BLOCK_SIZE, BatEntry, Geometry};
 use vhdx_ublk::format::locator::{PARENT_LINKAGE, PARENT_LINKAGE2, ParentLocator, RELATIVE_PATH};
-use vhdx_ublk::image::{BlockMap, Image, Mode, SectorBitmaps};
+use vhdx_ublk::image::{BlockMap, Identity, Image, Mode, SectorBitmaps};
 
 /// Bytes on either side of a chunk's end, and at the disk's start, where the layers have something.
 const WINDOW: u64 = 4 * MIB;
@@ -391,6 +392,26 @@ fn the_children_beside_an_image_are_found() {
     let parent = folder.open(&base).expect("an image");
     let found = chain::children_beside(&parent, &Search::default(), |path| folder.open(path));
     assert_eq!(found, [merging, one]);
+}
+
+/// An image is told by what its log makes of it, unless that is too long to be read; what its blocks are like is all
+/// one.
+#[test]
+fn an_identity_is_that_of_the_replayed_image() {
+    let mut child = image(OTHER, Some(locator(LINKAGE, Uuid::nil(), r".\base.vhdx")));
+    child.set_slot(0, 4);
+    child.name_log(LOG_GUID);
+    let identity = |child: &Craft, longest_log| {
+        let disk = SimDisk::new(child.file.clone(), true, true, 512);
+        block_on(Identity::read(&disk, longest_log))
+    };
+    let found = identity(&child, u64::MAX).expect("only a block is damaged");
+    assert_eq!(found.data_write_guid, OTHER);
+    assert_eq!(found.metadata.parent_locator.expect("a child").linkage().expect("a linkage"), LINKAGE);
+    child.write_log(0, &LogEntry::new(1, 0, &[Change::Page { at: METADATA, fill: 1 }]).encode());
+    let error = identity(&child, u64::MAX).expect_err("no metadata table is left");
+    assert_eq!(error.kind(), Kind::Corrupt, "{error}");
+    assert_eq!(identity(&child, 1).expect("its log is too long").data_write_guid, OTHER);
 }
 
 #[test]

@@ -107,7 +107,7 @@ fn repair(path: &Path, search: &Search) -> Result<Checked> {
 
 /// The image as its parents' child, unless it is beyond reading: its own report says so then.
 async fn leaf<D: Disk>(disk: &D, path: &Path) -> Result<Option<Known>> {
-    match Identity::read(disk).await {
+    match Identity::read(disk, u64::MAX).await {
         Ok(identity) => Ok(Some(Known { identity, path: path.to_owned() })),
         Err(error) if matches!(error.kind(), Kind::Corrupt | Kind::Truncated) => Ok(None),
         Err(error) => Err(error.file(path)),

@@ -30,6 +30,10 @@ const ATTEMPTS: u32 = 3;
 /// The pause between two of them: more than a commit of metadata takes.
 const PAUSE: Duration = Duration::from_millis(100);
 
+/// The longest log that is looked into where many images are only glanced at: several times what programs make by
+/// default, and a folder full of them is read in seconds.
+const MAX_GLANCE_LOG_BYTES: u64 = 8 << 20;
+
 /// The unit of `st_blocks`, whatever the file system's own block size.
 const STAT_BLOCK_BYTES: u64 = 512;
 
@@ -87,11 +91,11 @@ impl Relative for Identified {
 /// Those of [`ImageFile::open`] and [`Identity::read`].
 pub fn identify(path: &Path) -> Result<Identified> {
     let (disk, lock) = lock_for_reading(path)?;
-    let identity = smol::block_on(Identity::read(&disk)).map_err(|error| error.file(path))?;
+    let identity = smol::block_on(Identity::read(&disk, u64::MAX)).map_err(|error| error.file(path))?;
     Ok(Identified { known: Known { identity, path: lock.path().to_owned() }, disk, _lock: lock })
 }
 
-/// Identifies the image at `path` without its lock, as it is at this moment.
+/// Identifies the image at `path` without its lock, as it is at this moment. Whatever it is, this does not take long.
 ///
 /// # Errors
 ///
@@ -103,7 +107,8 @@ pub fn identify_unlocked(path: &Path) -> Result<Known> {
         return Err(Error::new(Kind::Unsupported, "it is no regular file").file(path));
     }
     let path = fs::canonicalize(path).map_err(failed)?;
-    let identity = smol::block_on(Identity::read(&Plain(file))).map_err(|error| error.file(&path))?;
+    let identity = smol::block_on(Identity::read(&Plain(file), MAX_GLANCE_LOG_BYTES))
+        .map_err(|error| error.file(&path))?;
     Ok(Known { identity, path })
 }
 

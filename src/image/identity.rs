@@ -22,11 +22,11 @@ pub struct Identity {
 
 impl Identity {
     /// Reads it from `disk`. Nothing is written, and the BAT is not read: an image with damaged blocks has an
-    /// identity all the same.
+    /// identity all the same. A log longer than `longest_log` bytes is not looked into.
     ///
     /// # Errors
     /// Whatever contradicts the format, by structure and offset; I/O errors.
-    pub async fn read<D: Disk>(disk: &D) -> Result<Self> {
+    pub async fn read<D: Disk>(disk: &D, longest_log: u64) -> Result<Self> {
         let file = View { disk, overlay: None };
         let mut length = file_length(disk).await?;
         let first = file.read("file identifier", 0, FileId::SIZE).await?;
@@ -34,7 +34,12 @@ impl Identity {
         let current = read_headers(&file, length).await?;
         check_log_place(&current, length)?;
         let header = current.header;
-        let overlay: Option<Overlay> = match Log::new(disk, &header).scan(length).await? {
+        let log = if u64::from(header.log_length) <= longest_log {
+            Log::new(disk, &header).scan(length).await?
+        } else {
+            LogState::Clean
+        };
+        let overlay = match log {
             LogState::Clean | LogState::Virgin => None,
             LogState::Dirty(positions) => Some(replay::in_memory(disk, &header, &positions, length).await?),
         };

@@ -611,6 +611,9 @@ fn parents_are_looked_for_where_they_are_said_to_be() {
     let message = cycle["chain_fault"]["message"].as_str().expect("text");
     assert!(message.contains("its own ancestor"), "{message}");
     assert_eq!(parents(&cycle), [""; 0]);
+    let _held = ImageFile::open(Path::new(middle), Access::ReadWrite, Duration::ZERO).expect("free");
+    let in_use = report(leaf, &[], UNSOUND_CHAIN);
+    assert_eq!(in_use["chain_fault"]["kind"], "in-use", "{in_use:#}");
 }
 
 /// A fault of a parent makes the whole unsound, and is mended where it is named, not by way of a child.
