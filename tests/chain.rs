@@ -13,10 +13,11 @@ use std::sync::Arc;
 
 use craft::{Change, Craft, END, LOG_GUID, LogEntry, METADATA, MIB};
 use fastrand::Rng;
+use sim::disk::SimDisk;
 use sim::tasks::block_on;
 use sim::world::Config;
 use uuid::Uuid;
-use vhdx_ublk::chain::{self, Layer as _, MAX_DEPTH, Search};
+use vhdx_ublk::chain::{self, Layer as _, MAX_DEPTH, MAX_NEIGHBOURS, Search};
 use vhdx_ublk::engine::front::{Front, MAX_PIECES, Op, Request};
 use vhdx_ublk::engine::message::ToEngine;
 use vhdx_ublk::engine::port::{FileIo, FileOp, PieceId, Port};
@@ -24,7 +25,7 @@ use vhdx_ublk::engine::shared::Shared;
 use vhdx_ublk::error::{Error, Kind, Result};
 use vhdx_ublk::format::bat::{BITMAP_BLOCK_SIZE, BatEntry, Geometry};
 use vhdx_ublk::format::locator::{PARENT_LINKAGE, PARENT_LINKAGE2, ParentLocator, RELATIVE_PATH};
-use vhdx_ublk::image::{BlockMap, Image, Mode};
+use vhdx_ublk::image::{BlockMap, Identity, Image, Mode};
 
 /// Bytes on either side of a chunk's end, and at the disk's start, where the layers have something.
 const WINDOW: u64 = 4 * MIB;
@@ -373,6 +374,63 @@ fn a_parent_that_is_nowhere_is_asked_for() {
     let (kind, text) = folder.refusal(&leaf, &Search::default());
     assert_eq!(kind, Kind::NotFound);
     assert!(text.contains(r"..\lost\base.vhdx"), "{text}");
+}
+
+/// What was made of an image is found beside it, whatever its name's letters; nothing else is.
+#[test]
+fn the_children_beside_an_image_are_found() {
+    let mut folder = Folder::default();
+    let base = folder.add("base.vhdx", image(LINKAGE, None));
+    let child = |linkage, linkage2, path: &str| image(OTHER, Some(locator(linkage, linkage2, path)));
+    let one = folder.add("one.vhdx", child(LINKAGE, Uuid::nil(), r".\base.vhdx"));
+    let merging = folder.add("Two.AVHDX", child(LINKAGE2, LINKAGE, r".\BASE.VHDX"));
+    folder.add("of-an-older-base.vhdx", child(LINKAGE2, Uuid::nil(), r".\base.vhdx"));
+    folder.add("of-a-copy.vhdx", child(LINKAGE, Uuid::nil(), r".\copy.vhdx"));
+    folder.add("copy.vhdx", image(LINKAGE, None));
+    folder.add("called-otherwise.bak", child(LINKAGE, Uuid::nil(), r".\base.vhdx"));
+    fs::write(folder.path("no-image.vhdx"), "").expect("room");
+    fs::create_dir(folder.path("folder.vhdx")).expect("a folder");
+    let link = folder.path("another-name-of-it.vhdx");
+    fs::hard_link(&base, &link).expect("one file system");
+    let parent = folder.open(&base).expect("an image");
+    let found = chain::children_beside(&parent, &Search::default(), |path| folder.open(path));
+    assert_eq!(found, [merging, one]);
+}
+
+/// An image is told by what its log makes of it, unless that is too long to be read; what its blocks are like is all
+/// one.
+#[test]
+fn an_identity_is_that_of_the_replayed_image() {
+    let mut child = image(OTHER, Some(locator(LINKAGE, Uuid::nil(), r".\base.vhdx")));
+    child.set_slot(0, 4);
+    child.name_log(LOG_GUID);
+    let identity = |child: &Craft, longest_log| {
+        let disk = SimDisk::new(child.file.clone(), true, true, 512);
+        block_on(Identity::read(&disk, longest_log))
+    };
+    let found = identity(&child, u64::MAX).expect("only a block is damaged");
+    assert_eq!(found.data_write_guid, OTHER);
+    assert_eq!(found.metadata.parent_locator.expect("a child").linkage().expect("a linkage"), LINKAGE);
+    child.write_log(0, &LogEntry::new(1, 0, &[Change::Page { at: METADATA, fill: 1 }]).encode());
+    let error = identity(&child, u64::MAX).expect_err("no metadata table is left");
+    assert_eq!(error.kind(), Kind::Corrupt, "{error}");
+    assert_eq!(identity(&child, 1).expect("its log is too long").data_write_guid, OTHER);
+}
+
+#[test]
+fn a_full_folder_is_not_read_to_its_end() {
+    let mut folder = Folder::default();
+    let base = folder.add("base.vhdx", image(LINKAGE, None));
+    for number in 0..2 * MAX_NEIGHBOURS {
+        fs::write(folder.path(&format!("{number}.vhdx")), "").expect("room");
+    }
+    let parent = folder.open(&base).expect("an image");
+    let mut looked_at = 0;
+    let found = chain::children_beside(&parent, &Search::default(), |path| {
+        looked_at += 1;
+        folder.open(path)
+    });
+    assert_eq!((found, looked_at), (Vec::new(), MAX_NEIGHBOURS));
 }
 
 /// A child with block 0 partially present; the log holds a newer page of its bitmap than the file.

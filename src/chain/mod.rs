@@ -4,12 +4,14 @@
 //! the child was made, which decides: a parent that was written since would show the child's reader a disk that
 //! never was.
 
+mod children;
 mod kinship;
 mod open;
 mod path;
 mod search;
 
+pub use children::{MAX_NEIGHBOURS, children_beside, is_made_of};
 pub use kinship::{descent, descent_of};
-pub use open::{Layer, MAX_DEPTH, open_parents};
+pub use open::{Known, Layer, MAX_DEPTH, Relative, follow_parents, open_parents};
 pub use path::PathMap;
 pub use search::Search;

@@ -4,11 +4,15 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use uuid::Uuid;
+
+use super::children::is_made_of;
 use super::search::Search;
 use crate::error::{Error, Kind, Result};
 use crate::format::guid;
 use crate::format::locator::ParentLocator;
-use crate::image::Image;
+use crate::format::metadata::Metadata;
+use crate::image::{Identity, Image};
 
 /// The most layers of a chain, the leaf included.
 pub const MAX_DEPTH: usize = 256;
@@ -22,23 +26,87 @@ pub trait Layer {
     fn path(&self) -> &Path;
 }
 
+/// What a chain has to know of an image to recognise it.
+pub trait Relative {
+    /// The virtual disk, and the way to the parent.
+    fn metadata(&self) -> &Metadata;
+
+    /// What its children know it by.
+    fn data_write_guid(&self) -> Uuid;
+
+    /// Its file, as an absolute path without symbolic links.
+    fn path(&self) -> &Path;
+}
+
+impl<L: Layer> Relative for L {
+    fn metadata(&self) -> &Metadata {
+        &self.image().metadata
+    }
+
+    fn data_write_guid(&self) -> Uuid {
+        self.image().header.header.data_write_guid
+    }
+
+    fn path(&self) -> &Path {
+        Layer::path(self)
+    }
+}
+
+/// An image of which only the identity is known.
+#[derive(Clone, Debug)]
+pub struct Known {
+    /// What it is.
+    pub identity: Identity,
+    /// Its file, as an absolute path without symbolic links.
+    pub path: PathBuf,
+}
+
+impl Relative for Known {
+    fn metadata(&self) -> &Metadata {
+        &self.identity.metadata
+    }
+
+    fn data_write_guid(&self) -> Uuid {
+        self.identity.data_write_guid
+    }
+
+    fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
 /// Opens the parents of `leaf`, its own parent first, with `open`.
+///
+/// # Errors
+///
+/// Those of [`follow_parents`].
+pub fn open_parents<R: Relative>(
+    leaf: &dyn Relative,
+    search: &Search,
+    open: impl FnMut(&Path) -> Result<R>,
+) -> Result<Vec<R>> {
+    let mut parents = Vec::new();
+    follow_parents(leaf, search, &mut parents, open)?;
+    Ok(parents)
+}
+
+/// As [`open_parents`]; `parents` gets those that were found, also where the chain breaks off behind them.
 ///
 /// # Errors
 ///
 /// [`Kind::NotFound`] if a parent is nowhere; [`Kind::Mismatch`] if what is there is not, or no longer, the image
 /// that the child was made of; corrupt if the chain returns to one of its own; unsupported if it is too long;
 /// those of `open`.
-pub fn open_parents<L: Layer>(
-    leaf: &dyn Layer,
+pub fn follow_parents<R: Relative>(
+    leaf: &dyn Relative,
     search: &Search,
-    mut open: impl FnMut(&Path) -> Result<L>,
-) -> Result<Vec<L>> {
-    let mut parents: Vec<L> = Vec::new();
+    parents: &mut Vec<R>,
+    mut open: impl FnMut(&Path) -> Result<R>,
+) -> Result<()> {
     let mut given = search.parents.iter();
     loop {
         let child = parents.last().map_or(leaf, |parent| parent);
-        let Some(locator) = &child.image().metadata.parent_locator else { break };
+        let Some(locator) = &child.metadata().parent_locator else { break };
         if parents.len() + 1 == MAX_DEPTH {
             let message = format!("the chain has more than {MAX_DEPTH} layers");
             return Err(Error::new(Kind::Unsupported, message).file(leaf.path()));
@@ -47,12 +115,12 @@ pub fn open_parents<L: Layer>(
             Some(path) => vec![path.clone()],
             None => search.candidates(child.path(), locator),
         };
-        let used: Vec<&Path> = std::iter::once(leaf.path()).chain(parents.iter().map(L::path)).collect();
+        let used: Vec<&Path> = std::iter::once(leaf.path()).chain(parents.iter().map(R::path)).collect();
         let parent = first_fitting(child, locator, paths, &used, &mut open)?;
         parents.push(parent);
     }
     match given.next() {
-        None => Ok(parents),
+        None => Ok(()),
         Some(path) => {
             let message =
                 format!("{} is given as a parent, and the image before it has none", path.display());
@@ -62,13 +130,13 @@ pub fn open_parents<L: Layer>(
 }
 
 /// The first of `paths` that is the parent of `child`. If none is, why the likeliest is not.
-fn first_fitting<L: Layer>(
-    child: &dyn Layer,
+fn first_fitting<R: Relative>(
+    child: &dyn Relative,
     locator: &ParentLocator,
     paths: Vec<PathBuf>,
     used: &[&Path],
-    open: &mut impl FnMut(&Path) -> Result<L>,
-) -> Result<L> {
+    open: &mut impl FnMut(&Path) -> Result<R>,
+) -> Result<R> {
     let mut first_error = None;
     for path in paths {
         let checked = refuse_cycle(&path, used).and_then(|()| open(&path));
@@ -100,11 +168,10 @@ fn refuse_cycle(path: &Path, used: &[&Path]) -> Result<()> {
 const REMEDY: &str = "name the right file with --parent, or what its drive is here with --parent-map";
 
 /// Whether `parent` is what `child` was made of.
-fn recognise(child: &dyn Layer, locator: &ParentLocator, parent: &dyn Layer) -> Result<()> {
-    let found = parent.image().header.header.data_write_guid;
+fn recognise(child: &dyn Relative, locator: &ParentLocator, parent: &dyn Relative) -> Result<()> {
     let linkage = locator.linkage().map_err(|error| error.file(child.path()))?;
-    if found != linkage && locator.linkage2() != Some(found) {
-        let (found, wanted) = (guid::print(found), guid::print(linkage));
+    if !is_made_of(child, parent) {
+        let (found, wanted) = (guid::print(parent.data_write_guid()), guid::print(linkage));
         let message = format!(
             "it is not the parent of {}, or was written since that was made: its DataWriteGuid is {found}, {wanted} \
              is wanted",
@@ -112,7 +179,7 @@ fn recognise(child: &dyn Layer, locator: &ParentLocator, parent: &dyn Layer) -> 
         );
         return Err(Error::new(Kind::Mismatch, message).file(parent.path()).remedy(REMEDY));
     }
-    let sectors = |layer: &dyn Layer| layer.image().metadata.logical_sector_size;
+    let sectors = |image: &dyn Relative| image.metadata().logical_sector_size;
     if sectors(parent) != sectors(child) {
         let message = format!(
             "it has sectors of {} bytes, its child {} of {}",
@@ -125,7 +192,7 @@ fn recognise(child: &dyn Layer, locator: &ParentLocator, parent: &dyn Layer) -> 
     Ok(())
 }
 
-fn nowhere(child: &dyn Layer, locator: &ParentLocator) -> Error {
+fn nowhere(child: &dyn Relative, locator: &ParentLocator) -> Error {
     let known: Vec<&str> = locator
         .entries
         .iter()

@@ -39,12 +39,16 @@ const DEFAULT_QUEUES: usize = 4;
 /// repaired from its own log first.
 #[derive(clap::Args)]
 #[command(after_help = AFTER_HELP)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag of its own on the command line")]
 pub struct Add {
     /// The VHDX file
     image: PathBuf,
     /// Refuse all writes; not one byte of the file is changed
     #[arg(short, long)]
     read_only: bool,
+    /// Allow writes to an image although others were made of it, which cannot be read any more then
+    #[arg(long, conflicts_with = "read_only")]
+    force: bool,
     /// The N of /dev/ublkbN [default: the first free one]
     #[arg(long, value_name = "N")]
     id: Option<u32>,
@@ -82,6 +86,9 @@ Examples:
 If the daemon is killed, nothing that was acknowledged is lost: I/O waits until `vhdx-ublk
 recover`.
 Warnings of a running device go to /run/vhdx-ublk/N.log.
+An image that others were made of is served read-only, or with --force: one write, and these
+cannot be read any more. They are found where devices have them as children, and among the first
+256 images of its own folder.
 Exit status: 0 the device can be used, 1 failure (and nothing is left behind), 2 wrong usage.";
 
 impl Add {
@@ -123,6 +130,7 @@ impl Add {
         arguments.push(format!("--zero-copy={}", zero_copy.get_name()).into());
         arguments.extend(self.parents.arguments());
         arguments.extend(self.read_only.then(|| "--read-only".into()));
+        arguments.extend(self.force.then(|| "--force".into()));
         arguments.extend(["--".into(), self.image.clone().into()]);
         arguments
     }
@@ -137,6 +145,7 @@ impl Add {
             return daemon::serve(&opened.served(&file)?, options, |ends| Ok(NoEngine(ends)), ready);
         }
         let file = Arc::new(open(&self.image, Access::ReadWrite)?);
+        holders::refuse_parent(&self.image, &parents.search, self.force)?;
         let keep = self.recovery != Some(Recovery::None);
         let engine = EngineThread::open(file.clone(), Plan::Fresh { keep }, parents)?;
         let served = engine.opened().served(&file)?;
@@ -230,6 +239,13 @@ mod tests {
         let search = again.parents.search();
         assert_eq!(search.parents, [Path::new("-one"), Path::new("two")]);
         assert_eq!(search.maps, add.parents.search().maps);
+    }
+
+    #[test]
+    fn the_child_insists_as_the_parent_does() {
+        let add = parse(&["--force", "x"]);
+        let again = Line::try_parse_from(add.child_arguments(&add.options())).expect("its own words").add;
+        assert!(again.force && !again.read_only && !parse(&["x"]).force);
     }
 
     #[test]

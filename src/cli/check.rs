@@ -1,4 +1,4 @@
-//! `check`: whether an image is sound.
+//! `check`: whether an image is sound, and the chain it is in.
 
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
@@ -8,14 +8,18 @@ use std::time::Duration;
 use serde::Serialize;
 use uuid::Uuid;
 
+use vhdx_ublk::chain::{Known, Search};
 use vhdx_ublk::device::session;
-use vhdx_ublk::disk::{Access, ImageFile, Reactor};
-use vhdx_ublk::error::Result;
-use vhdx_ublk::image::{self, Finding, LogFound, Repair, Report, Severity};
+use vhdx_ublk::disk::{Access, Disk, ImageFile, Reactor};
+use vhdx_ublk::error::{Kind, Result};
+use vhdx_ublk::image::{self, Finding, Identity, LogFound, Repair, Report, Severity};
 
+use super::ancestors::{self, Ancestors};
+use super::parents::ParentOptions;
 use super::{holders, look, output, size};
 
-/// Examine the structure of an image: every header, table, log entry and block.
+/// Examine the structure of an image: every header, table, log entry and block; of a differencing image its
+/// parents' too.
 ///
 /// Nothing is changed, not even a time, unless --repair is given. A dirty log is no fault: everything else is
 /// examined as if it had been replayed.
@@ -24,9 +28,12 @@ use super::{holders, look, output, size};
 pub struct Check {
     /// The VHDX file
     image: PathBuf,
-    /// Replay the log, and mend what can be mended without guessing; data is never guessed at
+    /// Replay the log, and mend what can be mended without guessing; data is never guessed at, and parents are
+    /// never changed
     #[arg(long)]
     repair: bool,
+    #[command(flatten)]
+    parents: ParentOptions,
     /// As JSON: one object, errors too
     #[arg(long)]
     pub json: bool,
@@ -41,46 +48,50 @@ A corruption contradicts the format: data may be lost. A leak is room on the hos
 names: no data is in danger, and writers use it in the end. A note is no fault. Two blocks in
 one place, reserved states and what lies behind the end of the file are never repaired: what
 they should say cannot be told.
+A chain is broken where a parent is nowhere, is another image or was written since its child was
+made, has other sectors, or is its own ancestor.
 
 JSON: offsets and sizes are bytes. Keys: image, complete (everything could be examined),
 corruptions, leaks, notes, beyond_repair (corruptions that --repair does not mend), repairable
 (findings that it does), log (clean, dirty, virgin, torn, unknown), log_entries (to replay),
 blocks, allocated_blocks, free_bytes, leaked_bytes, unused_tail_bytes, findings [{severity,
 structure, offset, what, remedy, repairable}] (at most 1000 of each severity), before (null, or
-the same as it was before --repair).
-Exit status: 0 sound, 1 it cannot be told (not readable, no VHDX, in use; wrong usage too), 2
-corruptions, 3 leaks and no corruption. After --repair it is that of the image as it is then.";
+the same as it was before --repair), parents (a list of the same, the image's own parent first,
+as far as the chain leads), chain_fault (null, or as an error: why it leads no further).
+Exit status: 0 sound, 1 it cannot be told (not readable, no VHDX, in use; wrong usage too), or
+the image is sound and a parent has corruptions or the chain is broken, 2 corruptions, 3 leaks
+and no corruption. After --repair it is that of the image as it is then.";
 
 /// Exit statuses, as the help text states them.
 const SOUND: u8 = 0;
+const UNSOUND_CHAIN: u8 = 1;
 const CORRUPT: u8 = 2;
 const LEAKING: u8 = 3;
 
 impl Check {
     /// Runs the command; returns the exit status.
     pub fn run(self) -> Result<u8> {
-        let checked = if self.repair { repair(&self.image) } else { check(&self.image) };
+        let search = self.parents.search();
+        let checked = if self.repair { repair(&self.image, &search) } else { check(&self.image, &search) };
         let checked = checked.map_err(|error| holders::explain(error, &self.image))?;
         if self.json {
             output::print_json(&checked)?;
         } else {
             output::print(&checked.to_string())?;
         }
-        Ok(match checked.report.verdict() {
-            None | Some(Severity::Note) => SOUND,
-            Some(Severity::Corruption) => CORRUPT,
-            Some(Severity::Leak) => LEAKING,
-        })
+        Ok(checked.status())
     }
 }
 
-fn check(path: &Path) -> Result<Checked> {
+fn check(path: &Path, search: &Search) -> Result<Checked> {
     let (disk, lock) = look::lock_for_reading(path)?;
     let report = smol::block_on(image::check(&disk)).map_err(|error| error.file(path))?;
-    Ok(Checked { image: lock.path().to_string_lossy().into_owned(), report, before: None })
+    let leaf = smol::block_on(leaf(&disk, lock.path()))?;
+    let ancestors = Ancestors::examine(leaf.as_ref(), search)?;
+    Ok(Checked { image: lock.path().to_string_lossy().into_owned(), report, before: None, ancestors })
 }
 
-fn repair(path: &Path) -> Result<Checked> {
+fn repair(path: &Path, search: &Search) -> Result<Checked> {
     let file = Arc::new(ImageFile::open(path, Access::ReadWrite, Duration::ZERO)?);
     holders::refuse_abandoned(path, Access::ReadWrite)?;
     session::refuse_orphan(&file, None)?;
@@ -88,8 +99,19 @@ fn repair(path: &Path) -> Result<Checked> {
     let disk = reactor.disk(Arc::clone(&file));
     let repaired = reactor.block_on(image::repair(&disk, Uuid::new_v4));
     let Repair { before, after } = repaired.map_err(|error| error.file(path))?;
+    let leaf = reactor.block_on(leaf(&disk, file.path()))?;
+    let ancestors = Ancestors::examine(leaf.as_ref(), search)?;
     let image = file.path().to_string_lossy().into_owned();
-    Ok(Checked { image, report: after, before: Some(before) })
+    Ok(Checked { image, report: after, before: Some(before), ancestors })
+}
+
+/// The image as its parents' child, unless it is beyond reading: its own report says so then.
+async fn leaf<D: Disk>(disk: &D, path: &Path) -> Result<Option<Known>> {
+    match Identity::read(disk, u64::MAX).await {
+        Ok(identity) => Ok(Some(Known { identity, path: path.to_owned() })),
+        Err(error) if matches!(error.kind(), Kind::Corrupt | Kind::Truncated) => Ok(None),
+        Err(error) => Err(error.file(path)),
+    }
 }
 
 /// What is printed.
@@ -99,11 +121,25 @@ struct Checked {
     #[serde(flatten)]
     report: Report,
     before: Option<Report>,
+    #[serde(flatten)]
+    ancestors: Ancestors,
+}
+
+impl Checked {
+    fn status(&self) -> u8 {
+        match self.report.verdict() {
+            Some(Severity::Corruption) => CORRUPT,
+            _ if !self.ancestors.are_sound() => UNSOUND_CHAIN,
+            Some(Severity::Leak) => LEAKING,
+            _ if self.ancestors.have(Severity::Leak) => LEAKING,
+            None | Some(Severity::Note) => SOUND,
+        }
+    }
 }
 
 impl std::fmt::Display for Checked {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { image, report, before } = self;
+        let Self { image, report, before, ancestors } = self;
         if let Some(before) = before.as_ref().filter(|before| *before != report) {
             writeln!(f, "{image} was repaired. Before: {}{}", summary(before), findings(before, true))?;
             writeln!(f)?;
@@ -112,11 +148,36 @@ impl std::fmt::Display for Checked {
             write!(f, "{image}: ")?;
         }
         write!(f, "{}{}", summary(report), findings(report, false))?;
-        if before.is_none() && report.repairable > 0 && report.verdict().is_some() {
-            write!(f, "\n\n{} of these can be mended: vhdx-ublk check --repair {image}", report.repairable)?;
+        if before.is_none() {
+            write!(f, "{}", mendable(report, image))?;
         }
-        Ok(())
+        write!(f, "{}", chain(ancestors, before.is_some()))
     }
+}
+
+/// What `--repair` is good for.
+fn mendable(report: &Report, image: &str) -> String {
+    if report.repairable == 0 || report.verdict().is_none() {
+        return String::new();
+    }
+    format!("\n\n{} of these can be mended: vhdx-ublk check --repair {image}", report.repairable)
+}
+
+/// The parents, and where their chain breaks off.
+fn chain(ancestors: &Ancestors, repaired: bool) -> String {
+    let mut text = String::new();
+    for parent in &ancestors.parents {
+        let ancestors::Parent { image, report } = parent;
+        let _ = write!(text, "\n\nparent {image}: {}{}", summary(report), findings(report, false));
+        text += &mendable(report, image);
+    }
+    if let Some(fault) = &ancestors.chain_fault {
+        let _ = write!(text, "\n\nthe chain is broken: {fault}");
+    }
+    if repaired && !text.is_empty() {
+        text += "\n\nOnly the image itself was to be repaired: parents are never changed.";
+    }
+    text
 }
 
 /// `sound`, or how many there are of what, and the state of the log.

@@ -3,11 +3,14 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use vhdx_ublk::device::registry::{FileId, Listed, RUN_DIRECTORY, Registry, State};
+use vhdx_ublk::chain::{self, Relative, Search};
+use vhdx_ublk::device::registry::{Entry, FileId, Listed, RUN_DIRECTORY, Registry, State};
 use vhdx_ublk::device::stop::{self, Target};
 use vhdx_ublk::device::usage;
 use vhdx_ublk::disk::Access;
 use vhdx_ublk::error::{Error, Kind, Result};
+
+use super::look;
 
 /// Our devices, in the order of their numbers. Nothing is made where there are none.
 ///
@@ -93,6 +96,58 @@ pub fn refuse_abandoned(path: &Path, access: Access) -> Result<()> {
     let remedy =
         format!("`vhdx-ublk recover {device}` goes on with it, `vhdx-ublk del {device}` takes it away");
     let message = format!("the image belongs to {device}, whose daemon was killed");
+    Err(Error::new(Kind::InUse, message).file(path).remedy(remedy))
+}
+
+/// The images that were made of `image`, as it is now: those beside it, and those that devices of ours have as its
+/// children, wherever they are.
+pub fn children(image: &dyn Relative, search: &Search) -> Vec<PathBuf> {
+    let mut found = chain::children_beside(image, search, look::identify_unlocked);
+    let is_child =
+        |path: &PathBuf| look::identify_unlocked(path).is_ok_and(|child| chain::is_made_of(&child, image));
+    for path in served_children(image.path()).into_iter().filter(is_child) {
+        if !found.contains(&path) {
+            found.push(path);
+        }
+    }
+    found
+}
+
+/// The images that devices of ours read through the file at `path`.
+fn served_children(path: &Path) -> Vec<PathBuf> {
+    let entries = devices().unwrap_or_default().into_iter().map(|listed| listed.entry);
+    let child_in = |entry: Entry| {
+        let parent = entry.parents.iter().position(|parent| parent == path)?;
+        Some(if parent == 0 { entry.image } else { entry.parents[parent - 1].clone() })
+    };
+    entries.filter_map(child_in).collect()
+}
+
+/// Refuses to write to the image at `path`, unless the user insists, if there are images that were made of it.
+///
+/// # Errors
+///
+/// [`Kind::InUse`] if there are, and not `force`; what is wrong with the image.
+pub fn refuse_parent(path: &Path, search: &Search, force: bool) -> Result<()> {
+    let image = look::identify_unlocked(path)?;
+    let children: Vec<String> =
+        children(&image, search).iter().map(|child| child.display().to_string()).collect();
+    if children.is_empty() {
+        return Ok(());
+    }
+    let children = children.join(", ");
+    if force {
+        tracing::warn!(
+            "{}: it is the parent of {children}: the first write makes that unreadable",
+            path.display()
+        );
+        return Ok(());
+    }
+    let message = format!("it is the parent of {children}: writing to it would make that unreadable");
+    let remedy = format!(
+        "add a child instead (`vhdx-ublk create --parent {0} CHILD.vhdx`), add it with --read-only, or with --force",
+        path.display()
+    );
     Err(Error::new(Kind::InUse, message).file(path).remedy(remedy))
 }
 

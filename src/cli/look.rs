@@ -15,11 +15,12 @@ use std::time::Duration;
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use uuid::Uuid;
 
-use vhdx_ublk::chain::Layer;
+use vhdx_ublk::chain::{Known, Layer, Relative};
 use vhdx_ublk::device::session;
 use vhdx_ublk::disk::{Access, Buffer, Disk, ImageFile, next_data};
 use vhdx_ublk::error::{Error, Kind, Result};
-use vhdx_ublk::image::{Image, Mode};
+use vhdx_ublk::format::metadata::Metadata;
+use vhdx_ublk::image::{Identity, Image, Mode};
 
 use super::holders;
 
@@ -28,6 +29,10 @@ const ATTEMPTS: u32 = 3;
 
 /// The pause between two of them: more than a commit of metadata takes.
 const PAUSE: Duration = Duration::from_millis(100);
+
+/// The longest log that is looked into where many images are only glanced at: several times what programs make by
+/// default, and a folder full of them is read in seconds.
+const MAX_GLANCE_LOG_BYTES: u64 = 8 << 20;
 
 /// The unit of `st_blocks`, whatever the file system's own block size.
 const STAT_BLOCK_BYTES: u64 = 512;
@@ -54,6 +59,57 @@ impl Layer for Seen {
     fn path(&self) -> &Path {
         &self.path
     }
+}
+
+/// An image of which only the identity is known. Nobody writes to it while this lives.
+pub struct Identified {
+    /// What it is, and where.
+    pub known: Known,
+    /// The same file, to be examined.
+    pub disk: Plain,
+    _lock: ImageFile,
+}
+
+impl Relative for Identified {
+    fn metadata(&self) -> &Metadata {
+        self.known.metadata()
+    }
+
+    fn data_write_guid(&self) -> Uuid {
+        self.known.data_write_guid()
+    }
+
+    fn path(&self) -> &Path {
+        self.known.path()
+    }
+}
+
+/// Identifies the image at `path`, whatever its blocks are like.
+///
+/// # Errors
+///
+/// Those of [`ImageFile::open`] and [`Identity::read`].
+pub fn identify(path: &Path) -> Result<Identified> {
+    let (disk, lock) = lock_for_reading(path)?;
+    let identity = smol::block_on(Identity::read(&disk, u64::MAX)).map_err(|error| error.file(path))?;
+    Ok(Identified { known: Known { identity, path: lock.path().to_owned() }, disk, _lock: lock })
+}
+
+/// Identifies the image at `path` without its lock, as it is at this moment. Whatever it is, this does not take long.
+///
+/// # Errors
+///
+/// Those of [`Identity::read`], and [`Kind::Unsupported`] if it is no regular file.
+pub fn identify_unlocked(path: &Path) -> Result<Known> {
+    let failed = |error| Error::io("identifying the image", error).file(path);
+    let file = open_quietly(path).map_err(failed)?;
+    if !file.metadata().map_err(failed)?.is_file() {
+        return Err(Error::new(Kind::Unsupported, "it is no regular file").file(path));
+    }
+    let path = fs::canonicalize(path).map_err(failed)?;
+    let identity = smol::block_on(Identity::read(&Plain(file), MAX_GLANCE_LOG_BYTES))
+        .map_err(|error| error.file(&path))?;
+    Ok(Known { identity, path })
 }
 
 /// Looks at the image at `path`.

@@ -5,6 +5,7 @@
 //! its error as JSON too, on standard output.
 
 mod add;
+mod ancestors;
 mod check;
 mod create;
 mod del;
@@ -99,12 +100,13 @@ pub fn main() -> ExitCode {
     };
     logging::start();
     let json = command.wants_json();
+    let misuse = if matches!(command, Command::Check(_)) { FAILURE } else { WRONG_USAGE };
     let error = match command.run() {
         Ok(status) => return status.into(),
         Err(error) => error,
     };
     output::report(&error, json);
-    ExitCode::from(if error.kind() == Kind::Usage { WRONG_USAGE } else { FAILURE })
+    ExitCode::from(if error.kind() == Kind::Usage { misuse } else { FAILURE })
 }
 
 /// Prints the help asked for, or what is wrong with the command line. To scripts that run `check`, 2 means

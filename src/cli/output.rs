@@ -67,7 +67,7 @@ struct Report<'a> {
 
 /// An error as JSON.
 #[derive(Serialize)]
-struct Failure<'a> {
+pub struct Failure<'a> {
     kind: Kind,
     message: String,
     file: Option<String>,
@@ -77,7 +77,8 @@ struct Failure<'a> {
 }
 
 impl<'a> Failure<'a> {
-    fn of(error: &'a Error) -> Self {
+    /// `error`, with advice.
+    pub fn of(error: &'a Error) -> Self {
         Self {
             kind: error.kind(),
             message: error.to_string(),
@@ -98,7 +99,7 @@ pub fn advised(error: Error) -> Error {
 }
 
 /// What can be done: the error's own advice, or what helps with most errors of its kind.
-fn remedy(error: &Error) -> Option<&str> {
+pub fn remedy(error: &Error) -> Option<&str> {
     error.remedy_text().filter(|text| !text.is_empty()).or(match error.kind() {
         Kind::NotVhdx => {
             Some("check the file's name; `file` and `qemu-img info` recognise many other formats")

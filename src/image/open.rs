@@ -257,7 +257,7 @@ pub(super) async fn read_header_slots<D: Disk>(file: &View<'_, D>, file_length: 
     Ok([first[..first_bytes].to_vec(), second[..second_bytes].to_vec()])
 }
 
-async fn read_headers<D: Disk>(file: &View<'_, D>, file_length: u64) -> Result<Current> {
+pub(super) async fn read_headers<D: Disk>(file: &View<'_, D>, file_length: u64) -> Result<Current> {
     let [first, second] = read_header_slots(file, file_length).await?;
     header::current([&first, &second])
 }
@@ -278,7 +278,7 @@ pub(super) fn truncated(structure: &'static str, offset: u64, end: u64, file_len
         .remedy("the file was cut short: copy it again from its source")
 }
 
-async fn read_regions<D: Disk>(file: &View<'_, D>, file_length: u64) -> Result<CurrentTable> {
+pub(super) async fn read_regions<D: Disk>(file: &View<'_, D>, file_length: u64) -> Result<CurrentTable> {
     let first = file.read("region table 1", region::OFFSETS[0], region::SIZE).await?;
     let second = file.read("region table 2", region::OFFSETS[1], region::SIZE).await?;
     let regions = region::current([&first, &second])?;

@@ -2,7 +2,7 @@
 //! guessing is mended, and nothing else.
 
 use std::fs::{self, File};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -22,6 +22,7 @@ use super::{Bench, MIB, Ran, Snapshot, has, on, qemu, run, skipped};
 /// Exit statuses.
 const SOUND: i32 = 0;
 const UNKNOWN: i32 = 1;
+const UNSOUND_CHAIN: i32 = 1;
 const CORRUPT: i32 = 2;
 const LEAKING: i32 = 3;
 
@@ -32,6 +33,10 @@ const PARTIAL: u64 = 7;
 const CHUNK: usize = 4096;
 
 const LOG_GUID: Uuid = Uuid::from_u128(0x1234_5678);
+
+/// What a child of these tests knows its parent by, and where that has it in its headers.
+const LINKAGE: Uuid = Uuid::from_u128(1);
+const DATA_WRITE_GUID: usize = 32;
 
 type Damage = fn(&mut Bytes);
 
@@ -178,7 +183,7 @@ fn fault_and_no_log(bytes: &mut Bytes) {
 /// A child with one block of its own, in part, and the entry of the chunk's sector bitmap.
 fn child(bytes: &mut Bytes, bitmap: u64) {
     let mut locator = ParentLocator::default();
-    locator.set(PARENT_LINKAGE, "{00000000-0000-0000-0000-000000000001}");
+    locator.set(PARENT_LINKAGE, LINKAGE.braced().to_string());
     locator.set(RELATIVE_PATH, r".\parent.vhdx");
     let metadata = Metadata {
         block_size: 1 << 20,
@@ -287,6 +292,9 @@ fn report(image: &Path, options: &[&str], status: i32) -> Value {
 fn every_fault_is_found_and_what_is_certain_is_repaired() {
     let bench = Bench::new();
     let good = good(&bench);
+    let mut parent = good.clone();
+    headers(&mut parent, DATA_WRITE_GUID, &LINKAGE.to_bytes_le());
+    fs::write(bench.path("parent.vhdx"), parent).expect("room");
     let image = bench.path("bad.vhdx");
     for (name, damage, status, structure, offset, part, after) in CASES {
         let mut bytes = good.clone();
@@ -492,4 +500,146 @@ fn what_qemu_finds_is_found() {
         refused += u32::from(!sound);
     }
     assert!(refused > 5, "QEMU found {refused} faults only");
+}
+
+/// A chain of three in one folder; the leaf comes first.
+fn chain_of_three(bench: &Bench) -> [PathBuf; 3] {
+    let base = bench.image("base.vhdx", &["--size", "64M", "--block-size", "1M"]);
+    let middle = bench.image("middle.vhdx", &["--parent", base.to_str().expect("UTF-8")]);
+    let leaf = bench.image("leaf.vhdx", &["--parent", middle.to_str().expect("UTF-8")]);
+    [leaf, middle, base].map(|path| path.canonicalize().expect("there"))
+}
+
+fn change(image: &Path, damage: impl FnOnce(&mut Bytes)) {
+    let mut bytes = fs::read(image).expect("readable");
+    damage(&mut bytes);
+    fs::write(image, bytes).expect("room");
+}
+
+/// The parents that were examined, their own child first.
+fn parents(report: &Value) -> Vec<&str> {
+    let parents = report["parents"].as_array().expect("an array").iter();
+    parents.map(|parent| parent["image"].as_str().expect("text")).collect()
+}
+
+/// Every image of a chain is examined, and none of them is touched.
+#[test]
+fn a_sound_chain_is_examined_to_its_end() {
+    let bench = Bench::new();
+    let chain @ [leaf, middle, base] = &chain_of_three(&bench);
+    let before = chain.each_ref().map(|path| Snapshot::of(path));
+    let found = report(leaf, &[], SOUND);
+    assert_eq!(parents(&found), [middle, base].map(|path| path.to_str().expect("UTF-8")));
+    assert_eq!((&found["chain_fault"], &found["complete"]), (&Value::Null, &true.into()));
+    for parent in found["parents"].as_array().expect("an array") {
+        assert_eq!((&parent["complete"], &parent["corruptions"]), (&true.into(), &0.into()), "{parent:#}");
+    }
+    let text = on("check", leaf, &[]).succeeded();
+    for parent in [middle, base] {
+        assert!(text.contains(&format!("parent {}: sound", parent.display())), "{text}");
+    }
+    assert_eq!(parents(&report(base, &[], SOUND)), [""; 0]);
+    let misused = on("check", base, &["--parent", "middle.vhdx"]).failed(UNKNOWN);
+    assert!(misused.contains("given as a parent"), "{misused}");
+    before.into_iter().zip(chain).for_each(|(before, path)| before.assert_kept(path));
+}
+
+/// What becomes of the last parent; the kind of the fault, and what it says, the linkage apart.
+#[test]
+fn a_broken_chain_is_told_with_its_reason() {
+    type Fault = fn(&Bench, &Path);
+    let faults: [(&str, Fault, &str, &str); 4] = [
+        (
+            "written since",
+            |_, base| change(base, |b| headers(b, DATA_WRITE_GUID, &[9; 16])),
+            "mismatch",
+            "DataWriteGuid",
+        ),
+        ("nowhere", |_, base| fs::remove_file(base).expect("there"), "not-found", "none of the places"),
+        ("other sectors", other_sectors, "corrupt", "sectors of 4096 bytes"),
+        ("unreadable", |_, base| change(base, |b| b[METADATA..BAT].fill(0)), "corrupt", "metadata table"),
+    ];
+    for (name, fault, kind, part) in faults {
+        let bench = Bench::new();
+        let [leaf, middle, base] = &chain_of_three(&bench);
+        let of_base = super::info(base)["data_write_guid"].as_str().expect("text").to_owned();
+        fault(&bench, base);
+        let found = report(leaf, &[], UNSOUND_CHAIN);
+        assert_eq!(
+            (parents(&found), &found["corruptions"]),
+            (vec![middle.to_str().expect("UTF-8")], &0.into())
+        );
+        let told = &found["chain_fault"];
+        let message = told["message"].as_str().expect("text");
+        assert!(told["kind"] == kind && message.contains(part), "{name}: {told:#}");
+        let remedy = told["remedy"].as_str().expect("text");
+        if kind == "mismatch" {
+            let there = Uuid::from_bytes_le([9; 16]).to_string();
+            let lower = message.to_lowercase();
+            assert!(lower.contains(&of_base) && lower.contains(&there), "both GUIDs: {message}");
+            assert!(remedy.contains("--parent"), "{remedy}");
+        }
+        let text = on("check", leaf, &[]);
+        assert_eq!((text.status, text.stderr.as_str()), (Some(UNSOUND_CHAIN), ""), "{name}");
+        assert!(
+            text.stdout.contains(&format!("the chain is broken: {message}\n  try: {remedy}")),
+            "{}",
+            text.stdout
+        );
+    }
+}
+
+/// A base with the same DataWriteGuid, and sectors of another size.
+fn other_sectors(bench: &Bench, base: &Path) {
+    let guid = fs::read(base).expect("readable")[HEADERS[0] + DATA_WRITE_GUID..][..16].to_vec();
+    let other = bench.image("other.vhdx", &["--size", "64M", "--logical-sector-size", "4096"]);
+    change(&other, |bytes| headers(bytes, DATA_WRITE_GUID, &guid));
+    fs::rename(other, base).expect("one folder");
+}
+
+/// Who is told where the parents are looks there; an image is no ancestor of itself.
+#[test]
+fn parents_are_looked_for_where_they_are_said_to_be() {
+    let bench = Bench::new();
+    let [leaf, middle, base] = &chain_of_three(&bench);
+    let moved = bench.path("elsewhere.vhdx");
+    fs::rename(base, &moved).expect("one folder");
+    let [middle, moved] = [middle, &moved].map(|path| path.to_str().expect("UTF-8"));
+    report(leaf, &[], UNSOUND_CHAIN);
+    assert_eq!(report(leaf, &["--parent", middle, "--parent", moved], SOUND)["chain_fault"], Value::Null);
+    let cycle = report(leaf, &["--parent", leaf.to_str().expect("UTF-8")], UNSOUND_CHAIN);
+    let message = cycle["chain_fault"]["message"].as_str().expect("text");
+    assert!(message.contains("its own ancestor"), "{message}");
+    assert_eq!(parents(&cycle), [""; 0]);
+    let _held = ImageFile::open(Path::new(middle), Access::ReadWrite, Duration::ZERO).expect("free");
+    let in_use = report(leaf, &[], UNSOUND_CHAIN);
+    assert_eq!(in_use["chain_fault"]["kind"], "in-use", "{in_use:#}");
+}
+
+/// A fault of a parent makes the whole unsound, and is mended where it is named, not by way of a child.
+#[test]
+fn a_damaged_parent_is_reported_and_left_as_it_is() {
+    let bench = Bench::new();
+    let [leaf, middle, base] = &chain_of_three(&bench);
+    change(base, |b| b[REGION_TABLES[0] + 9] ^= 1);
+    change(middle, |b| b[HEADERS[0] + 100] ^= 1);
+    change(leaf, |b| b[HEADERS[0] + 100] ^= 1);
+    assert_eq!(report(leaf, &[], CORRUPT)["chain_fault"], Value::Null, "its own corruption comes first");
+    let before = [middle, base].map(|path| Snapshot::of(path));
+    let repaired = report(leaf, &["--repair"], UNSOUND_CHAIN);
+    assert_eq!((&repaired["corruptions"], &repaired["before"]["corruptions"]), (&0.into(), &1.into()));
+    let text = on("check", leaf, &["--repair"]).stdout;
+    assert!(text.contains("parents are never changed"), "{text}");
+    before.into_iter().zip([middle, base]).for_each(|(before, path)| before.assert_kept(path));
+    for (index, parent) in [middle, base].into_iter().enumerate() {
+        assert_eq!(
+            report(leaf, &[], UNSOUND_CHAIN)["parents"][index]["corruptions"],
+            1,
+            "{}",
+            parent.display()
+        );
+        assert!(text.contains(&format!("check --repair {}", parent.display())), "{text}");
+        report(parent, &["--repair"], if index == 0 { UNSOUND_CHAIN } else { SOUND });
+    }
+    report(leaf, &[], SOUND);
 }

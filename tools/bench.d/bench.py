@@ -16,8 +16,8 @@ from systems import Device, System, Tools
 from workloads import GROWING, GROWTH_SHAPES, STANDING, Workload
 
 REGION_LIMIT = GIB
-# The standing images and one new one at a time use less than 13 regions' space together.
-REGIONS_PER_DISK = 14
+# The standing images and one new one at a time use less than 16 regions' space together.
+REGIONS_PER_DISK = 17
 
 
 @dataclass
@@ -83,7 +83,7 @@ class Bench:
         if workload in GROWING:
             size = int((device.sysfs / "size").read_text()) * 512
             return Region(0 if workload.region == "start" else size - self.small, self.small)
-        return Region(0, self.length)
+        return Region(0, self.small if workload.small else self.length)
 
     @contextmanager
     def device(self, workload: Workload, system: System) -> Iterator[Device]:
@@ -97,18 +97,19 @@ class Bench:
     def new_device(self, workload: Workload, system: System) -> Iterator[Device]:
         assert workload.fresh
         file = self.folder / "new"
-        file.unlink(missing_ok=True)
+        system.remove(file)
         system.create(self.tools, file, workload.fresh.shape)
         try:
             device = system.attach(self.tools, file)
             try:
                 if workload.fresh.filled:
-                    fill(device, Region(0, self.length))
+                    fill(device, self.region(workload, device), system.filled)
+                    device = system.settle(self.tools, device)
                 yield device
             finally:
                 system.stop(self.tools, device)
         finally:
-            file.unlink()
+            system.remove(file)
 
     def standing_device(self, system: System) -> Device:
         """The system's device, made and filled when it is first needed, or when its server has died."""
@@ -118,7 +119,7 @@ class Bench:
         if device:
             self.drop(system)
         file = self.folder / system.name.replace(" ", "-")
-        file.unlink(missing_ok=True)
+        system.remove(file)
         shape = GROWTH_SHAPES.get(system.name, STANDING)
         system.create(self.tools, file, shape)
         device = self.standing[system.name] = system.attach(self.tools, file)
@@ -128,7 +129,8 @@ class Bench:
             regions = [Region(0, self.length)]
         try:
             for region in regions:
-                fill(device, region)
+                fill(device, region, system.filled)
+            device = self.standing[system.name] = system.settle(self.tools, device)
         except CommandError:
             self.drop(system)
             raise
@@ -140,7 +142,7 @@ class Bench:
         try:
             system.stop(self.tools, device)
         finally:
-            device.file.unlink(missing_ok=True)
+            system.remove(device.file)
 
     def close(self, systems: list[System]) -> None:
         """Takes every device away, whatever fails on the way."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from commands import CommandError, run
-from systems import Device
+from systems import Device, Filled
 from workloads import Workload
 
 SECTOR = 512
@@ -77,11 +77,14 @@ def process_ticks(pid: int) -> int:
     return int(fields[14 - 3]) + int(fields[15 - 3])
 
 
-def fill(device: Device, region: Region) -> None:
-    """Writes over the whole region with data that is the same for every system."""
+def fill(device: Device, region: Region, filled: Filled = Filled.WHOLLY) -> None:
+    """Writes over the region with data that is the same for every system."""
+    how = ["--rw=write", "--bs=1m", "--iodepth=4"]
+    if filled is Filled.EVERY_OTHER_4K:
+        how = ["--rw=write:4k", "--bs=4k", "--iodepth=32", f"--io_size={region.length // 2}"]
     run(
-        ["fio", "--name=fill", f"--filename={device.path}", "--ioengine=io_uring", "--direct=1", "--rw=write",
-         "--bs=1m", "--iodepth=4", f"--offset={region.offset}", f"--size={region.length}", "--randseed=1",
+        ["fio", "--name=fill", f"--filename={device.path}", "--ioengine=io_uring", "--direct=1", *how,
+         f"--offset={region.offset}", f"--size={region.length}", "--randseed=1",
          "--refill_buffers", "--end_fsync=1", "--output=/dev/null"],
         FILL_TIMEOUT_S,
     )

@@ -33,6 +33,13 @@ NOTES = """\
   same file system, with direct I/O, logical blocks of 512 bytes and no scheduler. The two ublk servers have the same
   queues, depth and request size. zc: zero copy; 2q: two queues.
 """
+CHAIN_NOTES = """\
+* chain N: a child of which every read passes through N images, the last of which has all content; chain 1 has it
+  itself, over an empty parent.
+* half, child half: a dynamic image and a child over an empty parent, of which every other 4 KiB was written; the child
+  has its blocks in part only. Every 4 KiB is written once, and the final sync is in the time.
+* this / first: the ratio to the workload's first system; below 1, it does less.
+"""
 
 
 def markdown(results: Results) -> str:
@@ -47,6 +54,9 @@ def markdown(results: Results) -> str:
         "## Growth",
         "4 KiB requests to written blocks of images of three sizes; in parentheses the ratio to 1 GiB.",
         growth_table(results),
+        "## Chains",
+        CHAIN_NOTES,
+        chain_table(results),
         "## Block layer settings",
         settings_table(results),
     ]
@@ -144,6 +154,27 @@ def growth_cell(results: Results, workload: str, name: str) -> str:
     if ratio and name != systems.OURS_1G.name:
         text += f" ({number(ratio.median)})"
     return text
+
+
+def chain_table(results: Results) -> str:
+    rows = []
+    for workload in workloads.CHAINED:
+        first = workload.measured[0].name
+        for system in workload.measured:
+            if not results.has(workload.name, system.name):
+                continue
+            ratio = results.ratio(workload.name, system.name, [first]) if system.name != first else None
+            metrics = ("p50_us", "p99_us", "cpu_s_per_m")
+            rows.append(
+                [
+                    f"**{workload.title}**" if system.name == first else "",
+                    system.name,
+                    f"{spread(results.spread(workload.name, system.name, 'value'))} {workload.unit}",
+                    *(middle(results.spread(workload.name, system.name, metric)) for metric in metrics),
+                    spread(ratio) if ratio else "",
+                ]
+            )
+    return table(["workload", "system", "throughput", "p50 µs", "p99 µs", "CPU s / 10⁶", "this / first"], rows)
 
 
 def settings_table(results: Results) -> str:

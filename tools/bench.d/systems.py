@@ -4,7 +4,8 @@ import json
 import re
 import time
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Enum
 from pathlib import Path
 
 from commands import CommandError, run, wait_until
@@ -14,6 +15,7 @@ DEPTH = 64
 BUFFER_BYTES = 512 << 10
 SECTOR_BYTES = 512
 PHYSICAL_SECTOR_BYTES = 4096
+CHILD_BLOCK_BYTES = 2 << 20
 ATTEMPTS = 5
 QUEUE_SETTINGS = (
     "scheduler",
@@ -45,6 +47,13 @@ class Shape:
     block_size: int
 
 
+class Filled(Enum):
+    """What of a disk is written over."""
+
+    WHOLLY = "wholly"
+    EVERY_OTHER_4K = "every other 4 KiB"
+
+
 @dataclass(frozen=True)
 class Device:
     """A device that is up. `pid` is the process that serves it, None if the kernel does."""
@@ -74,9 +83,22 @@ class System(ABC):
 
     name: str
 
+    @property
+    def filled(self) -> Filled:
+        """How its image is written over before it is measured."""
+        return Filled.WHOLLY
+
     @abstractmethod
     def create(self, tools: Tools, file: Path, shape: Shape) -> None:
         """Makes the empty file."""
+
+    def remove(self, file: Path) -> None:
+        """Removes what `create` and `settle` made."""
+        file.unlink(missing_ok=True)
+
+    def settle(self, tools: Tools, device: Device) -> Device:
+        """The device to be measured, now that its image is filled."""
+        return device
 
     @abstractmethod
     def start(self, tools: Tools, file: Path) -> Device:
@@ -108,6 +130,10 @@ def create_vhdx(tools: Tools, file: Path, shape: Shape) -> None:
     run([tools.vhdx_ublk, "create", file, "--size", str(shape.size), "--block-size", str(shape.block_size)])
 
 
+def create_child(tools: Tools, file: Path, parent: Path) -> None:
+    run([tools.vhdx_ublk, "create", file, "--parent", parent, "--block-size", str(CHILD_BLOCK_BYTES)])
+
+
 def create_raw(file: Path, shape: Shape) -> None:
     with file.open("xb") as raw:
         raw.truncate(shape.size)
@@ -119,6 +145,11 @@ class Ours(System):
 
     queues: int = 1
     zero_copy: bool = False
+    half: bool = False
+
+    @property
+    def filled(self) -> Filled:
+        return Filled.EVERY_OTHER_4K if self.half else Filled.WHOLLY
 
     def missing(self, tools: Tools) -> str | None:
         if self.zero_copy and not tools.has_zero_copy():
@@ -137,6 +168,43 @@ class Ours(System):
 
     def stop(self, tools: Tools, device: Device) -> None:
         run([tools.vhdx_ublk, "del", device.path], 120)
+
+
+@dataclass(frozen=True)
+class Chain(Ours):
+    """vhdx-ublk on a child: a request passes through `depth` images, the last of which has all content.
+
+    Where that is the child itself, it has an empty parent all the same.
+    """
+
+    depth: int = 1
+
+    def parent(self, file: Path, number: int) -> Path:
+        return file.with_name(f"{file.name}.parent-{number}")
+
+    def create(self, tools: Tools, file: Path, shape: Shape) -> None:
+        create_vhdx(tools, self.parent(file, 0), shape)
+        if self.depth == 1:
+            create_child(tools, file, self.parent(file, 0))
+
+    def start(self, tools: Tools, file: Path) -> Device:
+        """Until the content is there, the image that it belongs in is served."""
+        served = super().start(tools, file if file.exists() else self.parent(file, 0))
+        return replace(served, file=file)
+
+    def settle(self, tools: Tools, device: Device) -> Device:
+        if self.depth == 1:
+            return device
+        self.stop(tools, device)
+        for number in range(1, self.depth - 1):
+            create_child(tools, self.parent(device.file, number), self.parent(device.file, number - 1))
+        create_child(tools, device.file, self.parent(device.file, self.depth - 2))
+        return self.attach(tools, device.file)
+
+    def remove(self, file: Path) -> None:
+        super().remove(file)
+        for number in range(self.depth):
+            self.parent(file, number).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -251,7 +319,13 @@ RUBLK_2Q = Rublk("rublk 2q", queues=2)
 OURS_1G = Ours("ours 1 GiB")
 OURS_100G = Ours("ours 100 GiB")
 OURS_10T = Ours("ours 10 TiB")
+CHAIN_1 = Chain("ours chain 1")
+CHAIN_2 = Chain("ours chain 2", depth=2)
+CHAIN_5 = Chain("ours chain 5", depth=5)
+OURS_HALF = Ours("ours half", half=True)
+CHILD_HALF = Chain("ours child half", half=True)
 GROWTH = (OURS_1G, OURS_100G, OURS_10T)
+CHAINS = (CHAIN_1, CHAIN_2, CHAIN_5, OURS_HALF, CHILD_HALF)
 QEMU = (QEMU_NATIVE, QEMU_URING)
 COPYING = (OURS, RUBLK, LOOP, *QEMU)
-ALL = (OURS, OURS_ZC, RUBLK, RUBLK_ZC, LOOP, *QEMU, OURS_2Q, RUBLK_2Q, *GROWTH)
+ALL = (OURS, OURS_ZC, RUBLK, RUBLK_ZC, LOOP, *QEMU, OURS_2Q, RUBLK_2Q, *GROWTH, *CHAINS)

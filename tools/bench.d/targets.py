@@ -87,4 +87,13 @@ QUEUES = [
     Target(f"4jobs-4k-rand{operation}-qd16", OURS_2Q, (OURS,), at_least=1.0) for operation in ("read", "write")
 ]
 
-ALL = [*HITS, *MISSES, *SYNCS, *QUEUES]
+# An image that has nothing of a block, or not all of it, is nearly as good as none.
+CHAINS = [
+    *(
+        Target("chain-4k-randread-qd32", system.name, (OURS,), at_least=bound)
+        for system, bound in ((systems.CHAIN_1, 0.9), (systems.CHAIN_2, 0.9), (systems.CHAIN_5, 0.8))
+    ),
+    Target("chain-4k-randwrite-qd32", systems.CHILD_HALF.name, (systems.OURS_HALF.name,), at_least=0.8),
+]
+
+ALL = [*HITS, *MISSES, *SYNCS, *QUEUES, *CHAINS]

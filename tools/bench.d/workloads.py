@@ -42,6 +42,7 @@ class Workload:
     pattern  fio's name for the order and direction of the requests
     depth    requests in flight per job
     region   where on the disk: its `start` or its `end`
+    small    a quarter of the region is enough
     amount   what bounds it: None is time, `region` is one pass over the region
     synced   every write is followed by fdatasync; the latency is then the sync's
     """
@@ -55,6 +56,7 @@ class Workload:
     jobs: int = 1
     unit: str = "IOPS"
     region: str = "start"
+    small: bool = False
     amount: str | None = None
     synced: bool = False
     fresh: Fresh | None = None
@@ -158,6 +160,24 @@ def growth() -> list[Workload]:
     ]
 
 
+def chains() -> list[Workload]:
+    """Requests that pass through images which have nothing of them, and writes to blocks that are here in part.
+
+    Half of those writes go to sectors never written before. Each goes to its own: of blocks that are written
+    over for long nothing would be left in part. What is compared is as little written, also on the host: a dynamic
+    image, whose blocks are there as a whole from their first write on.
+    """
+    common = {"request": 4 * KIB, "depth": 32}
+    return [
+        Workload("chain-4k-randread-qd32", "4 KiB random read through a chain, QD 32", "randread",
+                 measured=(systems.OURS, systems.CHAIN_1, systems.CHAIN_2, systems.CHAIN_5), **common),
+        Workload("chain-4k-randwrite-qd32", "4 KiB random write to half written blocks, QD 32", "randwrite",
+                 measured=(systems.OURS_HALF, systems.CHILD_HALF), amount="region", small=True,
+                 fresh=Fresh(STANDING, filled=True), **common),
+    ]
+
+
 COMPARED = [*hits(), *empty(), *synced(), *trims(), *queues()]
 GROWING = growth()
-ALL = [*COMPARED, *GROWING]
+CHAINED = chains()
+ALL = [*COMPARED, *GROWING, *CHAINED]

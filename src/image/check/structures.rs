@@ -176,7 +176,7 @@ impl Examination {
             self.patch(region.offset, &mended);
         }
         if metadata.kind() == DiskType::Differencing {
-            let what = "the image has a parent, which is not examined";
+            let what = "the image has a parent, and reads from it what it does not hold itself";
             self.report.add(Finding::note("metadata", region.offset, what));
         }
         Ok(Some(metadata))

@@ -1,0 +1,66 @@
+//! The children of an image: what nobody could read any more if it were written to.
+//!
+//! A parent does not know its children. They are looked for where they usually are, beside it.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use super::open::Relative;
+use super::search::Search;
+use crate::error::Result;
+
+/// The most images of a folder that are looked at: as many as the longest chain has. Each costs a few hundred KiB of
+/// reading, so that even all of them are found in seconds.
+pub const MAX_NEIGHBOURS: usize = 256;
+
+/// How the names of images end, in small letters.
+const EXTENSIONS: [&str; 2] = ["vhdx", "avhdx"];
+
+/// The images in the folder of `parent` that were made of it, as it is now. `identify` must not wait for anybody;
+/// what it cannot read is nobody's child.
+pub fn children_beside<R: Relative>(
+    parent: &dyn Relative,
+    search: &Search,
+    mut identify: impl FnMut(&Path) -> Result<R>,
+) -> Vec<PathBuf> {
+    let is_child = |path: &PathBuf| {
+        identify(path)
+            .is_ok_and(|image| is_made_of(&image, parent) && leads_to(&image, search, parent.path()))
+    };
+    neighbours(parent.path()).into_iter().filter(is_child).collect()
+}
+
+/// Whether `child` knows its parent by the DataWriteGuid that `parent` has.
+pub fn is_made_of(child: &dyn Relative, parent: &dyn Relative) -> bool {
+    let Some(locator) = &child.metadata().parent_locator else { return false };
+    let wanted = parent.data_write_guid();
+    locator.linkage().is_ok_and(|linkage| linkage == wanted) || locator.linkage2() == Some(wanted)
+}
+
+/// Whether one of the places where `child` would look for its parent is the file at `parent`.
+fn leads_to(child: &dyn Relative, search: &Search, parent: &Path) -> bool {
+    let Some(locator) = &child.metadata().parent_locator else { return false };
+    search.candidates(child.path(), locator).iter().any(|path| is_same_file(path, parent))
+}
+
+/// The other files in the folder of `image` that are called as images are, in the order of their names.
+fn neighbours(image: &Path) -> Vec<PathBuf> {
+    let folder = image.parent().unwrap_or(Path::new("."));
+    let Ok(entries) = fs::read_dir(folder) else { return Vec::new() };
+    let is_called_so = |path: &PathBuf| {
+        let extension = path.extension().and_then(|extension| extension.to_str());
+        extension.is_some_and(|found| EXTENSIONS.contains(&&*found.to_lowercase()))
+    };
+    let paths = entries.filter_map(|entry| entry.ok().map(|entry| entry.path()));
+    let mut paths: Vec<PathBuf> = paths.filter(is_called_so).collect();
+    paths.sort();
+    paths.retain(|path| !is_same_file(path, image));
+    paths.truncate(MAX_NEIGHBOURS);
+    paths
+}
+
+fn is_same_file(one: &Path, other: &Path) -> bool {
+    let identity = |path: &Path| fs::metadata(path).map(|found| (found.dev(), found.ino())).ok();
+    identity(one).is_some_and(|found| identity(other) == Some(found))
+}
