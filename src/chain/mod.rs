@@ -9,7 +9,7 @@ mod open;
 mod path;
 mod search;
 
-pub use kinship::descent;
+pub use kinship::{descent, direct, is_child, redirected, relinked};
 pub use open::{Layer, MAX_DEPTH, open_parents};
-pub use path::PathMap;
+pub use path::{PathMap, same_file};
 pub use search::Search;

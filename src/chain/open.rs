@@ -1,9 +1,8 @@
 //! Opening a chain: every parent found, recognised, and none of them twice.
 
-use std::fs;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use super::path;
 use super::search::Search;
 use crate::error::{Error, Kind, Result};
 use crate::format::guid;
@@ -72,7 +71,10 @@ fn first_fitting<L: Layer>(
     let mut first_error = None;
     for path in paths {
         let checked = refuse_cycle(&path, used).and_then(|()| open(&path));
-        let checked = checked.and_then(|parent| recognise(child, locator, &parent).map(|()| parent));
+        let checked = checked.and_then(|parent| {
+            recognise(child, locator, &parent).map_err(|error| error.remedy(REMEDY))?;
+            Ok(parent)
+        });
         match checked {
             Ok(parent) => return Ok(parent),
             Err(error) => first_error = first_error.or(Some(error)),
@@ -83,10 +85,8 @@ fn first_fitting<L: Layer>(
 
 /// An image that is open already would have to be locked against itself.
 fn refuse_cycle(path: &Path, used: &[&Path]) -> Result<()> {
-    let identity = |path: &Path| {
-        let found = fs::metadata(path).map_err(|error| Error::io("finding the parent", error).file(path))?;
-        Ok((found.dev(), found.ino()))
-    };
+    let identity =
+        |path: &Path| path::identity(path).map_err(|error| Error::io("finding the parent", error).file(path));
     let found = identity(path)?;
     let used = used.iter().map(|path| identity(path)).collect::<Result<Vec<_>>>()?;
     if used.contains(&found) {
@@ -97,10 +97,10 @@ fn refuse_cycle(path: &Path, used: &[&Path]) -> Result<()> {
 }
 
 /// What to do about a parent that was not found, or is not the right one.
-const REMEDY: &str = "name the right file with --parent, or what its drive is here with --parent-map";
+const REMEDY: &str = "name the right file with --parent, or what its drive is here with --parent-map; `vhdx-ublk relink` has the child name it for good";
 
-/// Whether `parent` is what `child` was made of.
-fn recognise(child: &dyn Layer, locator: &ParentLocator, parent: &dyn Layer) -> Result<()> {
+/// Whether `parent` is what `child`, whose locator is `locator`, was made of.
+pub(super) fn recognise(child: &dyn Layer, locator: &ParentLocator, parent: &dyn Layer) -> Result<()> {
     let found = parent.image().header.header.data_write_guid;
     let linkage = locator.linkage().map_err(|error| error.file(child.path()))?;
     if found != linkage && locator.linkage2() != Some(found) {
@@ -110,8 +110,13 @@ fn recognise(child: &dyn Layer, locator: &ParentLocator, parent: &dyn Layer) -> 
              is wanted",
             child.path().display()
         );
-        return Err(Error::new(Kind::Mismatch, message).file(parent.path()).remedy(REMEDY));
+        return Err(Error::new(Kind::Mismatch, message).file(parent.path()));
     }
+    same_sectors(child, parent)
+}
+
+/// Whether `parent` has the sectors of `child`.
+pub(super) fn same_sectors(child: &dyn Layer, parent: &dyn Layer) -> Result<()> {
     let sectors = |layer: &dyn Layer| layer.image().metadata.logical_sector_size;
     if sectors(parent) != sectors(child) {
         let message = format!(

@@ -3,17 +3,16 @@
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use serde::Serialize;
 use uuid::Uuid;
 
 use vhdx_ublk::device::session;
-use vhdx_ublk::disk::{Access, ImageFile, Reactor};
+use vhdx_ublk::disk::{Access, Reactor};
 use vhdx_ublk::error::Result;
 use vhdx_ublk::image::{self, Finding, LogFound, Repair, Report, Severity};
 
-use super::{holders, look, output, size};
+use super::{holders, look, output, rest, size};
 
 /// Examine the structure of an image: every header, table, log entry and block.
 ///
@@ -81,8 +80,7 @@ fn check(path: &Path) -> Result<Checked> {
 }
 
 fn repair(path: &Path) -> Result<Checked> {
-    let file = Arc::new(ImageFile::open(path, Access::ReadWrite, Duration::ZERO)?);
-    holders::refuse_abandoned(path, Access::ReadWrite)?;
+    let file = Arc::new(rest::lock(path, Access::ReadWrite)?);
     session::refuse_orphan(&file, None)?;
     let reactor = Reactor::new()?;
     let disk = reactor.disk(Arc::clone(&file));

@@ -18,6 +18,8 @@ mod look;
 mod output;
 mod parents;
 mod recover;
+mod relink;
+mod rest;
 mod size;
 
 use std::process::ExitCode;
@@ -57,6 +59,7 @@ enum Command {
     Create(create::Create),
     Info(info::Info),
     Check(check::Check),
+    Relink(relink::Relink),
     Features(features::Features),
 }
 
@@ -67,7 +70,7 @@ impl Command {
             Self::Info(info) => info.json,
             Self::Check(check) => check.json,
             Self::Features(features) => features.json,
-            Self::Add(_) | Self::Del(_) | Self::Recover(_) | Self::Create(_) => false,
+            Self::Add(_) | Self::Del(_) | Self::Recover(_) | Self::Create(_) | Self::Relink(_) => false,
         }
     }
 
@@ -81,6 +84,7 @@ impl Command {
             Self::Create(create) => create.run(),
             Self::Info(info) => info.run(),
             Self::Check(check) => return check.run(),
+            Self::Relink(relink) => relink.run(),
             Self::Features(features) => features.run(),
         }
         .map(|()| SUCCESS)

@@ -1,7 +1,7 @@
 //! An image opened to be served: what the fronts share, and the disk as the kernel shall see it.
 //!
 //! Order: the whole image is read and checked, its log replayed in memory; then the driver is asked for; only
-//! then is a dirty log replayed in place. So an image that cannot be served, and one that nobody could serve,
+//! then is a dirty log replayed in place, and a path that leads nowhere renewed. So an image that cannot be served, and one that nobody could serve,
 //! stay as they are, byte for byte.
 
 use std::fs::File;
@@ -17,6 +17,7 @@ use super::mailbox::EngineEnds;
 use super::options::Parameters;
 use super::registry::FileId;
 use super::session::{self, Plan, SessionFile, Sessions};
+use crate::chain;
 use crate::disk::{ImageFile, PayloadIo, Reactor, UringDisk};
 use crate::engine::shared::Shared;
 use crate::error::{Error, Kind, Result};
@@ -145,11 +146,16 @@ impl WritableOpen {
             None => (None, None),
         };
         let examined = Examined { clean: clean.filter(|image| image.found_log == FoundLog::Clean), session };
-        let (image, session) = reactor.block_on(self.take(&disk, id, examined)).map_err(named)?;
+        let (mut image, mut session) = reactor.block_on(self.take(&disk, examined)).map_err(named)?;
         let parents = match parents {
             Some(parents) => parents,
             None => self.parents.of(&image, file.path(), reactor)?,
         };
+        if session.is_none() {
+            let renewed = self.renew_paths(&disk, image, parents.first());
+            image = reactor.block_on(renewed).map_err(named)?;
+            session = self.start_session(&mut image, id);
+        }
         Ok(WritableImage { image, session, parents, disk })
     }
 
@@ -173,10 +179,9 @@ impl WritableOpen {
     async fn take(
         &self,
         disk: &UringDisk,
-        file: FileId,
         Examined { clean, session }: Examined,
     ) -> Result<(Image, Option<SessionFile>)> {
-        let mut image = match (&session, clean) {
+        let image = match (&session, clean) {
             (Some((session, memory, carried)), _) => {
                 let resumed = Image::resume(disk, memory.clone(), *carried, Uuid::new_v4).await;
                 resumed.map_err(|error| session.explain(error))?
@@ -188,8 +193,36 @@ impl WritableOpen {
             tracing::info!("the image was not closed cleanly: replayed {entries} log entries");
         }
         choose_payload_io(disk.file(), &image.metadata)?;
-        let session = session.map(|(session, ..)| session).or_else(|| self.start_session(&mut image, file));
-        Ok((image, session))
+        Ok((image, session.map(|(session, ..)| session)))
+    }
+
+    /// Has `image` name its `parent` by where that was found, if it leads elsewhere by itself. Not while a session
+    /// goes on, whose file the image has to stay.
+    async fn renew_paths(&self, disk: &UringDisk, image: Image, parent: Option<&ReadLayer>) -> Result<Image> {
+        let (Some(parent), Some(locator)) = (parent, &image.metadata.parent_locator) else {
+            return Ok(image);
+        };
+        let (child, parent) = (disk.file().path(), parent.file.path());
+        let stays = |error: &Error| {
+            tracing::warn!("{}: it goes on naming another place for its parent: {error}", child.display());
+        };
+        let renewed = match chain::redirected(child, locator, parent, &self.parents.search) {
+            Ok(Some(renewed)) => renewed,
+            Ok(None) => return Ok(image),
+            Err(error) => {
+                stays(&error);
+                return Ok(image);
+            }
+        };
+        let metadata = Metadata { parent_locator: Some(renewed), ..image.metadata.clone() };
+        match image.amend(disk, &metadata, Uuid::new_v4).await {
+            // Nothing was written.
+            Err(error) if error.kind() == Kind::Unsupported => {
+                stays(&error);
+                Image::open(disk, Mode::Writable, Uuid::new_v4).await
+            }
+            amended => amended,
+        }
     }
 
     fn start_session(&self, image: &mut Image, file: FileId) -> Option<SessionFile> {
