@@ -19,6 +19,8 @@ use vhdx_ublk::disk::{Access, ImageFile};
 mod check;
 #[path = "cli/damage.rs"]
 mod damage;
+#[path = "cli/merge.rs"]
+mod merge;
 #[path = "cli/relink.rs"]
 mod relink;
 
@@ -386,7 +388,7 @@ fn wrong_usage_exits_with_2() {
         run(wrong).misused();
     }
     assert!(run(&["--help"]).succeeded().contains("vhdx-ublk create disk.vhdx --size 10G"));
-    for command in ["add", "del", "list", "create", "info", "check", "relink", "features"] {
+    for command in ["add", "del", "list", "create", "info", "check", "relink", "merge", "features"] {
         let help = run(&[command, "--help"]).succeeded();
         assert!(help.contains("Exit status:") && !help.contains("--serve"), "{help}");
     }

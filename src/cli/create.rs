@@ -4,7 +4,7 @@
 //! not be finished, for an error or a signal, is removed, and one that replaces another is made beside it and
 //! renamed. After a power cut there may be an unfinished file; nobody takes it for an image.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -23,7 +23,7 @@ use vhdx_ublk::error::{Error, Kind, Result};
 use vhdx_ublk::image::{InitialState, NewImage};
 
 use super::look::{self, Seen};
-use super::{holders, size};
+use super::{folder, holders, size};
 
 /// Make a new, empty image.
 ///
@@ -117,7 +117,7 @@ impl Create {
         })?;
         write(&new, &reactor, file).map_err(|error| error.file(&self.image))?;
         unfinished.finished();
-        sync_folder_of(&self.image)
+        folder::sync(&self.image)
     }
 
     /// A child of `parent`: its content is all there is.
@@ -125,7 +125,7 @@ impl Create {
         if self.disk_type.is_some_and(|chosen| chosen != DiskType::Differencing) {
             return usage("only a differencing image has a parent");
         }
-        let folder = fs::canonicalize(folder_of(&self.image));
+        let folder = fs::canonicalize(folder::of(&self.image));
         let folder = folder.map_err(|error| Error::io("finding the folder", error).file(&self.image))?;
         let metadata = &parent.image.metadata;
         Ok(NewImage {
@@ -186,7 +186,7 @@ impl Create {
         }
         fs::rename(&beside, target).map_err(|error| Error::io("replacing the file", error).file(target))?;
         unfinished.finished();
-        sync_folder_of(target)
+        folder::sync(target)
     }
 
     /// Opens the file that is to be replaced, so that nobody can begin to use it, and nobody does.
@@ -235,16 +235,6 @@ fn inherit(from: &Path, to: &Path) -> io::Result<()> {
     // Who may not give files away keeps them.
     let _ = std::os::unix::fs::chown(to, Some(old.uid()), Some(old.gid()));
     fs::set_permissions(to, old.permissions())
-}
-
-/// Makes the name of the file at `path` durable.
-fn sync_folder_of(path: &Path) -> Result<()> {
-    let synced = File::open(folder_of(path)).and_then(|folder| folder.sync_all());
-    synced.map_err(|error| Error::io("syncing the folder of the new image", error).file(path))
-}
-
-fn folder_of(path: &Path) -> &Path {
-    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 /// A file that is removed unless it gets finished.

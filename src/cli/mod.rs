@@ -10,11 +10,13 @@ mod create;
 mod del;
 mod detached;
 mod features;
+mod folder;
 mod holders;
 mod info;
 mod list;
 mod logging;
 mod look;
+mod merge;
 mod output;
 mod parents;
 mod recover;
@@ -60,6 +62,7 @@ enum Command {
     Info(info::Info),
     Check(check::Check),
     Relink(relink::Relink),
+    Merge(merge::Merge),
     Features(features::Features),
 }
 
@@ -70,7 +73,12 @@ impl Command {
             Self::Info(info) => info.json,
             Self::Check(check) => check.json,
             Self::Features(features) => features.json,
-            Self::Add(_) | Self::Del(_) | Self::Recover(_) | Self::Create(_) | Self::Relink(_) => false,
+            Self::Add(_)
+            | Self::Del(_)
+            | Self::Recover(_)
+            | Self::Create(_)
+            | Self::Relink(_)
+            | Self::Merge(_) => false,
         }
     }
 
@@ -85,6 +93,7 @@ impl Command {
             Self::Info(info) => info.run(),
             Self::Check(check) => return check.run(),
             Self::Relink(relink) => relink.run(),
+            Self::Merge(merge) => merge.run(),
             Self::Features(features) => features.run(),
         }
         .map(|()| SUCCESS)

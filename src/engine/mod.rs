@@ -22,11 +22,13 @@
 mod allocate;
 mod close;
 mod commit;
+mod copy;
 mod fill;
 pub mod front;
 mod headers;
 pub mod local;
 mod log;
+pub mod merge;
 pub mod message;
 pub mod port;
 mod quarantine;
