@@ -121,7 +121,9 @@ impl Chain {
         let mut chain = Self { stores: BTreeMap::new(), names, shapes: shapes.to_vec(), layers: Vec::new() };
         let mut parent = None;
         for (number, shape) in shapes.iter().enumerate().rev() {
-            let (store, layer) = image(rng, number, *shape, parent);
+            let differencing = parent.is_some();
+            let store = empty(rng, *shape, parent);
+            let (store, layer) = fill(store, rng, number, *shape, differencing);
             parent = Some((chain.names[number].clone(), data_write_guid(&store)));
             chain.stores.insert(chain.names[number].clone(), store);
             chain.layers.insert(0, layer);
@@ -170,16 +172,15 @@ fn opened(store: &Store, mode: Mode) -> Result<Image> {
     block_on(Image::open(&disk, mode, || Uuid::from_u128(7)))
 }
 
-/// A random image, and what its sectors say.
-fn image(rng: &mut Rng, number: usize, shape: Shape, parent: Option<(PathBuf, Uuid)>) -> (Store, Layer) {
-    let differencing = parent.is_some();
-    let parent = parent.map(|(path, linkage)| {
+/// A new image, over the parent that this path and linkage name.
+fn empty(rng: &mut Rng, shape: Shape, parent: Option<(PathBuf, Uuid)>) -> Store {
+    let descent = |(path, linkage): (PathBuf, Uuid)| {
         let mut locator = ParentLocator::default();
         locator.set(PARENT_LINKAGE, linkage.braced().to_string());
         locator.set(PARENT_LINKAGE2, Uuid::nil().braced().to_string());
         locator.set(RELATIVE_PATH, path.to_str().expect("UTF-8"));
         Descent { locator, disk_id: Uuid::from_u128(99) }
-    });
+    };
     let new = NewImage {
         virtual_size: shape.virtual_size,
         fixed: shape.fixed,
@@ -188,11 +189,11 @@ fn image(rng: &mut Rng, number: usize, shape: Shape, parent: Option<(PathBuf, Uu
         logical_sector_size: 512,
         physical_sector_size: 4096,
         initial_state: InitialState::NotPresent,
-        parent,
+        parent: parent.map(descent),
     };
     let disk = SimDisk::new(Store::default(), true, true, 512);
     block_on(new.write(&disk, || Uuid::from_u128(rng.u128(1..)))).expect("a legal image");
-    fill(disk.content(), rng, number, shape, differencing)
+    disk.content()
 }
 
 /// Gives random states to the blocks of an empty image, and content to those that have some.
@@ -350,12 +351,12 @@ fn run_watched(folder: &Folder, merge: Merge, seed: u64, mut look: impl FnMut(&F
     let tasks = Rc::new(SimTasks::default());
     let (on, spawn) = (folder.clone(), tasks.clone());
     let result = tasks.start(async move { merge.run(&on, spawn, guids(seed)).await });
-    let (mut seen, mut steps) = (None, 0);
+    let (mut known, mut steps) = (None, 0);
     while result.borrow().is_none() {
         while tasks.ready() > 0 {
             tasks.run(0);
-            if seen != Some(folder.version()) {
-                seen = Some(folder.version());
+            if known != Some(folder.version()) {
+                known = Some(folder.version());
                 look(folder);
             }
         }
@@ -408,7 +409,9 @@ fn random_shapes(rng: &mut Rng, depth: usize) -> Vec<Shape> {
     let mut shapes: Vec<Shape> = (0..depth).map(|number| shape(rng, number + 1 == depth)).collect();
     if rng.bool() {
         let size = shapes[0].virtual_size;
-        shapes.iter_mut().for_each(|shape| shape.virtual_size = size);
+        for shape in &mut shapes {
+            shape.virtual_size = size;
+        }
     }
     shapes
 }
@@ -518,7 +521,8 @@ fn a_cut_leaves_the_chain_as_it_was_and_the_merge_is_done_again() {
 /// A merge that runs out of room, or whose disk fails, ends with an error and is done again.
 #[test]
 fn a_merge_that_fails_leaves_the_chain_as_it_was() {
-    let hits: [(i32, fn(Owner, &Effect) -> bool); 3] = [
+    type Hits = fn(Owner, &Effect) -> bool;
+    let hits: [(i32, Hits); 3] = [
         (28, |_, effect| matches!(effect, Effect::Resize(_))),
         (5, |_, effect| matches!(effect, Effect::Write { .. })),
         (5, |_, effect| matches!(effect, Effect::Sync)),
@@ -558,34 +562,11 @@ fn sizes_that_a_target_cannot_take_are_refused() {
         (&[more_than_its_bat, shape(4, 1)], "BAT"),
         (&[shape(6, 1), shape(4, 1), shape(5, 1)], "over one of"),
     ] {
-        let images: Vec<Image> = (0..shapes.len())
-            .map(|number| {
-                let parent = (number + 1 < shapes.len()).then(|| ("base".into(), Uuid::from_u128(1)));
-                let empty = NewImage {
-                    virtual_size: shapes[number].virtual_size,
-                    fixed: shapes[number].fixed,
-                    block_size: shapes[number].block_size,
-                    log_length: 1 << 20,
-                    logical_sector_size: 512,
-                    physical_sector_size: 512,
-                    initial_state: InitialState::NotPresent,
-                    parent: parent.map(|(path, linkage): (PathBuf, Uuid)| {
-                        let mut locator = ParentLocator::default();
-                        locator.set(PARENT_LINKAGE, linkage.braced().to_string());
-                        locator.set(RELATIVE_PATH, path.to_str().expect("UTF-8"));
-                        Descent { locator, disk_id: linkage }
-                    }),
-                };
-                let disk = SimDisk::new(Store::default(), true, true, 512);
-                let mut number = 0;
-                let guid = || {
-                    number += 1;
-                    Uuid::from_u128(number)
-                };
-                block_on(empty.write(&disk, guid)).expect("a legal image");
-                opened(&disk.content(), Mode::ReadOnly).expect("a new image")
-            })
-            .collect();
+        let mut rng = Rng::with_seed(1);
+        let parent = |number| (number + 1 < shapes.len()).then(|| ("base".into(), Uuid::from_u128(1)));
+        let stores = (0..shapes.len()).map(|number| empty(&mut rng, shapes[number], parent(number)));
+        let images: Vec<Image> =
+            stores.map(|store| opened(&store, Mode::ReadOnly).expect("a new image")).collect();
         let error = merge::check(&images[0], &images[1], images.get(2)).expect_err("refused");
         assert_eq!(error.kind(), Kind::Unsupported);
         assert!(error.to_string().contains(what) && error.remedy_text().is_some(), "{error}");

@@ -6,7 +6,7 @@ use uuid::Uuid;
 
 use super::open::{Layer, recognise, same_sectors};
 use super::path;
-use super::search::Search;
+use super::search::{Search, is_direct};
 use crate::error::{Error, Kind, Result};
 use crate::format::guid;
 use crate::format::locator::{
@@ -59,7 +59,7 @@ pub fn redirected(
     parent: &Path,
     search: &Search,
 ) -> Result<Option<ParentLocator>> {
-    if search.is_direct(child, locator, parent) {
+    if is_direct(child, locator, parent) {
         return Ok(None);
     }
     let mut redirected = locator.clone();
@@ -94,7 +94,7 @@ pub fn relinked(child: &impl Layer, parent: &impl Layer, ignore_mismatch: bool) 
         }
         Ok(()) => {}
     }
-    if !Search::default().is_direct(child.path(), locator, parent.path()) {
+    if !is_direct(child.path(), locator, parent.path()) {
         direct(&mut relinked, child.path(), parent.path())?;
     }
     Ok(relinked)

@@ -521,7 +521,7 @@ mod tests {
         let search = Search { parents: vec![parent.clone()], maps: vec![map.parse().expect("a good map")] };
         let open = |search: Search, may_write: fn() -> Result<()>| {
             let parents = Parents { search, open: reading };
-            let how = WritableOpen { parents, may_write, ..child.how(Plan::Fresh { keep: true }) };
+            let how = WritableOpen { may_write, parents, ..child.how(Plan::Fresh { keep: true }) };
             EngineThread::open_as(child.file(), how)
         };
         let before = child.bytes();

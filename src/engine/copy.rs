@@ -65,7 +65,7 @@ impl<D: Disk + 'static> Engine<D> {
 
     /// Copies what lies at `offset` of `disk` to `from..to`.
     async fn copy_in(self: &Rc<Self>, disk: &D, mut offset: u64, from: u64, to: u64) -> Outcome {
-        for (from, to) in self.pieces(from, to) {
+        for (from, to) in pieces(from, to) {
             let mut bytes = vec![0; index(to - from)];
             read_sectors(disk, offset, &mut bytes).await?;
             self.put(from, &bytes).await?;
@@ -89,7 +89,7 @@ impl<D: Disk + 'static> Engine<D> {
 
     /// Zeroes parts of blocks; those that have nothing stay without space.
     async fn put_zeros(self: &Rc<Self>, from: u64, to: u64) -> Outcome {
-        for (from, to) in self.pieces(from, to) {
+        for (from, to) in pieces(from, to) {
             let block = self.shared.geometry().block_of_offset(from);
             self.zero_absent(block, 1).await?;
             if self.shared.map.load(block).entry.payload_state() != Some(PayloadState::Zero) {
@@ -97,19 +97,6 @@ impl<D: Disk + 'static> Engine<D> {
             }
         }
         Ok(())
-    }
-
-    /// `from..to` in pieces of 1 MiB at most, each in one block.
-    fn pieces(&self, from: u64, to: u64) -> impl Iterator<Item = (u64, u64)> + use<D> {
-        // Every block is whole MiB.
-        let mut at = from;
-        std::iter::from_fn(move || {
-            let piece = (at, to.min((at / MIB + 1) * MIB));
-            (at < to).then(|| {
-                at = piece.1;
-                piece
-            })
-        })
     }
 
     /// Writes `bytes`, which are in one block, at virtual offset `at`. Nobody else writes meanwhile: sectors that
@@ -130,6 +117,18 @@ impl<D: Disk + 'static> Engine<D> {
         pages[before..][..bytes.len()].copy_from_slice(bytes);
         self.disk.write(page, pages).await.map_err(|error| errno(&error))
     }
+}
+
+/// `from..to` in pieces of 1 MiB at most, each in one block: blocks are whole MiB.
+fn pieces(from: u64, to: u64) -> impl Iterator<Item = (u64, u64)> {
+    let mut at = from;
+    std::iter::from_fn(move || {
+        let piece = (at, to.min((at / MIB + 1) * MIB));
+        (at < to).then(|| {
+            at = piece.1;
+            piece
+        })
+    })
 }
 
 /// Where the bytes from `from` on are, and how far that holds, up to `end`.

@@ -123,8 +123,9 @@ impl Merge {
         let target = self.grow(files, target, disk.virtual_size, new_guid.clone()).await?;
         let layers = parents(files, &self.layers, layers).await?;
         let below = parents(files, &self.below, below).await?;
-        self.copy(files, target, (layers, below), disk.virtual_size, data_write, (tasks, new_guid.clone()))
-            .await?;
+        let engine = self.engine(files, target, below, tasks, new_guid.clone()).await?;
+        self.copy(files, &engine, &layers, disk.virtual_size, data_write).await?;
+        drop((engine, layers));
         self.describe(files, &disk, new_guid.clone()).await?;
         self.remove_layers(files, data_write, new_guid).await
     }
@@ -159,30 +160,38 @@ impl Merge {
         amend(files, &self.target, target, &metadata, new_guid).await
     }
 
+    /// The target's engine. Nothing is written yet.
+    async fn engine<F: Files>(
+        &self,
+        files: &F,
+        target: Image,
+        below: Vec<Parent<F::Disk>>,
+        tasks: Rc<dyn Spawn>,
+        new_guid: impl FnMut() -> Uuid + 'static,
+    ) -> Result<Rc<Engine<F::Disk>>> {
+        let disk = files.disk(&self.target);
+        let bitmaps = target.sector_bitmaps(&disk).await.map_err(|error| error.file(&self.target))?;
+        let engine = Engine::new(target, bitmaps, disk, below, tasks, Rc::new(NoFronts), Box::new(new_guid));
+        engine.map_err(|error| error.file(&self.target))
+    }
+
     /// Step 3.
     async fn copy<F: Files>(
         &self,
         files: &F,
-        target: Image,
-        (layers, below): (Vec<Parent<F::Disk>>, Vec<Parent<F::Disk>>),
+        engine: &Rc<Engine<F::Disk>>,
+        layers: &[Parent<F::Disk>],
         size: u64,
         data_write: Uuid,
-        (tasks, new_guid): (Rc<dyn Spawn>, impl FnMut() -> Uuid + 'static),
     ) -> Result<()> {
-        let disk = files.disk(&self.target);
-        let bitmaps = target.sector_bitmaps(&disk).await.map_err(|error| error.file(&self.target))?;
-        let engine = Engine::new(target, bitmaps, disk, below, tasks, Rc::new(NoFronts), Box::new(new_guid))
-            .map_err(|error| error.file(&self.target))?;
         let copying = async {
             engine.open_session_as(Some(data_write)).await?;
-            engine.take_over(&layers, size, &|bytes| files.copied(bytes)).await?;
+            engine.take_over(layers, size, &|bytes| files.copied(bytes)).await?;
             engine.give_up_behind(size).await
         };
-        let copied = copying.await;
-        let closed = engine.close().await;
-        told("copying into the image", copied)
-            .and_then(|()| told("closing the image", closed))
-            .map_err(|error| error.file(&self.target))
+        let copied = told("copying into the image", copying.await);
+        let closed = told("closing the image", engine.close().await);
+        copied.and(closed).map_err(|error| error.file(&self.target))
     }
 
     /// Step 4: the target describes the disk that it is now.

@@ -55,7 +55,7 @@ impl Layer<'_> {
     }
 
     fn whole(&mut self, block: u64, fill: u8) {
-        let at = self.append(&[fill; 1 << 20]);
+        let at = self.append(&vec![fill; 1 << 20]);
         self.slot(block, at | PRESENT);
         self.of_disk(block).fill(fill);
     }
