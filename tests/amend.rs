@@ -16,8 +16,9 @@ use uuid::Uuid;
 use vhdx_ublk::disk::Disk;
 use vhdx_ublk::error::{Kind, Result};
 use vhdx_ublk::format::bat::PayloadState;
+use vhdx_ublk::format::guid;
 use vhdx_ublk::format::locator::{PARENT_LINKAGE, PARENT_LINKAGE2, ParentLocator, RELATIVE_PATH};
-use vhdx_ublk::format::metadata::Metadata;
+use vhdx_ublk::format::metadata::{Metadata, Table};
 use vhdx_ublk::image::{Image, Mode, check};
 
 /// Cuts per moment and profile.
@@ -41,6 +42,26 @@ fn child() -> Craft {
     craft.set_slot(0, END | 6);
     craft.write(END, &[0x55; 8192]);
     craft
+}
+
+/// The same child, whose locator comes before all other items: it cannot grow where it is.
+fn hemmed_in() -> Craft {
+    let mut child = child();
+    let metadata = opened(&child.file).expect("an image").metadata;
+    let region = metadata.encode_region();
+    let table = Table::parse(&region, 1 << 20).expect("its own");
+    let mut entries: Vec<_> = table.entries().to_vec();
+    entries.rotate_right(1);
+    assert_eq!(entries[0].item_id, guid::PARENT_LOCATOR);
+    let (mut offset, mut items) = (65536, Vec::new());
+    for entry in &mut entries {
+        entry.offset = offset;
+        offset += entry.length;
+        items.extend(metadata.item_bytes(entry.item_id).expect("it has it"));
+    }
+    let table = Table::new(entries, 1 << 20).expect("a good table").encode();
+    child.write(METADATA, &[table, items].concat());
+    child
 }
 
 fn opened(store: &Store) -> Result<Image> {
@@ -85,8 +106,8 @@ fn cut_everywhere(
 
 #[test]
 fn a_locator_is_the_old_one_or_the_new_one_and_nothing_else_changes() {
-    for path in [r".\b.vhdx", r"..\some\where\else\with\a\longer\name\base.vhdx", &r"..\..\far".repeat(900)] {
-        let child = child();
+    let paths = [r".\b.vhdx", r"..\some\where\else\with\a\longer\name\base.vhdx", &r"..\..\far".repeat(900)];
+    for (path, child) in paths.into_iter().flat_map(|path| [(path, child()), (path, hemmed_in())]) {
         let before = opened(&child.file).expect("an image");
         let (old, new) = (before.metadata.clone(), path.to_owned());
         let mut expected = old.clone();

@@ -101,7 +101,8 @@ pub fn relinked(child: &impl Layer, parent: &impl Layer, ignore_mismatch: bool) 
 }
 
 /// What to do about a parent that is another one, or has changed.
-const MISMATCH_REMEDY: &str = "find the right file; `--ignore-mismatch` takes this one all the same, and where its content is not what the child was made over, the disk is a mix of two: file systems on it may be damaged";
+const MISMATCH_REMEDY: &str = "find the right file; `--ignore-mismatch` takes this one all the same, and where its \
+     content is not what the child was made over, the disk is a mix of two: file systems on it may be damaged";
 
 /// Whether `child` would take `parent` for its own: one of its paths leads there, and its linkage recognises it.
 pub fn is_child(child: &dyn Layer, parent: &dyn Layer) -> bool {

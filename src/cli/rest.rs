@@ -38,7 +38,8 @@ impl AtRest {
     ///
     /// # Errors
     ///
-    /// Those of [`lock`] and whatever is wrong with the image; [`vhdx_ublk::error::Kind::InUse`] if a killed daemon left a session of it.
+    /// Those of [`lock`] and whatever is wrong with the image; [`vhdx_ublk::error::Kind::InUse`] if a killed daemon
+    /// left a session of it.
     pub fn open(reactor: &Reactor, path: &Path, access: Access) -> Result<Self> {
         let file = Arc::new(lock(path, access)?);
         let disk = reactor.disk(file.clone());

@@ -1,8 +1,8 @@
 //! An image opened to be served: what the fronts share, and the disk as the kernel shall see it.
 //!
 //! Order: the whole image is read and checked, its log replayed in memory; then the driver is asked for; only
-//! then is a dirty log replayed in place, and a path that leads nowhere renewed. So an image that cannot be served, and one that nobody could serve,
-//! stay as they are, byte for byte.
+//! then is a dirty log replayed in place, and a path that leads nowhere renewed. So an image that cannot be served,
+//! and one that nobody could serve, stay as they are, byte for byte.
 
 use std::fs::File;
 use std::os::fd::AsFd;

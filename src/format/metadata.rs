@@ -591,6 +591,29 @@ mod tests {
         Metadata { has_parent: true, parent_locator: Some(parent), ..dynamic() }
     }
 
+    /// Where it is if there is room, else the first gap; other items stay whole.
+    #[test]
+    fn an_item_has_room_where_nothing_else_is() {
+        let entry = |item_id: u128, offset, length| Entry {
+            item_id: Uuid::from_u128(item_id),
+            offset,
+            length,
+            is_user: false,
+            is_virtual_disk: false,
+            is_required: false,
+        };
+        let entries = vec![entry(3, 65800, 100), entry(1, 65536, 50), entry(2, 65600, 100), entry(4, 0, 0)];
+        let table = Table::new(entries, REGION).expect("a good table");
+        let place = |item_id: u128, length| table.place_for(Uuid::from_u128(item_id), length, REGION);
+        assert_eq!((place(1, 64), place(1, 65)), (Some(65536), Some(65700)));
+        assert_eq!((place(1, 100), place(1, 101)), (Some(65700), Some(65900)));
+        assert_eq!((place(2, 200), place(2, 214), place(2, 215)), (Some(65600), Some(65586), Some(65900)));
+        assert_eq!(place(3, REGION - 65800), Some(65800));
+        assert_eq!(place(3, REGION - 65700), Some(65700));
+        assert_eq!(place(3, REGION - 65699), None);
+        assert_eq!((table.place_field(Uuid::from_u128(3)), table.place_field(Uuid::from_u128(2))), (48, 112));
+    }
+
     /// Both steps of reading, from a region that is all in memory.
     fn read(region: &[u8]) -> Result<Metadata> {
         let table = Table::parse(region, u32::try_from(region.len()).expect("a small region"))?;
