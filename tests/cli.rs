@@ -539,7 +539,7 @@ fn only_regular_files_are_images() {
 fn what_is_missing_is_said_to_be() {
     let bench = Bench::new();
     let image = bench.path("no/such.vhdx");
-    for command in ["info", "add", "check"] {
+    for command in ["info", "add", "check", "merge"] {
         let message = on(command, &image, &[]).failed(1);
         assert!(message.contains("such.vhdx") && message.contains("No such file"), "{message}");
     }
