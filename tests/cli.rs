@@ -19,6 +19,10 @@ use vhdx_ublk::disk::{Access, ImageFile};
 mod check;
 #[path = "cli/damage.rs"]
 mod damage;
+#[path = "cli/merge.rs"]
+mod merge;
+#[path = "cli/relink.rs"]
+mod relink;
 
 const MIB: u64 = 1 << 20;
 
@@ -384,7 +388,7 @@ fn wrong_usage_exits_with_2() {
         run(wrong).misused();
     }
     assert!(run(&["--help"]).succeeded().contains("vhdx-ublk create disk.vhdx --size 10G"));
-    for command in ["add", "del", "list", "create", "info", "check", "features"] {
+    for command in ["add", "del", "list", "create", "info", "check", "relink", "merge", "features"] {
         let help = run(&[command, "--help"]).succeeded();
         assert!(help.contains("Exit status:") && !help.contains("--serve"), "{help}");
     }
@@ -535,7 +539,7 @@ fn only_regular_files_are_images() {
 fn what_is_missing_is_said_to_be() {
     let bench = Bench::new();
     let image = bench.path("no/such.vhdx");
-    for command in ["info", "add", "check"] {
+    for command in ["info", "add", "check", "merge"] {
         let message = on(command, &image, &[]).failed(1);
         assert!(message.contains("such.vhdx") && message.contains("No such file"), "{message}");
     }

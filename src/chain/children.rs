@@ -3,10 +3,10 @@
 //! A parent does not know its children. They are looked for where they usually are, beside it.
 
 use std::fs;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::open::Relative;
+use super::path::same_file;
 use super::search::Search;
 use crate::error::Result;
 
@@ -24,11 +24,13 @@ pub fn children_beside<R: Relative>(
     search: &Search,
     mut identify: impl FnMut(&Path) -> Result<R>,
 ) -> Vec<PathBuf> {
-    let is_child = |path: &PathBuf| {
-        identify(path)
-            .is_ok_and(|image| is_made_of(&image, parent) && leads_to(&image, search, parent.path()))
-    };
-    neighbours(parent.path()).into_iter().filter(is_child).collect()
+    let is_its = |path: &PathBuf| identify(path).is_ok_and(|image| is_child(&image, parent, search));
+    neighbours(parent.path()).into_iter().filter(is_its).collect()
+}
+
+/// Whether `child`, which looks for its parent as `search` says, would take `parent` for it.
+pub fn is_child(child: &dyn Relative, parent: &dyn Relative, search: &Search) -> bool {
+    is_made_of(child, parent) && leads_to(child, search, parent.path())
 }
 
 /// Whether `child` knows its parent by the DataWriteGuid that `parent` has.
@@ -41,7 +43,7 @@ pub fn is_made_of(child: &dyn Relative, parent: &dyn Relative) -> bool {
 /// Whether one of the places where `child` would look for its parent is the file at `parent`.
 fn leads_to(child: &dyn Relative, search: &Search, parent: &Path) -> bool {
     let Some(locator) = &child.metadata().parent_locator else { return false };
-    search.candidates(child.path(), locator).iter().any(|path| is_same_file(path, parent))
+    search.candidates(child.path(), locator).iter().any(|path| same_file(path, parent))
 }
 
 /// The other files in the folder of `image` that are called as images are, in the order of their names.
@@ -55,12 +57,7 @@ fn neighbours(image: &Path) -> Vec<PathBuf> {
     let paths = entries.filter_map(|entry| entry.ok().map(|entry| entry.path()));
     let mut paths: Vec<PathBuf> = paths.filter(is_called_so).collect();
     paths.sort();
-    paths.retain(|path| !is_same_file(path, image));
+    paths.retain(|path| !same_file(path, image));
     paths.truncate(MAX_NEIGHBOURS);
     paths
-}
-
-fn is_same_file(one: &Path, other: &Path) -> bool {
-    let identity = |path: &Path| fs::metadata(path).map(|found| (found.dev(), found.ino())).ok();
-    identity(one).is_some_and(|found| identity(other) == Some(found))
 }

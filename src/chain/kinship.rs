@@ -1,13 +1,16 @@
-//! What a new child says of its parent.
+//! What a child says of its parent, from the first day or since they were moved.
 
 use std::path::{Component, Path};
 
 use uuid::Uuid;
 
-use super::open::Layer;
+use super::open::{Layer, recognise, same_sectors};
+use super::search::{Search, is_direct};
 use crate::error::{Error, Kind, Result};
 use crate::format::guid;
-use crate::format::locator::{PARENT_LINKAGE, PARENT_LINKAGE2, ParentLocator, RELATIVE_PATH};
+use crate::format::locator::{
+    ABSOLUTE_WIN32_PATH, PARENT_LINKAGE, PARENT_LINKAGE2, ParentLocator, RELATIVE_PATH, VOLUME_PATH,
+};
 use crate::image::{Descent, FoundLog};
 
 /// What a child, to be in a file in `folder`, has from `parent`. `folder` is absolute, without symbolic links.
@@ -32,15 +35,91 @@ pub fn descent(parent: &impl Layer, folder: &Path) -> Result<Descent> {
 ///
 /// [`Kind::Unsupported`] if its path cannot be told in UTF-16.
 pub fn descent_of(path: &Path, data_write_guid: Uuid, disk_id: Uuid, folder: &Path) -> Result<Descent> {
-    let relative = relative_path(folder, path).ok_or_else(|| {
-        let message = "its path is no UTF-8, and a child could not name it";
-        Error::new(Kind::Unsupported, message).file(path).remedy("rename it")
-    })?;
+    let relative = way(folder, path)?;
     let mut locator = ParentLocator::default();
     locator.set(PARENT_LINKAGE, guid::print(data_write_guid));
     locator.set(PARENT_LINKAGE2, guid::print(Uuid::nil()));
     locator.set(RELATIVE_PATH, relative);
     Ok(Descent { locator, disk_id })
+}
+
+/// Has `locator`, of the child in the file `child`, say that its parent is in the file `parent`, and nothing that
+/// leads elsewhere. Both paths are absolute, without symbolic links.
+///
+/// # Errors
+///
+/// [`Kind::Unsupported`] if the path cannot be told in UTF-16.
+pub fn direct(locator: &mut ParentLocator, child: &Path, parent: &Path) -> Result<()> {
+    let folder = child.parent().unwrap_or(Path::new("/"));
+    locator.set(RELATIVE_PATH, way(folder, parent)?);
+    locator.remove(ABSOLUTE_WIN32_PATH);
+    locator.remove(VOLUME_PATH);
+    Ok(())
+}
+
+/// The locator of `child` after its parent was found in the file `parent`, by `search`, if the relative path does
+/// not lead there. Absolute paths go that lead elsewhere; what they mean on other machines cannot be told here.
+///
+/// # Errors
+///
+/// As [`direct`].
+pub fn redirected(
+    child: &Path,
+    locator: &ParentLocator,
+    parent: &Path,
+    search: &Search,
+) -> Result<Option<ParentLocator>> {
+    if is_direct(child, locator, parent) {
+        return Ok(None);
+    }
+    let mut redirected = locator.clone();
+    redirected.set(RELATIVE_PATH, way(child.parent().unwrap_or(Path::new("/")), parent)?);
+    for key in [ABSOLUTE_WIN32_PATH, VOLUME_PATH] {
+        if locator.get(key).is_some_and(|text| search.misleads(text, parent)) {
+            redirected.remove(key);
+        }
+    }
+    Ok(Some(redirected))
+}
+
+/// The locator with which `child` names `parent`, whatever it named before. Its linkage changes only where that
+/// does not recognise `parent` and `ignore_mismatch` says that it shall.
+///
+/// # Errors
+///
+/// [`Kind::Unsupported`] if `child` has no parent at all, and as [`direct`]; [`Kind::Mismatch`], with both GUIDs, if
+/// `parent` is not what it was made of; corrupt if their sectors differ.
+pub fn relinked(child: &impl Layer, parent: &impl Layer, ignore_mismatch: bool) -> Result<ParentLocator> {
+    let Some(locator) = &child.image().metadata.parent_locator else {
+        let message = "it is no differencing image: it has no parent, and takes none";
+        return Err(Error::new(Kind::Unsupported, message).file(child.path()).in_structure("metadata"));
+    };
+    same_sectors(child, parent)?;
+    let mut relinked = locator.clone();
+    match recognise(child, locator, parent) {
+        Err(error) if !ignore_mismatch => return Err(error.remedy(MISMATCH_REMEDY)),
+        Err(_) => {
+            relinked.set(PARENT_LINKAGE, guid::print(parent.image().header.header.data_write_guid));
+            relinked.set(PARENT_LINKAGE2, guid::print(Uuid::nil()));
+        }
+        Ok(()) => {}
+    }
+    if !is_direct(child.path(), locator, parent.path()) {
+        direct(&mut relinked, child.path(), parent.path())?;
+    }
+    Ok(relinked)
+}
+
+/// What to do about a parent that is another one, or has changed.
+const MISMATCH_REMEDY: &str = "find the right file; `--ignore-mismatch` takes this one all the same, and where its \
+     content is not what the child was made over, the disk is a mix of two: file systems on it may be damaged";
+
+/// The way from `folder` to `file` as a child names it.
+fn way(folder: &Path, file: &Path) -> Result<String> {
+    relative_path(folder, file).ok_or_else(|| {
+        let message = "its path is no UTF-8, and a child could not name it";
+        Error::new(Kind::Unsupported, message).file(file).remedy("rename it")
+    })
 }
 
 /// The way from `folder` to `file`, both absolute, as Windows writes it.

@@ -1,12 +1,11 @@
 //! Opening a chain: every parent found, recognised, and none of them twice.
 
-use std::fs;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
 
 use super::children::is_made_of;
+use super::path;
 use super::search::Search;
 use crate::error::{Error, Kind, Result};
 use crate::format::guid;
@@ -140,7 +139,10 @@ fn first_fitting<R: Relative>(
     let mut first_error = None;
     for path in paths {
         let checked = refuse_cycle(&path, used).and_then(|()| open(&path));
-        let checked = checked.and_then(|parent| recognise(child, locator, &parent).map(|()| parent));
+        let checked = checked.and_then(|parent| {
+            recognise(child, locator, &parent).map_err(|error| error.remedy(REMEDY))?;
+            Ok(parent)
+        });
         match checked {
             Ok(parent) => return Ok(parent),
             Err(error) => first_error = first_error.or(Some(error)),
@@ -151,10 +153,8 @@ fn first_fitting<R: Relative>(
 
 /// An image that is open already would have to be locked against itself.
 fn refuse_cycle(path: &Path, used: &[&Path]) -> Result<()> {
-    let identity = |path: &Path| {
-        let found = fs::metadata(path).map_err(|error| Error::io("finding the parent", error).file(path))?;
-        Ok((found.dev(), found.ino()))
-    };
+    let identity =
+        |path: &Path| path::identity(path).map_err(|error| Error::io("finding the parent", error).file(path));
     let found = identity(path)?;
     let used = used.iter().map(|path| identity(path)).collect::<Result<Vec<_>>>()?;
     if used.contains(&found) {
@@ -165,10 +165,11 @@ fn refuse_cycle(path: &Path, used: &[&Path]) -> Result<()> {
 }
 
 /// What to do about a parent that was not found, or is not the right one.
-const REMEDY: &str = "name the right file with --parent, or what its drive is here with --parent-map";
+const REMEDY: &str = "name the right file with --parent, or what its drive is here with --parent-map; `vhdx-ublk \
+     relink` has the child name it for good";
 
-/// Whether `parent` is what `child` was made of.
-fn recognise(child: &dyn Relative, locator: &ParentLocator, parent: &dyn Relative) -> Result<()> {
+/// Whether `parent` is what `child`, whose locator is `locator`, was made of.
+pub(super) fn recognise(child: &dyn Relative, locator: &ParentLocator, parent: &dyn Relative) -> Result<()> {
     let linkage = locator.linkage().map_err(|error| error.file(child.path()))?;
     if !is_made_of(child, parent) {
         let (found, wanted) = (guid::print(parent.data_write_guid()), guid::print(linkage));
@@ -177,8 +178,13 @@ fn recognise(child: &dyn Relative, locator: &ParentLocator, parent: &dyn Relativ
              is wanted",
             child.path().display()
         );
-        return Err(Error::new(Kind::Mismatch, message).file(parent.path()).remedy(REMEDY));
+        return Err(Error::new(Kind::Mismatch, message).file(parent.path()));
     }
+    same_sectors(child, parent)
+}
+
+/// Whether `parent` has the sectors of `child`.
+pub(super) fn same_sectors(child: &dyn Relative, parent: &dyn Relative) -> Result<()> {
     let sectors = |image: &dyn Relative| image.metadata().logical_sector_size;
     if sectors(parent) != sectors(child) {
         let message = format!(

@@ -1,6 +1,8 @@
 //! Paths that Windows wrote, on this machine.
 
 use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -63,6 +65,16 @@ pub(super) fn name(path: &str) -> Option<String> {
     let path = with_slashes(path);
     let name = path.rsplit('/').next().unwrap_or_default();
     (!name.is_empty() && name != "." && name != "..").then(|| name.to_owned())
+}
+
+/// What tells one file from another, whatever its names.
+pub(super) fn identity(path: &Path) -> io::Result<(u64, u64)> {
+    fs::metadata(path).map(|found| (found.dev(), found.ino()))
+}
+
+/// Whether both paths lead to one file.
+pub fn same_file(one: &Path, other: &Path) -> bool {
+    matches!((identity(one), identity(other)), (Ok(one), Ok(other)) if one == other)
 }
 
 /// `path`, or what differs from it only in the case of its letters, which Windows does not tell apart.

@@ -35,6 +35,12 @@ impl Search {
         found
     }
 
+    /// Whether the absolute path `text` leads somewhere here, and not to `parent`.
+    pub(super) fn misleads(&self, text: &str, parent: &Path) -> bool {
+        let found = self.mapped(text);
+        !found.is_empty() && !found.iter().any(|found| path::same_file(found, parent))
+    }
+
     /// An absolute path is one of this machine's, or what the maps make of it.
     fn mapped(&self, text: &str) -> Vec<PathBuf> {
         if text.starts_with('/') && !text.starts_with("//") {
@@ -42,6 +48,13 @@ impl Search {
         }
         self.maps.iter().filter_map(|map| map.apply(text)).collect()
     }
+}
+
+/// Whether the relative path in `locator` leads from `child` to `parent`.
+pub(super) fn is_direct(child: &Path, locator: &ParentLocator, parent: &Path) -> bool {
+    let folder = child.parent().unwrap_or(Path::new("."));
+    let found = locator.get(RELATIVE_PATH).and_then(|text| path::existing(&path::join(folder, text)));
+    found.is_some_and(|found| path::same_file(&found, parent))
 }
 
 #[cfg(test)]

@@ -3,20 +3,19 @@
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use serde::Serialize;
 use uuid::Uuid;
 
 use vhdx_ublk::chain::{Known, Search};
 use vhdx_ublk::device::session;
-use vhdx_ublk::disk::{Access, Disk, ImageFile, Reactor};
+use vhdx_ublk::disk::{Access, Disk, Reactor};
 use vhdx_ublk::error::{Kind, Result};
 use vhdx_ublk::image::{self, Finding, Identity, LogFound, Repair, Report, Severity};
 
 use super::ancestors::{self, Ancestors};
 use super::parents::ParentOptions;
-use super::{holders, look, output, size};
+use super::{holders, look, output, rest, size};
 
 /// Examine the structure of an image: every header, table, log entry and block; of a differencing image its
 /// parents' too.
@@ -92,8 +91,7 @@ fn check(path: &Path, search: &Search) -> Result<Checked> {
 }
 
 fn repair(path: &Path, search: &Search) -> Result<Checked> {
-    let file = Arc::new(ImageFile::open(path, Access::ReadWrite, Duration::ZERO)?);
-    holders::refuse_abandoned(path, Access::ReadWrite)?;
+    let file = Arc::new(rest::lock(path, Access::ReadWrite)?);
     session::refuse_orphan(&file, None)?;
     let reactor = Reactor::new()?;
     let disk = reactor.disk(Arc::clone(&file));

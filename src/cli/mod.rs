@@ -16,9 +16,12 @@ mod info;
 mod list;
 mod logging;
 mod look;
+mod merge;
 mod output;
 mod parents;
 mod recover;
+mod relink;
+mod rest;
 mod size;
 mod snapshot;
 
@@ -60,6 +63,8 @@ enum Command {
     Create(create::Create),
     Info(info::Info),
     Check(check::Check),
+    Relink(relink::Relink),
+    Merge(merge::Merge),
     Features(features::Features),
 }
 
@@ -71,7 +76,12 @@ impl Command {
             Self::Check(check) => check.json,
             Self::Features(features) => features.json,
             Self::Snapshot(snapshot) => snapshot.json,
-            Self::Add(_) | Self::Del(_) | Self::Recover(_) | Self::Create(_) => false,
+            Self::Add(_)
+            | Self::Del(_)
+            | Self::Recover(_)
+            | Self::Create(_)
+            | Self::Relink(_)
+            | Self::Merge(_) => false,
         }
     }
 
@@ -86,6 +96,8 @@ impl Command {
             Self::Create(create) => create.run(),
             Self::Info(info) => info.run(),
             Self::Check(check) => return check.run(),
+            Self::Relink(relink) => relink.run(),
+            Self::Merge(merge) => merge.run(),
             Self::Features(features) => features.run(),
         }
         .map(|()| SUCCESS)

@@ -377,10 +377,14 @@ mod tests {
 
     use super::super::mailbox::{FrontEnds, mailboxes};
     use super::*;
+    use crate::chain::Search;
     use crate::disk::Access;
     use crate::engine::message::Ask;
     use crate::format::MIB;
-    use crate::image::{InitialState, NewImage};
+    use crate::format::locator::{
+        ABSOLUTE_WIN32_PATH, PARENT_LINKAGE, ParentLocator, RELATIVE_PATH, VOLUME_PATH,
+    };
+    use crate::image::{Descent, Image, InitialState, Mode, NewImage};
 
     struct Bench {
         path: PathBuf,
@@ -390,6 +394,10 @@ mod tests {
     impl Bench {
         /// A fresh dynamic image of 16 blocks of 1 MiB.
         fn new() -> Self {
+            Self::with_parent(None)
+        }
+
+        fn with_parent(parent: Option<Descent>) -> Self {
             let directory = tempfile::tempdir().expect("a temporary directory");
             let path = directory.path().join("disk.vhdx");
             let reactor = Reactor::new().expect("io_uring is there");
@@ -402,7 +410,7 @@ mod tests {
                 logical_sector_size: 512,
                 physical_sector_size: 4096,
                 initial_state: InitialState::NotPresent,
-                parent: None,
+                parent,
             };
             reactor.block_on(image.write(&disk, Uuid::new_v4)).expect("room");
             Self { path, directory }
@@ -421,10 +429,7 @@ mod tests {
         }
 
         fn how(&self, plan: Plan) -> WritableOpen {
-            let parents = Parents {
-                search: crate::chain::Search::default(),
-                open: |path| panic!("{path:?} is no parent"),
-            };
+            let parents = Parents { search: Search::default(), open: |path| panic!("{path:?} is no parent") };
             let sessions = Sessions::at(self.directory.path());
             WritableOpen { may_write: || Ok(()), plan, sessions, parents }
         }
@@ -573,6 +578,66 @@ mod tests {
         assert!(engine.close().is_err(), "a poisoned image is not closed");
         fs::write(&left, &poisoned).expect("as a killed daemon leaves it");
         assert_eq!(resume(false).err().expect("it was poisoned").kind(), Kind::Poisoned);
+    }
+
+    /// A child that names its parent where it is not, and the parent where it is.
+    fn moved_child(bench: &Bench) -> (Bench, PathBuf) {
+        let parent = bench.directory.path().canonicalize().expect("there").join("moved.vhdx");
+        fs::copy(&bench.path, &parent).expect("room");
+        let locator = ParentLocator {
+            entries: vec![
+                (PARENT_LINKAGE.into(), data_write_guid(&parent).braced().to_string()),
+                (RELATIVE_PATH.into(), r".\nowhere\disk.vhdx".into()),
+                (VOLUME_PATH.into(), r"\\?\Volume{1}\disk.vhdx".into()),
+                (ABSOLUTE_WIN32_PATH.into(), r"C:\disk.vhdx".into()),
+            ],
+        };
+        let descent = Descent { locator, disk_id: Uuid::from_u128(1) };
+        (Bench::with_parent(Some(descent)), parent)
+    }
+
+    fn data_write_guid(path: &Path) -> Uuid {
+        opened(path).header.header.data_write_guid
+    }
+
+    fn opened(path: &Path) -> Image {
+        let file = ImageFile::open(path, Access::ReadOnly, Duration::ZERO).expect("free");
+        let reactor = Reactor::new().expect("io_uring is there");
+        let disk = reactor.disk(Arc::new(file));
+        reactor.block_on(Image::open(&disk, Mode::ReadOnly, Uuid::new_v4)).expect("an image")
+    }
+
+    fn reading(path: &Path) -> Result<ImageFile> {
+        ImageFile::open(path, Access::ReadOnly, Duration::ZERO)
+    }
+
+    /// Where its parent was found, a child that is opened for writing says from then on, once; what it says of
+    /// places that nobody here knows stays.
+    #[test]
+    fn a_path_that_leads_nowhere_is_renewed() {
+        let bench = Bench::new();
+        let (child, parent) = moved_child(&bench);
+        let elsewhere = bench.directory.path().join("elsewhere");
+        let map = format!(r"C:\={}", elsewhere.display());
+        fs::create_dir(&elsewhere).expect("room");
+        let search = Search { parents: vec![parent.clone()], maps: vec![map.parse().expect("a good map")] };
+        let open = |search: Search, may_write: fn() -> Result<()>| {
+            let parents = Parents { search, open: reading };
+            let how = WritableOpen { may_write, parents, ..child.how(Plan::Fresh { keep: true }) };
+            EngineThread::open_as(child.file(), how)
+        };
+        let before = child.bytes();
+        let refused = open(search.clone(), || Err(Error::new(Kind::NoDriver, "no driver")));
+        assert!(refused.is_err() && child.bytes() == before, "a refusal changes nothing");
+        open(search, || Ok(())).expect("a chain").close().expect("nothing to do");
+        let after = child.bytes();
+        assert!(after != before);
+        let locator = opened(&child.path).metadata.parent_locator.expect("a child");
+        assert!(locator.get(RELATIVE_PATH).is_some_and(|path| path.ends_with(r"\moved.vhdx")), "{locator:?}");
+        assert_eq!(locator.get(VOLUME_PATH), Some(r"\\?\Volume{1}\disk.vhdx"));
+        assert_eq!(locator.get(ABSOLUTE_WIN32_PATH), None, "it is mapped, and leads elsewhere");
+        open(Search::default(), || Ok(())).expect("it finds its parent").close().expect("nothing to do");
+        assert!(child.bytes() == after, "a path that is right is not written again");
     }
 
     /// An engine that is dropped before it was started lets go of the image.

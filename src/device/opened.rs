@@ -1,8 +1,8 @@
 //! An image opened to be served: what the fronts share, and the disk as the kernel shall see it.
 //!
 //! Order: the whole image is read and checked, its log replayed in memory; then the driver is asked for; only
-//! then is a dirty log replayed in place. So an image that cannot be served, and one that nobody could serve,
-//! stay as they are, byte for byte.
+//! then is a dirty log replayed in place, and a path that leads nowhere renewed. So an image that cannot be served,
+//! and one that nobody could serve, stay as they are, byte for byte.
 
 use std::fs::File;
 use std::os::fd::AsFd;
@@ -19,6 +19,7 @@ use super::options::Parameters;
 use super::registry::FileId;
 use super::session::{self, Plan, SessionFile, Sessions};
 use super::snapshot::Order;
+use crate::chain;
 use crate::disk::{ImageFile, PayloadIo, Reactor, UringDisk};
 use crate::engine::shared::Shared;
 use crate::error::{Error, Kind, Result};
@@ -157,11 +158,16 @@ impl WritableOpen {
             None => (None, None),
         };
         let examined = Examined { clean: clean.filter(|image| image.found_log == FoundLog::Clean), session };
-        let (image, session) = reactor.block_on(self.take(&disk, id, examined)).map_err(named)?;
+        let (mut image, mut session) = reactor.block_on(self.take(&disk, examined)).map_err(named)?;
         let parents = match parents {
             Some(parents) => parents,
             None => self.parents.of(&image, file.path(), reactor)?,
         };
+        if session.is_none() {
+            let renewed = self.renew_paths(&disk, image, parents.first());
+            image = reactor.block_on(renewed).map_err(named)?;
+            session = reactor.block_on(self.begin(&disk, id, &mut image)).map_err(named)?;
+        }
         Ok(WritableImage { image, session, parents })
     }
 
@@ -185,10 +191,9 @@ impl WritableOpen {
     async fn take(
         &self,
         disk: &UringDisk,
-        file: FileId,
         Examined { clean, session }: Examined,
     ) -> Result<(Image, Option<SessionFile>)> {
-        let mut image = match (&session, clean) {
+        let image = match (&session, clean) {
             (Some((session, memory, carried)), _) => {
                 let resumed = Image::resume(disk, memory.clone(), *carried, Uuid::new_v4).await;
                 resumed.map_err(|error| session.explain(error))?
@@ -196,15 +201,40 @@ impl WritableOpen {
             (None, Some(image)) => image,
             (None, None) => Image::open(disk, Mode::Writable, Uuid::new_v4).await?,
         };
-        if session.is_none() {
-            image.read_bitmaps(disk).await?;
-        }
         if let FoundLog::Dirty(entries) = image.found_log {
             tracing::info!("the image was not closed cleanly: replayed {entries} log entries");
         }
         choose_payload_io(disk.file(), &image.metadata)?;
-        let session = session.map(|(session, ..)| session).or_else(|| self.start_session(&mut image, file));
-        Ok((image, session))
+        Ok((image, session.map(|(session, ..)| session)))
+    }
+
+    /// Has `image` name its `parent` by where that was found, if it leads elsewhere by itself. Not while a session
+    /// goes on, whose file the image has to stay.
+    async fn renew_paths(&self, disk: &UringDisk, image: Image, parent: Option<&ReadLayer>) -> Result<Image> {
+        let (Some(parent), Some(locator)) = (parent, &image.metadata.parent_locator) else {
+            return Ok(image);
+        };
+        let (child, parent) = (disk.file().path(), parent.file.path());
+        let stays = |error: &Error| {
+            tracing::warn!("{}: it goes on naming another place for its parent: {error}", child.display());
+        };
+        let renewed = match chain::redirected(child, locator, parent, &self.parents.search) {
+            Ok(Some(renewed)) => renewed,
+            Ok(None) => return Ok(image),
+            Err(error) => {
+                stays(&error);
+                return Ok(image);
+            }
+        };
+        let metadata = Metadata { parent_locator: Some(renewed), ..image.metadata.clone() };
+        match image.amend(disk, &metadata, Uuid::new_v4).await {
+            // Nothing was written.
+            Err(error) if error.kind() == Kind::Unsupported => {
+                stays(&error);
+                Image::open(disk, Mode::Writable, Uuid::new_v4).await
+            }
+            amended => amended,
+        }
     }
 
     /// Makes an image ready that was just made, as [`Self::open`] does.
@@ -212,9 +242,17 @@ impl WritableOpen {
         &self,
         disk: &UringDisk,
         file: FileId,
-        image: Image,
+        mut image: Image,
     ) -> Result<(Image, Option<SessionFile>)> {
-        self.take(disk, file, Examined { clean: Some(image), session: None }).await
+        choose_payload_io(disk.file(), &image.metadata)?;
+        let session = self.begin(disk, file, &mut image).await?;
+        Ok((image, session))
+    }
+
+    /// Reads what is left to be read of an image without a session, and starts one if that is planned.
+    async fn begin(&self, disk: &UringDisk, file: FileId, image: &mut Image) -> Result<Option<SessionFile>> {
+        image.read_bitmaps(disk).await?;
+        Ok(self.start_session(image, file))
     }
 
     fn start_session(&self, image: &mut Image, file: FileId) -> Option<SessionFile> {

@@ -320,14 +320,14 @@ fn unfit(alignment: DirectAlignment, sector_size: u32) -> Option<String> {
     })
 }
 
-/// Makes the name of the file at `path` durable.
+/// Makes it durable that there is, or is not, a file at `path`.
 ///
 /// # Errors
 ///
 /// [`Kind::Io`] when its folder cannot be synced.
 pub fn sync_folder_of(path: &Path) -> Result<()> {
     let synced = File::open(folder_of(path)).and_then(|folder| folder.sync_all());
-    synced.map_err(|error| Error::io("syncing the folder of the new image", error).file(path))
+    synced.map_err(|error| Error::io("syncing the folder of the image", error).file(path))
 }
 
 /// The folder of the file at `path`.

@@ -54,18 +54,23 @@ impl<D: Disk + 'static> Engine<D> {
         Ok(bytes)
     }
 
-    /// Reads what lies at `offset` of a layer's file, and starts and ends at any sector, in whole pages.
+    /// Reads what lies at `offset` of a layer's file, and starts and ends at any sector.
     async fn copy_out(&self, layer: u8, offset: u64, target: &mut [u8]) -> Outcome {
         let disk = match usize::from(layer).checked_sub(1) {
             None => &self.disk,
             Some(parent) => &self.parents[parent],
         };
-        let before = offset % PAGE_BYTES as u64;
-        let length = (index(before) + target.len()).next_multiple_of(PAGE_BYTES);
-        let pages = disk.read(offset - before, length).await.map_err(|error| errno(&error))?;
-        target.copy_from_slice(&pages[index(before)..][..target.len()]);
-        Ok(())
+        read_sectors(disk, offset, target).await
     }
+}
+
+/// Reads what lies at `offset` of a file, and starts and ends at any sector, in whole pages.
+pub(super) async fn read_sectors<D: Disk>(disk: &D, offset: u64, target: &mut [u8]) -> Outcome {
+    let before = offset % PAGE_BYTES as u64;
+    let length = (index(before) + target.len()).next_multiple_of(PAGE_BYTES);
+    let pages = disk.read(offset - before, length).await.map_err(|error| errno(&error))?;
+    target.copy_from_slice(&pages[index(before)..][..target.len()]);
+    Ok(())
 }
 
 fn index(bytes: u64) -> usize {

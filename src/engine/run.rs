@@ -103,7 +103,7 @@ impl Run {
 }
 
 /// Where one layer says that bytes are.
-enum Place {
+pub(super) enum Place {
     /// In its file, at this offset.
     Here(u64),
     /// Where its parent says.
@@ -113,7 +113,7 @@ enum Place {
 }
 
 /// What a layer says of the bytes from `from` on, and of how many, up to `end` or the end of its block.
-fn look(map: &BlockMap, from: u64, end: u64) -> (Place, u64) {
+pub(super) fn look(map: &BlockMap, from: u64, end: u64) -> (Place, u64) {
     let geometry = map.geometry();
     let block = geometry.block_of_offset(from);
     let within = geometry.offset_in_block(from);

@@ -4,6 +4,8 @@
 
 use std::rc::Rc;
 
+use uuid::Uuid;
+
 use super::log::LogSpace;
 use super::shared::Session;
 use super::{Engine, Outcome, errno};
@@ -18,6 +20,11 @@ impl<D: Disk + 'static> Engine<D> {
     /// # Errors
     /// A positive `errno`; nothing was modified then, or the device is poisoned.
     pub async fn open_session(self: &Rc<Self>) -> Outcome {
+        self.open_session_as(None).await
+    }
+
+    /// The same, and what children will know the content by is `data_write_guid`, if there is one.
+    pub(super) async fn open_session_as(self: &Rc<Self>, data_write_guid: Option<Uuid>) -> Outcome {
         let turn = self.session_turn.enter().await;
         if self.shared.session() == Session::Idle {
             // The header found may be a killed process's, and the host may not have it yet: writing the other one
@@ -25,7 +32,8 @@ impl<D: Disk + 'static> Engine<D> {
             if !planted(Plant::TrustKilled) {
                 self.sync().await?;
             }
-            let (file_write, data_write) = (self.new_guid(), self.new_guid());
+            let file_write = self.new_guid();
+            let data_write = data_write_guid.unwrap_or_else(|| self.new_guid());
             let memory = self.shared.map.memory();
             if !planted(Plant::LateAnnouncement) {
                 memory.announce(file_write);

@@ -150,6 +150,11 @@ impl ParentLocator {
         }
     }
 
+    /// Takes `key` and its value away, if it is there.
+    pub fn remove(&mut self, key: &str) {
+        self.entries.retain(|(name, _)| name != key);
+    }
+
     /// The `DataWriteGuid` the parent had when this child was made, in any case, with or without braces.
     ///
     /// # Errors

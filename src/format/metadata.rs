@@ -62,6 +62,9 @@ struct RawEntry {
     reserved: U32,
 }
 
+/// Where in an entry of the table the item's offset is, bytes.
+const OFFSET_FIELD: usize = std::mem::offset_of!(RawEntry, offset);
+
 const _: () = assert!(size_of::<RawTable>() == 32);
 const _: () = assert!(size_of::<RawEntry>() == 32);
 const _: () = assert!(size_of::<RawTable>() + MAX_ENTRIES * size_of::<RawEntry>() == TABLE_SIZE);
@@ -273,6 +276,35 @@ impl Table {
     /// The system's item `item_id`, if it is there.
     pub fn find(&self, item_id: Uuid) -> Option<&Entry> {
         self.entries.iter().find(|entry| !entry.is_user && entry.item_id == item_id)
+    }
+
+    /// Where in the region `length` bytes of item `item_id`, which is listed, have room, what the item takes now
+    /// counted as free: where it is if possible. Nothing if there is no room.
+    pub fn place_for(&self, item_id: Uuid, length: u32, region_length: u32) -> Option<u32> {
+        let old = self.find(item_id).expect("the item is listed");
+        let others = self.entries.iter().filter(|entry| *entry != old && entry.length > 0);
+        let mut taken: Vec<(u32, u32)> = others.map(|entry| (entry.offset, entry.length)).collect();
+        taken.push((region_length, 0));
+        taken.sort_unstable();
+        let mut from = TABLE_BYTES;
+        let mut first = None;
+        for (offset, taken) in taken {
+            if (from..offset).contains(&old.offset) && offset - old.offset >= length {
+                return Some(old.offset);
+            }
+            if offset - from >= length {
+                first = first.or(Some(from));
+            }
+            from = offset + taken;
+        }
+        first
+    }
+
+    /// Where in the table item `item_id`, which is listed, has its offset, and behind that its length.
+    pub fn place_field(&self, item_id: Uuid) -> u64 {
+        let index = self.entries.iter().position(|entry| !entry.is_user && entry.item_id == item_id);
+        let index = index.expect("the item is listed");
+        (size_of::<RawTable>() + index * size_of::<RawEntry>() + OFFSET_FIELD) as u64
     }
 
     /// The items that [`Metadata::from_table`] asks for: at most six, each of its fixed length or at most
@@ -500,7 +532,10 @@ impl Metadata {
     }
 
     /// Checks every value against the format.
-    fn check(&self) -> Result<()> {
+    ///
+    /// # Errors
+    /// [`Kind::Corrupt`] if one contradicts it.
+    pub fn check(&self) -> Result<()> {
         let corrupt = |message: String| Err(Error::corrupt(STRUCTURE, message));
         let block_size = self.block_size;
         if !block_size.is_power_of_two() || !(MIN_BLOCK_SIZE..=MAX_BLOCK_SIZE).contains(&block_size) {
@@ -554,6 +589,29 @@ mod tests {
         parent.set(locator::PARENT_LINKAGE, guid::print(Uuid::from_u128(6)));
         parent.set(locator::RELATIVE_PATH, ".\\parent.vhdx");
         Metadata { has_parent: true, parent_locator: Some(parent), ..dynamic() }
+    }
+
+    /// Where it is if there is room, else the first gap; other items stay whole.
+    #[test]
+    fn an_item_has_room_where_nothing_else_is() {
+        let entry = |item_id: u128, offset, length| Entry {
+            item_id: Uuid::from_u128(item_id),
+            offset,
+            length,
+            is_user: false,
+            is_virtual_disk: false,
+            is_required: false,
+        };
+        let entries = vec![entry(3, 65800, 100), entry(1, 65536, 50), entry(2, 65600, 100), entry(4, 0, 0)];
+        let table = Table::new(entries, REGION).expect("a good table");
+        let place = |item_id: u128, length| table.place_for(Uuid::from_u128(item_id), length, REGION);
+        assert_eq!((place(1, 64), place(1, 65)), (Some(65536), Some(65700)));
+        assert_eq!((place(1, 100), place(1, 101)), (Some(65700), Some(65900)));
+        assert_eq!((place(2, 200), place(2, 214), place(2, 215)), (Some(65600), Some(65586), Some(65900)));
+        assert_eq!(place(3, REGION - 65800), Some(65800));
+        assert_eq!(place(3, REGION - 65700), Some(65700));
+        assert_eq!(place(3, REGION - 65699), None);
+        assert_eq!((table.place_field(Uuid::from_u128(3)), table.place_field(Uuid::from_u128(2))), (48, 112));
     }
 
     /// Both steps of reading, from a region that is all in memory.

@@ -1,9 +1,11 @@
 //! An opened image: geometry, block map, sector bitmaps, log scan and replay, the map of what occupies the file.
 
+mod amend;
 mod bitmaps;
 mod block_map;
 mod check;
 mod create;
+mod edit;
 mod headers;
 mod identity;
 mod log_scan;

@@ -290,9 +290,13 @@ pub(super) async fn read_regions<D: Disk>(file: &View<'_, D>, file_length: u64) 
     Ok(regions)
 }
 
-pub(super) async fn read_metadata<D: Disk>(file: &View<'_, D>, region: Region) -> Result<Metadata> {
+pub(super) async fn read_table<D: Disk>(file: &View<'_, D>, region: Region) -> Result<metadata::Table> {
     let bytes = file.read("metadata table", region.offset, metadata::TABLE_SIZE).await?;
-    let table = metadata::Table::parse(&bytes, region.length).map_err(|error| error.at(region.offset))?;
+    metadata::Table::parse(&bytes, region.length).map_err(|error| error.at(region.offset))
+}
+
+pub(super) async fn read_metadata<D: Disk>(file: &View<'_, D>, region: Region) -> Result<Metadata> {
+    let table = read_table(file, region).await?;
     let mut items = Vec::new();
     for entry in table.system_items() {
         let start = region.offset + u64::from(entry.offset);

@@ -4,26 +4,23 @@
 //!
 //! 1. the log is replayed, or declared empty if it was never written. This writes both headers, the damaged
 //!    one first, and gives the file its new FileWriteGuid;
-//! 2. metadata changes in batches of one log entry: the entry under a new LogGuid → the headers name it → it
-//!    is replayed as after a crash. A batch is there as a whole or not at all;
+//! 2. metadata changes in batches of one log entry ([`Edit`]): a batch is there as a whole or not at all;
 //! 3. with the log empty, and only if nothing is beyond repair, leaked space is given back and the unused tail
 //!    is cut off: nothing names either.
 //!
 //! A cut anywhere leaves an image that opens and reads as before; repairing it again ends what was begun.
 
-use std::collections::BTreeMap;
-use std::collections::btree_map::Entry;
-
 use uuid::Uuid;
 
 use super::Headers;
-use super::check::{Examination, MAX_PATCHES, Patch, Report, check, examine};
+use super::check::{Examination, MAX_PATCHES, Report, check, examine};
+use super::edit::Edit;
 use super::replay;
-use crate::disk::{Buffer, Disk, PAGE_BYTES};
+use crate::disk::{Disk, PAGE_BYTES};
 use crate::error::{Error, Kind, Result};
 use crate::format::bat::ENTRY_SIZE;
-use crate::format::log::{Change, MAX_DESCRIPTORS_WRITTEN, NewEntry};
-use crate::format::{MIB, region};
+use crate::format::log::MAX_DESCRIPTORS_WRITTEN;
+use crate::format::region;
 
 /// Pages of the longest patch, a region table.
 const LONGEST_PATCH: usize = region::SIZE / PAGE_BYTES;
@@ -33,9 +30,6 @@ const FULL_BATCH: usize = MAX_DESCRIPTORS_WRITTEN - LONGEST_PATCH;
 
 /// Examinations that the largest BAT needs if all its entries are to be mended, and one for the rest.
 const MAX_ROUNDS: usize = region::MAX_BAT_LENGTH as usize / ENTRY_SIZE / MAX_PATCHES + 2;
-
-/// A page's place in the file, and the page as it shall be.
-type Pages = BTreeMap<u64, Box<[u8; PAGE_BYTES]>>;
 
 /// What a repair found and what it left.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -80,70 +74,18 @@ async fn mend<D: Disk>(
         }
         // A stable order: of two patches for one place the later one counts.
         found.patches.sort_by_key(|patch| patch.offset);
-        let mut pages = Pages::new();
+        let mut batch = Edit::default();
         for patch in &found.patches {
-            lay(disk, patch, &mut pages).await?;
-            if pages.len() > FULL_BATCH {
-                write_batch(disk, headers, std::mem::take(&mut pages), new_guid).await?;
+            batch.lay(disk, patch.offset, &patch.bytes).await?;
+            if batch.page_count() > FULL_BATCH {
+                std::mem::take(&mut batch).write(disk, headers, new_guid).await?;
             }
         }
-        if !pages.is_empty() {
-            write_batch(disk, headers, pages, new_guid).await?;
+        if batch.page_count() > 0 {
+            batch.write(disk, headers, new_guid).await?;
         }
     }
     Err(Error::new(Kind::InUse, "the image keeps changing while it is repaired"))
-}
-
-/// Lays a patch over the pages it touches.
-async fn lay<D: Disk>(disk: &D, patch: &Patch, pages: &mut Pages) -> Result<()> {
-    let mut at = patch.offset;
-    let mut left = &patch.bytes[..];
-    while !left.is_empty() {
-        let within = usize::try_from(at % PAGE_BYTES as u64).expect("below a page");
-        let page = at - within as u64;
-        let (here, rest) = left.split_at(left.len().min(PAGE_BYTES - within));
-        let target = match pages.entry(page) {
-            Entry::Occupied(laid) => laid.into_mut(),
-            Entry::Vacant(vacant) => {
-                let read = disk.read(page, PAGE_BYTES).await;
-                let read = read.map_err(|error| Error::io("reading what is to be mended", error).at(page))?;
-                vacant.insert(Box::new(read[..].try_into().expect("a page was read")))
-            }
-        };
-        target[within..within + here.len()].copy_from_slice(here);
-        (at, left) = (at + here.len() as u64, rest);
-    }
-    Ok(())
-}
-
-/// Makes one change of all `pages`. The log is empty before and after.
-async fn write_batch<D: Disk>(
-    disk: &D,
-    headers: &mut Headers,
-    pages: Pages,
-    new_guid: &mut impl FnMut() -> Uuid,
-) -> Result<()> {
-    assert!(!headers.current().needs_replay(), "the log is empty");
-    let log_guid = new_guid();
-    let length = replay::length_of(disk).await?;
-    replay::sync(disk).await?; // the entry promises this length
-    let changes: Vec<Change> =
-        pages.into_iter().map(|(file_offset, page)| Change::Data { file_offset, page }).collect();
-    let entry = NewEntry {
-        sequence_number: 1,
-        tail: 0,
-        log_guid,
-        flushed_file_offset: length / MIB * MIB,
-        last_file_offset: length.next_multiple_of(MIB),
-        changes: &changes,
-    };
-    assert!(entry.length() <= headers.current().log_length, "the shortest log holds the longest entry");
-    let at = headers.current().log_offset;
-    let written = disk.write(at, Buffer::copy_of(&entry.encode())).await;
-    written.map_err(|error| Error::io("writing a log entry", error).at(at))?;
-    replay::sync(disk).await?;
-    headers.change(|header| header.log_guid = log_guid);
-    replay::in_place(disk, headers, &[0], new_guid()).await
 }
 
 /// Gives back what nothing names. The log is empty, and durably so: no replay misses it.

@@ -109,7 +109,12 @@ fn checked_length(length: u64) -> Result<u64> {
     Ok(length.next_multiple_of(MIB))
 }
 
-async fn update<D: Disk>(disk: &D, headers: &mut Headers, change: impl FnOnce(&mut Header)) -> Result<()> {
+/// Changes both headers, one after the other, each durable before the next.
+pub(super) async fn update<D: Disk>(
+    disk: &D,
+    headers: &mut Headers,
+    change: impl FnOnce(&mut Header),
+) -> Result<()> {
     headers.change(change);
     for _ in 0..Headers::SLOTS {
         let (offset, page) = headers.next_slot();

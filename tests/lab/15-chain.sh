@@ -42,6 +42,37 @@ test_chain_parent_elsewhere() {
     child_reads elsewhere/Test_Data/FAT-Parent.vhdx --parent-map 'c:\projects\dfvfs=elsewhere'
 }
 
+# A child is told where its parent is, or finds it beside itself and says so from then on; nothing that is served is
+# changed.
+test_chain_parent_moved() {
+    unpack fat-parent fat-differential
+    mkdir elsewhere
+    mv fat-parent.vhdx elsewhere/
+    ublk relink fat-differential.vhdx elsewhere/fat-parent.vhdx
+    child_reads elsewhere/fat-parent.vhdx
+    mv elsewhere/fat-parent.vhdx .
+    local device before
+    before=$(sha fat-parent.vhdx)
+    device=$(ublk add fat-differential.vhdx)
+    ! ublk relink fat-differential.vhdx fat-parent.vhdx 2>said || fail "a child that is served was changed"
+    grep -q "$device" said || fail "$(cat said)"
+    ! ublk merge fat-differential.vhdx 2>said || fail "a child that is served was merged"
+    grep -q "$device" said || fail "$(cat said)"
+    ublk del "$device"
+    ublk info --json fat-differential.vhdx | grep -q '"relative_path": ".*fat-parent.vhdx"'
+    ublk info --json fat-differential.vhdx | grep 'relative_path' | grep -qv elsewhere || fail "the path was not renewed"
+    [ "$(sha fat-parent.vhdx)" = "$before" ] || fail "the parent was changed"
+    child_reads fat-parent.vhdx
+    device=$(ublk add --read-only fat-parent.vhdx)
+    ! ublk merge fat-differential.vhdx 2>said || fail "merged into an image that is served"
+    grep -q "$device" said || fail "$(cat said)"
+    ublk del "$device"
+    ublk merge fat-differential.vhdx >removed
+    device=$(ublk add --read-only fat-parent.vhdx)
+    [ "$(sha "$device")" = "$(digest_of fat-differential)" ] || fail "merged, it is another disk"
+    ublk del "$device"
+}
+
 test_chain_wrong_parent_is_refused() {
     unpack fat-differential
     ublk create fat-parent.vhdx --size 4M
@@ -123,6 +154,26 @@ scribbled_chain() {
     same_content "$device" "the chain reads otherwise than its leaf was written"
     ublk del "$device"
     others_read "$chain" "$(windows model.raw | sha256sum | cut -d' ' -f1)"
+    merged_chain "$name" "$number"
+}
+
+# merged_chain LEAF LAYERS: into the layer above the first, then into that: the device is what the chain was.
+merged_chain() {
+    local leaf=$1 device
+    if [ "$2" -gt 2 ]; then
+        ublk merge "$leaf" --into layer-1.vhdx >removed
+        leaf=layer-1.vhdx
+    fi
+    device=$(ublk add --read-only "$leaf")
+    same_content "$device" "merged into a child, the disk differs from the model"
+    ublk del "$device"
+    ublk merge "$leaf" >removed
+    [ "$(echo layer-*.vhdx)" = layer-0.vhdx ] || fail "$(echo layer-*.vhdx) are left"
+    device=$(ublk add layer-0.vhdx)
+    same_content "$device" "merged into the base, the disk differs from the model"
+    ublk del "$device"
+    ublk check layer-0.vhdx >checked || fail "$(cat checked)"
+    others_read layer-0.vhdx "$(windows model.raw | sha256sum | cut -d' ' -f1)"
 }
 
 # What other readers see of the chain, leaf first.

@@ -1,0 +1,256 @@
+//! `merge`: puts what a child has into the image it was made of, and removes the child.
+
+use std::cell::Cell;
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use indicatif::{ProgressBar, ProgressStyle};
+use uuid::Uuid;
+
+use vhdx_ublk::chain::{self, Layer, Search};
+use vhdx_ublk::disk::{Access, ImageFile, Reactor, UringDisk, folder_of, sync_folder_of};
+use vhdx_ublk::engine::merge::{self, Files};
+use vhdx_ublk::error::{Error, Kind, Result};
+use vhdx_ublk::format::locator::ParentLocator;
+
+use super::parents::ParentOptions;
+use super::rest::AtRest;
+use super::{look, output};
+
+/// Merge a differencing image into its parent, or into an image further down its chain, and remove it.
+///
+/// What the child has, and the layers between, is copied into that image, which holds the child's disk then. The
+/// power may be cut at any moment: the child reads as before until it is removed, and a merge that was cut short is
+/// done again.
+#[derive(clap::Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct Merge {
+    /// The differencing image; it is removed in the end
+    child: PathBuf,
+    /// The image that takes it over, with all layers between [default: the child's parent]
+    #[arg(long, value_name = "ANCESTOR")]
+    into: Option<PathBuf>,
+    /// Merge even if other images have the ancestor as their parent: they do not open any more
+    #[arg(long)]
+    force: bool,
+    #[command(flatten)]
+    parents: ParentOptions,
+}
+
+const AFTER_HELP: &str = "\
+Examples:
+  vhdx-ublk merge child.vhdx                      into its parent
+  vhdx-ublk merge newest.avhdx --into disk.vhdx   and every checkpoint between
+
+Prints the files that it removes, when they are gone. Images that have one of them as their
+parent are looked for in the folders of the chain, and the merge is refused while there are any.
+The ancestor takes the child's size: one that is smaller needs room in its block allocation
+table.
+Exit status: 0 merged, 1 failure (the child reads as before), 2 wrong usage.";
+
+impl Merge {
+    /// Runs the command.
+    pub fn run(self) -> Result<()> {
+        let reactor = Reactor::new()?;
+        let chain = self.open_chain(&reactor)?;
+        chain.check()?;
+        chain.refuse_relatives(self.force)?;
+        let merge = chain.merge();
+        let bar = progress(chain.layers[0].image.metadata.virtual_size);
+        let files = Locked { reactor: &reactor, files: chain.into_files(), bar, shown: Cell::new(0) };
+        let merged = reactor.block_on(merge.run(&files, reactor.executor().clone(), Uuid::new_v4));
+        files.bar.finish_and_clear();
+        merged.map_err(explain)
+    }
+
+    /// Opens all that the merge writes and removes for writing, the rest for reading.
+    fn open_chain(&self, reactor: &Reactor) -> Result<Chain> {
+        let (parents, target) = self.find_chain()?;
+        let leaf = AtRest::open(reactor, &self.child, Access::ReadWrite)?;
+        let opened = Cell::new(0);
+        let open = |path: &Path| {
+            let number = opened.replace(opened.get() + 1);
+            let access = if number <= target { Access::ReadWrite } else { Access::ReadOnly };
+            AtRest::open(reactor, path, access)
+        };
+        let search = Search { parents, ..Search::default() };
+        let mut layers = chain::open_parents(&leaf, &search, open)?;
+        let below = layers.split_off(target + 1);
+        let target = layers.pop().expect("it was found there");
+        layers.insert(0, leaf);
+        Ok(Chain { layers, target, below })
+    }
+
+    /// The child's parents, and which of them is the target.
+    fn find_chain(&self) -> Result<(Vec<PathBuf>, usize)> {
+        let leaf = look::look(&self.child)?;
+        let parents = chain::open_parents(&leaf, &self.parents.search(), look::look)?;
+        let is_target = |path: &Path| self.into.as_ref().is_none_or(|into| chain::same_file(into, path));
+        let parents: Vec<PathBuf> = parents.into_iter().map(|parent| parent.path).collect();
+        if parents.is_empty() {
+            let message = "it is no differencing image: there is nothing to merge it into";
+            return Err(Error::new(Kind::Unsupported, message).file(&leaf.path).in_structure("metadata"));
+        }
+        let Some(target) = parents.iter().position(|path| is_target(path)) else {
+            let into = self.into.as_deref().unwrap_or(Path::new("")).display();
+            let message = format!("{into} is not among its parents");
+            let remedy = format!("vhdx-ublk info --chain {}", leaf.path.display());
+            return Err(Error::new(Kind::Usage, message).file(&leaf.path).remedy(remedy));
+        };
+        Ok((parents, target))
+    }
+}
+
+/// What takes part.
+struct Chain {
+    /// What is merged, the child first.
+    layers: Vec<AtRest>,
+    target: AtRest,
+    /// The target's parents.
+    below: Vec<AtRest>,
+}
+
+impl Chain {
+    fn all(&self) -> impl Iterator<Item = &AtRest> {
+        self.layers.iter().chain([&self.target]).chain(&self.below)
+    }
+
+    /// What the images themselves forbid.
+    fn check(&self) -> Result<()> {
+        for layer in &self.layers {
+            layer.image.check_writable().map_err(|error| error.file(layer.path()))?;
+        }
+        let parent = self.below.first().map(|parent| &parent.image);
+        let checked = merge::check(&self.layers[0].image, &self.target.image, parent);
+        checked.map_err(|error| error.file(self.target.path()))
+    }
+
+    /// Looks for images that would lose their parent, or that would be over changed content unless `force` allows
+    /// it.
+    fn refuse_relatives(&self, force: bool) -> Result<()> {
+        let search = Search::default();
+        let members = || self.layers.iter().chain([&self.target]);
+        let folders: BTreeSet<&Path> = members().map(|member| folder_of(member.path())).collect();
+        for path in folders.into_iter().flat_map(images_in) {
+            if self.all().any(|member| chain::same_file(member.path(), &path)) {
+                continue;
+            }
+            let Some(other) = look_at(&path) else { continue };
+            if let Some(layer) = self.layers.iter().find(|layer| chain::is_child(&other, *layer, &search)) {
+                return Err(loses_its_parent(&path, layer.path()));
+            }
+            if !force && chain::is_child(&other, &self.target, &search) {
+                return Err(over_changed_content(&path, self.target.path()));
+            }
+        }
+        Ok(())
+    }
+
+    fn merge(&self) -> merge::Merge {
+        let paths = |layers: &[AtRest]| layers.iter().map(|layer| layer.path().to_owned()).collect();
+        merge::Merge {
+            layers: paths(&self.layers),
+            target: self.target.path().to_owned(),
+            below: paths(&self.below),
+        }
+    }
+
+    fn into_files(self) -> Vec<Arc<ImageFile>> {
+        let layers = self.layers.into_iter().chain([self.target]).chain(self.below);
+        layers.map(|layer| layer.file).collect()
+    }
+}
+
+/// The files in `folder` that may be images, in the order of their names.
+fn images_in(folder: &Path) -> Vec<PathBuf> {
+    let entries = match fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) => {
+            tracing::warn!("{}: not searched for other children: {error}", folder.display());
+            return Vec::new();
+        }
+    };
+    let files = entries.filter_map(std::result::Result::ok).map(|entry| entry.path());
+    let mut files: Vec<PathBuf> = files.filter(|path| path.is_file()).collect();
+    files.sort();
+    files
+}
+
+/// The image at `path`, if it is one.
+fn look_at(path: &Path) -> Option<look::Seen> {
+    match look::look(path) {
+        Ok(seen) => Some(seen),
+        Err(error) => {
+            if !matches!(error.kind(), Kind::NotVhdx | Kind::Truncated) {
+                tracing::warn!("it is not known whether this is a child of an image that goes: {error}");
+            }
+            None
+        }
+    }
+}
+
+fn loses_its_parent(path: &Path, parent: &Path) -> Error {
+    let message = format!("its parent is {}, which the merge would remove", parent.display());
+    let remedy =
+        format!("merge it first: vhdx-ublk merge {0}; or relink it, or move it away", path.display());
+    Error::new(Kind::InUse, message).file(path).remedy(remedy)
+}
+
+fn over_changed_content(path: &Path, parent: &Path) -> Error {
+    let message = format!("its parent is {}, which the merge would change", parent.display());
+    let remedy = "merge it first; if it is a layer that a merge that was cut short has left, remove it; --force \
+                  merges, and it does not open any more";
+    Error::new(Kind::InUse, message).file(path).remedy(remedy)
+}
+
+/// A merge that failed is done again.
+fn explain(error: Error) -> Error {
+    match error.kind() {
+        Kind::NoSpace => {
+            error.remedy("make room on the file system that holds it, and merge again; nothing is lost")
+        }
+        Kind::Io => error.remedy("the child reads as before; look for the cause (dmesg), and merge again"),
+        _ => error,
+    }
+}
+
+/// Shown where standard error is a terminal.
+fn progress(bytes: u64) -> ProgressBar {
+    let bar = ProgressBar::new(bytes);
+    let template = "{bar:40} {percent:>3}%  {binary_bytes} of {binary_total_bytes}  {eta} left";
+    bar.with_style(ProgressStyle::with_template(template).expect("a good template"))
+}
+
+/// The chain's files.
+struct Locked<'a> {
+    reactor: &'a Reactor,
+    files: Vec<Arc<ImageFile>>,
+    bar: ProgressBar,
+    /// Bytes shown as copied.
+    shown: Cell<u64>,
+}
+
+impl Files for Locked<'_> {
+    type Disk = UringDisk;
+
+    fn disk(&self, path: &Path) -> UringDisk {
+        let file = self.files.iter().find(|file| file.path() == path).expect("a file of the chain");
+        self.reactor.disk(file.clone())
+    }
+
+    fn direct(&self, locator: &mut ParentLocator, child: &Path, parent: &Path) -> Result<()> {
+        chain::direct(locator, child, parent)
+    }
+
+    async fn remove(&self, path: &Path) -> Result<()> {
+        fs::remove_file(path).map_err(|error| Error::io("removing what was merged", error).file(path))?;
+        sync_folder_of(path)?;
+        self.bar.suspend(|| output::print(&path.display().to_string()))
+    }
+
+    fn copied(&self, bytes: u64) {
+        self.bar.inc(bytes - self.shown.replace(bytes));
+    }
+}

@@ -1,0 +1,63 @@
+//! An image at rest: locked by a command that reads all of it, or changes it, and looked at before anything is
+//! written.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use uuid::Uuid;
+
+use vhdx_ublk::chain::Layer;
+use vhdx_ublk::device::session;
+use vhdx_ublk::disk::{Access, ImageFile, Reactor};
+use vhdx_ublk::error::Result;
+use vhdx_ublk::image::{Image, Mode};
+
+use super::holders;
+
+/// An image that nobody else writes, and nobody else reads either if it is locked for writing.
+pub struct AtRest {
+    /// The file, which carries the lock.
+    pub file: Arc<ImageFile>,
+    /// The image, its log replayed in memory.
+    pub image: Image,
+}
+
+impl Layer for AtRest {
+    fn image(&self) -> &Image {
+        &self.image
+    }
+
+    fn path(&self) -> &Path {
+        self.file.path()
+    }
+}
+
+impl AtRest {
+    /// Locks the image at `path` for `access`, and reads it.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`lock`] and whatever is wrong with the image; [`vhdx_ublk::error::Kind::InUse`] if a killed daemon
+    /// left a session of it.
+    pub fn open(reactor: &Reactor, path: &Path, access: Access) -> Result<Self> {
+        let file = Arc::new(lock(path, access)?);
+        let disk = reactor.disk(file.clone());
+        let image = reactor.block_on(Image::open(&disk, Mode::ReadOnly, Uuid::new_v4));
+        let image = image.map_err(|error| error.file(file.path()))?;
+        session::refuse_orphan(&file, Some(&image))?;
+        Ok(Self { file, image })
+    }
+}
+
+/// Locks the image at `path` for `access`, without waiting for anybody.
+///
+/// # Errors
+///
+/// [`vhdx_ublk::error::Kind::InUse`] if somebody has it, or a device of ours waits for its daemon to be replaced.
+pub fn lock(path: &Path, access: Access) -> Result<ImageFile> {
+    let file = ImageFile::open(path, access, Duration::ZERO);
+    let file = file.map_err(|error| holders::explain(error, path))?;
+    holders::refuse_abandoned(path, access)?;
+    Ok(file)
+}

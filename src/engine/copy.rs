@@ -1,0 +1,169 @@
+//! Copying what children have into the image they were made of.
+//!
+//! Whatever is copied, a child above has, so to who reads the chain nothing changes. Blocks of a child that are
+//! zero, or that say nothing, become zero here: skipped, they would show what is here. A child ends where its own
+//! disk ends: what a layer above shows there is zero too.
+
+use std::rc::Rc;
+
+use super::fill::read_sectors;
+use super::run::{Place, look};
+use super::{Engine, Outcome, Parent, errno};
+use crate::disk::{Buffer, Disk, PAGE_BYTES};
+use crate::format::MIB;
+use crate::format::bat::PayloadState;
+
+/// Where the bytes of a range are.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Content {
+    /// In the file of this layer, at this offset.
+    File(usize, u64),
+    /// They are zero.
+    Zero,
+    /// Where they were before: no layer has them.
+    Below,
+}
+
+impl<D: Disk + 'static> Engine<D> {
+    /// Takes over what `layers` have in `0..end`, the first before the second and so on. `copied` is told how far it
+    /// is, in bytes. The session is open.
+    pub(super) async fn take_over(
+        self: &Rc<Self>,
+        layers: &[Parent<D>],
+        end: u64,
+        copied: &impl Fn(u64),
+    ) -> Outcome {
+        if self.shared.fixed {
+            self.allocate(0, self.shared.geometry().block_count()).await?;
+        }
+        let mut at = 0;
+        while at < end {
+            self.check_poison()?;
+            let (content, past) = longest(layers, at, end);
+            match content {
+                Content::File(layer, offset) => {
+                    self.copy_in(&layers[layer].disk, offset, at, past).await?;
+                }
+                Content::Zero => self.make_zero(at, past, end).await?,
+                Content::Below => {}
+            }
+            at = past;
+            copied(at);
+        }
+        Ok(())
+    }
+
+    /// Gives up the blocks from `end` on, whose disk will end there.
+    pub(super) async fn give_up_behind(self: &Rc<Self>, end: u64) -> Outcome {
+        let geometry = self.shared.geometry();
+        let (first, past) = (end.div_ceil(geometry.block_size()), geometry.block_count());
+        if first < past && !self.shared.fixed {
+            self.unmap(first, past - first, false).await?;
+        }
+        Ok(())
+    }
+
+    /// Copies what lies at `offset` of `disk` to `from..to`.
+    async fn copy_in(self: &Rc<Self>, disk: &D, mut offset: u64, from: u64, to: u64) -> Outcome {
+        for (from, to) in pieces(from, to) {
+            let mut bytes = vec![0; index(to - from)];
+            read_sectors(disk, offset, &mut bytes).await?;
+            self.put(from, &bytes).await?;
+            offset += to - from;
+        }
+        Ok(())
+    }
+
+    /// Makes `from..to` zero. A block that reaches behind `end` ends there.
+    async fn make_zero(self: &Rc<Self>, from: u64, to: u64, end: u64) -> Outcome {
+        let size = self.shared.geometry().block_size();
+        let past = if to == end { to.div_ceil(size) } else { to / size };
+        let first = from.div_ceil(size);
+        if first >= past || self.shared.fixed {
+            return self.put_zeros(from, to).await;
+        }
+        self.put_zeros(from, first * size).await?;
+        self.unmap(first, past - first, true).await?;
+        self.put_zeros((past * size).min(to), to).await
+    }
+
+    /// Zeroes parts of blocks; those that have nothing stay without space.
+    async fn put_zeros(self: &Rc<Self>, from: u64, to: u64) -> Outcome {
+        for (from, to) in pieces(from, to) {
+            let block = self.shared.geometry().block_of_offset(from);
+            self.zero_absent(block, 1).await?;
+            if self.shared.map.load(block).entry.payload_state() != Some(PayloadState::Zero) {
+                self.put(from, &vec![0; index(to - from)]).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes `bytes`, which are in one block, at virtual offset `at`. Nobody else writes meanwhile: sectors that
+    /// share their page are written again as they are.
+    async fn put(self: &Rc<Self>, at: u64, bytes: &[u8]) -> Outcome {
+        let geometry = self.shared.geometry();
+        let block = geometry.block_of_offset(at);
+        self.allocate(block, 1).await?;
+        let place = self.shared.map.load(block).entry.offset() + geometry.offset_in_block(at);
+        let before = index(place % PAGE_BYTES as u64);
+        let page = place - before as u64;
+        let length = (before + bytes.len()).next_multiple_of(PAGE_BYTES);
+        let mut pages = if length == bytes.len() {
+            Buffer::zeroed(length)
+        } else {
+            self.disk.read(page, length).await.map_err(|error| errno(&error))?
+        };
+        pages[before..][..bytes.len()].copy_from_slice(bytes);
+        self.disk.write(page, pages).await.map_err(|error| errno(&error))?;
+        self.shared.mark_written(at, at + bytes.len() as u64);
+        Ok(())
+    }
+}
+
+/// `from..to` in pieces of 1 MiB at most, each in one block: blocks are whole MiB.
+fn pieces(from: u64, to: u64) -> impl Iterator<Item = (u64, u64)> {
+    let mut at = from;
+    std::iter::from_fn(move || {
+        let piece = (at, to.min((at / MIB + 1) * MIB));
+        (at < to).then(|| {
+            at = piece.1;
+            piece
+        })
+    })
+}
+
+/// Where the bytes from `from` on are, and how far that holds, up to `end`.
+fn longest<D>(layers: &[Parent<D>], from: u64, end: u64) -> (Content, u64) {
+    let (content, mut past) = locate(layers, from, end);
+    while past < end && !matches!(content, Content::File(..)) {
+        let (next, next_past) = locate(layers, past, end);
+        if next != content {
+            break;
+        }
+        past = next_past;
+    }
+    (content, past)
+}
+
+/// The same, of the blocks that `from` is in only.
+fn locate<D>(layers: &[Parent<D>], from: u64, end: u64) -> (Content, u64) {
+    let mut end = end;
+    for (number, Parent { map, .. }) in layers.iter().enumerate() {
+        let size = map.geometry().virtual_size();
+        if from >= size {
+            return (Content::Zero, end);
+        }
+        let (place, length) = look(map, from, end.min(size));
+        match place {
+            Place::Here(offset) => return (Content::File(number, offset), from + length),
+            Place::Nowhere => return (Content::Zero, from + length),
+            Place::Below => end = from + length,
+        }
+    }
+    (Content::Below, end)
+}
+
+fn index(bytes: u64) -> usize {
+    usize::try_from(bytes).expect("64-bit hosts only")
+}

@@ -1,0 +1,288 @@
+//! Merging layers of a chain into an image below them, the *target*, which takes their content over.
+//!
+//! To who reads the chain nothing changes, wherever it is cut: whatever is written to the target, a layer above
+//! has, until the layers are gone. The chain opens all the time, as the layer directly above the target knows both
+//! GUIDs that the target may carry. Each step is durable before the next:
+//!
+//! 1. that layer gets the target's DataWriteGuid of now and, as its second linkage, the one to come (the first is
+//!    renewed for a merge that was cut before, after which the target may carry the second);
+//! 2. a target that is smaller grows: what comes into it is zero, as it is to who reads the chain;
+//! 3. the target's session opens under the new DataWriteGuid; the content is copied; the target is closed;
+//! 4. it takes the disk's size, if it was larger, and what else describes the disk;
+//! 5. from the target upwards, each layer's child is made the target's own child, then the layer is removed: what
+//!    the child does not have is in the target by now. At last the uppermost layer is removed.
+//!
+//! A merge that was cut finds the chain as it is by then, and does all of it again. Only between the two parts of
+//! step 5 is there a layer that belongs to no chain any more; it knows the target by its second linkage.
+
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+
+use uuid::Uuid;
+
+use super::local::Spawn;
+use super::message::ToFront;
+use super::{Engine, Fronts, Outcome, Parent};
+use crate::disk::Disk;
+use crate::error::{Error, Kind, Result};
+use crate::format::guid;
+use crate::format::locator::{PARENT_LINKAGE, PARENT_LINKAGE2, ParentLocator};
+use crate::format::metadata::{DiskType, Metadata};
+use crate::image::{Image, Mode, repair};
+
+/// The files of a merge. Each is one image of a chain, and nobody else has it.
+pub struct Merge {
+    /// What is merged, the uppermost layer first.
+    pub layers: Vec<PathBuf>,
+    /// What takes it over.
+    pub target: PathBuf,
+    /// The target's parents, its own first.
+    pub below: Vec<PathBuf>,
+}
+
+/// What a merge asks of the world.
+#[expect(async_fn_in_trait, reason = "one thread drives all of it: futures need not be Send")]
+pub trait Files {
+    /// What the images are on.
+    type Disk: Disk + 'static;
+
+    /// The file at `path`, opened and locked before.
+    fn disk(&self, path: &Path) -> Self::Disk;
+
+    /// Has `locator`, of the child at `child`, say that its parent is at `parent`.
+    ///
+    /// # Errors
+    /// If that path cannot be told.
+    fn direct(&self, locator: &mut ParentLocator, child: &Path, parent: &Path) -> Result<()>;
+
+    /// Removes the file at `path`, durably.
+    ///
+    /// # Errors
+    /// If it is still there, or may come back.
+    async fn remove(&self, path: &Path) -> Result<()>;
+
+    /// The first `bytes` of the disk are copied.
+    fn copied(&self, bytes: u64);
+}
+
+/// Whether `target`, over `parent` if it has one, can take over the disk of `leaf`.
+///
+/// # Errors
+/// [`Kind::Unsupported`] if it cannot take its size.
+pub fn check(leaf: &Image, target: &Image, parent: Option<&Image>) -> Result<()> {
+    let [wanted, found] = [leaf, target].map(|image| image.metadata.virtual_size);
+    let refuse = |message: String, remedy: &str| {
+        Err(Error::new(Kind::Unsupported, message).in_structure("metadata").remedy(remedy))
+    };
+    target.check_writable()?;
+    target.check_growth(wanted)?;
+    if wanted < found && target.metadata.kind() == DiskType::Fixed {
+        let message = format!("a fixed image of {found} bytes does not shrink to the child's {wanted}");
+        return refuse(message, "create an image of the child's size and copy the disk into it");
+    }
+    if let Some(parent) = parent.filter(|parent| wanted > found && parent.metadata.virtual_size > found) {
+        let larger = parent.metadata.virtual_size;
+        let message = format!(
+            "a disk of {found} bytes over one of {larger} would show more of that if it grew to {wanted}"
+        );
+        return refuse(message, "merge it into its own parent first, or name an image below it with --into");
+    }
+    Ok(())
+}
+
+impl Merge {
+    /// Merges; see the module's head. The target's tasks run on `tasks`.
+    ///
+    /// # Errors
+    /// Those of opening the images and of [`check`], before anything but their logs is written; I/O errors, no space
+    /// included, after which the chain reads as before and the merge can be done again.
+    pub async fn run<F: Files>(
+        &self,
+        files: &F,
+        tasks: Rc<dyn Spawn>,
+        new_guid: impl FnMut() -> Uuid + Clone + 'static,
+    ) -> Result<()> {
+        let data_write = new_guid.clone()();
+        let mut layers = Vec::new();
+        for path in &self.layers {
+            layers.push(open(files, path, Mode::Writable, new_guid.clone()).await?);
+        }
+        let target = open(files, &self.target, Mode::Writable, new_guid.clone()).await?;
+        let mut below = Vec::new();
+        for path in &self.below {
+            below.push(open(files, path, Mode::ReadOnly, new_guid.clone()).await?);
+        }
+        let (leaf, disk) = (&layers[0], layers[0].metadata.clone());
+        check(leaf, &target, below.first()).map_err(|error| error.file(&self.target))?;
+        for (layer, path) in layers.iter().zip(&self.layers) {
+            layer.check_writable().map_err(|error| error.file(path))?;
+        }
+        let lowest = layers.pop().expect("something is merged");
+        layers.push(self.announce(files, lowest, &target, data_write, new_guid.clone()).await?);
+        let target = self.grow(files, target, disk.virtual_size, new_guid.clone()).await?;
+        let layers = parents(files, &self.layers, layers).await?;
+        let below = parents(files, &self.below, below).await?;
+        let engine = self.engine(files, target, below, tasks, new_guid.clone()).await?;
+        self.copy(files, &engine, &layers, disk.virtual_size, data_write).await?;
+        drop((engine, layers));
+        self.describe(files, &disk, new_guid.clone()).await?;
+        self.remove_layers(files, data_write, new_guid).await
+    }
+
+    /// Step 1: the layer above the target knows it by what it is and by what it will be.
+    async fn announce<F: Files>(
+        &self,
+        files: &F,
+        lowest: Image,
+        target: &Image,
+        data_write: Uuid,
+        new_guid: impl FnMut() -> Uuid,
+    ) -> Result<Image> {
+        let path = self.layers.last().expect("something is merged");
+        let mut metadata = lowest.metadata.clone();
+        let locator = metadata.parent_locator.as_mut().expect("a layer above another has a parent");
+        locator.set(PARENT_LINKAGE, guid::print(target.header.header.data_write_guid));
+        locator.set(PARENT_LINKAGE2, guid::print(data_write));
+        amend(files, path, lowest, &metadata, new_guid).await
+    }
+
+    /// Step 2.
+    async fn grow<F: Files>(
+        &self,
+        files: &F,
+        target: Image,
+        size: u64,
+        new_guid: impl FnMut() -> Uuid,
+    ) -> Result<Image> {
+        let virtual_size = size.max(target.metadata.virtual_size);
+        let metadata = Metadata { virtual_size, ..target.metadata.clone() };
+        amend(files, &self.target, target, &metadata, new_guid).await
+    }
+
+    /// The target's engine. Nothing is written yet.
+    async fn engine<F: Files>(
+        &self,
+        files: &F,
+        target: Image,
+        below: Vec<Parent<F::Disk>>,
+        tasks: Rc<dyn Spawn>,
+        new_guid: impl FnMut() -> Uuid + 'static,
+    ) -> Result<Rc<Engine<F::Disk>>> {
+        let disk = files.disk(&self.target);
+        target.read_bitmaps(&disk).await.map_err(|error| error.file(&self.target))?;
+        let engine = Engine::new(target, disk, below, tasks, Rc::new(NoFronts), Box::new(new_guid));
+        engine.map_err(|error| error.file(&self.target))
+    }
+
+    /// Step 3.
+    async fn copy<F: Files>(
+        &self,
+        files: &F,
+        engine: &Rc<Engine<F::Disk>>,
+        layers: &[Parent<F::Disk>],
+        size: u64,
+        data_write: Uuid,
+    ) -> Result<()> {
+        let copying = async {
+            engine.open_session_as(Some(data_write)).await?;
+            engine.take_over(layers, size, &|bytes| files.copied(bytes)).await?;
+            engine.give_up_behind(size).await
+        };
+        let copied = told("copying into the image", copying.await);
+        let closed = told("closing the image", engine.close().await);
+        copied.and(closed).map_err(|error| error.file(&self.target))
+    }
+
+    /// Step 4: the target describes the disk that it is now.
+    async fn describe<F: Files>(
+        &self,
+        files: &F,
+        disk: &Metadata,
+        mut new_guid: impl FnMut() -> Uuid + Clone,
+    ) -> Result<()> {
+        let target = open(files, &self.target, Mode::Writable, new_guid.clone()).await?;
+        let shrinks = disk.virtual_size < target.metadata.virtual_size;
+        let metadata = Metadata {
+            virtual_size: disk.virtual_size,
+            disk_id: disk.disk_id,
+            physical_sector_size: disk.physical_sector_size,
+            ..target.metadata.clone()
+        };
+        amend(files, &self.target, target, &metadata, &mut new_guid).await?;
+        if shrinks {
+            // What nothing names any more goes back to the host.
+            let mended = repair(&files.disk(&self.target), new_guid).await;
+            mended.map_err(|error| error.file(&self.target))?;
+        }
+        Ok(())
+    }
+
+    /// Step 5.
+    async fn remove_layers<F: Files>(
+        &self,
+        files: &F,
+        data_write: Uuid,
+        new_guid: impl FnMut() -> Uuid + Clone,
+    ) -> Result<()> {
+        for pair in self.layers.windows(2).rev() {
+            let (child, path) = (&pair[0], &pair[1]);
+            let image = open(files, child, Mode::Writable, new_guid.clone()).await?;
+            let mut metadata = image.metadata.clone();
+            let locator = metadata.parent_locator.as_mut().expect("a layer above another has a parent");
+            files.direct(locator, child, &self.target)?;
+            locator.set(PARENT_LINKAGE2, guid::print(data_write));
+            amend(files, child, image, &metadata, new_guid.clone()).await?;
+            files.remove(path).await?;
+        }
+        files.remove(&self.layers[0]).await
+    }
+}
+
+/// Nobody asks the engine for anything but this module.
+struct NoFronts;
+
+impl Fronts for NoFronts {
+    fn send(&self, front: usize, message: ToFront) {
+        unreachable!("{message:?} to front {front} of none");
+    }
+
+    fn count(&self) -> usize {
+        0
+    }
+}
+
+async fn open<F: Files>(
+    files: &F,
+    path: &Path,
+    mode: Mode,
+    new_guid: impl FnOnce() -> Uuid,
+) -> Result<Image> {
+    let image = Image::open(&files.disk(path), mode, new_guid).await;
+    image.map_err(|error| error.file(path))
+}
+
+async fn amend<F: Files>(
+    files: &F,
+    path: &Path,
+    image: Image,
+    metadata: &Metadata,
+    new_guid: impl FnMut() -> Uuid,
+) -> Result<Image> {
+    let amended = image.amend(&files.disk(path), metadata, new_guid).await;
+    amended.map_err(|error| error.file(path))
+}
+
+/// The images as an engine reads them.
+async fn parents<F: Files>(files: &F, paths: &[PathBuf], images: Vec<Image>) -> Result<Vec<Parent<F::Disk>>> {
+    let mut parents = Vec::new();
+    for (path, image) in paths.iter().zip(images) {
+        let disk = files.disk(path);
+        image.read_bitmaps(&disk).await.map_err(|error| error.file(path))?;
+        parents.push(Parent { disk, map: image.map.into() });
+    }
+    Ok(parents)
+}
+
+fn told(doing: &str, outcome: Outcome) -> Result<()> {
+    outcome.map_err(|errno| Error::io(doing, std::io::Error::from_raw_os_error(errno)))
+}

@@ -1,0 +1,82 @@
+//! A change of metadata at rest, through the log: there as a whole or not at all.
+//!
+//! Order, each step durable before the next: one log entry under a new LogGuid → the headers name it → it is
+//! replayed as after a crash, which empties the log again.
+
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+
+use uuid::Uuid;
+
+use super::headers::Headers;
+use super::replay;
+use crate::disk::{Buffer, Disk, PAGE_BYTES};
+use crate::error::{Error, Result};
+use crate::format::MIB;
+use crate::format::log::{Change, NewEntry};
+
+/// Pages as they shall be, by their place in the file.
+#[derive(Default)]
+pub(super) struct Edit {
+    pages: BTreeMap<u64, Box<[u8; PAGE_BYTES]>>,
+}
+
+impl Edit {
+    /// Pages that it changes; an entry holds [`crate::format::log::MAX_DESCRIPTORS_WRITTEN`] of them.
+    pub(super) fn page_count(&self) -> usize {
+        self.pages.len()
+    }
+
+    /// Lays `bytes` at `offset` over the pages they touch.
+    pub(super) async fn lay<D: Disk>(&mut self, disk: &D, offset: u64, bytes: &[u8]) -> Result<()> {
+        let mut at = offset;
+        let mut left = bytes;
+        while !left.is_empty() {
+            let within = usize::try_from(at % PAGE_BYTES as u64).expect("below a page");
+            let page = at - within as u64;
+            let (here, rest) = left.split_at(left.len().min(PAGE_BYTES - within));
+            let target = match self.pages.entry(page) {
+                Entry::Occupied(laid) => laid.into_mut(),
+                Entry::Vacant(vacant) => {
+                    let read = disk.read(page, PAGE_BYTES).await;
+                    let read =
+                        read.map_err(|error| Error::io("reading what is to change", error).at(page))?;
+                    vacant.insert(Box::new(read[..].try_into().expect("a page was read")))
+                }
+            };
+            target[within..within + here.len()].copy_from_slice(here);
+            (at, left) = (at + here.len() as u64, rest);
+        }
+        Ok(())
+    }
+
+    /// Makes the change. The log is empty before and after, and the file has its new FileWriteGuid.
+    pub(super) async fn write<D: Disk>(
+        self,
+        disk: &D,
+        headers: &mut Headers,
+        new_guid: &mut impl FnMut() -> Uuid,
+    ) -> Result<()> {
+        assert!(!headers.current().needs_replay(), "the log is empty");
+        let log_guid = new_guid();
+        let length = replay::length_of(disk).await?;
+        replay::sync(disk).await?; // the entry promises this length
+        let changes: Vec<Change> =
+            self.pages.into_iter().map(|(file_offset, page)| Change::Data { file_offset, page }).collect();
+        let entry = NewEntry {
+            sequence_number: 1,
+            tail: 0,
+            log_guid,
+            flushed_file_offset: length / MIB * MIB,
+            last_file_offset: length.next_multiple_of(MIB),
+            changes: &changes,
+        };
+        assert!(entry.length() <= headers.current().log_length, "the shortest log holds the longest entry");
+        let at = headers.current().log_offset;
+        let written = disk.write(at, Buffer::copy_of(&entry.encode())).await;
+        written.map_err(|error| Error::io("writing a log entry", error).at(at))?;
+        replay::sync(disk).await?;
+        headers.change(|header| header.log_guid = log_guid);
+        replay::in_place(disk, headers, &[0], new_guid()).await
+    }
+}

@@ -1,0 +1,186 @@
+//! What is merged is in the parent, as others read it, and no image that needs what goes is forgotten.
+
+use std::fs::{self, OpenOptions};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use vhdx_ublk::disk::{Access, ImageFile};
+
+use super::relink::{base, child_of};
+use super::{Bench, MIB, Snapshot, has, on, qemu, skipped};
+
+/// Where a child with a log of 1 MiB has its BAT, and its first block.
+const BAT: u64 = 3 * MIB;
+const END: u64 = 4 * MIB;
+
+/// Blocks of 1 MiB of the disk, less than a chunk.
+const BLOCKS: u64 = 16;
+
+/// The slot of the sector bitmap: blocks of 1 MiB, sectors of 512 bytes.
+const BITMAP_SLOT: u64 = 4096;
+
+const ZERO: u64 = 2;
+const PRESENT: u64 = 6;
+const PARTIAL: u64 = 7;
+
+/// A child's file and the disk that it and what is below it are, block by block.
+struct Layer<'a> {
+    path: &'a Path,
+    disk: &'a mut [u8],
+}
+
+impl Layer<'_> {
+    fn slot(&self, slot: u64, entry: u64) {
+        let file = OpenOptions::new().write(true).open(self.path).expect("ours");
+        file.write_all_at(&entry.to_le_bytes(), BAT + 8 * slot).expect("room");
+    }
+
+    fn append(&self, bytes: &[u8]) -> u64 {
+        let file = OpenOptions::new().write(true).open(self.path).expect("ours");
+        let at = file.metadata().expect("there").len().max(END);
+        file.write_all_at(bytes, at).expect("room");
+        at
+    }
+
+    fn of_disk(&mut self, block: u64) -> &mut [u8] {
+        let start = usize::try_from(block * MIB).expect("small");
+        &mut self.disk[start..start + (1 << 20)]
+    }
+
+    fn zero(&mut self, block: u64) {
+        self.slot(block, ZERO);
+        self.of_disk(block).fill(0);
+    }
+
+    fn whole(&mut self, block: u64, fill: u8) {
+        let at = self.append(&vec![fill; 1 << 20]);
+        self.slot(block, at | PRESENT);
+        self.of_disk(block).fill(fill);
+    }
+
+    /// Every third sector is here; the others hold what nobody may read.
+    fn part(&mut self, block: u64, fill: u8) {
+        let mut bitmap = vec![0; 1 << 20];
+        let mut bytes = vec![0xee; 1 << 20];
+        for sector in (0..2048).step_by(3) {
+            bitmap[usize::try_from(block).expect("small") * 256 + sector / 8] |= 1 << (sector % 8);
+            bytes[sector * 512..][..512].fill(fill);
+            self.of_disk(block)[sector * 512..][..512].fill(fill);
+        }
+        let bitmap = self.append(&bitmap);
+        self.slot(BITMAP_SLOT, bitmap | PRESENT);
+        let at = self.append(&bytes);
+        self.slot(block, at | PARTIAL);
+    }
+}
+
+/// A base that QEMU has written, two layers over it, and the disk that they are.
+fn chain(bench: &Bench) -> ([PathBuf; 3], Vec<u8>) {
+    let base = base(bench, "base.vhdx");
+    let writes = ["write -P 0x11 0 5M", "write -P 0x12 9M 3M"];
+    let options = writes.iter().flat_map(|write| ["-c", write]);
+    let written = Command::new("qemu-io").args(["-f", "vhdx"]).args(options).arg(&base).output();
+    assert!(written.expect("it runs").status.success());
+    let mut disk = vec![0; usize::try_from(BLOCKS * MIB).expect("small")];
+    disk[..5 << 20].fill(0x11);
+    disk[9 << 20..12 << 20].fill(0x12);
+    let middle = child_of(bench, &base, "middle.vhdx");
+    let mut layer = Layer { path: &middle, disk: &mut disk };
+    layer.zero(0);
+    layer.whole(1, 0x21);
+    layer.whole(6, 0x22);
+    layer.part(2, 0x23);
+    let leaf = child_of(bench, &middle, "leaf.vhdx");
+    let mut layer = Layer { path: &leaf, disk: &mut disk };
+    layer.zero(9);
+    layer.whole(2, 0x31);
+    layer.part(1, 0x32);
+    layer.whole(15, 0x33);
+    ([base, middle, leaf], disk)
+}
+
+/// One step at a time and all at once: QEMU reads in the base what the chain was.
+#[test]
+fn a_merged_disk_is_read_by_others() {
+    if !has("qemu-img") || !has("qemu-io") {
+        return skipped("qemu-img or qemu-io is missing: nobody else has read what was merged");
+    }
+    for at_once in [true, false] {
+        let bench = Bench::new();
+        let ([base, middle, leaf], disk) = chain(&bench);
+        let flat = bench.path("flat.raw");
+        fs::write(&flat, &disk).expect("room");
+        let removed = if at_once {
+            on("merge", &leaf, &["--into", base.to_str().expect("UTF-8")]).succeeded()
+        } else {
+            let first = on("merge", &leaf, &[]).succeeded();
+            assert_eq!(bench.names(), ["base.vhdx", "flat.raw", "middle.vhdx"]);
+            // From another folder, through a link.
+            let link = bench.path("link");
+            std::os::unix::fs::symlink(&middle, &link).expect("room");
+            let second = on("merge", &link, &[]).succeeded();
+            fs::remove_file(link).expect("there");
+            first + &second
+        };
+        let mut removed: Vec<&Path> = removed.lines().map(Path::new).collect();
+        removed.sort();
+        let gone = [leaf, middle].map(|path| {
+            bench.0.path().canonicalize().expect("there").join(path.file_name().expect("a name"))
+        });
+        assert_eq!(removed, gone);
+        assert_eq!(bench.names(), ["base.vhdx", "flat.raw"]);
+        qemu(&["compare", "-f", "vhdx", "-F", "raw", base.to_str().expect("UTF-8")], &flat);
+        qemu(&["check"], &base);
+        on("check", &base, &[]).succeeded();
+    }
+}
+
+/// Who would lose a parent, or have another one, is named; nothing is changed.
+#[test]
+fn images_that_need_what_goes_are_named() {
+    let bench = Bench::new();
+    let parent = base(&bench, "base.vhdx");
+    let child = child_of(&bench, &parent, "child.vhdx");
+    fs::create_dir(bench.path("sub")).expect("a folder");
+    let other = child_of(&bench, &child, "grandchild.vhdx");
+    let before = [&parent, &child].map(|path| Snapshot::of(path));
+    let message = on("merge", &child, &[]).failed(1);
+    assert!(message.contains("grandchild.vhdx: its parent is") && message.contains("relink"), "{message}");
+    fs::remove_file(&other).expect("there");
+    let sibling = child_of(&bench, &parent, "sibling.vhdx");
+    fs::write(bench.path("no-image.vhdx"), "text").expect("room");
+    let message = on("merge", &child, &[]).failed(1);
+    assert!(message.contains("sibling.vhdx: its parent is") && message.contains("--force"), "{message}");
+    let [of_parent, of_child] = before;
+    of_parent.assert_kept(&parent);
+    of_child.assert_kept(&child);
+    on("merge", &child, &["--force"]).succeeded();
+    assert!(!child.exists());
+    let message = on("info", &sibling, &["--chain"]).failed(1);
+    assert!(message.contains("DataWriteGuid"), "{message}");
+}
+
+#[test]
+fn what_cannot_be_merged_is_left_alone() {
+    let bench = Bench::new();
+    let parent = base(&bench, "base.vhdx");
+    let child = child_of(&bench, &parent, "child.vhdx");
+    let before = [&parent, &child].map(|path| Snapshot::of(path));
+    assert!(on("merge", &parent, &[]).failed(1).contains("no differencing image"));
+    let into = child.to_str().expect("UTF-8");
+    assert!(on("merge", &child, &["--into", into]).failed(2).contains("not among its parents"));
+    let holder = format!("(pid {})", std::process::id());
+    for (path, access) in
+        [(&parent, Access::ReadOnly), (&parent, Access::ReadWrite), (&child, Access::ReadOnly)]
+    {
+        let held = ImageFile::open(path, access, Duration::ZERO).expect("free");
+        let message = on("merge", &child, &[]).failed(1);
+        assert!(message.contains(path.to_str().expect("UTF-8")) && message.contains(&holder), "{message}");
+        drop(held);
+    }
+    let [of_parent, of_child] = before;
+    of_parent.assert_kept(&parent);
+    of_child.assert_kept(&child);
+}
