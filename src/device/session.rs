@@ -149,15 +149,19 @@ impl SessionFile {
     }
 }
 
-/// Refuses the image in `file` if a killed daemon left a session of it: that has to be taken over first. A
-/// session that does not fit `image`, as it was opened, does not count.
+/// Refuses the image in `file`, which is locked, if a killed daemon left a session of it: that has to be taken over
+/// first. A session that does not fit `image`, as it was opened, does not count; one at rest has nothing that the
+/// image has not, and is removed.
 ///
 /// # Errors
 ///
 /// [`Kind::InUse`] if there is one; what the host says.
 pub fn refuse_orphan(file: &ImageFile, image: Option<&Image>) -> Result<()> {
     let id = FileId::of_image(file)?;
-    let Some((_, memory)) = Sessions::of_machine().find(id)? else { return Ok(()) };
+    let Some((session, memory)) = Sessions::of_machine().find(id)? else { return Ok(()) };
+    if memory.session() == Session::Idle {
+        return session.remove();
+    }
     if image.is_some() && obstacle(&memory, image, id).is_some() {
         return Ok(());
     }
