@@ -91,11 +91,13 @@ pub enum Plant {
     EarlyPromotion,
     /// A successor does not log the bits that the killed process had set.
     ForgetResumedBits,
+    /// A front that was told to hold begins requests all the same.
+    IgnoreHold,
 }
 
 impl Plant {
     /// All of them.
-    pub const ALL: [Self; 40] = [
+    pub const ALL: [Self; 41] = [
         Self::SkipRecyclingSync,
         Self::SkipGrowthSync,
         Self::ApplyBeforeLog,
@@ -136,6 +138,7 @@ impl Plant {
         Self::EarlyReliance,
         Self::EarlyPromotion,
         Self::ForgetResumedBits,
+        Self::IgnoreHold,
     ];
 }
 

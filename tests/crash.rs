@@ -15,11 +15,14 @@ use sim::world::{Config, World, new_image};
 use vhdx_ublk::engine::front::Op;
 use vhdx_ublk::image::SLOTS_PER_PAGE;
 
+/// Crash images between the moment at which a snapshot holds the fronts and the one at which it is taken, at least.
+const IMAGES_IN_SNAPSHOTS: u64 = 10_000;
+
 /// Distinct images that a test run recovers and judges, at least.
 const IMAGES: u64 = 1_000_000;
 
 /// What every test run exercises; one that stays at zero fails it.
-const EXERCISED: [&str; 45] = [
+const EXERCISED: [&str; 49] = [
     "P0 none or all of it",
     "P1 whole writes",
     "P2 parts of what was at risk",
@@ -49,9 +52,11 @@ const EXERCISED: [&str; 45] = [
     "header 1 at risk",
     "header 2 at risk",
     "moments with every image",
+    "not present to partial",
     "not present to present",
     "not present to zero",
     "pages that only the memory had",
+    "partial blocks made whole",
     "partial to present",
     "partial to zero",
     "payload sectors judged",
@@ -60,7 +65,9 @@ const EXERCISED: [&str; 45] = [
     "replays",
     "requests failed by a death",
     "requests repeated to a successor",
+    "sector bitmaps begun",
     "sequences of operations",
+    "snapshots",
     "space that only the file names",
     "the file grows",
     "the log starts again",
@@ -88,6 +95,8 @@ fn every_promise_holds_at_every_power_cut() {
     let missing = report.marks.missing(&EXERCISED);
     assert!(missing.is_empty(), "never exercised: {missing:?}");
     assert!(report.distinct >= IMAGES, "only {} distinct images", report.distinct);
+    let inside = report.marks.count("images inside a snapshot");
+    assert!(inside >= IMAGES_IN_SNAPSHOTS, "only {inside} images inside snapshots");
 }
 
 /// More dirty BAT pages than the log holds, in one cycle: rounds follow each other round the ring, and the

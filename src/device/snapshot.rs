@@ -124,12 +124,7 @@ impl Place<'_> {
             serving.engine.open_session().await?;
             serving.engine.flush().await
         });
-        self.explain(outcome, serving)
-    }
-
-    fn explain(&self, outcome: Outcome, serving: &Serving) -> Result<()> {
-        let poisoned = serving.engine.shared().session() == Session::Poisoned;
-        outcome.map_err(|errno| unclean(errno, poisoned, serving.file.path()))
+        explain(outcome, serving)
     }
 
     fn make_child(&self, file: Arc<ImageFile>, serving: &Serving) -> Result<Serving> {
@@ -165,7 +160,7 @@ impl Place<'_> {
     /// The moment: the image is whole, and the device's entry names the child.
     fn switch(&self, switch: Switch, serving: &Serving, child: &Serving) -> Result<()> {
         let frozen = self.reactor.block_on(serving.engine.freeze());
-        self.explain(frozen, serving)?;
+        explain(frozen, serving)?;
         serving.engine.shared().map.memory().rest();
         switch(NewLeaf {
             image: child.file.path().into(),
@@ -185,6 +180,11 @@ impl Place<'_> {
             tracing::warn!("{error}");
         }
     }
+}
+
+fn explain(outcome: Outcome, serving: &Serving) -> Result<()> {
+    let poisoned = serving.engine.shared().session() == Session::Poisoned;
+    outcome.map_err(|errno| unclean(errno, poisoned, serving.file.path()))
 }
 
 /// Whether the device can go on with `child` as it was promised.

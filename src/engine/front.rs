@@ -175,7 +175,7 @@ impl Front {
 
     /// Takes a request; `tag` is idle.
     pub fn start<P: Port>(&mut self, tag: u16, request: Request, port: &mut P) {
-        if self.held {
+        if self.held && !planted(Plant::IgnoreHold) {
             return self.parked.push((tag, request));
         }
         self.slots[usize::from(tag)].begin(request);

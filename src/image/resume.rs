@@ -194,9 +194,11 @@ impl Image {
             map.bitmaps()
                 .make_room(&geometry, block)
                 .map_err(|error| Error::io("reading the session", error))?;
-            let (same, all) = match self.pending.bitmaps.contains(&chunk) {
-                true => (false, true),
-                false => map.bitmaps().compare(&geometry, block, chunks.read(&file, map, chunk).await?),
+            // One that was begun has nothing in the file that counts.
+            let (same, all) = if self.pending.bitmaps.contains(&chunk) {
+                (false, true)
+            } else {
+                map.bitmaps().compare(&geometry, block, chunks.read(&file, map, chunk).await?)
             };
             let in_file = self.map.load_slot(slot).entry.payload_state();
             if !all && in_file == Some(PayloadState::PartiallyPresent) {

@@ -26,13 +26,19 @@ impl World {
     /// Freezes the image and goes on with a child of it, in the steps of the device's.
     pub(super) fn snapshot(&mut self) {
         self.marks.hit("snapshots");
+        let before = self.images_judged();
         self.hold();
         self.freeze();
+        self.marks.add("images inside a snapshot", self.images_judged() - before);
         let values = self.examine_frozen();
         self.descend(values);
         for front in 0..self.hosts.len() {
             self.inbox.0.borrow_mut()[front].push_back(ToFront::Release);
         }
+    }
+
+    fn images_judged(&self) -> u64 {
+        self.judge.as_ref().map_or(0, |judge| judge.marks.count("images"))
     }
 
     fn hold(&mut self) {
