@@ -91,8 +91,8 @@ pub enum Plant {
     EarlyPromotion,
     /// A successor does not log the bits that the killed process had set.
     ForgetResumedBits,
-    /// A front that was told to hold begins requests all the same.
-    IgnoreHold,
+    /// A front says that it holds while requests are still under way.
+    EarlyHeld,
 }
 
 impl Plant {
@@ -138,7 +138,7 @@ impl Plant {
         Self::EarlyReliance,
         Self::EarlyPromotion,
         Self::ForgetResumedBits,
-        Self::IgnoreHold,
+        Self::EarlyHeld,
     ];
 }
 

@@ -64,7 +64,7 @@ fn catch_for(planted: Plant) -> Catch {
         | Plant::KeepStaleBits
         | Plant::EarlyPromotion => Catch::Scenario("child"),
         Plant::EarlyReliance => Catch::Scenario("child-new"),
-        Plant::IgnoreHold => Catch::Scenario("snapshot"),
+        Plant::EarlyHeld => Catch::Scenario("snapshot"),
         Plant::ForgetResumedBits => Catch::Scenario("child-killed"),
         Plant::NoPoison => Catch::Scenario("failed-durable-write"),
         Plant::NoFlushedOffset => Catch::Test(a_file_that_lost_its_durable_end_is_refused),

@@ -85,6 +85,7 @@ impl Recover {
         let parents = Parents::of_device(entry, |path| add::open_locked(path, Access::ReadOnly));
         if entry.read_only {
             let file = Arc::new(open(entry, Access::ReadOnly)?);
+            refuse_changed(entry)?;
             let opened = Opened::read_only(file.clone(), &parents)?;
             if opened.file_write_guid != entry.file_write_guid && !self.accept_loss {
                 return Err(changed(entry));
@@ -92,6 +93,7 @@ impl Recover {
             return daemon::recover(&opened.served(&file)?, entry, |ends| Ok(NoEngine(ends)), ready);
         }
         let file = Arc::new(open(entry, Access::ReadWrite)?);
+        refuse_changed(entry)?;
         let engine =
             EngineThread::open(file.clone(), Plan::Resume { accept_loss: self.accept_loss }, parents)?;
         let served = engine.opened().served(&file)?;
@@ -134,6 +136,16 @@ fn open(entry: &Entry, access: Access) -> Result<ImageFile> {
             .remedy("move the image back to its place"));
     }
     Ok(file)
+}
+
+/// Between the look at the device and the lock on its image a snapshot may have changed that.
+fn refuse_changed(entry: &Entry) -> Result<()> {
+    let now = holders::find(&Target::Id(entry.id))?.entry;
+    if now.image_file == entry.image_file && now.mark == entry.mark {
+        return Ok(());
+    }
+    let message = format!("another image is served as {} since a moment ago", entry.device.display());
+    Err(Error::new(Kind::InUse, message).remedy("run the command again"))
 }
 
 fn changed(entry: &Entry) -> Error {

@@ -35,7 +35,8 @@ Examples:
 The new image finds its parent by its path: move both, or none. What a file system has not
 written yet is not in the frozen image: `sync` first, or freeze it (fsfreeze) for files that
 are whole.
-Exit status: 0 the new image is served, 1 failure (and the old one still is), 2 wrong usage.";
+Exit status: 0 the new image is served, 1 failure (`vhdx-ublk list` tells what is served then),
+2 wrong usage.";
 
 impl Snapshot {
     /// Runs the command.

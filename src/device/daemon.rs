@@ -36,6 +36,8 @@ use super::ring::RingSetup;
 use super::snapshot::{NewLeaf, Order};
 use super::socket::{self, Call, Command};
 use super::sys;
+use super::usage;
+use crate::disk::folder_of;
 use crate::engine::front::Front;
 use crate::engine::shared::Shared;
 use crate::error::{Error, Kind, Result};
@@ -244,11 +246,16 @@ impl<E: EngineHandle> Device<E> {
 
     /// Does what it is told until it shall end.
     fn obey(&mut self) -> Result<()> {
-        while let Some(Call { command, answer }) = self.queues.next_call()? {
+        while let Some(Call { command, answer, decided }) = self.queues.next_call()? {
             let Command::Snapshot { image } = command;
-            let (entry, registry) = (self.entry.clone(), Registry::open()?);
+            if usage::is_on_device(folder_of(&image), self.info.id) {
+                // Who asked may have lost patience.
+                let _ = answer.send(Err(on_itself(&image)));
+                continue;
+            }
+            let entry = self.entry.clone();
             let switch = Box::new(move |leaf: NewLeaf| {
-                change_entry(&registry, &entry, |entry| {
+                change_entry(&Registry::open()?, &entry, |entry| {
                     entry.image = leaf.image;
                     entry.image_file = leaf.image_file;
                     entry.parents = leaf.parents;
@@ -256,7 +263,7 @@ impl<E: EngineHandle> Device<E> {
                 })
             });
             let engine = self.engine.as_ref().expect("a device that is up has an engine");
-            engine.snapshot(Order { image, switch, answer });
+            engine.snapshot(Order { image, switch, answer, decided });
         }
         Ok(())
     }
@@ -344,6 +351,12 @@ fn change_entry(registry: &Registry, entry: &Mutex<Entry>, change: impl FnOnce(&
     registry.write(&changed)?;
     *entry = changed;
     Ok(())
+}
+
+/// Making the image would wait for the device, and the device for that.
+fn on_itself(image: &Path) -> Error {
+    let message = "it would lie on the device itself, which cannot serve it and be in it";
+    Error::new(Kind::Unsupported, message).file(image).remedy("name a place on another file system")
 }
 
 fn device_path(id: u32) -> PathBuf {

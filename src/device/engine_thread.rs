@@ -175,7 +175,7 @@ impl Life {
             tracing::info!("{}: closed; {:?}", path.display(), engine.counters());
         }
         let poisoned = engine.shared().session() == Session::Poisoned;
-        outcome.map_err(|errno| unclean(errno, poisoned, path))?;
+        outcome.map_err(|errno| unclean("closing the image", errno, poisoned, path))?;
         serving.session.map_or(Ok(()), SessionFile::remove)
     }
 
@@ -344,9 +344,10 @@ impl Fronts for Mailboxes {
 }
 
 impl Mailboxes {
-    /// Lets fronts that were held go on.
+    /// Lets fronts that were held go on, at once: no task has to run for it.
     pub(super) fn release(&self) {
         (0..self.count()).for_each(|front| self.send(front, ToFront::Release));
+        self.senders.borrow_mut().iter_mut().for_each(Sender::flush);
     }
 }
 
@@ -359,14 +360,14 @@ async fn deliver(fronts: Rc<Mailboxes>) {
     }
 }
 
-pub(super) fn unclean(errno: i32, poisoned: bool, path: &Path) -> Error {
+pub(super) fn unclean(doing: &str, errno: i32, poisoned: bool, path: &Path) -> Error {
     if poisoned {
         let message = "writes were stopped by an earlier failure, and the image was not closed; what was flushed is safe";
         return Error::new(Kind::Poisoned, message).file(path).remedy(
             "look for the cause (dmesg, free space); the next `vhdx-ublk add` replays the image's log",
         );
     }
-    Error::io("closing the image", io::Error::from_raw_os_error(errno)).file(path)
+    Error::io(doing, io::Error::from_raw_os_error(errno)).file(path)
 }
 
 #[cfg(test)]

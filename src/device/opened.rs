@@ -228,8 +228,8 @@ impl WritableOpen {
         };
         let metadata = Metadata { parent_locator: Some(renewed), ..image.metadata.clone() };
         match image.amend(disk, &metadata, Uuid::new_v4).await {
-            // Nothing was written.
-            Err(error) if error.kind() == Kind::Unsupported => {
+            // The locator is as it was.
+            Err(error) if matches!(error.kind(), Kind::Unsupported | Kind::NoSpace) => {
                 stays(&error);
                 Image::open(disk, Mode::Writable, Uuid::new_v4).await
             }

@@ -3,21 +3,23 @@
 //!
 //! Order, each step durable before the next:
 //!
-//! 1. the session of the image is open, so that its DataWriteGuid changes no more, and what is dirty is committed:
-//!    the pause is short then;
-//! 2. the child is made, with that DataWriteGuid, and so is its name, and its session;
+//! 1. the child has a name, the session of the image is open, so that its DataWriteGuid changes no more, and what is
+//!    dirty is committed: the pause is short then;
+//! 2. the child is made, with that DataWriteGuid, and its session;
 //! 3. the fronts are held: requests that come wait;
 //! 4. the image is committed, its log emptied, its session at rest: whole for everybody;
 //! 5. the device's entry names the child: a successor of this process serves that, and before it the image;
 //! 6. the fronts go on with the child; the image's tail is cut off and its session removed.
 //!
-//! A failure before 5 removes the child, and the device goes on as before. A child that a power cut leaves behind
-//! reads as the image at that moment, until that is written again: then it is refused, as its parent has changed.
+//! A failure before 5 removes the child, and the device goes on as before. A child that a kill or a power cut leaves
+//! behind has nothing of its own: it reads as the image does, until a session of that begins: then it is refused, as its
+//! parent has changed. It may be removed, as nothing serves it; until then `add` takes the image for its parent.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::time::Instant;
 
@@ -68,6 +70,8 @@ pub struct Order {
     pub(super) image: PathBuf,
     pub(super) switch: Switch,
     pub(super) answer: mpsc::Sender<Result<Snapped>>,
+    /// Set once: by who asked, when it has given up, or by the switch.
+    pub(super) decided: Arc<AtomicBool>,
 }
 
 /// What a snapshot needs of the engine's thread.
@@ -82,14 +86,15 @@ pub(super) struct Place<'a> {
 impl Place<'_> {
     /// Takes the snapshot; `serving` is what is served afterwards.
     pub(super) fn obey(&self, order: Order, serving: &mut Serving) {
-        let outcome = self.take(&order.image, order.switch, serving);
+        let outcome = self.take(&order.image, (order.switch, &order.decided), serving);
         // Who asked may have lost patience.
         let _ = order.answer.send(outcome);
     }
 
-    fn take(&self, path: &Path, switch: Switch, serving: &mut Serving) -> Result<Snapped> {
-        self.prepare(serving)?;
+    fn take(&self, path: &Path, switch: (Switch, &AtomicBool), serving: &mut Serving) -> Result<Snapped> {
+        refuse_moved(&serving.file)?;
         let unfinished = Unfinished::create(path, &serving.file)?;
+        self.prepare(serving)?;
         let child = self.make_child(unfinished.file.clone(), serving)?;
         let started = Instant::now();
         self.ear.hold(self.reactor, self.fronts);
@@ -124,7 +129,7 @@ impl Place<'_> {
             serving.engine.open_session().await?;
             serving.engine.flush().await
         });
-        explain(outcome, serving)
+        explain("committing what is dirty", outcome, serving)
     }
 
     fn make_child(&self, file: Arc<ImageFile>, serving: &Serving) -> Result<Serving> {
@@ -158,10 +163,18 @@ impl Place<'_> {
     }
 
     /// The moment: the image is whole, and the device's entry names the child.
-    fn switch(&self, switch: Switch, serving: &Serving, child: &Serving) -> Result<()> {
+    fn switch(
+        &self,
+        (switch, decided): (Switch, &AtomicBool),
+        serving: &Serving,
+        child: &Serving,
+    ) -> Result<()> {
         let frozen = self.reactor.block_on(serving.engine.freeze());
-        explain(frozen, serving)?;
+        explain("freezing the image", frozen, serving)?;
         serving.engine.shared().map.memory().rest();
+        if decided.swap(true, Ordering::AcqRel) {
+            return Err(Error::new(Kind::Io, "it took so long that nobody waited for it any more"));
+        }
         switch(NewLeaf {
             image: child.file.path().into(),
             image_file: FileId::of_image(&child.file)?,
@@ -182,9 +195,19 @@ impl Place<'_> {
     }
 }
 
-fn explain(outcome: Outcome, serving: &Serving) -> Result<()> {
+fn explain(doing: &str, outcome: Outcome, serving: &Serving) -> Result<()> {
     let poisoned = serving.engine.shared().session() == Session::Poisoned;
-    outcome.map_err(|errno| unclean(errno, poisoned, serving.file.path()))
+    outcome.map_err(|errno| unclean(doing, errno, poisoned, serving.file.path()))
+}
+
+/// The child will look for its parent under the name that it has now.
+fn refuse_moved(file: &ImageFile) -> Result<()> {
+    let named = fs::metadata(file.path()).ok().map(|found| FileId::of(&found));
+    if named == Some(FileId::of_image(file)?) {
+        return Ok(());
+    }
+    let message = "the image that is served is not at its place any more, and a child would not find it";
+    Err(Error::new(Kind::NotFound, message).file(file.path()).remedy("move it back to its place"))
 }
 
 /// Whether the device can go on with `child` as it was promised.

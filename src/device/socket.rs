@@ -7,7 +7,9 @@ use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::mpsc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::Duration;
 
@@ -58,6 +60,8 @@ enum Answer {
 pub(super) struct Call {
     pub(super) command: Command,
     pub(super) answer: mpsc::Sender<Result<Snapped>>,
+    /// Set by who asked when it gives up; if it is set already, it is being done.
+    pub(super) decided: Arc<AtomicBool>,
 }
 
 /// Listens at `path` and passes on what comes, one connection after the other, until the process ends.
@@ -114,9 +118,18 @@ fn parse(line: &str) -> Result<Command> {
 
 fn obey(command: Command, pass_on: &impl Fn(Call)) -> Result<Snapped> {
     let (answer, answered) = mpsc::channel();
-    pass_on(Call { command, answer });
-    let gone = |_| Error::new(Kind::Io, "the device was taken away, or did not answer in time");
-    answered.recv_timeout(ANSWER_DEADLINE).map_err(gone)?
+    let decided = Arc::new(AtomicBool::new(false));
+    pass_on(Call { command, answer, decided: decided.clone() });
+    let gone = |_| {
+        Error::new(Kind::Io, "the device was taken away, or did not answer in time")
+            .remedy("`vhdx-ublk list` tells what is served")
+    };
+    match answered.recv_timeout(ANSWER_DEADLINE) {
+        Err(RecvTimeoutError::Timeout) if decided.swap(true, Ordering::AcqRel) => {
+            answered.recv_timeout(ANSWER_DEADLINE).map_err(gone)?
+        }
+        answer => answer.map_err(gone)?,
+    }
 }
 
 fn read_line(stream: &UnixStream) -> Result<String> {
@@ -140,7 +153,7 @@ fn say(mut stream: &UnixStream, message: &impl Serialize) -> io::Result<()> {
 pub fn ask(path: &Path, command: &Command) -> Result<Snapped> {
     let failed = |error| Error::io("asking the daemon", error).file(path);
     let stream = UnixStream::connect(path).map_err(failed)?;
-    stream.set_read_timeout(Some(ANSWER_DEADLINE + LINE_DEADLINE)).map_err(failed)?;
+    stream.set_read_timeout(Some(2 * ANSWER_DEADLINE + LINE_DEADLINE)).map_err(failed)?;
     let command = serde_json::to_value(command).map_err(|error| failed(error.into()))?;
     say(&stream, &Request { version: VERSION, command }).map_err(failed)?;
     match serde_json::from_str(&read_line(&stream)?).map_err(|error| failed(error.into()))? {

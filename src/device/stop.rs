@@ -126,8 +126,9 @@ pub fn stop(registry: &Registry, entry: &Entry, force: bool) -> Result<()> {
     }
     await_node_gone(entry)?;
     registry.remove(entry.id, entry.mark)?;
-    match (close_image(registry, entry)?, last.failure) {
-        (Closed::Untouched, Some(failure)) => Err(unclean(entry, &failure)),
+    // A snapshot may have changed the image since the entry was looked at.
+    match (close_image(registry, &last)?, &last.failure) {
+        (Closed::Untouched, Some(failure)) => Err(unclean(&last, failure)),
         _ => Ok(()),
     }
 }

@@ -42,6 +42,52 @@ pub fn of_file(file: FileId) -> Vec<String> {
     })
 }
 
+/// How many devices may lie over each other: mappers, arrays, partitions.
+const MAX_STACK: usize = 16;
+
+/// Whether the file system at `path` lies on `/dev/ublkbN`, whatever is in between.
+pub fn is_on_device(path: &Path, id: u32) -> bool {
+    let Ok(found) = fs::metadata(path) else { return false };
+    let number = device_number(found.dev());
+    let mounts = fs::read("/proc/self/mountinfo").unwrap_or_default();
+    let sources = sources_of(&mounts, &number);
+    let rdevs = sources
+        .iter()
+        .filter_map(|source| fs::metadata(source).ok())
+        .map(|found| device_number(found.rdev()));
+    let disk = format!("ublkb{id}");
+    let numbers: Vec<String> = std::iter::once(number.clone()).chain(rdevs).collect();
+    numbers.iter().any(|number| {
+        let device = Path::new("/sys/dev/block").join(number);
+        fs::canonicalize(device).is_ok_and(|device| lies_on(&device, &disk, MAX_STACK))
+    })
+}
+
+fn device_number(device: u64) -> String {
+    format!("{}:{}", libc::major(device), libc::minor(device))
+}
+
+/// Where the file systems of this number come from; those of several devices (btrfs) have numbers of their own.
+fn sources_of(mountinfo: &[u8], number: &str) -> Vec<PathBuf> {
+    let lines = mountinfo.split(|&byte| byte == b'\n').map(String::from_utf8_lossy);
+    let source = |line: &str| {
+        let fields: Vec<&str> = line.split(' ').collect();
+        let dash = fields.iter().position(|field| *field == "-")?;
+        (fields.get(2) == Some(&number)).then(|| fields.get(dash + 2).map(PathBuf::from))?
+    };
+    lines.filter_map(|line| source(&line)).collect()
+}
+
+/// Whether the block device at `device` of sysfs is `disk`, a part of it, or made of such.
+fn lies_on(device: &Path, disk: &str, depth: usize) -> bool {
+    if device.iter().any(|name| name == disk) {
+        return true;
+    }
+    let Some(depth) = depth.checked_sub(1) else { return true };
+    let slaves = fs::read_dir(device.join("slaves")).into_iter().flatten().flatten();
+    slaves.filter_map(|slave| fs::canonicalize(slave.path()).ok()).any(|slave| lies_on(&slave, disk, depth))
+}
+
 fn nodes_of(class: &Path, disk: &str) -> Vec<Node> {
     let number = |name: &str| Some(fs::read_to_string(class.join(name).join("dev")).ok()?.trim().to_owned());
     let is_partition = |name: &str| {
@@ -211,6 +257,24 @@ mod tests {
             nodes_of(class.path(), "ublkb1").into_iter().map(|node| (node.name, node.number)).collect();
         assert_eq!(names, [("ublkb1".into(), "259:0".into()), ("ublkb1p2".into(), "259:1".into())]);
         assert_eq!(holders(class.path(), "ublkb1"), ["used by dm-0"]);
+    }
+
+    #[test]
+    fn what_lies_on_a_device_is_found_through_what_is_between() {
+        let sys = tempfile::tempdir().expect("a temporary folder");
+        for path in ["block/ublkb1/ublkb1p1", "block/ublkb10", "block/dm-0/slaves", "block/dm-1/slaves"] {
+            fs::create_dir_all(sys.path().join(path)).expect("free");
+        }
+        let link = |to: &str, at: &str| {
+            std::os::unix::fs::symlink(sys.path().join(to), sys.path().join(at)).expect("free");
+        };
+        link("block/ublkb1/ublkb1p1", "block/dm-0/slaves/ublkb1p1");
+        link("block/dm-0", "block/dm-1/slaves/dm-0");
+        let is_on = |device: &str| lies_on(&sys.path().join("block").join(device), "ublkb1", MAX_STACK);
+        assert!(is_on("ublkb1") && is_on("ublkb1/ublkb1p1") && is_on("dm-0") && is_on("dm-1"));
+        assert!(!is_on("ublkb10"));
+        let mounts = b"36 35 0:40 / /mnt rw - btrfs /dev/ublkb1 rw\n37 35 0:41 / /m rw - tmpfs tmpfs rw\n";
+        assert_eq!(sources_of(mounts, "0:40"), [Path::new("/dev/ublkb1")]);
     }
 
     #[test]

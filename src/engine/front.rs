@@ -175,7 +175,7 @@ impl Front {
 
     /// Takes a request; `tag` is idle.
     pub fn start<P: Port>(&mut self, tag: u16, request: Request, port: &mut P) {
-        if self.held && !planted(Plant::IgnoreHold) {
+        if self.held {
             return self.parked.push((tag, request));
         }
         self.slots[usize::from(tag)].begin(request);
@@ -233,7 +233,7 @@ impl Front {
     }
 
     fn answer_hold<P: Port>(&mut self, port: &mut P) {
-        if self.hold_owed && self.active == 0 {
+        if self.hold_owed && (self.active == 0 || planted(Plant::EarlyHeld)) {
             self.hold_owed = false;
             port.send(ToEngine::Held);
         }

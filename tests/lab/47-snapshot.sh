@@ -121,6 +121,12 @@ test_snapshot_refusals() {
     ! ublk snapshot "$device" taken.vhdx 2>said || fail "a file was replaced"
     [ "$(cat taken.vhdx)" = mine ] || fail "a file was written"
     ! ublk snapshot "$device" nowhere/new.vhdx 2>said || fail "there is no such folder"
+    mkfs.ext4 -q "$device"
+    mount "$device" "$mnt"
+    ! ublk snapshot "$device" "$mnt/new.vhdx" 2>said || fail "the device would lie on itself"
+    grep -q 'on the device itself' said || fail "$(cat said)"
+    [ ! -e "$mnt/new.vhdx" ] || fail "something was left behind"
+    umount "$mnt"
     write_stamps "$device" 10 20 3
     check_stamps "$device" 10 20 3
     ublk del "$device"
