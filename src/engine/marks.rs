@@ -113,3 +113,47 @@ impl Marks {
 fn index(count: u64) -> usize {
     usize::try_from(count).expect("64-bit hosts only")
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+    use std::thread;
+
+    use super::*;
+    use crate::format::bat::BatEntry;
+
+    const SECTORS: u64 = 64;
+
+    /// Threads set the same bits of one page while others take the marks. Whoever has set a bit, or has found it set,
+    /// finds it in the copies that are made afterwards.
+    #[test]
+    fn who_has_set_a_bit_or_found_it_set_finds_it_in_the_next_copy() {
+        for _round in 0..300 {
+            let map = BlockMap::empty(Geometry::new(1 << 30, 1 << 20, 512, true));
+            map.bitmaps().make_room(map.geometry(), 0).expect("memory");
+            map.publish(0, BatEntry::partially_present(1 << 20));
+            let (marks, logged) = (Marks::new(map.geometry()), Mutex::new(Vec::new()));
+            let flush = || {
+                let mut logged = logged.lock().expect("no panic holds it");
+                for page in marks.take() {
+                    let Page::Bitmap { chunk, page } = page else { panic!("only bitmaps are marked") };
+                    *logged = map.bitmaps().copy_page(chunk, page)[..8].to_vec();
+                }
+                logged.clone()
+            };
+            thread::scope(|scope| {
+                for _ in 0..3 {
+                    scope.spawn(|| {
+                        for sector in 0..SECTORS {
+                            marks.set(&map, 0, sector..sector + 1);
+                            let copy = flush();
+                            let bit = copy.get(usize::try_from(sector / 8).expect("small"));
+                            assert!(bit.is_some_and(|byte| byte >> (sector % 8) & 1 == 1), "sector {sector}");
+                        }
+                    });
+                }
+            });
+            assert_eq!((marks.count(), marks.take()), (0, Vec::new()));
+        }
+    }
+}
