@@ -414,6 +414,27 @@ fn an_existing_file_is_replaced_by_force_only() {
 }
 
 /// A link is followed, not replaced.
+/// Neither the new image's own ancestor nor an image that others are made of is replaced.
+#[test]
+fn force_replaces_nobodys_parent() {
+    let bench = Bench::new();
+    let base = bench.image("base.vhdx", &["--size", "64M"]);
+    let text = |path: &Path| path.to_str().expect("UTF-8").to_owned();
+    let middle = bench.image("middle.vhdx", &["--parent", &text(&base)]);
+    let leaf = bench.image("leaf.vhdx", &["--parent", &text(&middle)]);
+    let before = [&base, &middle].map(|path| Snapshot::of(path));
+    for (image, parent) in [(&base, &leaf), (&middle, &leaf), (&base, &middle)] {
+        let message = create(image, &["--parent", &text(parent), "--force"]).failed(1);
+        assert!(message.contains("descend from the one that it replaces"), "{message}");
+    }
+    let message = create(&base, &["--size", "1G", "--force"]).failed(1);
+    assert!(message.contains("it is the parent of") && message.contains("middle.vhdx"), "{message}");
+    let [of_base, of_middle] = before;
+    of_base.assert_kept(&base);
+    of_middle.assert_kept(&middle);
+    create(&leaf, &["--parent", &text(&middle), "--force"]).succeeded();
+}
+
 #[test]
 fn force_replaces_what_a_link_leads_to() {
     let bench = Bench::new();

@@ -92,7 +92,9 @@ pub fn redirected(
 pub fn relinked(child: &impl Layer, parent: &impl Layer, ignore_mismatch: bool) -> Result<ParentLocator> {
     let Some(locator) = &child.image().metadata.parent_locator else {
         let message = "it is no differencing image: it has no parent, and takes none";
-        return Err(Error::new(Kind::Unsupported, message).file(child.path()).in_structure("metadata"));
+        let remedy = format!("`vhdx-ublk info {}` tells what it is", child.path().display());
+        let error = Error::new(Kind::Unsupported, message).file(child.path()).in_structure("metadata");
+        return Err(error.remedy(remedy));
     };
     same_sectors(child, parent)?;
     let mut relinked = locator.clone();
@@ -117,7 +119,7 @@ const MISMATCH_REMEDY: &str = "find the right file; `--ignore-mismatch` takes th
 /// The way from `folder` to `file` as a child names it.
 fn way(folder: &Path, file: &Path) -> Result<String> {
     relative_path(folder, file).ok_or_else(|| {
-        let message = "its path is no UTF-8, and a child could not name it";
+        let message = "its path is no UTF-8, or a name in it has a backslash: a child could not tell it";
         Error::new(Kind::Unsupported, message).file(file).remedy("rename it")
     })
 }

@@ -15,7 +15,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use uuid::Uuid;
 
-use vhdx_ublk::chain;
+use vhdx_ublk::chain::{self, Search};
 use vhdx_ublk::disk::{Access, ImageFile, Reactor, folder_of, inherit, sync_folder_of};
 use vhdx_ublk::error::{Error, Kind, Result};
 use vhdx_ublk::image::{InitialState, NewImage};
@@ -125,6 +125,11 @@ impl Create {
         }
         let folder = fs::canonicalize(folder_of(&self.image));
         let folder = folder.map_err(|error| Error::io("finding the folder", error).file(&self.image))?;
+        let ancestors =
+            chain::follow_parents(parent, &Search::default(), &mut Vec::new(), look::identify_unlocked);
+        if let Err(error) = ancestors {
+            tracing::warn!("the parent cannot be opened as things are, and so the new image cannot: {error}");
+        }
         let metadata = &parent.image.metadata;
         Ok(NewImage {
             virtual_size: metadata.virtual_size,
@@ -172,6 +177,9 @@ impl Create {
     /// Makes the image beside the file that has its name, then puts it in that file's place.
     fn replace(&self, new: &NewImage, reactor: &Reactor) -> Result<()> {
         let old = self.lock_old()?;
+        if let Some(old) = &old {
+            self.refuse_relatives(old)?;
+        }
         let target = old.as_ref().map_or(self.image.as_path(), ImageFile::path);
         let beside = target.with_file_name(format!(".vhdx-ublk-{}.tmp", Uuid::new_v4().simple()));
         let unfinished = Unfinished::default();
@@ -184,6 +192,27 @@ impl Create {
         fs::rename(&beside, target).map_err(|error| Error::io("replacing the file", error).file(target))?;
         unfinished.finished();
         sync_folder_of(target)
+    }
+
+    /// Others may be made of the image that is to be replaced, the new one's parent among them.
+    fn refuse_relatives(&self, old: &ImageFile) -> Result<()> {
+        let search = Search::default();
+        let Ok(image) = look::identify_unlocked(old.path()) else { return Ok(()) };
+        let mut ancestors = Vec::new();
+        if let Some(parent) = &self.parent {
+            let parent = look::identify_unlocked(parent)?;
+            // As far as the chain leads: that it is broken is no worse afterwards.
+            let _ = chain::follow_parents(&parent, &search, &mut ancestors, look::identify_unlocked);
+        }
+        let children = holders::children(&image, &search);
+        let descends = ancestors.iter().any(|ancestor| chain::same_file(&ancestor.path, old.path()));
+        let message = match &children[..] {
+            _ if descends => "the new image would descend from the one that it replaces".to_owned(),
+            [] => return Ok(()),
+            [child, ..] => format!("it is the parent of {}, which would not open any more", child.display()),
+        };
+        let remedy = "choose another name; or remove it yourself, if what was made of it may be lost";
+        Err(Error::new(Kind::InUse, message).file(old.path()).remedy(remedy))
     }
 
     /// Opens the file that is to be replaced, so that nobody can begin to use it, and nobody does.

@@ -9,11 +9,12 @@ use std::sync::Arc;
 use indicatif::{ProgressBar, ProgressStyle};
 use uuid::Uuid;
 
-use vhdx_ublk::chain::{self, Layer, Search};
+use vhdx_ublk::chain::{self, Known, Layer, Search};
 use vhdx_ublk::disk::{Access, ImageFile, Reactor, UringDisk, folder_of, sync_folder_of};
 use vhdx_ublk::engine::merge::{self, Files};
 use vhdx_ublk::error::{Error, Kind, Result};
 use vhdx_ublk::format::locator::ParentLocator;
+use vhdx_ublk::format::metadata::Metadata;
 
 use super::parents::ParentOptions;
 use super::rest::AtRest;
@@ -45,7 +46,9 @@ Examples:
   vhdx-ublk merge newest.avhdx --into disk.vhdx   and every checkpoint between
 
 Prints the files that it removes, when they are gone. Images that have one of them as their
-parent are looked for in the folders of the chain, and the merge is refused while there are any.
+parent are looked for in the folders of the chain, and the merge is refused while there are any,
+or while an image there cannot be read; those in other folders are not found.
+A merge that was cut short is done again by the same command.
 The ancestor takes the child's size: one that is smaller needs room in its block allocation
 table.
 Exit status: 0 merged, 1 failure (the child reads as before), 2 wrong usage.";
@@ -91,7 +94,11 @@ impl Merge {
         let parents: Vec<PathBuf> = parents.into_iter().map(|parent| parent.path).collect();
         if parents.is_empty() {
             let message = "it is no differencing image: there is nothing to merge it into";
-            return Err(Error::new(Kind::Unsupported, message).file(&leaf.path).in_structure("metadata"));
+            let remedy = format!("`vhdx-ublk info {}` tells what it is", leaf.path.display());
+            return Err(Error::new(Kind::Unsupported, message)
+                .file(&leaf.path)
+                .in_structure("metadata")
+                .remedy(remedy));
         }
         let Some(target) = parents.iter().position(|path| is_target(path)) else {
             let into = self.into.as_deref().unwrap_or(Path::new("")).display();
@@ -137,15 +144,34 @@ impl Chain {
             if self.all().any(|member| chain::same_file(member.path(), &path)) {
                 continue;
             }
-            let Some(other) = look_at(&path) else { continue };
+            let Some(other) = look_at(&path, force)? else { continue };
             if let Some(layer) = self.layers.iter().find(|layer| chain::is_child(&other, *layer, &search)) {
                 return Err(loses_its_parent(&path, layer.path()));
             }
-            if !force && chain::is_child(&other, &self.target, &search) {
+            if !chain::is_child(&other, &self.target, &search) {
+                continue;
+            }
+            if self.is_left_over(&other) {
+                tracing::warn!(
+                    "{}: it is left of a merge that was cut short, has nothing that {} has not, and may be removed",
+                    path.display(),
+                    self.target.path().display()
+                );
+            } else if !force {
                 return Err(over_changed_content(&path, self.target.path()));
             }
         }
         Ok(())
+    }
+
+    /// Whether `other` took part in a merge that has come to its last steps, as this chain did: both are known to the
+    /// target by the second linkage that only a merge gives, and several are only when all is copied.
+    fn is_left_over(&self, other: &Known) -> bool {
+        let merged = Some(self.target.image.header.header.data_write_guid);
+        let linkage2 =
+            |metadata: &Metadata| metadata.parent_locator.as_ref().and_then(ParentLocator::linkage2);
+        let lowest = self.layers.last().expect("a merge has a layer");
+        linkage2(&lowest.image.metadata) == merged && linkage2(&other.identity.metadata) == merged
     }
 
     fn merge(&self) -> merge::Merge {
@@ -178,15 +204,18 @@ fn images_in(folder: &Path) -> Vec<PathBuf> {
     files
 }
 
-/// The image at `path`, if it is one.
-fn look_at(path: &Path) -> Option<look::Seen> {
-    match look::look(path) {
-        Ok(seen) => Some(seen),
+/// The image at `path`, if it is one. What cannot be looked at may be a child that would be lost: it is refused, unless
+/// `force`.
+fn look_at(path: &Path, force: bool) -> Result<Option<Known>> {
+    match look::identify_unlocked(path) {
+        Ok(known) => Ok(Some(known)),
+        Err(error) if matches!(error.kind(), Kind::NotVhdx | Kind::Truncated) => Ok(None),
+        Err(error) if !force && matches!(error.kind(), Kind::Permission | Kind::Io) => Err(error.remedy(
+            "it may be a child of an image that is merged: make it readable, move it away, or merge with --force",
+        )),
         Err(error) => {
-            if !matches!(error.kind(), Kind::NotVhdx | Kind::Truncated) {
-                tracing::warn!("it is not known whether this is a child of an image that goes: {error}");
-            }
-            None
+            tracing::warn!("it is not known whether this is a child of an image that is merged: {error}");
+            Ok(None)
         }
     }
 }
@@ -200,8 +229,8 @@ fn loses_its_parent(path: &Path, parent: &Path) -> Error {
 
 fn over_changed_content(path: &Path, parent: &Path) -> Error {
     let message = format!("its parent is {}, which the merge would change", parent.display());
-    let remedy = "merge it first; if it is a layer that a merge that was cut short has left, remove it; --force \
-                  merges, and it does not open any more";
+    let remedy = "only one child can be merged: give the others a parent of their own first (copy the parent, and \
+                  relink them to the copy); --force merges, and they do not open any more";
     Error::new(Kind::InUse, message).file(path).remedy(remedy)
 }
 

@@ -162,6 +162,30 @@ fn images_that_need_what_goes_are_named() {
     assert!(message.contains("DataWriteGuid"), "{message}");
 }
 
+/// Cut after all is copied and before anything is removed, a merge is done again: second names keep the files.
+#[test]
+fn a_merge_that_was_cut_in_the_end_is_done_again() {
+    let bench = Bench::new();
+    let ([base, middle, leaf], _) = chain(&bench);
+    let kept = [(&middle, bench.path("middle.kept")), (&leaf, bench.path("leaf.kept"))];
+    for (path, kept) in &kept {
+        fs::hard_link(path, kept).expect("room");
+    }
+    let into = ["--into", base.to_str().expect("UTF-8")];
+    on("merge", &leaf, &into).succeeded();
+    let merged = fs::read(&base).expect("readable");
+    for (path, kept) in &kept {
+        fs::rename(kept, path).expect("ours");
+    }
+    let again = on("merge", &leaf, &into);
+    assert_eq!(again.status, Some(0), "{}", again.stderr);
+    let said = again.stderr;
+    assert!(said.contains("middle.vhdx: it is left of a merge that was cut short"), "{said}");
+    assert_eq!(bench.names(), ["base.vhdx", "middle.vhdx"]);
+    // Behind the headers and the log everything is as it was.
+    assert!(fs::read(&base).expect("readable")[2 << 20..] == merged[2 << 20..], "the disk has changed");
+}
+
 #[test]
 fn what_cannot_be_merged_is_left_alone() {
     let bench = Bench::new();
