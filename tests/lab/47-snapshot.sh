@@ -4,7 +4,7 @@
 stamper() { "${VHDX_STAMPER:-$(dirname "$VHDX_UBLK")/examples/stamper}" "$@"; }
 
 # Takes a snapshot of the only device and keeps the pause, in microseconds, in `pauses`.
-snap() { ublk snapshot 0 "$1" --json | tr -d ' \n' | grep -o '"pause_us":[0-9]*' | cut -d: -f2 >>pauses; }
+snap() { ublk snapshot "$device" "$1" --json | tr -d ' \n' | grep -o '"pause_us":[0-9]*' | cut -d: -f2 >>pauses; }
 
 tell_pauses() {
     local count p99
@@ -17,7 +17,7 @@ tell_pauses() {
 snapshots_under_writer() {
     local device writer number status=0
     ublk create 0.vhdx --size 1G --block-size 1M
-    device=$(ublk add 0.vhdx --id 0 --queues 2)
+    device=$(ublk add 0.vhdx --queues 2)
     rm -f stop pauses
     stamper "$device" stop >stamper.log 2>&1 &
     writer=$!
@@ -45,12 +45,12 @@ test_snapshot_zero_copy() { zero_copy=on snapshots_under_writer 10; }
 test_snapshot_killed_in_the_middle() {
     local device writer number status=0 taken=0
     ublk create 0.vhdx --size 1G --block-size 1M
-    device=$(ublk add 0.vhdx --id 0)
+    device=$(ublk add 0.vhdx)
     rm -f stop
     stamper "$device" stop >stamper.log 2>&1 &
     writer=$!
     for number in $(seq 30); do
-        ublk snapshot 0 "$number.vhdx" >/dev/null 2>&1 &
+        ublk snapshot "$device" "$number.vhdx" >/dev/null 2>&1 &
         sleep "0.0$((RANDOM % 10))$((RANDOM % 10))"
         kill -9 "$(daemon_pid)"
         wait $! || true
@@ -68,7 +68,7 @@ test_snapshot_killed_in_the_middle() {
 test_snapshot_under_fio() {
     local device fio
     ublk create 0.vhdx --size 1G
-    device=$(ublk add 0.vhdx --id 0 --queues 2)
+    device=$(ublk add 0.vhdx --queues 2)
     fio --name=verify --filename="$device" --direct=1 --ioengine=io_uring --iodepth=16 --rw=randrw --bsrange=4k-256k \
         --blockalign=4k --size=512m --io_size=1500m --verify=crc32c --verify_fatal=1 --verify_backlog=64 --minimal >fio.log 2>&1 &
     fio=$!
@@ -86,7 +86,7 @@ test_snapshot_under_fio() {
 test_snapshot_of_a_mounted_ext4() {
     local device writer number
     ublk create 0.vhdx --size 2G
-    device=$(ublk add 0.vhdx --id 0)
+    device=$(ublk add 0.vhdx)
     mkfs.ext4 -q "$device"
     mount "$device" "$mnt"
     (while [ ! -e stop ]; do copy_real_files 20 "$mnt/$RANDOM"; done) &

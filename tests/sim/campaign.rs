@@ -212,11 +212,11 @@ fn children() -> [Scenario; 6] {
     let filled = Config { weights: [50, 10, 2, 60, 20, 5], requests: 120, ..child(tiny()) };
     let filled = Config { beginning: Beginning::LeftOver, ..filled };
     [
-        Scenario::swarm("child", 150, child(tiny())),
-        Scenario::swarm("child-chunk-border", 30, child(chunk_border())),
+        Scenario::swarm("child", 100, child(tiny())),
+        Scenario::swarm("child-chunk-border", 12, child(chunk_border())),
         Scenario::swarm("child-killed", 60, child(Config { faults, can_punch: false, ..tiny() })),
-        Scenario::swarm("child-filled", 60, filled),
-        Scenario::swarm("child-new", 60, Config { beginning: Beginning::Nothing, ..child(tiny()) }),
+        Scenario::swarm("child-filled", 30, filled),
+        Scenario::swarm("child-new", 40, Config { beginning: Beginning::Nothing, ..child(tiny()) }),
         Scenario::swarm(
             "child-new-killed",
             40,
@@ -228,7 +228,7 @@ fn children() -> [Scenario; 6] {
 /// Snapshots are taken while requests come.
 fn snapshots() -> [Scenario; 2] {
     let faults = Faults { snapshot: 60, ..Faults::NONE };
-    let once = |name: &str, config| Scenario { name: name.into(), config, body: Body::Short, seeds: 60 };
+    let once = |name: &str, config| Scenario { name: name.into(), config, body: Body::Short, seeds: 30 };
     [
         once("snapshot", Config { faults, ..tiny() }),
         once("snapshot-no-punch", Config { faults, can_punch: false, fronts: 3, ..tiny() }),
