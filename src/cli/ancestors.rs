@@ -66,7 +66,7 @@ impl Ancestors {
         let mut parents = Vec::new();
         for parent in &found {
             let image = parent.known.path.to_string_lossy().into_owned();
-            match smol::block_on(image::check(&parent.disk)) {
+            match smol::future::block_on(image::check(&parent.disk)) {
                 Ok(report) => parents.push(Parent { image, report }),
                 Err(error) => {
                     // What lies behind is no chain of this image while this is not known.

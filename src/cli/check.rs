@@ -84,8 +84,8 @@ impl Check {
 
 fn check(path: &Path, search: &Search) -> Result<Checked> {
     let (disk, lock) = look::lock_for_reading(path)?;
-    let report = smol::block_on(image::check(&disk)).map_err(|error| error.file(path))?;
-    let leaf = smol::block_on(leaf(&disk, lock.path()))?;
+    let report = smol::future::block_on(image::check(&disk)).map_err(|error| error.file(path))?;
+    let leaf = smol::future::block_on(leaf(&disk, lock.path()))?;
     let ancestors = Ancestors::examine(leaf.as_ref(), search)?;
     Ok(Checked { image: lock.path().to_string_lossy().into_owned(), report, before: None, ancestors })
 }

@@ -91,7 +91,8 @@ impl Relative for Identified {
 /// Those of [`ImageFile::open`] and [`Identity::read`].
 pub fn identify(path: &Path) -> Result<Identified> {
     let (disk, lock) = lock_for_reading(path)?;
-    let identity = smol::block_on(Identity::read(&disk, u64::MAX)).map_err(|error| error.file(path))?;
+    let identity =
+        smol::future::block_on(Identity::read(&disk, u64::MAX)).map_err(|error| error.file(path))?;
     Ok(Identified { known: Known { identity, path: lock.path().to_owned() }, disk, _lock: lock })
 }
 
@@ -107,7 +108,7 @@ pub fn identify_unlocked(path: &Path) -> Result<Known> {
         return Err(Error::new(Kind::Unsupported, "it is no regular file").file(path));
     }
     let path = fs::canonicalize(path).map_err(failed)?;
-    let identity = smol::block_on(Identity::read(&Plain(file), MAX_GLANCE_LOG_BYTES))
+    let identity = smol::future::block_on(Identity::read(&Plain(file), MAX_GLANCE_LOG_BYTES))
         .map_err(|error| error.file(&path))?;
     Ok(Known { identity, path })
 }
@@ -180,7 +181,7 @@ fn open_quietly(path: &Path) -> io::Result<File> {
 fn see(disk: &Plain, path: &Path, in_use: bool) -> Result<Seen> {
     let named = |error: Error| error.file(path);
     let failed = |error| Error::io("looking at the image", error).file(path);
-    let image = smol::block_on(Image::open(disk, Mode::ReadOnly, Uuid::new_v4)).map_err(named)?;
+    let image = smol::future::block_on(Image::open(disk, Mode::ReadOnly, Uuid::new_v4)).map_err(named)?;
     let found = disk.0.metadata().map_err(failed)?;
     let path = fs::canonicalize(path).map_err(failed)?;
     let (file_size, host_bytes) = (found.len(), found.blocks() * STAT_BLOCK_BYTES);

@@ -3,6 +3,26 @@
 
 log_state() { ublk info --json "$1" | tr -d ' \n' | grep -o '"log":{[^}]*}' | grep -o '"state":"[a-z]*"' | cut -d'"' -f4; }
 
+# Asked to end, the daemon closes the image by itself: nobody else has to.
+test_death_on_request_closes_the_image() {
+    local device pid
+    ublk create disk.vhdx --size 1G
+    device=$(ublk add disk.vhdx)
+    write_stamps "$device" 10 20 5
+    pid=$(daemon_pid)
+    kill -TERM "$pid"
+    for _ in $(seq 200); do
+        [ -e "/proc/$pid" ] || break
+        sleep 0.05
+    done
+    [ "$(ublk list --json)" = "[]" ] || fail "the daemon has left its device"
+    [ -z "$(ls /run/vhdx-ublk/*.session /run/vhdx-ublk/*.sock 2>/dev/null)" ] || fail "something was left behind"
+    [ "$(log_state disk.vhdx)" = clean ] || fail "the image was not closed"
+    device=$(ublk add --read-only disk.vhdx)
+    check_stamps "$device" 10 20 5
+    ublk del "$device"
+}
+
 # die FLUSHED: writes, maybe flushes, kills the daemon, deletes the device and adds the file again at once.
 die() {
     local device
