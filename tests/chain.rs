@@ -23,7 +23,7 @@ use vhdx_ublk::engine::message::ToEngine;
 use vhdx_ublk::engine::port::{FileIo, FileOp, PieceId, Port};
 use vhdx_ublk::engine::shared::Shared;
 use vhdx_ublk::error::{Error, Kind, Result};
-use vhdx_ublk::format::bat::{BITMAP_BLOCK_SIZE, BatEntry, Geometry};
+use vhdx_ublk::format::bat::{BatEntry, Geometry};
 use vhdx_ublk::format::locator::{PARENT_LINKAGE, PARENT_LINKAGE2, ParentLocator, RELATIVE_PATH};
 use vhdx_ublk::image::{BlockMap, Identity, Image, Mode};
 
@@ -94,12 +94,10 @@ impl Model {
                 Block::Nothing(entry) => *entry,
                 Block::Whole(offset) => BatEntry::present(*offset),
                 Block::Part(offset, bits) => {
-                    // As in a file: everything else in the chunk's bitmap is somebody else's.
-                    let mut bytes = vec![0xff; index(BITMAP_BLOCK_SIZE)];
                     let slice = self.geometry.bitmap_slice(*block);
-                    bytes[index(slice.start)..index(slice.end)].fill(0);
+                    let mut bytes = vec![0; index(slice.end - slice.start)];
                     for (bit, _) in bits.iter().enumerate().filter(|(_, here)| **here) {
-                        bytes[index(slice.start) + bit / 8] |= 1 << (bit % 8);
+                        bytes[bit / 8] |= 1 << (bit % 8);
                     }
                     map.bitmaps().store(&self.geometry, *block, &bytes).expect("memory");
                     BatEntry::partially_present(*offset)

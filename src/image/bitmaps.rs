@@ -77,10 +77,10 @@ impl SectorBitmaps {
         map: &BlockMap,
         stored: &[Range<u64>],
     ) -> Result<()> {
-        let mut chunks = ChunkReader::default();
+        let mut bitmap = BitmapReader::default();
         for block in stored.iter().flat_map(|slots| partial_blocks(map, slots.clone())) {
-            let bytes = chunks.read(file, map, map.geometry().chunk_of_block(block)).await?;
-            map.bitmaps().store(map.geometry(), block, bytes).map_err(no_room)?;
+            let bits = bitmap.read(file, map, block).await?;
+            map.bitmaps().store(map.geometry(), block, bits).map_err(no_room)?;
         }
         Ok(())
     }
@@ -114,16 +114,15 @@ impl SectorBitmaps {
         Ok(())
     }
 
-    /// Takes over the bits of `block` out of `bytes`, its chunk's bitmap as the file has it.
+    /// Takes over the `bits` of `block` as the file has them.
     ///
     /// # Errors
     /// Those of [`Self::make_room`].
-    pub fn store(&self, geometry: &Geometry, block: u64, bytes: &[u8]) -> io::Result<()> {
+    pub fn store(&self, geometry: &Geometry, block: u64, bits: &[u8]) -> io::Result<()> {
         self.make_room(geometry, block)?;
         let words = self.slice(geometry, block).expect("there is room now");
-        for (word, bits) in words.iter().zip(slice_words(geometry, block, bytes)) {
-            word.store(bits, Ordering::Release);
-        }
+        assert_eq!(size_of_val(words), bits.len(), "the bits of one block");
+        words.iter().zip(words_of(bits)).for_each(|(word, bits)| word.store(bits, Ordering::Release));
         Ok(())
     }
 
@@ -196,11 +195,11 @@ impl SectorBitmaps {
         bytes
     }
 
-    /// How the bits of `block` relate to those in `bytes`, its chunk's bitmap as the file has it: whether they are
-    /// the same, and whether they have all that the file has.
-    pub(super) fn compare(&self, geometry: &Geometry, block: u64, bytes: &[u8]) -> (bool, bool) {
+    /// How the bits of `block` relate to `bits`, which the file has of it: whether they are the same, and whether they
+    /// have all that the file has.
+    pub(super) fn compare(&self, geometry: &Geometry, block: u64, bits: &[u8]) -> (bool, bool) {
         let words = self.slice(geometry, block).into_iter().flatten();
-        let pairs = words.map(|word| word.load(Ordering::Relaxed)).zip(slice_words(geometry, block, bytes));
+        let pairs = words.map(|word| word.load(Ordering::Relaxed)).zip(words_of(bits));
         pairs.fold((true, true), |(same, all), (mine, file)| (same && mine == file, all && file & !mine == 0))
     }
 
@@ -212,24 +211,31 @@ impl SectorBitmaps {
     }
 }
 
-/// The bitmap that was read last.
-#[derive(Default)]
-pub(super) struct ChunkReader(Option<(u64, Buffer)>);
+/// How much of a bitmap is read at a time: as much as the largest block has of it.
+const WINDOW_BYTES: u64 = 64 << 10;
 
-impl ChunkReader {
-    /// The bitmap of `chunk`, which has partially present blocks, as the file has it.
+/// The part of a bitmap that was read last, and where it lies in the file.
+#[derive(Default)]
+pub(super) struct BitmapReader(Option<(u64, Buffer)>);
+
+impl BitmapReader {
+    /// The bits of `block`, whose chunk has partially present blocks, as the file has them.
     pub(super) async fn read<D: Disk>(
         &mut self,
         file: &View<'_, D>,
         map: &BlockMap,
-        chunk: u64,
+        block: u64,
     ) -> Result<&[u8]> {
-        if self.0.as_ref().is_none_or(|(read, _)| *read != chunk) {
-            let place = map.bitmap_place(chunk).ok_or_else(|| missing(chunk))?;
-            let length = index(BITMAP_BLOCK_SIZE);
-            self.0 = Some((chunk, file.read("sector bitmap", place, length).await?));
+        let chunk = map.geometry().chunk_of_block(block);
+        let place = map.bitmap_place(chunk).ok_or_else(|| missing(chunk))?;
+        let slice = map.geometry().bitmap_slice(block);
+        let start = slice.start - slice.start % WINDOW_BYTES;
+        if self.0.as_ref().is_none_or(|(read, _)| *read != place + start) {
+            let bytes = file.read("sector bitmap", place + start, index(WINDOW_BYTES)).await?;
+            self.0 = Some((place + start, bytes));
         }
-        Ok(&self.0.as_ref().expect("it was just read").1)
+        let (_, bytes) = self.0.as_ref().expect("it was just read");
+        Ok(&bytes[index(slice.start - start)..index(slice.end - start)])
     }
 }
 
@@ -242,9 +248,8 @@ pub(super) fn partial_blocks(map: &BlockMap, slots: Range<u64>) -> impl Iterator
     })
 }
 
-fn slice_words(geometry: &Geometry, block: u64, bytes: &[u8]) -> impl Iterator<Item = u64> {
-    let slice = geometry.bitmap_slice(block);
-    bytes[index(slice.start)..index(slice.end)].as_chunks().0.iter().map(|bytes| u64::from_le_bytes(*bytes))
+fn words_of(bits: &[u8]) -> impl Iterator<Item = u64> {
+    bits.as_chunks().0.iter().map(|bytes| u64::from_le_bytes(*bytes))
 }
 
 pub(super) fn missing(chunk: u64) -> Error {
@@ -284,7 +289,7 @@ mod tests {
                 *target = *byte;
             }
             let bitmaps = SectorBitmaps::private(&geometry);
-            bitmaps.store(&geometry, block, &image).expect("memory");
+            bitmaps.store(&geometry, block, &image[index(slice.start)..index(slice.end)]).expect("memory");
             let bit = |at: u64| image[index(slice.start + at / 8)] >> (at % 8) & 1 == 1;
             let sectors = geometry.block_size() / u64::from(sector);
             let mut at = 0;

@@ -11,7 +11,7 @@ use std::ops::Range;
 
 use uuid::Uuid;
 
-use super::bitmaps::{ChunkReader, SectorBitmaps, missing, partial_blocks};
+use super::bitmaps::{BitmapReader, SectorBitmaps, missing, partial_blocks};
 use super::block_map::{BlockMap, SLOTS_PER_PAGE};
 use super::memory::{Owner, Session, SessionMemory};
 use super::open::{Image, Mode, View, checked_payload, payload_extent};
@@ -186,7 +186,7 @@ impl Image {
     async fn reconcile_bitmaps<D: Disk>(&mut self, disk: &D, map: &BlockMap) -> Result<()> {
         let geometry = *map.geometry();
         let file = View { disk, overlay: None };
-        let mut chunks = ChunkReader::default();
+        let mut bitmap = BitmapReader::default();
         for block in partial_blocks(map, 0..geometry.slot_count()) {
             let slot = geometry.payload_slot(block);
             let chunk = geometry.chunk_of_block(block);
@@ -198,7 +198,7 @@ impl Image {
             let (same, all) = if self.pending.bitmaps.contains(&chunk) {
                 (false, true)
             } else {
-                map.bitmaps().compare(&geometry, block, chunks.read(&file, map, chunk).await?)
+                map.bitmaps().compare(&geometry, block, bitmap.read(&file, map, block).await?)
             };
             let in_file = self.map.load_slot(slot).entry.payload_state();
             if !all && in_file == Some(PayloadState::PartiallyPresent) {
