@@ -245,9 +245,12 @@ impl Front {
         if let Some(shared) = port.change_leaf() {
             self.shared = shared;
         }
-        for (tag, request) in std::mem::take(&mut self.parked) {
+        let mut parked = std::mem::take(&mut self.parked);
+        for (tag, request) in parked.drain(..) {
             self.start(tag, request, port);
         }
+        // With its room, for the next hold.
+        self.parked = parked;
     }
 
     fn admit(&self, request: Request) -> Result<(), i32> {
