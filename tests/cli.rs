@@ -86,6 +86,13 @@ impl Ran {
         self.stderr
     }
 
+    /// Something printed, then exit status 1 and a message: what was printed, and that.
+    fn broke_off(self) -> (String, String) {
+        assert!(self.status == Some(1) && !self.stdout.is_empty(), "{}", self.stderr);
+        assert!(self.stderr.starts_with("vhdx-ublk: "), "{}", self.stderr);
+        (self.stdout, self.stderr)
+    }
+
     /// Refused by the parser of the command line.
     fn misused(self) -> String {
         assert_eq!((self.status, self.stdout.as_str()), (Some(2), ""), "{}", self.stderr);
@@ -423,7 +430,7 @@ fn force_replaces_nobodys_parent() {
     let middle = bench.image("middle.vhdx", &["--parent", &text(&base)]);
     let leaf = bench.image("leaf.vhdx", &["--parent", &text(&middle)]);
     let before = [&base, &middle].map(|path| Snapshot::of(path));
-    for (image, parent) in [(&base, &leaf), (&middle, &leaf), (&base, &middle)] {
+    for (image, parent) in [(&base, &leaf), (&middle, &leaf), (&base, &middle), (&base, &base)] {
         let message = create(image, &["--parent", &text(parent), "--force"]).failed(1);
         assert!(message.contains("descend from the one that it replaces"), "{message}");
     }
@@ -680,8 +687,9 @@ fn images_of_others_are_read() {
             fs::create_dir(&elsewhere).expect("a folder");
             let alone = elsewhere.join("alone.vhdx");
             fs::copy(&image, &alone).expect("room");
-            let message = on("info", &alone, &["--chain"]).failed(1);
-            assert!(message.contains("--parent-map"), "{message}");
+            let (printed, message) = on("info", &alone, &["--chain"]).broke_off();
+            assert!(printed.contains("alone.vhdx") && message.contains("--parent-map"), "{message}");
+            on("info", &alone, &["--chain", "--json"]).failed_as_json();
             let parent = bench.path("fat-parent.vhdx");
             on("info", &alone, &["--chain", "--parent", parent.to_str().expect("UTF-8")]).succeeded();
         }

@@ -176,10 +176,8 @@ impl Create {
 
     /// Makes the image beside the file that has its name, then puts it in that file's place.
     fn replace(&self, new: &NewImage, reactor: &Reactor) -> Result<()> {
+        self.refuse_relatives()?;
         let old = self.lock_old()?;
-        if let Some(old) = &old {
-            self.refuse_relatives(old)?;
-        }
         let target = old.as_ref().map_or(self.image.as_path(), ImageFile::path);
         let beside = target.with_file_name(format!(".vhdx-ublk-{}.tmp", Uuid::new_v4().simple()));
         let unfinished = Unfinished::default();
@@ -195,24 +193,26 @@ impl Create {
     }
 
     /// Others may be made of the image that is to be replaced, the new one's parent among them.
-    fn refuse_relatives(&self, old: &ImageFile) -> Result<()> {
+    fn refuse_relatives(&self) -> Result<()> {
         let search = Search::default();
-        let Ok(image) = look::identify_unlocked(old.path()) else { return Ok(()) };
+        let Ok(old) = look::identify_unlocked(&self.image) else { return Ok(()) };
         let mut ancestors = Vec::new();
         if let Some(parent) = &self.parent {
             let parent = look::identify_unlocked(parent)?;
-            // As far as the chain leads: that it is broken is no worse afterwards.
+            // As far as the chain leads: that it is broken is told elsewhere.
             let _ = chain::follow_parents(&parent, &search, &mut ancestors, look::identify_unlocked);
+            ancestors.push(parent);
         }
-        let children = holders::children(&image, &search);
-        let descends = ancestors.iter().any(|ancestor| chain::same_file(&ancestor.path, old.path()));
+        let children = holders::children(&old, &search);
         let message = match &children[..] {
-            _ if descends => "the new image would descend from the one that it replaces".to_owned(),
+            _ if ancestors.iter().any(|ancestor| chain::same_file(&ancestor.path, &old.path)) => {
+                "the new image would descend from the one that it replaces".to_owned()
+            }
             [] => return Ok(()),
             [child, ..] => format!("it is the parent of {}, which would not open any more", child.display()),
         };
         let remedy = "choose another name; or remove it yourself, if what was made of it may be lost";
-        Err(Error::new(Kind::InUse, message).file(old.path()).remedy(remedy))
+        Err(Error::new(Kind::InUse, message).file(&old.path).remedy(remedy))
     }
 
     /// Opens the file that is to be replaced, so that nobody can begin to use it, and nobody does.

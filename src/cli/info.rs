@@ -130,9 +130,16 @@ impl Info {
             let report = Report::of(&seen);
             return if self.json { output::print_json(&report) } else { output::print(&report.to_string()) };
         }
-        let parents = chain::open_parents(&seen, &self.parents.search(), look::look)?;
+        let mut parents = Vec::new();
+        let followed = chain::follow_parents(&seen, &self.parents.search(), &mut parents, look::look);
         let chain = Chain { chain: std::iter::once(&seen).chain(&parents).map(Report::of).collect() };
-        if self.json { output::print_json(&chain) } else { output::print(&chain.to_string()) }
+        if self.json {
+            followed?;
+            return output::print_json(&chain);
+        }
+        // As far as it leads: what is wrong with it follows.
+        output::print(&chain.to_string())?;
+        followed
     }
 }
 

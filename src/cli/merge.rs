@@ -89,6 +89,9 @@ impl Merge {
     /// The child's parents, and which of them is the target.
     fn find_chain(&self) -> Result<(Vec<PathBuf>, usize)> {
         let leaf = look::look(&self.child)?;
+        if let Some(into) = &self.into {
+            fs::metadata(into).map_err(|error| Error::io("finding the ancestor", error).file(into))?;
+        }
         let parents = chain::open_parents(&leaf, &self.parents.search(), look::look)?;
         let is_target = |path: &Path| self.into.as_ref().is_none_or(|into| chain::same_file(into, path));
         let parents: Vec<PathBuf> = parents.into_iter().map(|parent| parent.path).collect();

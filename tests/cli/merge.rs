@@ -158,8 +158,8 @@ fn images_that_need_what_goes_are_named() {
     of_child.assert_kept(&child);
     on("merge", &child, &["--force"]).succeeded();
     assert!(!child.exists());
-    let message = on("info", &sibling, &["--chain"]).failed(1);
-    assert!(message.contains("DataWriteGuid"), "{message}");
+    let (printed, message) = on("info", &sibling, &["--chain"]).broke_off();
+    assert!(printed.contains("sibling.vhdx") && message.contains("DataWriteGuid"), "{message}");
 }
 
 /// Cut after all is copied and before anything is removed, a merge is done again: second names keep the files.
@@ -195,6 +195,9 @@ fn what_cannot_be_merged_is_left_alone() {
     assert!(on("merge", &parent, &[]).failed(1).contains("no differencing image"));
     let into = child.to_str().expect("UTF-8");
     assert!(on("merge", &child, &["--into", into]).failed(2).contains("not among its parents"));
+    let nowhere = bench.path("nowhere.vhdx");
+    let nowhere = nowhere.to_str().expect("UTF-8");
+    assert!(on("merge", &child, &["--into", nowhere]).failed(1).contains("finding the ancestor"));
     let holder = format!("(pid {})", std::process::id());
     for (path, access) in
         [(&parent, Access::ReadOnly), (&parent, Access::ReadWrite), (&child, Access::ReadOnly)]
