@@ -1,7 +1,7 @@
 //! Every fault is found, by structure and place, and not by one byte changed; what can be mended without
 //! guessing is mended, and nothing else.
 
-use std::fs::{self, File};
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -17,7 +17,7 @@ use super::damage::{
     BAT, BLOCK_SIZE, Bytes, END, HEADERS, LOG, METADATA, PRESENT, REGION_TABLES, VIRTUAL_SIZE, block,
     garbage_log, headers, put, regions, seal, unknown_region,
 };
-use super::{Bench, MIB, Ran, Snapshot, has, on, qemu, run, skipped};
+use super::{Bench, MIB, Ran, Snapshot, has, images, on, qemu, run, skipped};
 
 /// Exit statuses.
 const SOUND: i32 = 0;
@@ -453,19 +453,11 @@ fn what_cannot_be_told_is_a_failure() {
 /// Where QEMU finds a fault, so do we; images of others are sound.
 #[test]
 fn images_of_others_are_sound() {
-    let default = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/images");
-    let corpus = std::env::var_os("VHDX_CORPUS").map_or(default, Into::into);
-    if !corpus.is_dir() || !has("xz") {
-        return skipped(&format!("{} or xz is missing: images of others are not checked", corpus.display()));
-    }
     let bench = Bench::new();
     for name in ["ext2", "fat-parent", "fat-differential", "ntfs-fixed", "ntfs-dynamic", "iotest-dynamic-1G"]
     {
         let image = bench.path(&format!("{name}.vhdx"));
-        let packed = corpus.join(format!("{name}.vhdx.xz"));
-        let unpacked =
-            Command::new("xz").arg("-dc").arg(&packed).stdout(File::create(&image).expect("room")).status();
-        assert!(unpacked.expect("it runs").success(), "{}", packed.display());
+        images::unpack(name, &image);
         let before = Snapshot::of(&image);
         let report = report(&image, &[], SOUND);
         let notes = u64::from(name == "fat-differential");

@@ -1,4 +1,5 @@
-# Real images, read through the device: every byte as three independent readers agree on, and the file as it was.
+# Images made by other software, read through the device: every byte as three independent readers agree on, and
+# the file as it was.
 # shellcheck shell=bash
 
 digest_of() { sed -n "s/^| $1 .* \([0-9a-f]\{64\}\) |$/\1/p" "$corpus/README.md"; }

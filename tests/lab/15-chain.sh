@@ -180,8 +180,8 @@ merged_chain() {
 others_read() {
     local chain=$1 expected=$2
     if [ ! -x "${VHDX_READERS:-}" ]; then
-        note "SKIPPED: no independent readers (VHDX_READERS)"
-        return 0
+        skipped "no independent readers (VHDX_READERS)"
+        return
     fi
     # shellcheck disable=SC2086 # names without spaces
     "$VHDX_READERS" "$here/digest.py" "$windows" $chain >digests
@@ -193,7 +193,7 @@ others_read() {
 # reads such an image at all.
 test_chain_limits_of_other_readers() {
     local device model
-    [ -x "${VHDX_READERS:-}" ] || { echo "SKIPPED: no independent readers (VHDX_READERS)"; return 0; }
+    [ -x "${VHDX_READERS:-}" ] || { skipped "no independent readers (VHDX_READERS)"; return; }
     PYTHONDONTWRITEBYTECODE=1 "$VHDX_READERS" "$here/readers.py" "$VHDX_UBLK" . >limits
     sed 's/^/note: /' limits
     for model in *.raw; do

@@ -1,7 +1,12 @@
 //! QEMU's tools as judges: they share no code with us.
 
+#[path = "../skip/mod.rs"]
+mod skip;
+
 use std::path::Path;
 use std::process::{Command, Output};
+
+use skip::skipped;
 
 /// `false`, and a loud word, where QEMU's tools are missing.
 pub fn is_here() -> bool {
@@ -10,9 +15,7 @@ pub fn is_here() -> bool {
     };
     let found = answers("qemu-img") && answers("qemu-io");
     if !found {
-        eprintln!(
-            "SKIPPED: qemu-img and qemu-io are not installed (Debian package qemu-utils): nobody judges"
-        );
+        skipped("qemu-img and qemu-io are not installed (Debian package qemu-utils)");
     }
     found
 }
