@@ -269,7 +269,7 @@ mod tests {
                     start.wait();
                     for _ in 0..ROUNDS {
                         let writer = open(file.path(), Access::ReadWrite);
-                        let wait = Duration::from_mins(1);
+                        let wait = Duration::from_secs(60);
                         lock(&writer, file.path(), Access::ReadWrite, wait).expect("everybody's turn comes");
                         assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0, "two writers at once");
                         won.fetch_add(1, Ordering::SeqCst);
@@ -297,7 +297,7 @@ mod tests {
                 std::thread::sleep(Duration::from_millis(100));
                 drop(holder);
             });
-            lock(&other, file.path(), Access::ReadWrite, Duration::from_mins(1)).expect("the holder leaves");
+            lock(&other, file.path(), Access::ReadWrite, Duration::from_secs(60)).expect("the holder leaves");
         });
     }
 
