@@ -373,6 +373,20 @@ fn numbers_that_make_no_image_make_no_file() {
 }
 
 #[test]
+fn a_size_that_is_no_option_is_told_where_it_goes() {
+    let bench = Bench::new();
+    let image = bench.path("a.vhdx");
+    let message = create(&image, &[]).failed(2);
+    assert!(message.contains("--size"), "{message}");
+    let after = |word: &str| program().arg("create").arg(&image).arg(word).output().expect("it runs");
+    let message = Ran::from(after("10G")).misused();
+    assert!(message.contains("--size 10G"), "{message}");
+    let message = Ran::from(after("b.vhdx")).misused();
+    assert!(message.contains("one image") && !message.contains("--size b"), "{message}");
+    assert!(bench.names().is_empty(), "{:?}", bench.names());
+}
+
+#[test]
 fn wrong_usage_exits_with_2() {
     let nothing: [&str; 0] = [];
     run(&nothing).misused();

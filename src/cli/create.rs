@@ -31,6 +31,9 @@ use super::{holders, size};
 pub struct Create {
     /// The file to make
     image: PathBuf,
+    /// Only the error that it ends in
+    #[arg(hide = true, value_name = "SIZE", value_parser = size::misplaced)]
+    _misplaced: Option<u64>,
     /// Size of the disk, up to 64T; a differencing image has its parent's
     #[arg(short, long, value_parser = size::parse_disk)]
     #[arg(allow_negative_numbers = true)]

@@ -53,6 +53,18 @@ pub fn parse_disk(text: &str) -> Result<u64, String> {
     }
 }
 
+/// Takes no word: one that stands after the image's name is often meant as the size.
+///
+/// # Errors
+///
+/// Always: says where the size goes.
+pub fn misplaced(text: &str) -> Result<u64, String> {
+    match parse(text) {
+        Ok(_) => Err(format!("the size of a disk is an option: --size {text}")),
+        Err(_) => Err("one image is made at a time; what else there is to say are options: --help".into()),
+    }
+}
+
 /// Reads the size of a block.
 ///
 /// # Errors
