@@ -109,6 +109,12 @@ pub fn remedy(error: &Error) -> Option<&str> {
         }
         Kind::Truncated => Some("the file was cut short: copy it again from its source"),
         Kind::NoSpace => Some("make room on the file system that holds the file"),
+        _ if error.os_error() == Some(libc::EROFS) => {
+            Some("the file system is read-only: remount it for writing, or choose another place")
+        }
+        Kind::Permission if nix::unistd::geteuid().is_root() => Some(
+            "root is not enough: see `lsattr` (immutable?), the file system (NFS?), or the container's limits",
+        ),
         Kind::Permission => Some("run it as root, or as a user who may access the file"),
         Kind::Exists => Some("choose another name"),
         Kind::NotFound => Some("check the spelling of the path"),

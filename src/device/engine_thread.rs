@@ -172,7 +172,8 @@ impl Life {
         };
         let (engine, path) = (serving.engine, serving.file.path());
         if engine.shared().session() != Session::Idle {
-            tracing::info!("{}: closed; {:?}", path.display(), engine.counters());
+            tracing::info!("{}: closed", path.display());
+            tracing::debug!("{}: {:?}", path.display(), engine.counters());
         }
         let poisoned = engine.shared().session() == Session::Poisoned;
         outcome.map_err(|errno| unclean("closing the image", errno, poisoned, path))?;

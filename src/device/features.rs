@@ -50,12 +50,14 @@ const KNOWN: [(u32, &str, &str, &str); 21] = [
 ];
 
 const QUEUE: u64 = sys::UBLK_F_USER_RECOVERY as u64;
+const FAIL: u64 = QUEUE | sys::UBLK_F_USER_RECOVERY_FAIL_IO as u64;
 const REISSUE: u64 = QUEUE | sys::UBLK_F_USER_RECOVERY_REISSUE as u64;
 
 /// Features asked for when a device is made that shall outlive its server as `recovery` says.
 pub(super) fn wanted(recovery: Recovery) -> u64 {
     match recovery {
         Recovery::None => 0,
+        Recovery::Fail => FAIL,
         Recovery::Queue => QUEUE,
         Recovery::Reissue => REISSUE,
     }
@@ -72,7 +74,7 @@ pub(super) fn recovery(driver: Option<u64>, chosen: Option<Recovery>) -> Result<
         Some(chosen) if has(chosen) => Ok(chosen),
         Some(_) => {
             Err(Error::new(Kind::Unsupported, "this kernel's ublk driver does not have that recovery")
-                .remedy("add the device with --recovery none; `vhdx-ublk features` shows what there is"))
+                .remedy("leave --recovery away: the best there is is chosen; `vhdx-ublk features` shows it"))
         }
         None => {
             let known = [Recovery::Reissue, Recovery::Queue].into_iter().find(|&recovery| has(recovery));
@@ -117,7 +119,10 @@ pub(super) fn is_in_place(flags: u64) -> bool {
 }
 
 /// Features in use, where the driver has them.
-const USED: u64 = REISSUE | IN_PLACE | sys::UBLK_F_CMD_IOCTL_ENCODE as u64;
+const USED: u64 = REISSUE | FAIL | IN_PLACE | sys::UBLK_F_CMD_IOCTL_ENCODE as u64 | SAFE_STOP;
+
+/// Stopping can be refused by the kernel while the device is open (Linux 7.0).
+pub(super) const SAFE_STOP: u64 = sys::UBLK_F_SAFE_STOP_DEV as u64;
 
 /// All features the driver has, and all this program knows of.
 ///
@@ -175,6 +180,10 @@ mod tests {
             assert_eq!(recovery(driver, None).expect("there is always one"), best);
             assert_eq!(recovery(driver, Some(Recovery::None)).expect("none is always there"), Recovery::None);
         }
+        assert_eq!(recovery(Some(!0), Some(Recovery::Fail)).expect("there"), Recovery::Fail);
+        assert_eq!(wanted(Recovery::Fail) & REISSUE, QUEUE, "the kernel refuses both at once");
+        let error = recovery(Some(REISSUE), Some(Recovery::Fail)).expect_err("not there");
+        assert_eq!(error.kind(), Kind::Unsupported);
         assert_eq!(recovery(Some(!0), Some(Recovery::Queue)).expect("there"), Recovery::Queue);
         let error = recovery(Some(QUEUE), Some(Recovery::Reissue)).expect_err("not there");
         assert_eq!(error.kind(), Kind::Unsupported);

@@ -16,12 +16,17 @@ pub const MAX_DEPTH: u16 = 4096;
 /// Least request size: the kernel wants at least a page.
 pub const MIN_REQUEST_BYTES: u32 = 4096;
 
+/// Greatest number of a device: the kernel has twenty bits for it.
+pub const MAX_ID: u32 = (1 << 20) - 1;
+
 /// Greatest request size: larger ones are split by the kernel, at no loss that could be measured.
 pub const MAX_REQUEST_BYTES: u32 = 1 << 20;
 
 /// Most memory for request buffers: queues × depth × request size. It is locked, so it must stay small
 /// beside the memory of any machine that serves disks.
 pub const MAX_BUFFER_BYTES: u64 = 256 << 20;
+
+const MIB: u64 = 1 << 20;
 
 const _: () = assert!(MAX_DEPTH as u32 == sys::UBLK_MAX_QUEUE_DEPTH);
 const _: () = assert!((MAX_QUEUES as u32) <= sys::UBLK_MAX_NR_QUEUES);
@@ -33,6 +38,8 @@ pub enum Recovery {
     /// Its requests fail, and so does everything that comes later.
     #[default]
     None,
+    /// Its requests in flight fail, and so does what comes later, until `recover`.
+    Fail,
     /// Its requests in flight fail; what comes later waits for `recover`.
     Queue,
     /// Everything waits for `recover`; requests in flight are repeated.
@@ -92,8 +99,11 @@ impl Options {
     ///
     /// [`Kind::Usage`], naming the bound.
     pub fn validate(&self) -> Result<()> {
-        let Self { queues, depth, request_bytes, .. } = *self;
+        let Self { id, queues, depth, request_bytes, .. } = *self;
         let usage = |message: String| Err(Error::new(Kind::Usage, message));
+        if id.is_some_and(|id| id > MAX_ID) {
+            return usage(format!("device number {}: numbers are 0 to {MAX_ID}", id.unwrap_or_default()));
+        }
         if !(1..=MAX_QUEUES).contains(&queues) {
             return usage(format!("{queues} queues: a device has 1 to {MAX_QUEUES}"));
         }
@@ -109,10 +119,13 @@ impl Options {
         }
         let buffers = u64::from(queues) * u64::from(depth) * u64::from(request_bytes);
         if buffers > MAX_BUFFER_BYTES {
-            return usage(format!(
-                "{queues} queues × depth {depth} × {request_bytes} bytes = {buffers} bytes of request buffers; at \
-                 most {MAX_BUFFER_BYTES} are allowed"
-            ));
+            let (needed, most) = (buffers.div_ceil(MIB), MAX_BUFFER_BYTES / MIB);
+            let message = format!(
+                "{queues} queues of depth {depth} need {needed} MiB of request buffers ({} KiB each); at most \
+                 {most} MiB are locked in memory",
+                request_bytes / 1024
+            );
+            return Err(Error::new(Kind::Usage, message).remedy("choose fewer queues, or a smaller depth"));
         }
         Ok(())
     }
@@ -240,8 +253,13 @@ mod tests {
         ] {
             assert_eq!(bad.validate().expect_err("out of bounds").kind(), Kind::Usage, "{bad:?}");
         }
-        let error = Options { queues: 9, ..good }.validate().expect_err("288 MiB of buffers");
-        assert!(error.to_string().contains("9 queues × depth 64 × 524288 bytes"), "{error}");
+        let number = Options { id: Some(MAX_ID), ..good.clone() };
+        assert!(number.validate().is_ok());
+        let error = Options { id: Some(MAX_ID + 1), ..good.clone() }.validate().expect_err("too large");
+        assert!(error.to_string().contains("numbers are 0 to 1048575"), "{error}");
+        let error = Options { queues: 9, ..good }.validate().expect_err("too many");
+        assert!(error.to_string().contains("need 288 MiB"), "{error}");
+        assert!(error.remedy_text().is_some());
     }
 
     #[test]

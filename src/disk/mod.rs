@@ -22,7 +22,7 @@ pub use buffer::{Buffer, PAGE_BYTES};
 pub use file::{HostRoom, ImageFile, PayloadIo, folder_of, inherit, next_data, sync_folder_of};
 pub use lock::Access;
 pub use reactor::Reactor;
-pub use ring::Ring;
+pub use ring::{Ring, ring_refused};
 pub use uring::{Counters, UringDisk};
 
 use std::io;

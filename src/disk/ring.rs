@@ -86,10 +86,7 @@ impl Ring {
     ///
     /// Whatever the kernel says when it offers no `io_uring`, with a remedy.
     pub fn new() -> Result<Rc<Self>> {
-        let io = build().map_err(|error| {
-            Error::io("setting up io_uring", error)
-                .remedy("allow io_uring: see the sysctl kernel.io_uring_disabled and the seccomp filter")
-        })?;
+        let io = build().map_err(|error| ring_refused("setting up io_uring", error))?;
         Ok(Rc::new(Self::over(io)))
     }
 
@@ -374,6 +371,34 @@ impl Drop for Op {
 /// `EINTR` and `EAGAIN`: the same operation may well succeed when it is repeated.
 pub(super) fn is_transient(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock)
+}
+
+/// Which users the kernel gives no rings to: 0 none, 1 those without a right to them, 2 all.
+const RINGS_DISABLED: &str = "/proc/sys/kernel/io_uring_disabled";
+
+/// The kernel gives no ring, while `doing`: the error with the reason, where that can be told.
+pub fn ring_refused(doing: &str, error: io::Error) -> Error {
+    let disabled = std::fs::read_to_string(RINGS_DISABLED).unwrap_or_default();
+    let remedy = rings_remedy(error.raw_os_error(), disabled.trim());
+    let error = Error::io(doing, error);
+    match remedy {
+        Some(remedy) => error.remedy(remedy),
+        None => error,
+    }
+}
+
+fn rings_remedy(errno: Option<i32>, disabled: &str) -> Option<String> {
+    match (errno, disabled) {
+        (Some(libc::EPERM), "1" | "2") => Some(format!(
+            "the sysctl kernel.io_uring_disabled is {disabled}, which forbids it: sysctl kernel.io_uring_disabled=0"
+        )),
+        (Some(libc::EPERM | libc::EACCES), _) => Some(
+            "a seccomp filter or a security module forbids io_uring, as in many containers: allow it".into(),
+        ),
+        (Some(libc::ENOSYS), _) => Some("this needs a kernel with CONFIG_IO_URING".into()),
+        (Some(libc::ENOMEM), _) => Some("raise the limit of locked memory: ulimit -l unlimited".into()),
+        _ => None,
+    }
 }
 
 /// A ring that runs its completions only when its thread asks for them, where the kernel has that (6.1).
