@@ -1,13 +1,16 @@
 //! `list`: our devices.
 
 use std::path::PathBuf;
+use std::thread;
 
 use serde::Serialize;
 
-use vhdx_ublk::device::registry::{Listed, State};
+use vhdx_ublk::device::health::{Condition, Grade, Health};
+use vhdx_ublk::device::registry::{Listed, Registry, State, Survey, Unreadable};
+use vhdx_ublk::device::{DeviceInfo, KernelState, Recovery, path};
 use vhdx_ublk::error::{Error, Result};
 
-use super::{holders, output, size};
+use super::{FAILURE, SUCCESS, holders, output, size};
 
 /// List the devices of this program.
 #[derive(clap::Args)]
@@ -16,92 +19,194 @@ pub struct List {
     /// As JSON: an array of objects, errors too
     #[arg(long)]
     pub json: bool,
+    /// Tell by the exit status whether all is well
+    #[arg(long)]
+    check: bool,
 }
+
+/// With `--check`: a device serves nothing any more.
+const DEAD: u8 = 2;
 
 const AFTER_HELP: &str = "\
 States: live (served), starting, stopping, quiesced (its daemon was killed: I/O waits for
-`recover`), dead (its daemon was killed, and its I/O has failed: `del` removes it), failed (it
-is gone, but its image could not be closed cleanly: `del` tells why).
+`recover`), fail-io (the same, but I/O fails until then), dead (its daemon was killed, and its
+I/O has failed: `del` removes it), failed (it is gone, but its image could not be closed
+cleanly: `del` tells why), unknown (the driver cannot be reached from here, or the entry of the
+device cannot be read).
 
-JSON: id, device, image, pid, state, queues, depth, read_only, zero_copy, size (bytes), failure
-(null or a text).
-Exit status: 0 success, 1 failure, 2 wrong usage.";
+Health: ok, host-full (writes that need room fail), poisoned (a sync or metadata write failed:
+no write succeeds until the device is added anew), waiting (for `recover`), stopped (its daemon
+was stopped by a signal), no-answer (its daemon has not answered within a second), dead,
+unknown.
+
+JSON: id, device, image, pid, state, health, last_error (null or a text), queues, depth,
+read_only, zero_copy, recovery, size (bytes), failure (null or a text: why the image could not
+be closed, or the entry not be read). All but id, device, state, health are null where only the
+kernel knows of the device. A path that is not UTF-8 is an object: lossy (a text), hex (its
+bytes).
+Exit status: 0 success, 1 failure, 2 wrong usage. With --check: 0 all is well, 1 some device is
+not, or it cannot be told, 2 some device is dead.";
 
 /// A device as it is shown.
 #[derive(Serialize)]
 struct Row {
     id: u32,
     device: PathBuf,
-    image: PathBuf,
-    pid: u32,
+    #[serde(with = "path::optional")]
+    image: Option<PathBuf>,
+    pid: Option<u32>,
     state: State,
-    queues: u16,
-    depth: u16,
-    read_only: bool,
-    zero_copy: bool,
-    size: u64,
+    health: Health,
+    last_error: Option<String>,
+    queues: Option<u16>,
+    depth: Option<u16>,
+    read_only: Option<bool>,
+    zero_copy: Option<bool>,
+    recovery: Option<Recovery>,
+    size: Option<u64>,
     failure: Option<String>,
 }
 
-impl From<Listed> for Row {
-    fn from(Listed { entry, state }: Listed) -> Self {
+impl Row {
+    fn of(Listed { entry, state }: Listed, condition: Condition) -> Self {
         Self {
             id: entry.id,
             device: entry.device,
-            image: entry.image,
-            pid: entry.daemon.pid,
+            image: Some(entry.image),
+            pid: Some(entry.daemon.pid),
             state,
-            queues: entry.queues,
-            depth: entry.depth,
-            read_only: entry.read_only,
-            zero_copy: entry.zero_copy,
-            size: entry.size_bytes,
+            health: condition.health,
+            last_error: condition.last_error,
+            queues: Some(entry.queues),
+            depth: Some(entry.depth),
+            read_only: Some(entry.read_only),
+            zero_copy: Some(entry.zero_copy),
+            recovery: Some(entry.recovery),
+            size: Some(entry.size_bytes),
             failure: entry.failure,
+        }
+    }
+
+    /// A device of which nothing is known but its number.
+    fn unknown(id: u32, failure: String) -> Self {
+        Self {
+            id,
+            device: format!("/dev/ublkb{id}").into(),
+            image: None,
+            pid: None,
+            state: State::Unknown,
+            health: Health::Unknown,
+            last_error: None,
+            queues: None,
+            depth: None,
+            read_only: None,
+            zero_copy: None,
+            recovery: None,
+            size: None,
+            failure: Some(failure),
+        }
+    }
+
+    fn orphan(info: DeviceInfo) -> Self {
+        let (state, health) = match info.state {
+            KernelState::Live => (State::Live, Health::Unknown),
+            KernelState::Dead => (State::Dead, Health::Dead),
+            KernelState::Quiesced => (State::Quiesced, Health::Waiting),
+            KernelState::FailIo => (State::FailIo, Health::Waiting),
+            KernelState::Unknown => (State::Unknown, Health::Unknown),
+        };
+        let unknown = Self::unknown(info.id, "no entry tells which image it serves".into());
+        Self {
+            pid: info.server,
+            state,
+            health,
+            queues: Some(info.queues),
+            depth: Some(info.depth),
+            ..unknown
         }
     }
 }
 
 impl List {
-    /// Runs the command.
-    pub fn run(self) -> Result<()> {
-        let devices: Vec<Row> = holders::devices()?.into_iter().map(Row::from).collect();
+    /// Runs the command; what it returns is the exit status.
+    pub fn run(self) -> Result<u8> {
+        let devices = match holders::registry()? {
+            Some(registry) => rows(&registry, registry.survey()?),
+            None => Vec::new(),
+        };
         if self.json {
-            return output::print_json(&devices);
+            output::print_json(&devices)?;
+        } else if !devices.is_empty() {
+            let rows = devices.iter().map(row).collect::<Result<Vec<_>>>()?;
+            output::print(&output::table(
+                ["DEVICE", "STATE", "HEALTH", "MODE", "SIZE", "QUEUES", "DEPTH", "PID", "IMAGE"],
+                &rows,
+            ))?;
         }
-        if devices.is_empty() {
-            return Ok(());
-        }
-        let rows = devices.iter().map(row).collect::<Result<Vec<_>>>()?;
-        output::print(&output::table(
-            ["DEVICE", "STATE", "MODE", "SIZE", "QUEUES", "DEPTH", "PID", "IMAGE"],
-            &rows,
-        ))
+        Ok(if self.check { status(&devices) } else { SUCCESS })
     }
 }
 
-fn row(device: &Row) -> Result<[String; 8]> {
+/// The worst decides.
+fn status(devices: &[Row]) -> u8 {
+    match devices.iter().map(|device| device.health.grade()).max() {
+        None | Some(Grade::Well) => SUCCESS,
+        Some(Grade::Degraded) => FAILURE,
+        Some(Grade::Dead) => DEAD,
+    }
+}
+
+/// Everything that is known, in the order of the devices' numbers. All daemons are asked at once.
+fn rows(registry: &Registry, survey: Survey) -> Vec<Row> {
+    let Survey { devices, orphans, unreadable } = survey;
+    let conditions: Vec<Condition> = thread::scope(|scope| {
+        let ask = |listed| scope.spawn(move || Condition::of(registry, listed));
+        let asked: Vec<_> = devices.iter().map(ask).collect();
+        asked.into_iter().map(|thread| thread.join().expect("a panic ends the process")).collect()
+    });
+    let mut rows: Vec<Row> =
+        devices.into_iter().zip(conditions).map(|(listed, condition)| Row::of(listed, condition)).collect();
+    rows.extend(orphans.into_iter().map(Row::orphan));
+    for Unreadable { id, error } in unreadable {
+        match rows.iter_mut().find(|row| row.id == id) {
+            Some(row) => row.failure = Some(error.to_string()),
+            None => rows.push(Row::unknown(id, error.to_string())),
+        }
+    }
+    rows.sort_by_key(|row| row.id);
+    rows
+}
+
+fn row(device: &Row) -> Result<[String; 9]> {
+    fn text<T: ToString>(value: Option<T>) -> String {
+        value.map_or_else(|| "?".into(), |value| value.to_string())
+    }
+    let mode = device.read_only.map(|read_only| if read_only { "read-only" } else { "read-write" });
+    let image = device.image.as_ref().map(|image| image.display().to_string());
+    let failure = device.failure.clone().unwrap_or_default();
     Ok([
         device.device.display().to_string(),
-        word(device.state)?,
-        if device.read_only { "read-only" } else { "read-write" }.into(),
-        size::human(device.size),
-        device.queues.to_string(),
-        device.depth.to_string(),
-        device.pid.to_string(),
-        device.image.display().to_string(),
+        word(&device.state)?,
+        word(&device.health)?,
+        text(mode),
+        text(device.size.map(size::human)),
+        text(device.queues),
+        text(device.depth),
+        text(device.pid),
+        image.unwrap_or_else(|| format!("? ({failure})")),
     ])
 }
 
-/// The state's name, the same as in JSON.
-fn word(state: State) -> Result<String> {
-    let value = serde_json::to_value(state).map_err(|error| Error::io("naming a state", error.into()))?;
+/// The name of a state or of a health, the same as in JSON.
+fn word(value: &impl Serialize) -> Result<String> {
+    let value = serde_json::to_value(value).map_err(|error| Error::io("naming a state", error.into()))?;
     Ok(value.as_str().unwrap_or_default().to_owned())
 }
 
 #[cfg(test)]
 mod tests {
-    use vhdx_ublk::device::Recovery;
     use vhdx_ublk::device::registry::{Entry, FileId, ProcessId};
+    use vhdx_ublk::error::Kind;
 
     use super::*;
 
@@ -112,7 +217,7 @@ mod tests {
             image: "/images/disk.vhdx".into(),
             parents: Vec::new(),
             image_file: FileId { device: 1, inode: 2 },
-            daemon: ProcessId { pid: 1234, start_time: 5678 },
+            daemon: ProcessId { pid: 1234, start_time: 5678, namespace: 0 },
             queues: 2,
             depth: 64,
             size_bytes: 1 << 30,
@@ -128,20 +233,66 @@ mod tests {
         Listed { entry, state: State::FailIo }
     }
 
+    fn condition() -> Condition {
+        Condition { health: Health::Waiting, last_error: Some("no room".into()) }
+    }
+
     #[test]
     fn json_has_the_documented_keys() {
-        let json = serde_json::to_value([Row::from(listed())]).expect("serialisable");
+        let json = serde_json::to_value([Row::of(listed(), condition())]).expect("serialisable");
         let expected = serde_json::json!([{
             "id": 3, "device": "/dev/ublkb3", "image": "/images/disk.vhdx", "pid": 1234, "state": "fail-io",
-            "queues": 2, "depth": 64, "read_only": true, "zero_copy": true, "size": 1_073_741_824,
-            "failure": null,
+            "health": "waiting", "last_error": "no room", "queues": 2, "depth": 64, "read_only": true,
+            "zero_copy": true, "recovery": "none", "size": 1_073_741_824, "failure": null,
         }]);
         assert_eq!(json, expected);
+        let json = serde_json::to_value(Row::unknown(1, "damaged".into())).expect("serialisable");
+        assert_eq!((&json["image"], &json["state"]), (&serde_json::Value::Null, &"unknown".into()));
     }
 
     #[test]
     fn a_row_says_the_same() {
-        let row = row(&Row::from(listed())).expect("every state has a name");
-        assert_eq!(row.join(" "), "/dev/ublkb3 fail-io read-only 1 GiB 2 64 1234 /images/disk.vhdx");
+        let known = row(&Row::of(listed(), condition())).expect("every state has a name");
+        let expected = "/dev/ublkb3 fail-io waiting read-only 1 GiB 2 64 1234 /images/disk.vhdx";
+        assert_eq!(known.join(" "), expected);
+        let unknown = row(&Row::unknown(1, "damaged".into())).expect("as well");
+        assert_eq!(unknown.join(" "), "/dev/ublkb1 unknown unknown ? ? ? ? ? ? (damaged)");
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_listed_once_and_hides_nothing() {
+        let place = tempfile::tempdir().expect("a directory");
+        std::fs::set_permissions(place.path(), std::os::unix::fs::PermissionsExt::from_mode(0o700))
+            .expect("ours");
+        let registry = Registry::at(place.path()).expect("ours");
+        let orphan = DeviceInfo {
+            id: 5,
+            queues: 1,
+            depth: 8,
+            request_bytes: 4096,
+            flags: 0,
+            state: KernelState::Quiesced,
+            mark: 0,
+            server: None,
+        };
+        let damaged = |id| Unreadable { id, error: Error::new(Kind::Corrupt, "damaged") };
+        let survey = Survey {
+            devices: vec![listed()],
+            orphans: vec![orphan],
+            unreadable: vec![damaged(1), damaged(5)],
+        };
+        let rows = rows(&registry, survey);
+        assert_eq!(rows.iter().map(|row| row.id).collect::<Vec<_>>(), [1, 3, 5]);
+        assert_eq!(rows[2].failure.as_deref(), Some("damaged"));
+        assert_eq!(rows[2].state, State::Quiesced);
+    }
+
+    #[test]
+    fn the_worst_device_decides_the_exit_status() {
+        let with = |health| Row { health, ..Row::unknown(0, String::new()) };
+        assert_eq!(status(&[]), 0);
+        assert_eq!(status(&[with(Health::Ok)]), 0);
+        assert_eq!(status(&[with(Health::Ok), with(Health::Poisoned)]), 1);
+        assert_eq!(status(&[with(Health::Dead), with(Health::Ok), with(Health::Waiting)]), 2);
     }
 }

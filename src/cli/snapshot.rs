@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use vhdx_ublk::device::socket::{self, Command};
+use vhdx_ublk::device::socket;
 use vhdx_ublk::device::stop::{self, Target};
 use vhdx_ublk::disk::folder_of;
 use vhdx_ublk::error::{Error, Kind, Result};
@@ -50,7 +50,7 @@ impl Snapshot {
             return Err(Error::new(Kind::NotFound, message).remedy(format!("vhdx-ublk recover {}", entry.id)));
         }
         let image = absolute(&self.image)?;
-        let snapped = socket::ask(&registry.socket_path(entry.id), &Command::Snapshot { image })?;
+        let snapped = socket::snapshot(&registry.socket_path(entry.id), image)?;
         if self.json {
             return output::print_json(&snapped);
         }

@@ -24,9 +24,13 @@ impl NextLeaf {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(leaf);
     }
 
+    /// The leaf that the queues are to serve, if it is not the first one.
+    pub(super) fn latest(&self) -> Option<Leaf> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// The leaf, for a queue that knows `known` layers, if that has become one of its parents.
     pub(super) fn above(&self, known: usize) -> Option<Leaf> {
-        let leaf = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        leaf.filter(|leaf| leaf.shared.layers().count() > known)
+        self.latest().filter(|leaf| leaf.shared.layers().count() > known)
     }
 }

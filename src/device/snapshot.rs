@@ -29,6 +29,7 @@ use uuid::Uuid;
 use super::engine_thread::{Ear, Mailboxes, Serving, open_served, unclean};
 use super::leaf::{Leaf, NextLeaf};
 use super::opened::WritableOpen;
+use super::path;
 use super::registry::FileId;
 use crate::chain::{self, MAX_DEPTH};
 use crate::disk::{ImageFile, Reactor, inherit, sync_folder_of};
@@ -42,8 +43,10 @@ use crate::image::{DEFAULT_BLOCK_SIZE, DEFAULT_LOG_LENGTH, Image, InitialState, 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Snapped {
     /// The image that is served now.
+    #[serde(with = "path::one")]
     pub image: PathBuf,
     /// Its parent, which was served before and does not change any more.
+    #[serde(with = "path::one")]
     pub parent: PathBuf,
     /// How long requests had to wait, microseconds.
     pub pause_us: u64,

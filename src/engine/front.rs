@@ -672,6 +672,7 @@ impl Front {
                     "a durable write failed with errno {errno}: no write or flush will succeed any more"
                 );
             }
+            self.shared.troubles().note("reading or writing the image", errno);
             self.slots[usize::from(id.tag)].fail(errno);
         } else if let Some((from, to)) = piece.written {
             self.shared.mark_written(from, to);

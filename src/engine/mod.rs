@@ -39,6 +39,7 @@ mod run;
 mod session;
 pub mod shared;
 mod sync;
+mod troubles;
 mod unmap;
 
 use std::cell::{Cell, RefCell};
@@ -258,7 +259,21 @@ impl<D: Disk + 'static> Engine<D> {
         &self.shared
     }
 
+    /// Does what is asked, and remembers what that says about the host.
     async fn serve(self: &Rc<Self>, ask: Ask) -> Outcome {
+        let needs_room = matches!(ask, Ask::Allocate { .. });
+        let outcome = self.obey(ask).await;
+        match outcome {
+            Ok(()) if needs_room => self.shared.troubles().found_room(),
+            Err(errno @ (libc::ENOSPC | libc::EDQUOT)) => {
+                self.shared.troubles().note("making room in the image", errno);
+            }
+            _ => {}
+        }
+        outcome
+    }
+
+    async fn obey(self: &Rc<Self>, ask: Ask) -> Outcome {
         self.check_poison()?;
         let changes = !matches!(ask, Ask::OpenSession | Ask::Flush);
         assert!(!changes || self.shared.session() == Session::Open, "fronts open the session first");
@@ -282,6 +297,7 @@ impl<D: Disk + 'static> Engine<D> {
     /// What must not fail has failed. Says so once; from now on every write and flush fails.
     fn poison(&self, doing: &str, error: &std::io::Error) -> i32 {
         if self.shared.poison() {
+            self.shared.troubles().note(doing, error.raw_os_error().unwrap_or(libc::EIO));
             tracing::error!("{doing} failed: {error}; no write or flush will succeed any more, reads go on");
         }
         libc::EIO

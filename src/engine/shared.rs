@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::marks::Marks;
+use super::troubles::Troubles;
 use crate::format::bat::{Geometry, PayloadState};
 use crate::image::BlockMap;
 pub use crate::image::Session;
@@ -22,6 +23,7 @@ pub struct Shared {
     pub fixed: bool,
     can_zero_range: AtomicBool,
     can_punch: AtomicBool,
+    troubles: Troubles,
 }
 
 impl Shared {
@@ -45,6 +47,7 @@ impl Shared {
             fixed,
             can_zero_range: AtomicBool::new(true),
             can_punch: AtomicBool::new(true),
+            troubles: Troubles::default(),
         }
     }
 
@@ -94,6 +97,11 @@ impl Shared {
     /// From now on no write or flush may succeed. `true` for the one caller that changed it.
     pub fn poison(&self) -> bool {
         self.map.memory().poison()
+    }
+
+    /// What has gone wrong on the host.
+    pub fn troubles(&self) -> &Troubles {
+        &self.troubles
     }
 
     /// Whether the host is believed to take `ZERO_RANGE`.

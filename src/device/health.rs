@@ -1,0 +1,151 @@
+//! How a device is: what the kernel, its process and its daemon say, in one word.
+
+use serde::Serialize;
+
+use super::options::Recovery;
+use super::registry::{Life, Listed, Registry, State};
+use super::socket::{self, Status};
+use crate::error::{Kind, Result};
+
+/// One word for it, the worst that is so.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Health {
+    /// All is well.
+    Ok,
+    /// The host has no room: writes that need some fail.
+    HostFull,
+    /// A sync or a metadata write has failed: every write and flush fails, reads go on.
+    Poisoned,
+    /// Its daemon was killed: I/O waits, or fails, until it is recovered.
+    Waiting,
+    /// Its daemon was stopped by a signal or a debugger: I/O waits.
+    Stopped,
+    /// Its daemon does not answer: I/O may wait.
+    NoAnswer,
+    /// It serves nothing any more, or its image could not be closed cleanly.
+    Dead,
+    /// It cannot be told from here.
+    Unknown,
+}
+
+/// How far a device is from serving as it should.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Grade {
+    /// It does.
+    Well,
+    /// Somebody has to look.
+    Degraded,
+    /// It serves no more.
+    Dead,
+}
+
+impl Health {
+    /// How bad it is.
+    pub fn grade(self) -> Grade {
+        match self {
+            Self::Ok => Grade::Well,
+            Self::Dead => Grade::Dead,
+            Self::HostFull
+            | Self::Poisoned
+            | Self::Waiting
+            | Self::Stopped
+            | Self::NoAnswer
+            | Self::Unknown => Grade::Degraded,
+        }
+    }
+}
+
+/// How a device is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Condition {
+    /// In one word.
+    pub health: Health,
+    /// The last error of the host that its daemon saw, or why there is no answer.
+    pub last_error: Option<String>,
+}
+
+impl Condition {
+    /// How the device of `listed` is; its daemon is asked, which takes a second if it hangs.
+    pub fn of(registry: &Registry, listed: &Listed) -> Self {
+        let life = listed.entry.daemon.life();
+        let asked = listed.state == State::Live && matches!(life, Life::Runs | Life::Hidden);
+        judge(listed, life, asked.then(|| socket::status(&registry.socket_path(listed.entry.id))))
+    }
+}
+
+fn judge(listed: &Listed, life: Life, answer: Option<Result<Status>>) -> Condition {
+    let failure = listed.entry.failure.clone();
+    let only = |health| Condition { health, last_error: failure.clone() };
+    match (listed.state, life, answer) {
+        (State::Dead | State::Failed, ..) => only(Health::Dead),
+        (State::Quiesced | State::FailIo, ..) => only(Health::Waiting),
+        (State::Unknown, ..) => only(Health::Unknown),
+        (State::Live, Life::Ended, _) if listed.entry.recovery == Recovery::None => only(Health::Dead),
+        (State::Live, Life::Ended, _) => only(Health::Waiting),
+        (_, Life::Stopped, _) => only(Health::Stopped),
+        (_, _, Some(Ok(status))) => Condition { health: told(&status), last_error: status.last_error },
+        // A daemon of an older version answers, but not this.
+        (_, _, Some(Err(error))) if error.kind() == Kind::Unsupported => only(Health::Unknown),
+        (_, _, Some(Err(error))) => {
+            Condition { health: Health::NoAnswer, last_error: Some(error.to_string()) }
+        }
+        (State::Live | State::Starting | State::Stopping, _, None) => only(Health::Ok),
+    }
+}
+
+fn told(status: &Status) -> Health {
+    match status {
+        Status { poisoned: true, .. } => Health::Poisoned,
+        Status { host_full: true, .. } => Health::HostFull,
+        Status { .. } => Health::Ok,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::registry::Entry;
+    use super::super::registry::tests::entry;
+    use super::*;
+    use crate::error::Error;
+
+    fn health(state: State, life: Life, answer: Option<Result<Status>>) -> Health {
+        judge(&Listed { entry: entry(0), state }, life, answer).health
+    }
+
+    #[test]
+    fn a_daemon_that_answers_tells_how_its_device_is() {
+        let told = |status| health(State::Live, Life::Runs, Some(Ok(status)));
+        let (poisoned, host_full) = (true, true);
+        assert_eq!(told(Status::default()), Health::Ok);
+        assert_eq!(told(Status { host_full, ..Status::default() }), Health::HostFull);
+        assert_eq!(told(Status { poisoned, host_full, last_error: None }), Health::Poisoned);
+    }
+
+    #[test]
+    fn a_daemon_that_hangs_or_is_gone_is_not_well() {
+        let silent = || Some(Err(Error::new(Kind::Io, "no answer")));
+        assert_eq!(health(State::Live, Life::Runs, silent()), Health::NoAnswer);
+        assert_eq!(health(State::Live, Life::Stopped, None), Health::Stopped);
+        assert_eq!(health(State::Stopping, Life::Stopped, None), Health::Stopped);
+        assert_eq!(health(State::Live, Life::Ended, None), Health::Waiting);
+        assert_eq!(health(State::Quiesced, Life::Ended, None), Health::Waiting);
+        assert_eq!(health(State::Dead, Life::Ended, None), Health::Dead);
+        assert_eq!(health(State::Failed, Life::Ended, None), Health::Dead);
+        assert_eq!(health(State::Unknown, Life::Ended, None), Health::Unknown);
+        let mortal = Listed { entry: Entry { recovery: Recovery::None, ..entry(0) }, state: State::Live };
+        assert_eq!(judge(&mortal, Life::Ended, None).health, Health::Dead);
+        let old = Some(Err(Error::new(Kind::Unsupported, "what?")));
+        assert_eq!(health(State::Live, Life::Runs, old), Health::Unknown);
+    }
+
+    #[test]
+    fn only_what_is_well_is_well() {
+        assert_eq!(Health::Ok.grade(), Grade::Well);
+        for health in [Health::HostFull, Health::Poisoned, Health::Waiting, Health::Stopped, Health::NoAnswer]
+        {
+            assert_eq!(health.grade(), Grade::Degraded, "{health:?}");
+        }
+        assert!(Health::Dead.grade() > Health::Unknown.grade());
+    }
+}
