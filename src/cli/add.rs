@@ -15,12 +15,12 @@ use vhdx_ublk::device::layers::Parents;
 use vhdx_ublk::device::opened::{NoEngine, Opened};
 use vhdx_ublk::device::registry::Registry;
 use vhdx_ublk::device::session::Plan;
-use vhdx_ublk::device::stop::{self, Target};
+use vhdx_ublk::device::stop::{self, How, Target};
 use vhdx_ublk::device::{
     MAX_BUFFER_BYTES, MAX_DEPTH, MAX_QUEUES, MIN_REQUEST_BYTES, Options, Recovery, ZeroCopy, features, launch,
 };
 use vhdx_ublk::disk::{Access, ImageFile};
-use vhdx_ublk::error::{Kind, Result};
+use vhdx_ublk::error::{Error, Kind, Result};
 
 use super::parents::ParentOptions;
 use super::{detached, holders, output};
@@ -60,8 +60,8 @@ pub struct Add {
     #[arg(value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_DEPTH)))]
     depth: u16,
     /// What happens when the daemon is killed: `reissue` lets all I/O wait for `vhdx-ublk recover`, `queue` fails
-    /// what is in flight and lets the rest wait, `none` fails everything [default: the first of these that the
-    /// kernel has]
+    /// what is in flight and lets the rest wait, `fail` fails all I/O until `recover` (Linux 6.13, for those who must
+    /// not wait), `none` fails everything for good [default: reissue, queue or none, the first that the kernel has]
     #[arg(long, value_enum, value_name = "HOW")]
     recovery: Option<Recovery>,
     /// Leave data in the pages of the requests (`on`, Linux 6.16 or newer), or copy it once between the kernel and
@@ -109,7 +109,8 @@ impl Add {
     fn options(&self) -> Options {
         let cpus = thread::available_parallelism().map_or(1, usize::from);
         let default = u16::try_from(cpus.min(DEFAULT_QUEUES)).expect("a handful");
-        let queues = self.queues.unwrap_or(default);
+        // The kernel cuts to the same number; buffers are judged by what there will be.
+        let queues = self.queues.unwrap_or(default).min(most_queues());
         let request_bytes = request_bytes(queues, self.depth);
         let Self { id, depth, recovery, zero_copy, .. } = *self;
         Options { id, queues, depth, request_bytes, recovery, zero_copy }
@@ -157,7 +158,7 @@ impl Add {
 fn take_away(ready: &Ready) {
     let stopped = Registry::open().and_then(|registry| {
         let found = stop::find(&registry, &Target::Id(ready.id))?;
-        stop::stop(&registry, &found.entry, true)
+        stop::stop(&registry, &found.entry, &How { force: true, timeout: stop::DEFAULT_TIMEOUT })
     });
     if let Err(error) = stopped {
         tracing::warn!("{} is there, but nobody may know of it: {error}", ready.device.display());
@@ -179,7 +180,26 @@ pub fn open_locked(path: &Path, access: Access) -> Result<ImageFile> {
         }
         outcome => outcome,
     };
-    opened.map_err(|error| holders::explain(error, path))
+    opened.map_err(|error| refused_by_host(holders::explain(error, path), access))
+}
+
+/// What helps where the host does not let the image be written.
+fn refused_by_host(error: Error, access: Access) -> Error {
+    match error.os_error() {
+        Some(libc::EROFS) if access == Access::ReadWrite => {
+            error.remedy("the file system is read-only: `--read-only` serves the image as it is")
+        }
+        Some(libc::EPERM) if access == Access::ReadWrite => error.remedy(
+            "the file may be immutable: `lsattr` shows it, `chattr -i` ends it; `--read-only` serves the image as it is",
+        ),
+        _ => error,
+    }
+}
+
+/// The most queues that a device gets: one per CPU of the machine.
+fn most_queues() -> u16 {
+    let cpus = nix::unistd::sysconf(nix::unistd::SysconfVar::_NPROCESSORS_CONF).ok().flatten();
+    cpus.and_then(|cpus| u16::try_from(cpus).ok()).unwrap_or(MAX_QUEUES).clamp(1, MAX_QUEUES)
 }
 
 /// The longest requests whose buffers stay within bounds: many requests in flight need not be long ones.
@@ -218,9 +238,9 @@ mod tests {
             "--depth",
             "9",
             "--queues",
-            "3",
+            "1",
             "--recovery",
-            "queue",
+            "fail",
             "--zero-copy",
             "fallback",
             "--parent",
@@ -234,7 +254,7 @@ mod tests {
         let arguments = add.child_arguments(&add.options());
         let again = Line::try_parse_from(arguments).expect("its own words").add;
         assert!(again.serve && again.read_only && again.image == Path::new("-odd name"));
-        assert_eq!((again.id, again.queues, again.depth), (Some(7), Some(3), 9));
+        assert_eq!((again.id, again.queues, again.depth), (Some(7), Some(1), 9));
         assert_eq!(again.options(), add.options());
         let search = again.parents.search();
         assert_eq!(search.parents, [Path::new("-one"), Path::new("two")]);
@@ -257,6 +277,25 @@ mod tests {
             let options = Options { queues, depth, request_bytes, ..Options::default() };
             options.validate().expect("within bounds");
         }
+    }
+
+    #[test]
+    fn more_queues_than_cpus_are_not_asked_for() {
+        let options = parse(&["--queues", "64", "--depth", "4096", "x"]).options();
+        assert_eq!(options.queues, most_queues());
+        assert!(most_queues() > 16 || options.validate().is_ok(), "{options:?}");
+    }
+
+    #[test]
+    fn a_host_that_refuses_writes_is_told_from_a_missing_right() {
+        let refused = |errno, access| {
+            let error = Error::io("opening", std::io::Error::from_raw_os_error(errno));
+            refused_by_host(error, access).remedy_text().map(str::to_owned).unwrap_or_default()
+        };
+        assert!(refused(libc::EROFS, Access::ReadWrite).contains("--read-only"));
+        assert!(refused(libc::EPERM, Access::ReadWrite).contains("chattr -i"));
+        assert!(refused(libc::EACCES, Access::ReadWrite).is_empty());
+        assert!(refused(libc::EPERM, Access::ReadOnly).is_empty());
     }
 
     #[test]

@@ -1,10 +1,12 @@
 //! `del`: takes devices away and closes their images.
 
 use std::ffi::OsString;
+use std::time::Duration;
 
-use vhdx_ublk::device::registry::{Entry, Registry};
-use vhdx_ublk::device::stop::{self, Target};
-use vhdx_ublk::error::Result;
+use vhdx_ublk::device::registry::{Listed, Registry};
+use vhdx_ublk::device::stop::{self, How, Openers, Target};
+use vhdx_ublk::device::{Control, DeviceInfo, launch};
+use vhdx_ublk::error::{Error, Kind, Result};
 
 use super::{holders, output};
 
@@ -14,15 +16,22 @@ use super::{holders, output};
 #[derive(clap::Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct Del {
-    /// The device: its number, /dev/ublkbN, or the path of its image
+    /// The device: its number, /dev/ublkbN or a partition of it, or the path of its image
     #[arg(required_unless_present = "all", conflicts_with = "all")]
     target: Vec<OsString>,
-    /// All devices of this program
+    /// All devices of this program, those that lie on others first
     #[arg(short, long)]
     all: bool,
-    /// Also devices in use: what uses them sees I/O errors
+    /// Also devices in use: what uses them sees I/O errors. A daemon that does not end in time is killed
     #[arg(short, long)]
     force: bool,
+    /// How long each daemon may take to close its image, seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = stop::DEFAULT_TIMEOUT.as_secs())]
+    #[arg(value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    timeout: u64,
+    /// This is the child that waits in the kernel; the number is the device's mark
+    #[arg(long, hide = true, conflicts_with = "all")]
+    stop_device: Option<u64>,
 }
 
 const AFTER_HELP: &str = "\
@@ -30,34 +39,103 @@ Examples:
   vhdx-ublk del 0
   vhdx-ublk del /dev/ublkb0 disk.vhdx
   vhdx-ublk del --all
+  vhdx-ublk del --force --timeout 10 0    take it away even if its daemon hangs
 
+A device is in use while it is mounted, is swap, has a loop device, a mapper or an array on it,
+is exported by the kernel (nvmet, LIO), or is open. A daemon that --force had to kill leaves its
+session: what it acknowledged is put into the image as after any other death.
 Exit status: 0 all of them are gone, 1 some are still there or their image could not be closed
 cleanly, 2 wrong usage.";
+
+/// One to be taken away.
+enum Doomed {
+    Known(Listed),
+    Orphan(DeviceInfo),
+}
+
+impl Doomed {
+    fn lies_on(&self, below: &Self) -> bool {
+        match (self, below) {
+            (Self::Known(above), Self::Known(below)) => stop::lies_on(&above.entry, &below.entry),
+            _ => false,
+        }
+    }
+
+    fn take_away(&self, registry: &Registry, how: &How) -> Result<()> {
+        match self {
+            Self::Known(listed) => stop::stop(registry, &listed.entry, how),
+            Self::Orphan(info) => stop::stop_orphan(registry, info, how),
+        }
+    }
+}
 
 impl Del {
     /// Runs the command. Every target is tried; the last failure is returned, earlier ones are told at once.
     pub fn run(self) -> Result<()> {
+        if let Some(mark) = self.stop_device {
+            return self.stop_device(mark);
+        }
         let registry = holders::registry()?;
-        output::last_failure(self.outcomes(registry.as_ref())?)
+        let outcomes = match &registry {
+            Some(registry) => {
+                // Where there is no driver there is nothing to sweep by.
+                Control::open().map_or(Ok(()), |control| registry.sweep(&control))?;
+                if self.all { self.all(registry)? } else { self.named(registry) }
+            }
+            None if self.all => Vec::new(),
+            None => {
+                self.target.iter().map(|text| Err(holders::nothing_serves(&Target::parse(text)))).collect()
+            }
+        };
+        output::last_failure(outcomes.into_iter())
     }
 
-    /// Takes the devices away, one by one, as the outcomes are asked for.
-    fn outcomes<'a>(
-        &'a self,
-        registry: Option<&'a Registry>,
-    ) -> Result<Box<dyn Iterator<Item = Result<()>> + 'a>> {
-        let remove = move |registry: &Registry, entry: Entry| stop::stop(registry, &entry, self.force);
-        match registry {
-            Some(registry) if self.all => {
-                let listed = registry.list()?.into_iter();
-                Ok(Box::new(listed.map(move |listed| remove(registry, listed.entry))))
+    fn how(&self) -> How {
+        How { force: self.force, timeout: Duration::from_secs(self.timeout) }
+    }
+
+    fn named(&self, registry: &Registry) -> Vec<Result<()>> {
+        let take = |text: &OsString| stop::take_away(registry, &Target::parse(text), &self.how());
+        self.target.iter().map(take).collect()
+    }
+
+    /// Takes all devices away. One that fails is tried again when another has gone: it may have lain on that.
+    fn all(&self, registry: &Registry) -> Result<Vec<Result<()>>> {
+        let survey = registry.survey()?;
+        let known = survey.devices.into_iter().map(Doomed::Known);
+        let all = known.chain(survey.orphans.into_iter().map(Doomed::Orphan)).collect();
+        let mut left = stop::nested_first(all, Doomed::lies_on);
+        loop {
+            let (count, mut failures, mut again) = (left.len(), Vec::new(), Vec::new());
+            for doomed in left {
+                if let Err(error) = doomed.take_away(registry, &self.how()) {
+                    // Of any other kind it is gone, and its image is the trouble.
+                    if error.kind() == Kind::InUse {
+                        again.push(doomed);
+                    }
+                    failures.push(Err(error));
+                }
             }
-            None if self.all => Ok(Box::new(std::iter::empty())),
-            registry => Ok(Box::new(self.target.iter().map(move |text| {
-                let target = Target::parse(text);
-                let registry = registry.ok_or_else(|| holders::nothing_serves(&target))?;
-                remove(registry, stop::find(registry, &target)?.entry)
-            }))),
+            if again.is_empty() || again.len() == count {
+                return Ok(failures);
+            }
+            output::last_failure(failures.into_iter().filter(|failure| !is_in_use(failure)))
+                .unwrap_or_else(|error| output::report(&error, false));
+            left = again;
         }
     }
+
+    /// In the child that may wait in the kernel for long.
+    fn stop_device(&self, mark: u64) -> Result<()> {
+        let [text] = &self.target[..] else { return Err(Error::new(Kind::Usage, "one device per process")) };
+        let Target::Id(id) = Target::parse(text) else {
+            return Err(Error::new(Kind::Usage, "the device is given by its number"));
+        };
+        let openers = if self.force { Openers::Any } else { Openers::None };
+        launch::tell_stopped(&stop::stop_here(id, mark, openers))
+    }
+}
+
+fn is_in_use(outcome: &Result<()>) -> bool {
+    outcome.as_ref().is_err_and(|error| error.kind() == Kind::InUse)
 }

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use vhdx_ublk::chain::{self, Relative, Search};
-use vhdx_ublk::device::registry::{Entry, FileId, Listed, RUN_DIRECTORY, Registry, State};
+use vhdx_ublk::device::registry::{Entry, FileId, Listed, RUN_DIRECTORY, Registry, State, Survey};
 use vhdx_ublk::device::stop::{self, Target};
 use vhdx_ublk::device::usage;
 use vhdx_ublk::disk::Access;
@@ -12,15 +12,24 @@ use vhdx_ublk::error::{Error, Kind, Result};
 
 use super::look;
 
-/// Our devices, in the order of their numbers. Nothing is made where there are none.
+/// Our devices that have an entry, in the order of their numbers. Nothing is changed.
 ///
 /// # Errors
 ///
 /// When the caller may not look, or the registry cannot be read.
 pub fn devices() -> Result<Vec<Listed>> {
+    survey().map(|survey| survey.devices)
+}
+
+/// All that is known of our devices. Nothing is changed.
+///
+/// # Errors
+///
+/// As [`devices`].
+pub fn survey() -> Result<Survey> {
     match registry()? {
-        Some(registry) => registry.list(),
-        None => Ok(Vec::new()),
+        Some(registry) => registry.survey(),
+        None => Ok(Survey::default()),
     }
 }
 
@@ -90,12 +99,17 @@ pub fn refuse_abandoned(path: &Path, access: Access) -> Result<()> {
     let found = fs::metadata(path).map(|found| FileId::of(&found));
     let file = found.map_err(|error| Error::io("looking at the image", error).file(path))?;
     let both_read = |listed: &Listed| listed.entry.read_only && access == Access::ReadOnly;
-    let concerns = |listed: &Listed| listed.entry.reads(file) && listed.is_abandoned() && !both_read(listed);
+    let concerns =
+        |listed: &Listed| listed.may_be_abandoned() && !both_read(listed) && listed.entry.reads(file);
     let Some(listed) = devices()?.into_iter().find(concerns) else { return Ok(()) };
     let device = listed.entry.device.display();
     let remedy =
         format!("`vhdx-ublk recover {device}` goes on with it, `vhdx-ublk del {device}` takes it away");
-    let message = format!("the image belongs to {device}, whose daemon was killed");
+    let message = if listed.is_abandoned() {
+        format!("the image belongs to {device}, whose daemon was killed")
+    } else {
+        format!("the image belongs to {device}, and whether that is served cannot be seen from here")
+    };
     Err(Error::new(Kind::InUse, message).file(path).remedy(remedy))
 }
 

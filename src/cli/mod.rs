@@ -90,7 +90,7 @@ impl Command {
         match self {
             Self::Add(add) => add.run(),
             Self::Del(del) => del.run(),
-            Self::List(list) => list.run(),
+            Self::List(list) => return list.run(),
             Self::Recover(recover) => recover.run(),
             Self::Snapshot(snapshot) => snapshot.run(),
             Self::Create(create) => create.run(),

@@ -12,7 +12,7 @@ use vhdx_ublk::device::layers::Parents;
 use vhdx_ublk::device::opened::{NoEngine, Opened};
 use vhdx_ublk::device::registry::{Entry, FileId, Listed, State};
 use vhdx_ublk::device::session::Plan;
-use vhdx_ublk::device::stop::Target;
+use vhdx_ublk::device::stop::{self, Target};
 use vhdx_ublk::disk::{Access, ImageFile};
 use vhdx_ublk::error::{Error, Kind, Result};
 
@@ -21,6 +21,10 @@ use super::{add, detached, holders, output};
 /// How long a killed daemon may take to be gone.
 const END_WAIT: Duration = Duration::from_secs(2);
 
+/// How long a new daemon may take: it waits half a minute for the dead one's last I/O, and as long for the kernel,
+/// and reads the image, which may lie on a device that is being recovered meanwhile.
+const READY_DEADLINE: Duration = Duration::from_secs(120);
+
 /// Go on serving devices whose daemon was killed.
 ///
 /// Everything that was acknowledged is there, flushed or not, and the I/O that waited goes on. Prints the
@@ -28,7 +32,7 @@ const END_WAIT: Duration = Duration::from_secs(2);
 #[derive(clap::Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct Recover {
-    /// The device: its number, /dev/ublkbN, or the path of its image
+    /// The device: its number, /dev/ublkbN or a partition of it, or the path of its image
     #[arg(required_unless_present = "all", conflicts_with = "all")]
     target: Vec<OsString>,
     /// All devices of this program whose daemon was killed
@@ -48,6 +52,7 @@ Examples:
   vhdx-ublk recover /dev/ublkb0
   vhdx-ublk recover --all
 
+Devices are recovered at once: the image of one may lie on another.
 Exit status: 0 all of them are served again, 1 some are not (they wait on), 2 wrong usage.";
 
 impl Recover {
@@ -56,24 +61,53 @@ impl Recover {
         if self.serve {
             return detached::run(|ready| self.serve(ready));
         }
-        let targets = self.targets()?.into_iter();
-        output::last_failure(targets.map(|listed| self.recover(&listed?)))
+        let mut outcomes: Vec<Result<()>> = Vec::new();
+        let mut devices = Vec::new();
+        for target in self.targets()? {
+            match target {
+                Ok(listed) => devices.push(listed),
+                Err(error) => outcomes.push(Err(error)),
+            }
+        }
+        outcomes.extend(self.recover_all(&devices));
+        output::last_failure(outcomes.into_iter())
     }
 
     fn targets(&self) -> Result<Vec<Result<Listed>>> {
         if self.all {
             return Ok(holders::devices()?.into_iter().filter(Listed::is_abandoned).map(Ok).collect());
         }
-        Ok(self.target.iter().map(|text| holders::find(&Target::parse(text))).collect())
+        let find = |text: &OsString| {
+            let target = Target::parse(text);
+            holders::find(&target).map_err(|error| nothing_to_recover(error, &target))
+        };
+        Ok(self.target.iter().map(find).collect())
     }
 
-    /// Has a daemon of its own take the device over.
-    fn recover(&self, listed: &Listed) -> Result<()> {
+    /// Recovers all `devices` at once: the image of one may lie on another, and cannot be read before that is back.
+    fn recover_all(&self, devices: &[Listed]) -> Vec<Result<()>> {
+        thread::scope(|scope| {
+            let threads: Vec<_> =
+                devices.iter().map(|listed| scope.spawn(|| self.recover(listed, devices))).collect();
+            let joined = threads.into_iter().map(|thread| thread.join().expect("a panic ends the process"));
+            joined.collect()
+        })
+    }
+
+    /// Has a daemon of its own take the device over, as `all` of these are.
+    fn recover(&self, listed: &Listed, all: &[Listed]) -> Result<()> {
         await_end(listed);
+        refuse_served(listed)?;
+        if let Some(registry) = holders::registry()?
+            && let Some(below) = stop::waits_below(&registry, &listed.entry)?
+            && !all.iter().any(|other| other.entry.mark == below.entry.mark)
+        {
+            return Err(stop::lies_on_waiting(&listed.entry, &below));
+        }
         let mut arguments: Vec<OsString> = vec!["recover".into(), "--serve".into()];
         arguments.extend(self.accept_loss.then(|| "--accept-loss".into()));
         arguments.extend(["--".into(), listed.entry.id.to_string().into()]);
-        let ready = launch::launch(arguments)?;
+        let ready = launch::launch_within(arguments, READY_DEADLINE)?;
         output::print(&ready.device.display().to_string())
     }
 
@@ -120,10 +154,28 @@ fn refuse_served(listed: &Listed) -> Result<()> {
             Error::new(Kind::Unsupported, format!("{device} cannot be recovered: its I/O has failed already"))
                 .remedy(format!("`vhdx-ublk del {device}`, then `vhdx-ublk add {image}`"))
         }
-        _ => Error::new(Kind::Usage, format!("{device} has a daemon: there is nothing to recover"))
-            .remedy("vhdx-ublk list"),
+        State::Unknown => {
+            Error::new(Kind::NoDriver, format!("whether {device} has a daemon cannot be seen from here"))
+                .remedy("run it where /dev/ublk-control is, outside of the container")
+        }
+        _ => Error::new(Kind::InUse, format!("{device} is served: there is nothing to recover"))
+            .remedy("`vhdx-ublk list` tells where it stands"),
     };
     Err(error)
+}
+
+/// There is no such device, as after every start of the machine.
+fn nothing_to_recover(error: Error, target: &Target) -> Error {
+    if error.kind() != Kind::NotFound {
+        return error;
+    }
+    let message = format!("{}: there is nothing to recover", error.message());
+    let image = match target {
+        Target::Id(_) => "IMAGE".into(),
+        Target::Image(path) => path.display().to_string(),
+    };
+    Error::new(Kind::NotFound, message)
+        .remedy(format!("after a restart of the machine, `vhdx-ublk add {image}` serves the image again"))
 }
 
 /// Opens and locks the device's image, which must be the file it was.

@@ -10,18 +10,22 @@
 //!   deadline it is leaked, together with the ring, on purpose.
 #![allow(unsafe_code, reason = "pushing a submission gives the kernel a pointer")]
 
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::mem::offset_of;
 use std::os::fd::AsRawFd;
+use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use io_uring::types::{Fd, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode, squeue};
 use libublk::sys;
+use uuid::Uuid;
 
+use super::features;
 use super::options::KernelParameters;
+use crate::disk::ring_refused;
 use crate::error::{Error, Kind, Result};
 
 /// Where commands go.
@@ -32,6 +36,18 @@ const DEADLINE: Duration = Duration::from_secs(30);
 
 /// How long stopping may take: it ends when all I/O has, and file systems are written back first.
 const STOP_DEADLINE: Duration = Duration::from_secs(300);
+
+/// How long a server that was killed may take to be gone before that is said: most are gone at once.
+const RELEASE_PATIENCE: Duration = Duration::from_secs(1);
+
+/// Where the kernel lists the devices: `ublkcN`, whether they are started or not.
+const CHARACTER_CLASS: &str = "/sys/class/ublk-char";
+
+/// How many devices the kernel allows at once; of all users before Linux 6.15.
+const DEVICES_LIMIT: &str = "/sys/module/ublk_drv/parameters/ublks_max";
+
+/// The upper half of the mark of every device of this program: "vhdx". The lower half is chosen at random.
+const MARK_OF_PROGRAM: u64 = 0x7668_6478 << 32;
 
 /// How long to wait for a deleted device's number to be free.
 const NUMBER_DEADLINE: Duration = Duration::from_secs(2);
@@ -80,6 +96,8 @@ pub struct DeviceInfo {
     pub state: KernelState,
     /// What its server gave it to be recognised by; the kernel keeps it and means nothing by it.
     pub mark: u64,
+    /// The process that serves it, if it can be seen from here.
+    pub server: Option<u32>,
 }
 
 /// A device to be made.
@@ -97,6 +115,16 @@ pub struct NewDevice {
     pub flags: u64,
     /// See [`DeviceInfo::mark`].
     pub mark: u64,
+}
+
+/// A mark for a new device of this program.
+pub(super) fn new_mark() -> u64 {
+    MARK_OF_PROGRAM | Uuid::new_v4().as_u64_pair().0 & u64::from(u32::MAX)
+}
+
+/// Whether a device with this mark was made by this program.
+pub(super) fn is_mark_of_program(mark: u64) -> bool {
+    mark & !u64::from(u32::MAX) == MARK_OF_PROGRAM
 }
 
 /// A command's number, and what it does in words.
@@ -120,6 +148,7 @@ const START: Verb = verb(sys::UBLK_U_CMD_START_DEV, "starting");
 const START_RECOVERY: Verb = verb(sys::UBLK_U_CMD_START_USER_RECOVERY, "taking over");
 const END_RECOVERY: Verb = verb(sys::UBLK_U_CMD_END_USER_RECOVERY, "going on with");
 const STOP: Verb = Verb { deadline: STOP_DEADLINE, ..verb(sys::UBLK_U_CMD_STOP_DEV, "stopping") };
+const TRY_STOP: Verb = Verb { op: sys::UBLK_U_CMD_TRY_STOP_DEV, ..STOP };
 const DELETE: Verb = verb(sys::UBLK_U_CMD_DEL_DEV_ASYNC, "deleting");
 /// The same before Linux 6.9: waits until nobody has the device open any more.
 const DELETE_AND_WAIT: Verb = verb(sys::UBLK_U_CMD_DEL_DEV, "deleting");
@@ -146,12 +175,23 @@ impl Control {
     pub fn open() -> Result<Self> {
         let file = OpenOptions::new().read(true).write(true).open(CONTROL_PATH);
         let mut control = Self { file: file.map_err(unavailable)?, features: None };
-        control.features = match control.exchange(GET_FEATURES, ANY_ID, 0, 0_u64) {
-            Ok(features) => Some(features),
-            Err(error) if error.os_error().is_some() => None,
-            Err(error) => return Err(error),
+        let deadline = Instant::now() + GET_FEATURES.deadline;
+        control.features = match control.attempt(GET_FEATURES, ANY_ID, 0, 0_u64, deadline)? {
+            (0.., features) => Some(features),
+            (_refused, _) => None,
         };
         Ok(control)
+    }
+
+    /// What the kernel knows about every device there is, in the order of their numbers.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says.
+    pub fn devices(&self) -> Result<Vec<DeviceInfo>> {
+        let mut ids = ids_in(Path::new(CHARACTER_CLASS));
+        ids.sort_unstable();
+        ids.into_iter().filter_map(|id| self.info(id).transpose()).collect()
     }
 
     /// `UBLK_F_*` that the driver has, if it is new enough to say so.
@@ -220,16 +260,22 @@ impl Control {
     }
 
     /// Makes this process the server-to-be of a device whose server was killed. The kernel lets go of the dead
-    /// one in its own time, which is waited for.
+    /// one in its own time, which is waited for; if that takes long, `waiting` is called once.
     ///
     /// # Errors
     ///
-    /// What the kernel says.
-    pub fn start_recovery(&self, id: u32) -> Result<()> {
-        let until = Instant::now() + DEADLINE;
+    /// `EBUSY` when something still has the character device; what the kernel says otherwise.
+    pub fn start_recovery(&self, id: u32, waiting: impl FnOnce()) -> Result<()> {
+        let started = Instant::now();
+        let mut waiting = Some(waiting);
         loop {
             match self.exchange(START_RECOVERY, id, 0, ()) {
-                Err(error) if error.os_error() == Some(libc::EBUSY) && Instant::now() < until => {
+                Err(error) if error.os_error() == Some(libc::EBUSY) && started.elapsed() < DEADLINE => {
+                    if started.elapsed() > RELEASE_PATIENCE
+                        && let Some(waiting) = waiting.take()
+                    {
+                        waiting();
+                    }
                     thread::sleep(POLL_INTERVAL);
                 }
                 outcome => return outcome,
@@ -254,6 +300,24 @@ impl Control {
     /// What the kernel says; a device that is gone is no error.
     pub fn stop(&self, id: u32) -> Result<()> {
         unless_gone(self.exchange(STOP, id, 0, ()))
+    }
+
+    /// As [`Self::stop`], unless anything has the block device open, the kernel itself included: `false` then.
+    /// Only where the driver has `SAFE_STOP_DEV`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::stop`].
+    pub fn stop_if_unused(&self, id: u32) -> Result<bool> {
+        match self.exchange(TRY_STOP, id, 0, ()) {
+            Err(error) if error.os_error() == Some(libc::EBUSY) => Ok(false),
+            outcome => unless_gone(outcome).map(|()| true),
+        }
+    }
+
+    /// Whether the driver can refuse to stop a device that is open.
+    pub(super) fn has_safe_stop(&self) -> bool {
+        self.features.is_some_and(|features| features & features::SAFE_STOP != 0)
     }
 
     /// Removes the device with this number and mark. `true`: the number is free again. It may take longer,
@@ -301,7 +365,8 @@ impl Control {
         let op = if known { verb.op } else { verb.op & LEGACY_MASK };
         let entry = opcode::UringCmd80::new(Fd(self.file.as_raw_fd()), op).cmd(command).build();
         let ring = IoUring::<squeue::Entry128>::builder().build(1);
-        let mut ring = ring.map_err(|error| Error::io("making a ring for ublk's control commands", error))?;
+        let mut ring =
+            ring.map_err(|error| ring_refused("making a ring for ublk's control commands", error))?;
         // SAFETY: the payload lives until the command has been answered, see the module's head.
         unsafe { ring.submission().push(&entry) }.expect("a fresh ring has a free place");
         match await_answer(&mut ring, by) {
@@ -330,6 +395,7 @@ impl DeviceInfo {
                 _ => KernelState::Unknown,
             },
             mark: info.ublksrv_flags,
+            server: u32::try_from(info.ublksrv_pid).ok().filter(|&pid| pid > 0),
         }
     }
 
@@ -381,10 +447,43 @@ fn unavailable(error: io::Error) -> Error {
                 .remedy("modprobe ublk_drv (CONFIG_BLK_DEV_UBLK, Linux 6.0 or newer)")
         }
         Some(libc::EACCES | libc::EPERM) => {
-            Error::io(format!("opening {CONTROL_PATH}"), error).remedy("run it as root")
+            forbidden(Error::io(format!("opening {CONTROL_PATH}"), error), nix::unistd::geteuid().is_root())
         }
         _ => Error::io(format!("opening {CONTROL_PATH}"), error),
     }
+}
+
+/// The remedy for a command that is not permitted.
+fn forbidden(error: Error, is_root: bool) -> Error {
+    error.remedy(if is_root {
+        "root is not enough here: a container or a security module forbids it; run it outside of that"
+    } else {
+        "run it as root"
+    })
+}
+
+/// The numbers of the devices in a class directory of the kernel; none where there is no such directory.
+fn ids_in(class: &Path) -> Vec<u32> {
+    let items = fs::read_dir(class).into_iter().flatten().flatten();
+    items.filter_map(|item| item.file_name().to_str()?.strip_prefix("ublkc")?.parse().ok()).collect()
+}
+
+/// Why the kernel does not make another device, if that is because there are `count` of at most `limit`.
+fn too_many(count: usize, limit: Option<usize>) -> Option<Error> {
+    let limit = limit.filter(|&limit| count >= limit)?;
+    let message = format!("the kernel allows {limit} ublk devices at once, and there are {count}");
+    let remedy = format!(
+        "`vhdx-ublk del` one that is not needed, or allow more: echo {} >{DEVICES_LIMIT}",
+        limit.max(1) * 2
+    );
+    Some(Error::new(Kind::NoSpace, message).remedy(remedy))
+}
+
+/// Why an `ADD_DEV` was refused with `EACCES`: kernels before 6.15 say so when there are too many.
+fn not_permitted(error: Error) -> Error {
+    let limit = fs::read_to_string(DEVICES_LIMIT).ok().and_then(|text| text.trim().parse().ok());
+    let is_root = nix::unistd::geteuid().is_root();
+    too_many(ids_in(Path::new(CHARACTER_CLASS)).len(), limit).unwrap_or_else(|| forbidden(error, is_root))
 }
 
 fn named(verb: Verb, id: u32) -> String {
@@ -398,7 +497,8 @@ fn named(verb: Verb, id: u32) -> String {
 fn refused(verb: Verb, id: u32, errno: i32) -> Error {
     let error = Error::io(named(verb, id), io::Error::from_raw_os_error(errno));
     match error.kind() {
-        Kind::Permission => error.remedy("run it as root"),
+        Kind::Permission if verb.op == ADD.op => not_permitted(error),
+        Kind::Permission => forbidden(error, nix::unistd::geteuid().is_root()),
         Kind::Exists if verb.op == ADD.op => {
             error.remedy("choose another number, or leave the choice to the kernel")
         }
@@ -438,6 +538,40 @@ mod tests {
         assert!(error.remedy_text().is_some_and(|text| text.contains("modprobe ublk_drv")));
         let error = unavailable(io::Error::from_raw_os_error(libc::EACCES));
         assert_eq!(error.kind(), Kind::Permission);
+    }
+
+    #[test]
+    fn root_is_not_sent_to_become_root() {
+        let error = || Error::new(Kind::Permission, "no");
+        assert_eq!(forbidden(error(), false).remedy_text(), Some("run it as root"));
+        assert!(forbidden(error(), true).remedy_text().is_some_and(|text| text.contains("container")));
+    }
+
+    #[test]
+    fn a_device_too_many_is_told_from_a_missing_right() {
+        assert!(too_many(63, Some(64)).is_none() && too_many(64, None).is_none());
+        let error = too_many(64, Some(64)).expect("the limit");
+        assert!(error.to_string().contains("allows 64 ublk devices at once, and there are 64"), "{error}");
+        assert!(error.remedy_text().is_some_and(|text| text.contains("echo 128 >/sys/module/ublk_drv")));
+    }
+
+    #[test]
+    fn the_kernels_list_of_devices_is_read() {
+        let class = tempfile::tempdir().expect("a directory");
+        for name in ["ublkc0", "ublkc12", "ublk-control", "ublkcx"] {
+            fs::create_dir(class.path().join(name)).expect("made");
+        }
+        let mut ids = ids_in(class.path());
+        ids.sort_unstable();
+        assert_eq!(ids, [0, 12]);
+        assert!(ids_in(&class.path().join("none")).is_empty());
+    }
+
+    #[test]
+    fn a_device_of_this_program_is_known_by_its_mark() {
+        let (one, other) = (new_mark(), new_mark());
+        assert!(is_mark_of_program(one) && is_mark_of_program(other) && one != other);
+        assert!(!is_mark_of_program(0) && !is_mark_of_program(u64::MAX) && !is_mark_of_program(0x7668_6478));
     }
 
     #[test]

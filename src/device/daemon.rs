@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::control::{Control, DeviceInfo, NewDevice, POLL_INTERVAL};
+use super::control::{self, Control, DeviceInfo, NewDevice, POLL_INTERVAL};
 use super::data::{Numbers, Transfer};
 use super::features;
 use super::leaf::NextLeaf;
@@ -34,12 +34,12 @@ use super::queues::Queues;
 use super::registry::{Entry, FileId, ProcessId, Registry};
 use super::ring::RingSetup;
 use super::snapshot::{NewLeaf, Order};
-use super::socket::{self, Call, Command};
+use super::socket::{self, Call, Status};
 use super::sys;
 use super::usage;
 use crate::disk::folder_of;
 use crate::engine::front::Front;
-use crate::engine::shared::Shared;
+use crate::engine::shared::{Session, Shared};
 use crate::error::{Error, Kind, Result};
 
 /// How long a device node may take to appear: at once in devtmpfs, later where something else makes it.
@@ -183,16 +183,21 @@ impl<E: EngineHandle> Device<E> {
             depth: options.depth,
             request_bytes: options.request_bytes,
             flags: features::wanted(recovery) | features::transfer(control.features(), options.zero_copy)?,
-            mark: Uuid::new_v4().as_u64_pair().0,
+            mark: control::new_mark(),
         };
         let daemon = ProcessId::this()?;
+        registry.sweep(&control)?;
+        // Until its entry is written, the device looks like one that nobody serves.
+        let locked = registry.lock()?;
         let info = control.add(&new)?;
         let entry = Entry { recovery, ..describe(&info, served, daemon) };
+        let written = locked.write(&entry);
+        drop(locked);
         let is_test = options.zero_copy == ZeroCopy::Fallback;
         let transfer = transfer(&info, if is_test { Numbers::Impossible } else { Numbers::Tag });
         let entry = Arc::new(Mutex::new(entry));
         let device = Self { control, info, transfer, registry, entry, cdev: None, engine: None, queues };
-        match agree(&new, &info).and_then(|()| device.record(|_| ())) {
+        match agree(&new, &info).and(written) {
             Ok(()) => Ok(device),
             Err(error) => Err(device.take_down(Err(error)).expect_err("it failed")),
         }
@@ -204,7 +209,11 @@ impl<E: EngineHandle> Device<E> {
         let found = control.info(entry.id)?.filter(|info| info.mark == entry.mark);
         let info =
             found.ok_or_else(|| Error::new(Kind::NotFound, format!("{} is gone", entry.device.display())))?;
-        control.start_recovery(entry.id)?;
+        let waiting = || tracing::warn!("{}", still_held(entry).message());
+        control.start_recovery(entry.id, waiting).map_err(|error| match error.os_error() {
+            Some(libc::EBUSY) => still_held(entry),
+            _ => error,
+        })?;
         let entry = Entry { daemon: ProcessId::this()?, started: false, ..entry.clone() };
         registry.write(&entry)?;
         let (transfer, entry) = (transfer(&info, Numbers::Tag), Arc::new(Mutex::new(entry)));
@@ -236,7 +245,10 @@ impl<E: EngineHandle> Device<E> {
             Beginning::TakenOver => self.control.end_recovery(self.info.id)?,
         }
         await_node(&self.path(), Node::Block)?;
-        socket::listen(&self.registry.socket_path(self.info.id), self.queues.caller())?;
+        let next = self.engine.as_ref().expect("started above").next_leaf();
+        let first = served.shared.clone();
+        let status = move || status_of(&next.latest().map_or_else(|| first.clone(), |leaf| leaf.shared));
+        socket::listen(&self.registry.socket_path(self.info.id), status, self.queues.caller())?;
         self.record(|entry| entry.started = true)
     }
 
@@ -246,8 +258,7 @@ impl<E: EngineHandle> Device<E> {
 
     /// Does what it is told until it shall end.
     fn obey(&mut self) -> Result<()> {
-        while let Some(Call { command, answer, decided }) = self.queues.next_call()? {
-            let Command::Snapshot { image } = command;
+        while let Some(Call { image, answer, decided }) = self.queues.next_call()? {
             if usage::is_on_device(folder_of(&image), self.info.id) {
                 // Who asked may have lost patience.
                 let _ = answer.send(Err(on_itself(&image)));
@@ -343,6 +354,16 @@ impl<E: EngineHandle> Device<E> {
     }
 }
 
+/// How a device is that serves what `shared` is of.
+fn status_of(shared: &Shared) -> Status {
+    let troubles = shared.troubles();
+    Status {
+        poisoned: shared.session() == Session::Poisoned,
+        host_full: troubles.is_host_full(),
+        last_error: troubles.last(),
+    }
+}
+
 /// Changes an entry, and only then what is known of it.
 fn change_entry(registry: &Registry, entry: &Mutex<Entry>, change: impl FnOnce(&mut Entry)) -> Result<()> {
     let mut entry = entry.lock().unwrap_or_else(PoisonError::into_inner);
@@ -390,6 +411,18 @@ fn describe(info: &DeviceInfo, served: &Served, daemon: ProcessId) -> Entry {
     }
 }
 
+/// The kernel lets nobody take the device over while anything has its character device open.
+fn still_held(entry: &Entry) -> Error {
+    let users = usage::of_character_device(entry.id);
+    let node = format!("/dev/ublkc{}", entry.id);
+    let holder = match &users[..] {
+        [] => "something that this process cannot see (a dying process, another namespace)".to_owned(),
+        users => format!("it is {}", users.join(", ")),
+    };
+    let message = format!("{} cannot be taken over while {node} is held: {holder}", entry.device.display());
+    Error::new(Kind::InUse, message).remedy(format!("end its use (fuser -v {node}), then recover again"))
+}
+
 /// What was granted must be what was asked for, fewer queues aside: the driver drops what it does not know
 /// without a word.
 fn agree(new: &NewDevice, info: &DeviceInfo) -> Result<()> {
@@ -399,7 +432,14 @@ fn agree(new: &NewDevice, info: &DeviceInfo) -> Result<()> {
         return Err(Error::new(Kind::Unsupported, message));
     }
     if info.queues > new.queues || info.depth != new.depth || info.request_bytes != new.request_bytes {
-        let message = format!("the driver grants {info:?}, which is not what was asked for: {new:?}");
+        let shape = |queues: u16, depth: u16, bytes: u32| {
+            format!("{queues} queues of depth {depth} with requests of {bytes} bytes")
+        };
+        let message = format!(
+            "the driver grants {}, which is not what was asked for: {}",
+            shape(info.queues, info.depth, info.request_bytes),
+            shape(new.queues, new.depth, new.request_bytes)
+        );
         return Err(Error::new(Kind::Unsupported, message));
     }
     Ok(())

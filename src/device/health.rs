@@ -79,10 +79,9 @@ fn judge(listed: &Listed, life: Life, answer: Option<Result<Status>>) -> Conditi
     let only = |health| Condition { health, last_error: failure.clone() };
     match (listed.state, life, answer) {
         (State::Dead | State::Failed, ..) => only(Health::Dead),
-        (State::Quiesced | State::FailIo, ..) => only(Health::Waiting),
         (State::Unknown, ..) => only(Health::Unknown),
         (State::Live, Life::Ended, _) if listed.entry.recovery == Recovery::None => only(Health::Dead),
-        (State::Live, Life::Ended, _) => only(Health::Waiting),
+        (State::Quiesced | State::FailIo, ..) | (State::Live, Life::Ended, _) => only(Health::Waiting),
         (_, Life::Stopped, _) => only(Health::Stopped),
         (_, _, Some(Ok(status))) => Condition { health: told(&status), last_error: status.last_error },
         // A daemon of an older version answers, but not this.

@@ -3,6 +3,8 @@
 //! The child does everything and then writes one line to its standard output: `{"ready":…}` or `{"error":…}`.
 //! It detaches with that line and not before: until then its standard error is its parent's, so nothing that
 //! goes wrong on the way up is told to a log alone. A child that dies without a line is reported by its status.
+//! One that says nothing until its deadline is killed; it may wait in the kernel where even that does not end it,
+//! and is left behind then.
 
 use std::ffi::OsString;
 use std::fs::{self, OpenOptions};
@@ -10,7 +12,10 @@ use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::Duration;
 
 use nix::unistd;
 use serde::{Deserialize, Serialize};
@@ -33,6 +38,8 @@ const LOG_MODE: u32 = 0o600;
 #[serde(rename_all = "lowercase")]
 enum Line {
     Ready(Ready),
+    /// Whether a device was stopped, which is all that this child is for.
+    Stopped(bool),
     Error(Failure),
 }
 
@@ -43,23 +50,91 @@ enum Line {
 ///
 /// The child's, or that it ended without a word.
 pub fn launch(arguments: impl IntoIterator<Item = OsString>) -> Result<Ready> {
+    let mut child = start(arguments)?;
+    let line = read_line(child.stdout.take().expect("it was asked for"));
+    let line = line.map_err(|error| Error::io("listening to the daemon", error))?;
+    parse(&line).unwrap_or_else(|| Err(died(child)))
+}
+
+/// As [`launch`], for a daemon that may have to wait for what cannot be interrupted: one that is not ready within
+/// `patience` is killed.
+///
+/// # Errors
+///
+/// As [`launch`], and [`Kind::Io`] at the deadline.
+pub fn launch_within(arguments: impl IntoIterator<Item = OsString>, patience: Duration) -> Result<Ready> {
+    let mut child = start(arguments)?;
+    let Some(line) = line_within(&mut child, patience)? else {
+        let message = format!("the daemon was not ready within {} s, and was killed", patience.as_secs());
+        return Err(Error::new(Kind::Io, message).remedy("look at dmesg, and whether the image can be read"));
+    };
+    parse(&line).unwrap_or_else(|| Err(died(child)))
+}
+
+/// Runs this program again with `arguments`, as a child that calls [`tell_stopped`]; what it told, or nothing at
+/// the deadline.
+///
+/// # Errors
+///
+/// The child's, or that it ended without a word.
+pub fn ask_child(arguments: impl IntoIterator<Item = OsString>, patience: Duration) -> Result<Option<bool>> {
+    let mut child = start(arguments)?;
+    let Some(line) = line_within(&mut child, patience)? else { return Ok(None) };
+    match serde_json::from_str(&line) {
+        Ok(Line::Stopped(stopped)) => Ok(Some(stopped)),
+        Ok(Line::Error(failure)) => Err(failure.into()),
+        Ok(Line::Ready(_)) | Err(_) => Err(died(child)),
+    }
+}
+
+/// In the child: tells the parent whether a device was stopped, or why not.
+///
+/// # Errors
+///
+/// When the parent is gone.
+pub fn tell_stopped(outcome: &Result<bool>) -> Result<()> {
+    tell(&match outcome {
+        Ok(stopped) => Line::Stopped(*stopped),
+        Err(error) => Line::Error(error.into()),
+    })
+}
+
+fn start(arguments: impl IntoIterator<Item = OsString>) -> Result<Child> {
     let name = std::env::args_os().next().unwrap_or_else(|| PROCESS_NAME.into());
     let child =
         Command::new(SELF).arg0(name).args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).spawn();
-    let mut child = child.map_err(|error| Error::io("starting the daemon", error))?;
-    let output = child.stdout.take().expect("it was asked for");
+    child.map_err(|error| Error::io("starting the daemon", error))
+}
+
+fn read_line(output: ChildStdout) -> io::Result<String> {
     let mut line = String::new();
-    let read = BufReader::new(output).read_line(&mut line);
-    read.map_err(|error| Error::io("listening to the daemon", error))?;
-    match parse(&line) {
-        Some(result) => result,
-        None => Err(died(child)),
+    BufReader::new(output).read_line(&mut line)?;
+    Ok(line)
+}
+
+/// The child's line; nothing if it does not come in time, and the child is killed.
+fn line_within(child: &mut Child, patience: Duration) -> Result<Option<String>> {
+    let output = child.stdout.take().expect("it was asked for");
+    let (said, heard) = mpsc::channel();
+    let listen = move || {
+        let _ = said.send(read_line(output)); // after the deadline nobody hears it
+    };
+    let listening = |error| Error::io("listening to the daemon", error);
+    thread::Builder::new().name("listener".into()).spawn(listen).map_err(listening)?;
+    match heard.recv_timeout(patience) {
+        Ok(line) => line.map(Some).map_err(listening),
+        Err(RecvTimeoutError::Timeout) => {
+            child.kill().map_err(|error| Error::io("killing the daemon", error))?;
+            Ok(None)
+        }
+        Err(RecvTimeoutError::Disconnected) => unreachable!("the listener always says something"),
     }
 }
 
 fn parse(line: &str) -> Option<Result<Ready>> {
     match serde_json::from_str(line).ok()? {
         Line::Ready(ready) => Some(Ok(ready)),
+        Line::Stopped(_) => None,
         Line::Error(failure) => Some(Err(failure.into())),
     }
 }

@@ -6,7 +6,7 @@
 //! * [`opened`]: an image checked and ready to be served;
 //! * [`snapshot`]: how the image of a device becomes the parent of a new one while it is served;
 //! * [`launch`]: how that process is started, and how it reports; [`socket`]: how it is told what to do;
-//! * [`registry`], [`stop`], [`usage`], [`features`]: what other processes see and do.
+//! * [`registry`], [`stop`], [`usage`], [`features`], [`health`]: what other processes see and do; [`path`]: paths in JSON.
 //!
 //! Beneath: `control` (the driver's commands), `queue` (one thread per queue), `queues` (all of them), `ring` (a
 //! queue's `io_uring`), `data` (where the data of its requests is), and the pure parts, `descriptor`, `options`
@@ -18,12 +18,15 @@ mod data;
 mod descriptor;
 pub mod engine_thread;
 pub mod features;
+pub mod health;
 pub mod launch;
 pub mod layers;
 mod leaf;
 pub mod mailbox;
 pub mod opened;
 mod options;
+pub mod path;
+mod process;
 mod queue;
 mod queues;
 pub mod registry;
@@ -39,6 +42,6 @@ mod wire;
 
 pub use control::{Control, DeviceInfo, KernelState, NewDevice};
 pub use options::{
-    MAX_BUFFER_BYTES, MAX_DEPTH, MAX_QUEUES, MAX_REQUEST_BYTES, MIN_REQUEST_BYTES, Options, Parameters,
-    Recovery, ZeroCopy,
+    MAX_BUFFER_BYTES, MAX_DEPTH, MAX_ID, MAX_QUEUES, MAX_REQUEST_BYTES, MIN_REQUEST_BYTES, Options,
+    Parameters, Recovery, ZeroCopy,
 };

@@ -20,10 +20,9 @@ impl Written {
     fn of(path: &Path) -> Self {
         match path.to_str() {
             Some(text) => Self::Text(text.into()),
-            None => Self::Bytes {
-                lossy: path.to_string_lossy().into(),
-                hex: path.as_os_str().as_bytes().iter().map(|byte| format!("{byte:02x}")).collect(),
-            },
+            None => {
+                Self::Bytes { lossy: path.to_string_lossy().into(), hex: hex(path.as_os_str().as_bytes()) }
+            }
         }
     }
 
@@ -35,6 +34,11 @@ impl Written {
                 .ok_or("a path's bytes are no hex digits"),
         }
     }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    let digit = |value: u8| char::from_digit(u32::from(value), 16).expect("half a byte");
+    bytes.iter().flat_map(|byte| [digit(byte >> 4), digit(byte & 15)]).collect()
 }
 
 fn bytes(hex: &str) -> Option<Vec<u8>> {
@@ -83,7 +87,6 @@ pub mod optional {
     /// # Errors
     ///
     /// The serializer's.
-    #[expect(clippy::ref_option, reason = "serde calls it so")]
     pub fn serialize<S: Serializer>(path: &Option<PathBuf>, serializer: S) -> Result<S::Ok, S::Error> {
         path.as_deref().map(Written::of).serialize(serializer)
     }

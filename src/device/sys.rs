@@ -162,10 +162,19 @@ impl ProcessHandle {
 
     /// Asks it to end.
     pub(super) fn terminate(&self) -> io::Result<()> {
+        self.signal(libc::SIGTERM)
+    }
+
+    /// Ends it.
+    pub(super) fn kill(&self) -> io::Result<()> {
+        self.signal(libc::SIGKILL)
+    }
+
+    fn signal(&self, signal: i32) -> io::Result<()> {
         let null = ptr::null::<libc::siginfo_t>();
         // SAFETY: a null `siginfo` is allowed and means an ordinary signal.
         let result =
-            unsafe { libc::syscall(libc::SYS_pidfd_send_signal, self.0.as_raw_fd(), libc::SIGTERM, null, 0) };
+            unsafe { libc::syscall(libc::SYS_pidfd_send_signal, self.0.as_raw_fd(), signal, null, 0) };
         if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 }

@@ -1,7 +1,9 @@
-//! Who uses a block device or a file, in words for people: mounts, swap, stacked devices, open files.
+//! Who uses a block device or a file, in words for people: mounts, swap, stacked devices, what the kernel exports
+//! to others, open files.
 //!
 //! Best effort by nature: what is found was true a moment ago, and processes that may not be looked into are
-//! not. Used to refuse with a reason, never to decide that something is safe.
+//! not. Used to refuse with a reason, never to decide that something is safe: where the kernel itself can refuse
+//! to stop a device that is open, it decides.
 
 use std::fs::{self, OpenOptions};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -19,27 +21,62 @@ struct Node {
     number: String,
 }
 
+/// Who uses a device.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Users {
+    /// Those that stay until somebody ends them.
+    pub lasting: Vec<String>,
+    /// Those that leave by themselves in a moment: they only look what a new or changed device is.
+    pub passing: Vec<String>,
+}
+
+impl Users {
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.lasting.is_empty() && self.passing.is_empty()
+    }
+}
+
+/// Where the kernel's configuration of what it exports is mounted.
+const CONFIGURATION: &str = "/sys/kernel/config";
+
+/// Processes that open every new or changed device for a moment: udev's.
+const PASSERS_BY: [&str; 3] = ["(udev-worker)", "systemd-udevd", "udevd"];
+
 /// Who uses `/dev/ublkbN` or a partition of it: `mounted at /mnt`, `used as swap`, `used by dm-0`, `open in
-/// fio (pid 123)`. Empty when nobody does. The device must be live: it is opened.
-pub fn of_device(id: u32) -> Vec<String> {
-    let disk = format!("ublkb{id}");
-    let nodes = nodes_of(Path::new("/sys/class/block"), &disk);
+/// fio (pid 123)`. The device must be live: it is opened.
+pub fn of_device(id: u32) -> Users {
+    let (class, configuration) = (Path::new("/sys/class/block"), Path::new(CONFIGURATION));
+    let nodes = nodes_of(class, &format!("ublkb{id}"));
     let read = |path| fs::read(path).unwrap_or_default();
     let mut users = mounts(&read("/proc/self/mountinfo"), &nodes);
+    users.extend(foreign_mounts(&nodes));
     users.extend(swaps(&read("/proc/swaps"), &nodes));
-    users.extend(nodes.iter().flat_map(|node| holders(Path::new("/sys/class/block"), &node.name)));
-    users.extend(openers(|link| is_one_of(link, &nodes)));
-    if users.is_empty() && is_claimed(&Path::new("/dev").join(disk)) {
+    users.extend(nodes.iter().flat_map(|node| holders(class, &node.name)));
+    users.extend(loops(class, &nodes));
+    users.extend(exports(configuration, &nodes));
+    let (passing, lasting): (Vec<_>, Vec<_>) =
+        openers(|link| is_one_of(link, &nodes)).into_iter().partition(Opener::is_passing);
+    users.extend(lasting.iter().map(Opener::to_string));
+    if users.is_empty() && nodes.iter().any(|node| is_claimed(&Path::new("/dev").join(&node.name))) {
         users.push("claimed by the kernel (mounted in another namespace?)".into());
     }
-    users
+    Users { lasting: users, passing: passing.iter().map(Opener::to_string).collect() }
+}
+
+/// Which processes, this one aside, have the server's side of the device open: `/dev/ublkcN`.
+pub fn of_character_device(id: u32) -> Vec<String> {
+    let path = PathBuf::from(format!("/dev/ublkc{id}"));
+    let found = openers(|link| fs::read_link(link).is_ok_and(|target| target == path));
+    found.iter().map(Opener::to_string).collect()
 }
 
 /// Which processes, this one aside, have the file open: `open in qemu-system-x86 (pid 123)`.
 pub fn of_file(file: FileId) -> Vec<String> {
-    openers(|link| {
+    let found = openers(|link| {
         has_inode(link, file.inode) && fs::metadata(link).is_ok_and(|found| FileId::of(&found) == file)
-    })
+    });
+    found.iter().map(Opener::to_string).collect()
 }
 
 /// How many devices may lie over each other: mappers, arrays, partitions.
@@ -47,8 +84,13 @@ const MAX_STACK: usize = 16;
 
 /// Whether the file system at `path` lies on `/dev/ublkbN`, whatever is in between.
 pub fn is_on_device(path: &Path, id: u32) -> bool {
-    let Ok(found) = fs::metadata(path) else { return false };
-    let number = device_number(found.dev());
+    fs::metadata(path).is_ok_and(|found| file_system_is_on(found.dev(), id))
+}
+
+/// As [`is_on_device`], of a file system known by its number (`st_dev`): no file is looked at, which could wait
+/// for a device that waits.
+pub fn file_system_is_on(file_system: u64, id: u32) -> bool {
+    let number = device_number(file_system);
     let mounts = fs::read("/proc/self/mountinfo").unwrap_or_default();
     let sources = sources_of(&mounts, &number);
     let rdevs = sources
@@ -125,12 +167,80 @@ fn mounts(mountinfo: &[u8], nodes: &[Node]) -> Vec<String> {
     users
 }
 
+/// Mounts that only other namespaces have: of containers, and of services with a view of their own.
+fn foreign_mounts(nodes: &[Node]) -> Vec<String> {
+    let namespace = |pid: &str| Some(fs::metadata(format!("/proc/{pid}/ns/mnt")).ok()?.ino());
+    let mut seen: Vec<u64> = namespace("self").into_iter().collect();
+    let mut users = Vec::new();
+    for pid in names_in(Path::new("/proc")).iter().filter(|name| name.parse::<u32>().is_ok()) {
+        let Some(found) = namespace(pid).filter(|found| !seen.contains(found)) else { continue };
+        seen.push(found);
+        let table = fs::read(format!("/proc/{pid}/mountinfo")).unwrap_or_default();
+        let mounts = mounts(&table, nodes).into_iter();
+        users.extend(mounts.map(|mount| format!("{mount} in the mount namespace of pid {pid}")));
+    }
+    users
+}
+
+/// Loop devices on the device or a partition of it; those on files of a mounted file system are its mount's.
+fn loops(class: &Path, nodes: &[Node]) -> Vec<String> {
+    let mut names = names_in(class);
+    names.sort();
+    let backs = |name: &String| {
+        let file = fs::read(class.join(name).join("loop/backing_file")).ok()?;
+        is_node(Path::new(std::ffi::OsStr::from_bytes(file.trim_ascii_end())), nodes).then(|| name.clone())
+    };
+    names.iter().filter_map(backs).map(|name| format!("used by the loop device /dev/{name}")).collect()
+}
+
+/// What the kernel exports: `NVMe` targets (nvmet) and SCSI targets (LIO).
+fn exports(configuration: &Path, nodes: &[Node]) -> Vec<String> {
+    let leads_here = |file: &Path| {
+        let path = fs::read(file).unwrap_or_default();
+        is_node(Path::new(std::ffi::OsStr::from_bytes(path.trim_ascii_end())), nodes)
+    };
+    let is_on = |file: &Path| fs::read(file).is_ok_and(|text| text.trim_ascii() == b"1");
+    let under = |folder: &Path| {
+        let mut names = names_in(folder);
+        names.sort();
+        names.into_iter().map(|name| (folder.join(&name), name)).collect::<Vec<_>>()
+    };
+    let mut users = Vec::new();
+    for (subsystem, name) in under(&configuration.join("nvmet/subsystems")) {
+        for (namespace, _) in under(&subsystem.join("namespaces")) {
+            if is_on(&namespace.join("enable")) && leads_here(&namespace.join("device_path")) {
+                users.push(format!("exported by nvmet as {name}"));
+            }
+        }
+    }
+    for (backend, _) in under(&configuration.join("target/core")) {
+        for (object, name) in under(&backend) {
+            if is_on(&object.join("enable")) && leads_here(&object.join("udev_path")) {
+                users.push(format!("exported by the SCSI target {name}"));
+            }
+        }
+    }
+    users
+}
+
+/// Whether `path` names one of the devices: by its own name, or through a link or another node.
+fn is_node(path: &Path, nodes: &[Node]) -> bool {
+    let by_name = |node: &Node| path == Path::new("/dev").join(&node.name);
+    let by_number = |found: fs::Metadata| {
+        found.file_type().is_block_device()
+            && nodes.iter().any(|node| node.number == device_number(found.rdev()))
+    };
+    // Only what is below `/dev` is looked at: any other path could lead to a file system that hangs.
+    nodes.iter().any(by_name) || path.starts_with("/dev") && fs::metadata(path).is_ok_and(by_number)
+}
+
 /// Lines like `/dev/sda2 partition 8388604 0 -2`, under a headline.
 fn swaps(swaps: &[u8], nodes: &[Node]) -> Vec<String> {
     let lines = swaps.split(|&byte| byte == b'\n').skip(1);
     let used = lines.filter_map(|line| line.split(|byte| b" \t".contains(byte)).next()).map(unescape);
-    let is_ours = |path: &PathBuf| nodes.iter().any(|node| *path == Path::new("/dev").join(&node.name));
-    used.filter(is_ours).map(|path| format!("used as swap ({})", path.display())).collect()
+    used.filter(|path| is_node(path, nodes))
+        .map(|path| format!("used as swap ({})", path.display()))
+        .collect()
 }
 
 /// `/proc` writes blanks and backslashes in paths as `\040`: three octal digits.
@@ -159,9 +269,28 @@ fn holders(class: &Path, name: &str) -> Vec<String> {
     names.into_iter().map(|holder| format!("used by {holder}")).collect()
 }
 
+/// A process that has something open.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Opener {
+    pid: u32,
+    name: String,
+}
+
+impl Opener {
+    fn is_passing(&self) -> bool {
+        PASSERS_BY.contains(&self.name.as_str())
+    }
+}
+
+impl std::fmt::Display for Opener {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "open in {} (pid {})", self.name, self.pid)
+    }
+}
+
 /// The processes, this one aside, that have an open file for which `wanted` holds. It is given the link in
 /// `/proc/PID/fd`.
-fn openers(wanted: impl Fn(&Path) -> bool) -> Vec<String> {
+fn openers(wanted: impl Fn(&Path) -> bool) -> Vec<Opener> {
     let this = std::process::id();
     let mut pids: Vec<u32> =
         names_in(Path::new("/proc")).iter().filter_map(|name| name.parse().ok()).collect();
@@ -172,7 +301,7 @@ fn openers(wanted: impl Fn(&Path) -> bool) -> Vec<String> {
     };
     let describe = |pid: u32| {
         let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-        format!("open in {} (pid {pid})", name.trim_end())
+        Opener { pid, name: name.trim_end().to_owned() }
     };
     pids.into_iter().filter(|&pid| pid != this).filter(has_it).map(describe).collect()
 }
@@ -185,7 +314,7 @@ fn is_one_of(link: &Path, nodes: &[Node]) -> bool {
         return false;
     }
     let Ok(found) = fs::metadata(link) else { return false };
-    let number = format!("{}:{}", libc::major(found.rdev()), libc::minor(found.rdev()));
+    let number = device_number(found.rdev());
     found.file_type().is_block_device() && nodes.iter().any(|node| node.number == number)
 }
 
@@ -236,6 +365,45 @@ mod tests {
             /dev/ublkb3p1                           partition\t1048572\t0\t-2\n\
             /dev/ublkb30                            partition\t1048572\t0\t-3\n";
         assert_eq!(swaps(table, &nodes()), ["used as swap (/dev/ublkb3p1)"]);
+    }
+
+    #[test]
+    fn a_loop_device_on_a_partition_is_a_user_and_one_on_a_file_is_not() {
+        let class = tempfile::tempdir().expect("a directory");
+        for (name, file) in
+            [("loop0", "/dev/ublkb3p1\n"), ("loop1", "/dev/ublkb30\n"), ("loop2", "/images/ublkb3\n")]
+        {
+            fs::create_dir_all(class.path().join(name).join("loop")).expect("made");
+            fs::write(class.path().join(name).join("loop/backing_file"), file).expect("written");
+        }
+        fs::create_dir_all(class.path().join("loop3")).expect("one without a file");
+        assert_eq!(loops(class.path(), &nodes()), ["used by the loop device /dev/loop0"]);
+    }
+
+    #[test]
+    fn what_the_kernel_exports_is_a_user() {
+        let configuration = tempfile::tempdir().expect("a directory");
+        let object = |folder: &str, key: &str, device: &str, enabled: &str| {
+            let folder = configuration.path().join(folder);
+            fs::create_dir_all(&folder).expect("made");
+            fs::write(folder.join(key), format!("{device}\n")).expect("written");
+            fs::write(folder.join("enable"), format!("{enabled}\n")).expect("written");
+        };
+        object("nvmet/subsystems/disks/namespaces/1", "device_path", "/dev/ublkb3", "1");
+        object("nvmet/subsystems/disks/namespaces/2", "device_path", "/dev/ublkb30", "1");
+        object("nvmet/subsystems/off/namespaces/1", "device_path", "/dev/ublkb3", "0");
+        object("target/core/iblock_0/scsi", "udev_path", "/dev/ublkb3p1", "1");
+        assert_eq!(
+            exports(configuration.path(), &nodes()),
+            ["exported by nvmet as disks", "exported by the SCSI target scsi"]
+        );
+    }
+
+    #[test]
+    fn only_udev_is_expected_to_leave_by_itself() {
+        let opener = |name: &str| Opener { pid: 1, name: name.into() };
+        assert!(opener("(udev-worker)").is_passing() && opener("systemd-udevd").is_passing());
+        assert!(!opener("fio").is_passing() && !opener("udev-worker-of-mine").is_passing());
     }
 
     #[test]
