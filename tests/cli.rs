@@ -20,6 +20,8 @@ mod check;
 #[path = "cli/damage.rs"]
 mod damage;
 mod images;
+#[path = "cli/intruder.rs"]
+mod intruder;
 #[path = "cli/merge.rs"]
 mod merge;
 #[path = "cli/relink.rs"]

@@ -3,10 +3,11 @@
 //! A file under the image's name is either what was there before or the whole new image: an image that could
 //! not be finished, for an error or a signal, is removed, and one that replaces another is made beside it and
 //! renamed. After a power cut there may be an unfinished file; nobody takes it for an image.
+//!
+//! The folder may be anybody's: nothing is changed by path. Only its owner may open the new file until it is whole.
 
-use std::fs;
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::path::PathBuf;
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
@@ -16,7 +17,7 @@ use signal_hook::iterator::Signals;
 use uuid::Uuid;
 
 use vhdx_ublk::chain::{self, Search};
-use vhdx_ublk::disk::{Access, ImageFile, Reactor, folder_of, inherit, sync_folder_of};
+use vhdx_ublk::disk::{Access, ImageFile, Place, Reactor, Remover, Unfinished, folder_of};
 use vhdx_ublk::error::{Error, Kind, Result};
 use vhdx_ublk::image::{InitialState, NewImage};
 
@@ -64,6 +65,10 @@ pub struct Create {
     /// not-present]
     #[arg(long, value_enum, value_name = "STATE", hide_possible_values = true)]
     block_state: Option<BlockState>,
+    /// Permissions of the image, in octal, as in 640. Its parent's, and those of the file that it replaces, are never
+    /// exceeded [default: 600, or those of the file that it replaces]
+    #[arg(long, value_parser = parse_mode)]
+    mode: Option<u32>,
     /// Replace the file if there is one; it survives if the new image cannot be finished
     #[arg(short, long)]
     force: bool,
@@ -98,36 +103,88 @@ fn parse_sector(text: &str) -> std::result::Result<u32, String> {
     }
 }
 
+/// Permissions by default: who may read an image may lock it, and keep a device from it.
+const PRIVATE: u32 = 0o600;
+
+/// All permissions that a file has.
+const EVERYTHING: u32 = 0o777;
+
+/// The most that a child's file may permit: what it does not have itself is read from `parent`.
+fn most(parent: Option<&ImageFile>) -> Result<u32> {
+    parent.map_or(Ok(EVERYTHING), |parent| Ok(parent.mode()? | PRIVATE))
+}
+
+fn parse_mode(text: &str) -> std::result::Result<u32, String> {
+    let mode = u32::from_str_radix(text, 8).ok().filter(|mode| mode & !0o666 == 0 && mode & 0o600 == 0o600);
+    mode.ok_or_else(|| {
+        "a mode is three octal digits, the first a 6, without execution: 600, 640, 660, 644".into()
+    })
+}
+
 impl Create {
     /// Runs the command.
     pub fn run(self) -> Result<()> {
         let parent = self.parent.as_deref().map(look::look_at_rest).transpose()?;
+        let old = if self.force { self.lock_old()? } else { None };
+        let place = match &old {
+            Some(old) => Place::of_file(old)?,
+            None => Place::of(&self.image)?,
+        };
         let new = match &parent {
-            Some((parent, _locked)) => self.plan_child(parent)?,
+            Some((parent, _locked)) => self.plan_child(parent, &place)?,
             None => self.plan()?,
         };
         let reactor = Reactor::new()?;
-        if self.force {
-            return self.replace(&new, &reactor);
+        let parent = parent.as_ref().map(|(_, file)| file);
+        match &old {
+            Some(old) => self.replace(&new, &reactor, parent, (old, &place)),
+            None => self.make(&new, &reactor, parent, place),
         }
+    }
+
+    /// Makes the image where there is none.
+    fn make(
+        &self,
+        new: &NewImage,
+        reactor: &Reactor,
+        parent: Option<&ImageFile>,
+        place: Place,
+    ) -> Result<()> {
         let unfinished = Unfinished::default();
-        unfinished.remove_on_signals()?;
-        let file = unfinished.create(&self.image).map_err(|error| match error.kind() {
+        remove_on_signals(unfinished.remover())?;
+        let file = unfinished.create(place).map_err(|error| match error.kind() {
             Kind::Exists => error.remedy("choose another name, or let --force replace it"),
             _ => error,
         })?;
-        write(&new, &reactor, file).map_err(|error| error.file(&self.image))?;
-        unfinished.finished();
-        sync_folder_of(&self.image)
+        write(new, reactor, &file).map_err(|error| error.file(&self.image))?;
+        file.permit(self.mode.unwrap_or(PRIVATE) & most(parent)?)?;
+        unfinished.settle()?;
+        unfinished.keep();
+        Ok(())
+    }
+
+    /// Makes the image beside `old`, then puts it in that file's place.
+    fn replace(
+        &self,
+        new: &NewImage,
+        reactor: &Reactor,
+        parent: Option<&ImageFile>,
+        (old, place): (&ImageFile, &Place),
+    ) -> Result<()> {
+        let beside = place.beside(format!(".vhdx-ublk-{}.tmp", Uuid::new_v4().simple()).as_ref())?;
+        let unfinished = Unfinished::default();
+        remove_on_signals(unfinished.remover())?;
+        let file = unfinished.create(beside)?;
+        write(new, reactor, &file).map_err(|error| error.file(&self.image))?;
+        file.resemble(old, self.mode.unwrap_or(EVERYTHING) & most(parent)?)?;
+        unfinished.replace(place, old)
     }
 
     /// A child of `parent`: its content is all there is.
-    fn plan_child(&self, parent: &Seen) -> Result<NewImage> {
+    fn plan_child(&self, parent: &Seen, place: &Place) -> Result<NewImage> {
         if self.disk_type.is_some_and(|chosen| chosen != DiskType::Differencing) {
             return usage("only a differencing image has a parent");
         }
-        let folder = fs::canonicalize(folder_of(&self.image));
-        let folder = folder.map_err(|error| Error::io("finding the folder", error).file(&self.image))?;
         let ancestors =
             chain::follow_parents(parent, &Search::default(), &mut Vec::new(), look::identify_unlocked);
         if let Err(error) = ancestors {
@@ -142,7 +199,7 @@ impl Create {
             logical_sector_size: metadata.logical_sector_size,
             physical_sector_size: metadata.physical_sector_size,
             initial_state: InitialState::NotPresent,
-            parent: Some(chain::descent(parent, &folder)?),
+            parent: Some(chain::descent(parent, folder_of(place.path()))?),
         })
     }
 
@@ -177,24 +234,6 @@ impl Create {
         })
     }
 
-    /// Makes the image beside the file that has its name, then puts it in that file's place.
-    fn replace(&self, new: &NewImage, reactor: &Reactor) -> Result<()> {
-        self.refuse_relatives()?;
-        let old = self.lock_old()?;
-        let target = old.as_ref().map_or(self.image.as_path(), ImageFile::path);
-        let beside = target.with_file_name(format!(".vhdx-ublk-{}.tmp", Uuid::new_v4().simple()));
-        let unfinished = Unfinished::default();
-        unfinished.remove_on_signals()?;
-        let file = unfinished.create(&beside)?;
-        write(new, reactor, file).map_err(|error| error.file(&self.image))?;
-        if old.is_some() {
-            inherit(target, &beside)?;
-        }
-        fs::rename(&beside, target).map_err(|error| Error::io("replacing the file", error).file(target))?;
-        unfinished.finished();
-        sync_folder_of(target)
-    }
-
     /// Others may be made of the image that is to be replaced, the new one's parent among them.
     fn refuse_relatives(&self) -> Result<()> {
         let search = Search::default();
@@ -220,6 +259,7 @@ impl Create {
 
     /// Opens the file that is to be replaced, so that nobody can begin to use it, and nobody does.
     fn lock_old(&self) -> Result<Option<ImageFile>> {
+        self.refuse_relatives()?;
         match ImageFile::open(&self.image, Access::ReadWrite, Duration::ZERO) {
             Ok(file) => Ok(Some(file)),
             Err(error) if error.kind() == Kind::NotFound => Ok(None),
@@ -232,11 +272,11 @@ fn usage<T>(message: &str) -> Result<T> {
     Err(Error::new(Kind::Usage, message).remedy("vhdx-ublk create --help"))
 }
 
-fn write(new: &NewImage, reactor: &Reactor, file: ImageFile) -> Result<()> {
+fn write(new: &NewImage, reactor: &Reactor, file: &Arc<ImageFile>) -> Result<()> {
     if new.fixed {
-        check_room(new, &file)?;
+        check_room(new, file)?;
     }
-    let disk = reactor.disk(Arc::new(file));
+    let disk = reactor.disk(file.clone());
     reactor.block_on(new.write(&disk, Uuid::new_v4))
 }
 
@@ -258,76 +298,16 @@ fn check_room(new: &NewImage, file: &ImageFile) -> Result<()> {
     Err(Error::new(Kind::NoSpace, message).remedy("make room, or choose --type dynamic"))
 }
 
-/// A file that is removed unless it gets finished.
-#[derive(Default)]
-struct Unfinished(Arc<Mutex<Option<PathBuf>>>);
-
-impl Unfinished {
-    /// Makes the file.
-    fn create(&self, path: &Path) -> Result<ImageFile> {
-        let mut made = lock(&self.0);
-        let file = ImageFile::create_new(path)?;
-        *made = Some(path.to_owned());
-        Ok(file)
-    }
-
-    /// From now on a signal that ends the program removes the file first.
-    fn remove_on_signals(&self) -> Result<()> {
-        let failed = |error| Error::io("preparing for signals", error);
-        let mut signals = Signals::new([SIGHUP, SIGINT, SIGTERM]).map_err(failed)?;
-        let made = self.0.clone();
-        let watch = move || {
-            if let Some(signal) = signals.forever().next() {
-                let mut made = lock(&made); // nothing is finished any more
-                remove(made.take());
+/// From now on a signal that ends the program removes the file first.
+fn remove_on_signals(remover: Remover) -> Result<()> {
+    let failed = |error| Error::io("preparing for signals", error);
+    let mut signals = Signals::new([SIGHUP, SIGINT, SIGTERM]).map_err(failed)?;
+    let watch = move || {
+        if let Some(signal) = signals.forever().next() {
+            remover.remove_and(|| {
                 let _ = signal_hook::low_level::emulate_default_handler(signal);
-            }
-        };
-        thread::Builder::new().name("signals".into()).spawn(watch).map(drop).map_err(failed)
-    }
-
-    /// The file stays.
-    fn finished(self) {
-        *lock(&self.0) = None;
-    }
-}
-
-impl Drop for Unfinished {
-    fn drop(&mut self) {
-        remove(lock(&self.0).take());
-    }
-}
-
-fn lock(made: &Mutex<Option<PathBuf>>) -> MutexGuard<'_, Option<PathBuf>> {
-    made.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn remove(made: Option<PathBuf>) {
-    let Some(path) = made else { return };
-    if let Err(error) = fs::remove_file(&path) {
-        tracing::warn!("{}: the unfinished image could not be removed: {error}", path.display());
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_is_not_finished_is_removed_and_nothing_else() {
-        let folder = tempfile::tempdir().expect("a temporary folder");
-        let path = folder.path().join("a.vhdx");
-        let unfinished = Unfinished::default();
-        unfinished.create(&path).expect("free");
-        drop(unfinished);
-        assert!(!path.exists());
-        let unfinished = Unfinished::default();
-        unfinished.create(&path).expect("free");
-        unfinished.finished();
-        assert!(path.exists());
-        let second = Unfinished::default();
-        second.create(&path).expect_err("taken");
-        drop(second);
-        assert!(path.exists(), "not ours to remove");
-    }
+            });
+        }
+    };
+    thread::Builder::new().name("signals".into()).spawn(watch).map(drop).map_err(failed)
 }

@@ -116,7 +116,7 @@ pub fn refuse_abandoned(path: &Path, access: Access) -> Result<()> {
 /// The images that were made of `image`, as it is now: those beside it, and those that devices of ours have as its
 /// children, wherever they are.
 pub fn children(image: &dyn Relative, search: &Search) -> Vec<PathBuf> {
-    let mut found = chain::children_beside(image, search, look::identify_unlocked);
+    let mut found = chain::children_beside(image, search, look::identify_neighbour);
     let is_child =
         |path: &PathBuf| look::identify_unlocked(path).is_ok_and(|child| chain::is_made_of(&child, image));
     for path in served_children(image.path()).into_iter().filter(is_child) {

@@ -4,10 +4,10 @@
 //! what is seen then may be stale, or torn between two states, so a look that finds a contradiction is taken
 //! again.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
@@ -17,7 +17,7 @@ use uuid::Uuid;
 
 use vhdx_ublk::chain::{Known, Layer, Relative};
 use vhdx_ublk::device::session;
-use vhdx_ublk::disk::{Access, Buffer, Disk, ImageFile, next_data};
+use vhdx_ublk::disk::{Access, Buffer, Disk, ImageFile, Links, Opened, next_data, open_regular};
 use vhdx_ublk::error::{Error, Kind, Result};
 use vhdx_ublk::format::metadata::Metadata;
 use vhdx_ublk::image::{Identity, Image, Mode};
@@ -100,14 +100,22 @@ pub fn identify(path: &Path) -> Result<Identified> {
 ///
 /// # Errors
 ///
-/// Those of [`Identity::read`], and [`Kind::Unsupported`] if it is no regular file.
+/// Those of [`open_regular`] and [`Identity::read`].
 pub fn identify_unlocked(path: &Path) -> Result<Known> {
-    let failed = |error| Error::io("identifying the image", error).file(path);
-    let file = open_quietly(path).map_err(failed)?;
-    if !file.metadata().map_err(failed)?.is_file() {
-        return Err(Error::new(Kind::Unsupported, "it is no regular file").file(path));
-    }
-    let path = fs::canonicalize(path).map_err(failed)?;
+    identify_found(path, Links::Follow)
+}
+
+/// The same for a file that was only come across: a symbolic link is no image.
+///
+/// # Errors
+///
+/// As [`identify_unlocked`].
+pub fn identify_neighbour(path: &Path) -> Result<Known> {
+    identify_found(path, Links::Refuse)
+}
+
+fn identify_found(path: &Path, links: Links) -> Result<Known> {
+    let Opened { file, path } = open_regular(path, Access::ReadOnly, links)?;
     let identity = smol::future::block_on(Identity::read(&Plain(file), MAX_GLANCE_LOG_BYTES))
         .map_err(|error| error.file(&path))?;
     Ok(Known { identity, path })
@@ -121,7 +129,7 @@ pub fn identify_unlocked(path: &Path) -> Result<Known> {
 /// is there every time.
 pub fn look(path: &Path) -> Result<Seen> {
     match lock_for_reading(path) {
-        Ok((disk, _lock)) => see(&disk, path, false),
+        Ok((disk, lock)) => see(&disk, lock.path(), false).map_err(|error| error.file(path)),
         Err(error) if error.kind() == Kind::InUse => look_past_a_writer(path),
         Err(error) => Err(error),
     }
@@ -134,7 +142,7 @@ pub fn look(path: &Path) -> Result<Seen> {
 /// As [`look`]; [`Kind::InUse`] if somebody writes to it, or a killed daemon has left something to be written.
 pub fn look_at_rest(path: &Path) -> Result<(Seen, ImageFile)> {
     let (disk, lock) = lock_for_reading(path).map_err(|error| holders::explain(error, path))?;
-    let seen = see(&disk, path, false)?;
+    let seen = see(&disk, lock.path(), false)?;
     holders::refuse_abandoned(path, Access::ReadWrite)?;
     session::refuse_orphan(&lock, Some(&seen.image))?;
     Ok((seen, lock))
@@ -155,9 +163,9 @@ pub fn lock_for_reading(path: &Path) -> Result<(Plain, ImageFile)> {
 fn look_past_a_writer(path: &Path) -> Result<Seen> {
     let mut left = ATTEMPTS;
     loop {
-        let file = open_quietly(path).map_err(|error| Error::io("opening the image", error).file(path))?;
+        let Opened { file, path } = open_regular(path, Access::ReadOnly, Links::Follow)?;
         left -= 1;
-        match see(&Plain(file), path, true) {
+        match see(&Plain(file), &path, true) {
             Err(error) if left > 0 && is_contradiction(error.kind()) => thread::sleep(PAUSE),
             outcome => return outcome.map_err(|error| error.remedy("the image is in use: look again later")),
         }
@@ -168,22 +176,13 @@ fn is_contradiction(kind: Kind) -> bool {
     matches!(kind, Kind::Corrupt | Kind::Truncated | Kind::Unsupported)
 }
 
-/// As [`ImageFile`] opens it: without waiting for anybody, without touching its access time where allowed.
-fn open_quietly(path: &Path) -> io::Result<File> {
-    let open = |flags| OpenOptions::new().read(true).custom_flags(flags).open(path);
-    let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
-    match open(flags | libc::O_NOATIME) {
-        Err(error) if error.raw_os_error() == Some(libc::EPERM) => open(flags),
-        outcome => outcome,
-    }
-}
-
+/// Sees the image in `disk`, which was found at `path`.
 fn see(disk: &Plain, path: &Path, in_use: bool) -> Result<Seen> {
     let named = |error: Error| error.file(path);
     let failed = |error| Error::io("looking at the image", error).file(path);
     let image = smol::future::block_on(Image::open(disk, Mode::ReadOnly, Uuid::new_v4)).map_err(named)?;
     let found = disk.0.metadata().map_err(failed)?;
-    let path = fs::canonicalize(path).map_err(failed)?;
+    let path = path.to_owned();
     let (file_size, host_bytes) = (found.len(), found.blocks() * STAT_BLOCK_BYTES);
     Ok(Seen { image, path, file_size, host_bytes, in_use })
 }

@@ -10,7 +10,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use uuid::Uuid;
 
 use vhdx_ublk::chain::{self, Known, Layer, Search};
-use vhdx_ublk::disk::{Access, ImageFile, Reactor, UringDisk, folder_of, sync_folder_of};
+use vhdx_ublk::disk::{Access, ImageFile, Place, Reactor, UringDisk, folder_of};
 use vhdx_ublk::engine::merge::{self, Files};
 use vhdx_ublk::error::{Error, Kind, Result};
 use vhdx_ublk::format::locator::ParentLocator;
@@ -62,7 +62,8 @@ impl Merge {
         chain.refuse_relatives(self.force)?;
         let merge = chain.merge();
         let bar = progress(chain.layers[0].image.metadata.virtual_size);
-        let files = Locked { reactor: &reactor, files: chain.into_files(), bar, shown: Cell::new(0) };
+        let (files, places) = chain.into_files();
+        let files = Locked { reactor: &reactor, files, places, bar, shown: Cell::new(0) };
         let merged = reactor.block_on(merge.run(&files, reactor.executor().clone(), Uuid::new_v4));
         files.bar.finish_and_clear();
         merged.map_err(explain)
@@ -83,7 +84,9 @@ impl Merge {
         let below = layers.split_off(target + 1);
         let target = layers.pop().expect("it was found there");
         layers.insert(0, leaf);
-        Ok(Chain { layers, target, below })
+        // Their folders are held from now on: the copy takes long, and paths may lead elsewhere when it is done.
+        let places = layers.iter().map(|layer| Place::of_file(&layer.file)).collect::<Result<_>>()?;
+        Ok(Chain { layers, places, target, below })
     }
 
     /// The child's parents, and which of them is the target.
@@ -117,6 +120,8 @@ impl Merge {
 struct Chain {
     /// What is merged, the child first.
     layers: Vec<AtRest>,
+    /// Where the layers are, in the same order.
+    places: Vec<Place>,
     target: AtRest,
     /// The target's parents.
     below: Vec<AtRest>,
@@ -186,9 +191,9 @@ impl Chain {
         }
     }
 
-    fn into_files(self) -> Vec<Arc<ImageFile>> {
+    fn into_files(self) -> (Vec<Arc<ImageFile>>, Vec<Place>) {
         let layers = self.layers.into_iter().chain([self.target]).chain(self.below);
-        layers.map(|layer| layer.file).collect()
+        (layers.map(|layer| layer.file).collect(), self.places)
     }
 }
 
@@ -201,8 +206,9 @@ fn images_in(folder: &Path) -> Vec<PathBuf> {
             return Vec::new();
         }
     };
-    let files = entries.filter_map(std::result::Result::ok).map(|entry| entry.path());
-    let mut files: Vec<PathBuf> = files.filter(|path| path.is_file()).collect();
+    let is_file = |entry: &fs::DirEntry| entry.file_type().is_ok_and(|kind| kind.is_file());
+    let files = entries.filter_map(std::result::Result::ok).filter(is_file).map(|entry| entry.path());
+    let mut files: Vec<PathBuf> = files.collect();
     files.sort();
     files
 }
@@ -210,7 +216,7 @@ fn images_in(folder: &Path) -> Vec<PathBuf> {
 /// The image at `path`, if it is one. What cannot be looked at may be a child that would be lost: it is refused, unless
 /// `force`.
 fn look_at(path: &Path, force: bool) -> Result<Option<Known>> {
-    match look::identify_unlocked(path) {
+    match look::identify_neighbour(path) {
         Ok(known) => Ok(Some(known)),
         Err(error) if matches!(error.kind(), Kind::NotVhdx | Kind::Truncated) => Ok(None),
         Err(error) if !force && matches!(error.kind(), Kind::Permission | Kind::Io) => Err(error.remedy(
@@ -259,6 +265,8 @@ fn progress(bytes: u64) -> ProgressBar {
 struct Locked<'a> {
     reactor: &'a Reactor,
     files: Vec<Arc<ImageFile>>,
+    /// Of those that are removed: the first of the files, in the same order.
+    places: Vec<Place>,
     bar: ProgressBar,
     /// Bytes shown as copied.
     shown: Cell<u64>,
@@ -277,9 +285,10 @@ impl Files for Locked<'_> {
     }
 
     async fn remove(&self, path: &Path) -> Result<()> {
-        fs::remove_file(path).map_err(|error| Error::io("removing what was merged", error).file(path))?;
-        sync_folder_of(path)?;
-        self.bar.suspend(|| output::print(&path.display().to_string()))
+        let mut placed = self.files.iter().zip(&self.places);
+        let (file, place) = placed.find(|(file, _)| file.path() == path).expect("a layer is removed");
+        place.remove(file)?;
+        self.bar.suspend(|| output::print_line(&path.display().to_string()))
     }
 
     fn copied(&self, bytes: u64) {

@@ -32,7 +32,7 @@ use super::opened::WritableOpen;
 use super::path;
 use super::registry::FileId;
 use crate::chain::{self, MAX_DEPTH};
-use crate::disk::{ImageFile, Reactor, inherit, sync_folder_of};
+use crate::disk::{ImageFile, Place as FilePlace, Reactor, Unfinished};
 use crate::engine::Outcome;
 use crate::engine::Parent;
 use crate::engine::shared::Session;
@@ -96,9 +96,11 @@ impl Place<'_> {
 
     fn take(&self, path: &Path, switch: (Switch, &AtomicBool), serving: &mut Serving) -> Result<Snapped> {
         refuse_moved(&serving.file)?;
-        let unfinished = Unfinished::create(path, &serving.file)?;
+        let unfinished = Unfinished::default();
+        let file = unfinished.create(FilePlace::of(path)?)?;
         self.prepare(serving)?;
-        let child = self.make_child(unfinished.file.clone(), serving)?;
+        let child = self.make_child(file, serving)?;
+        unfinished.settle()?;
         let started = Instant::now();
         self.ear.hold(self.reactor, self.fronts);
         let switched = self.switch(switch, serving, &child);
@@ -113,7 +115,7 @@ impl Place<'_> {
             self.give_up(child);
             return Err(error);
         }
-        unfinished.finished();
+        unfinished.keep();
         let parent = std::mem::replace(serving, child);
         let snapped =
             Snapped { image: serving.file.path().into(), parent: parent.file.path().into(), pause_us };
@@ -139,7 +141,7 @@ impl Place<'_> {
         let (reactor, disk, named) =
             (self.reactor, self.reactor.disk(file.clone()), |error: Error| error.file(file.path()));
         reactor.block_on(new_child(serving, file.path())?.write(&disk, Uuid::new_v4)).map_err(named)?;
-        sync_folder_of(file.path())?;
+        file.resemble(&serving.file, 0o777)?;
         let image = reactor.block_on(Image::open(&disk, Mode::Writable, Uuid::new_v4)).map_err(named)?;
         let id = FileId::of_image(&file)?;
         let (image, session) = reactor.block_on(self.how.start(&disk, id, image)).map_err(named)?;
@@ -246,35 +248,4 @@ fn new_child(serving: &Serving, path: &Path) -> Result<NewImage> {
         initial_state: InitialState::NotPresent,
         parent: Some(chain::descent_of(parent, guid, serving.disk_id, folder)?),
     })
-}
-
-/// The child's file, removed unless it gets finished.
-struct Unfinished {
-    file: Arc<ImageFile>,
-    finished: bool,
-}
-
-impl Unfinished {
-    fn create(path: &Path, parent: &ImageFile) -> Result<Self> {
-        let unfinished = Self { file: Arc::new(ImageFile::create_new(path)?), finished: false };
-        inherit(parent.path(), unfinished.file.path())?;
-        Ok(unfinished)
-    }
-
-    fn finished(mut self) {
-        self.finished = true;
-    }
-}
-
-impl Drop for Unfinished {
-    fn drop(&mut self) {
-        if !self.finished
-            && let Err(error) = fs::remove_file(self.file.path())
-        {
-            tracing::warn!(
-                "{}: the unfinished image could not be removed: {error}",
-                self.file.path().display()
-            );
-        }
-    }
 }

@@ -6,18 +6,20 @@
 //! * the file is a regular one, and still the one its path names when the lock is ours;
 //! * opening and reading leave no trace, access time included, where the kernel lets us choose.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, PosixFadviseAdvice, fcntl, posix_fadvise};
 use nix::sys::statvfs::fstatvfs;
-use nix::unistd::{Whence, lseek};
+use nix::unistd::{Gid, Uid, Whence, fchown, lseek};
 
+use super::open::{Links, Opened, open_regular};
+use super::place::Place;
 use super::ring::{DirectAlignment, direct_alignment};
 use super::{Access, Buffer, lock};
 use crate::error::{Error, Kind, Result};
@@ -86,31 +88,31 @@ impl ImageFile {
     /// [`Kind::InUse`] when somebody else keeps the lock (the caller, who may know the holder, adds the
     /// remedy) or the path has come to name another file meanwhile; [`Kind::Io`].
     pub fn open(path: &Path, access: Access, lock_wait: Duration) -> Result<Self> {
-        let canonical = fs::canonicalize(path).map_err(|e| Error::io("finding the image", e).file(path))?;
-        Self::open_canonical(&canonical, access, lock_wait).map_err(|error| error.file(path))
+        let Opened { file, path: found } = open_regular(path, access, Links::Follow)?;
+        change_flags(&file, |flags| flags & !OFlag::O_NONBLOCK)
+            .map_err(|error| Error::io("opening the image", error).file(path))?;
+        Self::locked(file, &found, access, lock_wait).map_err(|error| error.file(path))
     }
 
     /// Makes an empty image file at `path`, where there is none, and locks it for writing.
     ///
     /// # Errors
     ///
-    /// [`Kind::Exists`] when there is something at `path`, and as [`Self::open`].
+    /// Those of [`Place::of`] and [`Self::create_in`].
     pub fn create_new(path: &Path) -> Result<Self> {
-        let making = |error| Error::io("making the image", error).file(path);
-        let file = OpenOptions::new().read(true).write(true).create_new(true).open(path).map_err(making)?;
-        let canonical = fs::canonicalize(path).map_err(making)?;
-        Self::locked(file, &canonical, Access::ReadWrite, Duration::ZERO).map_err(|error| error.file(path))
+        Self::create_in(&Place::of(path)?)
     }
 
-    fn open_canonical(path: &Path, access: Access, lock_wait: Duration) -> Result<Self> {
-        let opening = |error| Error::io("opening the image", error);
-        // Looked at before it is opened, because opening a device can have effects; and after, because the
-        // path may name something else by then. A FIFO that slips in between does not block the open.
-        refuse_irregular(&fs::metadata(path).map_err(opening)?)?;
-        let file = open_quietly(path, access).map_err(opening)?;
-        refuse_irregular(&file.metadata().map_err(opening)?)?;
-        change_flags(&file, |flags| flags & !OFlag::O_NONBLOCK).map_err(opening)?;
-        Self::locked(file, path, access, lock_wait)
+    /// Makes an empty image file at `place`, where there is none, and locks it for writing. Only its owner may open
+    /// it.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::Exists`] when there is something, and as [`Self::open`].
+    pub fn create_in(place: &Place) -> Result<Self> {
+        let file = place.make().map_err(|error| Error::io("making the image", error).file(place.path()))?;
+        let locked = Self::locked(file, place.path(), Access::ReadWrite, Duration::ZERO);
+        locked.map_err(|error| error.file(place.path()))
     }
 
     fn locked(file: File, path: &Path, access: Access, lock_wait: Duration) -> Result<Self> {
@@ -123,6 +125,43 @@ impl ImageFile {
             return Err(Error::new(Kind::InUse, message).remedy("run the command again"));
         }
         Ok(Self { file, path: path.to_owned(), access, device, inode })
+    }
+
+    /// Gives the file the permissions of `other` that `most` has too, and if possible its owner. It must be finished:
+    /// others may open it from now on.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::Io`] when the permissions cannot be set.
+    pub fn resemble(&self, other: &Self, most: u32) -> Result<()> {
+        let failed = |error| Error::io("taking over the file's permissions", error).file(other.path());
+        let old = other.file.metadata().map_err(failed)?;
+        let owner = (Some(Uid::from_raw(old.uid())), Some(Gid::from_raw(old.gid())));
+        let given = fchown(&self.file, owner.0, owner.1).is_ok();
+        // Where the file cannot be given away, the groups of another are not let in.
+        self.permit(old.mode() & most & if given { 0o777 } else { 0o700 })
+    }
+
+    /// Who may open the file: nine bits.
+    ///
+    /// # Errors
+    ///
+    /// What the operating system says.
+    pub fn mode(&self) -> Result<u32> {
+        let found = self.file.metadata();
+        let found = found.map_err(|error| Error::io("looking at the image", error).file(&self.path))?;
+        Ok(found.mode() & 0o777)
+    }
+
+    /// Sets who may open the file, durably: the nine bits of `mode`.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::Io`] when the operating system refuses.
+    pub fn permit(&self, mode: u32) -> Result<()> {
+        let set = self.file.set_permissions(fs::Permissions::from_mode(mode & 0o777));
+        let set = set.and_then(|()| self.file.sync_all());
+        set.map_err(|error| Error::io("setting the file's permissions", error).file(&self.path))
     }
 
     /// Lets others read it too, who could not before: this process writes it no more.
@@ -264,33 +303,6 @@ impl AsFd for ImageFile {
     }
 }
 
-/// Opens `path` without touching its access time, which only its owner and root may ask for.
-fn open_quietly(path: &Path, access: Access) -> io::Result<File> {
-    let open = |flags| {
-        let write = access == Access::ReadWrite;
-        OpenOptions::new().read(true).write(write).custom_flags(flags).open(path)
-    };
-    let flags = libc::O_NONBLOCK | libc::O_NOCTTY; // the standard library adds O_CLOEXEC
-    match open(flags | libc::O_NOATIME) {
-        Err(error) if error.raw_os_error() == Some(libc::EPERM) => open(flags),
-        outcome => outcome,
-    }
-}
-
-fn refuse_irregular(metadata: &fs::Metadata) -> Result<()> {
-    let kind = metadata.file_type();
-    let found = match kind {
-        _ if kind.is_file() => return Ok(()),
-        _ if kind.is_dir() => "a directory",
-        _ if kind.is_block_device() => "a block device",
-        _ if kind.is_char_device() => "a character device",
-        _ if kind.is_fifo() => "a FIFO",
-        _ if kind.is_socket() => "a socket",
-        _ => "something unknown",
-    };
-    Err(Error::new(Kind::Unsupported, format!("this is {found}, and an image is a regular file")))
-}
-
 fn change_flags(file: &File, change: impl FnOnce(OFlag) -> OFlag) -> io::Result<()> {
     let flags = OFlag::from_bits_retain(fcntl(file, FcntlArg::F_GETFL)?);
     fcntl(file, FcntlArg::F_SETFL(change(flags)))?;
@@ -320,32 +332,9 @@ fn unfit(alignment: DirectAlignment, sector_size: u32) -> Option<String> {
     })
 }
 
-/// Makes it durable that there is, or is not, a file at `path`.
-///
-/// # Errors
-///
-/// [`Kind::Io`] when its folder cannot be synced.
-pub fn sync_folder_of(path: &Path) -> Result<()> {
-    let synced = File::open(folder_of(path)).and_then(|folder| folder.sync_all());
-    synced.map_err(|error| Error::io("syncing the folder of the image", error).file(path))
-}
-
 /// The folder of the file at `path`.
 pub fn folder_of(path: &Path) -> &Path {
     path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
-}
-
-/// Gives the file at `to` the permissions, and if possible the owner, of the one at `from`.
-///
-/// # Errors
-///
-/// [`Kind::Io`] when the permissions cannot be set.
-pub fn inherit(from: &Path, to: &Path) -> Result<()> {
-    let failed = |error| Error::io("taking over the file's permissions", error).file(from);
-    let old = fs::metadata(from).map_err(failed)?;
-    // Who may not give files away keeps them.
-    let _ = std::os::unix::fs::chown(to, Some(old.uid()), Some(old.gid()));
-    fs::set_permissions(to, old.permissions()).map_err(failed)
 }
 
 #[cfg(test)]
@@ -386,18 +375,6 @@ mod tests {
                 assert!(error.to_string().contains(name), "{error}");
                 assert!(error.to_string().starts_with(&path.display().to_string()), "{error}");
             }
-        }
-    }
-
-    /// A FIFO that takes the image's place after the first look does not block the open either.
-    #[test]
-    fn a_fifo_never_blocks_the_open() {
-        let directory = tempfile::tempdir().expect("a temporary directory");
-        let fifo = directory.path().join("fifo");
-        nix::unistd::mkfifo(&fifo, Mode::S_IRWXU).expect("a FIFO can be made");
-        for access in [Access::ReadOnly, Access::ReadWrite] {
-            let file = open_quietly(&fifo, access).expect("opens at once");
-            assert!(refuse_irregular(&file.metadata().expect("open")).is_err());
         }
     }
 
@@ -449,7 +426,7 @@ mod tests {
         fs::write(&path, b"old").expect("writable");
         fs::write(&other, b"new").expect("writable");
         let path = fs::canonicalize(path).expect("exists");
-        let opened = open_quietly(&path, Access::ReadOnly).expect("exists");
+        let opened = File::open(&path).expect("exists");
         fs::rename(&other, &path).expect("same directory");
         let error = ImageFile::locked(opened, &path, Access::ReadOnly, NO_WAIT).expect_err("replaced");
         assert_eq!(error.kind(), Kind::InUse);

@@ -14,15 +14,21 @@
 mod buffer;
 mod file;
 mod lock;
+mod open;
+mod place;
 mod reactor;
 mod ring;
+mod unfinished;
 mod uring;
 
 pub use buffer::{Buffer, PAGE_BYTES};
-pub use file::{HostRoom, ImageFile, PayloadIo, folder_of, inherit, next_data, sync_folder_of};
+pub use file::{HostRoom, ImageFile, PayloadIo, folder_of, next_data};
 pub use lock::Access;
+pub use open::{Links, Opened, open_regular};
+pub use place::Place;
 pub use reactor::Reactor;
 pub use ring::{Ring, ring_refused};
+pub use unfinished::{Remover, Unfinished};
 pub use uring::{Counters, UringDisk};
 
 use std::io;

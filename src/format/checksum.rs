@@ -15,8 +15,8 @@ const FIELD: Range<usize> = 4..8;
 pub(super) enum Damage {
     /// There are fewer bytes than the structure has.
     Short { found: usize, expected: usize },
-    /// Something else is there.
-    Signature { found: [u8; 4], expected: [u8; 4] },
+    /// Something else is there. What, is not told: an image may lead root to a file of somebody else's.
+    Signature { expected: [u8; 4] },
     /// The bytes are not those that were sealed.
     Checksum { stored: u32, computed: u32 },
 }
@@ -25,12 +25,9 @@ impl fmt::Display for Damage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match *self {
             Self::Short { found, expected } => write!(f, "{found} bytes found, {expected} expected"),
-            Self::Signature { found, expected } => write!(
-                f,
-                "signature \"{}\" found, \"{}\" expected",
-                found.escape_ascii(),
-                expected.escape_ascii()
-            ),
+            Self::Signature { expected } => {
+                write!(f, "the signature \"{}\" is not there", expected.escape_ascii())
+            }
             Self::Checksum { stored, computed } => {
                 write!(f, "checksum {stored:#010x} stored, {computed:#010x} computed")
             }
@@ -58,9 +55,8 @@ pub(super) fn verify(bytes: &[u8], size: usize, signature: [u8; 4]) -> Result<&[
     let Some(bytes) = bytes.get(..size) else {
         return Err(Damage::Short { found: bytes.len(), expected: size });
     };
-    let found = [bytes[0], bytes[1], bytes[2], bytes[3]];
-    if found != signature {
-        return Err(Damage::Signature { found, expected: signature });
+    if bytes[..signature.len()] != signature {
+        return Err(Damage::Signature { expected: signature });
     }
     let stored = u32::from_le_bytes([bytes[4], bytes[5], bytes[6], bytes[7]]);
     let computed = compute(bytes);
@@ -92,7 +88,7 @@ mod tests {
         assert_eq!(verify(&bytes, 12, *b"head"), Ok(&bytes[..]));
         assert_eq!(verify(&bytes, 13, *b"head"), Err(Damage::Short { found: 12, expected: 13 }));
         let wrong = verify(&bytes, 12, *b"regi").expect_err("another signature");
-        assert_eq!(wrong.to_string(), "signature \"head\" found, \"regi\" expected");
+        assert_eq!(wrong.to_string(), "the signature \"regi\" is not there");
         bytes[11] ^= 1;
         let torn = verify(&bytes, 12, *b"head").expect_err("a changed byte");
         assert!(torn.to_string().starts_with("checksum 0x"), "{torn}");

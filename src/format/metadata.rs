@@ -239,8 +239,7 @@ impl Table {
         };
         let (head, rest) = RawTable::ref_from_prefix(table).expect("TABLE_SIZE bytes hold the head");
         if head.signature != SIGNATURE {
-            let found = head.signature.escape_ascii();
-            return Err(Error::corrupt(TABLE, format!("signature \"{found}\" found, \"metadata\" expected")));
+            return Err(Error::corrupt(TABLE, "the signature \"metadata\" is not there"));
         }
         let count = usize::from(head.entry_count.get());
         if count > MAX_ENTRIES {

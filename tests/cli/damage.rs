@@ -24,7 +24,7 @@ pub type Bytes = Vec<u8>;
 type Case = (&'static str, fn(&mut Bytes), &'static str, Option<&'static str>, &'static str);
 
 const CASES: [Case; 26] = [
-    ("text", |b| *b = b"What is this?".repeat(9000), "not-vhdx", None, "begins with"),
+    ("text", |b| *b = b"What is this?".repeat(9000), "not-vhdx", None, "does not begin with"),
     ("empty", Bytes::clear, "not-vhdx", None, "not a VHDX"),
     ("a qcow2 image", |b| b[..4].copy_from_slice(b"QFI\xfb"), "not-vhdx", None, "qcow2"),
     ("cut in the header section", |b| b.truncate(100 << 10), "", None, ""),

@@ -26,9 +26,9 @@ const PRESENT: u64 = 6;
 const PARTIAL: u64 = 7;
 
 /// A child's file and the disk that it and what is below it are, block by block.
-struct Layer<'a> {
-    path: &'a Path,
-    disk: &'a mut [u8],
+pub struct Layer<'a> {
+    pub path: &'a Path,
+    pub disk: &'a mut [u8],
 }
 
 impl Layer<'_> {
@@ -54,7 +54,7 @@ impl Layer<'_> {
         self.of_disk(block).fill(0);
     }
 
-    fn whole(&mut self, block: u64, fill: u8) {
+    pub fn whole(&mut self, block: u64, fill: u8) {
         let at = self.append(&vec![fill; 1 << 20]);
         self.slot(block, at | PRESENT);
         self.of_disk(block).fill(fill);

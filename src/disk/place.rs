@@ -1,0 +1,169 @@
+//! Where a file is: a folder that is held open, and the file's name in it.
+//!
+//! Whoever owns a folder on the way to a file can put another in its place, or a link, between any two calls that name
+//! the path. So a file that was examined is renamed or removed relative to its folder, which was opened with it, and
+//! only while its name there still is that file. What the folder's owner can then still move is in that folder, where
+//! they may remove and rename everything anyhow.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::fcntl::{AtFlags, OFlag, openat, renameat};
+use nix::sys::stat::{Mode, fstatat};
+use nix::unistd::{UnlinkatFlags, unlinkat};
+
+use super::{ImageFile, folder_of};
+use crate::error::{Error, Kind, Result};
+
+/// A name in a folder.
+#[derive(Debug)]
+pub struct Place {
+    folder: File,
+    name: OsString,
+    path: PathBuf,
+}
+
+impl Place {
+    /// The place that `path` names, whether there is a file or not. A link there is not followed.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::Usage`] if the path ends in no name; what the operating system says of the folder.
+    pub fn of(path: &Path) -> Result<Self> {
+        let failed = |error| Error::io("opening the folder of the image", error).file(path);
+        let Some(name) = path.file_name() else {
+            return Err(Error::new(Kind::Usage, "the path ends in no name of a file").file(path));
+        };
+        let flags = libc::O_DIRECTORY | libc::O_NONBLOCK;
+        let folder =
+            OpenOptions::new().read(true).custom_flags(flags).open(folder_of(path)).map_err(failed)?;
+        // The folder's own path: what it was called by may be a link.
+        let way = std::fs::read_link(format!("/proc/self/fd/{}", folder.as_raw_fd())).map_err(failed)?;
+        Ok(Self { folder, name: name.to_owned(), path: way.join(name) })
+    }
+
+    /// The place of an open file.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::of`]; [`Kind::InUse`] if the file has lost its name since it was opened.
+    pub fn of_file(file: &ImageFile) -> Result<Self> {
+        let place = Self::of(file.path())?;
+        place.require(file)?;
+        Ok(place)
+    }
+
+    /// Another name in the same folder.
+    ///
+    /// # Errors
+    ///
+    /// When the process has no descriptor left.
+    pub fn beside(&self, name: &OsStr) -> Result<Self> {
+        let folder = self.folder.try_clone();
+        let folder = folder.map_err(|error| Error::io("opening the folder again", error).file(&self.path))?;
+        Ok(Self { folder, name: name.to_owned(), path: self.path.with_file_name(name) })
+    }
+
+    /// The absolute path, as it was when the folder was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Makes an empty file, readable and writable for its owner only.
+    pub(super) fn make(&self) -> io::Result<File> {
+        let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        Ok(openat(&self.folder, &*self.name, flags, Mode::S_IRUSR | Mode::S_IWUSR)?.into())
+    }
+
+    /// Fails unless the file here still is `file`.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::InUse`] if it is not; what the operating system says.
+    pub fn require(&self, file: &ImageFile) -> Result<()> {
+        let message = match fstatat(&self.folder, &*self.name, AtFlags::AT_SYMLINK_NOFOLLOW) {
+            Ok(found) if (found.st_dev, found.st_ino) == (file.device(), file.inode()) => return Ok(()),
+            Ok(_) => "another file has taken its place",
+            Err(Errno::ENOENT) => "it is not in its folder any longer",
+            Err(errno) => return Err(Error::io("looking for the file", errno.into()).file(&self.path)),
+        };
+        let error = Error::new(Kind::InUse, message).file(&self.path);
+        Err(error.remedy("find out who changes the folder, and run the command again"))
+    }
+
+    /// Removes `file`, which is here, durably.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::require`], and if it is still there, or may come back.
+    pub fn remove(&self, file: &ImageFile) -> Result<()> {
+        self.require(file)?;
+        let removed = unlinkat(&self.folder, &*self.name, UnlinkatFlags::NoRemoveDir);
+        removed.map_err(|errno| Error::io("removing the file", errno.into()).file(&self.path))?;
+        self.sync()
+    }
+
+    /// Gives `file`, which is here, the name of `old` in the same folder, which `old` loses.
+    pub(super) fn rename(&self, file: &ImageFile, to: &Self, old: &ImageFile) -> Result<()> {
+        to.require(old)?;
+        self.require(file)?;
+        let renamed = renameat(&self.folder, &*self.name, &to.folder, &*to.name);
+        renamed.map_err(|errno| Error::io("replacing the file", errno.into()).file(&to.path))
+    }
+
+    /// Makes durable what the folder holds.
+    ///
+    /// # Errors
+    ///
+    /// What the operating system says.
+    pub fn sync(&self) -> Result<()> {
+        self.folder.sync_all().map_err(|error| Error::io("syncing the folder", error).file(&self.path))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::{PermissionsExt, symlink};
+    use std::time::Duration;
+
+    use super::super::Access;
+    use super::*;
+
+    /// The folder on the way to the file becomes a link: what was opened goes, and nothing behind the link.
+    #[test]
+    fn a_folder_that_is_swapped_does_not_lead_elsewhere() {
+        let bench = tempfile::tempdir().expect("a temporary folder");
+        let at = |name: &str| bench.path().join(name);
+        for folder in ["mine", "yours"] {
+            fs::create_dir(at(folder)).expect("room");
+            fs::write(at(folder).join("a.vhdx"), folder).expect("room");
+        }
+        let file = ImageFile::open(&at("mine/a.vhdx"), Access::ReadWrite, Duration::ZERO).expect("free");
+        let place = Place::of_file(&file).expect("there");
+        fs::rename(at("mine"), at("moved")).expect("ours");
+        symlink(at("yours"), at("mine")).expect("room");
+        place.remove(&file).expect("it is where it was");
+        assert!(!at("moved/a.vhdx").exists() && at("yours/a.vhdx").exists());
+    }
+
+    #[test]
+    fn another_file_under_the_name_stays() {
+        let bench = tempfile::tempdir().expect("a temporary folder");
+        let path = bench.path().join("a.vhdx");
+        let place = Place::of(&path).expect("a folder");
+        let file = ImageFile::create_in(&place).expect("free");
+        assert_eq!(fs::metadata(&path).expect("there").permissions().mode() & 0o777, 0o600);
+        fs::rename(&path, bench.path().join("kept")).expect("ours");
+        assert!(place.require(&file).expect_err("gone").to_string().contains("not in its folder"));
+        symlink(bench.path().join("kept"), &path).expect("room");
+        let error = place.remove(&file).expect_err("a link is not the file");
+        assert!(error.kind() == Kind::InUse && error.to_string().contains("another file"), "{error}");
+        assert!(fs::symlink_metadata(&path).is_ok());
+    }
+}

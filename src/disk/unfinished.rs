@@ -1,0 +1,135 @@
+//! A file that is being made, and goes unless it gets finished.
+//!
+//! Until then only its owner may open it. It is removed, kept and renamed only while its name still is this file.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::{ImageFile, Place};
+use crate::error::Result;
+
+type Made = Option<(Place, Arc<ImageFile>)>;
+
+/// Removes its file when it is dropped, unless that was finished before.
+#[derive(Debug, Default)]
+pub struct Unfinished(Arc<Mutex<Made>>);
+
+/// Removes an unfinished file from elsewhere.
+#[derive(Debug)]
+pub struct Remover(Arc<Mutex<Made>>);
+
+impl Unfinished {
+    /// Makes the file, empty, and locks it for writing.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`ImageFile::create_in`].
+    pub fn create(&self, place: Place) -> Result<Arc<ImageFile>> {
+        let mut made = lock(&self.0);
+        let file = Arc::new(ImageFile::create_in(&place)?);
+        *made = Some((place, file.clone()));
+        Ok(file)
+    }
+
+    /// What removes the file if the program must end.
+    pub fn remover(&self) -> Remover {
+        Remover(self.0.clone())
+    }
+
+    /// Makes it durable that the file is there, if it still has its name.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Place::require`] and [`Place::sync`].
+    pub fn settle(&self) -> Result<()> {
+        let made = lock(&self.0);
+        let Some((place, file)) = &*made else { return Ok(()) };
+        place.require(file)?;
+        place.sync()
+    }
+
+    /// The file stays, and takes the name of `old`, which is at `place`.
+    ///
+    /// # Errors
+    ///
+    /// If either has lost its name, or cannot be renamed: the file is removed then, and `old` stays; if the folder
+    /// cannot be synced.
+    pub fn replace(self, place: &Place, old: &ImageFile) -> Result<()> {
+        let mut made = lock(&self.0);
+        if let Some((beside, file)) = &*made {
+            beside.rename(file, place, old)?;
+        }
+        *made = None;
+        place.sync()
+    }
+
+    /// The file stays.
+    pub fn keep(self) {
+        *lock(&self.0) = None;
+    }
+}
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        remove(lock(&self.0).take());
+    }
+}
+
+impl Remover {
+    /// Removes the file, then calls `end`; no file is finished meanwhile.
+    pub fn remove_and(self, end: impl FnOnce()) {
+        let mut made = lock(&self.0);
+        remove(made.take());
+        end();
+    }
+}
+
+fn lock(made: &Mutex<Made>) -> MutexGuard<'_, Made> {
+    made.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn remove(made: Made) {
+    let Some((place, file)) = made else { return };
+    if let Err(error) = place.remove(&file) {
+        tracing::warn!("the unfinished image is not removed: {error}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    #[test]
+    fn what_is_not_finished_is_removed_and_nothing_else() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let path = folder.path().join("a.vhdx");
+        let place = || Place::of(&path).expect("a folder");
+        let unfinished = Unfinished::default();
+        unfinished.create(place()).expect("free");
+        drop(unfinished);
+        assert!(!path.exists());
+        let unfinished = Unfinished::default();
+        unfinished.create(place()).expect("free");
+        unfinished.settle().expect("it has its name");
+        unfinished.keep();
+        assert!(path.exists());
+        let second = Unfinished::default();
+        second.create(place()).expect_err("taken");
+        drop(second);
+        assert!(path.exists(), "not ours to remove");
+    }
+
+    #[test]
+    fn a_file_that_has_lost_its_name_is_neither_settled_nor_removed() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let path = folder.path().join("a.vhdx");
+        let unfinished = Unfinished::default();
+        unfinished.create(Place::of(&path).expect("a folder")).expect("free");
+        fs::rename(&path, folder.path().join("moved")).expect("ours");
+        fs::write(&path, "another's").expect("room");
+        unfinished.settle().expect_err("another file has its name");
+        drop(unfinished);
+        assert_eq!(fs::read_to_string(&path).expect("it stays"), "another's");
+    }
+}

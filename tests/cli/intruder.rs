@@ -1,0 +1,308 @@
+//! Root works in folders of others, on images of others: whatever they put there, and whenever they swap it, nothing
+//! is opened, told, changed or removed but what the user has named.
+
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, chown, symlink};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::merge::Layer;
+use super::relink::{base, child_of};
+use super::{Bench, MIB, Ran, create, info, on, program};
+
+/// How long a command may take that must not hang: many times what any of these takes.
+const NO_HANG: Duration = Duration::from_secs(60);
+
+/// Nobody, as most systems call it.
+const NOBODY: u32 = 65534;
+
+/// Runs `command`, and fails if it hangs.
+fn ended(mut command: Command) -> Ran {
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("it runs");
+    let until = Instant::now() + NO_HANG;
+    while child.try_wait().expect("ours").is_none() {
+        if Instant::now() > until {
+            child.kill().expect("ours");
+            panic!("{command:?} hangs");
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+    child.wait_with_output().expect("ours").into()
+}
+
+fn ended_on(command: &str, image: &Path, options: &[&str]) -> Ran {
+    let mut program = program();
+    program.arg(command).args(options).arg(image);
+    ended(program)
+}
+
+/// Who may do what with a file, and what is in it.
+fn state(path: &Path) -> (u32, u32, u32, Vec<u8>) {
+    let found = fs::metadata(path).expect("there");
+    (found.uid(), found.gid(), found.mode(), fs::read(path).expect("readable"))
+}
+
+/// As `/etc/shadow` is.
+fn secret(bench: &Bench) -> PathBuf {
+    let path = bench.path("shadow");
+    fs::write(&path, "TOPSECRET:hash").expect("room");
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).expect("ours");
+    path
+}
+
+/// The owner of the folder puts a link to a file of root's in the place of the file that is being made.
+#[test]
+fn a_link_in_place_of_the_unfinished_image_gives_nothing_away() {
+    if !nix::unistd::geteuid().is_root() {
+        return super::skipped(
+            "only root gives files away: the swapped file of `create --force` is not tested",
+        );
+    }
+    let bench = Bench::new();
+    let victim = secret(&bench);
+    fs::create_dir(bench.path("home")).expect("room");
+    let image = bench.image("home/a.vhdx", &["--size", "1G"]);
+    chown(&image, Some(NOBODY), Some(NOBODY)).expect("root may");
+    fs::set_permissions(&image, fs::Permissions::from_mode(0o666)).expect("ours");
+    let (before, old) = (state(&victim), state(&image));
+    let (done, swaps) = (AtomicBool::new(false), AtomicBool::new(false));
+    let swap_all = || {
+        let mut number = 0;
+        while !done.load(Ordering::Relaxed) {
+            let names = fs::read_dir(bench.path("home")).expect("readable").flatten();
+            for path in names.map(|name| name.path()).filter(|path| path.extension() == Some("tmp".as_ref()))
+            {
+                number += 1;
+                let is_link = fs::symlink_metadata(&path).is_ok_and(|found| found.is_symlink());
+                if !is_link && fs::rename(&path, bench.path(&format!("moved.{number}"))).is_ok() {
+                    symlink(&victim, &path).expect("free");
+                    swaps.store(true, Ordering::Relaxed);
+                }
+            }
+        }
+    };
+    thread::scope(|scope| {
+        scope.spawn(swap_all);
+        for _ in 0..3 {
+            let options = ["--size", "16T", "--block-size", "1M", "--block-state", "zero", "--force"];
+            let ran = create(&image, &options);
+            if ran.status != Some(0) {
+                assert!(ran.stderr.contains("another file has taken its place"), "{}", ran.stderr);
+            }
+        }
+        done.store(true, Ordering::Relaxed);
+    });
+    assert!(swaps.load(Ordering::Relaxed), "no file was swapped: nothing is tested");
+    assert!(state(&victim) == before, "the file behind the link was changed");
+    assert!(state(&image) == old, "the image was replaced by what is not the new one");
+}
+
+/// The folder of the chain becomes a link to another while the merge copies.
+#[test]
+fn a_merge_removes_its_own_child_and_not_one_behind_a_link() {
+    const BLOCKS: u64 = 192;
+    let bench = Bench::new();
+    for folder in ["mine", "yours"] {
+        fs::create_dir(bench.path(folder)).expect("room");
+    }
+    let base = bench.image("mine/base.vhdx", &["--size", "256M", "--block-size", "1M"]);
+    let child = child_of(&bench, &base, "mine/child.vhdx");
+    let mut disk = vec![0; usize::try_from(BLOCKS * MIB).expect("small")];
+    let mut layer = Layer { path: &child, disk: &mut disk };
+    for block in 0..BLOCKS {
+        layer.whole(block, 0x5a);
+    }
+    let yours = bench.path("yours/child.vhdx");
+    fs::write(&yours, "root's own").expect("room");
+    let mut merging = program().arg("merge").arg(&child).spawn().expect("it runs");
+    let until = Instant::now() + NO_HANG;
+    let copied = || fs::metadata(&base).map_or(0, |found| found.len()) > 16 * MIB;
+    while !copied() && Instant::now() < until && merging.try_wait().expect("ours").is_none() {
+        thread::sleep(Duration::from_millis(1));
+    }
+    fs::rename(bench.path("mine"), bench.path("moved")).expect("ours");
+    symlink(bench.path("yours"), bench.path("mine")).expect("room");
+    assert!(bench.path("moved/child.vhdx").exists(), "it was swapped too late: nothing is tested");
+    let status = merging.wait().expect("ours");
+    assert_eq!(fs::read_to_string(&yours).expect("it stays"), "root's own");
+    assert!(status.success() && !bench.path("moved/child.vhdx").exists(), "{status}");
+}
+
+/// What a child may say its parent is, and what must be said of that.
+fn intruders(bench: &Bench) -> Vec<(PathBuf, &'static str)> {
+    let fifo = bench.path("fifo");
+    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).expect("a FIFO can be made");
+    let mut intruders = vec![
+        (fifo, "a FIFO"),
+        (secret(bench), "not a VHDX"),
+        ("/dev/zero".into(), "a character device"),
+        ("/proc/self/status".into(), "a file of the kernel's (procfs)"),
+        (bench.0.path().to_owned(), "a directory"),
+    ];
+    if Path::new("/proc/kmsg").exists() {
+        intruders.push(("/proc/kmsg".into(), "a file of the kernel's (procfs)"));
+    }
+    if Path::new("/sys/kernel/uevent_seqnum").exists() {
+        intruders.push(("/sys/kernel/uevent_seqnum".into(), "a file of the kernel's (sysfs)"));
+    }
+    intruders
+}
+
+/// A child leads to what never answers, acts, or is secret: every command says what it is, and nothing of what is in it.
+#[test]
+fn a_parent_that_is_no_file_on_a_disk_is_refused_at_once() {
+    let bench = Bench::new();
+    let parent = base(&bench, "base.vhdx");
+    let child = child_of(&bench, &parent, "child.vhdx");
+    fs::remove_file(&parent).expect("ours");
+    for (intruder, what) in intruders(&bench) {
+        symlink(&intruder, &parent).expect("free");
+        let commands: [(&str, &[&str]); 4] = [
+            ("check", &[]),
+            ("merge", &[]),
+            ("info", &["--chain"]),
+            ("create", &["--force", "--size", "1G"]),
+        ];
+        for (command, options) in commands {
+            if command == "create" && what == "not a VHDX" {
+                continue; // to replace that is what the user asks for
+            }
+            let path = if command == "create" { &parent } else { &child };
+            let Ran { status, stdout, stderr } = ended_on(command, path, options);
+            let said = stdout + &stderr;
+            assert!(status == Some(1) && said.contains(what), "{command} {}: {said}", intruder.display());
+            assert!(!said.contains("TOP"), "{command} tells what is in a file that nobody named: {said}");
+        }
+        fs::remove_file(&parent).expect("ours");
+    }
+}
+
+/// Says whether `action` opens a FIFO for reading, for a moment or for longer.
+fn watched<T>(fifo: &Path, action: impl FnOnce() -> T) -> (bool, T) {
+    // For the writer to get to where it waits, and to say that it was let go.
+    let settle = || thread::sleep(Duration::from_millis(500));
+    let opened = AtomicBool::new(false);
+    thread::scope(|scope| {
+        // Waits until there is a reader, were it for a moment.
+        let writer = scope.spawn(|| {
+            let writer = OpenOptions::new().write(true).open(fifo);
+            opened.store(true, Ordering::SeqCst);
+            writer
+        });
+        settle();
+        let outcome = action();
+        settle();
+        let seen = opened.load(Ordering::SeqCst);
+        let release = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(fifo);
+        drop(writer.join().expect("it waits"));
+        drop(release.expect("a FIFO"));
+        (seen, outcome)
+    })
+}
+
+/// Neither a link beside the image nor what is no file is opened, when its children are looked for.
+#[test]
+fn neighbours_that_are_no_files_are_not_opened() {
+    let bench = Bench::new();
+    let image = bench.image("a.vhdx", &["--size", "1G"]);
+    let fifo = bench.path("fifo.vhdx");
+    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).expect("a FIFO can be made");
+    symlink(&fifo, bench.path("link.vhdx")).expect("room");
+    let (opened, ran) = watched(&fifo, || ended_on("create", &image, &["--force", "--size", "2G"]));
+    ran.succeeded();
+    assert!(!opened, "a neighbour was opened that is no file");
+    let (opened, seen) = watched(&fifo, || File::open(bench.path("link.vhdx")).is_ok());
+    assert!(opened && seen, "the watch sees what is opened through a link");
+}
+
+/// Whoever may read an image may lock it, and keep a device from it: by default that is its owner alone.
+#[test]
+fn images_are_private_unless_more_is_asked_for() {
+    let bench = Bench::new();
+    let mode = |path: &Path| fs::metadata(path).expect("there").mode() & 0o777;
+    let open_mask = |image: &str, options: &[&str]| {
+        let path = bench.path(image);
+        let mut shell = Command::new("sh");
+        shell.args(["-c", r#"umask 0; exec "$0" "$@""#, env!("CARGO_BIN_EXE_vhdx-ublk"), "create"]);
+        ended({
+            shell.args(options).arg(&path);
+            shell
+        })
+        .succeeded();
+        path
+    };
+    let image = open_mask("a.vhdx", &["--size", "1G"]);
+    assert_eq!(mode(&image), 0o600);
+    let parent = image.to_str().expect("UTF-8");
+    assert_eq!(mode(&open_mask("child.vhdx", &["--parent", parent])), 0o600);
+    assert_eq!(mode(&open_mask("open.vhdx", &["--size", "1G", "--mode", "644"])), 0o644);
+    // A child has no content of its own yet: who may not read the parent must not read it through the child.
+    assert_eq!(mode(&open_mask("open-child.vhdx", &["--parent", parent, "--mode", "644"])), 0o600);
+    fs::set_permissions(&image, fs::Permissions::from_mode(0o640)).expect("ours");
+    assert_eq!(mode(&open_mask("group.vhdx", &["--parent", parent, "--mode", "664"])), 0o640);
+    let other = bench.path("b.vhdx");
+    create(&other, &["--size", "1G", "--mode", "640"]).succeeded();
+    open_mask("b.vhdx", &["--size", "2G", "--force", "--mode", "666"]);
+    assert_eq!((mode(&other), info(&other)["virtual_size"].as_u64()), (0o640, Some(2048 * MIB)));
+    for wrong in ["777", "7", "rw", "060", "4644", ""] {
+        on("create", &bench.path("c.vhdx"), &["--size", "1G", "--mode", wrong]).misused();
+    }
+}
+
+/// Characters that steer a terminal, or forge a line of the program's.
+const STEERING: [char; 6] = ['\x1b', '\x07', '\u{7f}', '\u{9b}', '\u{202e}', '\u{2066}'];
+
+fn is_clean(text: &str) -> bool {
+    !text.contains(STEERING) && !text.lines().any(|line| line.starts_with("FORGED"))
+}
+
+/// A name says what it is and does nothing: in answers, errors, warnings and JSON.
+#[test]
+fn names_neither_steer_terminals_nor_forge_lines() {
+    let bench = Bench::new();
+    let odd = "x\nFORGED: all is well\x1b]0;title\x07\u{7f}\u{9b}2J\u{202e}\u{2066}.vhdx";
+    let image = bench.image(odd, &["--size", "16M", "--block-size", "2M"]);
+    let child = child_of(&bench, &image, &format!("child-{odd}"));
+    let commands: [(&str, &Path, &[&str]); 8] = [
+        ("info", &child, &["--chain"]),
+        ("info", &child, &["--chain", "--json"]),
+        ("check", &child, &[]),
+        ("check", &child, &["--json"]),
+        ("create", &child, &["--size", "1G"]),
+        ("merge", &image, &[]),
+        ("create", &image, &["--size", "1G", "--force"]),
+        ("merge", &child, &[]),
+    ];
+    for (command, path, options) in commands {
+        let Ran { stdout, stderr, .. } = ended_on(command, path, options);
+        assert!(is_clean(&stdout) && is_clean(&stderr), "{command}: {stdout:?} {stderr:?}");
+        assert!(stdout.contains(r"FORGED: all") || stderr.contains(r"FORGED: all"), "{command}: {stderr}");
+    }
+    let json = info(&image);
+    assert_eq!(json["image"].as_str().map(|path| path.ends_with(odd)), Some(true), "JSON has the very name");
+}
+
+/// A path need not be text.
+#[test]
+fn a_name_that_is_no_text_is_a_name() {
+    let bench = Bench::new();
+    let name = |bytes: &[u8]| bench.0.path().join(std::ffi::OsStr::from_bytes(bytes));
+    fs::create_dir(name(b"\xff")).expect("room");
+    let image = name(b"\xff/base.vhdx");
+    create(&image, &["--size", "16M"]).succeeded();
+    let child = name(b"\xff/ch\xe9ld.vhdx");
+    let mut making = program();
+    making.arg("create").arg("--parent").arg(&image).arg(&child);
+    ended(making).succeeded();
+    for command in ["info", "check"] {
+        assert_eq!(ended_on(command, &child, &[]).status, Some(0));
+        assert_eq!(ended_on(command, &child, &["--json"]).status, Some(0));
+    }
+    create(&image, &["--size", "1G", "--force"]).failed(1);
+    assert_eq!(ended_on("merge", &child, &[]).status, Some(0));
+    assert!(!child.exists());
+}
