@@ -2,10 +2,13 @@
 //!
 //! Callers match on [`Kind`]; people read the message: which file, which structure, which offset, what was
 //! expected, and what to run next. Layers add what they know (`in_structure`, `at`, `file`, `remedy`) on the
-//! way up; nothing is ever overwritten by a layer that knows less.
+//! way up; nothing is ever overwritten by a layer that knows less. What is shown of an error is one printable line,
+//! whatever names are in it.
 
-use std::fmt;
+use std::fmt::{self, Write};
 use std::path::{Path, PathBuf};
+
+use crate::printable::{Printable, printable};
 
 /// What went wrong, as far as a caller needs to tell cases apart. Serialised in kebab case: `not-vhdx`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -128,10 +131,11 @@ impl Error {
 
     /// What was found and what was expected, without its place, and the cause beneath.
     pub fn message(&self) -> String {
-        match &self.0.source {
+        let text = match &self.0.source {
             Some(source) => format!("{}: {source}", self.0.message),
             None => self.0.message.clone(),
-        }
+        };
+        printable(&text).into_owned()
     }
 
     /// The operating system's error number beneath, if there is one.
@@ -162,6 +166,7 @@ impl Error {
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut f = Printable(f);
         if let Some(file) = &self.0.file {
             write!(f, "{}: ", file.display())?;
         }
@@ -197,6 +202,15 @@ mod tests {
         let error = Error::io("growing the file", cause).file(Path::new("b.vhdx"));
         assert_eq!(error.kind(), Kind::NoSpace);
         assert!(error.to_string().starts_with("b.vhdx: growing the file: No space left"));
+    }
+
+    /// Neither a name nor a message forges a line or steers a terminal.
+    #[test]
+    fn an_error_is_one_printable_line() {
+        let error =
+            Error::new(Kind::Corrupt, "key \u{9b}2J").file(Path::new("a\nvhdx-ublk: done\x1b]0;x\x07"));
+        assert_eq!(error.to_string(), "a\\nvhdx-ublk: done\\u{1b}]0;x\\u{7}: key \\u{9b}2J");
+        assert_eq!(error.message(), "key \\u{9b}2J");
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //!
 //! The modules, each using only those above it in this list:
 //!
+//! * [`printable`]: text from elsewhere, made fit to be shown;
 //! * [`error`]: the one error type;
 //! * [`simulation`]: constants, but for the crash tests;
 //! * [`mod@format`]: the bytes of a VHDX file, both ways, no I/O;
@@ -19,4 +20,5 @@ pub mod engine;
 pub mod error;
 pub mod format;
 pub mod image;
+pub mod printable;
 pub mod simulation;

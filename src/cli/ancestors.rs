@@ -7,6 +7,7 @@ use serde::{Serialize, Serializer};
 use vhdx_ublk::chain::{self, Known, Search};
 use vhdx_ublk::error::{Error, Kind, Result};
 use vhdx_ublk::image::{self, Report, Severity};
+use vhdx_ublk::printable::printable;
 
 use super::output::{self, Failure};
 use super::{holders, look};
@@ -33,7 +34,7 @@ impl Serialize for ChainFault {
 impl std::fmt::Display for ChainFault {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match output::remedy(&self.0) {
-            Some(remedy) => write!(f, "{}\n  try: {remedy}", self.0),
+            Some(remedy) => write!(f, "{}\n  try: {}", self.0, printable(remedy)),
             None => self.0.fmt(f),
         }
     }

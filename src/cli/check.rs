@@ -12,6 +12,7 @@ use vhdx_ublk::device::session;
 use vhdx_ublk::disk::{Access, Disk, Reactor};
 use vhdx_ublk::error::{Kind, Result};
 use vhdx_ublk::image::{self, Finding, Identity, LogFound, Repair, Report, Severity};
+use vhdx_ublk::printable::printable;
 
 use super::ancestors::{self, Ancestors};
 use super::parents::ParentOptions;
@@ -138,6 +139,7 @@ impl Checked {
 impl std::fmt::Display for Checked {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self { image, report, before, ancestors } = self;
+        let image = &*printable(image);
         if let Some(before) = before.as_ref().filter(|before| *before != report) {
             writeln!(f, "{image} was repaired. Before: {}{}", summary(before), findings(before, true))?;
             writeln!(f)?;
@@ -166,6 +168,7 @@ fn chain(ancestors: &Ancestors, repaired: bool) -> String {
     let mut text = String::new();
     for parent in &ancestors.parents {
         let ancestors::Parent { image, report } = parent;
+        let image = &*printable(image);
         let _ = write!(text, "\n\nparent {image}: {}{}", summary(report), findings(report, false));
         text += &mendable(report, image);
     }
@@ -224,11 +227,11 @@ fn line(finding: &Finding, mended: bool) -> String {
         Severity::Note => "note",
     };
     let place = finding.offset.map_or_else(String::new, |offset| format!(" at byte {offset}"));
-    let remedy = match (&finding.remedy, finding.repairable, mended) {
+    let remedy = match (finding.remedy.as_deref().map(printable), finding.repairable, mended) {
         (None, ..) => String::new(),
         (Some(remedy), false, _) => format!("\n    try: {remedy}"),
         (Some(remedy), true, false) => format!("\n    --repair: {remedy}"),
         (Some(remedy), true, true) => format!("\n    repaired: {remedy}"),
     };
-    format!("{severity}{place}: {}{remedy}", finding.what)
+    format!("{severity}{place}: {}{remedy}", printable(&finding.what))
 }

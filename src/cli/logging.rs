@@ -12,6 +12,8 @@ use tracing_subscriber::layer::{Layer, SubscriberExt};
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt;
 
+use vhdx_ublk::printable::Printable;
+
 /// Set once standard error is a log that nobody watches.
 static DETACHED: AtomicBool = AtomicBool::new(false);
 
@@ -62,7 +64,8 @@ where
             Level::INFO => "",
             Level::DEBUG | Level::TRACE => "debug: ",
         })?;
-        context.format_fields(line.by_ref(), event)?;
+        // What is logged has names in it, of files and of whoever has them open.
+        context.format_fields(Writer::new(&mut Printable(line.by_ref())), event)?;
         writeln!(line)
     }
 }

@@ -1,12 +1,25 @@
 //! What the user reads: answers on standard output, errors on standard error.
+//!
+//! Names in it are made printable: in text as Rust writes them, `\u{9b}`, in JSON as JSON does, `\u009b`.
 
-use std::io::{self, Write};
+use std::fmt::Write as _;
+use std::io::{self, Write as _};
 
 use serde::Serialize;
 
 use vhdx_ublk::error::{Error, Kind, Result};
+use vhdx_ublk::printable::{is_printable, printable};
 
-/// Writes `text` and a newline to standard output. A reader that has left is no failure.
+/// Writes one line to standard output, as [`print()`].
+///
+/// # Errors
+///
+/// As [`print()`].
+pub fn print_line(line: &str) -> Result<()> {
+    print(&printable(line))
+}
+
+/// Writes `text`, in which only line breaks are not printable, and a newline to standard output. A reader that has left is no failure.
 ///
 /// # Errors
 ///
@@ -28,7 +41,21 @@ pub fn print(text: &str) -> Result<()> {
 /// As [`print()`].
 pub fn print_json(value: &impl Serialize) -> Result<()> {
     let text = serde_json::to_string_pretty(value);
-    print(&text.map_err(|error| Error::io("writing the output as JSON", error.into()))?)
+    print(&ascii_controls(&text.map_err(|error| Error::io("writing the output as JSON", error.into()))?))
+}
+
+/// JSON that no terminal obeys: `serde_json` escapes only what JSON must, the first 32 characters. Others that are not
+/// printable are in strings alone.
+fn ascii_controls(json: &str) -> String {
+    let mut shown = String::with_capacity(json.len());
+    for character in json.chars() {
+        if is_printable(character) || character == '\n' {
+            shown.push(character);
+        } else {
+            let _ = write!(shown, "\\u{:04x}", u32::from(character)); // a string takes everything
+        }
+    }
+    shown
 }
 
 /// Tells the user what went wrong, and what to do about it.
@@ -41,7 +68,7 @@ pub fn report(error: &Error, json: bool) {
     let mut stderr = io::stderr().lock();
     let _ = writeln!(stderr, "vhdx-ublk: {error}");
     if let Some(remedy) = remedy(error) {
-        let _ = writeln!(stderr, "  try: {remedy}");
+        let _ = writeln!(stderr, "  try: {}", printable(remedy));
     }
 }
 
@@ -126,7 +153,7 @@ pub fn remedy(error: &Error) -> Option<&str> {
     })
 }
 
-/// A list of `key: value` lines, the values aligned.
+/// A list of `key: value` lines, the values aligned and printable.
 #[derive(Default)]
 pub struct Fields(Vec<(&'static str, String)>);
 
@@ -143,16 +170,18 @@ impl std::fmt::Display for Fields {
         for (index, (key, value)) in self.0.iter().enumerate() {
             let key = if key.is_empty() { String::new() } else { format!("{key}:") };
             let newline = if index == 0 { "" } else { "\n" };
-            write!(f, "{newline}{key:width$}{value}")?;
+            write!(f, "{newline}{key:width$}{}", printable(value))?;
         }
         Ok(())
     }
 }
 
-/// Rows under a headline, the columns aligned, the last one ragged.
+/// Rows under a headline, the columns aligned and printable, the last one ragged.
 pub fn table<const N: usize>(headline: [&str; N], rows: &[[String; N]]) -> String {
     let headline = headline.map(str::to_owned);
-    let all = || std::iter::once(&headline).chain(rows);
+    let rows: Vec<[String; N]> =
+        rows.iter().map(|row| row.each_ref().map(|cell| printable(cell).into_owned())).collect();
+    let all = || std::iter::once(&headline).chain(&rows);
     let width = |column: usize| all().map(|row| row[column].chars().count()).max().unwrap_or(0);
     let widths: [usize; N] = std::array::from_fn(width);
     let line = |row: &[String; N]| {
@@ -177,6 +206,20 @@ mod tests {
         assert_eq!(fields.to_string(), "size:       1\nblock size: 2\n            3");
         let rows = [["a".into(), "x y".into()], ["long".into(), String::new()]];
         assert_eq!(table(["N", "WHAT"], &rows), "N     WHAT\na     x y\nlong");
+    }
+
+    /// A name in a field, a table or JSON neither makes a line of its own nor steers the terminal.
+    #[test]
+    fn names_are_printable_everywhere() {
+        let name = "a\nIMAGE: b\u{7f}\u{9b}\u{202e}";
+        let mut fields = Fields::default();
+        fields.add("image", name);
+        let shown = r"a\nIMAGE: b\u{7f}\u{9b}\u{202e}";
+        assert_eq!(fields.to_string(), format!("image: {shown}"));
+        assert_eq!(table(["N"], &[[name.into()]]), format!("N\n{shown}"));
+        let json = ascii_controls(&serde_json::to_string(name).expect("a string"));
+        assert_eq!(json, r#""a\nIMAGE: b\u007f\u009b\u202e""#);
+        assert_eq!(serde_json::from_str::<String>(&json).expect("JSON"), name);
     }
 
     #[test]

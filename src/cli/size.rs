@@ -16,10 +16,33 @@ pub fn parse(text: &str) -> Result<u64, String> {
     if number.is_empty() {
         return Err("a size is a whole number with an optional unit: 512, 64K, 10G, 1TiB".into());
     }
+    if let Some(rest) = unit.strip_prefix(['.', ',']) {
+        return Err(no_fraction(number, rest));
+    }
     let power = power_of(unit)?;
     let too_much = || "the size does not fit 64 bits".to_owned();
     let number: u64 = number.parse().map_err(|_| too_much())?;
     number.checked_mul(1 << (10 * power)).ok_or_else(too_much)
+}
+
+/// What to write instead of `number.rest`.
+fn no_fraction(number: &str, rest: &str) -> String {
+    let digits = rest.len() - rest.trim_start_matches(|c: char| c.is_ascii_digit()).len();
+    let (fraction, unit) = rest.split_at(digits);
+    let smaller = || {
+        let power = power_of(unit).ok()?.checked_sub(1)?;
+        let one = 10_u64.checked_pow(u32::try_from(digits).ok()?)?;
+        let scaled = number.parse::<u64>().ok()?.checked_mul(one)?.checked_add(fraction.parse().ok()?)?;
+        let scaled = scaled.checked_mul(1024)?;
+        let letter = power.checked_sub(1).map_or(String::new(), |index| UNITS[index as usize].to_string());
+        scaled.is_multiple_of(one).then(|| format!("{}{letter}", scaled / one))
+    };
+    match smaller() {
+        Some(instead) => format!("a size is a whole number: write {instead}"),
+        None => {
+            "a size is a whole number: write it in a smaller unit, as in 1536M for one and a half G".into()
+        }
+    }
 }
 
 /// The power of 1024 that `unit` stands for.
@@ -156,6 +179,14 @@ mod tests {
             assert!(parse(text).is_err(), "{text:?}");
         }
         assert!(parse("10GB").expect_err("ambiguous").contains("GiB"));
+        for (text, instead) in [
+            ("1.5G", "write 1536M"),
+            ("0,5K", "write 512"),
+            ("2.25TiB", "write 2304G"),
+            ("1.1G", "smaller unit"),
+        ] {
+            assert!(parse(text).expect_err("a fraction").contains(instead), "{text}");
+        }
     }
 
     #[test]

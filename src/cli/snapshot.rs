@@ -56,7 +56,7 @@ impl Snapshot {
         }
         let (image, parent) = (snapped.image.display(), snapped.parent.display());
         let pause = snapped.pause_us.div_ceil(1000);
-        output::print(&format!(
+        output::print_line(&format!(
             "{image} is served as {device} now; {parent} is its parent (pause: {pause} ms)"
         ))
     }

@@ -1,0 +1,70 @@
+//! Text from elsewhere, made fit to be shown.
+//!
+//! Names of files, keys in images and names of processes are chosen by others. Shown as they are they steer terminals,
+//! forge lines of logs, and read in another order than they are written.
+
+use std::borrow::Cow;
+use std::fmt;
+
+/// Whether a terminal shows the character and does nothing else with it: no control character, line or paragraph
+/// separator, and nothing that changes the direction of others.
+pub fn is_printable(character: char) -> bool {
+    let steers = matches!(
+        character,
+        '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}'
+    );
+    !character.is_control() && !steers
+}
+
+/// `text`, with what is not printable as Rust writes it: `\n`, `\u{9b}`. What was escaped already stays as it is.
+pub fn printable(text: &str) -> Cow<'_, str> {
+    if text.chars().all(is_printable) {
+        return text.into();
+    }
+    let mut shown = String::with_capacity(text.len() + 16);
+    push(&mut shown, text).expect("a string takes everything");
+    shown.into()
+}
+
+/// Passes on what is written to it, made printable.
+pub struct Printable<W>(pub W);
+
+impl<W: fmt::Write> fmt::Write for Printable<W> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        push(&mut self.0, text)
+    }
+}
+
+fn push(to: &mut impl fmt::Write, text: &str) -> fmt::Result {
+    let mut rest = text;
+    while let Some((at, odd)) = rest.char_indices().find(|&(_, character)| !is_printable(character)) {
+        to.write_str(&rest[..at])?;
+        write!(to, "{}", odd.escape_default())?;
+        rest = &rest[at + odd.len_utf8()..];
+    }
+    to.write_str(rest)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fmt::Write;
+
+    use super::*;
+
+    #[test]
+    fn what_steers_a_terminal_is_escaped_and_the_rest_kept() {
+        for (text, shown) in [
+            ("disk ü 🦀 \\n.vhdx", "disk ü 🦀 \\n.vhdx"),
+            ("\x1b[2J\x07", "\\u{1b}[2J\\u{7}"),
+            ("a\nvhdx-ublk: all is well\r", "a\\nvhdx-ublk: all is well\\r"),
+            ("\u{7f}\u{9b}31m\u{85}", "\\u{7f}\\u{9b}31m\\u{85}"),
+            ("\u{202e}xdhv\u{2066}\u{200f}\u{2029}", "\\u{202e}xdhv\\u{2066}\\u{200f}\\u{2029}"),
+        ] {
+            assert_eq!(printable(text), shown);
+            assert_eq!(printable(shown), shown, "shown twice");
+            let mut written = Printable(String::new());
+            write!(written, "{text}").expect("a string takes everything");
+            assert_eq!(written.0, shown);
+        }
+    }
+}
