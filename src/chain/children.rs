@@ -43,7 +43,7 @@ pub fn is_made_of(child: &dyn Relative, parent: &dyn Relative) -> bool {
 /// Whether one of the places where `child` would look for its parent is the file at `parent`.
 fn leads_to(child: &dyn Relative, search: &Search, parent: &Path) -> bool {
     let Some(locator) = &child.metadata().parent_locator else { return false };
-    search.candidates(child.path(), locator).iter().any(|path| same_file(path, parent))
+    search.candidates(child.path(), locator).iter().any(|place| same_file(&place.path, parent))
 }
 
 /// The other files in the folder of `image` that are called as images are, in the order of their names.

@@ -6,7 +6,7 @@ use uuid::Uuid;
 
 use super::children::is_made_of;
 use super::path;
-use super::search::Search;
+use super::search::{Candidate, Search};
 use crate::error::{Error, Kind, Result};
 use crate::format::guid;
 use crate::format::locator::ParentLocator;
@@ -100,6 +100,19 @@ pub fn follow_parents<R: Relative>(
     leaf: &dyn Relative,
     search: &Search,
     parents: &mut Vec<R>,
+    open: impl FnMut(&Path) -> Result<R>,
+) -> Result<()> {
+    let followed = follow(leaf, search, parents, open);
+    let locators = std::iter::once(leaf).chain(parents.iter().map(|parent| parent as &dyn Relative));
+    let locators: Vec<_> = locators.filter_map(|image| image.metadata().parent_locator.as_ref()).collect();
+    search.warn_of_idle_maps(&locators);
+    followed
+}
+
+fn follow<R: Relative>(
+    leaf: &dyn Relative,
+    search: &Search,
+    parents: &mut Vec<R>,
     mut open: impl FnMut(&Path) -> Result<R>,
 ) -> Result<()> {
     let mut given = search.parents.iter();
@@ -110,12 +123,12 @@ pub fn follow_parents<R: Relative>(
             let message = format!("the chain has more than {MAX_DEPTH} layers");
             return Err(Error::new(Kind::Unsupported, message).file(leaf.path()));
         }
-        let paths = match given.next() {
-            Some(path) => vec![path.clone()],
+        let places = match given.next() {
+            Some(path) => vec![Candidate { path: path.clone(), guessed: false }],
             None => search.candidates(child.path(), locator),
         };
         let used: Vec<&Path> = std::iter::once(leaf.path()).chain(parents.iter().map(R::path)).collect();
-        let parent = first_fitting(child, locator, paths, &used, &mut open)?;
+        let parent = first_fitting(child, locator, places, &used, &mut open)?;
         parents.push(parent);
     }
     match given.next() {
@@ -132,12 +145,16 @@ pub fn follow_parents<R: Relative>(
 fn first_fitting<R: Relative>(
     child: &dyn Relative,
     locator: &ParentLocator,
-    paths: Vec<PathBuf>,
+    places: Vec<Candidate>,
     used: &[&Path],
     open: &mut impl FnMut(&Path) -> Result<R>,
 ) -> Result<R> {
     let mut first_error = None;
-    for path in paths {
+    for Candidate { path, guessed } in places {
+        // Images in two folders often share a name: that the child lies beside itself makes no circle.
+        if guessed && used.iter().any(|used| path::same_file(used, &path)) {
+            continue;
+        }
         let checked = refuse_cycle(&path, used).and_then(|()| open(&path));
         let checked = checked.and_then(|parent| {
             recognise(child, locator, &parent).map_err(|error| error.remedy(REMEDY))?;

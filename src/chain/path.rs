@@ -6,6 +6,8 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use unicode_normalization::UnicodeNormalization;
+
 /// Where something that Windows knows under a drive letter, a volume or a share is mounted here.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PathMap {
@@ -77,7 +79,8 @@ pub fn same_file(one: &Path, other: &Path) -> bool {
     matches!((identity(one), identity(other)), (Ok(one), Ok(other)) if one == other)
 }
 
-/// `path`, or what differs from it only in the case of its letters, which Windows does not tell apart.
+/// `path`, or what differs from it only in what Windows or another host does not tell apart: the case of letters, and
+/// whether an accent is a part of its letter or a character of its own (macOS writes names that way).
 pub(super) fn existing(path: &Path) -> Option<PathBuf> {
     if path.exists() {
         return Some(path.to_owned());
@@ -85,17 +88,19 @@ pub(super) fn existing(path: &Path) -> Option<PathBuf> {
     let mut found = PathBuf::new();
     for component in path.components() {
         let next = found.join(component);
-        found = if next.exists() { next } else { in_other_case(&found, component.as_os_str().to_str()?)? };
+        found =
+            if next.exists() { next } else { spelled_otherwise(&found, component.as_os_str().to_str()?)? };
     }
     Some(found)
 }
 
-fn in_other_case(folder: &Path, name: &str) -> Option<PathBuf> {
-    let wanted = name.to_lowercase();
+fn spelled_otherwise(folder: &Path, name: &str) -> Option<PathBuf> {
+    let spelling = |name: &str| name.nfc().collect::<String>().to_lowercase();
+    let wanted = spelling(name);
     let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
     let entries = fs::read_dir(folder).ok()?.filter_map(Result::ok);
-    // Where several differ only in case, the same one every time.
-    let fits = |name: &std::ffi::OsString| name.to_str().is_some_and(|name| name.to_lowercase() == wanted);
+    // Where several differ only in that, the same one every time.
+    let fits = |name: &std::ffi::OsString| name.to_str().is_some_and(|name| spelling(name) == wanted);
     entries.map(|entry| entry.file_name()).filter(fits).min().map(|name| folder.join(name))
 }
 
@@ -144,5 +149,18 @@ mod tests {
         assert_eq!(existing(&folder.path().join("disks/base.vhdx")), Some(there.clone()));
         assert_eq!(existing(&there), Some(there));
         assert_eq!(existing(&folder.path().join("disks/other.vhdx")), None);
+    }
+
+    /// Windows writes `ü` as one character, macOS as two: both are one name.
+    #[test]
+    fn accents_of_another_spelling_name_the_same_file() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (decomposed, composed) = ("Gra\u{308}ser u\u{308}.vhdx", "gr\u{e4}ser \u{fc}.vhdx");
+        let there = folder.path().join(decomposed);
+        fs::write(&there, "").expect("a file");
+        assert_eq!(existing(&folder.path().join(composed)), Some(there));
+        let there = folder.path().join("\u{c5}.vhdx");
+        fs::write(&there, "").expect("a file");
+        assert_eq!(existing(&folder.path().join("A\u{30a}.vhdx")), Some(there));
     }
 }

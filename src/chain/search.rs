@@ -15,24 +15,35 @@ pub struct Search {
 }
 
 impl Search {
-    /// The files that may be the parent that `locator` names, of the child at `child`, likeliest first: by
-    /// relative path, volume path, absolute path, and by its name beside the child.
-    pub(super) fn candidates(&self, child: &Path, locator: &ParentLocator) -> Vec<PathBuf> {
+    /// The files that may be the parent that `locator` names, of the child at `child`, likeliest first.
+    pub(super) fn candidates(&self, child: &Path, locator: &ParentLocator) -> Vec<Candidate> {
         let folder = child.parent().unwrap_or(Path::new("."));
         let relative = locator.get(RELATIVE_PATH).map(|text| path::join(folder, text));
-        let absolute = [VOLUME_PATH, ABSOLUTE_WIN32_PATH].into_iter().filter_map(|key| locator.get(key));
+        let absolute = ABSOLUTE_KEYS.into_iter().filter_map(|key| locator.get(key));
         let absolute = absolute.flat_map(|text| self.mapped(text));
         let keys = [RELATIVE_PATH, ABSOLUTE_WIN32_PATH, VOLUME_PATH].into_iter();
         let beside = keys.filter_map(|key| path::name(locator.get(key)?)).map(|name| folder.join(name));
-        let mut found: Vec<PathBuf> = Vec::new();
-        for path in relative.into_iter().chain(absolute).chain(beside) {
+        let named = relative.into_iter().chain(absolute).map(|path| (path, false));
+        let mut found: Vec<Candidate> = Vec::new();
+        for (path, guessed) in named.chain(beside.map(|path| (path, true))) {
             if let Some(path) = path::existing(&path)
-                && !found.contains(&path)
+                && !found.iter().any(|earlier| earlier.path == path)
             {
-                found.push(path);
+                found.push(Candidate { path, guessed });
             }
         }
         found
+    }
+
+    /// Says which maps know none of the absolute paths in `locators`: a slip of the pen, or a drive that no image is on.
+    pub(super) fn warn_of_idle_maps(&self, locators: &[&ParentLocator]) {
+        let keys = |locator: &&ParentLocator| ABSOLUTE_KEYS.map(|key| locator.get(key).map(str::to_owned));
+        let texts: Vec<String> = locators.iter().flat_map(keys).flatten().collect();
+        for map in &self.maps {
+            if !texts.iter().any(|text| map.apply(text).is_some()) {
+                tracing::warn!("--parent-map {map} matches no path in the images of this chain");
+            }
+        }
     }
 
     /// Whether the absolute path `text` leads somewhere here, and not to `parent`.
@@ -48,6 +59,17 @@ impl Search {
         }
         self.maps.iter().filter_map(|map| map.apply(text)).collect()
     }
+}
+
+/// The keys of paths that begin at a drive or a volume.
+const ABSOLUTE_KEYS: [&str; 2] = [VOLUME_PATH, ABSOLUTE_WIN32_PATH];
+
+/// A file that may be a parent.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Candidate {
+    pub(super) path: PathBuf,
+    /// The child does not name this place: it is beside the child, under the parent's name.
+    pub(super) guessed: bool,
 }
 
 /// Whether the relative path in `locator` leads from `child` to `parent`.
@@ -68,6 +90,10 @@ mod tests {
         ParentLocator { entries }
     }
 
+    fn paths(search: &Search, child: &Path, locator: &ParentLocator) -> Vec<PathBuf> {
+        search.candidates(child, locator).into_iter().map(|candidate| candidate.path).collect()
+    }
+
     #[test]
     fn the_likeliest_place_comes_first_and_only_once() {
         let folder = tempfile::tempdir().expect("a folder");
@@ -85,18 +111,16 @@ mod tests {
         let child = at("children/child.vhdx");
         let mut search = Search::default();
         let up = at("children").join("../base.vhdx");
-        assert_eq!(search.candidates(&child, &locator), [up.clone(), at("children/base.vhdx")]);
+        assert_eq!(paths(&search, &child, &locator), [up.clone(), at("children/base.vhdx")]);
         let map = format!(r"C:\={}", at("c").display());
         search.maps = vec![map.parse().expect("a good map")];
-        assert_eq!(search.candidates(&child, &locator), [up, at("c/base.vhdx"), at("children/base.vhdx")]);
+        assert_eq!(paths(&search, &child, &locator), [up, at("c/base.vhdx"), at("children/base.vhdx")]);
     }
 
     #[test]
     fn no_share_is_looked_for_unless_it_is_mapped() {
         let locator = locator(&[(ABSOLUTE_WIN32_PATH, r"\\etc\passwd")]);
-        assert_eq!(
-            Search::default().candidates(Path::new("/nowhere/child.vhdx"), &locator),
-            [] as [&Path; 0]
-        );
+        let found = paths(&Search::default(), Path::new("/nowhere/child.vhdx"), &locator);
+        assert_eq!(found, [] as [&Path; 0]);
     }
 }

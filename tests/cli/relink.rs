@@ -97,3 +97,34 @@ fn what_is_no_parent_is_refused() {
     }
     before.assert_kept(&child);
 }
+
+/// Where the parent is gone, its child is not taken for it because it has the same name.
+#[test]
+fn a_child_that_is_called_as_its_lost_parent_is_not_its_own_ancestor() {
+    let bench = Bench::new();
+    for folder in ["a", "b", "c"] {
+        fs::create_dir(bench.path(folder)).expect("a folder");
+    }
+    let parent = base(&bench, "a/disk.vhdx");
+    let child = child_of(&bench, &parent, "b/disk.vhdx");
+    let leaf = child_of(&bench, &child, "a/leaf.vhdx");
+    let moved = bench.path("c/moved.vhdx");
+    fs::rename(&parent, &moved).expect("one file system");
+    for image in [&child, &leaf] {
+        let (_, message) = on("info", image, &["--chain"]).broke_off();
+        assert!(message.contains(r"in none of the places it names: ..\a\disk.vhdx"), "{message}");
+    }
+    with("relink", &child, &[&moved], &[]).succeeded();
+    assert_eq!(chain_of(&leaf).len(), 3);
+}
+
+/// A slip in the drive's name is told, not left to be wondered about.
+#[test]
+fn a_map_that_matches_nothing_is_told() {
+    let bench = Bench::new();
+    let parent = base(&bench, "base.vhdx");
+    let child = child_of(&bench, &parent, "child.vhdx");
+    let ran = on("info", &child, &["--chain", "--parent-map", "C=/x"]);
+    assert_eq!(ran.status, Some(0));
+    assert!(ran.stderr.contains("--parent-map C=/x matches no path"), "{}", ran.stderr);
+}
