@@ -49,7 +49,7 @@ cleanly, 2 wrong usage.";
 
 /// One to be taken away.
 enum Doomed {
-    Known(Listed),
+    Known(Box<Listed>),
     Orphan(DeviceInfo),
 }
 
@@ -102,7 +102,7 @@ impl Del {
     /// Takes all devices away. One that fails is tried again when another has gone: it may have lain on that.
     fn all(&self, registry: &Registry) -> Result<Vec<Result<()>>> {
         let survey = registry.survey()?;
-        let known = survey.devices.into_iter().map(Doomed::Known);
+        let known = survey.devices.into_iter().map(|listed| Doomed::Known(listed.into()));
         let all = known.chain(survey.orphans.into_iter().map(Doomed::Orphan)).collect();
         let mut left = stop::nested_first(all, Doomed::lies_on);
         loop {

@@ -216,6 +216,8 @@ mod tests {
             device: "/dev/ublkb3".into(),
             image: "/images/disk.vhdx".into(),
             parents: Vec::new(),
+            parent_files: Vec::new(),
+            mount_namespace: 0,
             image_file: FileId { device: 1, inode: 2 },
             daemon: ProcessId { pid: 1234, start_time: 5678, namespace: 0 },
             queues: 2,

@@ -180,12 +180,11 @@ fn nothing_to_recover(error: Error, target: &Target) -> Error {
 
 /// Opens and locks the device's image, which must be the file it was.
 fn open(entry: &Entry, access: Access) -> Result<ImageFile> {
-    let file = add::open_locked(&entry.image, access)?;
+    let file = add::open_locked(&entry.image, access).map_err(|error| entry.explain(error))?;
     if FileId::of_image(&file)? != entry.image_file {
         let message = format!("this is not the file that {} was made of", entry.device.display());
-        return Err(Error::new(Kind::NotFound, message)
-            .file(&entry.image)
-            .remedy("move the image back to its place"));
+        let error = Error::new(Kind::NotFound, message).file(&entry.image);
+        return Err(entry.explain(error).remedy("move the image back to its place"));
     }
     Ok(file)
 }

@@ -194,6 +194,11 @@ impl Control {
         ids.into_iter().filter_map(|id| self.info(id).transpose()).collect()
     }
 
+    /// Whether its node can be opened, whatever else may be forbidden.
+    pub(super) fn may_be_opened() -> bool {
+        OpenOptions::new().read(true).write(true).open(CONTROL_PATH).is_ok()
+    }
+
     /// `UBLK_F_*` that the driver has, if it is new enough to say so.
     pub fn features(&self) -> Option<u64> {
         self.features

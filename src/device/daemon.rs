@@ -31,7 +31,7 @@ use super::mailbox::{EngineEnds, FrontEnds, mailboxes};
 use super::options::{Options, Parameters, Recovery, ZeroCopy};
 use super::queue::QueueSetup;
 use super::queues::Queues;
-use super::registry::{Entry, FileId, ProcessId, Registry};
+use super::registry::{self, Entry, FileId, ProcessId, Registry};
 use super::ring::RingSetup;
 use super::snapshot::{NewLeaf, Order};
 use super::socket::{self, Call, Status};
@@ -269,6 +269,7 @@ impl<E: EngineHandle> Device<E> {
                 change_entry(&Registry::open()?, &entry, |entry| {
                     entry.image = leaf.image;
                     entry.image_file = leaf.image_file;
+                    entry.parent_files = leaf.parents.iter().filter_map(|path| file_at(path)).collect();
                     entry.parents = leaf.parents;
                     entry.file_write_guid = leaf.file_write_guid;
                 })
@@ -380,6 +381,11 @@ fn on_itself(image: &Path) -> Error {
     Error::new(Kind::Unsupported, message).file(image).remedy("name a place on another file system")
 }
 
+/// Which file is at `path`, one that this process has open.
+fn file_at(path: &Path) -> Option<FileId> {
+    std::fs::metadata(path).ok().map(|found| FileId::of(&found))
+}
+
 fn device_path(id: u32) -> PathBuf {
     format!("/dev/ublkb{id}").into()
 }
@@ -396,6 +402,8 @@ fn describe(info: &DeviceInfo, served: &Served, daemon: ProcessId) -> Entry {
         image: served.path.clone(),
         image_file: served.image_file,
         parents: served.parents.clone(),
+        parent_files: served.parents.iter().filter_map(|path| file_at(path)).collect(),
+        mount_namespace: registry::mount_namespace(),
         daemon,
         queues: info.queues,
         depth: info.depth,

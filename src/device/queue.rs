@@ -107,7 +107,7 @@ fn prepare_thread(setup: &QueueSetup) {
         tracing::warn!("queue {queue} is not marked as serving a disk: {error}");
     }
     if let Err(error) = sys::run_on(&setup.cpus) {
-        tracing::warn!("queue {queue} is not kept on its CPUs {:?}: {error}", setup.cpus);
+        tracing::warn!("queue {queue} is not kept on its {} CPUs: {error}", setup.cpus.len());
     }
 }
 

@@ -63,6 +63,12 @@ pub struct Entry {
     /// Of a differencing image the parents' paths, its own first.
     #[serde(default, with = "path::many")]
     pub parents: Vec<PathBuf>,
+    /// The parents' devices and inodes, in the same order.
+    #[serde(default)]
+    pub parent_files: Vec<FileId>,
+    /// The mount namespace in which the paths lead to these files; 0 where that was not recorded.
+    #[serde(default)]
+    pub mount_namespace: u64,
     /// The daemon.
     pub daemon: ProcessId,
     /// Queues.
@@ -92,10 +98,29 @@ pub struct Entry {
 
 impl Entry {
     /// Whether the device reads `file`, its image or one of that one's parents.
+    ///
+    /// No path is looked at: it may lie on a device that waits for its daemon, and whoever asks would wait as well.
     pub fn reads(&self, file: FileId) -> bool {
-        let is_it = |path: &PathBuf| fs::metadata(path).is_ok_and(|found| FileId::of(&found) == file);
-        self.image_file == file || self.parents.iter().any(is_it)
+        self.image_file == file || self.parent_files.contains(&file)
     }
+
+    /// `error`, of opening one of the files by its path, with what explains that where the daemon saw other mounts.
+    pub fn explain(&self, error: Error) -> Error {
+        let is_elsewhere = self.mount_namespace != 0 && self.mount_namespace != mount_namespace();
+        if error.kind() != Kind::NotFound || !is_elsewhere {
+            return error;
+        }
+        let message = format!("{} (the path is of another mount namespace than this)", error.message());
+        Error::new(Kind::NotFound, message).file(error.file_path().unwrap_or(&self.image)).remedy(
+            "run the command where the device was added: in the same container, or for a service with PrivateTmp \
+             in the service; or put the image at that path here (mount --bind)",
+        )
+    }
+}
+
+/// The mount namespace of this process; 0 where `/proc` does not say.
+pub(super) fn mount_namespace() -> u64 {
+    fs::metadata("/proc/self/ns/mnt").map_or(0, |found| found.ino())
 }
 
 /// A file, whatever it is called.
@@ -486,6 +511,8 @@ impl Sight {
         match Control::open() {
             Ok(control) => Ok(Self::Kernel(control)),
             Err(error) if error.kind() == Kind::NoDriver => Ok(Self::without_control(Path::new(DRIVERS))),
+            // As where a container has the node and no right to it.
+            Err(error) if error.kind() == Kind::Permission && !Control::may_be_opened() => Ok(Self::Hidden),
             Err(error) => Err(error),
         }
     }
@@ -543,6 +570,8 @@ pub(super) mod tests {
             device: format!("/dev/ublkb{id}").into(),
             image: "/images/disk.vhdx".into(),
             parents: Vec::new(),
+            parent_files: Vec::new(),
+            mount_namespace: 0,
             image_file: FileId { device: 1, inode: 2 },
             daemon: ProcessId { pid: 1234, start_time: 5678, namespace: 0 },
             queues: 2,
@@ -629,6 +658,25 @@ pub(super) mod tests {
         let odd = Entry { image: odd(b"/a\xff\n.vhdx"), parents: vec![odd(b"/\xfe")], ..entry(1) };
         registry.write(&odd).expect("written");
         assert_eq!(read(&registry), [odd]);
+    }
+
+    #[test]
+    fn a_parent_is_known_by_its_inode_and_no_path_is_followed() {
+        let parent = FileId { device: 1, inode: 7 };
+        let child = Entry { parents: vec!["/".into()], parent_files: vec![parent], ..entry(1) };
+        assert!(child.reads(parent) && child.reads(child.image_file));
+        assert!(!child.reads(FileId::of(&fs::metadata("/").expect("there"))));
+    }
+
+    #[test]
+    fn a_path_of_another_mount_namespace_is_told_to_be_one() {
+        let missing = || Error::new(Kind::NotFound, "no such file");
+        let here = Entry { mount_namespace: mount_namespace(), ..entry(1) };
+        assert!(here.explain(missing()).remedy_text().is_none());
+        let elsewhere = Entry { mount_namespace: mount_namespace() + 1, ..entry(1) };
+        let error = elsewhere.explain(missing());
+        assert!(error.to_string().contains("another mount namespace"), "{error}");
+        assert!(elsewhere.explain(Error::new(Kind::Io, "no")).remedy_text().is_none());
     }
 
     #[test]

@@ -257,8 +257,10 @@ pub fn stop(registry: &Registry, entry: &Entry, how: &How) -> Result<()> {
     }
     await_node_gone(entry)?;
     registry.remove(entry.id, entry.mark)?;
-    if let Some(below) = &below {
-        return Err(lies_on_waiting(&last, below));
+    if let Some(below) = &below
+        && !last.read_only
+    {
+        return Err(not_closed(&last, below));
     }
     // A snapshot may have changed the image since the entry was looked at.
     match (close_image(registry, &last)?, &last.failure) {
@@ -297,6 +299,19 @@ pub fn lies_on_waiting(entry: &Entry, below: &Listed) -> Error {
     Error::new(Kind::InUse, message)
         .file(&entry.image)
         .remedy(format!("`vhdx-ublk recover {below}` first, then run the command again"))
+}
+
+/// A device was taken away by force while its image could not be read.
+fn not_closed(entry: &Entry, below: &Listed) -> Error {
+    let (device, below) = (entry.device.display(), below.entry.device.display());
+    let message = format!(
+        "{device} is gone, but not everything that was acknowledged is in its image, which lies on {below}, whose \
+         I/O waits"
+    );
+    Error::new(Kind::Io, message).file(&entry.image).remedy(format!(
+        "`vhdx-ublk recover {below}`, then `vhdx-ublk add {}` and `vhdx-ublk del` it",
+        entry.image.display()
+    ))
 }
 
 /// Has the kernel stop the device, which its daemon then finds. Nothing is done here where only the death of the
@@ -526,7 +541,7 @@ fn close_image(registry: &Registry, entry: &Entry) -> Result<Closed> {
             Parents::of_device(entry, |path| ImageFile::open(path, Access::ReadOnly, LOCK_DEADLINE));
         EngineThread::open(Arc::new(file), Plan::Fresh { keep: false }, parents)?.close()
     });
-    closed.map(|()| Closed::Now).map_err(|error| {
+    closed.map(|()| Closed::Now).map_err(|error| entry.explain(error)).map_err(|error| {
         let message = format!(
             "{} is gone, but not everything that was acknowledged is in its image yet: {error}",
             entry.device.display()
@@ -543,6 +558,10 @@ fn way_out(error: &Error, image: &Path) -> String {
         Kind::Truncated | Kind::Corrupt | Kind::NotVhdx | Kind::Mismatch => format!(
             "the file was changed or cut while it was served: restore it from a backup; `vhdx-ublk check {image}` \
              tells what is left of it"
+        ),
+        Kind::NotFound => format!(
+            "{}; then `vhdx-ublk add {image}` and `vhdx-ublk del {image}`",
+            error.remedy_text().unwrap_or("put the image back at its place")
         ),
         _ => format!("remove the cause, then `vhdx-ublk add {image}` and `vhdx-ublk del {image}`"),
     }

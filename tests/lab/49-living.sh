@@ -77,6 +77,41 @@ test_living_devices_upon_devices() {
     qemu-img check -q outer.vhdx
 }
 
+# Nobody brings the outer one back: all of it is taken away, and what could not be closed is said.
+test_living_devices_upon_devices_are_given_up() {
+    local outer inner
+    ublk create outer.vhdx --size 512M
+    outer=$(ublk add outer.vhdx --id 3 --recovery queue)
+    mkfs.ext4 -q -F "$outer"
+    mount "$outer" "$mnt"
+    ublk create "$mnt/inner.vhdx" --size 64M
+    inner=$(ublk add "$mnt/inner.vhdx" --id 7 --recovery queue)
+    write_stamps "$inner" 1 4 7
+    kill_and_wait "$(pid_of "$outer")" "$(pid_of "$inner")"
+    timeout 200 "$VHDX_UBLK" del --all --force 2>said && fail "an image that nobody could read was closed"
+    said "$inner is gone, but not everything that was acknowledged is in its image"
+    [ ! -e "$inner" ] || fail "$inner is still there"
+    [ ! -e "$outer" ] || fail "$outer is still there"
+    umount -l "$mnt"
+    rm -f "$registry"/*.session
+}
+
+# One way out is named, and the commands do not send each other round in a circle.
+test_living_the_image_is_cut_under_its_device() {
+    local device
+    ublk create disk.vhdx --size 64M
+    device=$(ublk add disk.vhdx --recovery queue)
+    write_stamps "$device" 1 8 7
+    kill_and_wait "$(pid_of "$device")"
+    truncate -s 1M disk.vhdx
+    ublk del "$device" 2>said && fail "a file that is not whole was closed"
+    said "backup"
+    ublk add disk.vhdx 2>said && fail "a file that is not whole was added"
+    said "backup\|from its source"
+    ! grep -q "vhdx-ublk del" said || { cat said; fail "add sends back to del"; }
+    rm -f "$registry"/*.session
+}
+
 test_living_an_entry_that_cannot_be_read() {
     local damaged other
     ublk create one.vhdx --size 64M
