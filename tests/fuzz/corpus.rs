@@ -7,8 +7,9 @@ use vhdx_ublk::format::locator::{self, ParentLocator};
 use vhdx_ublk::format::metadata::Metadata;
 
 use crate::craft::{BAT, Change, Craft, END, LOG_GUID, LogEntry, METADATA, MIB};
+use crate::sim::lineage::descent;
 use crate::sim::store::Store;
-use crate::sim::world::{Config, World, new_image};
+use crate::sim::world::{Beginning, Config, World, new_image};
 
 /// One image of each kind.
 pub fn images() -> Vec<Store> {
@@ -27,6 +28,20 @@ pub fn images() -> Vec<Store> {
     }
     images.push(child());
     images.push(crafted_log());
+    images
+}
+
+/// Differencing images: laid out by hand, closed, and with a log to replay.
+pub fn children() -> Vec<Store> {
+    let mut config = Config::small();
+    config.image.parent = Some(descent());
+    let partial = Config { beginning: Beginning::Partial, ..config.clone() };
+    let left_over = Config { beginning: Beginning::LeftOver, ..config.clone() };
+    let mut images = vec![child()];
+    for (seed, config) in (1..).zip([config, partial, left_over]) {
+        images.push(used(&config, seed));
+        images.push(dirty(&config, seed));
+    }
     images
 }
 

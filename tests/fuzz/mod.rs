@@ -1,9 +1,17 @@
-//! Hostile images: made from good ones by a mutator that knows the structures, and judged by what opening them
-//! and writing to them does.
+//! Hostile input: made from good input by mutators that know the structures, and judged by what the program does
+//! with it. One target per way in; `target` says what one is, `hunt` looks for input that breaks a promise.
 
+pub mod chain;
 pub mod corpus;
 #[allow(unsafe_code, reason = "the compiler's counters are raw memory")]
 pub mod coverage;
+pub mod hunt;
+pub mod mend;
+pub mod merge;
 pub mod mutator;
 pub mod probe;
+pub mod search;
+pub mod session;
+pub mod target;
+pub mod text;
 pub mod trial;

@@ -7,7 +7,6 @@ use vhdx_ublk::format::guid;
 use crate::craft::{
     Change, Craft, HEADER_BYTES, HEADERS, LogEntry, MIB, REGION_TABLE_BYTES, REGION_TABLES, seal,
 };
-use crate::sim::store::Store;
 
 const PAGE: u64 = 4096;
 
@@ -305,11 +304,4 @@ fn splice(image: &mut Craft, other: &Craft, rng: &mut Rng) {
     );
     let bytes = other.read(from, length);
     image.write(from, &bytes);
-}
-
-/// The image with the other's parts, for the trial.
-pub fn offspring(parent: &Store, other: &Store, rng: &mut Rng) -> Store {
-    let mut image = Craft { file: parent.clone() };
-    mutate(&mut image, &Craft { file: other.clone() }, rng);
-    image.file
 }

@@ -10,11 +10,15 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use fastrand::Rng;
 use uuid::Uuid;
 use vhdx_ublk::error::Error;
+use vhdx_ublk::format::bat::Geometry;
 use vhdx_ublk::image::{FoundLog, Image, Mode, check};
 
+use super::corpus;
 use super::probe::Probe;
+use super::target::{Case, Outcome, Target, no_bytes};
 use crate::craft::{Craft, HEADERS, REGION_TABLES};
 use crate::memory::peak_of;
+use crate::sim::lineage::descent;
 use crate::sim::store::Store;
 use crate::sim::tasks::block_on;
 use crate::sim::world::{Config, World};
@@ -25,23 +29,19 @@ const REQUESTS: usize = 24;
 /// The longest log that a header can name and have used, bytes.
 const LONGEST_LOG: u64 = 1 << 30;
 
-/// How a trial ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Ending {
-    Refused,
-    ReadOnly,
-    Written,
-}
+/// One image, opened and written to.
+pub const TARGET: Target = Target {
+    name: "image",
+    seeds: || corpus::images().into_iter().map(Case::of).collect(),
+    change_bytes: no_bytes,
+    run: |case, seed| run(&case.files[0], seed),
+    endings: &[REFUSED, READ_ONLY, WRITTEN, REPLAYED],
+};
 
-/// What a trial has shown.
-pub struct Outcome {
-    pub ending: Ending,
-    pub replayed: bool,
-    /// Equal for trials that went the same way, as far as can be told from outside.
-    pub signature: u64,
-    /// Memory while opening, bytes.
-    pub peak: u64,
-}
+pub const REFUSED: &str = "refused";
+pub const READ_ONLY: &str = "only read";
+pub const WRITTEN: &str = "written to";
+const REPLAYED: &str = "written to after its log was replayed";
 
 /// The largest of the lengths at these places that the file is long enough for; 0 if there is none.
 fn longest(image: &Craft, places: impl Iterator<Item = u64>) -> u64 {
@@ -68,7 +68,7 @@ fn operation_bound(image: &Craft) -> u64 {
 }
 
 /// Opens `image` in `mode` and checks what that costs.
-fn open(image: &Craft, mode: Mode) -> (Result<Image, Error>, Store, u64) {
+pub fn open(image: &Craft, mode: Mode) -> (Result<Image, Error>, Store, u64) {
     let disk = Probe::new(image.file.clone(), mode == Mode::Writable, operation_bound(image));
     let (opened, peak) = peak_of(|| block_on(Image::open(&disk, mode, || Uuid::from_u128(0xf11e))));
     assert!(peak <= memory_bound(image), "opening takes {peak} bytes, the bound is {}", memory_bound(image));
@@ -79,7 +79,7 @@ fn open(image: &Craft, mode: Mode) -> (Result<Image, Error>, Store, u64) {
 }
 
 /// Puts one image through everything.
-pub fn run(file: &Store, seed: u64) -> Outcome {
+fn run(file: &Store, seed: u64) -> Outcome {
     let image = Craft { file: file.clone() };
     let mut shape = DefaultHasher::new();
     let (read_only, _, read_peak) = open(&image, Mode::ReadOnly);
@@ -95,14 +95,15 @@ pub fn run(file: &Store, seed: u64) -> Outcome {
         }
         // A log that changes payload is not replayed in memory.
         (Err(_), Ok(opened)) => write_to(opened, content, seed, &mut shape),
-        (Ok(_), Err(_)) => Ending::ReadOnly,
-        (Err(_), Err(_)) => Ending::Refused,
+        (Ok(_), Err(_)) => READ_ONLY,
+        (Err(_), Err(_)) => REFUSED,
     };
-    Outcome { ending, replayed, signature: shape.finish(), peak }
+    let ending = if replayed && ending == WRITTEN { REPLAYED } else { ending };
+    Outcome { ending, signature: shape.finish(), peak }
 }
 
 /// What can be told from outside about the way an open went, numbers left out.
-fn describe(opened: &Result<Image, Error>, shape: &mut DefaultHasher) {
+pub fn describe(opened: &Result<Image, Error>, shape: &mut DefaultHasher) {
     match opened {
         Ok(image) => {
             let metadata = &image.metadata;
@@ -129,15 +130,22 @@ fn agree(in_memory: &Image, opened: &Image) {
 }
 
 /// Writes to an image that has been opened; its log has been replayed into `content`.
-fn write_to(opened: Image, content: Store, seed: u64, shape: &mut DefaultHasher) -> Ending {
+fn write_to(opened: Image, content: Store, seed: u64, shape: &mut DefaultHasher) -> &'static str {
     let geometry = *opened.map.geometry();
     if geometry.is_differencing() || geometry.block_count() == 0 || opened.check_writable().is_err() {
-        return Ending::ReadOnly;
+        return READ_ONLY;
     }
     drop(opened);
+    serve(&geometry, content, seed, shape);
+    WRITTEN
+}
+
+/// Serves what opens for writing; what is left opens again.
+pub fn serve(geometry: &Geometry, content: Store, seed: u64, shape: &mut DefaultHasher) {
     let damage = beyond_repair(&content);
     let mut rng = Rng::with_seed(seed);
     let mut config = Config { requests: REQUESTS, can_punch: rng.bool(), ..Config::small() };
+    config.image.parent = geometry.is_differencing().then(descent);
     config.image.virtual_size = geometry.virtual_size();
     config.image.block_size = u32::try_from(geometry.block_size()).expect("at most 256 MiB");
     config.image.logical_sector_size = geometry.logical_sector_size();
@@ -155,7 +163,6 @@ fn write_to(opened: Image, content: Store, seed: u64, shape: &mut DefaultHasher)
     }
     let found = opens_again(left, "a clean close");
     assert_eq!(found, FoundLog::Clean, "a clean close leaves nothing to replay");
-    Ending::Written
 }
 
 /// How much of an image that opens contradicts the format, and cannot be repaired.

@@ -828,7 +828,7 @@ impl World {
                 let buffer = &self.hosts[index].buffers[usize::from(tag)];
                 let sectors = buffer.chunks(usize::try_from(sector).expect("small")).zip(readable);
                 for (number, (bytes, readable)) in (first..).zip(sectors) {
-                    if self.foreign && readable.contains(&0) {
+                    if self.foreign && readable.contains(&self.lineage.original(number)) {
                         continue;
                     }
                     let found =
