@@ -287,9 +287,10 @@ pub fn waits_below(registry: &Registry, entry: &Entry) -> Result<Option<Listed>>
     Ok(registry.list()?.into_iter().find(is_below))
 }
 
-/// Whether the image of `entry` is on a file system that is on the device of `below`.
+/// Whether the image of `entry`, or one of its parents, is on a file system that is on the device of `below`.
 pub fn lies_on(entry: &Entry, below: &Entry) -> bool {
-    usage::file_system_is_on(entry.image_file.device, below.id)
+    let mut files = std::iter::once(&entry.image_file).chain(&entry.parent_files);
+    files.any(|file| usage::file_system_is_on(file.device, below.id))
 }
 
 /// The image of a device lies on one that waits.
@@ -345,7 +346,7 @@ fn stop_unused(control: Option<&Control>, entry: &Entry, until: Instant) -> Resu
     let decides = control.is_some_and(Control::has_safe_stop);
     let patience = Instant::now() + PASSING_PATIENCE;
     loop {
-        let users = usage::of_device(entry.id);
+        let users = if decides { usage::named(entry.id) } else { usage::of_device(entry.id) };
         if !users.lasting.is_empty() {
             return Err(in_use(entry, &users.lasting));
         }

@@ -44,8 +44,19 @@ const CONFIGURATION: &str = "/sys/kernel/config";
 const PASSERS_BY: [&str; 3] = ["(udev-worker)", "systemd-udevd", "udevd"];
 
 /// Who uses `/dev/ublkbN` or a partition of it: `mounted at /mnt`, `used as swap`, `used by dm-0`, `open in
-/// fio (pid 123)`. The device must be live: it is opened.
+/// fio (pid 123)`. Where nothing is found, the device is opened to see whether the kernel lets it be claimed: it
+/// must be live.
 pub fn of_device(id: u32) -> Users {
+    let mut users = named(id);
+    let nodes = nodes_of(Path::new("/sys/class/block"), &format!("ublkb{id}"));
+    if users.is_empty() && nodes.iter().any(|node| is_claimed(&Path::new("/dev").join(&node.name))) {
+        users.lasting.push("claimed by the kernel (mounted in another namespace?)".into());
+    }
+    users
+}
+
+/// As [`of_device`], without opening anything: the kernel may read a disk that is opened, which waits if it waits.
+pub fn named(id: u32) -> Users {
     let (class, configuration) = (Path::new("/sys/class/block"), Path::new(CONFIGURATION));
     let nodes = nodes_of(class, &format!("ublkb{id}"));
     let read = |path| fs::read(path).unwrap_or_default();
@@ -58,9 +69,6 @@ pub fn of_device(id: u32) -> Users {
     let (passing, lasting): (Vec<_>, Vec<_>) =
         openers(|link| is_one_of(link, &nodes)).into_iter().partition(Opener::is_passing);
     users.extend(lasting.iter().map(Opener::to_string));
-    if users.is_empty() && nodes.iter().any(|node| is_claimed(&Path::new("/dev").join(&node.name))) {
-        users.push("claimed by the kernel (mounted in another namespace?)".into());
-    }
     Users { lasting: users, passing: passing.iter().map(Opener::to_string).collect() }
 }
 

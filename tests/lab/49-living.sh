@@ -45,6 +45,14 @@ test_living_a_reader_removes_nothing() {
     blind "$VHDX_UBLK" check --repair two.vhdx >said 2>&1 && fail "an image whose device waits was changed"
     expect_field "$live" state live
     expect_field "$waiting" health waiting
+    if unshare -p -f --mount-proc true 2>/dev/null; then
+        # Seen from another PID namespace, no daemon is there; the kernel says which device has one.
+        unshare -p -f --mount-proc "$VHDX_UBLK" list >seen
+        grep -q "$live *live *ok" seen || { cat seen; fail "a live device is not told to be one"; }
+        grep -q "$waiting *quiesced *waiting" seen || { cat seen; fail "a waiting device is not told to be one"; }
+        unshare -p -f --mount-proc "$VHDX_UBLK" del "$live"
+        qemu-img check -q one.vhdx
+    fi
     ublk recover "$waiting"
     check_stamps "$waiting" 1 4 7
     ublk del --all
@@ -75,6 +83,24 @@ test_living_devices_upon_devices() {
     umount "$mnt"
     timeout 60 "$VHDX_UBLK" del --all
     qemu-img check -q outer.vhdx
+}
+
+# The paths of a daemon that sees other mounts (a container, a service with PrivateTmp) lead nowhere else.
+test_living_an_image_that_others_do_not_see() {
+    local device
+    ublk create disk.vhdx --size 64M
+    mkdir private
+    # shellcheck disable=SC2016 # the other shell expands them
+    device=$(unshare -m bash -c 'mount -t tmpfs none private && cp disk.vhdx private/disk.vhdx &&
+        exec "$1" add private/disk.vhdx --recovery queue' - "$VHDX_UBLK")
+    write_stamps "$device" 1 4 7
+    expect_field "$device" health ok
+    kill_and_wait "$(pid_of "$device")"
+    ublk recover "$device" 2>said && fail "a file that nobody sees was served"
+    said "another mount namespace"
+    ublk del "$device" 2>said && fail "a file that nobody sees was closed"
+    said "is gone, but not everything"
+    rm -f "$registry"/*.session
 }
 
 # Nobody brings the outer one back: all of it is taken away, and what could not be closed is said.
