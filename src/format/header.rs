@@ -306,7 +306,7 @@ mod tests {
         let mut bytes = sample().encode();
         bytes[4095] = 1;
         assert!(refusal(&bytes).1.contains("checksum"));
-        assert!(refusal(&patched(0, b"daeh")).1.contains("\"daeh\" found, \"head\" expected"));
+        assert!(refusal(&patched(0, b"daeh")).1.contains("the signature \"head\" is not there"));
         assert!(refusal(&bytes[..4095]).1.contains("4095 bytes found, 4096 expected"));
     }
 

@@ -703,7 +703,7 @@ mod tests {
     fn a_table_without_signature_or_end_is_refused() {
         let (kind, message) = refusal(&patched(0, b"M"));
         assert_eq!(kind, Kind::Corrupt);
-        assert!(message.contains("\"Metadata\" found"), "{message}");
+        assert!(message.contains("the signature \"metadata\" is not there"), "{message}");
         let error = Table::parse(&child().encode_region()[..65535], REGION).expect_err("one byte short");
         assert_eq!(error.kind(), Kind::Truncated);
     }
