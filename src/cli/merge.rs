@@ -18,7 +18,7 @@ use vhdx_ublk::format::metadata::Metadata;
 
 use super::parents::ParentOptions;
 use super::rest::AtRest;
-use super::{look, output};
+use super::{look, output, size};
 
 /// Merge a differencing image into its parent, or into an image further down its chain, and remove it.
 ///
@@ -36,6 +36,9 @@ pub struct Merge {
     /// Merge even if other images have the ancestor as their parent: they do not open any more
     #[arg(long)]
     force: bool,
+    /// Merge even if the child's disk is smaller than the ancestor's: what lies behind its end is lost
+    #[arg(long)]
+    shrink: bool,
     #[command(flatten)]
     parents: ParentOptions,
 }
@@ -49,8 +52,10 @@ Prints the files that it removes, when they are gone. Images that have one of th
 parent are looked for in the folders of the chain, and the merge is refused while there are any,
 or while an image there cannot be read; those in other folders are not found.
 A merge that was cut short is done again by the same command.
+A child may name images anywhere: those in other folders than its own are written only if they are
+named by --into, and removed only if they are named by --parent.
 The ancestor takes the child's size: one that is smaller needs room in its block allocation
-table.
+table, one that is larger loses what lies behind (--shrink).
 Exit status: 0 merged, 1 failure (the child reads as before), 2 wrong usage.";
 
 impl Merge {
@@ -58,8 +63,13 @@ impl Merge {
     pub fn run(self) -> Result<()> {
         let reactor = Reactor::new()?;
         let chain = self.open_chain(&reactor)?;
-        chain.check()?;
+        chain.check(self.shrink)?;
         chain.refuse_relatives(self.force)?;
+        tracing::info!(
+            "{} is merged into {}",
+            chain.layers[0].path().display(),
+            chain.target.path().display()
+        );
         let merge = chain.merge();
         let bar = progress(chain.layers[0].image.metadata.virtual_size);
         let (files, places) = chain.into_files();
@@ -112,7 +122,25 @@ impl Merge {
             let remedy = format!("vhdx-ublk info --chain {}", leaf.path.display());
             return Err(Error::new(Kind::Usage, message).file(&leaf.path).remedy(remedy));
         };
+        self.refuse_unnamed(&leaf.path, &parents[..=target])?;
         Ok((parents, target))
+    }
+
+    /// An image may name a parent anywhere. What is written and removed outside of its own folder is what the user has
+    /// named, and nothing else.
+    fn refuse_unnamed(&self, leaf: &Path, changed: &[PathBuf]) -> Result<()> {
+        let is_named = |path: &Path| {
+            let mut named = self.into.iter().chain(self.parents.named());
+            folder_of(path) == folder_of(leaf) || named.any(|named| chain::same_file(named, path))
+        };
+        let Some(path) = changed.iter().find(|path| !is_named(path)) else { return Ok(()) };
+        let (target, path) = (changed.last() == Some(path), path.display());
+        let change = if target { "write to" } else { "remove" };
+        let option = if target { "--into" } else { "--parent" };
+        let message = format!("the merge would {change} {path}, in another folder, which was not named");
+        Err(Error::new(Kind::Usage, message)
+            .file(leaf)
+            .remedy(format!("name it, if it is yours: {option} {path}")))
     }
 }
 
@@ -132,14 +160,22 @@ impl Chain {
         self.layers.iter().chain([&self.target]).chain(&self.below)
     }
 
-    /// What the images themselves forbid.
-    fn check(&self) -> Result<()> {
+    /// What the images themselves forbid, and what is lost unless the disk may `shrink`.
+    fn check(&self, shrink: bool) -> Result<()> {
         for layer in &self.layers {
             layer.image.check_writable().map_err(|error| error.file(layer.path()))?;
         }
         let parent = self.below.first().map(|parent| &parent.image);
         let checked = merge::check(&self.layers[0].image, &self.target.image, parent);
-        checked.map_err(|error| error.file(self.target.path()))
+        checked.map_err(|error| error.file(self.target.path()))?;
+        let [wanted, found] = [&self.layers[0], &self.target].map(|layer| layer.image.metadata.virtual_size);
+        if shrink || wanted >= found {
+            return Ok(());
+        }
+        let (found, wanted) = (size::both(found), size::both(wanted));
+        let message = format!("its disk of {found} bytes would shrink to the child's {wanted}");
+        let remedy = "--shrink merges, and what lies behind the end of the child's disk is lost";
+        Err(Error::new(Kind::Unsupported, message).file(self.target.path()).remedy(remedy))
     }
 
     /// Looks for images that would lose their parent, or that would be over changed content unless `force` allows
@@ -247,7 +283,10 @@ fn over_changed_content(path: &Path, parent: &Path) -> Error {
 fn explain(error: Error) -> Error {
     match error.kind() {
         Kind::NoSpace => {
-            error.remedy("make room on the file system that holds it, and merge again; nothing is lost")
+            error.remedy(
+                "make room on the file system that holds it, or let files grow (`ulimit -f`; FAT ends at 4 GiB), and \
+                 merge again; nothing is lost",
+            )
         }
         Kind::Io => error.remedy("the child reads as before; look for the cause (dmesg), and merge again"),
         _ => error,

@@ -23,6 +23,11 @@ impl ParentOptions {
         Search { parents: self.parent.clone(), maps: self.parent_map.clone() }
     }
 
+    /// The parents that the user has named.
+    pub fn named(&self) -> &[PathBuf] {
+        &self.parent
+    }
+
     /// Refuses these options where no parent is looked for, for want of `option`.
     ///
     /// # Errors

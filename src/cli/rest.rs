@@ -50,13 +50,18 @@ impl AtRest {
     }
 }
 
-/// Locks the image at `path` for `access`, without waiting for anybody.
+/// How long another command may take to leave the image: one that only looks at it, or that is refused itself, does
+/// soon, and of two that want it at once one gets it.
+const LOCK_WAIT: Duration = Duration::from_secs(1);
+
+/// Locks the image at `path` for `access`; a holder that may leave soon is waited for.
 ///
 /// # Errors
 ///
 /// [`vhdx_ublk::error::Kind::InUse`] if somebody has it, or a device of ours waits for its daemon to be replaced.
 pub fn lock(path: &Path, access: Access) -> Result<ImageFile> {
-    let file = ImageFile::open(path, access, Duration::ZERO);
+    let wait = if holders::is_served(path) { Duration::ZERO } else { LOCK_WAIT };
+    let file = ImageFile::open(path, access, wait);
     let file = file.map_err(|error| holders::explain(error, path))?;
     holders::refuse_abandoned(path, access)?;
     Ok(file)

@@ -3,13 +3,13 @@
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use vhdx_ublk::disk::{Access, ImageFile};
 
 use super::relink::{base, child_of};
-use super::{Bench, MIB, Snapshot, has, on, qemu, skipped};
+use super::{Bench, MIB, Ran, Snapshot, has, info, on, program, qemu, skipped};
 
 /// Where a child with a log of 1 MiB has its BAT, and its first block.
 const BAT: u64 = 3 * MIB;
@@ -76,6 +76,16 @@ impl Layer<'_> {
     }
 }
 
+/// Merges; what is removed is printed, and what is written is said.
+fn merged(child: &Path, options: &[&str]) -> String {
+    let Ran { status, stdout, stderr } = on("merge", child, options);
+    assert!(
+        status == Some(0) && stderr.lines().count() == 1 && stderr.contains(" is merged into "),
+        "{stderr}"
+    );
+    stdout
+}
+
 /// A base that QEMU has written, two layers over it, and the disk that they are.
 fn chain(bench: &Bench) -> ([PathBuf; 3], Vec<u8>) {
     let base = base(bench, "base.vhdx");
@@ -113,14 +123,14 @@ fn a_merged_disk_is_read_by_others() {
         let flat = bench.path("flat.raw");
         fs::write(&flat, &disk).expect("room");
         let removed = if at_once {
-            on("merge", &leaf, &["--into", base.to_str().expect("UTF-8")]).succeeded()
+            merged(&leaf, &["--into", base.to_str().expect("UTF-8")])
         } else {
-            let first = on("merge", &leaf, &[]).succeeded();
+            let first = merged(&leaf, &[]);
             assert_eq!(bench.names(), ["base.vhdx", "flat.raw", "middle.vhdx"]);
             // From another folder, through a link.
             let link = bench.path("link");
             std::os::unix::fs::symlink(&middle, &link).expect("room");
-            let second = on("merge", &link, &[]).succeeded();
+            let second = merged(&link, &[]);
             fs::remove_file(link).expect("there");
             first + &second
         };
@@ -156,7 +166,7 @@ fn images_that_need_what_goes_are_named() {
     let [of_parent, of_child] = before;
     of_parent.assert_kept(&parent);
     of_child.assert_kept(&child);
-    on("merge", &child, &["--force"]).succeeded();
+    merged(&child, &["--force"]);
     assert!(!child.exists());
     let (printed, message) = on("info", &sibling, &["--chain"]).broke_off();
     assert!(printed.contains("sibling.vhdx") && message.contains("DataWriteGuid"), "{message}");
@@ -172,7 +182,7 @@ fn a_merge_that_was_cut_in_the_end_is_done_again() {
         fs::hard_link(path, kept).expect("room");
     }
     let into = ["--into", base.to_str().expect("UTF-8")];
-    on("merge", &leaf, &into).succeeded();
+    merged(&leaf, &into);
     let merged = fs::read(&base).expect("readable");
     for (path, kept) in &kept {
         fs::rename(kept, path).expect("ours");
@@ -210,4 +220,67 @@ fn what_cannot_be_merged_is_left_alone() {
     let [of_parent, of_child] = before;
     of_parent.assert_kept(&parent);
     of_child.assert_kept(&child);
+}
+
+/// A child may name a parent anywhere: what is in other folders is written and removed only if the user has named it.
+#[test]
+fn what_is_in_another_folder_has_to_be_named() {
+    let bench = Bench::new();
+    fs::create_dir(bench.path("yours")).expect("a folder");
+    let base = base(&bench, "yours/base.vhdx");
+    let middle = child_of(&bench, &base, "yours/middle.vhdx");
+    let leaf = child_of(&bench, &middle, "leaf.vhdx");
+    let before = [&base, &middle, &leaf].map(|path| Snapshot::of(path));
+    let text = |path: &Path| path.to_str().expect("UTF-8").to_owned();
+    let message = on("merge", &leaf, &[]).failed(2);
+    assert!(message.contains("would write to") && message.contains("--into"), "{message}");
+    let message = on("merge", &leaf, &["--into", &text(&base)]).failed(2);
+    assert!(message.contains("would remove") && message.contains("--parent"), "{message}");
+    assert!(message.contains("middle.vhdx"), "{message}");
+    for (path, before) in [&base, &middle, &leaf].into_iter().zip(before) {
+        before.assert_kept(path);
+    }
+    merged(&leaf, &["--into", &text(&base), "--parent", &text(&middle)]);
+    assert!(base.exists() && !middle.exists() && !leaf.exists());
+}
+
+/// What lies behind the end of a smaller child is not lost by mistake.
+#[test]
+fn a_disk_shrinks_only_if_that_is_said() {
+    let bench = Bench::new();
+    let parent = base(&bench, "base.vhdx");
+    let child = child_of(&bench, &parent, "child.vhdx");
+    let mut bytes = fs::read(&child).expect("readable");
+    let size = (16 * MIB).to_le_bytes();
+    let items = (2 << 20) + (64 << 10);
+    let at = bytes[items..].windows(8).position(|bytes| *bytes == size).expect("the size of the disk");
+    bytes[items + at..][..8].copy_from_slice(&(8 * MIB).to_le_bytes());
+    fs::write(&child, bytes).expect("room");
+    let before = Snapshot::of(&parent);
+    let message = on("merge", &child, &[]).failed(1);
+    assert!(message.contains("16777216 (16 MiB)") && message.contains("--shrink"), "{message}");
+    before.assert_kept(&parent);
+    merged(&child, &["--shrink"]);
+    assert_eq!(info(&parent)["virtual_size"], 8 * MIB);
+}
+
+/// Of two merges of one child at once one succeeds, and neither does harm.
+#[test]
+fn of_two_merges_at_once_one_succeeds() {
+    for _ in 0..8 {
+        let bench = Bench::new();
+        let parent = base(&bench, "base.vhdx");
+        let child = child_of(&bench, &parent, "child.vhdx");
+        let start = || {
+            let mut command = program();
+            command.arg("merge").arg(&child).stdout(Stdio::piped()).stderr(Stdio::piped());
+            command.spawn().expect("it runs")
+        };
+        let both = [start(), start()].map(|merge| Ran::from(merge.wait_with_output().expect("ours")));
+        let done = both.iter().filter(|ran| ran.status == Some(0)).count();
+        let said: Vec<&str> = both.iter().map(|ran| ran.stderr.as_str()).collect();
+        assert_eq!(done, 1, "{said:?}");
+        assert_eq!(bench.names(), ["base.vhdx"]);
+        assert_eq!(on("check", &parent, &[]).status, Some(0));
+    }
 }
