@@ -529,6 +529,29 @@ fn without_room_no_file_is_left() {
     assert_eq!(fs::read_dir(folder.path()).expect("readable").count(), 1, "no remains");
 }
 
+/// A limit of the shell is an error with a remedy, not the program's end.
+#[test]
+fn limits_of_the_process_are_told() {
+    let bench = Bench::new();
+    let image = bench.image("old.vhdx", &["--size", "1G"]);
+    let before = Snapshot::of(&image);
+    let limited = |limit: &str, command: &str, image: &Path, options: &[&str]| {
+        let mut shell = Command::new("sh");
+        let script = format!(r#"ulimit {limit}; exec "$0" "$@""#);
+        shell.args(["-c", &script, env!("CARGO_BIN_EXE_vhdx-ublk"), command]).args(options).arg(image);
+        Ran::from(shell.output().expect("it runs"))
+    };
+    let new = bench.path("new.vhdx");
+    for (path, options) in [(&new, &["--size", "1G"][..]), (&image, &["--size", "1G", "--force"])] {
+        let message = limited("-f 512", "create", path, options).failed(1);
+        assert!(message.contains("File too large") && message.contains("ulimit -f"), "{message}");
+    }
+    assert_eq!(bench.names(), ["old.vhdx"]);
+    before.assert_kept(&image);
+    let message = limited("-n 4", "info", &image, &[]).failed(1);
+    assert!(message.contains("Too many open files") && message.contains("ulimit -n"), "{message}");
+}
+
 /// Ctrl-C leaves no half-made file.
 #[test]
 fn an_interrupted_create_leaves_no_file() {

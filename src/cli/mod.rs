@@ -26,6 +26,8 @@ mod size;
 mod snapshot;
 
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use clap::{Parser, Subcommand};
 
@@ -106,6 +108,9 @@ impl Command {
 
 /// The whole program.
 pub fn main() -> ExitCode {
+    // A file that may not grow (`ulimit -f`) is then an error like others, instead of the program's end in the middle
+    // of its work. Where this fails, it is that end.
+    let _ = signal_hook::flag::register(signal_hook::consts::SIGXFSZ, Arc::new(AtomicBool::new(false)));
     let command = match Cli::try_parse() {
         Ok(cli) => cli.command,
         Err(error) => return misused(&error),

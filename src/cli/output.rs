@@ -128,6 +128,12 @@ pub fn advised(error: Error) -> Error {
 /// What can be done: the error's own advice, or what helps with most errors of its kind.
 pub fn remedy(error: &Error) -> Option<&str> {
     error.remedy_text().filter(|text| !text.is_empty()).or(match error.kind() {
+        _ if error.os_error() == Some(libc::EFBIG) => Some(
+            "let files be larger (`ulimit -f`), or choose a file system that holds larger ones: FAT ends at 4 GiB",
+        ),
+        _ if matches!(error.os_error(), Some(libc::EMFILE | libc::ENFILE)) => {
+            Some("let processes open more files (`ulimit -n`): every image of a chain takes a few")
+        }
         Kind::NotVhdx => {
             Some("check the file's name; `file` and `qemu-img info` recognise many other formats")
         }
