@@ -137,6 +137,22 @@ impl ParentLocator {
         bytes
     }
 
+    /// The bytes of `item`, which can be parsed, as the format wants them: no string ends in a NUL, and the reserved
+    /// field is zero. Nothing if they are so already, or if the strings would be others then.
+    pub fn without_excess(item: &[u8]) -> Option<Vec<u8>> {
+        let mut mended = item.to_vec();
+        let (head, rest) = RawLocator::mut_from_prefix(&mut mended).ok()?;
+        head.reserved = U16::new(0);
+        let count = usize::from(head.key_value_count.get());
+        let (pairs, _) = <[RawPair]>::mut_from_prefix_with_elems(rest, count).ok()?;
+        for pair in pairs {
+            pair.key_length = trimmed(item, pair.key_offset, pair.key_length);
+            pair.value_length = trimmed(item, pair.value_offset, pair.value_length);
+        }
+        let same = Self::parse(&mended).ok() == Self::parse(item).ok();
+        (same && mended != item).then_some(mended)
+    }
+
     /// The value of `key`, which is case-sensitive.
     pub fn get(&self, key: &str) -> Option<&str> {
         self.entries.iter().find(|(name, _)| name == key).map(|(_, value)| value.as_str())
@@ -173,6 +189,14 @@ impl ParentLocator {
     pub fn linkage2(&self) -> Option<Uuid> {
         self.get(PARENT_LINKAGE2).and_then(guid::parse).filter(|guid| !guid.is_nil())
     }
+}
+
+/// The length of the string at `offset` without the NULs that it ends in, bytes.
+fn trimmed(item: &[u8], offset: U32, length: U16) -> U16 {
+    let string = item.get(offset.get() as usize..).and_then(|rest| rest.get(..usize::from(length.get())));
+    let nuls =
+        string.map_or(0, |string| string.chunks_exact(2).rev().take_while(|unit| *unit == [0, 0]).count());
+    U16::new(length.get() - u16::try_from(2 * nuls).expect("no longer than the string"))
 }
 
 /// Bytes of a locator whose keys and values have these lengths in bytes and share none.
@@ -353,6 +377,10 @@ mod tests {
         assert!(refusal(&patched(38, &[0; 10])).1.contains("its value holds a NUL"));
         let item = patched(46, &[0, 0]);
         assert_eq!(ParentLocator::parse(&item).expect("a NUL at the end"), pairs(&[("key", "valu")]));
+        let mended = ParentLocator::without_excess(&item).expect("something to mend");
+        assert_eq!(ParentLocator::parse(&mended).expect("a locator"), pairs(&[("key", "valu")]));
+        assert_eq!(ParentLocator::without_excess(&mended), None);
+        assert_eq!(ParentLocator::without_excess(&windows().encode()), None);
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use uuid::Uuid;
 
-use super::bitmaps::SectorBitmaps;
+use super::bitmaps::{SectorBitmaps, partial_blocks};
 use super::block_map::BlockMap;
 use super::headers::Headers;
 use super::log_scan::{Log, LogState};
@@ -171,6 +171,21 @@ impl Image {
         })
     }
 
+    /// The memory that the image takes while it is open, bytes: its BAT as far as the file has one, and the bits of its
+    /// partially present blocks.
+    pub fn resident_bytes(&self) -> u64 {
+        let geometry = self.map.geometry();
+        let bits = |slots: &Range<u64>| {
+            let partial = partial_blocks(&self.map, slots.clone());
+            partial
+                .map(|block| geometry.bitmap_slice(block))
+                .map(|slice| slice.end - slice.start)
+                .sum::<u64>()
+        };
+        let slots = |slots: &Range<u64>| (slots.end - slots.start) * ENTRY_SIZE as u64;
+        self.stored_slots.iter().map(|stored| slots(stored) + bits(stored)).sum()
+    }
+
     /// Reads the sector bitmaps from `disk`, on which this image is, into its map.
     ///
     /// # Errors
@@ -299,17 +314,26 @@ pub(super) async fn read_metadata<D: Disk>(file: &View<'_, D>, region: Region) -
     let table = read_table(file, region).await?;
     let mut items = Vec::new();
     for entry in table.system_items() {
-        let start = region.offset + u64::from(entry.offset);
-        let page_start = start - start % PAGE_BYTES as u64;
-        let within = usize::try_from(start - page_start).expect("below a page");
-        let length = within + entry.length as usize;
-        let bytes = file.read("metadata item", page_start, length.next_multiple_of(PAGE_BYTES)).await?;
-        items.push((*entry, bytes[within..length].to_vec()));
+        items.push((*entry, read_item(file, region, entry).await?));
     }
     Metadata::from_table(&table, |wanted| {
         items.iter().find(|(entry, _)| entry == wanted).map(|(_, bytes)| bytes.clone())
     })
     .map_err(|error| error.at(region.offset))
+}
+
+/// The bytes of the item that `entry` of the metadata in `region` names.
+pub(super) async fn read_item<D: Disk>(
+    file: &View<'_, D>,
+    region: Region,
+    entry: &metadata::Entry,
+) -> Result<Vec<u8>> {
+    let start = region.offset + u64::from(entry.offset);
+    let page_start = start - start % PAGE_BYTES as u64;
+    let within = usize::try_from(start - page_start).expect("below a page");
+    let length = within + entry.length as usize;
+    let bytes = file.read("metadata item", page_start, length.next_multiple_of(PAGE_BYTES)).await?;
+    Ok(bytes[within..length].to_vec())
 }
 
 /// How much of the BAT is read at a time.

@@ -328,6 +328,26 @@ fn every_fault_is_found_and_what_is_certain_is_repaired() {
     }
 }
 
+/// Some readers take the NUL for a part of the path, and others do not: it goes, and the path stays.
+#[test]
+fn a_locator_whose_path_ends_in_a_nul_is_found_and_mended() {
+    let bench = Bench::new();
+    let parent = bench.image("base.vhdxx", &["--size", "16M"]);
+    let child = bench.image("child.vhdx", &["--parent", parent.to_str().expect("UTF-8")]);
+    let mut bytes = fs::read(&child).expect("readable");
+    let name: Vec<u8> = "base.vhdxx".encode_utf16().flat_map(u16::to_le_bytes).collect();
+    let at = bytes.windows(name.len()).position(|found| *found == name).expect("the path in the locator");
+    bytes[at + name.len() - 2] = 0;
+    fs::write(&child, bytes).expect("room");
+    fs::rename(&parent, bench.path("base.vhdx")).expect("ours");
+    let found = report(&child, &[], CORRUPT);
+    assert_eq!((&found["corruptions"], &found["repairable"]), (&1.into(), &1.into()), "{found:#}");
+    let findings = found["findings"].as_array().expect("an array");
+    assert!(findings.iter().any(|finding| finding["structure"] == "parent locator"), "{found:#}");
+    report(&child, &["--repair"], SOUND);
+    on("info", &child, &["--chain"]).succeeded();
+}
+
 /// After a repair every block has the bytes it had, and QEMU agrees.
 #[test]
 fn a_repair_keeps_the_data() {

@@ -9,6 +9,7 @@ use crate::disk::Disk;
 use crate::error::Result;
 use crate::format::file_id::FileId;
 use crate::format::header::{self, Current, Header, Other};
+use crate::format::locator::ParentLocator;
 use crate::format::metadata::{self, DiskType, Metadata};
 use crate::format::region::{self, Copies, CurrentTable, Region, RegionTable};
 use crate::format::{HEADER_SECTION, MIB, guid};
@@ -178,8 +179,30 @@ impl Examination {
         if metadata.kind() == DiskType::Differencing {
             let what = "the image has a parent, and reads from it what it does not hold itself";
             self.report.add(Finding::note("metadata", region.offset, what));
+            self.parent_locator(file, region, &table).await?;
         }
         Ok(Some(metadata))
+    }
+
+    /// Strings that end in a NUL are other paths to some readers.
+    async fn parent_locator<D: Disk>(
+        &mut self,
+        file: &View<'_, D>,
+        region: Region,
+        table: &[u8],
+    ) -> Result<()> {
+        let table = metadata::Table::parse(table, region.length)?;
+        let Some(entry) = table.find(guid::PARENT_LOCATOR) else { return Ok(()) };
+        let item = open::read_item(file, region, entry).await?;
+        if let Some(mended) = ParentLocator::without_excess(&item) {
+            let at = region.offset + u64::from(entry.offset);
+            let what = "a string ends in a NUL, or the reserved field is set";
+            let finding = Finding::corruption("parent locator", at, what);
+            self.report
+                .add(finding.mended_by("is taken away, as the format demands: the strings stay the same"));
+            self.patch(at, &mended);
+        }
+        Ok(())
     }
 
     /// The space of everything that is no block.
