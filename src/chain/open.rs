@@ -16,6 +16,10 @@ use crate::image::{Identity, Image};
 /// The most layers of a chain, the leaf included.
 pub const MAX_DEPTH: usize = 256;
 
+/// The most memory that the images of a chain may take together, bytes: the BAT of a full disk of the largest size in
+/// the smallest blocks and all bits of its sectors, twice. All of it is locked, and every layer is made by somebody.
+pub const MAX_CHAIN_BYTES: u64 = 17 << 30;
+
 /// An opened image of a chain.
 pub trait Layer {
     /// The image.
@@ -33,6 +37,11 @@ pub trait Relative {
     /// What its children know it by.
     fn data_write_guid(&self) -> Uuid;
 
+    /// The memory that it takes while it is open, bytes; little, and counted as nothing, if only its identity is known.
+    fn resident_bytes(&self) -> u64 {
+        0
+    }
+
     /// Its file, as an absolute path without symbolic links.
     fn path(&self) -> &Path;
 }
@@ -44,6 +53,10 @@ impl<L: Layer> Relative for L {
 
     fn data_write_guid(&self) -> Uuid {
         self.image().header.header.data_write_guid
+    }
+
+    fn resident_bytes(&self) -> u64 {
+        self.image().resident_bytes()
     }
 
     fn path(&self) -> &Path {
@@ -116,6 +129,7 @@ fn follow<R: Relative>(
     mut open: impl FnMut(&Path) -> Result<R>,
 ) -> Result<()> {
     let mut given = search.parents.iter();
+    let mut resident = leaf.resident_bytes();
     loop {
         let child = parents.last().map_or(leaf, |parent| parent);
         let Some(locator) = &child.metadata().parent_locator else { break };
@@ -129,6 +143,13 @@ fn follow<R: Relative>(
         };
         let used: Vec<&Path> = std::iter::once(leaf.path()).chain(parents.iter().map(R::path)).collect();
         let parent = first_fitting(child, locator, places, &used, &mut open)?;
+        resident = resident.saturating_add(parent.resident_bytes());
+        if resident > MAX_CHAIN_BYTES {
+            let most = MAX_CHAIN_BYTES >> 30;
+            let message = format!("the images of the chain down to here take more than {most} GiB of memory");
+            let remedy = "merge some of the layers: blocks that are there as a whole take less";
+            return Err(Error::new(Kind::Unsupported, message).file(parent.path()).remedy(remedy));
+        }
         parents.push(parent);
     }
     match given.next() {
@@ -224,4 +245,62 @@ fn nowhere(child: &dyn Relative, locator: &ParentLocator) -> Error {
         .collect();
     let message = format!("its parent is in none of the places it names: {}", known.join(", "));
     Error::new(Kind::NotFound, message).in_structure("parent locator").file(child.path()).remedy(REMEDY)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::locator::PARENT_LINKAGE;
+
+    struct Heavy {
+        metadata: Metadata,
+        path: PathBuf,
+    }
+
+    impl Relative for Heavy {
+        fn metadata(&self) -> &Metadata {
+            &self.metadata
+        }
+
+        fn data_write_guid(&self) -> Uuid {
+            Uuid::max()
+        }
+
+        fn resident_bytes(&self) -> u64 {
+            MAX_CHAIN_BYTES / 4
+        }
+
+        fn path(&self) -> &Path {
+            &self.path
+        }
+    }
+
+    /// Each layer is within its own bound, and all of them are not.
+    #[test]
+    fn the_memory_of_a_chain_is_bounded_in_all() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let heavy = |path: &Path| {
+            let mut locator = ParentLocator::default();
+            locator.set(PARENT_LINKAGE, guid::print(Uuid::max()));
+            let metadata = Metadata {
+                block_size: 1 << 20,
+                leave_blocks_allocated: false,
+                has_parent: true,
+                virtual_size: 1 << 30,
+                disk_id: Uuid::max(),
+                logical_sector_size: 512,
+                physical_sector_size: 4096,
+                parent_locator: Some(locator),
+            };
+            Ok(Heavy { metadata, path: path.to_owned() })
+        };
+        let files: Vec<PathBuf> = (0..6).map(|number| folder.path().join(number.to_string())).collect();
+        files.iter().for_each(|path| std::fs::write(path, "").expect("room"));
+        let search = Search { parents: files[1..].to_vec(), ..Search::default() };
+        let mut parents = Vec::new();
+        let leaf = heavy(&files[0]).expect("made");
+        let error = follow_parents(&leaf, &search, &mut parents, heavy).expect_err("too much");
+        assert!(error.to_string().contains("GiB of memory"), "{error}");
+        assert_eq!(parents.len(), 3, "a quarter each");
+    }
 }
