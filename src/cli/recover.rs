@@ -10,6 +10,7 @@ use vhdx_ublk::device::engine_thread::EngineThread;
 use vhdx_ublk::device::launch;
 use vhdx_ublk::device::layers::Parents;
 use vhdx_ublk::device::opened::{NoEngine, Opened};
+use vhdx_ublk::device::readers;
 use vhdx_ublk::device::registry::{Entry, FileId, Listed, State};
 use vhdx_ublk::device::session::Plan;
 use vhdx_ublk::device::stop::{self, Target};
@@ -180,12 +181,27 @@ fn nothing_to_recover(error: Error, target: &Target) -> Error {
 
 /// Opens and locks the device's image, which must be the file it was.
 fn open(entry: &Entry, access: Access) -> Result<ImageFile> {
-    let file = add::open_locked(&entry.image, access).map_err(|error| entry.explain(error))?;
+    let file = match add::open_locked(&entry.image, access) {
+        Err(error) if error.kind() == Kind::InUse && access == Access::ReadWrite => {
+            open_past_readers(entry, error)?
+        }
+        outcome => outcome.map_err(|error| entry.explain(error))?,
+    };
     if FileId::of_image(&file)? != entry.image_file {
         let message = format!("this is not the file that {} was made of", entry.device.display());
         let error = Error::new(Kind::NotFound, message).file(&entry.image);
         return Err(entry.explain(error).remedy("move the image back to its place"));
     }
+    Ok(file)
+}
+
+/// Opens the image although it is locked, if only by those who read it: whoever may read it could keep the device waiting
+/// for ever. The device had the image before they came; they see it change.
+fn open_past_readers(entry: &Entry, refused: Error) -> Result<ImageFile> {
+    let Some(readers) = readers::only_readers(entry.image_file) else { return Err(refused) };
+    let Ok(file) = ImageFile::open_past_readers(&entry.image) else { return Err(refused) };
+    let (image, readers) = (entry.image.display(), readers.join(", "));
+    tracing::warn!("{image}: locked by {readers}, which only reads it, and sees it change from now on");
     Ok(file)
 }
 

@@ -29,6 +29,7 @@ pub mod path;
 mod process;
 mod queue;
 mod queues;
+pub mod readers;
 pub mod registry;
 mod ring;
 pub mod session;

@@ -94,6 +94,22 @@ impl ImageFile {
         Self::locked(file, &found, access, lock_wait).map_err(|error| error.file(path))
     }
 
+    /// Opens the image at `path` for writing, although others read it and have locked it: see
+    /// [`super::lock::lock_past_readers`] for what the caller must know.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::open`].
+    pub fn open_past_readers(path: &Path) -> Result<Self> {
+        let access = Access::ReadWrite;
+        let Opened { file, path: found } = open_regular(path, access, Links::Follow)?;
+        let opened = change_flags(&file, |flags| flags & !OFlag::O_NONBLOCK)
+            .map_err(|error| Error::io("opening the image", error))
+            .and_then(|()| lock::lock_past_readers(&file))
+            .and_then(|()| Self::named(file, &found, access));
+        opened.map_err(|error| error.file(path))
+    }
+
     /// Makes an empty image file at `path`, where there is none, and locks it for writing.
     ///
     /// # Errors
@@ -117,6 +133,11 @@ impl ImageFile {
 
     fn locked(file: File, path: &Path, access: Access, lock_wait: Duration) -> Result<Self> {
         lock::lock(&file, path, access, lock_wait)?;
+        Self::named(file, path, access)
+    }
+
+    /// The file, which is locked, if `path` still names it.
+    fn named(file: File, path: &Path, access: Access) -> Result<Self> {
         let looking = |error| Error::io("looking at the image", error);
         let (ours, named) = (file.metadata().map_err(looking)?, fs::metadata(path).map_err(looking)?);
         let (device, inode) = (ours.dev(), ours.ino());

@@ -7,6 +7,10 @@
 //! all are taken: is there a foreign lock on `200 + n` of something held, or on `100 + n` of something not
 //! shared?
 //!
+//! Whoever may read a file may take any of these locks, and so keep every writer out, or look like one. A writer of
+//! this program therefore locks one byte more, exclusively: that takes a description that can write. Where it is
+//! free no writer of ours is left, dead ones with I/O in flight included, whatever others have locked.
+//!
 //! Invariants:
 //!
 //! * locks first, look second: of two openers that race at least one sees the other, so both may lose, both
@@ -46,6 +50,9 @@ const HELD_BASE: i64 = 100;
 const UNSHARED_BASE: i64 = 200;
 /// Room for permission bytes behind each base; nobody has defined more than five.
 const PERMISSIONS: i64 = 8;
+
+/// The byte that writers of this program lock exclusively. QEMU has nothing there.
+const WRITER: i64 = 300;
 
 /// What neither a reader nor a writer of ours lets others do.
 const UNSHARED: [i64; 2] = [WRITE, RESIZE];
@@ -108,11 +115,22 @@ pub fn lock(file: &File, path: &Path, access: Access, wait: Duration) -> Result<
     }
 }
 
+/// Locks `file` for writing although readers have locked it. The caller knows that none of those who have it open
+/// can write it, apart from this program's writers, dead ones included: these are found here.
+///
+/// # Errors
+///
+/// [`Kind::InUse`] if there is such a writer, or somebody has locked its byte.
+pub fn lock_past_readers(file: &File) -> Result<()> {
+    take(file, Access::ReadWrite).inspect_err(|_| unlock(file))
+}
+
 /// Gives back whatever [`try_lock`] took. No failure is told: the end of the description gives it back, too.
 pub fn unlock(file: &File) {
     for base in [HELD_BASE, UNSHARED_BASE] {
         let _ = set(file, libc::F_UNLCK, base..base + PERMISSIONS);
     }
+    let _ = set(file, libc::F_UNLCK, WRITER..WRITER + 1);
 }
 
 /// Gives back what only a writer holds, so that the lock is a reader's. No failure is told, as by [`unlock`].
@@ -120,6 +138,7 @@ pub fn share(file: &File) {
     for permission in Access::ReadWrite.held().iter().filter(|held| !Access::ReadOnly.held().contains(held)) {
         let _ = set(file, libc::F_UNLCK, HELD_BASE + permission..HELD_BASE + permission + 1);
     }
+    let _ = set(file, libc::F_UNLCK, WRITER..WRITER + 1);
 }
 
 /// One round: take every lock, then look for conflicts; give every lock back unless all is well.
@@ -134,8 +153,10 @@ fn attempt(file: &File, access: Access) -> Result<()> {
 fn take(file: &File, access: Access) -> Result<()> {
     let held = access.held().iter().map(|permission| HELD_BASE + permission);
     let unshared = UNSHARED.iter().map(|permission| UNSHARED_BASE + permission);
-    for byte in held.chain(unshared) {
-        match set(file, libc::F_RDLCK, byte..byte + 1) {
+    let shared = held.chain(unshared).map(|byte| (libc::F_RDLCK, byte));
+    let writer = (access == Access::ReadWrite).then_some((libc::F_WRLCK, WRITER));
+    for (kind, byte) in shared.chain(writer) {
+        match set(file, kind, byte..byte + 1) {
             Ok(()) => {}
             // Somebody without QEMU's manners holds an exclusive lock.
             Err(Errno::EAGAIN | Errno::EACCES) => return Err(in_use(file, byte, access)),
@@ -253,6 +274,32 @@ mod tests {
         assert_eq!(kind_of(try_lock(&writer, Access::ReadWrite)), Some(Kind::InUse));
         let second_reader = open(file.path(), Access::ReadOnly);
         try_lock(&second_reader, Access::ReadOnly).expect("the loser is gone");
+    }
+
+    /// Whoever may read the file can keep the lock from others, and cannot look like a writer of ours.
+    #[test]
+    fn readers_are_passed_by_and_writers_are_not() {
+        let file = tempfile::NamedTempFile::new().expect("a temporary file");
+        let reader = open(file.path(), Access::ReadOnly);
+        for byte in [HELD_BASE + WRITE, UNSHARED_BASE + WRITE] {
+            set(&reader, libc::F_RDLCK, byte..byte + 1).expect("a reader may");
+        }
+        let writer = open(file.path(), Access::ReadWrite);
+        assert_eq!(kind_of(try_lock(&writer, Access::ReadWrite)), Some(Kind::InUse));
+        lock_past_readers(&writer).expect("there is no writer");
+        let second = open(file.path(), Access::ReadWrite);
+        assert_eq!(kind_of(lock_past_readers(&second)), Some(Kind::InUse), "a writer of ours is there");
+        share(&writer);
+        lock_past_readers(&second).expect("it does not write any more");
+        unlock(&second);
+        // A lock on the writers' own byte hides whether there is one.
+        set(&reader, libc::F_RDLCK, WRITER..WRITER + 1).expect("a reader may");
+        assert_eq!(kind_of(lock_past_readers(&second)), Some(Kind::InUse));
+        assert_eq!(
+            set(&reader, libc::F_WRLCK, WRITER..WRITER + 1),
+            Err(Errno::EBADF),
+            "no reader looks like one"
+        );
     }
 
     /// Whoever races, two writers never hold the lock at once, and waiting gets everybody there in the end.

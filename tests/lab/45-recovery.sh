@@ -70,6 +70,48 @@ test_recovery_refuses_what_does_not_fit() {
     ublk del --force "$device"
 }
 
+# hold MODE: another program has the image open, and locks what QEMU would.
+hold() {
+    python3 -c '
+import fcntl, sys, time
+image = open("disk.vhdx", sys.argv[1])
+for byte in (100, 200):
+    fcntl.lockf(image, fcntl.LOCK_SH, 8, byte)
+print("locked", flush=True)
+time.sleep(120)' "$1" >held &
+    for _ in $(seq 200); do
+        ! grep -q locked held || return 0
+        sleep 0.05
+    done
+    fail "the image could not be locked"
+}
+
+# A lock that a mere reader holds keeps no device waiting; one of a program that can write the image does.
+test_recovery_goes_past_readers() {
+    local device
+    ublk create disk.vhdx --size 1G
+    device=$(ublk add disk.vhdx)
+    write_stamps "$device" 10 4 7
+    kill_daemon disk.vhdx
+    hold r+b
+    ublk recover "$device" 2>said && fail "recovered beside a program that can write the image"
+    grep -q "(pid $!)" said
+    kill $!
+    wait $! || true
+    hold rb
+    ublk recover "$device" 2>said
+    grep -q "(pid $!), which only reads it" said
+    check_stamps "$device" 10 4 7
+    write_stamps "$device" 20 4 8
+    # The next daemon must still be told from the reader.
+    kill -9 "$(daemon_pid)"
+    ublk recover "$device" 2>said
+    check_stamps "$device" 20 4 8
+    kill $!
+    ublk del "$device"
+    qemu-img check -q disk.vhdx
+}
+
 # A read-only device is recovered too; an image that changed meanwhile is not served under its users.
 test_recovery_of_a_read_only_device() {
     local device
