@@ -295,7 +295,9 @@ mod tests {
             Ok(Heavy { metadata, path: path.to_owned() })
         };
         let files: Vec<PathBuf> = (0..6).map(|number| folder.path().join(number.to_string())).collect();
-        files.iter().for_each(|path| std::fs::write(path, "").expect("room"));
+        for path in &files {
+            std::fs::write(path, "").expect("room");
+        }
         let search = Search { parents: files[1..].to_vec(), ..Search::default() };
         let mut parents = Vec::new();
         let leaf = heavy(&files[0]).expect("made");

@@ -175,11 +175,13 @@ pub fn explain(error: Error, path: &Path) -> Error {
     if error.kind() != Kind::InUse || error.remedy_text().is_some() {
         return error;
     }
-    if let Some(device) = device_of(path) {
+    // A device that waits for its daemon holds nothing.
+    let served = is_served(path);
+    if let Some(device) = device_of(path).filter(|_| served) {
         let device = device.display();
         return error.remedy(format!("it is {device} already; `vhdx-ublk del {device}` takes that away"));
     }
-    if let Some(device) = child_of(path) {
+    if let Some(device) = child_of(path).filter(|_| served) {
         let device = device.display();
         return error.remedy(format!(
             "{device} reads it, as a parent of its image; `vhdx-ublk del {device}` takes that away"
