@@ -17,7 +17,8 @@ use vhdx_ublk::device::registry::Registry;
 use vhdx_ublk::device::session::Plan;
 use vhdx_ublk::device::stop::{self, How, Target};
 use vhdx_ublk::device::{
-    MAX_BUFFER_BYTES, MAX_DEPTH, MAX_QUEUES, MIN_REQUEST_BYTES, Options, Recovery, ZeroCopy, features, launch,
+    MAX_BUFFER_BYTES, MAX_DEPTH, MAX_QUEUES, MIN_REQUEST_BYTES, Options, Recovery, ZeroCopy, confine,
+    features, launch,
 };
 use vhdx_ublk::disk::{Access, ImageFile};
 use vhdx_ublk::error::{Error, Kind, Result};
@@ -97,10 +98,11 @@ impl Add {
         let options = self.options();
         options.validate()?;
         if self.foreground {
+            confine::prepare();
             return self.serve(&options, |ready| output::print(&ready.device.display().to_string()));
         }
         if self.serve {
-            return detached::run(|ready| self.serve(&options, ready));
+            return detached::run(None, |ready| self.serve(&options, ready));
         }
         let ready = launch::launch(self.child_arguments(&options))?;
         output::print(&ready.device.display().to_string()).inspect_err(|_| take_away(&ready))

@@ -1,6 +1,7 @@
 //! A command's second process: a daemon that tells its parent how it went, and only then detaches.
 
 use std::cell::Cell;
+use std::os::fd::RawFd;
 
 use vhdx_ublk::device::daemon::Ready;
 use vhdx_ublk::device::launch;
@@ -8,9 +9,12 @@ use vhdx_ublk::error::Result;
 
 use super::{FAILURE, logging, output};
 
-/// Runs `serve`, which gets what to call when the device can be used. Ends the process where the parent has been
-/// told of a failure: it tells the user.
-pub fn run(serve: impl FnOnce(&dyn Fn(&Ready) -> Result<()>) -> Result<()>) -> Result<()> {
+/// Runs `serve`, which gets what to call when the device can be used, and the caller's descriptor `kept`. Ends the
+/// process where the parent has been told of a failure: it tells the user.
+pub fn run(
+    kept: Option<RawFd>,
+    serve: impl FnOnce(&dyn Fn(&Ready) -> Result<()>) -> Result<()>,
+) -> Result<()> {
     let announced = Cell::new(false);
     let ready = |ready: &Ready| {
         launch::announce(ready)?;
@@ -18,7 +22,7 @@ pub fn run(serve: impl FnOnce(&dyn Fn(&Ready) -> Result<()>) -> Result<()>) -> R
         announced.set(true);
         Ok(())
     };
-    let outcome = launch::enter().and_then(|()| serve(&ready)).map_err(output::advised);
+    let outcome = launch::enter(kept).and_then(|()| serve(&ready)).map_err(output::advised);
     match outcome {
         Err(error) if !announced.get() && launch::announce_failure(&error).is_ok() => {
             std::process::exit(FAILURE.into())

@@ -39,7 +39,8 @@ fn is_told(level: Level) -> bool {
     level <= if DETACHED.load(Ordering::Relaxed) { Level::WARN } else { Level::INFO }
 }
 
-/// One line per event, like the program's other messages; with the time in a log.
+/// One line per event, like the program's other messages. In a log, to which one daemon after the other writes, with
+/// the time, the process and its version.
 struct Lines;
 
 impl<S, N> FormatEvent<S, N> for Lines
@@ -55,9 +56,10 @@ where
     ) -> fmt::Result {
         if DETACHED.load(Ordering::Relaxed) {
             SystemTime.format_time(&mut line)?;
-            line.write_char(' ')?;
+            write!(line, " vhdx-ublk {}[{}]: ", env!("CARGO_PKG_VERSION"), std::process::id())?;
+        } else {
+            line.write_str("vhdx-ublk: ")?;
         }
-        line.write_str("vhdx-ublk: ")?;
         line.write_str(match *event.metadata().level() {
             Level::ERROR => "error: ",
             Level::WARN => "warning: ",

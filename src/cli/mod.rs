@@ -31,6 +31,7 @@ use std::sync::atomic::AtomicBool;
 
 use clap::{Parser, Subcommand};
 
+use vhdx_ublk::device::confine;
 use vhdx_ublk::error::{Kind, Result};
 
 /// Exit statuses, as the help text states them.
@@ -116,6 +117,7 @@ pub fn main() -> ExitCode {
         Err(error) => return misused(&error),
     };
     logging::start();
+    confine::raise_descriptors();
     let json = command.wants_json();
     let misuse = if matches!(command, Command::Check(_)) { FAILURE } else { WRONG_USAGE };
     let error = match command.run() {

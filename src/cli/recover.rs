@@ -60,7 +60,7 @@ impl Recover {
     /// Runs the command. Every target is tried; the last failure is returned, earlier ones are told at once.
     pub fn run(self) -> Result<()> {
         if self.serve {
-            return detached::run(|ready| self.serve(ready));
+            return detached::run(None, |ready| self.serve(ready));
         }
         let mut outcomes: Vec<Result<()>> = Vec::new();
         let mut devices = Vec::new();

@@ -10,7 +10,7 @@
 //! * the image is closed only when no request can be under way. When the kernel does not stop the device, or
 //!   a queue has failed, the process ends without closing: the image is left as after a crash, which opening
 //!   it repairs;
-//! * termination signals are blocked in every thread and taken by one, so that no call is interrupted.
+//! * signals that ask for something are blocked in every thread and taken by one, so that no call is interrupted.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -23,14 +23,17 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use super::confine::{self, Role};
 use super::control::{self, Control, DeviceInfo, NewDevice, POLL_INTERVAL};
 use super::data::{Numbers, Transfer};
+use super::ending::{Ending, INSISTENCE, Step};
 use super::features;
+use super::launch;
 use super::leaf::NextLeaf;
 use super::mailbox::{EngineEnds, FrontEnds, mailboxes};
 use super::options::{Options, Parameters, Recovery, ZeroCopy};
 use super::queue::QueueSetup;
-use super::queues::Queues;
+use super::queues::{Demand, Queues};
 use super::registry::{self, Entry, FileId, ProcessId, Registry};
 use super::ring::RingSetup;
 use super::snapshot::{NewLeaf, Order};
@@ -139,6 +142,10 @@ pub fn recover<E: EngineHandle>(
     let mut device = Device::take_over(registry, queues, entry)?;
     device.bring_up(served, start_engine, Beginning::TakenOver)?;
     ready(&device.ready())?;
+    tracing::warn!(
+        "the daemon before this one was killed; this one goes on with {}",
+        device.path().display()
+    );
     let outcome = device.obey();
     device.take_down(outcome)
 }
@@ -258,26 +265,60 @@ impl<E: EngineHandle> Device<E> {
 
     /// Does what it is told until it shall end.
     fn obey(&mut self) -> Result<()> {
-        while let Some(Call { image, answer, decided }) = self.queues.next_call()? {
-            if usage::is_on_device(folder_of(&image), self.info.id) {
-                // Who asked may have lost patience.
-                let _ = answer.send(Err(on_itself(&image)));
-                continue;
+        confine::become_(Role::Device);
+        confine::seal();
+        let mut ending = Ending::default();
+        loop {
+            let happening = match self.queues.next_demand(ending.due())? {
+                Demand::Call(call) => {
+                    self.answer(call);
+                    continue;
+                }
+                Demand::Stopped => {
+                    tracing::info!("ending: somebody else has stopped the device");
+                    return Ok(());
+                }
+                Demand::Happening(happening) => happening,
+            };
+            match ending.on(happening, Instant::now()) {
+                Step::Nothing => {}
+                Step::Look => self.queues.look(self.info.id),
+                Step::Stay(users) => self.say_that_it_stays(&users),
+                Step::Reopen => launch::reopen_log(),
+                Step::End => {
+                    tracing::info!("ending: it was asked to");
+                    return Ok(());
+                }
             }
-            let entry = self.entry.clone();
-            let switch = Box::new(move |leaf: NewLeaf| {
-                change_entry(&Registry::open()?, &entry, |entry| {
-                    entry.image = leaf.image;
-                    entry.image_file = leaf.image_file;
-                    entry.parent_files = leaf.parents.iter().filter_map(|path| file_at(path)).collect();
-                    entry.parents = leaf.parents;
-                    entry.file_write_guid = leaf.file_write_guid;
-                })
-            });
-            let engine = self.engine.as_ref().expect("a device that is up has an engine");
-            engine.snapshot(Order { image, switch, answer, decided });
         }
-        Ok(())
+    }
+
+    fn say_that_it_stays(&self, users: &[String]) {
+        let (device, users, seconds) = (self.path(), users.join(", "), INSISTENCE.as_secs());
+        let device = device.display();
+        tracing::warn!(
+            "asked to end while {device} is in use: {users}; it stays, and ends when its use ends (at once, with I/O errors for what uses it: `vhdx-ublk del --force {device}`, or two signals within {seconds} s)"
+        );
+    }
+
+    fn answer(&self, Call { image, answer, decided }: Call) {
+        if usage::is_on_device(folder_of(&image), self.info.id) {
+            // Who asked may have lost patience.
+            let _ = answer.send(Err(on_itself(&image)));
+            return;
+        }
+        let entry = self.entry.clone();
+        let switch = Box::new(move |leaf: NewLeaf| {
+            change_entry(&Registry::open()?, &entry, |entry| {
+                entry.image = leaf.image;
+                entry.image_file = leaf.image_file;
+                entry.parent_files = leaf.parents.iter().filter_map(|path| file_at(path)).collect();
+                entry.parents = leaf.parents;
+                entry.file_write_guid = leaf.file_write_guid;
+            })
+        });
+        let engine = self.engine.as_ref().expect("a device that is up has an engine");
+        engine.snapshot(Order { image, switch, answer, decided });
     }
 
     /// Changes the device's entry.

@@ -19,6 +19,7 @@ use nix::sys::eventfd::EventFd;
 use nix::sys::signal::SigSet;
 use uuid::Uuid;
 
+use super::confine::{self, Role};
 use super::control::Control;
 use super::daemon::EngineHandle;
 use super::layers::{self, EngineParents, Parents};
@@ -264,7 +265,7 @@ fn leave_signals_to_others() {
     }
 }
 
-/// What fails here costs speed, or safety when memory runs out, but serves.
+/// What fails here costs speed, or safety when memory runs out, but serves. The image is open.
 fn prepare_thread() {
     if let Err(error) = sys::become_io_flusher() {
         tracing::warn!("the engine is not marked as serving a disk: {error}");
@@ -272,6 +273,7 @@ fn prepare_thread() {
     if let Err(error) = sys::become_urgent() {
         tracing::warn!("the engine may have to wait for a CPU: {error}");
     }
+    confine::become_(Role::Engine);
 }
 
 /// Where the fronts' messages arrive.

@@ -7,19 +7,25 @@
 //! and is left behind then.
 
 use std::ffi::OsString;
-use std::fs::{self, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Write};
+use std::os::fd::{AsFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::OnceLock;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::Duration;
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::prctl;
+use nix::sys::signal::Signal;
 use nix::unistd;
 use serde::{Deserialize, Serialize};
 
+use super::confine;
 use super::daemon::Ready;
 use super::wire::Failure;
 use crate::error::{Error, Kind, Result};
@@ -32,6 +38,9 @@ const PROCESS_NAME: &str = "vhdx-ublk";
 
 /// Only root reads logs.
 const LOG_MODE: u32 = 0o600;
+
+/// Where warnings go since this process has detached.
+static LOG: OnceLock<PathBuf> = OnceLock::new();
 
 /// The one line.
 #[derive(Debug, Serialize, Deserialize)]
@@ -101,8 +110,15 @@ pub fn tell_stopped(outcome: &Result<bool>) -> Result<()> {
 
 fn start(arguments: impl IntoIterator<Item = OsString>) -> Result<Child> {
     let name = std::env::args_os().next().unwrap_or_else(|| PROCESS_NAME.into());
-    let child =
-        Command::new(SELF).arg0(name).args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).spawn();
+    let kept = confine::KEPT_VARIABLES.iter().filter_map(|name| Some((name, std::env::var_os(name)?)));
+    let child = Command::new(SELF)
+        .arg0(name)
+        .args(arguments)
+        .env_clear()
+        .envs(kept)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn();
     child.map_err(|error| Error::io("starting the daemon", error))
 }
 
@@ -146,36 +162,70 @@ fn died(mut child: Child) -> Error {
     }
 }
 
-/// In the child, before anything else: leaves the parent's session, and with it the terminal's signals.
+/// In the child, before anything else: leaves the parent's session, and with it the terminal's signals, and what
+/// the parent had, `kept` aside. Until the child has reported, the parent's end is its end.
 ///
 /// # Errors
 ///
-/// When the child leads a process group already, as it does when it was not started by [`launch`].
-pub fn enter() -> Result<()> {
+/// When the child leads a process group already, as it does when it was not started by [`launch`]; when the parent
+/// is gone.
+pub fn enter(kept: Option<RawFd>) -> Result<()> {
     if let Err(error) = fs::write("/proc/self/comm", PROCESS_NAME) {
         tracing::debug!("the process keeps its name: {error}");
     }
-    unistd::setsid().map(drop).map_err(|errno| Error::io("starting a session", errno.into()))
+    unistd::setsid().map_err(|errno| Error::io("starting a session", errno.into()))?;
+    confine::detach(kept);
+    // Giving up capabilities leaves this as it is; getting any would not.
+    prctl::set_pdeathsig(Signal::SIGTERM).map_err(|errno| Error::io("following the parent", errno.into()))?;
+    if is_alone() {
+        return Err(Error::new(Kind::Io, "who started the daemon is gone"));
+    }
+    Ok(())
+}
+
+/// Whether nobody reads what this process says. A parent that died before its child could follow it is noticed by
+/// that.
+fn is_alone() -> bool {
+    let output = io::stdout();
+    let mut ends = [PollFd::new(output.as_fd(), PollFlags::empty())];
+    let told = poll(&mut ends, PollTimeout::ZERO);
+    told.is_ok_and(|count| count > 0)
+        && ends[0].revents().is_some_and(|events| events.contains(PollFlags::POLLERR))
 }
 
 /// In the child: detaches from everything the parent owns, and tells it that the device is ready. Warnings go
-/// to the device's log from now on.
+/// to the device's log from now on, behind what earlier daemons of this number have told.
 ///
 /// # Errors
 ///
 /// When the parent is gone, or the log cannot be written. The device should be taken down then: nobody knows
 /// of it.
 pub fn announce(ready: &Ready) -> Result<()> {
-    let log = OpenOptions::new().create(true).write(true).truncate(true).mode(LOG_MODE).open(&ready.log);
-    let log = log.map_err(|error| Error::io("opening the log", error).file(&ready.log))?;
+    let log = open_log(&ready.log).map_err(|error| Error::io("opening the log", error).file(&ready.log))?;
     let failed = |doing: &'static str| move |errno: nix::Error| Error::io(doing, errno.into());
     let null = OpenOptions::new().read(true).write(true).open("/dev/null");
     let null = null.map_err(|error| Error::io("opening /dev/null", error))?;
     unistd::chdir(Path::new("/")).map_err(failed("leaving the directory"))?;
     unistd::dup2_stdin(&null).map_err(failed("detaching the input"))?;
     unistd::dup2_stderr(&log).map_err(failed("detaching the errors"))?;
+    // The parent ends when it knows of the device.
+    prctl::set_pdeathsig(None).map_err(failed("leaving the parent"))?;
     tell(&Line::Ready(ready.clone()))?;
+    LOG.get_or_init(|| ready.log.clone());
     unistd::dup2_stdout(&null).map_err(failed("detaching the output"))
+}
+
+fn open_log(path: &Path) -> io::Result<File> {
+    OpenOptions::new().create(true).append(true).mode(LOG_MODE).open(path)
+}
+
+/// Opens the log anew, which somebody may have moved away. A process that has not detached has none.
+pub(super) fn reopen_log() {
+    let Some(path) = LOG.get() else { return };
+    let opened = open_log(path).and_then(|log| Ok(unistd::dup2_stderr(&log)?));
+    if let Err(error) = opened {
+        tracing::warn!("{}: the log cannot be opened anew: {error}", path.display());
+    }
 }
 
 /// In the child: tells the parent why there is no device.

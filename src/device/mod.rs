@@ -1,6 +1,7 @@
 //! ublk: control commands, queue loops, the daemon's life cycle.
 //!
 //! * [`daemon`]: one device from `ADD_DEV` to `DEL_DEV`, in the process that serves it;
+//! * [`confine`]: what that process keeps of its caller's and of root's power; `ending`: what it makes of signals;
 //! * [`mailbox`]: what joins its queues to the engine;
 //! * [`engine_thread`]: the engine of a writable device, on a thread of its own;
 //! * [`opened`]: an image checked and ready to be served;
@@ -12,10 +13,12 @@
 //! queue's `io_uring`), `data` (where the data of its requests is), and the pure parts, `descriptor`, `options`
 //! and `token`. Raw system calls are in `control`, `data`, `ring` and `sys` only. `libublk` gives the kernel's structures and numbers.
 
+pub mod confine;
 mod control;
 pub mod daemon;
 mod data;
 mod descriptor;
+mod ending;
 pub mod engine_thread;
 pub mod features;
 pub mod health;

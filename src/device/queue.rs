@@ -14,6 +14,7 @@ use std::thread::{self, JoinHandle};
 use libublk::sys::UBLK_IO_RES_ABORT;
 use nix::sys::eventfd::EventFd;
 
+use super::confine::{self, Role};
 use super::mailbox::{Receiver, wake_up};
 use super::ring::{Event, Ring, RingSetup};
 use super::sys;
@@ -87,6 +88,7 @@ fn serve(setup: QueueSetup, over: Arc<AtomicBool>, report: &dyn Fn(Report)) {
         Ok(ring) => Server { front: setup.front, receiver: setup.receiver, ring, over },
         Err(error) => return report(Report::Unready(error)),
     };
+    confine::become_(Role::Plain); // the ring is made, and the thread is what it shall be
     if let Err(error) = server.begin() {
         drop(server); // nothing but commands is out, and this ends them
         return report(Report::Unready(error));

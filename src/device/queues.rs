@@ -1,6 +1,6 @@
 //! All queues of a device: started, watched, drained and ended together.
 //!
-//! Queues, termination signals and the control socket speak on one channel, so that the device's thread waits in
+//! Queues, signals and the control socket speak on one channel, so that the device's thread waits in
 //! one place.
 //!
 //! Order on the way down: *settled* (every queue that was started has begun or has failed to), then the kernel
@@ -12,9 +12,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd, siginfo};
 
+use super::confine::{self, Role};
+use super::ending::Happening;
 use super::queue::{Queue, QueueSetup, Report};
 use super::socket::Call;
+use super::{sys, usage};
 use crate::error::{Error, Kind, Result};
 
 /// How long the queues may take to be ready: only a hang, or a machine that starves, comes near it.
@@ -25,9 +29,17 @@ const DRAIN_DEADLINE: Duration = Duration::from_secs(30);
 
 /// What the device's thread waits for.
 enum Event {
-    Signal(Signal),
+    Happening(Happening),
     Queue(u16, Report),
     Call(Call),
+}
+
+/// What the device's thread has to do something about while it serves.
+pub(super) enum Demand {
+    Call(Call),
+    Happening(Happening),
+    /// Somebody else has stopped the device.
+    Stopped,
 }
 
 /// See the module's head.
@@ -44,7 +56,7 @@ pub(super) struct Queues {
 }
 
 impl Queues {
-    /// No queues yet. From now on termination signals are events.
+    /// No queues yet. From now on signals that ask for something are events.
     pub(super) fn new() -> Result<Self> {
         let (sender, events) = mpsc::channel();
         watch_signals(sender.clone())?;
@@ -68,16 +80,16 @@ impl Queues {
         let until = Instant::now() + READY_DEADLINE;
         while self.starting > 0 {
             match self.next(Some(until))? {
-                Event::Queue(_, Report::Ready) => {}
                 Event::Queue(_, Report::Unready(error) | Report::Failed(error)) => return Err(error),
                 Event::Queue(queue, Report::Drained) => {
                     let message = format!("queue {queue} was stopped before the device was up");
                     return Err(Error::new(Kind::Io, message));
                 }
-                Event::Signal(signal) => {
-                    let message = format!("stopped by {signal} before the device was up");
+                Event::Happening(Happening::Asked) => {
+                    let message = "the daemon was asked to end before the device was up";
                     return Err(Error::new(Kind::Io, message));
                 }
+                Event::Queue(_, Report::Ready) | Event::Happening(_) => {}
                 Event::Call(_) => panic!("the socket is made when the queues are ready"),
             }
         }
@@ -85,7 +97,7 @@ impl Queues {
     }
 
     /// What passes calls on to the device's thread.
-    pub(super) fn caller(&self) -> impl Fn(Call) + Send + 'static {
+    pub(super) fn caller(&self) -> impl Fn(Call) + Clone + Send + 'static {
         let sender = self.sender.clone();
         move |call| {
             // Nobody listens any more: who called finds the answer's channel closed.
@@ -93,21 +105,34 @@ impl Queues {
         }
     }
 
-    /// Waits for the next call, or until the device shall be taken down: none. An error when it has to be, for a
-    /// failure.
-    pub(super) fn next_call(&mut self) -> Result<Option<Call>> {
-        match self.next(None)? {
-            Event::Call(call) => return Ok(Some(call)),
-            Event::Signal(signal) => tracing::info!("stopping: {signal}"),
-            Event::Queue(_, Report::Drained) => {
-                tracing::info!("stopping: somebody else has stopped the device");
-            }
-            Event::Queue(_, Report::Failed(error)) => return Err(error),
+    /// Waits for the next demand, or until `due`, which is [`Happening::Time`]. An error when the device has to be
+    /// taken down for a failure.
+    pub(super) fn next_demand(&mut self, due: Option<Instant>) -> Result<Demand> {
+        let Some(event) = self.next_before(due) else { return Ok(Demand::Happening(Happening::Time)) };
+        match event {
+            Event::Call(call) => Ok(Demand::Call(call)),
+            Event::Happening(happening) => Ok(Demand::Happening(happening)),
+            Event::Queue(_, Report::Drained) => Ok(Demand::Stopped),
+            Event::Queue(_, Report::Failed(error)) => Err(error),
             Event::Queue(queue, Report::Ready | Report::Unready(_)) => {
                 panic!("queue {queue} has begun before")
             }
         }
-        Ok(None)
+    }
+
+    /// Sees who uses device `id`, on a thread of its own, as looking may take long. The answer is a demand.
+    pub(super) fn look(&self, id: u32) {
+        let sender = self.sender.clone();
+        let look = move || {
+            let users = usage::of_device(id);
+            let users = users.lasting.into_iter().chain(users.passing).collect();
+            // The device may be down by now.
+            let _ = sender.send(Event::Happening(Happening::Looked(users)));
+        };
+        if let Err(error) = thread::Builder::new().name("ublk-usage".into()).spawn(look) {
+            let unknown = format!("it cannot be told what uses it: {error}");
+            let _ = self.sender.send(Event::Happening(Happening::Looked(vec![unknown])));
+        }
     }
 
     /// Waits until every queue that was started has begun, or has failed to.
@@ -147,15 +172,18 @@ impl Queues {
 
     /// The next event, counted.
     fn next(&mut self, until: Option<Instant>) -> Result<Event> {
+        self.next_before(until).ok_or_else(|| Error::new(Kind::Io, "the queues did not answer in time"))
+    }
+
+    /// The next event, counted; none if `until` comes first.
+    fn next_before(&mut self, until: Option<Instant>) -> Option<Event> {
         let event = match until {
             None => self.events.recv().map_err(|_| RecvTimeoutError::Disconnected),
             Some(until) => self.events.recv_timeout(until.saturating_duration_since(Instant::now())),
         };
         let event = match event {
             Ok(event) => event,
-            Err(RecvTimeoutError::Timeout) => {
-                return Err(Error::new(Kind::Io, "the queues did not answer in time"));
-            }
+            Err(RecvTimeoutError::Timeout) => return None,
             Err(RecvTimeoutError::Disconnected) => unreachable!("a sender is held here"),
         };
         match event {
@@ -166,27 +194,37 @@ impl Queues {
             }
             Event::Queue(_, Report::Drained) => self.drained += 1,
             Event::Queue(_, Report::Failed(_)) => self.failed = true,
-            Event::Signal(_) | Event::Call(_) => {}
+            Event::Happening(_) | Event::Call(_) => {}
         }
-        Ok(event)
+        Some(event)
     }
 }
 
-/// Blocks the signals that ask a daemon to end, here and in every thread started later, and has one thread
-/// turn them into events.
+/// Blocks the signals that ask for something, here and in every thread started later, and has one thread turn them
+/// into events.
 fn watch_signals(sender: mpsc::Sender<Event>) -> Result<()> {
     let failed = |doing: &'static str| move |error| Error::io(doing, error);
-    let signals = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP]);
+    let signals = SigSet::from_iter(sys::REQUESTS);
     signals.thread_block().map_err(|errno| failed("blocking signals")(errno.into()))?;
+    let signals = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC);
+    let signals = signals.map_err(|errno| failed("listening to signals")(errno.into()))?;
     let watch = move || {
-        while let Ok(signal) = signals.wait() {
-            if sender.send(Event::Signal(signal)).is_err() {
+        confine::become_(Role::Plain);
+        while let Ok(Some(signal)) = signals.read_signal() {
+            let happening = meaning(&signal);
+            tracing::info!("signal {} from process {}: {happening:?}", signal.ssi_signo, signal.ssi_pid);
+            if sender.send(Event::Happening(happening)).is_err() {
                 return;
             }
         }
     };
     let thread = thread::Builder::new().name("ublk-signals".into()).spawn(watch);
     thread.map(drop).map_err(failed("starting the thread for signals"))
+}
+
+fn meaning(signal: &siginfo) -> Happening {
+    let hangup = u32::try_from(Signal::SIGHUP as i32).expect("signals are counted from one");
+    if signal.ssi_signo == hangup { Happening::HungUp } else { Happening::Asked }
 }
 
 #[cfg(test)]
@@ -228,7 +266,7 @@ mod tests {
         assert!(queues(1, [Report::Failed(failure())]).await_ready().is_err());
         assert!(queues(1, [Report::Failed(failure())]).settle().is_err());
         let mut up = queues(0, [Report::Failed(failure())]);
-        assert!(up.next_call().is_err());
+        assert!(up.next_demand(None).is_err());
         assert!(
             up.settle().is_err(),
             "the kernel must not be asked to stop the device: it would never answer"
@@ -236,13 +274,16 @@ mod tests {
     }
 
     #[test]
-    fn a_signal_stops_a_device_that_is_up_and_one_that_is_not() {
-        let coming_up = queues(1, []);
-        coming_up.sender.send(Event::Signal(Signal::SIGTERM)).expect("the receiver is here");
-        let mut coming_up = coming_up;
-        assert!(coming_up.await_ready().expect_err("a signal").to_string().contains("SIGTERM"));
+    fn who_asks_for_the_end_stops_a_device_that_is_not_up() {
+        let mut coming_up = queues(1, []);
+        for happening in [Happening::HungUp, Happening::Asked] {
+            coming_up.sender.send(Event::Happening(happening)).expect("the receiver is here");
+        }
+        assert!(coming_up.await_ready().expect_err("asked").to_string().contains("asked to end"));
         let mut up = queues(0, []);
-        up.sender.send(Event::Signal(Signal::SIGINT)).expect("the receiver is here");
-        assert!(matches!(up.next_call(), Ok(None)));
+        up.sender.send(Event::Happening(Happening::Asked)).expect("the receiver is here");
+        assert!(matches!(up.next_demand(None), Ok(Demand::Happening(Happening::Asked))));
+        let due = Some(Instant::now());
+        assert!(matches!(up.next_demand(due), Ok(Demand::Happening(Happening::Time))));
     }
 }

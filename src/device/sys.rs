@@ -2,16 +2,18 @@
 //! or process is told to be.
 #![allow(
     unsafe_code,
-    reason = "mmap, mlockall, prctl, setpriority, sched_setaffinity and pidfds are raw system calls"
+    reason = "mmap, madvise, mlockall, prctl, setpriority, sched_setaffinity, signal, close_range, seccomp and pidfds are raw system calls"
 )]
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr::{self, NonNull};
 use std::sync::atomic::AtomicU64;
 
 use libublk::sys;
+use nix::sys::signal::{SigSet, Signal};
+use seccompiler::BpfProgramRef;
 
 /// A mapped range that the kernel reads and writes behind the compiler's back: only ever used through raw
 /// pointers, each checked against the range.
@@ -24,10 +26,12 @@ pub(super) struct Region {
 unsafe impl Send for Region {}
 
 impl Region {
-    /// Private memory, zero and present.
+    /// Private memory, zero and present, for data of the disk: no core dump shows it.
     pub(super) fn memory(length: usize) -> io::Result<Self> {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_POPULATE;
-        Self::map(length, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0)
+        let region = Self::map(length, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0)?;
+        region.leave_out_of_cores()?;
+        Ok(region)
     }
 
     /// Zeros that cost no memory: never written, they stay the kernel's zero page.
@@ -50,6 +54,11 @@ impl Region {
         }
         let base = NonNull::new(base.cast()).expect("a mapping is never at address zero");
         Ok(Self { base, length })
+    }
+
+    fn leave_out_of_cores(&self) -> io::Result<()> {
+        // SAFETY: the range is this mapping, and its contents do not change.
+        check(unsafe { libc::madvise(self.base.as_ptr().cast(), self.length, libc::MADV_DONTDUMP) })
     }
 
     /// How long it is, bytes.
@@ -97,6 +106,7 @@ pub(super) fn shared_words(file: &File, count: usize) -> io::Result<&'static [At
     let length = count * size_of::<AtomicU64>();
     let region =
         Region::map(length, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED, file.as_raw_fd(), 0)?;
+    region.leave_out_of_cores()?;
     #[expect(clippy::cast_ptr_alignment, reason = "a mapping starts on a page border")]
     let words = region.base.as_ptr().cast::<AtomicU64>();
     std::mem::forget(region);
@@ -144,6 +154,53 @@ pub(super) fn run_on(cpus: &[usize]) -> io::Result<()> {
     check(unsafe { libc::sched_setaffinity(0, size_of_val(&set), &raw const set) })
 }
 
+/// Closes every descriptor but the first three and `kept`.
+pub(super) fn close_descriptors(kept: Option<RawFd>) -> io::Result<()> {
+    let close = |first: u32, last: u32| {
+        // SAFETY: what is closed was open before this program began, and nothing here has a handle on it.
+        if first > last { Ok(()) } else { check(unsafe { libc::close_range(first, last, 0) }) }
+    };
+    let first = u32::try_from(libc::STDERR_FILENO + 1).expect("a small number");
+    match kept.and_then(|kept| u32::try_from(kept).ok()) {
+        Some(kept) => close(first, kept - 1).and_then(|()| close(kept + 1, u32::MAX)),
+        None => close(first, u32::MAX),
+    }
+}
+
+/// The signals by which the kernel tells of a fault in the program itself; ignoring them would only repeat it.
+const FAULTS: [i32; 7] =
+    [libc::SIGILL, libc::SIGTRAP, libc::SIGABRT, libc::SIGBUS, libc::SIGFPE, libc::SIGSEGV, libc::SIGSYS];
+
+/// The signals by which somebody asks for something.
+pub(super) const REQUESTS: [Signal; 3] = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP];
+
+/// Forgets what the caller had decided about signals: faults and requests have their usual effect, and every other
+/// signal that would end or stop a process has none.
+pub(super) fn reset_signals() -> io::Result<()> {
+    for number in 1..=libc::SIGRTMAX() {
+        let matters = FAULTS.contains(&number) || REQUESTS.iter().any(|&request| request as i32 == number);
+        let action = if matters { libc::SIG_DFL } else { libc::SIG_IGN };
+        // SAFETY: neither action runs any code. The kernel's own (SIGKILL, SIGSTOP) and the C library's are refused.
+        unsafe { libc::signal(number, action) };
+    }
+    Ok(SigSet::empty().thread_set_mask()?)
+}
+
+/// Has every thread of this process, and those that come, ask `filter` before each system call.
+pub(super) fn install_filter(filter: BpfProgramRef<'_>) -> io::Result<()> {
+    let length = u16::try_from(filter.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
+    let program = libc::sock_fprog { len: length, filter: filter.as_ptr().cast_mut().cast() };
+    let flags = libc::SECCOMP_FILTER_FLAG_TSYNC | libc::SECCOMP_FILTER_FLAG_LOG;
+    // SAFETY: the kernel copies `program`, which names `length` instructions, and keeps no pointer.
+    let result =
+        unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, flags, &raw const program) };
+    match result {
+        0 => Ok(()),
+        ..0 => Err(io::Error::last_os_error()),
+        _ => Err(io::Error::other("one of the threads has a filter of its own")),
+    }
+}
+
 /// A process that cannot be mistaken for a later one of the same number.
 pub(super) struct ProcessHandle(OwnedFd);
 
@@ -160,7 +217,7 @@ impl ProcessHandle {
         Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
     }
 
-    /// Asks it to end.
+    /// Asks it to end, if its device is not in use.
     pub(super) fn terminate(&self) -> io::Result<()> {
         self.signal(libc::SIGTERM)
     }
