@@ -40,7 +40,6 @@ use super::snapshot::{NewLeaf, Order};
 use super::socket::{self, Call, Status};
 use super::sys;
 use super::usage;
-use crate::disk::folder_of;
 use crate::engine::front::Front;
 use crate::engine::shared::{Session, Shared};
 use crate::error::{Error, Kind, Result};
@@ -301,12 +300,7 @@ impl<E: EngineHandle> Device<E> {
         );
     }
 
-    fn answer(&self, Call { image, answer, decided }: Call) {
-        if usage::is_on_device(folder_of(&image), self.info.id) {
-            // Who asked may have lost patience.
-            let _ = answer.send(Err(on_itself(&image)));
-            return;
-        }
+    fn answer(&self, Call { image, answer, caller }: Call) {
         let entry = self.entry.clone();
         let switch = Box::new(move |leaf: NewLeaf| {
             change_entry(&Registry::open()?, &entry, |entry| {
@@ -318,7 +312,7 @@ impl<E: EngineHandle> Device<E> {
             })
         });
         let engine = self.engine.as_ref().expect("a device that is up has an engine");
-        engine.snapshot(Order { image, switch, answer, decided });
+        engine.snapshot(Order { image, device: self.info.id, switch, answer, caller });
     }
 
     /// Changes the device's entry.
@@ -414,12 +408,6 @@ fn change_entry(registry: &Registry, entry: &Mutex<Entry>, change: impl FnOnce(&
     registry.write(&changed)?;
     *entry = changed;
     Ok(())
-}
-
-/// Making the image would wait for the device, and the device for that.
-fn on_itself(image: &Path) -> Error {
-    let message = "it would lie on the device itself, which cannot serve it and be in it";
-    Error::new(Kind::Unsupported, message).file(image).remedy("name a place on another file system")
 }
 
 /// Which file is at `path`, one that this process has open.

@@ -25,6 +25,7 @@ use super::daemon::EngineHandle;
 use super::layers::{self, EngineParents, Parents};
 use super::leaf::NextLeaf;
 use super::mailbox::{EngineEnds, Receiver, Sender, wake_up};
+use super::maker::Makers;
 use super::opened::{self, Opened, WritableImage, WritableOpen};
 use super::options::Parameters;
 use super::session::{Plan, SessionFile, Sessions};
@@ -212,8 +213,10 @@ impl Life {
             deaf: Cell::new(false),
         });
         let listening = reactor.spawn(listen(reactor.ring().clone(), ear.clone()));
+        let makers = Makers::default();
         while !self.closing.load(Ordering::Acquire) {
-            let place = Place { reactor, how: &self.how, ear: &ear, fronts, next: &self.next };
+            let (how, next, closing) = (&self.how, &self.next, &*self.closing);
+            let place = Place { reactor, how, ear: &ear, fronts, next, makers: &makers, closing };
             while let Ok(order) = self.ordered.try_recv() {
                 place.obey(order, serving);
             }
@@ -223,6 +226,7 @@ impl Life {
         ear.deaf.set(true);
         wake_up(&ear.wake);
         reactor.block_on(listening);
+        makers.await_end();
         outcome
     }
 }
@@ -285,7 +289,7 @@ pub(super) struct Ear {
     /// Set by another thread, which rings `wake` afterwards.
     called: Arc<AtomicBool>,
     /// Rung when `called` was seen.
-    attention: Bell,
+    pub(super) attention: Bell,
     /// How many fronts hold, and the bell that rings when all do.
     held: Cell<usize>,
     all_held: Bell,

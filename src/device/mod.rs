@@ -5,7 +5,8 @@
 //! * [`mailbox`]: what joins its queues to the engine;
 //! * [`engine_thread`]: the engine of a writable device, on a thread of its own;
 //! * [`opened`]: an image checked and ready to be served;
-//! * [`snapshot`]: how the image of a device becomes the parent of a new one while it is served;
+//! * [`snapshot`]: how the image of a device becomes the parent of a new one while it is served; `maker`: by whom that
+//!   is made; `place`: where it may lie;
 //! * [`launch`]: how that process is started, and how it reports; [`socket`]: how it is told what to do;
 //! * [`registry`], [`stop`], [`usage`], [`features`], [`health`]: what other processes see and do; [`path`]: paths in JSON.
 //!
@@ -26,9 +27,11 @@ pub mod launch;
 pub mod layers;
 mod leaf;
 pub mod mailbox;
+mod maker;
 pub mod opened;
 mod options;
 pub mod path;
+mod place;
 mod process;
 mod queue;
 mod queues;

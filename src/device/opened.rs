@@ -237,20 +237,13 @@ impl WritableOpen {
         }
     }
 
-    /// Makes an image ready that was just made, as [`Self::open`] does.
-    pub(super) async fn start(
+    /// Reads what is left to be read of an image without a session, and starts one if that is planned.
+    pub(super) async fn begin(
         &self,
         disk: &UringDisk,
         file: FileId,
-        mut image: Image,
-    ) -> Result<(Image, Option<SessionFile>)> {
-        choose_payload_io(disk.file(), &image.metadata)?;
-        let session = self.begin(disk, file, &mut image).await?;
-        Ok((image, session))
-    }
-
-    /// Reads what is left to be read of an image without a session, and starts one if that is planned.
-    async fn begin(&self, disk: &UringDisk, file: FileId, image: &mut Image) -> Result<Option<SessionFile>> {
+        image: &mut Image,
+    ) -> Result<Option<SessionFile>> {
         image.read_bitmaps(disk).await?;
         Ok(self.start_session(image, file))
     }

@@ -3,9 +3,9 @@
 //!
 //! Order, each step durable before the next:
 //!
-//! 1. the child has a name, the session of the image is open, so that its DataWriteGuid changes no more, and what is
-//!    dirty is committed: the pause is short then;
-//! 2. the child is made, with that DataWriteGuid, and its session;
+//! 1. the session of the image is open, so that its DataWriteGuid changes no more, and what is dirty is committed: the
+//!    pause is short then;
+//! 2. the child is made, with that DataWriteGuid, and its session; by another thread, as its place may hang;
 //! 3. the fronts are held: requests that come wait;
 //! 4. the image is committed, its log emptied, its session at rest: whole for everybody;
 //! 5. the device's entry names the child: a successor of this process serves that, and before it the image;
@@ -15,8 +15,7 @@
 //! behind has nothing of its own: it reads as the image does, until a session of that begins: then it is refused, as its
 //! parent has changed. It may be removed, as nothing serves it; until then `add` takes the image for its parent.
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -28,16 +27,18 @@ use uuid::Uuid;
 
 use super::engine_thread::{Ear, Mailboxes, Serving, open_served, unclean};
 use super::leaf::{Leaf, NextLeaf};
+use super::maker::{Made, Makers, Wish};
 use super::opened::WritableOpen;
 use super::path;
 use super::registry::FileId;
-use crate::chain::{self, MAX_DEPTH};
-use crate::disk::{ImageFile, Place as FilePlace, Reactor, Unfinished};
+use super::socket::Caller;
+use crate::chain::MAX_DEPTH;
+use crate::disk::{ImageFile, Reactor};
 use crate::engine::Outcome;
 use crate::engine::Parent;
 use crate::engine::shared::Session;
 use crate::error::{Error, Kind, Result};
-use crate::image::{DEFAULT_BLOCK_SIZE, DEFAULT_LOG_LENGTH, Image, InitialState, Mode, NewImage};
+use crate::image::{DEFAULT_BLOCK_SIZE, DEFAULT_LOG_LENGTH, Image, InitialState, NewImage};
 
 /// What was done.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -71,10 +72,12 @@ pub type Switch = Box<dyn FnOnce(NewLeaf) -> Result<()> + Send>;
 pub struct Order {
     /// Where the child shall be.
     pub(super) image: PathBuf,
+    /// The number of the device.
+    pub(super) device: u32,
     pub(super) switch: Switch,
     pub(super) answer: mpsc::Sender<Result<Snapped>>,
-    /// Set once: by who asked, when it has given up, or by the switch.
-    pub(super) decided: Arc<AtomicBool>,
+    /// Who waits for it.
+    pub(super) caller: Arc<Caller>,
 }
 
 /// What a snapshot needs of the engine's thread.
@@ -84,26 +87,58 @@ pub(super) struct Place<'a> {
     pub(super) ear: &'a Rc<Ear>,
     pub(super) fronts: &'a Rc<Mailboxes>,
     pub(super) next: &'a NextLeaf,
+    pub(super) makers: &'a Makers,
+    /// Set when the device is taken down.
+    pub(super) closing: &'a AtomicBool,
 }
 
 impl Place<'_> {
     /// Takes the snapshot; `serving` is what is served afterwards.
     pub(super) fn obey(&self, order: Order, serving: &mut Serving) {
-        let outcome = self.take(&order.image, (order.switch, &order.decided), serving);
-        // Who asked may have lost patience.
-        let _ = order.answer.send(outcome);
+        let Order { image, device, switch, answer, caller } = order;
+        match self.have_made(image, device, serving) {
+            Ok(made) => {
+                let Made { file, id, image, memory_alignment, verdict } = made;
+                let child = self.serve_child((file, id), image, memory_alignment, serving);
+                let outcome = child.and_then(|child| self.take((child, id), (switch, &caller), serving));
+                verdict.give(outcome, answer);
+            }
+            Err(error) => {
+                // Who asked may have lost patience.
+                let _ = answer.send(Err(error));
+            }
+        }
     }
 
-    fn take(&self, path: &Path, switch: (Switch, &AtomicBool), serving: &mut Serving) -> Result<Snapped> {
-        refuse_moved(&serving.file)?;
-        let unfinished = Unfinished::default();
-        let file = unfinished.create(FilePlace::of(path)?)?;
+    /// Has the child made.
+    fn have_made(&self, path: PathBuf, device: u32, serving: &Serving) -> Result<Made> {
+        let image = new_child(serving)?;
         self.prepare(serving)?;
-        let child = self.make_child(file, serving)?;
-        unfinished.settle()?;
+        let wish = Wish {
+            path,
+            device,
+            parent: serving.file.clone(),
+            data_write_guid: serving.engine.data_write_guid(),
+            disk_id: serving.disk_id,
+            image,
+        };
+        let hurry = async {
+            while !self.closing.load(Ordering::Acquire) {
+                self.ear.attention.wait().await;
+            }
+        };
+        self.makers.make(self.reactor, wish, hurry)
+    }
+
+    fn take(
+        &self,
+        (child, id): (Serving, FileId),
+        switch: (Switch, &Caller),
+        serving: &mut Serving,
+    ) -> Result<Snapped> {
         let started = Instant::now();
         self.ear.hold(self.reactor, self.fronts);
-        let switched = self.switch(switch, serving, &child);
+        let switched = self.switch(switch, serving, (&child, id));
         if switched.is_ok() {
             let shared = child.engine.shared().clone();
             self.next.set(Leaf { shared, file: child.file.clone() });
@@ -115,7 +150,6 @@ impl Place<'_> {
             self.give_up(child);
             return Err(error);
         }
-        unfinished.keep();
         let parent = std::mem::replace(serving, child);
         let snapped =
             Snapped { image: serving.file.path().into(), parent: parent.file.path().into(), pause_us };
@@ -137,14 +171,17 @@ impl Place<'_> {
         explain("committing what is dirty", outcome, serving)
     }
 
-    fn make_child(&self, file: Arc<ImageFile>, serving: &Serving) -> Result<Serving> {
-        let (reactor, disk, named) =
-            (self.reactor, self.reactor.disk(file.clone()), |error: Error| error.file(file.path()));
-        reactor.block_on(new_child(serving, file.path())?.write(&disk, Uuid::new_v4)).map_err(named)?;
-        file.resemble(&serving.file, 0o777)?;
-        let image = reactor.block_on(Image::open(&disk, Mode::Writable, Uuid::new_v4)).map_err(named)?;
-        let id = FileId::of_image(&file)?;
-        let (image, session) = reactor.block_on(self.how.start(&disk, id, image)).map_err(named)?;
+    /// The child with an engine of its own, on top of what is served.
+    fn serve_child(
+        &self,
+        (file, id): (Arc<ImageFile>, FileId),
+        mut image: Image,
+        memory_alignment: u32,
+        serving: &Serving,
+    ) -> Result<Serving> {
+        let (reactor, disk) = (self.reactor, self.reactor.disk(file.clone()));
+        let session = reactor.block_on(self.how.begin(&disk, id, &mut image));
+        let session = session.map_err(|error| error.file(file.path()))?;
         let parents: Vec<Arc<ImageFile>> =
             std::iter::once(&serving.file).chain(serving.opened.parents.iter()).cloned().collect();
         let layers = parents.iter().zip(serving.engine.shared().layers());
@@ -152,7 +189,7 @@ impl Place<'_> {
         let parents = (layers.collect(), parents.into());
         let parameters = serving.opened.parameters;
         let child = open_served(reactor, self.fronts, file, image, session, parents, parameters)?;
-        match fits(&child, serving) {
+        match fits(&child, memory_alignment, serving) {
             Ok(()) => Ok(child),
             Err(error) => {
                 self.give_up(child);
@@ -170,19 +207,21 @@ impl Place<'_> {
     /// The moment: the image is whole, and the device's entry names the child.
     fn switch(
         &self,
-        (switch, decided): (Switch, &AtomicBool),
+        (switch, caller): (Switch, &Caller),
         serving: &Serving,
-        child: &Serving,
+        (child, image_file): (&Serving, FileId),
     ) -> Result<()> {
         let frozen = self.reactor.block_on(serving.engine.freeze());
         explain("freezing the image", frozen, serving)?;
         serving.engine.shared().map.memory().rest();
-        if decided.swap(true, Ordering::AcqRel) {
-            return Err(Error::new(Kind::Io, "it took so long that nobody waited for it any more"));
+        if !caller.claim() {
+            let image = child.file.path().display();
+            tracing::warn!("the snapshot {image} is not taken: who asked for it does not wait any more");
+            return Err(Error::new(Kind::Io, "who asked for it does not wait any more"));
         }
         switch(NewLeaf {
             image: child.file.path().into(),
-            image_file: FileId::of_image(&child.file)?,
+            image_file,
             parents: child.opened.parents.iter().map(|parent| parent.path().into()).collect(),
             file_write_guid: child.opened.file_write_guid,
         })
@@ -205,21 +244,11 @@ fn explain(doing: &str, outcome: Outcome, serving: &Serving) -> Result<()> {
     outcome.map_err(|errno| unclean(doing, errno, poisoned, serving.file.path()))
 }
 
-/// The child will look for its parent under the name that it has now.
-fn refuse_moved(file: &ImageFile) -> Result<()> {
-    let named = fs::metadata(file.path()).ok().map(|found| FileId::of(&found));
-    if named == Some(FileId::of_image(file)?) {
-        return Ok(());
-    }
-    let message = "the image that is served is not at its place any more, and a child would not find it";
-    Err(Error::new(Kind::NotFound, message).file(file.path()).remedy("move it back to its place"))
-}
-
 /// Whether the device can go on with `child` as it was promised.
-fn fits(child: &Serving, serving: &Serving) -> Result<()> {
+fn fits(child: &Serving, memory_alignment: u32, serving: &Serving) -> Result<()> {
     let unfit = |message: &str| Err(Error::new(Kind::Unsupported, message).file(child.file.path()));
     let parameters = &serving.opened.parameters;
-    if child.file.memory_alignment(parameters.logical_sector_bytes)? > parameters.memory_alignment_bytes {
+    if memory_alignment > parameters.memory_alignment_bytes {
         return unfit("its file system wants data better aligned than the device was told to");
     }
     if serving.session.is_some() && child.session.is_none() {
@@ -228,16 +257,14 @@ fn fits(child: &Serving, serving: &Serving) -> Result<()> {
     Ok(())
 }
 
-/// A child of what is served, to be at `path`.
-fn new_child(serving: &Serving, path: &Path) -> Result<NewImage> {
+/// A child of what is served, which it does not name yet.
+fn new_child(serving: &Serving) -> Result<NewImage> {
     let parent = serving.file.path();
     if serving.opened.parents.len() + 2 > MAX_DEPTH {
         let message = format!("the chain would have more than {MAX_DEPTH} layers");
         return Err(Error::new(Kind::Unsupported, message).file(parent).remedy("merge some of them"));
     }
     let parameters = &serving.opened.parameters;
-    let folder = path.parent().expect("a file has a folder");
-    let guid = serving.engine.data_write_guid();
     Ok(NewImage {
         virtual_size: parameters.size_bytes,
         fixed: false,
@@ -246,6 +273,6 @@ fn new_child(serving: &Serving, path: &Path) -> Result<NewImage> {
         logical_sector_size: parameters.logical_sector_bytes,
         physical_sector_size: parameters.physical_sector_bytes,
         initial_state: InitialState::NotPresent,
-        parent: Some(chain::descent_of(parent, guid, serving.disk_id, folder)?),
+        parent: None,
     })
 }

@@ -2,22 +2,31 @@
 //!
 //! Only root may: the folder is closed to others, and the daemon looks whom it talks to. One line of JSON each way
 //! per connection, with the version of what is said; a version that is not known is refused by name.
+//!
+//! Invariants:
+//!
+//! * a connection keeps nobody else from talking: each has a thread of its own, up to [`MAX_CLIENTS`];
+//! * it ends: a line has a length and a deadline, and so has the answer;
+//! * nothing is done for a caller that has left before the decisive moment, see [`Caller::claim`]. What is done
+//!   afterwards is in the log if the caller could not be told.
 
 use std::fs;
-use std::io::{self, BufRead, BufReader, Read, Write};
-use std::os::fd::AsRawFd;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, getsockopt, socket, sockopt};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use super::confine::{self, Role};
 use super::path;
 use super::snapshot::Snapped;
 use super::wire::Failure;
@@ -27,13 +36,19 @@ use crate::error::{Error, Kind, Result};
 const VERSION: u32 = 1;
 
 /// The longest line that is listened to, bytes: a path and a few words.
-const MAX_LINE_BYTES: u64 = 64 << 10;
+const MAX_LINE_BYTES: usize = 64 << 10;
 
-/// How long the other side may take to say its line.
+/// Connections that are listened to at a time: people and scripts, not crowds.
+const MAX_CLIENTS: usize = 8;
+
+/// How long the other side may take to say its whole line, or to read the answer.
 const LINE_DEADLINE: Duration = Duration::from_secs(10);
 
 /// How long a daemon may take to say how it is: it only looks.
 const STATUS_DEADLINE: Duration = Duration::from_secs(1);
+
+/// How long to wait before another connection is accepted when that has failed: descriptors may be short.
+const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 
 /// How long a command may take: it writes back what is dirty, and makes an image.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(120);
@@ -81,16 +96,46 @@ pub(super) struct Call {
     /// Where the new image shall be: absolute.
     pub(super) image: PathBuf,
     pub(super) answer: mpsc::Sender<Result<Snapped>>,
-    /// Set by who asked when it gives up; if it is set already, it is being done.
-    pub(super) decided: Arc<AtomicBool>,
+    pub(super) caller: Arc<Caller>,
 }
 
-/// Listens at `path` until the process ends, one connection after the other: tells `status`, and passes on what has
-/// to be done.
+/// Who waits for an answer, and may lose patience.
+pub(super) struct Caller {
+    stream: UnixStream,
+    /// Set once: when it is given up, or when what it wants is being done for good.
+    decided: AtomicBool,
+}
+
+impl Caller {
+    fn of(stream: &UnixStream) -> io::Result<Self> {
+        Ok(Self { stream: stream.try_clone()?, decided: AtomicBool::new(false) })
+    }
+
+    /// Asked right before the step after which it is done. Whether it is to be done: not if nobody waits for it any
+    /// more, because it took too long or because who asked has left. This process may have been stopped meanwhile.
+    pub(super) fn claim(&self) -> bool {
+        !self.decided.swap(true, Ordering::AcqRel) && self.is_there()
+    }
+
+    /// Gives it up. Whether there was still time to.
+    fn give_up(&self) -> bool {
+        !self.decided.swap(true, Ordering::AcqRel)
+    }
+
+    /// Whether the other side still has its end open. One that only has said all it will say is still there.
+    pub(super) fn is_there(&self) -> bool {
+        let mut ends = [PollFd::new(self.stream.as_fd(), PollFlags::empty())];
+        let told = poll(&mut ends, PollTimeout::ZERO);
+        let gone = PollFlags::POLLHUP | PollFlags::POLLERR;
+        told.is_ok() && !ends[0].revents().is_some_and(|events| events.intersects(gone))
+    }
+}
+
+/// Listens at `path` until the process ends: tells `status`, and passes on what has to be done.
 pub(super) fn listen(
     path: &Path,
-    status: impl Fn() -> Status + Send + 'static,
-    pass_on: impl Fn(Call) + Send + 'static,
+    status: impl Fn() -> Status + Clone + Send + 'static,
+    pass_on: impl Fn(Call) + Clone + Send + 'static,
 ) -> Result<()> {
     let failed = |error| Error::io("making the control socket", error).file(path);
     match fs::remove_file(path) {
@@ -99,25 +144,87 @@ pub(super) fn listen(
     }
     let listener = UnixListener::bind(path).map_err(failed)?;
     let serve = move || {
-        for stream in listener.incoming().flatten() {
-            if let Err(error) = converse(&stream, &status, &pass_on) {
-                tracing::warn!("the control socket: {error}");
+        confine::become_(Role::Plain);
+        let clients = Arc::new(());
+        for stream in listener.incoming() {
+            match stream {
+                Ok(stream) => attend(stream, &clients, (status.clone(), pass_on.clone())),
+                Err(error) => {
+                    tracing::warn!("the control socket: {error}");
+                    thread::sleep(ACCEPT_PAUSE);
+                }
             }
         }
     };
     thread::Builder::new().name("ublk-control".into()).spawn(serve).map(drop).map_err(failed)
 }
 
-fn converse(stream: &UnixStream, status: &impl Fn() -> Status, pass_on: &impl Fn(Call)) -> io::Result<()> {
-    stream.set_read_timeout(Some(LINE_DEADLINE))?;
-    stream.set_write_timeout(Some(LINE_DEADLINE))?;
-    let answer = match hear(stream) {
-        Ok(Command::Status) => json(&status()),
-        Ok(Command::Snapshot { image }) => obey(image, pass_on).and_then(|done| json(&done)),
-        Err(error) => Err(error),
+/// Talks to a client on a thread of its own. Each thread has one of `clients`.
+fn attend(
+    stream: UnixStream,
+    clients: &Arc<()>,
+    (status, pass_on): (impl Fn() -> Status + Send + 'static, impl Fn(Call) + Send + 'static),
+) {
+    if Arc::strong_count(clients) > MAX_CLIENTS {
+        let message = format!("the daemon listens to {MAX_CLIENTS} connections at a time, and has as many");
+        let busy = Error::new(Kind::InUse, message).remedy("try again when one of them has ended");
+        // There is room for one short line in a fresh socket; who does not get it sees the connection end.
+        let _ = say(&stream, &Answer::Error((&busy).into()));
+        return;
+    }
+    let client = clients.clone();
+    let talk = move || {
+        if let Err(error) = converse(&stream, &status, &pass_on) {
+            tracing::warn!("the control socket: {error}");
+        }
+        drop(client);
     };
-    let answer = answer.map_or_else(|error| Answer::Error((&error).into()), Answer::Done);
-    say(stream, &answer)
+    if let Err(error) = thread::Builder::new().name("ublk-client".into()).spawn(talk) {
+        tracing::warn!("the control socket: {error}");
+    }
+}
+
+fn converse(stream: &UnixStream, status: &impl Fn() -> Status, pass_on: &impl Fn(Call)) -> io::Result<()> {
+    stream.set_write_timeout(Some(LINE_DEADLINE))?;
+    let caller = Arc::new(Caller::of(stream)?);
+    let told = match hear(stream) {
+        Ok(Command::Status) => answer(stream, json(&status())),
+        Ok(Command::Snapshot { image }) => {
+            snap(stream, image, &caller, pass_on);
+            Ok(())
+        }
+        Err(error) => answer(stream, Err(error)),
+    };
+    // A caller that has left misses nothing.
+    if caller.is_there() { told } else { Ok(()) }
+}
+
+/// Takes the snapshot and tells; where there is nobody to be told, the log says what was done.
+fn snap(stream: &UnixStream, image: PathBuf, caller: &Arc<Caller>, pass_on: &impl Fn(Call)) {
+    if !caller.is_there() {
+        tracing::warn!("who asked for the snapshot {} has left, and it is not taken", image.display());
+        return;
+    }
+    let outcome = obey(image, caller, pass_on);
+    let done = outcome.as_ref().ok().cloned();
+    let told = answer(stream, outcome.and_then(|snapped| json(&snapped)));
+    if told.is_ok() && caller.is_there() {
+        return;
+    }
+    if let Some(snapped) = done {
+        let (image, parent) = (snapped.image.display(), snapped.parent.display());
+        tracing::warn!(
+            "{image} is served now, and {parent} is its parent: who asked for it left before it was told"
+        );
+    }
+}
+
+fn answer(stream: &UnixStream, outcome: Result<serde_json::Value>) -> io::Result<()> {
+    say(stream, &outcome.map_or_else(|error| Answer::Error((&error).into()), Answer::Done))
+}
+
+fn json(answer: &impl Serialize) -> Result<serde_json::Value> {
+    serde_json::to_value(answer).map_err(|error| Error::io("writing the answer", error.into()))
 }
 
 fn hear(stream: &UnixStream) -> Result<Command> {
@@ -126,7 +233,7 @@ fn hear(stream: &UnixStream) -> Result<Command> {
     if peer.uid() != 0 {
         return Err(Error::new(Kind::Permission, "only root may command a daemon"));
     }
-    parse(&read_line(stream)?)
+    parse(&read_line(stream, LINE_DEADLINE)?)
 }
 
 fn parse(line: &str) -> Result<Command> {
@@ -139,35 +246,62 @@ fn parse(line: &str) -> Result<Command> {
         let message = format!("the daemon understands version {VERSION}, not {}", request.version);
         return Err(unknown(message));
     }
-    serde_json::from_value(request.command)
-        .map_err(|error| unknown(format!("the daemon does not know this command: {error}")))
+    let command = serde_json::from_value(request.command)
+        .map_err(|error| unknown(format!("the daemon does not know this command: {error}")))?;
+    if let Command::Snapshot { image } = &command
+        && (!image.is_absolute() || image.file_name().is_none())
+    {
+        let message = "the daemon needs a path from the root, to a file: it has another folder than who asks";
+        return Err(Error::new(Kind::Usage, message).file(image).remedy("name the file by its whole path"));
+    }
+    Ok(command)
 }
 
-fn json(answer: &impl Serialize) -> Result<serde_json::Value> {
-    serde_json::to_value(answer).map_err(|error| Error::io("writing the answer", error.into()))
-}
-
-fn obey(image: PathBuf, pass_on: &impl Fn(Call)) -> Result<Snapped> {
+fn obey(image: PathBuf, caller: &Arc<Caller>, pass_on: &impl Fn(Call)) -> Result<Snapped> {
     let (answer, answered) = mpsc::channel();
-    let decided = Arc::new(AtomicBool::new(false));
-    pass_on(Call { image, answer, decided: decided.clone() });
+    let path = image.clone();
+    pass_on(Call { image, answer, caller: caller.clone() });
     let gone = |_| {
         Error::new(Kind::Io, "the device was taken away, or did not answer in time")
             .remedy("`vhdx-ublk list` tells what is served")
     };
     match answered.recv_timeout(ANSWER_DEADLINE) {
-        Err(RecvTimeoutError::Timeout) if decided.swap(true, Ordering::AcqRel) => {
-            answered.recv_timeout(ANSWER_DEADLINE).map_err(gone)?
+        Err(RecvTimeoutError::Timeout) if caller.give_up() => {
+            let seconds = ANSWER_DEADLINE.as_secs();
+            let message = format!("it has taken more than {seconds} s, and is not done");
+            tracing::warn!("the snapshot {}: {message}", path.display());
+            Err(Error::new(Kind::Io, message).remedy("look why (the device's log, dmesg), then try again"))
         }
+        // It is being done.
+        Err(RecvTimeoutError::Timeout) => answered.recv_timeout(ANSWER_DEADLINE).map_err(gone)?,
         answer => answer.map_err(gone)?,
     }
 }
 
-fn read_line(stream: &UnixStream) -> Result<String> {
-    let mut line = String::new();
-    let read = BufReader::new(stream.take(MAX_LINE_BYTES)).read_line(&mut line);
-    read.map_err(|error| Error::io("listening at the control socket", error))?;
-    Ok(line)
+/// Reads a line, up to its end or the end of what is said.
+fn read_line(mut stream: &UnixStream, deadline: Duration) -> Result<String> {
+    let until = Instant::now() + deadline;
+    let failed = |error| Error::io("listening at the control socket", error);
+    let (mut line, mut part) = (Vec::new(), [0; 4096]);
+    while !line.contains(&b'\n') {
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            let message = format!("the other side has not said its line within {} s", deadline.as_secs());
+            return Err(Error::new(Kind::Io, message));
+        }
+        stream.set_read_timeout(Some(left)).map_err(failed)?;
+        match stream.read(&mut part) {
+            Ok(0) => break,
+            Ok(count) => line.extend_from_slice(&part[..count]),
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+            Err(error) => return Err(failed(error)),
+        }
+        if line.len() > MAX_LINE_BYTES {
+            let message = format!("the line is longer than {MAX_LINE_BYTES} bytes");
+            return Err(Error::new(Kind::Usage, message).remedy("name a shorter path"));
+        }
+    }
+    String::from_utf8(line).map_err(|_| Error::new(Kind::Usage, "the line is not UTF-8"))
 }
 
 fn say(mut stream: &UnixStream, message: &impl Serialize) -> io::Result<()> {
@@ -180,9 +314,16 @@ fn say(mut stream: &UnixStream, message: &impl Serialize) -> io::Result<()> {
 ///
 /// # Errors
 ///
-/// What the daemon says; [`Kind::Io`] if it does not listen, or not answer.
+/// What the daemon says; [`Kind::Io`] if it does not listen, or not answer. A daemon that has not answered does not
+/// take it once this has returned, unless it is at it: its log tells, and the device's entry.
 pub fn snapshot(path: &Path, image: PathBuf) -> Result<Snapped> {
-    ask(path, &Command::Snapshot { image }, 2 * ANSWER_DEADLINE + LINE_DEADLINE)
+    let snapped = ask(path, &Command::Snapshot { image }, 2 * ANSWER_DEADLINE + LINE_DEADLINE);
+    snapped.map_err(|error| match error.kind() {
+        Kind::Io if error.remedy_text().is_none() => error.remedy(
+            "`vhdx-ublk list` tells which image is served now, and the log beside the socket what was done",
+        ),
+        _ => error,
+    })
 }
 
 /// Asks the daemon that listens at `path` how its device is.
@@ -199,7 +340,11 @@ fn ask<T: DeserializeOwned>(path: &Path, command: &Command, patience: Duration) 
     let stream = connect(path, patience).map_err(failed)?;
     let command = serde_json::to_value(command).map_err(|error| failed(error.into()))?;
     say(&stream, &Request { version: VERSION, command }).map_err(failed)?;
-    match serde_json::from_str(&read_line(&stream)?).map_err(|error| failed(error.into()))? {
+    let answer = read_line(&stream, patience).map_err(|error| error.file(path))?;
+    if answer.is_empty() {
+        return Err(Error::new(Kind::Io, "the daemon has ended without an answer").file(path));
+    }
+    match serde_json::from_str(&answer).map_err(|error| failed(error.into()))? {
         Answer::Done(done) => serde_json::from_value(done).map_err(|error| failed(error.into())),
         Answer::Error(failure) => Err(failure.into()),
     }
@@ -243,6 +388,79 @@ mod tests {
     }
 
     #[test]
+    fn a_path_that_does_not_begin_at_the_root_is_refused() {
+        for path in ["new.vhdx", "", "./new.vhdx", "../new.vhdx", "/", "/disks/.."] {
+            let line = format!(r#"{{"version":1,"command":{{"snapshot":{{"image":"{path}"}}}}}}"#);
+            let error = parse(&line).expect_err("refused");
+            assert!(error.to_string().contains("from the root"), "{path}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_line_has_an_end_a_length_and_a_deadline() {
+        let pair = || UnixStream::pair().expect("a pair of sockets");
+        let read = |stream: &UnixStream, deadline| read_line(stream, deadline);
+        let (mut near, far) = pair();
+        near.write_all(b"said\n and more").expect("room");
+        assert!(read(&far, LINE_DEADLINE).expect("a line").starts_with("said\n"));
+        drop(near);
+        assert_eq!(read(&far, LINE_DEADLINE).expect("the end of what is said"), "");
+        let (mut near, far) = pair();
+        let writer = thread::spawn(move || near.write_all(&vec![b'x'; 2 * MAX_LINE_BYTES]));
+        assert!(read(&far, LINE_DEADLINE).expect_err("too long").to_string().contains("longer"));
+        drop(far);
+        let _ = writer.join().expect("it does not panic");
+        // A byte now and then does not prolong it.
+        let (mut near, far) = pair();
+        let dripping = thread::spawn(move || {
+            while near.write_all(b"x").is_ok() {
+                thread::sleep(Duration::from_millis(10));
+            }
+        });
+        let error = read(&far, Duration::from_millis(200)).expect_err("no line");
+        assert!(error.to_string().contains("has not said its line"), "{error}");
+        drop(far);
+        dripping.join().expect("it does not panic");
+    }
+
+    #[test]
+    fn nothing_is_done_for_a_caller_that_has_left() {
+        let caller = |stream: &UnixStream| Caller::of(stream).expect("another descriptor");
+        let (near, far) = UnixStream::pair().expect("a pair of sockets");
+        assert!(caller(&far).claim(), "it waits");
+        near.shutdown(std::net::Shutdown::Write).expect("open");
+        assert!(caller(&far).claim(), "it has said all, and still waits");
+        let given_up = caller(&far);
+        assert!(given_up.give_up() && !given_up.claim(), "it took too long");
+        let being_done = caller(&far);
+        assert!(being_done.claim() && !being_done.give_up(), "too late to give it up");
+        let left = caller(&far);
+        drop(near);
+        assert!(!left.claim() && !left.is_there());
+    }
+
+    #[test]
+    fn a_client_that_says_nothing_keeps_no_other_from_being_heard() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let path = folder.path().join("7.sock");
+        listen(&path, Status::default, |_| {}).expect("free");
+        let connect = || UnixStream::connect(&path).expect("it listens");
+        let mut silent: Vec<UnixStream> = (1..MAX_CLIENTS).map(|_| connect()).collect();
+        let heard = status(&path);
+        assert!(heard.is_ok() || heard.is_err_and(|error| error.kind() == Kind::Permission));
+        // The thread of the one that was heard may not have ended yet: in the end there is one too many.
+        let until = Instant::now() + LINE_DEADLINE;
+        while Instant::now() < until && silent.len() < 2 * MAX_CLIENTS {
+            silent.push(connect());
+        }
+        let Err(error) = status(&path) else { panic!("refused") };
+        // Who is not root is refused as soon as it is heard, and makes room by that.
+        if nix::unistd::geteuid().is_root() {
+            assert_eq!(error.kind(), Kind::InUse, "{error}");
+        }
+    }
+
+    #[test]
     fn commands_go_to_the_daemon_and_answers_come_back() {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let path = folder.path().join("7.sock");
@@ -252,7 +470,7 @@ mod tests {
         listen(
             &path,
             move || told.clone(),
-            |call| {
+            |call: Call| {
                 call.answer
                     .send(Err(Error::new(Kind::Exists, "no").file(&call.image)))
                     .expect("somebody waits");

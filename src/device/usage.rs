@@ -90,13 +90,8 @@ pub fn of_file(file: FileId) -> Vec<String> {
 /// How many devices may lie over each other: mappers, arrays, partitions.
 const MAX_STACK: usize = 16;
 
-/// Whether the file system at `path` lies on `/dev/ublkbN`, whatever is in between.
-pub fn is_on_device(path: &Path, id: u32) -> bool {
-    fs::metadata(path).is_ok_and(|found| file_system_is_on(found.dev(), id))
-}
-
-/// As [`is_on_device`], of a file system known by its number (`st_dev`): no file is looked at, which could wait
-/// for a device that waits.
+/// Whether the file system of this number (`st_dev`) lies on `/dev/ublkbN`, through mappers and arrays. No file is
+/// looked at, which could wait for a device that waits.
 pub fn file_system_is_on(file_system: u64, id: u32) -> bool {
     let number = device_number(file_system);
     let mounts = fs::read("/proc/self/mountinfo").unwrap_or_default();
@@ -252,7 +247,7 @@ fn swaps(swaps: &[u8], nodes: &[Node]) -> Vec<String> {
 }
 
 /// `/proc` writes blanks and backslashes in paths as `\040`: three octal digits.
-fn unescape(field: &[u8]) -> PathBuf {
+pub(super) fn unescape(field: &[u8]) -> PathBuf {
     let mut bytes = Vec::new();
     let mut rest = field;
     while let Some((&first, tail)) = rest.split_first() {

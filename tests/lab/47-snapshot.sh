@@ -136,3 +136,84 @@ test_snapshot_refusals() {
     [ ! -e new.vhdx ] || fail "something was left behind"
     ublk del "$device"
 }
+
+# A file system on a loop device of its own, in a file of the current folder, mounted at $1.
+loop_mount() {
+    truncate -s 300M "$2"
+    mkfs.ext4 -q -F "$2"
+    mkdir -p "$1"
+    mount -o loop "$2" "$1"
+}
+
+# A loop file system on the device, an own device on the device: the snapshot would wait for itself.
+test_snapshot_onto_itself_is_refused_through_loops_and_devices() {
+    local device other
+    take_down() { umount -q looped || true; }
+    ublk create 0.vhdx --size 2G
+    device=$(ublk add 0.vhdx)
+    mkfs.ext4 -q "$device"
+    mount "$device" "$mnt"
+    loop_mount looped "$mnt/file"
+    ! ublk snapshot "$device" looped/new.vhdx 2>said || fail "taken, onto itself"
+    grep -q 'on the device itself' said || fail "$(cat said)"
+    [ ! -e looped/new.vhdx ] || fail "something was left behind"
+    umount looped
+    ublk create "$mnt/1.vhdx" --size 500M
+    other=$(ublk add "$mnt/1.vhdx")
+    mkfs.ext4 -q "$other"
+    mount "$other" looped
+    ! ublk snapshot "$device" looped/new.vhdx 2>said || fail "taken, onto itself"
+    grep -q 'on the device itself' said || fail "$(cat said)"
+    # The other one's snapshot may be where its image is.
+    ublk snapshot "$other" "$mnt/2.vhdx"
+    umount looped
+    ublk del "$other"
+    umount "$mnt"
+    # A loop file system elsewhere, and memory, are as good as any place.
+    loop_mount looped file
+    ublk snapshot "$device" looped/new.vhdx
+    mount "$device" "$mnt"
+    umount "$mnt"
+    ublk snapshot "$device" /run/new.vhdx
+    ublk del "$device"
+    umount looped
+    rm /run/new.vhdx
+}
+
+# The place hangs: the snapshot fails in time, and the device never notices. Nothing is left when the place is back.
+test_snapshot_to_a_place_that_hangs() {
+    local device pid longest
+    take_down() {
+        ! mountpoint -q hung || fsfreeze -u hung 2>/dev/null || true
+        umount -q hung || true
+    }
+    ublk create 0.vhdx --size 1G
+    device=$(ublk add 0.vhdx)
+    pid=$(daemon_pid)
+    loop_mount hung file
+    fsfreeze -f hung
+    python3 "$tests/beat.py" "$device" stop >beats &
+    ublk snapshot "$device" "$PWD/hung/new.vhdx" 2>said && { fsfreeze -u hung; fail "taken"; }
+    touch stop
+    wait $!
+    fsfreeze -u hung
+    grep -q 'has not taken a new file within' said || fail "$(cat said)"
+    longest=$(cat beats)
+    note "the longest write beside a snapshot that hangs took $longest ms"
+    [ "$longest" -lt 5000 ] || fail "the device waited for the place of its snapshot: $longest ms"
+    for _ in $(seq 100); do
+        [ -e hung/new.vhdx ] || break
+        sleep 0.1
+    done
+    [ ! -e hung/new.vhdx ] || fail "something was left behind"
+    ublk snapshot "$device" hung/new.vhdx
+    # While it hangs the device can be taken away.
+    fsfreeze -f hung
+    "$VHDX_UBLK" snapshot "$device" "$PWD/hung/more.vhdx" 2>said &
+    sleep 2
+    (sleep 3; fsfreeze -u hung) &
+    ublk del "$device" || fail "the device stays"
+    wait
+    [ "$(daemon_pid)" = "" ] && [ ! -e "/proc/$pid" ] || fail "the daemon stays"
+    [ ! -e hung/more.vhdx ] || ublk check hung/more.vhdx >/dev/null || fail "half an image was left"
+}

@@ -15,6 +15,7 @@ await() {
     return 1
 }
 
+has_lines() { [ "$(wc -l <"$2")" -ge "$1" ]; }
 is_gone() { [ ! -e "/proc/$1" ]; }
 has_no_device() { [ "$(ublk list --json)" = "[]" ]; }
 logged() { grep -q "$1" /run/vhdx-ublk/*.log; }
@@ -213,4 +214,62 @@ test_daemon_dies_with_its_starter() {
     wait || true
     [ -z "${status:-}" ] || fail "the daemon of a starter that was killed goes on"
     has_no_device
+}
+
+# control ARGUMENTS...: talks to the daemon, see control.py.
+control() { python3 "$tests/control.py" /run/vhdx-ublk/0.sock "$@"; }
+
+test_daemon_listens_to_several_and_not_for_ever() {
+    local device dripping silent=()
+    ublk create disk.vhdx --size 1G
+    device=$(ublk add disk.vhdx)
+    control --drip >dripped &
+    dripping=$!
+    for _ in $(seq 6); do
+        control --silent 5 >>connected &
+        silent+=($!)
+    done
+    await 30 has_lines 6 connected || fail "the daemon does not listen"
+    ublk snapshot "$device" next.vhdx
+    wait "${silent[@]}"
+    wait "$dripping" || fail "a byte now and then holds the daemon"
+    grep -q 'has not said its line' dripped || fail "$(cat dripped)"
+    for _ in $(seq 8); do
+        control --silent 8 >>connected &
+    done
+    await 30 has_lines 14 connected || fail "the daemon does not listen"
+    ublk snapshot "$device" third.vhdx 2>said && fail "there is no bound to its clients"
+    grep -q 'at a time' said || fail "$(cat said)"
+    wait
+    ublk del "$device"
+}
+
+test_daemon_takes_no_relative_path_and_no_endless_line() {
+    local device
+    ublk create disk.vhdx --size 1G
+    device=$(ublk add disk.vhdx)
+    control --say '{"version":1,"command":{"snapshot":{"image":"next.vhdx"}}}' | grep -q 'from the root' || fail "taken"
+    control --say '{"version":1,"command":{"snapshot":{"image":""}}}' | grep -q 'from the root' || fail "taken"
+    control --long | grep -q 'longer than' || fail "there is no bound to a line"
+    [ "$(ublk list --json | grep -c next.vhdx)" -eq 0 ] && [ ! -e /next.vhdx ] || fail "a snapshot of its own folder"
+    ublk del "$device"
+}
+
+# The daemon is stopped; who asks loses patience; the daemon goes on: nothing is done behind anybody's back.
+test_daemon_does_nothing_for_a_caller_that_has_left() {
+    local device pid
+    ublk create disk.vhdx --size 1G
+    device=$(ublk add disk.vhdx)
+    pid=$(daemon_pid)
+    kill -STOP "$pid"
+    timeout 2 "$VHDX_UBLK" snapshot "$device" next.vhdx && fail "a stopped daemon has answered"
+    kill -CONT "$pid"
+    await 10 logged 'who asked .*left' || fail "it says nothing"
+    sleep 1
+    [ ! -e next.vhdx ] || fail "the snapshot was taken all the same"
+    ublk list | grep -q disk.vhdx || fail "$(ublk list)"
+    # Who only says no more still waits.
+    control --half '{"version":1,"command":{"snapshot":{"image":"'"$PWD"'/next.vhdx"}}}' | grep -q '"done"' ||
+        fail "who waits is not answered"
+    ublk del "$device"
 }

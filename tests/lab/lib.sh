@@ -6,6 +6,7 @@ scratch=${VHDX_LAB_SCRATCH:?set by tests/lab/run}
 log=$scratch.log
 corpus=$(cd "$(dirname "${BASH_SOURCE[0]}")/../images" && pwd)
 mnt=$scratch.mnt
+tests=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 # How `add` makes devices; tests of zero copy are the others with this set.
 zero_copy=auto
