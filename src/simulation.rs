@@ -93,11 +93,19 @@ pub enum Plant {
     ForgetResumedBits,
     /// A front says that it holds while requests are still under way.
     EarlyHeld,
+    /// A successor takes a sync that succeeds for proof that the killed process's syncs did.
+    TrustHost,
+    /// A session from before a power cut is taken over.
+    IgnoreBoot,
+    /// A session of another layout is read as if it had the one that is known.
+    IgnoreVersion,
+    /// A session whose header is damaged is believed.
+    IgnoreChecksum,
 }
 
 impl Plant {
     /// All of them.
-    pub const ALL: [Self; 41] = [
+    pub const ALL: [Self; 45] = [
         Self::SkipRecyclingSync,
         Self::SkipGrowthSync,
         Self::ApplyBeforeLog,
@@ -139,6 +147,10 @@ impl Plant {
         Self::EarlyPromotion,
         Self::ForgetResumedBits,
         Self::EarlyHeld,
+        Self::TrustHost,
+        Self::IgnoreBoot,
+        Self::IgnoreVersion,
+        Self::IgnoreChecksum,
     ];
 }
 

@@ -5,21 +5,25 @@
 mod sim;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use fastrand::Rng;
 use sim::campaign::{LOG_UNIT, run, scenario, tiny};
 use sim::disk::SimDisk;
 use sim::judge::Effort;
+use sim::oracle::decode;
 use sim::store::Store;
 use sim::tasks::block_on;
 use sim::violation::{broken_promise, message, violated};
+use sim::world::death::place;
 use sim::world::{Config, World, new_image};
 use uuid::Uuid;
 use vhdx_ublk::disk::{Buffer, Disk};
 use vhdx_ublk::engine::front::Op;
 use vhdx_ublk::format::header;
 use vhdx_ublk::format::log::{Change, NewEntry};
-use vhdx_ublk::image::{Image, Mode, SLOTS_PER_PAGE};
+use vhdx_ublk::image::{Image, Mismatch, Mode, SLOTS_PER_PAGE, SessionMemory, VERSION};
 use vhdx_ublk::simulation::{Plant, plant, set_log_unit};
 
 /// Seeds that a planted bug may take to be caught.
@@ -67,6 +71,10 @@ fn catch_for(planted: Plant) -> Catch {
         Plant::EarlyHeld => Catch::Scenario("snapshot"),
         Plant::ForgetResumedBits => Catch::Scenario("child-killed"),
         Plant::NoPoison => Catch::Scenario("failed-durable-write"),
+        Plant::TrustHost => Catch::Scenario("killed-and-lost"),
+        Plant::IgnoreBoot => Catch::Test(a_session_from_before_a_power_cut_is_not_taken_over),
+        Plant::IgnoreVersion => Catch::Test(a_session_of_another_layout_is_told_apart),
+        Plant::IgnoreChecksum => Catch::Test(a_damaged_session_is_told_apart),
         Plant::NoFlushedOffset => Catch::Test(a_file_that_lost_its_durable_end_is_refused),
         Plant::NoExtension => Catch::Test(a_length_that_the_log_asks_for_is_restored),
         Plant::LongEntry => Catch::Test(others_can_read_every_entry),
@@ -179,6 +187,74 @@ fn a_length_that_the_log_asks_for_is_restored() {
         Ok(image) if image.layout.file_length > file.length => {}
         Ok(_) => violated("the file was not extended".into()),
         Err(error) => violated(format!("a log that extends the file is not replayed: {error}")),
+    }
+}
+
+/// The session file outlives a power cut, names the right image and knows its FileWriteGuid: what it maps was
+/// never durable.
+#[test]
+fn a_session_from_before_a_power_cut_is_not_taken_over() {
+    set_log_unit(LOG_UNIT);
+    let config = Config { requests: 0, can_punch: false, ..Config::small() };
+    let mut rng = Rng::with_seed(1);
+    let content = new_image(&config, &mut rng);
+    let mut world = World::open(config.clone(), content, config.oracle(), rng.fork());
+    for block in [0, 1] {
+        world.request(Op::Write { durable: false }, block << 20, 4096);
+        world.drain();
+    }
+    world.request(Op::Discard, 0, 1 << 20);
+    world.drain();
+    let (content, oracle) = (world.close(), world.oracle.clone());
+    // The new block gets space that another block had; nothing of it is flushed.
+    let mut world = World::open(config.clone(), content, oracle, rng.fork());
+    world.request(Op::Write { durable: false }, (2 << 20) + (512 << 10), 4096);
+    world.drain();
+    let memory = world.memory().clone();
+    let after_cut = world.disk().at_risk(|durable, _, _| durable.clone());
+    let disk = SimDisk::new(after_cut, true, false, 512);
+    let image = block_on(Image::open(&disk, Mode::ReadOnly, || Uuid::from_u128(7))).expect("an image");
+    let carried = image.header.header.file_write_guid;
+    if memory.check(&image.owner(place(2)), carried) == Err(Mismatch::OtherBoot) {
+        return;
+    }
+    let resumed = block_on(Image::resume(&disk, memory, carried, || Uuid::from_u128(8)));
+    let entry = resumed.expect("nothing else tells that it is too old").map.load(2).entry;
+    let mut bytes = vec![0; 512];
+    disk.content().read(entry.offset(), &mut bytes);
+    violated(format!("the guest reads {:?} where it never wrote", decode(2 << 11, &bytes)));
+}
+
+/// Memory of a session as its maker has left it; its word `number` is changed then.
+fn changed_session(number: usize, change: impl Fn(u64) -> u64) -> Result<(), Mismatch> {
+    let config = Config::small();
+    let disk = SimDisk::new(new_image(&config, &mut Rng::with_seed(1)), true, true, 512);
+    let mut image = block_on(Image::open(&disk, Mode::Writable, || Uuid::from_u128(1))).expect("a new image");
+    let count = SessionMemory::words_for(image.map.geometry());
+    let words: &'static [AtomicU64] = (0..count).map(|_| AtomicU64::new(0)).collect::<Vec<_>>().leak();
+    let owner = image.owner(place(1));
+    let memory = SessionMemory::shared(words, Arc::new(|_| Ok(())));
+    image.start_session(memory.clone(), &owner).expect("there is room");
+    memory.check(&owner, image.header.header.file_write_guid).expect("it is whole");
+    words[number].store(change(words[number].load(Ordering::Relaxed)), Ordering::Relaxed);
+    memory.check(&owner, image.header.header.file_write_guid)
+}
+
+/// What only another version can read must not be given up as if it were nothing.
+#[test]
+fn a_session_of_another_layout_is_told_apart() {
+    let found = changed_session(1, |version| version + 1);
+    if found != Err(Mismatch::Version(VERSION + 1)) {
+        violated(format!("a session of another layout is {found:?}"));
+    }
+}
+
+/// What is damaged may be all that was acknowledged: it must not be taken for another image's.
+#[test]
+fn a_damaged_session_is_told_apart() {
+    let found = changed_session(8, |half_of_disk_id| half_of_disk_id ^ 1);
+    if found != Err(Mismatch::Damaged("header")) {
+        violated(format!("a damaged session is {found:?}"));
     }
 }
 

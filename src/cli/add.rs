@@ -85,7 +85,10 @@ Examples:
   lsblk $(vhdx-ublk add --read-only disk.vhdx)
 
 If the daemon is killed, nothing that was acknowledged is lost: I/O waits until `vhdx-ublk
-recover`.
+recover`. For that a writable device takes 8 bytes per block of memory under /run, and of a
+child a bit per sector where blocks are partially present (`vhdx-ublk info` tells how much at
+most). A quarter of /run stays free of bits, an eighth of new sessions; without room, or where
+/run is no tmpfs, the device works and cannot be recovered, which is said.
 Warnings of a running device go to /run/vhdx-ublk/N.log.
 An image that others were made of is served read-only, or with --force: one write, and these
 cannot be read any more. They are found where devices have them as children, and among the first

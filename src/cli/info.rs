@@ -14,7 +14,7 @@ use vhdx_ublk::format::guid;
 use vhdx_ublk::format::header::Other;
 use vhdx_ublk::format::metadata::DiskType;
 use vhdx_ublk::format::region::{Copies, Region};
-use vhdx_ublk::image::{BlockMap, FoundLog, Image};
+use vhdx_ublk::image::{BlockMap, FoundLog, Image, SessionMemory};
 
 use super::look::{self, Seen};
 use super::output::{self, Fields};
@@ -49,7 +49,8 @@ block_size, logical_sector_size, physical_sector_size, disk_id, file_write_guid,
 data_write_guid, creator, header_sequence, log {state, size, offset, entries}, blocks {total,
 allocated, partial, zero, not_present, undefined, unmapped}, fragmentation, regions [{name,
 guid, offset, size, required}], file_size, host_bytes (space taken on the host), parent (null,
-or the parent locator's entries), attached (null, or the device), in_use, used_by, warnings.
+or the parent locator's entries), attached (null, or the device), in_use, used_by,
+session_bytes (the most memory under /run that a writable device of it takes), warnings.
 With --chain: chain, a list of such objects.
 Exit status: 0 success, 1 failure, 2 wrong usage.";
 
@@ -77,6 +78,8 @@ struct Report {
     attached: Option<String>,
     in_use: bool,
     used_by: Vec<String>,
+    /// The most memory under `/run` that the session of a writable device of it takes, bytes.
+    session_bytes: u64,
     warnings: Vec<&'static str>,
 }
 
@@ -174,6 +177,7 @@ impl Report {
             attached: holders::device_of(&seen.path).map(|device| device.display().to_string()),
             in_use: seen.in_use,
             used_by: holders::processes(&seen.path),
+            session_bytes: SessionMemory::most_bytes(map.geometry()),
             warnings: warnings(&seen.image),
         }
     }
@@ -285,6 +289,8 @@ impl std::fmt::Display for Report {
                 format!("{}, {} at byte {}", region.name, size::both(region.size.into()), region.offset),
             );
         }
+        fields
+            .add("session", format!("takes up to {} of memory under /run", size::human(self.session_bytes)));
         fields.add("header sequence", self.header_sequence.to_string());
         fields.add("disk id", self.disk_id.as_str());
         fields.add("file write guid", self.file_write_guid.as_str());

@@ -228,6 +228,10 @@ impl Disk for Plain {
         only_read()
     }
 
+    async fn sync_host(&self) -> io::Result<()> {
+        only_read()
+    }
+
     async fn grow(&self, _: u64) -> io::Result<()> {
         only_read()
     }

@@ -22,6 +22,7 @@ mod parents;
 mod recover;
 mod relink;
 mod rest;
+mod session;
 mod size;
 mod snapshot;
 
@@ -62,6 +63,7 @@ enum Command {
     Del(del::Del),
     List(list::List),
     Recover(recover::Recover),
+    Session(session::Sessions),
     Snapshot(snapshot::Snapshot),
     Create(create::Create),
     Info(info::Info),
@@ -75,6 +77,7 @@ impl Command {
     fn wants_json(&self) -> bool {
         match self {
             Self::List(list) => list.json,
+            Self::Session(sessions) => sessions.wants_json(),
             Self::Info(info) => info.json,
             Self::Check(check) => check.json,
             Self::Features(features) => features.json,
@@ -95,6 +98,7 @@ impl Command {
             Self::Del(del) => del.run(),
             Self::List(list) => return list.run(),
             Self::Recover(recover) => recover.run(),
+            Self::Session(sessions) => sessions.run(),
             Self::Snapshot(snapshot) => snapshot.run(),
             Self::Create(create) => create.run(),
             Self::Info(info) => info.run(),

@@ -119,7 +119,7 @@ impl Recover {
         let entry = &listed.entry;
         let parents = Parents::of_device(entry, |path| add::open_locked(path, Access::ReadOnly));
         if entry.read_only {
-            let file = Arc::new(open(entry, Access::ReadOnly)?);
+            let file = Arc::new(self.open(entry, Access::ReadOnly)?);
             refuse_changed(entry)?;
             let opened = Opened::read_only(file.clone(), &parents)?;
             if opened.file_write_guid != entry.file_write_guid && !self.accept_loss {
@@ -127,12 +127,33 @@ impl Recover {
             }
             return daemon::recover(&opened.served(&file)?, entry, |ends| Ok(NoEngine(ends)), ready);
         }
-        let file = Arc::new(open(entry, Access::ReadWrite)?);
+        let file = Arc::new(self.open(entry, Access::ReadWrite)?);
         refuse_changed(entry)?;
         let engine =
             EngineThread::open(file.clone(), Plan::Resume { accept_loss: self.accept_loss }, parents)?;
         let served = engine.opened().served(&file)?;
+        let entry = &Entry { image_file: served.image_file, ..entry.clone() };
         daemon::recover(&served, entry, |ends| Ok(engine.start(ends)), ready)
+    }
+}
+
+impl Recover {
+    /// Opens and locks the device's image, which must be the file it was. Another mount of its file system may have
+    /// changed the device's number: its session, or its FileWriteGuid, tells then, unless the user wants neither.
+    fn open(&self, entry: &Entry, access: Access) -> Result<ImageFile> {
+        let file = match add::open_locked(&entry.image, access) {
+            Err(error) if error.kind() == Kind::InUse && access == Access::ReadWrite => {
+                open_past_readers(entry, error)?
+            }
+            outcome => outcome.map_err(|error| entry.explain(error))?,
+        };
+        let (found, known) = (FileId::of_image(&file)?, entry.image_file);
+        if found == known || found.inode == known.inode && !self.accept_loss {
+            return Ok(file);
+        }
+        let message = format!("this is not the file that {} was made of", entry.device.display());
+        let error = Error::new(Kind::NotFound, message).file(&entry.image);
+        Err(entry.explain(error).remedy("move the image back to its place"))
     }
 }
 
@@ -177,22 +198,6 @@ fn nothing_to_recover(error: Error, target: &Target) -> Error {
     };
     Error::new(Kind::NotFound, message)
         .remedy(format!("after a restart of the machine, `vhdx-ublk add {image}` serves the image again"))
-}
-
-/// Opens and locks the device's image, which must be the file it was.
-fn open(entry: &Entry, access: Access) -> Result<ImageFile> {
-    let file = match add::open_locked(&entry.image, access) {
-        Err(error) if error.kind() == Kind::InUse && access == Access::ReadWrite => {
-            open_past_readers(entry, error)?
-        }
-        outcome => outcome.map_err(|error| entry.explain(error))?,
-    };
-    if FileId::of_image(&file)? != entry.image_file {
-        let message = format!("this is not the file that {} was made of", entry.device.display());
-        let error = Error::new(Kind::NotFound, message).file(&entry.image);
-        return Err(entry.explain(error).remedy("move the image back to its place"));
-    }
-    Ok(file)
 }
 
 /// Opens the image although it is locked, if only by those who read it: whoever may read it could keep the device waiting

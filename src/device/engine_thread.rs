@@ -378,12 +378,13 @@ pub(super) fn unclean(doing: &str, errno: i32, poisoned: bool, path: &Path) -> E
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::fs;
     use std::path::PathBuf;
     use std::time::Duration;
 
     use super::super::mailbox::{FrontEnds, mailboxes};
+    use super::super::session::folder_in_memory;
     use super::*;
     use crate::chain::Search;
     use crate::disk::Access;
@@ -394,22 +395,30 @@ mod tests {
     };
     use crate::image::{Descent, Image, InitialState, Mode, NewImage};
 
-    struct Bench {
-        path: PathBuf,
+    pub(in crate::device) struct Bench {
+        pub(in crate::device) path: PathBuf,
         directory: tempfile::TempDir,
+        /// Where sessions are.
+        pub(in crate::device) memory: tempfile::TempDir,
     }
 
     impl Bench {
         /// A fresh dynamic image of 16 blocks of 1 MiB.
-        fn new() -> Self {
+        pub(in crate::device) fn new() -> Self {
             Self::with_parent(None)
         }
 
         fn with_parent(parent: Option<Descent>) -> Self {
             let directory = tempfile::tempdir().expect("a temporary directory");
             let path = directory.path().join("disk.vhdx");
+            Self::make(&path, parent);
+            Self { path, directory, memory: folder_in_memory() }
+        }
+
+        /// Makes an image, of another disk id every time.
+        fn make(path: &Path, parent: Option<Descent>) {
             let reactor = Reactor::new().expect("io_uring is there");
-            let disk = reactor.disk(Arc::new(ImageFile::create_new(&path).expect("free")));
+            let disk = reactor.disk(Arc::new(ImageFile::create_new(path).expect("free")));
             let image = NewImage {
                 virtual_size: 16 * MIB,
                 fixed: false,
@@ -421,7 +430,13 @@ mod tests {
                 parent,
             };
             reactor.block_on(image.write(&disk, Uuid::new_v4)).expect("room");
-            Self { path, directory }
+        }
+
+        /// Puts a new image into the image's file, which stays the same one.
+        pub(in crate::device) fn replace_content(&self) {
+            let other = self.directory.path().join("other.vhdx");
+            Self::make(&other, None);
+            fs::write(&self.path, fs::read(&other).expect("readable")).expect("room");
         }
 
         fn file(&self) -> Arc<ImageFile> {
@@ -432,25 +447,25 @@ mod tests {
             self.open_as(Plan::Fresh { keep: false })
         }
 
-        fn open_as(&self, plan: Plan) -> Result<EngineThread> {
+        pub(in crate::device) fn open_as(&self, plan: Plan) -> Result<EngineThread> {
             EngineThread::open_as(self.file(), self.how(plan))
         }
 
         fn how(&self, plan: Plan) -> WritableOpen {
             let parents = Parents { search: Search::default(), open: |path| panic!("{path:?} is no parent") };
-            let sessions = Sessions::at(self.directory.path());
+            let sessions = Sessions::at(self.memory.path());
             WritableOpen { may_write: || Ok(()), plan, sessions, parents }
         }
 
         /// The session file, if there is one.
-        fn session(&self) -> Option<PathBuf> {
-            let entries = fs::read_dir(self.directory.path()).expect("readable");
+        pub(in crate::device) fn session(&self) -> Option<PathBuf> {
+            let entries = fs::read_dir(self.memory.path()).expect("readable");
             let mut paths = entries.map(|entry| entry.expect("readable").path());
             paths.find(|path| path.extension().is_some_and(|extension| extension == "session"))
         }
 
         /// Opens the image, allocates a block, and closes it again.
-        fn modify(&self) {
+        pub(in crate::device) fn modify(&self) {
             let (ends, mut fronts) = mailboxes(1, 4).expect("file descriptors");
             let engine = self.open().expect("a good image").start(ends);
             for (tag, ask) in [(0, Ask::OpenSession), (1, Ask::Allocate { first: 0, count: 1 })] {
@@ -575,7 +590,7 @@ mod tests {
         bench.modify();
         fs::write(&left, &bytes).expect("as a killed daemon left it before");
         let changed = resume(false).err().expect("the image was written since");
-        assert!(changed.to_string().contains("somebody else has written"), "{changed}");
+        assert!(changed.to_string().contains("another program has written"), "{changed}");
         assert!(bench.session().is_some(), "a refusal changes nothing");
         bench.open_as(Plan::Fresh { keep: false }).expect("given up").close().expect("nothing to do");
         assert_eq!(bench.session(), None);

@@ -23,6 +23,7 @@ use super::mailbox::wake_up;
 use super::opened::choose_payload_io;
 use super::place;
 use super::registry::FileId;
+use super::session;
 use super::snapshot::Snapped;
 use crate::chain;
 use crate::disk::{ImageFile, Place, Reactor, Unfinished};
@@ -61,6 +62,8 @@ pub(super) struct Made {
     pub(super) image: Image,
     /// How data in memory has to be aligned for it, bytes.
     pub(super) memory_alignment: u32,
+    /// Where it is, for its session.
+    pub(super) place: crate::image::Place,
     pub(super) verdict: Verdict,
 }
 
@@ -187,9 +190,10 @@ fn make(wish: &Wish, unfinished: &Unfinished, verdict: Verdict) -> Result<Made> 
     choose_payload_io(&file, &image.metadata)?;
     let memory_alignment = file.memory_alignment(image.metadata.logical_sector_size)?;
     let id = FileId::of_image(&file)?;
+    let place = session::place_of(&file)?;
     drop(disk);
     unfinished.settle()?;
-    Ok(Made { file, id, image, memory_alignment, verdict })
+    Ok(Made { file, id, image, memory_alignment, place, verdict })
 }
 
 /// The child will look for its parent under the name that it has now.

@@ -16,15 +16,15 @@ use super::layers::{Parents, ReadLayer};
 use super::leaf::NextLeaf;
 use super::mailbox::EngineEnds;
 use super::options::Parameters;
-use super::registry::FileId;
+use super::registry::{FileId, RUN_DIRECTORY};
 use super::session::{self, Plan, SessionFile, Sessions};
 use super::snapshot::Order;
 use crate::chain;
-use crate::disk::{ImageFile, PayloadIo, Reactor, UringDisk};
+use crate::disk::{Disk, ImageFile, PayloadIo, Reactor, UringDisk};
 use crate::engine::shared::Shared;
 use crate::error::{Error, Kind, Result};
 use crate::format::metadata::{DiskType, Metadata};
-use crate::image::{FoundLog, Image, Mode, SessionMemory};
+use crate::image::{FoundLog, Image, Mode, Place, Session, SessionMemory};
 
 /// An image ready to be served.
 #[derive(Clone)]
@@ -50,6 +50,7 @@ impl Opened {
     /// daemon left a session of one; those of [`Control::open`].
     pub fn read_only(file: Arc<ImageFile>, parents: &Parents) -> Result<Self> {
         let reactor = Reactor::new()?;
+        file.read_anew();
         let leaf = ReadLayer::open(&reactor, file)?;
         let parents = parents.of(&leaf.image, leaf.file.path(), &reactor)?;
         Control::open()?;
@@ -146,8 +147,9 @@ impl WritableOpen {
     /// Opens the image in `file`, which carries its lock: every write of a dead holder has ended.
     pub(super) fn open(&self, reactor: &Reactor, file: &Arc<ImageFile>) -> Result<WritableImage> {
         let named = |error: Error| error.file(file.path());
-        let (disk, id) = (reactor.disk(file.clone()), FileId::of_image(file)?);
-        let (seen, session) = reactor.block_on(self.examine(&disk, id)).map_err(named)?;
+        let (disk, place) = (reactor.disk(file.clone()), session::place_of(file)?);
+        file.read_anew();
+        let (seen, session) = reactor.block_on(self.examine(&disk, &place)).map_err(named)?;
         let seen = match seen {
             Some(image) => Some((self.parents.of(&image, file.path(), reactor)?, image)),
             None => None,
@@ -166,13 +168,16 @@ impl WritableOpen {
         if session.is_none() {
             let renewed = self.renew_paths(&disk, image, parents.first());
             image = reactor.block_on(renewed).map_err(named)?;
-            session = reactor.block_on(self.begin(&disk, id, &mut image)).map_err(named)?;
+            session = reactor.block_on(self.begin(&disk, &place, &mut image)).map_err(named)?;
+            if session.is_some() && image.map.memory().used_page_cache() {
+                reactor.block_on(self.forget_losses(&disk, &place)).map_err(named)?;
+            }
         }
         Ok(WritableImage { image, session, parents })
     }
 
     /// Looks at the image, and chooses the session to go on with. Nothing is written.
-    async fn examine(&self, disk: &UringDisk, file: FileId) -> Result<(Option<Image>, Option<Carried>)> {
+    async fn examine(&self, disk: &UringDisk, place: &Place) -> Result<(Option<Image>, Option<Carried>)> {
         let image = match look(disk).await {
             Ok(image) => {
                 image.check_writable()?;
@@ -182,7 +187,7 @@ impl WritableOpen {
             Err(error) if error.kind() == Kind::Unsupported && error.structure() == Some("log") => None,
             Err(error) => return Err(error),
         };
-        let session = session::choose(self.plan, self.sessions.find(file)?, image.as_ref(), file)?;
+        let session = session::choose(self.plan, &self.sessions, image.as_ref(), place)?;
         let carried = image.as_ref().map(|image| image.header.header.file_write_guid);
         let session = session.zip(carried).map(|((file, memory), carried)| (file, memory, carried));
         Ok((image, session))
@@ -191,12 +196,17 @@ impl WritableOpen {
     async fn take(
         &self,
         disk: &UringDisk,
-        Examined { clean, session }: Examined,
+        Examined { clean, mut session }: Examined,
     ) -> Result<(Image, Option<SessionFile>)> {
-        let image = match (&session, clean) {
+        let image = match (&mut session, clean) {
             (Some((session, memory, carried)), _) => {
                 let resumed = Image::resume(disk, memory.clone(), *carried, Uuid::new_v4).await;
-                resumed.map_err(|error| session.explain(error))?
+                if resumed.is_err() && memory.session() == Session::Poisoned && memory.used_page_cache() {
+                    self.sessions.spread_doubt(&session::place_of(disk.file())?)?;
+                }
+                let resumed = resumed.map_err(|error| session.explain(error))?;
+                session.publish()?;
+                resumed
             }
             (None, Some(image)) => image,
             (None, None) => Image::open(disk, Mode::Writable, Uuid::new_v4).await?,
@@ -204,7 +214,9 @@ impl WritableOpen {
         if let FoundLog::Dirty(entries) = image.found_log {
             tracing::info!("the image was not closed cleanly: replayed {entries} log entries");
         }
-        choose_payload_io(disk.file(), &image.metadata)?;
+        if choose_payload_io(disk.file(), &image.metadata)? && session.is_some() {
+            image.map.memory().note_page_cache();
+        }
         Ok((image, session.map(|(session, ..)| session)))
     }
 
@@ -241,32 +253,45 @@ impl WritableOpen {
     pub(super) async fn begin(
         &self,
         disk: &UringDisk,
-        file: FileId,
+        place: &Place,
         image: &mut Image,
     ) -> Result<Option<SessionFile>> {
         image.read_bitmaps(disk).await?;
-        Ok(self.start_session(image, file))
-    }
-
-    fn start_session(&self, image: &mut Image, file: FileId) -> Option<SessionFile> {
-        if self.plan == (Plan::Fresh { keep: false }) {
-            return None;
+        if matches!(self.plan, Plan::Fresh { keep: false } | Plan::Close) {
+            return Ok(None);
         }
-        let started = self.sessions.create(file, image.map.geometry()).and_then(|(session, memory)| {
-            let owner = image.owner(file.device, file.inode);
-            match image.start_session(memory, &owner) {
-                Ok(()) => Ok(session),
-                Err(error) => {
-                    session.remove()?;
-                    Err(Error::io("reserving room for the sector bitmaps", error))
-                }
-            }
-        });
-        started
+        let started = self.start_session(image, place);
+        if started.is_ok() && !disk.file().is_direct() {
+            image.map.memory().note_page_cache();
+        }
+        Ok(started
             .inspect_err(|error| {
                 tracing::warn!("the device cannot be recovered if its daemon is killed: {error}");
             })
-            .ok()
+            .ok())
+    }
+
+    /// What the host's file system lost before the device was there is not the device's: it is asked now, so
+    /// that it does not answer with that later.
+    async fn forget_losses(&self, disk: &UringDisk, place: &Place) -> Result<()> {
+        let Err(error) = disk.sync_host().await else { return Ok(()) };
+        let path = disk.file().path().display();
+        tracing::warn!("{path}: its file system has lost data of some file before: {error}");
+        self.sessions.spread_doubt(place)
+    }
+
+    fn start_session(&self, image: &mut Image, place: &Place) -> Result<SessionFile> {
+        let geometry = *image.map.geometry();
+        let (mut session, memory) = self.sessions.create(place, image.metadata.disk_id, &geometry)?;
+        image
+            .start_session(memory, &image.owner(place.clone()))
+            .map_err(|error| Error::io("reserving room for the sector bitmaps", error))?;
+        session.publish()?;
+        let most = SessionMemory::most_bytes(&geometry);
+        if most > (SessionMemory::reserved_words(&geometry) * size_of::<u64>()) as u64 {
+            tracing::info!("its session may take up to {most} bytes of memory under {RUN_DIRECTORY}");
+        }
+        Ok(session)
     }
 }
 
@@ -298,11 +323,12 @@ pub(super) async fn look(disk: &UringDisk) -> Result<Image> {
     Ok(image)
 }
 
-/// Takes direct I/O for the payload where the host has it, and says so where it has not.
-pub(super) fn choose_payload_io(file: &ImageFile, metadata: &Metadata) -> Result<()> {
+/// Takes direct I/O for the payload where the host has it, and says so where it has not. Whether it has not.
+pub(super) fn choose_payload_io(file: &ImageFile, metadata: &Metadata) -> Result<bool> {
     if let PayloadIo::Buffered { reason } = file.enable_direct(metadata.logical_sector_size)? {
         let path = file.path().display();
         tracing::warn!("{path}: no direct I/O, the disk's data goes through the host's page cache: {reason}");
+        return Ok(true);
     }
-    Ok(())
+    Ok(false)
 }

@@ -98,8 +98,8 @@ impl Place<'_> {
         let Order { image, device, switch, answer, caller } = order;
         match self.have_made(image, device, serving) {
             Ok(made) => {
-                let Made { file, id, image, memory_alignment, verdict } = made;
-                let child = self.serve_child((file, id), image, memory_alignment, serving);
+                let Made { file, id, image, memory_alignment, place, verdict } = made;
+                let child = self.serve_child((file, &place), image, memory_alignment, serving);
                 let outcome = child.and_then(|child| self.take((child, id), (switch, &caller), serving));
                 verdict.give(outcome, answer);
             }
@@ -174,13 +174,13 @@ impl Place<'_> {
     /// The child with an engine of its own, on top of what is served.
     fn serve_child(
         &self,
-        (file, id): (Arc<ImageFile>, FileId),
+        (file, place): (Arc<ImageFile>, &crate::image::Place),
         mut image: Image,
         memory_alignment: u32,
         serving: &Serving,
     ) -> Result<Serving> {
         let (reactor, disk) = (self.reactor, self.reactor.disk(file.clone()));
-        let session = reactor.block_on(self.how.begin(&disk, id, &mut image));
+        let session = reactor.block_on(self.how.begin(&disk, place, &mut image));
         let session = session.map_err(|error| error.file(file.path()))?;
         let parents: Vec<Arc<ImageFile>> =
             std::iter::once(&serving.file).chain(serving.opened.parents.iter()).cloned().collect();

@@ -23,7 +23,7 @@ use super::engine_thread::EngineThread;
 use super::launch;
 use super::layers::Parents;
 use super::registry::{Entry, FileId, Life, Listed, Registry, Sight, State, Survey};
-use super::session::{Plan, Sessions};
+use super::session::{Found, Plan, Sessions};
 use super::sys::ProcessHandle;
 use super::usage;
 use crate::disk::{Access, ImageFile, folder_of};
@@ -526,21 +526,27 @@ fn close_image(registry: &Registry, entry: &Entry) -> Result<Closed> {
     if entry.read_only || registry.list()?.into_iter().any(served) {
         return Ok(Closed::Untouched);
     }
-    let Some((session, memory)) = Sessions::of_machine().find(entry.image_file)? else {
-        return Ok(Closed::Untouched);
-    };
-    if memory.session() == Session::Poisoned {
-        session.remove()?;
-        return Err(unclean(entry, "writing to it had failed"));
+    let FileId { device, inode } = entry.image_file;
+    match Sessions::of_machine().of_file(device, inode)? {
+        Some(Found::Free(session, memory))
+            if memory.check_layout().is_ok() && memory.session() == Session::Poisoned =>
+        {
+            session.remove()?;
+            return Err(unclean(entry, "writing to it had failed"));
+        }
+        // One that is held: the last I/O of the killed daemon has not ended. The image's lock waits for that, too.
+        Some(_) => {}
+        None => return Ok(Closed::Untouched),
     }
     let file = ImageFile::open(&entry.image, Access::ReadWrite, LOCK_DEADLINE);
     let closed = file.and_then(|file| {
-        if FileId::of_image(&file)? != entry.image_file {
+        // Another mount of its file system may have changed the device's number; the session tells the rest.
+        if file.inode() != entry.image_file.inode {
             return Err(Error::new(Kind::NotFound, "another file is in its place").file(&entry.image));
         }
         let parents =
             Parents::of_device(entry, |path| ImageFile::open(path, Access::ReadOnly, LOCK_DEADLINE));
-        EngineThread::open(Arc::new(file), Plan::Fresh { keep: false }, parents)?.close()
+        EngineThread::open(Arc::new(file), Plan::Close, parents)?.close()
     });
     closed.map(|()| Closed::Now).map_err(|error| entry.explain(error)).map_err(|error| {
         let message = format!(
@@ -556,6 +562,10 @@ fn close_image(registry: &Registry, entry: &Entry) -> Result<Closed> {
 fn way_out(error: &Error, image: &Path) -> String {
     let image = image.display();
     match error.kind() {
+        // It knows better which session that is.
+        _ if error.structure() == Some("session") && error.remedy_text().is_some() => {
+            error.remedy_text().unwrap_or_default().to_owned()
+        }
         Kind::Truncated | Kind::Corrupt | Kind::NotVhdx | Kind::Mismatch => format!(
             "the file was changed or cut while it was served: restore it from a backup; `vhdx-ublk check {image}` \
              tells what is left of it"

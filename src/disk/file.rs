@@ -214,10 +214,21 @@ impl ImageFile {
             return Ok(PayloadIo::Buffered { reason });
         }
         // While the page cache holds one page of a file, the host ends each of its direct writes on another thread.
+        self.read_anew();
+        Ok(PayloadIo::Direct)
+    }
+
+    /// Has the host forget what it holds of the file and has written: the next read comes from the disk. What
+    /// a failed write left in the page cache is not in the file, and looks as if it were.
+    pub fn read_anew(&self) {
         if let Err(error) = posix_fadvise(&self.file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED) {
             tracing::warn!("{}: the host keeps what it has cached: {error}", self.path.display());
         }
-        Ok(PayloadIo::Direct)
+    }
+
+    /// Whether I/O passes the host's page cache by; no, if the host does not say.
+    pub fn is_direct(&self) -> bool {
+        fcntl(&self.file, FcntlArg::F_GETFL).is_ok_and(|flags| flags & libc::O_DIRECT != 0)
     }
 
     /// What payload I/O asks of memory: bytes, a power of two, at most a logical sector.

@@ -45,6 +45,11 @@ pub trait Disk {
     /// Makes everything that completed before this call durable, the file's length included.
     async fn sync(&self) -> io::Result<()>;
 
+    /// Makes durable what the whole file system of the image holds. Fails if the host has lost data of any of
+    /// its files since it was last asked, by any program: an error that this file's sync has told a process
+    /// that is gone is not told twice, and is still found here.
+    async fn sync_host(&self) -> io::Result<()>;
+
     /// Where the next bytes lie that the host has stored, at `offset` or behind it; from `offset` to there the
     /// file is a hole and reads as zero. Nothing if there are none. Hosts that do not know say `offset`.
     async fn next_data(&self, offset: u64) -> io::Result<Option<u64>>;

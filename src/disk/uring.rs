@@ -202,6 +202,11 @@ impl Disk for UringDisk {
         self.ring.sync_data(self.file.clone()).await.0.map(drop)
     }
 
+    /// A plain system call, for a thread that serves nothing yet.
+    async fn sync_host(&self) -> io::Result<()> {
+        Ok(nix::unistd::syncfs(&self.file)?)
+    }
+
     async fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
         self.file.next_data(offset)
     }

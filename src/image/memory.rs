@@ -1,42 +1,82 @@
 //! The memory of a session: its state, whose it is, and the words of the block map.
 //!
-//! It is either private, or shared memory that outlives the process: then a successor goes on where this one
-//! was killed, and nothing acknowledged is lost. Layout, in words of 64 bits: a header of one page, then one
-//! word per BAT slot; of a differencing image, from the next page on, the sector bitmaps, chunk by chunk.
+//! It is either private, or shared memory that outlives the process: then a successor takes it over where
+//! this one was killed, and nothing acknowledged is lost. Layout, version 1, in words of 64 bits: a header of
+//! one page, then one word per BAT slot; of a differencing image, from the next page on, the sector bitmaps,
+//! chunk by chunk.
+//!
+//! | words of the header | what |
+//! |---|---|
+//! | 0 | the magic, "vhdxsess", of every version |
+//! | 1 | the version of the layout |
+//! | 2 | CRC-32C of words 1, 3 to 15 and 32 to 511, which do not change |
+//! | 3, 4 | the kernel's boot id |
+//! | 5, 6, 7 | the image's inode, `st_dev` and `f_fsid` when the session began |
+//! | 8, 9 | the image's disk id |
+//! | 10, 11, 12 | bytes of the virtual disk, of a block, of a logical sector |
+//! | 16 | the session word: idle, open or poisoned |
+//! | 17 to 19, 20 to 22 | the current and the next `FileWriteGuid`, each with its check |
+//! | 23 | whether data of the disk has passed through the host's page cache, and whether the host's answer about it is gone |
+//! | 32, 33 to 511 | the length of the image's path, and the path |
 //!
 //! One atomic word is the unit of everything in it, so a process may be killed between any two stores:
 //!
 //! * the magic is stored last: memory without it was never complete and is worth nothing;
 //! * of the two `FileWriteGuid`s, `next` is stored before any header carries it and `current` is replaced only
 //!   when every header that could be found carries `next`. So one of the two is whole and in the file.
+//!
+//! What a kill cannot leave is damage: it is told apart from memory that was never complete and from another
+//! version's, because acknowledged data may depend on it. A word of the map is checked as an entry of a BAT
+//! is.
 
+use std::ffi::OsString;
 use std::io;
 use std::ops::Range;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use uuid::Uuid;
 use zerocopy::FromZeros;
 
-use super::bitmaps::{SectorBitmaps, WORDS_PER_CHUNK};
+use super::bitmaps::{MAX_BITMAP_BYTES, SectorBitmaps, WORDS_PER_CHUNK};
 use crate::disk::PAGE_BYTES;
 use crate::format::bat::Geometry;
+use crate::simulation::{Plant, planted};
 
 /// Words before the first slot: a page.
-const HEADER_WORDS: usize = PAGE_BYTES / size_of::<u64>();
+pub const HEADER_WORDS: usize = PAGE_BYTES / size_of::<u64>();
 
-/// "vhdxubl" and the layout's version, 1.
-const MAGIC: u64 = u64::from_le_bytes(*b"vhdxubl\x01");
+/// Of every version, so that memory of another one is not taken for damaged.
+const MAGIC: u64 = u64::from_le_bytes(*b"vhdxsess");
+
+/// The layout's version.
+pub const VERSION: u64 = 1;
 
 const MAGIC_PLACE: usize = 0;
-const STATE_PLACE: usize = 1;
-const CURRENT_PLACE: usize = 2;
-const NEXT_PLACE: usize = 4;
-const OWNER_PLACE: usize = 8;
+const VERSION_PLACE: usize = 1;
+const CHECKSUM_PLACE: usize = 2;
+const BOOT_PLACE: usize = 3;
+const FILE_PLACE: usize = 5;
+const DISK_PLACE: usize = 8;
+const SHAPE_PLACE: usize = 10;
+/// The words that change lie between this one and [`PATH_PLACE`]; the checksum covers all others.
+const STATE_PLACE: usize = 16;
+const CURRENT_PLACE: usize = 17;
+const NEXT_PLACE: usize = 20;
+const CACHE_PLACE: usize = 23;
+const PATH_PLACE: usize = 32;
 
-const IDLE: u64 = 0;
-const OPEN: u64 = 1;
-const POISONED: u64 = 2;
+/// The longest path that is kept, bytes; of a longer one nothing is.
+const MAX_PATH_BYTES: usize = (HEADER_WORDS - PATH_PLACE - 1) * size_of::<u64>();
+
+// Words that no damage of a few bits turns into one another.
+const IDLE: u64 = 0x1d1e_1d1e_0f0f_0f01;
+const OPEN: u64 = 0x09e4_5e55_a5a5_a502;
+const POISONED: u64 = 0x7015_04ed_5a5a_5a03;
+const CACHED: u64 = 0xcac4_ed00_cac4_ed00;
+const IN_DOUBT: u64 = 0xd0b7_d000_d0b7_d000;
 
 /// Where the writable session stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,13 +89,29 @@ pub enum Session {
     Poisoned,
 }
 
-/// Whose memory it is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Owner {
-    /// The image's file system (`st_dev`).
-    pub file_system: u64,
-    /// The image's inode there.
+/// Where an image is, and since which start of the kernel what is in memory counts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// The kernel's boot id: a power cut takes what was not flushed, and what memory says of it is worth
+    /// nothing.
+    pub boot: Uuid,
+    /// The image's inode.
     pub inode: u64,
+    /// `st_dev` of its file system, which another mount may change.
+    pub device: u64,
+    /// `f_fsid` of its file system, which stays; 0 where the host does not say.
+    pub file_system: u64,
+    /// Its path, absolute.
+    pub path: PathBuf,
+}
+
+/// Whose memory it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Owner {
+    /// Where the image is.
+    pub place: Place,
+    /// The image's disk id.
+    pub disk_id: Uuid,
     /// Size of the virtual disk, bytes.
     pub virtual_size: u64,
     /// Size of a block, bytes.
@@ -65,8 +121,8 @@ pub struct Owner {
 }
 
 impl Owner {
-    fn words(&self) -> [u64; 5] {
-        [self.file_system, self.inode, self.virtual_size, self.block_size, self.sector_size]
+    fn shape(&self) -> [u64; 3] {
+        [self.virtual_size, self.block_size, self.sector_size]
     }
 }
 
@@ -75,9 +131,15 @@ impl Owner {
 pub enum Mismatch {
     /// It was never completed.
     Incomplete,
+    /// It has another layout, of this version.
+    Version(u64),
+    /// It is not what any process stores: this part is damaged.
+    Damaged(&'static str),
+    /// It is from before the kernel was started: the power was cut since.
+    OtherBoot,
     /// It is another image's.
     Foreign,
-    /// The image was written by somebody else since.
+    /// The image was written by another program since.
     Changed,
 }
 
@@ -111,6 +173,7 @@ impl SessionMemory {
     pub fn private(geometry: &Geometry) -> Self {
         let words = <[AtomicU64]>::new_box_zeroed_with_elems(Self::reserved_words(geometry));
         let words = words.expect("513 MiB of address space at most");
+        words[STATE_PLACE].store(IDLE, Ordering::Relaxed);
         Self(Words::Private(Arc::new(Private { words, bitmaps: Arc::new(SectorBitmaps::private(geometry)) })))
     }
 
@@ -134,6 +197,12 @@ impl SessionMemory {
         } else {
             reserved
         }
+    }
+
+    /// The most bytes it may take, all bitmaps that may be in memory at once included.
+    pub fn most_bytes(geometry: &Geometry) -> u64 {
+        let bytes = |words: usize| (words * size_of::<u64>()) as u64;
+        bytes(Self::words_for(geometry)).min(bytes(bitmaps_place(geometry)) + MAX_BITMAP_BYTES)
     }
 
     /// The sector bitmaps in it.
@@ -199,38 +268,116 @@ impl SessionMemory {
     /// Completes fresh memory, whose slots are in place, as `owner`'s, whose file carries `current`.
     pub(super) fn complete(&self, owner: &Owner, current: Uuid) {
         assert_eq!(self.load(MAGIC_PLACE), 0, "memory is completed once");
-        for (place, word) in (OWNER_PLACE..).zip(owner.words()) {
-            self.store(place, word);
-        }
-        self.store_guid(CURRENT_PLACE, current);
-        self.store_guid(NEXT_PLACE, current);
+        let place = &owner.place;
+        self.store_guid(BOOT_PLACE, place.boot);
+        self.store_all(FILE_PLACE, &[place.inode, place.device, place.file_system]);
+        self.store_guid(DISK_PLACE, owner.disk_id);
+        self.store_all(SHAPE_PLACE, &owner.shape());
+        self.store_path(&place.path);
+        self.store(STATE_PLACE, IDLE);
+        self.store_checked(CURRENT_PLACE, current);
+        self.store_checked(NEXT_PLACE, current);
+        self.store(VERSION_PLACE, VERSION);
+        self.store(CHECKSUM_PLACE, self.checksum());
         self.store(MAGIC_PLACE, MAGIC);
     }
 
-    /// Whether this is `owner`'s memory, whose file carries `file_write_guid`.
+    /// Whether this is memory of the layout that this program knows, complete and undamaged.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn check_layout(&self) -> Result<(), Mismatch> {
+        match self.load(MAGIC_PLACE) {
+            0 => return Err(Mismatch::Incomplete),
+            MAGIC => {}
+            _ => return Err(Mismatch::Damaged("magic")),
+        }
+        let version = self.load(VERSION_PLACE);
+        if version != VERSION && !planted(Plant::IgnoreVersion) {
+            return Err(Mismatch::Version(version));
+        }
+        if self.load(CHECKSUM_PLACE) != self.checksum() && !planted(Plant::IgnoreChecksum) {
+            return Err(Mismatch::Damaged("header"));
+        }
+        if ![IDLE, OPEN, POISONED].contains(&self.load(STATE_PLACE)) {
+            return Err(Mismatch::Damaged("session word"));
+        }
+        Ok(())
+    }
+
+    /// Whether this is `owner`'s memory, whose file carries `file_write_guid`, since this start of the
+    /// kernel.
     ///
     /// # Errors
     /// Why not.
     pub fn check(&self, owner: &Owner, file_write_guid: Uuid) -> Result<(), Mismatch> {
-        let words = owner.words();
-        if self.load(MAGIC_PLACE) != MAGIC {
-            return Err(Mismatch::Incomplete);
+        self.check_layout()?;
+        if self.boot() != owner.place.boot && !planted(Plant::IgnoreBoot) {
+            return Err(Mismatch::OtherBoot);
         }
-        if !(OWNER_PLACE..).zip(words).all(|(place, word)| self.load(place) == word) {
+        if self.load(FILE_PLACE) != owner.place.inode || self.disk_id() != owner.disk_id {
             return Err(Mismatch::Foreign);
         }
-        let known = [CURRENT_PLACE, NEXT_PLACE].map(|place| self.load_guid(place));
-        if known.contains(&file_write_guid) { Ok(()) } else { Err(Mismatch::Changed) }
+        if !(SHAPE_PLACE..).zip(owner.shape()).all(|(place, word)| self.load(place) == word) {
+            return Err(Mismatch::Changed);
+        }
+        let known = [CURRENT_PLACE, NEXT_PLACE].map(|place| self.load_checked(place));
+        match known {
+            _ if known.contains(&Some(file_write_guid)) => Ok(()),
+            [Some(_), Some(_)] => Err(Mismatch::Changed),
+            // A kill while one of them is stored leaves the other one, which is in the file.
+            _ => Err(Mismatch::Damaged("FileWriteGuids")),
+        }
+    }
+
+    /// The boot id of the kernel under which it was made. Of memory whose layout was checked, as the next
+    /// two.
+    pub fn boot(&self) -> Uuid {
+        self.load_guid(BOOT_PLACE)
+    }
+
+    /// The disk id of its image.
+    pub fn disk_id(&self) -> Uuid {
+        self.load_guid(DISK_PLACE)
+    }
+
+    /// Where its image was when it was made.
+    pub fn place(&self) -> Place {
+        let [inode, device, file_system] = [0, 1, 2].map(|word| self.load(FILE_PLACE + word));
+        Place { boot: self.boot(), inode, device, file_system, path: self.load_path() }
+    }
+
+    /// Data of the disk goes through the host's page cache: what the host cannot write back, it may tell a
+    /// process that is being killed, and no other.
+    pub fn note_page_cache(&self) {
+        self.store(CACHE_PLACE, CACHED);
+    }
+
+    /// Whether data of the disk has passed through the host's page cache.
+    pub fn used_page_cache(&self) -> bool {
+        self.load(CACHE_PLACE) != 0
+    }
+
+    /// The host answers once whether it has lost data of a file system, and its answer may go to another
+    /// process than the one that has to know: one that is killed before it has noted it, or one that serves
+    /// another image.
+    pub fn leave_in_doubt(&self) {
+        self.store(CACHE_PLACE, IN_DOUBT);
+    }
+
+    /// Whether an answer of the host may have gone to another process.
+    pub(super) fn is_in_doubt(&self) -> bool {
+        self.load(CACHE_PLACE) == IN_DOUBT
     }
 
     /// A header is about to carry `next`.
     pub fn announce(&self, next: Uuid) {
-        self.store_guid(NEXT_PLACE, next);
+        self.store_checked(NEXT_PLACE, next);
     }
 
     /// Every header that could be found carries `file_write_guid`.
     pub fn settle(&self, file_write_guid: Uuid) {
-        self.store_guid(CURRENT_PLACE, file_write_guid);
+        self.store_checked(CURRENT_PLACE, file_write_guid);
     }
 
     fn load(&self, place: usize) -> u64 {
@@ -241,15 +388,59 @@ impl SessionMemory {
         self.words()[place].store(word, Ordering::Release);
     }
 
+    fn store_all(&self, place: usize, words: &[u64]) {
+        (place..).zip(words).for_each(|(place, word)| self.store(place, *word));
+    }
+
     fn load_guid(&self, place: usize) -> Uuid {
         Uuid::from_u64_pair(self.load(place), self.load(place + 1))
     }
 
     fn store_guid(&self, place: usize, guid: Uuid) {
         let (high, low) = guid.as_u64_pair();
-        self.store(place, high);
-        self.store(place + 1, low);
+        self.store_all(place, &[high, low]);
     }
+
+    /// A GUID that is stored while others may look, unless it is torn or damaged.
+    fn load_checked(&self, place: usize) -> Option<Uuid> {
+        let guid = self.load_guid(place);
+        (self.load(place + 2) == check_of(guid)).then_some(guid)
+    }
+
+    fn store_checked(&self, place: usize, guid: Uuid) {
+        self.store_guid(place, guid);
+        self.store(place + 2, check_of(guid));
+    }
+
+    fn store_path(&self, path: &Path) {
+        let bytes = path.as_os_str().as_bytes();
+        let bytes = if bytes.len() > MAX_PATH_BYTES { &[] } else { bytes };
+        self.store(PATH_PLACE, bytes.len() as u64);
+        for (place, part) in (PATH_PLACE + 1..).zip(bytes.chunks(size_of::<u64>())) {
+            let mut word = [0; size_of::<u64>()];
+            word[..part.len()].copy_from_slice(part);
+            self.store(place, u64::from_le_bytes(word));
+        }
+    }
+
+    fn load_path(&self) -> PathBuf {
+        let length = usize::try_from(self.load(PATH_PLACE)).map_or(0, |length| length.min(MAX_PATH_BYTES));
+        let words = (PATH_PLACE + 1..HEADER_WORDS).map(|place| self.load(place));
+        let bytes: Vec<u8> = words.flat_map(u64::to_le_bytes).take(length).collect();
+        OsString::from_vec(bytes).into()
+    }
+
+    /// Over what does not change as long as the memory is used.
+    fn checksum(&self) -> u64 {
+        let constant = (BOOT_PLACE..STATE_PLACE).chain(PATH_PLACE..HEADER_WORDS);
+        let places = std::iter::once(VERSION_PLACE).chain(constant);
+        places.fold(0, |sum, place| crc32c::crc32c_append(sum, &self.load(place).to_le_bytes())).into()
+    }
+}
+
+/// Stored behind a GUID. Not zero, so that zeros are no GUID.
+fn check_of(guid: Uuid) -> u64 {
+    u64::from(crc32c::crc32c(guid.as_bytes())) | 1 << 63
 }
 
 /// The word with which the sector bitmaps begin.
@@ -265,8 +456,11 @@ fn index(count: u64) -> usize {
 mod tests {
     use super::*;
 
-    const OWNER: Owner =
-        Owner { file_system: 1, inode: 2, virtual_size: 16 << 20, block_size: 1 << 20, sector_size: 512 };
+    fn owner() -> Owner {
+        let path = "/images/a long name \u{e4} that is no multiple of eight.vhdx".into();
+        let place = Place { boot: guid(9), inode: 2, device: 1, file_system: 7, path };
+        Owner { place, disk_id: guid(8), virtual_size: 16 << 20, block_size: 1 << 20, sector_size: 512 }
+    }
 
     fn guid(number: u128) -> Uuid {
         Uuid::from_u128(number << 64 | number)
@@ -278,30 +472,79 @@ mod tests {
 
     #[test]
     fn only_complete_memory_of_the_same_image_in_the_same_state_matches() {
-        let memory = memory();
-        assert_eq!(memory.check(&OWNER, guid(1)), Err(Mismatch::Incomplete));
-        memory.complete(&OWNER, guid(1));
-        assert_eq!(memory.check(&OWNER, guid(1)), Ok(()));
-        assert_eq!(memory.check(&Owner { inode: 3, ..OWNER }, guid(1)), Err(Mismatch::Foreign));
-        assert_eq!(memory.check(&OWNER, guid(2)), Err(Mismatch::Changed));
+        let (memory, owner) = (memory(), owner());
+        assert_eq!(memory.check(&owner, guid(1)), Err(Mismatch::Incomplete));
+        memory.complete(&owner, guid(1));
+        assert_eq!(memory.check(&owner, guid(1)), Ok(()));
+        assert_eq!((memory.place(), memory.disk_id()), (owner.place.clone(), owner.disk_id));
+        let at = |place| Owner { place, ..owner.clone() };
+        let moved = at(Place { device: 5, path: "/mnt/b.vhdx".into(), ..owner.place.clone() });
+        assert_eq!(memory.check(&moved, guid(1)), Ok(()), "mounted again elsewhere, it is the same image");
+        let other_file = at(Place { inode: 3, ..owner.place.clone() });
+        let other_disk = Owner { disk_id: guid(7), ..owner.clone() };
+        for other in [other_file, other_disk] {
+            assert_eq!(memory.check(&other, guid(1)), Err(Mismatch::Foreign));
+        }
+        let later = at(Place { boot: guid(10), ..owner.place.clone() });
+        assert_eq!(memory.check(&later, guid(1)), Err(Mismatch::OtherBoot));
+        let resized = Owner { virtual_size: 17 << 20, ..owner.clone() };
+        assert_eq!(memory.check(&resized, guid(1)), Err(Mismatch::Changed));
+        assert_eq!(memory.check(&owner, guid(2)), Err(Mismatch::Changed));
+    }
+
+    /// Whatever one word of the header becomes: another version is named, damage is not taken for anything
+    /// else, and what is believed is what was stored.
+    #[test]
+    fn a_damaged_header_is_never_taken_for_another_images_or_an_unfinished_one() {
+        for place in 0..HEADER_WORDS {
+            let (memory, owner) = (memory(), owner());
+            memory.complete(&owner, guid(1));
+            memory.open();
+            memory.store(place, memory.load(place) ^ 1 << 17);
+            let found = memory.check(&owner, guid(1));
+            let expected = match place {
+                VERSION_PLACE => found == Err(Mismatch::Version(VERSION ^ 1 << 17)),
+                // One of the two GUIDs is enough, and there are words that nothing is stored in.
+                CURRENT_PLACE..PATH_PLACE => found == Ok(()),
+                _ => matches!(found, Err(Mismatch::Damaged(_))),
+            };
+            assert!(expected, "word {place}: {found:?}");
+        }
+        let (memory, owner) = (memory(), owner());
+        memory.complete(&owner, guid(1));
+        for place in [CURRENT_PLACE, NEXT_PLACE] {
+            memory.store(place, memory.load(place) ^ 4);
+        }
+        assert_eq!(memory.check(&owner, guid(1)), Err(Mismatch::Damaged("FileWriteGuids")));
+        memory.store(STATE_PLACE, 0);
+        assert_eq!(memory.session(), Session::Poisoned, "nothing is written on the word of damaged memory");
+    }
+
+    #[test]
+    fn a_path_that_is_too_long_is_left_out() {
+        let (memory, mut owner) = (memory(), owner());
+        owner.place.path = PathBuf::from("/".to_owned() + &"x".repeat(MAX_PATH_BYTES));
+        memory.complete(&owner, guid(1));
+        assert_eq!((memory.check(&owner, guid(1)), memory.place().path), (Ok(()), PathBuf::new()));
     }
 
     /// A process killed between any two stores leaves memory that still matches what the file carries.
     #[test]
     fn the_guid_in_the_file_is_known_at_every_moment() {
         let memory = memory();
-        memory.complete(&OWNER, guid(1));
+        let owner = owner();
+        memory.complete(&owner, guid(1));
         memory.store(NEXT_PLACE, guid(2).as_u64_pair().0);
-        assert_eq!(memory.check(&OWNER, guid(1)), Ok(()), "half announced: no header carries it");
+        assert_eq!(memory.check(&owner, guid(1)), Ok(()), "half announced: no header carries it");
         memory.announce(guid(2));
         for in_file in [guid(1), guid(2)] {
-            assert_eq!(memory.check(&OWNER, in_file), Ok(()), "the headers change one after the other");
+            assert_eq!(memory.check(&owner, in_file), Ok(()), "the headers change one after the other");
         }
         memory.store(CURRENT_PLACE, guid(2).as_u64_pair().0);
-        assert_eq!(memory.check(&OWNER, guid(2)), Ok(()), "half settled: every header carries the next");
+        assert_eq!(memory.check(&owner, guid(2)), Ok(()), "half settled: every header carries the next");
         memory.settle(guid(2));
         memory.announce(guid(3));
-        assert_eq!(memory.check(&OWNER, guid(2)), Ok(()));
+        assert_eq!(memory.check(&owner, guid(2)), Ok(()));
     }
 
     #[test]

@@ -24,7 +24,7 @@ pub use check::{Finding, KEPT_FINDINGS, LogFound, Report, Severity, check};
 pub use create::{DEFAULT_BLOCK_SIZE, DEFAULT_LOG_LENGTH, Descent, InitialState, NewImage};
 pub use headers::Headers;
 pub use identity::Identity;
-pub use memory::{Mismatch, Owner, Reserve, Session, SessionMemory};
+pub use memory::{HEADER_WORDS, Mismatch, Owner, Place, Reserve, Session, SessionMemory, VERSION};
 pub use open::{FoundLog, Image, Layout, Mode, payload_extent};
 pub use overlay::Overlay;
 pub use page::Page;

@@ -13,7 +13,7 @@ use uuid::Uuid;
 
 use super::bitmaps::{BitmapReader, SectorBitmaps, missing, partial_blocks};
 use super::block_map::{BlockMap, SLOTS_PER_PAGE};
-use super::memory::{Owner, Session, SessionMemory};
+use super::memory::{Owner, Place, Session, SessionMemory};
 use super::open::{Image, Mode, View, checked_payload, payload_extent};
 use super::page::Page;
 use super::space::Extent;
@@ -36,11 +36,11 @@ pub struct Pending {
 }
 
 impl Image {
-    /// Whose memory the session of this image is, whose file is `inode` on `file_system`.
-    pub fn owner(&self, file_system: u64, inode: u64) -> Owner {
+    /// Whose memory the session of this image is, whose file is at `place`.
+    pub fn owner(&self, place: Place) -> Owner {
         Owner {
-            file_system,
-            inode,
+            place,
+            disk_id: self.metadata.disk_id,
             virtual_size: self.metadata.virtual_size,
             block_size: self.metadata.block_size.into(),
             sector_size: self.metadata.logical_sector_size.into(),
@@ -95,6 +95,9 @@ impl Image {
         {
             memory.poison();
             return Err(Error::io("syncing what the killed process wrote", error));
+        }
+        if memory.used_page_cache() && !planted(Plant::TrustHost) {
+            ask_host(disk, &memory).await?;
         }
         // The file may carry what a successor announced that was killed itself; the next one takes its place.
         if !planted(Plant::LateSettlement) {
@@ -212,6 +215,29 @@ impl Image {
         Ok(())
     }
 }
+
+/// Asks the host whether it has lost data. The killed process may have been the one that was told so, in a
+/// sync or a durable write that the kill cut short: the next sync of this file succeeds then, and a flush
+/// must not.
+async fn ask_host<D: Disk>(disk: &D, memory: &SessionMemory) -> Result<()> {
+    if memory.is_in_doubt() {
+        memory.poison();
+        let message = "the host has told another process whether it lost data of this file system, and does not repeat it";
+        return Err(Error::new(Kind::Poisoned, message).in_structure("session").remedy(LOST));
+    }
+    memory.leave_in_doubt();
+    if let Err(error) = disk.sync_host().await {
+        memory.poison();
+        let doing = "asking the host whether it has lost data of this file system since the device was added";
+        return Err(Error::io(doing, error).remedy(LOST));
+    }
+    memory.note_page_cache();
+    Ok(())
+}
+
+/// What can be done when it is not known what the host has lost.
+const LOST: &str = "it may be of this image: look for the cause (dmesg); `vhdx-ublk recover --accept-loss` gives up \
+    what was not flushed, `vhdx-ublk del` takes the device away";
 
 fn wrong(slot: u64, what: &str) -> Error {
     Error::corrupt("session", format!("slot {slot} {what}"))

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 use fastrand::Rng;
 use uuid::Uuid;
 use vhdx_ublk::format::bat::Geometry;
-use vhdx_ublk::image::{Image, Mode, SessionMemory};
+use vhdx_ublk::image::{Image, Mode, Place, SessionMemory};
 
 use super::corpus;
 use super::target::{Case, Outcome, Target};
@@ -27,8 +27,10 @@ pub const TARGET: Target = Target {
     endings: &[REFUSED, "taken over"],
 };
 
-/// The image's file system and inode, as far as anybody asks.
-const FILE: (u64, u64) = (1, 2);
+/// Where the image is, as far as anybody asks.
+fn place() -> Place {
+    Place { boot: Uuid::from_u128(1), inode: 2, device: 1, file_system: 0, path: "/image.vhdx".into() }
+}
 
 /// Words of the longest session here; larger images are refused.
 const MOST_WORDS: usize = 1 << 19;
@@ -80,7 +82,7 @@ fn begun(file: Store) -> Option<Case> {
     let mut image = block_on(Image::open(&disk, Mode::Writable, || Uuid::from_u128(5))).ok()?;
     let count = words_for(image.map.geometry())?;
     block_on(image.read_bitmaps(&disk)).ok()?;
-    let owner = image.owner(FILE.0, FILE.1);
+    let owner = image.owner(place());
     image.start_session(memory(count, &[]), &owner).expect("there is room");
     let memory = MEMORY.lock().expect("no trial has failed yet");
     let words = &memory.expect("it was just used")[..count];
@@ -95,7 +97,7 @@ fn change_words(bytes: &mut Vec<u8>, rng: &mut Rng) {
     let count = bytes.len() / 8;
     for _ in 0..rng.usize(1..5) {
         let at = match rng.u32(..4) {
-            0 => rng.usize(..16),
+            0 => rng.usize(..24),
             1 | 2 => HEADER_WORDS + rng.usize(..10),
             _ => rng.usize(..count.max(1) + 64),
         };
@@ -125,7 +127,7 @@ fn run(file: &Store, bytes: &[u8]) -> Outcome {
     {
         let memory = memory(count, bytes);
         let carried = image.header.header.file_write_guid;
-        let checked = memory.check(&image.owner(FILE.0, FILE.1), carried);
+        let checked = memory.check(&image.owner(place()), carried);
         if memory.fits(image.map.geometry()) && checked.is_ok() {
             let resumed = block_on(Image::resume(&disk, memory, carried, || Uuid::from_u128(6)));
             match resumed {

@@ -58,7 +58,7 @@ test_recovery_refuses_what_does_not_fit() {
     qemu-img check -q -r all disk.vhdx || true
     qemu-io -f vhdx -c 'write -P 1 100M 4k' disk.vhdx >/dev/null
     ublk recover "$device" 2>said && fail "an image that somebody else wrote was recovered"
-    grep -q "somebody else has written the image" said
+    grep -q "another program has written the image" said
     grep -q "accept-loss" said
     ublk recover --accept-loss "$device"
     check_stamps "$device" 10 4 7

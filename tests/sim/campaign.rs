@@ -190,12 +190,14 @@ fn failed_durable_write() -> Config {
 }
 
 /// The daemon is killed again and again.
-fn deaths() -> [Scenario; 2] {
+fn deaths() -> [Scenario; 3] {
     let faults = Faults { death: 150, ..Faults::NONE };
     let recycling = Config { can_punch: false, width: 1, faults, ..tiny() };
+    let losing = Faults { lost_with_death: true, ..faults };
     [
         Scenario::swarm("killed", 30, Config { faults, ..tiny() }),
         Scenario::swarm("killed-no-punch", 30, recycling),
+        Scenario::swarm("killed-and-lost", 30, Config { faults: losing, ..tiny() }),
     ]
 }
 

@@ -200,6 +200,21 @@ struct State {
     trace: u64,
     injection: Option<Injection>,
     struck: Option<(Owner, Effect)>,
+    host: Host,
+}
+
+/// What the host knows of lost data beyond this file's own syncs.
+#[derive(Clone, Copy, Debug, Default)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
+struct Host {
+    /// The next sync of a killed process fails, and the error with it.
+    loses: bool,
+    /// The file system was not asked since data was lost.
+    lost: bool,
+    /// It is being asked.
+    asked: bool,
+    /// Data was lost, or the answer was: a successor may refuse.
+    doubtful: bool,
 }
 
 /// A handle on the disk; clones share it.
@@ -248,6 +263,17 @@ impl SimDisk {
     /// From now on half of the syncs are slow: much happens while one is under way.
     pub fn slow_syncs(&self, slow: bool) {
         self.slow_syncs.set(slow);
+    }
+
+    /// From now on a sync or a durable write of a process that was killed may fail: what it should have made
+    /// durable is lost, and only that process is told so.
+    pub fn lose_what_dies(&self) {
+        self.state.borrow_mut().host.loses = true;
+    }
+
+    /// Whether a successor has a reason to refuse.
+    pub fn is_doubtful(&self) -> bool {
+        self.state.borrow().host.doubtful
     }
 
     /// What reads see now.
@@ -321,19 +347,7 @@ impl SimDisk {
     pub fn fail_sync(&self, index: usize, rng: &mut Rng) {
         let mut state = self.state.borrow_mut();
         let op = state.in_flight.remove(index);
-        let covered = |change: &AtRisk| change.completed.is_some_and(|completed| completed <= op.covers);
-        let (lost, left): (Vec<AtRisk>, Vec<AtRisk>) = state.at_risk.drain(..).partition(covered);
-        state.at_risk = left;
-        let keep_rate = if rng.bool() { 0.0 } else { rng.f64() };
-        for change in lost {
-            let newer = state.durable.clone();
-            match change.effect {
-                Effect::Resize(length) if rng.f64() < keep_rate => state.durable.resize(length),
-                ref other => persist(&mut state.durable, other, Profile::Sectors512, false, keep_rate, rng),
-            }
-            keep_settled(&mut state.durable, &newer, &change.settled);
-        }
-        state.changed(&Effect::Sync);
+        state.lose(op.covers, rng);
         state.results.push((op.id, Err(io::Error::from_raw_os_error(EIO))));
         if let Some(place) = state.waiting.iter().position(|(id, _)| *id == op.id) {
             state.waiting.swap_remove(place).1.wake();
@@ -478,6 +492,9 @@ impl SimDisk {
         let mut state = self.state.borrow_mut();
         state.waiting.clear();
         state.results.clear();
+        if std::mem::take(&mut state.host.asked) {
+            (state.host.lost, state.host.doubtful) = (false, true);
+        }
         state.in_flight.drain(..).map(Abandoned).collect()
     }
 
@@ -485,6 +502,12 @@ impl SimDisk {
     pub fn land(&self, Abandoned(op): Abandoned, rng: &mut Rng) {
         let mut state = self.state.borrow_mut();
         state.trace = state.trace.rotate_left(5) ^ op.id.wrapping_mul(0x1_0003);
+        let tells = matches!(op.effect, Effect::Sync | Effect::Write { durable: true, .. });
+        if tells && state.host.loses && rng.bool() {
+            state.at_risk.retain(|change| change.op != op.id);
+            state.host = Host { lost: true, doubtful: true, loses: false, ..state.host };
+            return state.lose(op.covers, rng);
+        }
         match (rng.u32(..3), &op.effect) {
             (0, _) => drop(state.perform(&op)),
             (1, Effect::Write { offset, bytes, .. }) => {
@@ -521,6 +544,24 @@ impl SimDisk {
 }
 
 impl State {
+    /// Of what had completed when `covers` changes had, some sectors reach the medium, and the rest never
+    /// will, though reads still see it.
+    fn lose(&mut self, covers: u64, rng: &mut Rng) {
+        let covered = |change: &AtRisk| change.completed.is_some_and(|completed| completed <= covers);
+        let (lost, left): (Vec<AtRisk>, Vec<AtRisk>) = self.at_risk.drain(..).partition(covered);
+        self.at_risk = left;
+        let keep_rate = if rng.bool() { 0.0 } else { rng.f64() };
+        for change in lost {
+            let newer = self.durable.clone();
+            match change.effect {
+                Effect::Resize(length) if rng.f64() < keep_rate => self.durable.resize(length),
+                ref other => persist(&mut self.durable, other, Profile::Sectors512, false, keep_rate, rng),
+            }
+            keep_settled(&mut self.durable, &newer, &change.settled);
+        }
+        self.changed(&Effect::Sync);
+    }
+
     /// A part of a dead process's write is done.
     fn land_part(&mut self, offset: u64, part: &[u8]) {
         let effect = Effect::Write { offset, bytes: Rc::new(part.to_vec()), durable: false };
@@ -762,6 +803,14 @@ impl Disk for SimDisk {
 
     async fn sync(&self) -> io::Result<()> {
         self.run(Effect::Sync).await.map(drop)
+    }
+
+    async fn sync_host(&self) -> io::Result<()> {
+        self.state.borrow_mut().host.asked = true;
+        self.run(Effect::Sync).await?;
+        let host = &mut self.state.borrow_mut().host;
+        host.asked = false;
+        if std::mem::take(&mut host.lost) { Err(io::Error::from_raw_os_error(EIO)) } else { Ok(()) }
     }
 
     async fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {

@@ -65,6 +65,10 @@ impl Disk for Medium {
         Ok(())
     }
 
+    async fn sync_host(&self) -> io::Result<()> {
+        self.sync().await
+    }
+
     async fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
         Ok(self.store.borrow().next_stored(offset))
     }

@@ -1,7 +1,7 @@
 //! One device in one thread: a guest, fronts, the engine, the disk. Every message delivery, every completion
 //! and every wake-up is chosen by the seed.
 
-mod death;
+pub mod death;
 mod snapshot;
 
 use std::cell::RefCell;
@@ -69,6 +69,7 @@ pub enum Beginning {
 
 /// What goes wrong below the program.
 #[derive(Clone, Copy, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a fault of its own")]
 pub struct Faults {
     /// One front I/O in so many is told to try again; 0 for none.
     pub again: u32,
@@ -84,6 +85,8 @@ pub struct Faults {
     pub death: u32,
     /// A snapshot is taken at one step in so many; 0 for never.
     pub snapshot: u32,
+    /// The first sync or durable write that a death cuts short may fail, and the host tells nobody else.
+    pub lost_with_death: bool,
 }
 
 impl Faults {
@@ -96,6 +99,7 @@ impl Faults {
         slow_io: 6,
         death: 0,
         snapshot: 0,
+        lost_with_death: false,
     };
 }
 
@@ -322,7 +326,7 @@ fn open_image(config: &Config, content: Store, guids: &mut impl FnMut() -> Uuid)
     let disk = SimDisk::new(content, true, config.can_punch, config.image.logical_sector_size);
     let mut image = block_on(Image::open(&disk, Mode::Writable, guids)).expect("the image opens");
     block_on(image.read_bitmaps(&disk)).expect("they are there");
-    let memory = death::start_session(&mut image);
+    let memory = death::start_session(&mut image, config.faults);
     disk.set_immediate(false);
     disk.slow_syncs(config.faults.slow_syncs);
     disk.set_metadata(Places::below(image.layout.bat.end()));
@@ -542,6 +546,11 @@ impl World {
                 return closed.borrow_mut().take().expect("closing comes to an end");
             }
         }
+    }
+
+    /// What outlives the daemon.
+    pub fn memory(&self) -> &SessionMemory {
+        &self.memory
     }
 
     /// Where the session stands.

@@ -8,41 +8,55 @@ use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::rc::Rc;
 
+use uuid::Uuid;
 use vhdx_ublk::engine::Engine;
 use vhdx_ublk::engine::front::Front;
-use vhdx_ublk::image::{Image, Mode, SessionMemory};
+use vhdx_ublk::error::Error;
+use vhdx_ublk::image::{Image, Mode, Place, SessionMemory};
 use vhdx_ublk::simulation::{Plant, planted};
 
-use super::{Inbox, Seen, World, guids, parents, read_sector};
+use super::{Faults, Inbox, Seen, World, guids, parents, read_sector};
 use crate::sim::disk::{Abandoned, SimDisk};
 use crate::sim::violation::violated;
 
-/// The image's file system and inode, as far as anybody asks.
-const FILE: (u64, u64) = (1, 2);
+/// Where the image is, as far as anybody asks, since the `boot`-th start of the kernel.
+pub fn place(boot: u128) -> Place {
+    Place { boot: Uuid::from_u128(boot), inode: 2, device: 1, file_system: 0, path: "/image.vhdx".into() }
+}
 
 /// How many daemons are killed before one serves again, at most.
 const DEATHS_IN_A_ROW: u32 = 5;
 
-/// Moves the block map of `image` into memory that outlives the daemon.
-pub(super) fn start_session(image: &mut Image) -> SessionMemory {
+/// Moves the block map of `image` into memory that outlives the daemon. Where what a death cuts short is lost, the
+/// data goes through the host's page cache.
+pub(super) fn start_session(image: &mut Image, faults: Faults) -> SessionMemory {
     let memory = SessionMemory::private(image.map.geometry());
-    let owner = image.owner(FILE.0, FILE.1);
-    image.start_session(memory.clone(), &owner).expect("there is memory");
+    image.start_session(memory.clone(), &image.owner(place(1))).expect("there is memory");
+    if faults.lost_with_death {
+        memory.note_page_cache();
+    }
     memory
 }
 
 impl World {
-    /// Kills the daemon. Returns when a successor serves, and has shown that it lost nothing acknowledged.
+    /// Kills the daemon. Returns when a successor serves, and has shown that it lost nothing acknowledged; or
+    /// when it refuses, since the host has lost something.
     pub fn die(&mut self) {
         self.marks.hit("daemon deaths");
         self.deaths += 1;
+        if self.config.faults.lost_with_death {
+            self.disk.lose_what_dies();
+        }
         self.mark_counters();
         let (mut late, mut deaths) = (self.end_process(), 1);
         let opened = loop {
             let dies = deaths < DEATHS_IN_A_ROW && self.rng.bool();
             let killed_at = dies.then(|| self.rng.usize(..90));
-            if let Some(opened) = self.open_again(killed_at) {
-                break opened;
+            match self.open_again(killed_at) {
+                Some(Ok(opened)) => break opened,
+                Some(Err(_)) if self.disk.is_doubtful() => return self.stay_dead(),
+                Some(Err(why)) => violated(format!("the successor refuses: {why}")),
+                None => {}
             }
             self.marks.hit("deaths in a recovery");
             late.extend(self.end_process());
@@ -72,13 +86,13 @@ impl World {
     }
 
     /// Opens the image as the successor does, step by step; none if it is killed before it has.
-    fn open_again(&mut self, killed_at: Option<usize>) -> Option<Image> {
+    fn open_again(&mut self, killed_at: Option<usize>) -> Option<Result<Image, Error>> {
         let (disk, memory, guids) = (self.disk.clone(), self.memory.clone(), guids(&mut self.rng));
         let opening = self.tasks.start(resume(disk, memory, guids));
         let mut steps = 0;
         loop {
             if let Some(opened) = opening.borrow_mut().take() {
-                return Some(opened.unwrap_or_else(|why| violated(format!("the successor refuses: {why}"))));
+                return Some(opened);
             }
             if killed_at.is_some_and(|killed_at| steps >= killed_at) {
                 return None;
@@ -91,6 +105,20 @@ impl World {
                 op => drop(self.disk.complete(op - self.tasks.ready())),
             }
             self.look_at_cuts();
+        }
+    }
+
+    /// No daemon serves the device from now on: what it has not answered, it never will.
+    fn stay_dead(&mut self) {
+        self.marks.hit("successors that refuse what may be lost");
+        (self.injected, self.issued) = (true, self.config.requests);
+        (self.config.faults.death, self.config.faults.snapshot) = (0, 0);
+        self.memory.poison();
+        self.inbox = Rc::new(Inbox(RefCell::new(vec![VecDeque::new(); self.config.fronts])));
+        for host in &mut self.hosts {
+            host.front = Front::new(self.engine.shared().clone(), self.config.depth);
+            host.to_engine.clear();
+            host.active.fill_with(|| None);
         }
     }
 
@@ -155,12 +183,12 @@ impl World {
 async fn resume(
     disk: SimDisk,
     memory: SessionMemory,
-    mut guids: impl FnMut() -> uuid::Uuid,
-) -> Result<Image, String> {
-    let looked = Image::open(&disk, Mode::ReadOnly, &mut guids).await.map_err(|error| error.to_string())?;
-    let owner = looked.owner(FILE.0, FILE.1);
+    mut guids: impl FnMut() -> Uuid,
+) -> Result<Image, Error> {
+    let looked = Image::open(&disk, Mode::ReadOnly, &mut guids).await?;
     let carried = looked.header.header.file_write_guid;
-    let fits = memory.check(&owner, carried);
-    fits.map_err(|mismatch| format!("its memory does not fit: {mismatch:?}"))?;
-    Image::resume(&disk, memory, carried, guids).await.map_err(|error| error.to_string())
+    if let Err(mismatch) = memory.check(&looked.owner(place(1)), carried) {
+        violated(format!("the successor's memory does not fit: {mismatch:?}"));
+    }
+    Image::resume(&disk, memory, carried, guids).await
 }

@@ -1,0 +1,219 @@
+//! `session`: the session files that killed daemons have left, and those of living ones.
+
+use std::path::PathBuf;
+
+use serde::Serialize;
+
+use vhdx_ublk::device::registry::Listed;
+use vhdx_ublk::device::session::{self, Kept, KeptState};
+use vhdx_ublk::error::{Error, Kind, Result};
+
+use super::{holders, output, size};
+
+/// List or discard sessions: the memory that outlives a killed daemon.
+///
+/// A session holds what was acknowledged and is not in the image yet. It goes away when its device is taken
+/// away cleanly, and with the machine's power.
+#[derive(clap::Args)]
+pub struct Sessions {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(clap::Subcommand)]
+enum Command {
+    List(List),
+    Discard(Discard),
+}
+
+/// List the sessions.
+#[derive(clap::Args)]
+#[command(after_help = LIST_HELP)]
+struct List {
+    /// As JSON: an array of objects, errors too
+    #[arg(long)]
+    json: bool,
+}
+
+const LIST_HELP: &str = "\
+States: live (a daemon uses it), waiting (its device waits for `recover`), orphan (its device is
+gone: `add` takes it over), idle (the image has everything), poisoned (writing had failed),
+outdated (from before the machine was started), incomplete, other-version (another vhdx-ublk
+made it), damaged.
+
+JSON: name, state, device (null, or the device that uses it or waits), image (null, or its path
+when the session was made), memory (bytes), version (null, or the layout's version).
+Exit status: 0 success, 1 failure, 2 wrong usage.";
+
+/// Discard sessions: what was acknowledged and not flushed is given up.
+#[derive(clap::Args)]
+#[command(after_help = DISCARD_HELP)]
+struct Discard {
+    /// The sessions' names, as `vhdx-ublk session list` prints them
+    #[arg(required = true)]
+    names: Vec<String>,
+    /// Also sessions of devices that are served or wait: these cannot be recovered then
+    #[arg(short, long)]
+    force: bool,
+    /// As JSON: an array of the names that are gone, errors too
+    #[arg(long)]
+    json: bool,
+}
+
+const DISCARD_HELP: &str = "\
+What was flushed is in the image and stays. Discard a session that is damaged, or of an image
+that is gone; one of another version is better taken over by the vhdx-ublk that made it.
+Exit status: 0 all of them are gone, 1 some are still there, 2 wrong usage.";
+
+/// A session as it is shown.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+struct Row {
+    name: String,
+    state: State,
+    device: Option<PathBuf>,
+    image: Option<String>,
+    memory: u64,
+    version: Option<u64>,
+}
+
+/// What a session is worth, as far as files and devices tell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+enum State {
+    /// Its device waits for its daemon to be replaced.
+    Waiting,
+    #[serde(untagged)]
+    Kept(KeptState),
+}
+
+impl Row {
+    fn of(kept: Kept, devices: &[Listed]) -> Self {
+        let (device, inode) = kept.file;
+        let is_its = |listed: &&Listed| {
+            (listed.entry.image_file.device, listed.entry.image_file.inode) == (device, inode)
+        };
+        let listed = devices.iter().find(is_its);
+        let waits = kept.state != KeptState::Live && listed.is_some_and(Listed::is_abandoned);
+        Self {
+            name: kept.name,
+            state: if waits { State::Waiting } else { State::Kept(kept.state) },
+            device: listed.map(|listed| listed.entry.device.clone()),
+            image: kept.image.map(|path| path.to_string_lossy().into_owned()),
+            memory: kept.memory_bytes,
+            version: kept.version,
+        }
+    }
+}
+
+impl Sessions {
+    pub fn wants_json(&self) -> bool {
+        match &self.command {
+            Command::List(list) => list.json,
+            Command::Discard(discard) => discard.json,
+        }
+    }
+
+    /// Runs the command.
+    pub fn run(&self) -> Result<()> {
+        match &self.command {
+            Command::List(list) => list.run(),
+            Command::Discard(discard) => discard.run(),
+        }
+    }
+}
+
+fn rows() -> Result<Vec<Row>> {
+    // Who may not look is told so.
+    let devices = holders::devices()?;
+    Ok(session::kept()?.into_iter().map(|kept| Row::of(kept, &devices)).collect())
+}
+
+impl List {
+    fn run(&self) -> Result<()> {
+        let rows = rows()?;
+        if self.json {
+            return output::print_json(&rows);
+        }
+        if rows.is_empty() {
+            return Ok(());
+        }
+        let cells = rows.iter().map(cells).collect::<Result<Vec<_>>>()?;
+        output::print(&output::table(["NAME", "STATE", "DEVICE", "MEMORY", "IMAGE"], &cells))
+    }
+}
+
+fn cells(row: &Row) -> Result<[String; 5]> {
+    let device = row.device.as_ref().map(|device| device.display().to_string());
+    let or_none = |text: Option<String>| text.unwrap_or_else(|| "-".into());
+    Ok([
+        row.name.clone(),
+        word(row.state)?,
+        or_none(device),
+        size::human(row.memory),
+        or_none(row.image.clone()),
+    ])
+}
+
+/// The state's name, the same as in JSON.
+fn word(state: State) -> Result<String> {
+    let value = serde_json::to_value(state).map_err(|error| Error::io("naming a state", error.into()))?;
+    Ok(value.as_str().unwrap_or_default().to_owned())
+}
+
+impl Discard {
+    fn run(&self) -> Result<()> {
+        let rows = rows()?;
+        let mut gone = Vec::new();
+        let outcomes = self.names.iter().map(|name| {
+            self.discard(name, &rows)?;
+            gone.push(name);
+            Ok(())
+        });
+        output::last_failure(outcomes)?;
+        if self.json { output::print_json(&gone) } else { Ok(()) }
+    }
+
+    fn discard(&self, name: &str, rows: &[Row]) -> Result<()> {
+        let row = rows.iter().find(|row| row.name == name);
+        if let Some(row) = row.filter(|row| !self.force && row.state.is_needed()) {
+            let whose = row.device.as_ref().map_or("a daemon".into(), |device| device.display().to_string());
+            let message = format!("{whose} needs the session {name}");
+            return Err(Error::new(Kind::InUse, message).remedy(
+                "`vhdx-ublk del` takes the device away and closes its image; `session discard --force` insists, and the device cannot be recovered then",
+            ));
+        }
+        session::discard(name)
+    }
+}
+
+impl State {
+    fn is_needed(self) -> bool {
+        matches!(self, Self::Waiting | Self::Kept(KeptState::Live))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_session_is_shown_as_documented() {
+        let kept = Kept {
+            name: "2-00000000000000000000000000000001-3.session".into(),
+            state: KeptState::OtherVersion,
+            image: None,
+            file: (3, 2),
+            memory_bytes: 8192,
+            version: Some(7),
+        };
+        let row = Row::of(kept, &[]);
+        let json = serde_json::to_value(&row).expect("serialisable");
+        let expected = serde_json::json!({
+            "name": "2-00000000000000000000000000000001-3.session", "state": "other-version", "device": null,
+            "image": null, "memory": 8192, "version": 7,
+        });
+        assert_eq!(json, expected);
+        assert_eq!(word(State::Waiting).expect("a word"), "waiting");
+        assert!(State::Waiting.is_needed() && !row.state.is_needed());
+    }
+}

@@ -1,0 +1,127 @@
+//! The session files that are kept, for those who look after them.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+
+use serde::Serialize;
+
+use super::{Found, Name, Sessions, boot_id};
+use crate::error::{Error, Kind, Result};
+use crate::image::{Mismatch, Session, SessionMemory};
+
+/// The unit of `st_blocks`, whatever the file system's own block size.
+const STAT_BLOCK_BYTES: u64 = 512;
+
+/// What a kept session is worth.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum KeptState {
+    /// A daemon uses it.
+    Live,
+    /// It holds what was acknowledged and may not be in the image.
+    Orphan,
+    /// The image has everything.
+    Idle,
+    /// Writing failed: it cannot be taken over.
+    Poisoned,
+    /// It is from before the machine was started: it cannot be taken over.
+    Outdated,
+    /// It was never completed.
+    Incomplete,
+    /// It has a layout that this program does not know.
+    OtherVersion,
+    /// It is damaged.
+    Damaged,
+}
+
+/// A session file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Kept {
+    /// Its name in its folder.
+    pub name: String,
+    /// What it is worth.
+    pub state: KeptState,
+    /// Where the image was when the session was made; nothing if that cannot be read.
+    pub image: Option<PathBuf>,
+    /// `st_dev` and inode of the image then.
+    pub file: (u64, u64),
+    /// The memory that it takes.
+    pub memory_bytes: u64,
+    /// The version of its layout, where it can be read.
+    pub version: Option<u64>,
+}
+
+/// All session files of this machine.
+///
+/// # Errors
+///
+/// When one of them cannot be looked at.
+pub fn kept() -> Result<Vec<Kept>> {
+    let sessions = Sessions::of_machine();
+    let names = sessions.names()?.into_iter();
+    names.filter_map(|name| describe(&sessions, name).transpose()).collect()
+}
+
+/// Removes the session file `name`, whatever it holds.
+///
+/// # Errors
+///
+/// [`Kind::NotFound`] if there is none; when it cannot be removed.
+pub fn discard(name: &str) -> Result<()> {
+    let sessions = Sessions::of_machine();
+    let known = Name::parse(name).filter(|name| sessions.names().is_ok_and(|names| names.contains(name)));
+    let Some(known) = known else {
+        return Err(Error::new(Kind::NotFound, format!("there is no session {name}"))
+            .remedy("vhdx-ublk session list"));
+    };
+    let path = sessions.directory.join(known.to_string());
+    fs::remove_file(&path).map_err(|error| Error::io("removing the session file", error).file(&path))
+}
+
+fn describe(sessions: &Sessions, name: Name) -> Result<Option<Kept>> {
+    let path = sessions.directory.join(name.to_string());
+    let Ok(found) = fs::metadata(&path) else { return Ok(None) };
+    let kept = Kept {
+        name: name.to_string(),
+        state: KeptState::Live,
+        image: None,
+        file: (name.device, name.inode),
+        memory_bytes: found.blocks() * STAT_BLOCK_BYTES,
+        version: None,
+    };
+    Ok(match sessions.open(&name)? {
+        None => None,
+        Some(Found::Held(None)) => Some(kept),
+        Some(Found::Held(Some(memory))) => Some(with_layout(kept, &memory)),
+        Some(Found::Short(_)) => Some(Kept { state: KeptState::Damaged, ..kept }),
+        Some(Found::Free(_, memory)) => {
+            Some(Kept { state: state_of(&memory)?, ..with_layout(kept, &memory) })
+        }
+    })
+}
+
+fn with_layout(kept: Kept, memory: &SessionMemory) -> Kept {
+    match memory.check_layout() {
+        Ok(()) => {
+            let path = Some(memory.place().path).filter(|path| !path.as_os_str().is_empty());
+            Kept { image: path, version: Some(crate::image::VERSION), ..kept }
+        }
+        Err(Mismatch::Version(version)) => Kept { version: Some(version), ..kept },
+        Err(_) => kept,
+    }
+}
+
+fn state_of(memory: &SessionMemory) -> Result<KeptState> {
+    Ok(match memory.check_layout() {
+        Err(Mismatch::Incomplete) => KeptState::Incomplete,
+        Err(Mismatch::Version(_)) => KeptState::OtherVersion,
+        Err(_) => KeptState::Damaged,
+        Ok(()) if memory.boot() != boot_id()? => KeptState::Outdated,
+        Ok(()) => match memory.session() {
+            Session::Idle => KeptState::Idle,
+            Session::Open => KeptState::Orphan,
+            Session::Poisoned => KeptState::Poisoned,
+        },
+    })
+}

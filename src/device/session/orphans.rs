@@ -1,0 +1,122 @@
+//! Promise defended here: nothing that was acknowledged is given up without a word, and no session is
+//! believed that cannot be true.
+
+use std::fs;
+use std::path::PathBuf;
+
+use super::super::daemon::EngineHandle;
+use super::super::engine_thread::tests::Bench;
+use super::Plan;
+use crate::error::Kind;
+use crate::image::VERSION;
+
+const WORD: usize = 8;
+const VERSION_PLACE: usize = 1;
+const BOOT_PLACE: usize = 3;
+const BYTES_PLACE: usize = 10;
+
+/// A bench whose image has an open session that a killed daemon left, changed by `change`.
+fn orphan(change: impl FnOnce(&mut Vec<u8>)) -> (Bench, PathBuf, Vec<u8>) {
+    let bench = Bench::new();
+    let engine = bench.open_as(Plan::Fresh { keep: true }).expect("a good image");
+    engine.opened().shared.open_session();
+    let left = bench.session().expect("it was made");
+    let mut bytes = fs::read(&left).expect("readable");
+    engine.opened().shared.map.memory().rest();
+    engine.close().expect("nothing to do");
+    change(&mut bytes);
+    fs::write(&left, &bytes).expect("as a killed daemon leaves it");
+    (bench, left, bytes)
+}
+
+fn set_word(bytes: &mut [u8], place: usize, word: u64) {
+    bytes[place * WORD..][..WORD].copy_from_slice(&word.to_le_bytes());
+}
+
+const ADD: Plan = Plan::Fresh { keep: true };
+const RECOVER: Plan = Plan::Resume { accept_loss: false };
+
+/// Neither `add`, `del` nor `recover` takes it over or removes it, and all say why.
+fn assert_kept(change: impl FnOnce(&mut Vec<u8>), kind: Kind, words: &[&str]) {
+    let (bench, left, bytes) = orphan(change);
+    let image = fs::read(&bench.path).expect("readable");
+    for plan in [ADD, Plan::Close, RECOVER, Plan::Fresh { keep: false }] {
+        let error = bench.open_as(plan).err().unwrap_or_else(|| panic!("{plan:?} takes it over"));
+        assert_eq!(error.kind(), kind, "{plan:?}: {error}");
+        for word in words {
+            assert!(error.to_string().contains(word), "{plan:?}: {error}");
+        }
+        assert!(plan == RECOVER || error.remedy_text().is_some_and(|text| text.contains("session discard")));
+        assert!(fs::read(&left).expect("it is kept") == bytes, "{plan:?}");
+    }
+    assert!(fs::read(&bench.path).expect("readable") == image);
+    bench
+        .open_as(Plan::Resume { accept_loss: true })
+        .expect("the user insists")
+        .close()
+        .expect("nothing to do");
+    assert_eq!(bench.session(), None);
+}
+
+#[test]
+fn a_session_of_another_version_is_refused_and_kept() {
+    let later = VERSION + 1;
+    let words = [format!("version {later}"), format!("version {VERSION}")];
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    assert_kept(|bytes| set_word(bytes, VERSION_PLACE, later), Kind::Unsupported, &words);
+}
+
+#[test]
+fn a_damaged_session_is_refused_and_kept() {
+    assert_kept(|bytes| bytes[BYTES_PLACE * WORD] ^= 1, Kind::Corrupt, &["damaged"]);
+    assert_kept(|bytes| bytes.truncate(bytes.len() - WORD), Kind::Corrupt, &["damaged", "length"]);
+    assert_kept(|bytes| bytes.truncate(WORD), Kind::Corrupt, &["damaged", "length"]);
+    assert_kept(|bytes| bytes[3] ^= 0x40, Kind::Corrupt, &["damaged"]);
+}
+
+/// A power cut takes what was not flushed; a session that it has not taken says what is not true any longer.
+#[test]
+fn a_session_of_an_earlier_start_of_the_machine_is_given_up() {
+    let earlier = |bytes: &mut Vec<u8>| {
+        bytes[BOOT_PLACE * WORD] ^= 1;
+        let mut sum = 0;
+        let word = |place: usize| &bytes[place * WORD..][..WORD];
+        for place in [1].into_iter().chain(3..16).chain(32..512) {
+            sum = crc32c::crc32c_append(sum, word(place));
+        }
+        set_word(bytes, 2, sum.into());
+    };
+    let (bench, ..) = orphan(earlier);
+    let refused = bench.open_as(RECOVER).err().expect("it is worth nothing");
+    assert!(refused.to_string().contains("before the machine was started"), "{refused}");
+    bench.open_as(ADD).expect("a device without it").close().expect("nothing to do");
+    assert_eq!(bench.session(), None);
+    let (bench, ..) = orphan(earlier);
+    let told = bench.open_as(Plan::Close).err().expect("`del` says that something was lost");
+    assert!(told.to_string().contains("before the machine was started"), "{told}");
+}
+
+/// Inodes are used again: what is left of an image that is gone is not held against the next one.
+#[test]
+fn a_new_image_in_the_place_of_another_is_served_and_the_old_session_given_up() {
+    let (bench, left, _) = orphan(|_| ());
+    bench.replace_content();
+    let engine = bench.open_as(ADD).expect("a new image");
+    assert!(engine.opened().recoverable && bench.session() != Some(left));
+    engine.close().expect("nothing to do");
+    assert_eq!(bench.session(), None, "the old one is gone too");
+}
+
+/// `del` does not say that all is well when what was acknowledged is lost.
+#[test]
+fn closing_says_when_a_session_could_not_be_taken_over() {
+    let (bench, ..) = orphan(|_| ());
+    let kept = fs::read(bench.session().expect("there")).expect("readable");
+    let left = bench.session().expect("there");
+    fs::remove_file(&left).expect("there");
+    bench.modify();
+    fs::write(&left, kept).expect("room");
+    let error = bench.open_as(Plan::Close).err().expect("it is lost");
+    assert!(error.to_string().contains("another program has written"), "{error}");
+    assert_eq!(bench.session(), None, "it is of no use to any program");
+}
