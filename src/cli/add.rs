@@ -3,6 +3,9 @@
 //! Without `--foreground` the program runs itself again: the child serves, the parent waits for its word.
 
 use std::ffi::OsString;
+use std::fs;
+use std::os::fd::RawFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
@@ -43,7 +46,12 @@ const DEFAULT_QUEUES: usize = 4;
 #[expect(clippy::struct_excessive_bools, reason = "each is a flag of its own on the command line")]
 pub struct Add {
     /// The VHDX file
-    image: PathBuf,
+    #[arg(required_unless_present = "fd", conflicts_with = "fd")]
+    image: Option<PathBuf>,
+    /// Serve the file behind this open descriptor instead of one that a path names; read-only unless it is open for
+    /// writing
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(3..))]
+    fd: Option<RawFd>,
     /// Refuse all writes; not one byte of the file is changed
     #[arg(short, long)]
     read_only: bool,
@@ -83,6 +91,7 @@ const AFTER_HELP: &str = "\
 Examples:
   vhdx-ublk add disk.vhdx
   lsblk $(vhdx-ublk add --read-only disk.vhdx)
+  vhdx-ublk add --fd 3 3<>disk.vhdx
 
 If the daemon is killed, nothing that was acknowledged is lost: I/O waits until `vhdx-ublk
 recover`. For that a writable device takes 8 bytes per block of memory under /run, and of a
@@ -105,7 +114,7 @@ impl Add {
             return self.serve(&options, |ready| output::print(&ready.device.display().to_string()));
         }
         if self.serve {
-            return detached::run(None, |ready| self.serve(&options, ready));
+            return detached::run(self.fd, |ready| self.serve(&options, ready));
         }
         let ready = launch::launch(self.child_arguments(&options))?;
         output::print(&ready.device.display().to_string()).inspect_err(|_| take_away(&ready))
@@ -137,26 +146,73 @@ impl Add {
         arguments.extend(self.parents.arguments());
         arguments.extend(self.read_only.then(|| "--read-only".into()));
         arguments.extend(self.force.then(|| "--force".into()));
-        arguments.extend(["--".into(), self.image.clone().into()]);
+        arguments.extend(self.fd.map(|fd| format!("--fd={fd}").into()));
+        arguments.extend(self.image.iter().flat_map(|image| ["--".into(), image.into()]));
         arguments
+    }
+
+    /// What to open, and for what. The path of a descriptor leads to its file, wherever that is by now.
+    fn source(&self) -> Result<(PathBuf, Access)> {
+        let access = |may_write| if may_write { Access::ReadWrite } else { Access::ReadOnly };
+        let (None, Some(fd)) = (&self.image, self.fd) else {
+            return Ok((self.image.clone().unwrap_or_default(), access(!self.read_only)));
+        };
+        let path = PathBuf::from(format!("/proc/self/fd/{fd}"));
+        let found = fs::metadata(&path)
+            .and_then(|found| Ok((found, fs::read_to_string(format!("/proc/self/fdinfo/{fd}"))?)));
+        let (found, info) = found.map_err(|error| {
+            Error::io(format!("looking at descriptor {fd}"), error)
+                .remedy(format!("hand it over open: `vhdx-ublk add --fd {fd} {fd}<>disk.vhdx`"))
+        })?;
+        if found.is_file() && found.nlink() == 0 {
+            let message =
+                format!("the file of descriptor {fd} has no name, and its device could not be recovered");
+            return Err(Error::new(Kind::NotFound, message).remedy("hand over a file that is in a folder"));
+        }
+        let may_write = match open_mode(&info) {
+            Some(libc::O_RDWR) => true,
+            Some(libc::O_RDONLY) => false,
+            _ => {
+                let message = format!("descriptor {fd} is not open for reading");
+                return Err(Error::new(Kind::Permission, message).remedy("open it for reading and writing"));
+            }
+        };
+        Ok((path, access(may_write && !self.read_only)))
+    }
+
+    /// Opens what is to be served, and closes the caller's descriptor: the file has one of its own.
+    fn open(&self) -> Result<(Arc<ImageFile>, Access)> {
+        let (path, access) = self.source()?;
+        let file = open(&path, access)?;
+        if let Some(fd) = self.fd {
+            nix::unistd::close(fd)
+                .map_err(|errno| Error::io("closing the caller's descriptor", errno.into()))?;
+        }
+        Ok((Arc::new(file), access))
     }
 
     /// Serves until the device's end.
     fn serve(&self, options: &Options, ready: impl FnOnce(&Ready) -> Result<()>) -> Result<()> {
         features::check(options)?;
         let parents = Parents { search: self.parents.search(), open: |path| open(path, Access::ReadOnly) };
-        if self.read_only {
-            let file = Arc::new(open(&self.image, Access::ReadOnly)?);
+        let (file, access) = self.open()?;
+        if access == Access::ReadOnly {
             let opened = Opened::read_only(file.clone(), &parents)?;
             return daemon::serve(&opened.served(&file)?, options, |ends| Ok(NoEngine(ends)), ready);
         }
-        let file = Arc::new(open(&self.image, Access::ReadWrite)?);
-        holders::refuse_parent(&self.image, &parents.search, self.force)?;
+        holders::refuse_parent(file.path(), &parents.search, self.force)?;
         let keep = self.recovery != Some(Recovery::None);
         let engine = EngineThread::open(file.clone(), Plan::Fresh { keep }, parents)?;
         let served = engine.opened().served(&file)?;
         daemon::serve(&served, options, |ends| Ok(engine.start(ends)), ready)
     }
+}
+
+/// How a descriptor is open, by its `/proc/PID/fdinfo`.
+fn open_mode(info: &str) -> Option<i32> {
+    let flags = info.lines().find_map(|line| line.strip_prefix("flags:"))?;
+    let flags = i32::from_str_radix(flags.trim(), 8).ok()?;
+    (flags & libc::O_PATH == 0).then_some(flags & libc::O_ACCMODE)
 }
 
 /// Takes away a device of which the user was never told.
@@ -258,12 +314,32 @@ mod tests {
         ]);
         let arguments = add.child_arguments(&add.options());
         let again = Line::try_parse_from(arguments).expect("its own words").add;
-        assert!(again.serve && again.read_only && again.image == Path::new("-odd name"));
+        assert!(again.serve && again.read_only && again.image.as_deref() == Some(Path::new("-odd name")));
         assert_eq!((again.id, again.queues, again.depth), (Some(7), Some(1), 9));
         assert_eq!(again.options(), add.options());
         let search = again.parents.search();
         assert_eq!(search.parents, [Path::new("-one"), Path::new("two")]);
         assert_eq!(search.maps, add.parents.search().maps);
+    }
+
+    #[test]
+    fn the_child_serves_the_descriptor_that_the_parent_was_given() {
+        let add = parse(&["--fd", "7"]);
+        let again = Line::try_parse_from(add.child_arguments(&add.options())).expect("its own words").add;
+        assert_eq!((again.fd, again.image), (Some(7), None));
+        for wrong in [&["--fd", "7", "x"][..], &["--fd", "2"], &[]] {
+            assert!(Line::try_parse_from([&["add"], wrong].concat()).is_err(), "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn a_descriptor_tells_how_it_is_open() {
+        let mode = |flags: &str| open_mode(&format!("pos:\t0\nflags:\t{flags}\nmnt_id:\t29\n"));
+        assert_eq!(mode("0100002"), Some(libc::O_RDWR));
+        assert_eq!(mode("02100000"), Some(libc::O_RDONLY));
+        assert_eq!(mode("0100001"), Some(libc::O_WRONLY));
+        assert_eq!(mode("012000000"), None, "it only names the file");
+        assert_eq!(open_mode(""), None);
     }
 
     #[test]

@@ -216,6 +216,38 @@ test_daemon_dies_with_its_starter() {
     has_no_device
 }
 
+# A descriptor is served, whatever its path has come to name; for writing if it is open for that.
+test_daemon_serves_a_descriptor() {
+    local device pid
+    ublk create disk.vhdx --size 1G
+    exec 8<>disk.vhdx
+    mv disk.vhdx moved.vhdx
+    echo 'not an image' >disk.vhdx
+    device=$(ublk add --fd 8)
+    exec 8<&-
+    pid=$(daemon_pid)
+    ublk list | grep -q moved.vhdx || fail "$(ublk list)"
+    write_stamps "$device" 10 20 5
+    kill_daemon moved.vhdx
+    ublk recover "$device"
+    check_stamps "$device" 10 20 5
+    ublk del "$device"
+    qemu-img check -q moved.vhdx
+    device=$(ublk add --fd 9 9<moved.vhdx)
+    [ "$(blockdev --getro "$device")" = 1 ] || fail "it may be written, by a descriptor that may not"
+    check_stamps "$device" 10 20 5
+    ublk del "$device"
+    ublk add --fd 9 9>>moved.vhdx 2>said && fail "served without being read"
+    grep -q 'not open for reading' said || fail "$(cat said)"
+    ublk add --fd 9 2>said && fail "served without a descriptor"
+    grep -q 'hand it over open' said || fail "$(cat said)"
+    ublk add --fd 9 9<. 2>said && fail "a folder was served"
+    exec 8<>moved.vhdx
+    rm moved.vhdx
+    ublk add --fd 8 2>said && fail "a file without a name was served"
+    grep -q 'has no name' said || fail "$(cat said)"
+}
+
 # control ARGUMENTS...: talks to the daemon, see control.py.
 control() { python3 "$tests/control.py" /run/vhdx-ublk/0.sock "$@"; }
 
