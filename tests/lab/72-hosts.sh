@@ -53,13 +53,13 @@ kill_and_recover() {
     ublk recover "$device" >>recovered 2>&1
 }
 
-# The faults. Each leaves a good disk, and the device served or not.
+# The faults. Each leaves a good disk, and the device served or not; it fails where the promise is already broken.
 
 fault_kill() {
     local turn
     for turn in 1 2 3 4 5; do
         sleep "0.$((RANDOM % 9 + 1))"
-        kill_and_recover || fail "not recovered after kill $turn: $(cat recovered)"
+        kill_and_recover || { fail "not recovered after kill $turn: $(cat recovered)"; return 1; }
     done
 }
 
@@ -94,7 +94,7 @@ fault_full() {
     free=$(($(stat -f -c '%a * %S' host) - (2 << 20)))
     fallocate -l "$free" host/filler
     sleep 1
-    kill_and_recover || fail "not recovered on a full host: $(cat recovered)"
+    kill_and_recover || { fail "not recovered on a full host: $(cat recovered)"; return 1; }
     sleep 1
     rm host/filler
     head -c 4M /dev/zero | tr '\0' '\5' | dd of="$device" bs=1M seek=900 oflag=direct conv=fsync iflag=fullblock \
@@ -108,28 +108,29 @@ cell() {
     [ "$fault$recovery" != killqueue ] || options+=(--errors)
     case $fault in flakey | suspend) options+=(--flushed) ;; full) size=400 ;; esac
     make_host "$kind" "$size"
-    device=$(ublk add host/disk.vhdx --queues 2 --recovery "$recovery")
-    rm -f stop recovered
+    device=$(ublk add host/disk.vhdx --queues 2 --recovery "$recovery" 2>recovered)
+    rm -f stop
     stamper "$device" stop "${options[@]}" >stamper.log 2>&1 &
     writer=$!
-    "fault_$fault"
+    "fault_$fault" || status=1
     sleep 0.5
     touch stop
     # Where writing has failed for good the device waits or answers with errors: the writer must end.
-    case $fault in
-    kill | full)
+    case $fault$status in
+    kill0 | full0)
         wait "$writer" || status=1
-        ublk del "$device" || fail "$*: no clean close"
+        ublk del "$device" || status=1
         ;;
     *)
         ublk del --force "$device" >>recovered 2>&1 || true
         wait "$writer" || status=1
         ;;
     esac
+    writer=
     # What the disk holds, not what the host still has in memory.
     umount host
     mount "/dev/mapper/$host_disk" host
-    device=$(ublk add --read-only host/disk.vhdx) || fail "$*: the image does not open"
+    device=$(ublk add --read-only host/disk.vhdx 2>>recovered) || fail "$*: the image does not open: $(cat recovered)"
     stamper "$device" --verify ledger >>stamper.log 2>&1 || status=1
     ublk del "$device"
     tally "$status" "$@"
@@ -137,7 +138,6 @@ cell() {
     dmsetup remove --retry "$host_disk"
     losetup -d "$host_loop"
     host_loop=
-    writer=
     rm host.img
 }
 
