@@ -43,7 +43,9 @@ impl Coverage {
         let mut seen = std::mem::take(&mut self.seen);
         let mut new = false;
         each(|index, counters| {
-            for (count, seen) in counters.iter().zip(&mut seen[index]).filter(|(count, _)| **count > 0) {
+            // Read once: this function is counted, too.
+            let counts = counters.iter().copied().zip(&mut seen[index]);
+            for (count, seen) in counts.filter(|(count, _)| *count > 0) {
                 let bit = 1_u8 << count.ilog2();
                 new |= *seen & bit == 0;
                 *seen |= bit;
