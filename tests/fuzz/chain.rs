@@ -26,7 +26,7 @@ pub const TARGET: Target = Target {
     seeds,
     change_bytes: no_bytes,
     run: |case, seed| run(&case.files, seed),
-    endings: &[REFUSED, READ_ONLY, WRITTEN],
+    endings: &[REFUSED, WRITTEN],
 };
 
 /// Reads that are made of a chain.
