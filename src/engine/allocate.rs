@@ -143,6 +143,7 @@ impl<D: Disk + 'static> Engine<D> {
         })?;
         self.count(|counters| counters.grows += 1);
         self.file_length.set(length);
+        self.shared.map.set_file_bytes(length);
         self.space.borrow_mut().extend(length);
         Ok(())
     }

@@ -60,6 +60,11 @@ impl<D: Disk + 'static> Engine<D> {
             None => &self.disk,
             Some(parent) => &self.parents[parent],
         };
+        let end = offset + target.len() as u64;
+        let length = disk.length().await.map_err(|error| errno(&error))?;
+        if length < end && self.shared.has_lost(layer, length) {
+            return Err(libc::EIO);
+        }
         read_sectors(disk, offset, target).await
     }
 }

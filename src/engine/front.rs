@@ -649,9 +649,13 @@ impl Front {
         submit(id, rest, port);
     }
 
-    /// The file ends inside the block, as in fixed images by QEMU: what is not there reads as zero.
+    /// The file ends before the end of what is read. What it never had reads as zero: fixed images by QEMU end inside
+    /// their last block. What it had when it was opened, somebody has cut off.
     fn fill_past_end<P: Port>(&mut self, id: PieceId, done: u32, port: &mut P) {
         let rest = self.piece(id).rest;
+        if self.shared.has_lost(rest.layer, rest.file_offset + u64::from(done)) {
+            return self.end_piece(id, libc::EIO, port);
+        }
         let rest = FileIo {
             op: FileOp::FillZero,
             layer: LEAF,

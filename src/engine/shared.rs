@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::marks::Marks;
+use super::port::LEAF;
 use super::troubles::Troubles;
 use crate::format::bat::{Geometry, PayloadState};
 use crate::image::BlockMap;
@@ -24,6 +25,8 @@ pub struct Shared {
     can_zero_range: AtomicBool,
     can_punch: AtomicBool,
     troubles: Troubles,
+    /// That a file has lost its end was said.
+    cut_was_said: AtomicBool,
 }
 
 impl Shared {
@@ -48,6 +51,7 @@ impl Shared {
             can_zero_range: AtomicBool::new(true),
             can_punch: AtomicBool::new(true),
             troubles: Troubles::default(),
+            cut_was_said: AtomicBool::new(false),
         }
     }
 
@@ -81,6 +85,23 @@ impl Shared {
             }
             at = end;
         }
+    }
+
+    /// Whether byte `offset` of a layer's file was there and cannot be missing: it is read, and the file ends before
+    /// it. Somebody has cut the file, which is said once.
+    pub(super) fn has_lost(&self, layer: u8, offset: u64) -> bool {
+        let map = self.layers().nth(usize::from(layer)).expect("a layer of this chain");
+        let lost = offset < map.file_bytes();
+        if lost && !self.cut_was_said.swap(true, Ordering::Relaxed) {
+            let whose =
+                if layer == LEAF { "the image's file".into() } else { format!("the file of parent {layer}") };
+            tracing::error!(
+                "{whose} had {} bytes and ends before byte {offset}: another program has cut it; blocks that lie \
+                 there cannot be read any longer",
+                map.file_bytes()
+            );
+        }
+        lost
     }
 
     /// The session word.
@@ -122,5 +143,23 @@ impl Shared {
     /// The host has refused `PUNCH_HOLE`.
     pub fn forget_punch(&self) {
         self.can_punch.store(false, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What the file had when it was opened, or has grown by since, must be there; what it never had reads as zeros.
+    #[test]
+    fn only_what_a_file_had_can_be_lost() {
+        let geometry = Geometry::new(8 << 20, 1 << 20, 512, true);
+        let map = || Arc::new(BlockMap::empty(geometry));
+        let shared = Shared::of_chain(map(), vec![map()].into(), false, false);
+        shared.map.set_file_bytes(5 << 20);
+        assert!(shared.has_lost(LEAF, (5 << 20) - 1) && !shared.has_lost(LEAF, 5 << 20));
+        assert!(!shared.has_lost(LEAF + 1, 0), "the parent's length is its own");
+        shared.map.set_file_bytes(6 << 20);
+        assert!(shared.has_lost(LEAF, 5 << 20));
     }
 }

@@ -8,7 +8,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::bitmaps::SectorBitmaps;
 use super::memory::SessionMemory;
@@ -36,6 +36,8 @@ pub struct BlockMap {
     memory: SessionMemory,
     bitmaps: Arc<SectorBitmaps>,
     geometry: Geometry,
+    /// How long the file surely is, bytes.
+    file_bytes: AtomicU64,
 }
 
 impl BlockMap {
@@ -50,7 +52,17 @@ impl BlockMap {
     /// If the memory was made for another geometry.
     pub(super) fn over(memory: SessionMemory, geometry: Geometry) -> Self {
         assert!(memory.fits(&geometry), "memory made for another disk");
-        Self { bitmaps: memory.bitmaps(&geometry), memory, geometry }
+        Self { bitmaps: memory.bitmaps(&geometry), memory, geometry, file_bytes: AtomicU64::new(0) }
+    }
+
+    /// How long the file surely is, bytes: what is missing of them has been lost. Behind them blocks read as zeros.
+    pub fn file_bytes(&self) -> u64 {
+        self.file_bytes.load(Ordering::Acquire)
+    }
+
+    /// The file has so many bytes from now on.
+    pub fn set_file_bytes(&self, bytes: u64) {
+        self.file_bytes.store(bytes, Ordering::Release);
     }
 
     /// The memory it is in.

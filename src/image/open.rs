@@ -153,6 +153,8 @@ impl Image {
             metadata.has_parent,
         );
         let (map, stored_slots) = read_bat(&file, geometry, &layout, &mut space).await?;
+        // Of the file itself: a log that was replayed in memory may say more.
+        map.set_file_bytes(file_length(disk).await?);
         if let Some(overlay) = &overlay {
             check_overlay(overlay, &map, &space, &layout, &regions)?;
         }

@@ -57,6 +57,7 @@ impl Image {
     pub fn start_session(&mut self, memory: SessionMemory, owner: &Owner) -> io::Result<()> {
         let geometry = *self.map.geometry();
         let map = BlockMap::over(memory, geometry);
+        map.set_file_bytes(self.map.file_bytes());
         for slots in &self.stored_slots {
             map.take_over(&self.map, slots.clone());
         }
@@ -120,6 +121,7 @@ impl Image {
         memory.settle(image.header.header.file_write_guid);
         let geometry = *image.map.geometry();
         let map = BlockMap::over(memory, geometry);
+        map.set_file_bytes(image.map.file_bytes());
         for slot in geometry.walk(0..geometry.slot_count()) {
             image.reconcile(slot, &map)?;
         }
