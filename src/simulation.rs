@@ -101,11 +101,19 @@ pub enum Plant {
     IgnoreVersion,
     /// A session whose header is damaged is believed.
     IgnoreChecksum,
+    /// A block with data that is to read as zeros is taken for one that does.
+    SkipPresent,
+    /// A block of a differencing image that is discarded, and that only its parents have, stays as it is.
+    KeepParents,
+    /// A block that had no space when it was looked at becomes ZERO, whatever has become of it since.
+    TrustFirstLook,
+    /// What a power cut has left without a name stays with the image when it is closed.
+    KeepLeaks,
 }
 
 impl Plant {
     /// All of them.
-    pub const ALL: [Self; 45] = [
+    pub const ALL: [Self; 49] = [
         Self::SkipRecyclingSync,
         Self::SkipGrowthSync,
         Self::ApplyBeforeLog,
@@ -151,6 +159,10 @@ impl Plant {
         Self::IgnoreBoot,
         Self::IgnoreVersion,
         Self::IgnoreChecksum,
+        Self::SkipPresent,
+        Self::KeepParents,
+        Self::TrustFirstLook,
+        Self::KeepLeaks,
     ];
 }
 

@@ -1,12 +1,21 @@
 //! Promises defended here: a first write costs no sync; a flush costs one sync when metadata is clean, and at
-//! most one more than the rounds its dirty pages need.
+//! most one more than the rounds its dirty pages need. A discard of space that is not there asks the engine nothing,
+//! and zeros take no space where there is none.
 
 #[allow(dead_code, reason = "the simulator serves several tests, none of which needs all of it")]
 mod sim;
 
+use std::sync::Arc;
+
 use fastrand::Rng;
+use sim::lineage::descent;
 use sim::world::{Config, World, new_image};
-use vhdx_ublk::engine::front::Op;
+use vhdx_ublk::engine::front::{Front, Op, Request};
+use vhdx_ublk::engine::message::{Ask, ToEngine};
+use vhdx_ublk::engine::port::{FileIo, PieceId, Port};
+use vhdx_ublk::engine::shared::{Session, Shared};
+use vhdx_ublk::format::bat::{BatEntry, Geometry};
+use vhdx_ublk::image::BlockMap;
 
 const BLOCK: u64 = 2 << 20;
 const WRITES: u64 = 1000;
@@ -100,4 +109,91 @@ fn a_flush_after_each_first_write_costs_one_sync() {
     );
     assert_eq!(logs, (WRITES + 1) / 126, "a log holds 126 of them");
     assert!(syncs * 100 <= WRITES * 105, "{syncs} syncs");
+}
+
+/// A front's messages, which nobody reads: what it asked, and the requests it has completed.
+#[derive(Default)]
+struct Overheard {
+    asked: Vec<ToEngine>,
+    completed: Vec<(u16, i32)>,
+}
+
+impl Port for Overheard {
+    fn submit(&mut self, piece: PieceId, io: FileIo) {
+        panic!("{piece:?}: {io:?} of a disk that has nothing");
+    }
+
+    fn send(&mut self, message: ToEngine) {
+        self.asked.push(message);
+    }
+
+    fn change_leaf(&mut self) -> Option<Arc<Shared>> {
+        None
+    }
+
+    fn complete(&mut self, tag: u16, result: i32) {
+        self.completed.push((tag, result));
+    }
+}
+
+/// A disk of 16 TiB in blocks of 1 MiB, empty, above as many empty parents of twice its blocks.
+fn empty(parents: usize) -> Arc<Shared> {
+    let geometry = |block, differencing| Geometry::new(16 << 40, block, 512, differencing);
+    let map = |index| BlockMap::empty(geometry(2 << 20, index + 1 < parents)).into();
+    let leaf = BlockMap::empty(geometry(1 << 20, parents > 0));
+    Arc::new(Shared::of_chain(leaf.into(), (0..parents).map(map).collect(), false, false))
+}
+
+#[test]
+fn a_discard_of_absent_space_asks_the_engine_nothing() {
+    for parents in [0, 3] {
+        let shared = empty(parents);
+        let (mut front, mut port) = (Front::new(shared.clone(), 1), Overheard::default());
+        let discards =
+            [(0, 2 << 30), (16 << 40 >> 1, (2 << 30) - 4096), (4096, 4096), ((16 << 40) - 512, 512)];
+        for (count, (offset, length)) in (1..).zip(discards) {
+            front.start(0, Request { op: Op::Discard, offset, length }, &mut port);
+            assert_eq!((port.completed.len(), &port.asked), (count, &Vec::new()), "{parents} parents");
+        }
+        assert!(port.completed.iter().all(|done| *done == (0, 0)));
+        assert_eq!(shared.session(), Session::Idle);
+    }
+}
+
+/// Blocks that are zero already are passed over: the engine gets what is behind them, once.
+#[test]
+fn zeros_are_asked_for_where_there_are_none_yet() {
+    let shared = empty(0);
+    shared.open_session();
+    (0..100).for_each(|block| shared.map.publish(block, BatEntry::zero()));
+    let (mut front, mut port) = (Front::new(shared, 1), Overheard::default());
+    let op = Op::WriteZeroes { keep_space: false };
+    front.start(0, Request { op, offset: 0, length: 100 << 20 }, &mut port);
+    assert_eq!((port.completed.as_slice(), port.asked.as_slice()), (&[(0, 0)][..], &[][..]));
+    front.start(0, Request { op, offset: 0, length: 200 << 20 }, &mut port);
+    let rest = Ask::Unmap { first: 100, count: 100, define_absent: true };
+    assert_eq!(port.asked, [ToEngine::Ask { tag: 0, ask: rest }]);
+}
+
+/// Zeros over all of a fresh child: no block takes space, whether the space is to be kept or not, and the parent's
+/// content is gone.
+#[test]
+fn zeros_take_no_space_in_a_child() {
+    for keep_space in [false, true] {
+        let mut config = Config::small();
+        config.image.parent = Some(descent());
+        config.requests = 0;
+        let mut rng = Rng::with_seed(1);
+        let content = new_image(&config, &mut rng);
+        let mut world = World::open(config.clone(), content, config.oracle(), rng);
+        world.request(Op::WriteZeroes { keep_space }, 0, config.image.virtual_size);
+        world.drain();
+        for block in config.blocks {
+            world.request(Op::Read, block << 20, 4096);
+            world.drain();
+        }
+        let counters = world.counters();
+        assert_eq!((counters.grants, counters.fills), (0, 0), "keep the space: {keep_space}");
+        world.close();
+    }
 }

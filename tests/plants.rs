@@ -51,6 +51,8 @@ fn catch_for(planted: Plant) -> Catch {
         | Plant::SkipChecksum
         | Plant::TwinHeaders
         | Plant::LateMark
+        | Plant::SkipPresent
+        | Plant::KeepLeaks
         | Plant::TrustTail => Catch::Scenario("dynamic"),
         Plant::KeepLaterEntries | Plant::TailBeforeSync => Catch::Scenario("chunk-border"),
         Plant::LateCount => Catch::Scenario("again"),
@@ -62,6 +64,7 @@ fn catch_for(planted: Plant) -> Catch {
         Plant::ForgetUnmapped => Catch::Scenario("killed-no-punch"),
         Plant::ForgetParents | Plant::SkipFillSync => Catch::Scenario("child-filled"),
         Plant::RevealParents
+        | Plant::KeepParents
         | Plant::SkipBitsSync
         | Plant::BitsBeforeData
         | Plant::ForgetBits
@@ -75,6 +78,7 @@ fn catch_for(planted: Plant) -> Catch {
         Plant::IgnoreBoot => Catch::Test(a_session_from_before_a_power_cut_is_not_taken_over),
         Plant::IgnoreVersion => Catch::Test(a_session_of_another_layout_is_told_apart),
         Plant::IgnoreChecksum => Catch::Test(a_damaged_session_is_told_apart),
+        Plant::TrustFirstLook => Catch::Test(a_first_write_survives_zeros_beside_it),
         Plant::NoFlushedOffset => Catch::Test(a_file_that_lost_its_durable_end_is_refused),
         Plant::NoExtension => Catch::Test(a_length_that_the_log_asks_for_is_restored),
         Plant::LongEntry => Catch::Test(others_can_read_every_entry),
@@ -136,6 +140,23 @@ fn a_file_that_lost_its_durable_end_is_refused() {
     file.resize(file.length - (1 << 20));
     if open(&config, &file).is_ok() {
         violated("a file that lost its durable end is taken for whole".into());
+    }
+}
+
+/// Zeros for one part of a block while another part is written for the first time: both are there afterwards.
+#[test]
+fn a_first_write_survives_zeros_beside_it() {
+    set_log_unit(LOG_UNIT);
+    let config = Config { requests: 0, ..tiny() };
+    for seed in 0..SEEDS {
+        let mut rng = Rng::with_seed(seed);
+        let content = new_image(&config, &mut rng);
+        let mut world = World::open(config.clone(), content, config.oracle(), rng);
+        world.request(Op::Write { durable: false }, 0, 4096);
+        world.request(Op::WriteZeroes { keep_space: true }, u64::from(config.image.block_size) / 2, 4096);
+        world.drain();
+        world.request(Op::Read, 0, 4096);
+        world.drain();
     }
 }
 

@@ -5,6 +5,7 @@ use std::mem::offset_of;
 use libublk::sys;
 use serde::{Deserialize, Serialize};
 
+use crate::engine::front::MAX_LOOKS;
 use crate::error::{Error, Kind, Result};
 
 /// Most queues of one device: one per CPU helps, and more than this has never helped a file.
@@ -155,9 +156,19 @@ const OPTIMAL_IO_SHIFT: u8 = 20;
 /// Finest range worth discarding, bytes: the page of most file systems beneath an image.
 const DISCARD_GRANULARITY_BYTES: u32 = 4096;
 
-/// Longest discard or write-zeroes request, bytes: long, as it costs per block and not per byte, yet few
+/// Longest discard, bytes: as much as the kernel puts into one, as it costs per block and not per byte, yet few
 /// enough blocks that other requests are not kept waiting.
-const MAX_DISCARD_BYTES: u64 = 2 << 30;
+const MAX_DISCARD_BYTES: u64 = 4 << 30;
+
+const _: () =
+    assert!(MAX_DISCARD_BYTES >> MIN_BLOCK_SHIFT < MAX_LOOKS as u64, "a front looks at each block once");
+
+/// Blocks have a MiB at least.
+const MIN_BLOCK_SHIFT: u32 = 20;
+
+/// Longest write-zeroes request, bytes. The kernel cuts a longer range at multiples of this, and at any sector if it is
+/// more than the range that it puts into one: parts of blocks would take space.
+const MAX_ZEROES_BYTES: u64 = 2 << 30;
 
 /// The kernel's `ublk_params`, of which the crate's ends before the last field.
 #[repr(C)]
@@ -200,12 +211,12 @@ impl Parameters {
             ..Default::default()
         };
         if !self.read_only {
-            let sectors = u32::try_from(MAX_DISCARD_BYTES >> KERNEL_SECTOR_SHIFT).expect("a small constant");
+            let sectors = |bytes: u64| u32::try_from(bytes >> KERNEL_SECTOR_SHIFT).expect("a small constant");
             params.types |= sys::UBLK_PARAM_TYPE_DISCARD;
             params.discard = sys::ublk_param_discard {
                 discard_granularity: DISCARD_GRANULARITY_BYTES.max(self.logical_sector_bytes),
-                max_discard_sectors: sectors,
-                max_write_zeroes_sectors: sectors,
+                max_discard_sectors: sectors(MAX_DISCARD_BYTES),
+                max_write_zeroes_sectors: sectors(MAX_ZEROES_BYTES),
                 max_discard_segments: 1,
                 ..Default::default()
             };

@@ -52,7 +52,7 @@ impl<D: Disk + 'static> Engine<D> {
     }
 
     /// Whether a block with this entry can be written as it is.
-    fn has_space(&self, entry: BatEntry) -> bool {
+    pub(super) fn has_space(&self, entry: BatEntry) -> bool {
         let partial = Some(PayloadState::PartiallyPresent);
         entry.payload_state() == Some(PayloadState::FullyPresent)
             || self.shared.geometry().is_differencing() && entry.payload_state() == partial

@@ -91,7 +91,7 @@ impl<D: Disk + 'static> Engine<D> {
     async fn put_zeros(self: &Rc<Self>, from: u64, to: u64) -> Outcome {
         for (from, to) in pieces(from, to) {
             let block = self.shared.geometry().block_of_offset(from);
-            self.zero_absent(block, 1).await?;
+            self.zero_absent(block, 1, false).await?;
             if self.shared.map.load(block).entry.payload_state() != Some(PayloadState::Zero) {
                 self.put(from, &vec![0; index(to - from)]).await?;
             }

@@ -13,11 +13,12 @@
 //! * a durable write into a block whose mapping is not durable is an ordinary write that joins a flush;
 //! * a sector of a partially present block is marked as being there when its data is, and before the request is done.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::message::{Ask, ToEngine, ToFront};
 use super::port::{FileIo, FileOp, LEAF, MAX_WRITE_ZEROS, PieceId, Port};
-use super::run::{Run, Source};
+use super::run::{Run, Source, shows_parents, to_unmap};
 use super::shared::{Session, Shared};
 use crate::simulation::{Plant, planted};
 
@@ -33,6 +34,10 @@ const MAX_ASKS_AGAIN: u16 = 1000;
 /// Parts of blocks below this size are not punched (each `fallocate` drains all direct I/O on the file):
 /// an advisory discard is acknowledged without work, zeros are written.
 pub const MIN_PUNCH_BYTES: u64 = 64 << 10;
+
+/// Entries of block maps that a front looks at for one request before it leaves the search to the engine, which lets
+/// others have their turn: about 50 microseconds. The longest discard of a single image needs fewer.
+pub const MAX_LOOKS: u32 = 16 << 10;
 
 /// A request as the kernel made it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -369,45 +374,78 @@ impl Front {
             self.slots[usize::from(tag)].cursor = self.slots[usize::from(tag)].end();
             return Step::Again;
         }
-        if let Some(step) = self.await_session(tag, port) {
-            return step;
-        }
-        if let Some((first, count)) = self.take_whole_blocks(tag) {
-            self.ask(tag, Ask::Unmap { first, count, define_absent: false }, port);
-            return Step::Wait;
+        if let Some(blocks) = self.whole_blocks(tag) {
+            return self.unmap(tag, blocks, false, port);
         }
         let run = self.part(tag);
-        if run.is_present() && u64::from(run.length) >= MIN_PUNCH_BYTES && self.shared.can_punch() {
-            self.start_piece(tag, &run, FileOp::PunchHole, true, port);
-        } else {
+        let punches = run.is_present() && u64::from(run.length) >= MIN_PUNCH_BYTES;
+        if !punches || !self.shared.can_punch() {
             self.skip(tag, &run);
+        } else if let Some(step) = self.await_session(tag, port) {
+            return step;
+        } else {
+            self.start_piece(tag, &run, FileOp::PunchHole, true, port);
         }
         Step::Again
     }
 
     fn step_zero<P: Port>(&mut self, tag: u16, keep_space: bool, port: &mut P) -> Step {
+        let keep_space = keep_space || self.shared.fixed;
+        let whole = self.whole_blocks(tag);
+        if let Some(blocks) = whole.clone().filter(|_| !keep_space) {
+            return self.unmap(tag, blocks, true, port);
+        }
+        let run = self.part(tag);
+        if run.source == Source::Zero {
+            self.skip(tag, &run);
+            return Step::Again;
+        }
         if let Some(step) = self.await_session(tag, port) {
             return step;
         }
-        let keep_space = keep_space || self.shared.fixed;
-        if !keep_space && let Some((first, count)) = self.take_whole_blocks(tag) {
-            self.ask(tag, Ask::Unmap { first, count, define_absent: true }, port);
-            return Step::Wait;
-        }
-        let run = self.part(tag);
         if run.is_present() {
             let op = self.zeroing_op(run.length, keep_space);
             self.start_piece(tag, &run, op, false, port);
-        } else if run.source == Source::Zero {
-            self.skip(tag, &run);
-        } else if run.source == Source::Parents {
-            let first = self.shared.geometry().block_of_offset(self.slots[usize::from(tag)].cursor);
-            return self.ask_again(tag, Ask::Allocate { first, count: 1 }, port);
-        } else {
-            let (first, count) = self.blocks_ahead(tag);
-            return self.ask_again(tag, Ask::ZeroAbsent { first, count }, port);
+            return Step::Again;
         }
-        Step::Again
+        let ask = self.zero_absent(tag, &run, whole);
+        self.ask_again(tag, ask, port)
+    }
+
+    /// What makes the absent block at the cursor read as zeros. It takes space only where a part of it has to read
+    /// on as the parents say.
+    fn zero_absent(&self, tag: u16, run: &Run, whole: Option<Range<u64>>) -> Ask {
+        let (first, count) = self.blocks_ahead(tag);
+        match whole {
+            _ if run.source != Source::Parents => Ask::ZeroAbsent { first, count, whole: false },
+            Some(blocks) => Ask::ZeroAbsent { first, count: blocks.end - blocks.start, whole: true },
+            None if shows_parents(&self.shared, first, &mut { MAX_LOOKS }) => {
+                Ask::Allocate { first, count: 1 }
+            }
+            None => Ask::ZeroAbsent { first, count: 1, whole: false },
+        }
+    }
+
+    /// Whole `blocks` at the cursor are to read as zeros. Those that do already are passed over without a word to the
+    /// engine: what it has published is what every acknowledged request has left. A request still under way may come
+    /// before this one or after it.
+    fn unmap<P: Port>(&mut self, tag: u16, blocks: Range<u64>, define_absent: bool, port: &mut P) -> Step {
+        let mut looks = MAX_LOOKS;
+        let first = blocks.clone().find(|&block| {
+            looks = looks.saturating_sub(1);
+            looks == 0 || to_unmap(&self.shared, block, define_absent, &mut looks)
+        });
+        if first.is_some()
+            && let Some(step) = self.await_session(tag, port)
+        {
+            return step;
+        }
+        let slot = &mut self.slots[usize::from(tag)];
+        slot.cursor = slot.end().min(blocks.end * self.shared.geometry().block_size());
+        slot.asks = 0;
+        let Some(first) = first else { return Step::Again };
+        self.ask(tag, Ask::Unmap { first, count: blocks.end - first, define_absent }, port);
+        Step::Wait
     }
 
     fn zeroing_op(&self, length: u32, keep_space: bool) -> FileOp {
@@ -480,11 +518,10 @@ impl Front {
         Run::of(&self.shared, slot.cursor, slot.end())
     }
 
-    /// Whole blocks at the cursor, as (first, count), with the cursor moved past them. The last block of the
-    /// disk is whole when the range reaches the end of the disk.
-    fn take_whole_blocks(&mut self, tag: u16) -> Option<(u64, u64)> {
-        let geometry = *self.shared.geometry();
-        let slot = &mut self.slots[usize::from(tag)];
+    /// Whole blocks at the cursor. The last block of the disk is whole when the range reaches the end of the disk.
+    fn whole_blocks(&self, tag: u16) -> Option<Range<u64>> {
+        let geometry = self.shared.geometry();
+        let slot = &self.slots[usize::from(tag)];
         let end = slot.end();
         if !slot.cursor.is_multiple_of(geometry.block_size()) {
             return None;
@@ -492,11 +529,7 @@ impl Front {
         let first = slot.cursor / geometry.block_size();
         let past =
             if end == geometry.virtual_size() { geometry.block_count() } else { end / geometry.block_size() };
-        if past <= first {
-            return None;
-        }
-        slot.cursor = end.min(past * geometry.block_size());
-        Some((first, past - first))
+        (past > first).then_some(first..past)
     }
 
     /// The blocks from the cursor to the end of the request, as (first, count).

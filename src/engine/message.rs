@@ -32,7 +32,8 @@ pub enum Ask {
         /// Number of blocks.
         count: u64,
     },
-    /// Make whole blocks `first..first + count` read as zero and give their space back.
+    /// Make whole blocks `first..first + count` read as zero and give their space back. Blocks that read as zero
+    /// already stay as they are.
     Unmap {
         /// First block.
         first: u64,
@@ -48,6 +49,8 @@ pub enum Ask {
         first: u64,
         /// Number of blocks.
         count: u64,
+        /// All of each block is to read as zero, whatever the parents have.
+        whole: bool,
     },
     /// Make everything that was acknowledged before this request durable.
     Flush,

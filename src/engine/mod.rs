@@ -281,7 +281,7 @@ impl<D: Disk + 'static> Engine<D> {
             Ask::OpenSession => self.open_session().await,
             Ask::Allocate { first, count } => self.allocate(first, count).await,
             Ask::Unmap { first, count, define_absent } => self.unmap(first, count, define_absent).await,
-            Ask::ZeroAbsent { first, count } => self.zero_absent(first, count).await,
+            Ask::ZeroAbsent { first, count, whole } => self.zero_absent(first, count, whole).await,
             Ask::Flush => self.flush().await,
         }
     }

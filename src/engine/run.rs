@@ -3,7 +3,8 @@
 use super::port::LEAF;
 use super::shared::Shared;
 use crate::format::bat::PayloadState;
-use crate::image::{BlockMap, Mapping};
+use crate::image::{BlockMap, Mapping, payload_extent};
+use crate::simulation::{Plant, planted};
 
 /// Where bytes are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,6 +101,41 @@ impl Run {
             _ => true,
         }
     }
+}
+
+/// Whether the entry of `block` has to change for all of it to read as zeros: it has space; or, in a child, its
+/// parents have content; or others may read something else (`define_absent`).
+///
+/// `looks` is how many entries of the parents may still be looked at; without, it is the parents' content that is
+/// assumed.
+pub(super) fn to_unmap(shared: &Shared, block: u64, define_absent: bool, looks: &mut u32) -> bool {
+    let entry = shared.map.load(block).entry;
+    match entry.payload_state() {
+        Some(PayloadState::Zero) => false,
+        _ if payload_extent(entry, shared.geometry()).is_some() => !planted(Plant::SkipPresent),
+        _ if define_absent => true,
+        Some(PayloadState::NotPresent) if shared.geometry().is_differencing() => {
+            shows_parents(shared, block, looks) && !planted(Plant::KeepParents)
+        }
+        _ => false,
+    }
+}
+
+/// Whether any of `block`, absent in the leaf, lies in a parent's file. What no layer has reads as zeros.
+pub(super) fn shows_parents(shared: &Shared, block: u64, looks: &mut u32) -> bool {
+    let geometry = shared.geometry();
+    let mut at = block * geometry.block_size();
+    let end = (at + geometry.block_size()).min(geometry.virtual_size());
+    let layers = u32::try_from(shared.layers().count()).expect("at most 256");
+    while at < end {
+        let run = Run::through(shared, at, end);
+        *looks = looks.saturating_sub(layers);
+        if run.is_present() || *looks == 0 {
+            return true;
+        }
+        at += u64::from(run.length);
+    }
+    false
 }
 
 /// Where one layer says that bytes are.

@@ -4,6 +4,7 @@ use std::rc::Rc;
 
 use super::local::yield_now;
 use super::log::cycle_threshold;
+use super::run::{shows_parents, to_unmap};
 use super::{Engine, Outcome};
 use crate::disk::Disk;
 use crate::format::bat::{BatEntry, PayloadState};
@@ -14,44 +15,47 @@ use crate::simulation::{Plant, planted};
 const BLOCKS_PER_TURN: u64 = 512;
 
 impl<D: Disk + 'static> Engine<D> {
-    /// Makes whole blocks ZERO. Blocks without space change only if `define_absent`: to this program they
-    /// read as zero anyway, or as their parents say, to others an absent block's content is undefined.
+    /// Makes whole blocks ZERO that do not read as zero. Those that do change only if `define_absent`: to others an
+    /// absent block's content is undefined.
     pub(super) async fn unmap(self: &Rc<Self>, first: u64, count: u64, define_absent: bool) -> Outcome {
         assert!(!self.shared.fixed, "fixed images keep their space");
-        self.change_each(first, count, |engine, old| {
-            let absent = engine.space_of(old).is_none();
-            old.payload_state() != Some(PayloadState::Zero) && (define_absent || !absent)
-        })
-        .await
+        let to_zero =
+            |engine: &Self, block| to_unmap(&engine.shared, block, define_absent, &mut { u32::MAX });
+        self.change_each(first, count, to_zero).await
     }
 
-    /// Makes those blocks ZERO that have no data, nor a parent's.
-    pub(super) async fn zero_absent(self: &Rc<Self>, first: u64, count: u64) -> Outcome {
-        self.change_each(first, count, |engine, old| {
-            let has_data =
-                old.payload_state() == Some(PayloadState::FullyPresent) || engine.needs_parents(old);
-            old.payload_state() != Some(PayloadState::Zero) && !has_data
-        })
-        .await
+    /// Makes those blocks ZERO that have no data, nor, unless the `whole` block is meant, a parent's.
+    pub(super) async fn zero_absent(self: &Rc<Self>, first: u64, count: u64, whole: bool) -> Outcome {
+        let to_zero = |engine: &Self, block| {
+            let entry = engine.shared.map.load(block).entry;
+            let parents = || shows_parents(&engine.shared, block, &mut { u32::MAX });
+            entry.payload_state() != Some(PayloadState::Zero)
+                && !engine.has_space(entry)
+                && (whole || !parents())
+        };
+        self.change_each(first, count, to_zero).await
     }
 
+    /// Makes the blocks ZERO of which `to_zero` is true. Most of a long range may be: those cost a look each.
     async fn change_each(
         self: &Rc<Self>,
         first: u64,
         count: u64,
-        to_zero: impl Fn(&Self, BatEntry) -> bool,
+        to_zero: impl Fn(&Self, u64) -> bool,
     ) -> Outcome {
         for block in first..first + count {
-            let change = async {
-                self.check_poison()?;
-                let old = self.shared.map.load(block).entry;
-                if to_zero(self, old) {
-                    let reveals = planted(Plant::RevealParents);
-                    self.remap(block, if reveals { BatEntry::not_present() } else { BatEntry::zero() });
-                }
-                Outcome::Ok(())
-            };
-            self.block_locks.exclusively(block, change).await?;
+            if to_zero(self, block) {
+                let change = async {
+                    self.check_poison()?;
+                    // Whoever had the block until now may have given it space.
+                    if to_zero(self, block) || planted(Plant::TrustFirstLook) {
+                        let reveals = planted(Plant::RevealParents);
+                        self.remap(block, if reveals { BatEntry::not_present() } else { BatEntry::zero() });
+                    }
+                    Outcome::Ok(())
+                };
+                self.block_locks.exclusively(block, change).await?;
+            }
             if (block - first + 1).is_multiple_of(BLOCKS_PER_TURN) {
                 self.pause_for_commit().await?;
             }
@@ -94,7 +98,8 @@ impl<D: Disk + 'static> Engine<D> {
         self.released_bell.ring();
     }
 
-    async fn give_back(self: &Rc<Self>, extent: Extent) {
+    /// Punches space that nothing names and that is not free yet, and frees it.
+    pub(super) async fn give_back(self: &Rc<Self>, extent: Extent) {
         let punched = if self.shared.can_punch() {
             self.disk.punch(extent.offset, extent.length).await
         } else {

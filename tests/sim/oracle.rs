@@ -5,6 +5,7 @@
 //! number), torn (checksum), stale (an id never issued here).
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use super::lineage::Lineage;
 
@@ -111,12 +112,26 @@ impl Oracle {
 
     /// A write of `value` (0 for zeros) to sectors `first..first + count` is issued.
     pub fn issue(&mut self, first: u64, count: u64, value: Value, supersedes: bool) {
+        self.change(first, count, value, |_, _| supersedes);
+    }
+
+    /// A discard of sectors `first..first + count` is issued. Those `in_whole_blocks` read as zeros when it is
+    /// acknowledged, unless a write to them is under way, which may come before it or after it; of the others it may
+    /// leave what was there.
+    pub fn discard(&mut self, first: u64, count: u64, in_whole_blocks: Range<u64>) {
+        self.change(first, count, 0, |sector, history| {
+            in_whole_blocks.contains(&sector) && history.iter().all(|entry| entry.acknowledged.is_some())
+        });
+    }
+
+    fn change(&mut self, first: u64, count: u64, value: Value, supersedes: impl Fn(u64, &[Entry]) -> bool) {
         let issued = self.tick();
         for sector in self.watched(first, count) {
             let history = self
                 .sectors
                 .entry(sector)
                 .or_insert_with(|| vec![Entry::original(self.lineage.original(sector))]);
+            let supersedes = supersedes(sector, history);
             history.push(Entry { value, issued, acknowledged: None, supersedes });
             self.changes.entry(sector).or_default().push((value, issued));
         }

@@ -6,6 +6,7 @@ mod snapshot;
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -734,12 +735,23 @@ impl World {
                 self.hosts[index].buffers[usize::from(tag)] = vec![0xee; length];
                 readable = (first..first + count).map(|number| self.oracle.readable(number)).collect();
             }
-            Op::Discard => self.oracle.issue(first, count, 0, false),
+            Op::Discard => self.oracle.discard(first, count, self.discarded_blocks(&request)),
             Op::WriteZeroes { .. } => self.oracle.issue(first, count, 0, true),
             Op::Flush => {}
         }
         self.hosts[index].active[usize::from(tag)] = Some(Active { request, value, issued, readable });
         self.with_front(index, |front, port| front.start(tag, request, port));
+    }
+
+    /// The sectors of the blocks that `request`, a discard, takes as a whole: those read as zeros when it is done.
+    fn discarded_blocks(&self, request: &Request) -> Range<u64> {
+        let NewImage { block_size, virtual_size, logical_sector_size, fixed, .. } = self.config.image;
+        let block = u64::from(block_size);
+        let end = request.offset + request.length;
+        let from = request.offset.next_multiple_of(block);
+        let to = if end == virtual_size { end } else { end - end % block };
+        let sector = u64::from(logical_sector_size);
+        if fixed || from >= to { 0..0 } else { from / sector..to / sector }
     }
 
     fn complete_op(&mut self, index: usize) {
