@@ -17,7 +17,9 @@ use uuid::Uuid;
 
 use vhdx_ublk::chain::{Known, Layer, Relative};
 use vhdx_ublk::device::session;
-use vhdx_ublk::disk::{Access, Buffer, Disk, ImageFile, Links, Opened, next_data, open_regular};
+use vhdx_ublk::disk::{
+    Access, Buffer, Disk, ImageFile, Links, Opened, next_data, open_regular, takes_space_back,
+};
 use vhdx_ublk::error::{Error, Kind, Result};
 use vhdx_ublk::format::metadata::Metadata;
 use vhdx_ublk::image::{Identity, Image, Mode};
@@ -250,6 +252,10 @@ impl Disk for Plain {
 
     async fn punch(&self, _: u64, _: u64) -> io::Result<bool> {
         only_read()
+    }
+
+    fn takes_space_back(&self) -> bool {
+        takes_space_back(&self.0)
     }
 }
 

@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, PosixFadviseAdvice, fcntl, posix_fadvise};
+use nix::sys::statfs::{BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, FsType, TMPFS_MAGIC, XFS_SUPER_MAGIC, fstatfs};
 use nix::sys::statvfs::fstatvfs;
 use nix::unistd::{Gid, Uid, Whence, fchown, lseek};
 
@@ -56,6 +57,16 @@ pub fn next_data(file: &File, offset: u64) -> io::Result<Option<u64>> {
         Err(Errno::EINVAL | Errno::EOPNOTSUPP) => Ok(Some(offset)),
         Err(errno) => Err(errno.into()),
     }
+}
+
+/// Hosts that punch holes into any file, by the number that `statfs` gives: ext4, XFS, btrfs, tmpfs, F2FS. Others do
+/// so for some files, or when their server can, or never; asking would change the file's times.
+const PUNCHING: [FsType; 5] =
+    [EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC, BTRFS_SUPER_MAGIC, TMPFS_MAGIC, FsType(0xf2f5_2010)];
+
+/// Whether the host surely takes space of `file` back that nobody needs.
+pub fn takes_space_back(file: &File) -> bool {
+    fstatfs(file).is_ok_and(|host| PUNCHING.contains(&host.filesystem_type()))
 }
 
 /// How the payload of an image reaches its file.
@@ -282,6 +293,11 @@ impl ImageFile {
         Ok(self.file.metadata()?.len())
     }
 
+    /// As [`takes_space_back`], of this file.
+    pub fn takes_space_back(&self) -> bool {
+        takes_space_back(&self.file)
+    }
+
     /// As [`next_data`], of this file.
     ///
     /// # Errors
@@ -372,7 +388,6 @@ pub fn folder_of(path: &Path) -> &Path {
 #[cfg(test)]
 mod tests {
     use nix::sys::stat::Mode;
-    use nix::sys::statfs::fstatfs;
 
     use super::*;
 

@@ -22,7 +22,7 @@ mod unfinished;
 mod uring;
 
 pub use buffer::{Buffer, PAGE_BYTES};
-pub use file::{HostRoom, ImageFile, PayloadIo, folder_of, next_data};
+pub use file::{HostRoom, ImageFile, PayloadIo, folder_of, next_data, takes_space_back};
 pub use lock::Access;
 pub use open::{Links, Opened, open_regular};
 pub use place::Place;
@@ -73,4 +73,7 @@ pub trait Disk {
     /// Gives the space of `offset..offset + length` back to the host; it reads as zero afterwards. `false`
     /// when the host cannot, and nothing has changed.
     async fn punch(&self, offset: u64, length: u64) -> io::Result<bool>;
+
+    /// Whether [`Disk::punch`] surely gives space of this file back. Looking changes nothing.
+    fn takes_space_back(&self) -> bool;
 }

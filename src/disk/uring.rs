@@ -267,6 +267,10 @@ impl Disk for UringDisk {
         }
         self.fallocate(&self.can_punch, MODE, range).await
     }
+
+    fn takes_space_back(&self) -> bool {
+        self.can_punch.get() && self.file.takes_space_back()
+    }
 }
 
 /// A write under way.

@@ -1,6 +1,7 @@
 //! Closing the image: the file that is left needs no replay and has no unused tail.
 //!
-//! Order: everything committed and in place → synced → the headers drop the LogGuid → the tail is cut off.
+//! Order: everything committed and in place → synced → the headers drop the LogGuid → space that nothing names goes
+//! back to the host, and the tail is cut off.
 
 use std::rc::Rc;
 
@@ -8,27 +9,29 @@ use super::local::Promise;
 use super::shared::Session;
 use super::{Engine, Outcome, errno};
 use crate::disk::Disk;
+use crate::image::Extent;
+use crate::simulation::{Plant, planted};
 
 impl<D: Disk + 'static> Engine<D> {
     /// Closes the image. Every ask has been answered and no front will ask again; the fronts still answer
     /// barriers.
     ///
-    /// An image that was not modified is left untouched. A poisoned one keeps its LogGuid and its length: the
+    /// An image that was not modified, nor recovered, is left untouched. A poisoned one keeps its LogGuid and its length: the
     /// next open replays what is durable.
     ///
     /// # Errors
     /// A positive `errno` if the image could not be closed clean; its content is safe in the log.
     pub async fn close(self: &Rc<Self>) -> Outcome {
-        let modified = self.shared.session() != Session::Idle;
+        let modified = self.shared.session() != Session::Idle || self.recovered;
         let mut outcome = self.freeze().await;
         if outcome.is_ok() && modified {
-            outcome = self.trim_tail().await;
+            outcome = self.trim().await;
         }
         self.end().await;
         outcome
     }
 
-    /// Makes the image whole on the medium, as [`Self::close`] does, but for its unused tail, which stays. It may be
+    /// Makes the image whole on the medium, as [`Self::close`] does, but for its unused space, which stays. It may be
     /// gone on with: by [`Self::retire`], or by more asks.
     ///
     /// # Errors
@@ -42,12 +45,12 @@ impl<D: Disk + 'static> Engine<D> {
         }
     }
 
-    /// Ends the engine of a frozen image that nobody will write any more: cuts its tail off.
+    /// Ends the engine of a frozen image that nobody will write any more: gives its unused space back.
     ///
     /// # Errors
     /// A positive `errno` if the file keeps its tail, which does no harm.
     pub async fn retire(self: &Rc<Self>) -> Outcome {
-        let outcome = self.trim_tail().await;
+        let outcome = self.trim().await;
         self.end().await;
         outcome
     }
@@ -72,14 +75,40 @@ impl<D: Disk + 'static> Engine<D> {
         Ok(())
     }
 
-    /// Gives the unused end of the file back. The log is empty, and durably so: no replay misses the length.
-    async fn trim_tail(self: &Rc<Self>) -> Outcome {
+    /// Gives unused space back. The log is empty, and durably so: no replay misses the length, or what was there.
+    async fn trim(self: &Rc<Self>) -> Outcome {
+        let punched = !planted(Plant::KeepLeaks) && self.give_leaks_back().await;
         let end = self.space.borrow().used_end();
-        if end < self.file_length.get() {
+        let longer = end < self.file_length.get();
+        if longer {
+            self.shared.map.set_file_bytes(end);
             self.disk.truncate(end).await.map_err(|error| errno(&error))?;
             self.file_length.set(end);
-            self.sync().await?;
         }
-        Ok(())
+        if punched || longer { self.sync().await } else { Ok(()) }
+    }
+
+    /// Gives the host what a power cut has left without a name: space that was granted and never logged, or unmapped
+    /// and not punched yet. Whether there was any.
+    async fn give_leaks_back(self: &Rc<Self>) -> bool {
+        let runs: Vec<Extent> = self.space.borrow().unknown_runs().collect();
+        let mut any = false;
+        for run in runs {
+            let stored = match self.disk.next_data(run.offset).await {
+                Ok(found) => found.is_some_and(|found| found < run.end()),
+                Err(_) => false,
+            };
+            if stored {
+                if !self.shared.can_punch() {
+                    return any;
+                }
+                any = true;
+                // In nobody's hands while it is punched.
+                let shared = self.space.borrow_mut().claim(run);
+                assert_eq!(shared, None, "a free run is free");
+                self.give_back(run).await;
+            }
+        }
+        any
     }
 }

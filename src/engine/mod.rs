@@ -51,7 +51,7 @@ use uuid::Uuid;
 
 use crate::disk::Disk;
 use crate::error::Result;
-use crate::image::{BlockMap, Extent, Headers, Image, Layout, Page, Space};
+use crate::image::{BlockMap, Extent, FoundLog, Headers, Image, Layout, Page, Space};
 use local::{Bell, BlockLocks, Promise, Spawn, Turnstile};
 use log::LogSpace;
 use message::{Ask, ToEngine, ToFront};
@@ -121,6 +121,8 @@ pub struct Engine<D: Disk> {
     parents: Vec<D>,
     shared: Arc<Shared>,
     layout: Layout,
+    /// A log was replayed when it was opened.
+    recovered: bool,
     tasks: Rc<dyn Spawn>,
     fronts: Rc<dyn Fronts>,
     guids: RefCell<GuidSource>,
@@ -217,6 +219,7 @@ impl<D: Disk + 'static> Engine<D> {
             file_length: Cell::new(image.layout.file_length),
             stable_length: Cell::new(0),
             layout: image.layout,
+            recovered: image.found_log != FoundLog::Clean,
             open_tasks: Cell::new(0),
             closing: RefCell::new(None),
             counters: Cell::default(),

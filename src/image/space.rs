@@ -124,6 +124,11 @@ impl Space {
         })
     }
 
+    /// Those of the free runs that may hold something: not all of them is known to be zero.
+    pub fn unknown_runs(&self) -> impl Iterator<Item = Extent> {
+        self.free_runs().filter(|run| !run.units().all(|unit| self.known_zero.get(unit)))
+    }
+
     /// Takes the lowest free run of `length` bytes, if the file has one.
     pub fn take(&mut self, length: u64) -> Option<Grant> {
         let count = length / MIB;
@@ -331,6 +336,13 @@ mod tests {
         }
         let found: Vec<Extent> = space.free_runs().collect();
         assert_eq!(found, [extent(1, 2), extent(63, 1), extent(65, 575)]);
+        for (run, known_zero) in [(extent(3, 1), true), (extent(640, 1), false)] {
+            space.free(run, known_zero);
+        }
+        space.free(extent(641, 1), true);
+        assert_eq!(space.claim(extent(999, 1)), None);
+        let unknown: Vec<Extent> = space.unknown_runs().collect();
+        assert_eq!(unknown, [extent(1, 3), extent(63, 1), extent(65, 934)]);
     }
 
     #[test]

@@ -97,4 +97,8 @@ impl Disk for Probe {
     async fn punch(&self, _offset: u64, _length: u64) -> io::Result<bool> {
         panic!("opening punches nothing");
     }
+
+    fn takes_space_back(&self) -> bool {
+        true
+    }
 }

@@ -849,4 +849,8 @@ impl Disk for SimDisk {
         }
         self.run(Effect::Zero { offset, length }).await.map(|_| true)
     }
+
+    fn takes_space_back(&self) -> bool {
+        self.can_punch
+    }
 }

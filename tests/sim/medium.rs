@@ -99,4 +99,8 @@ impl Disk for Medium {
     async fn punch(&self, offset: u64, length: u64) -> io::Result<bool> {
         self.zero(offset, length).await.map(|()| true)
     }
+
+    fn takes_space_back(&self) -> bool {
+        true
+    }
 }

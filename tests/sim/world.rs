@@ -528,10 +528,25 @@ impl World {
         let closed = self.try_close();
         if closed.is_ok() {
             self.activation.clean_closes += 1;
+            self.look_for_leaks();
         } else if !self.injected {
             violated(format!("the image does not close: {closed:?}"));
         }
         self.disk.content()
+    }
+
+    /// Whatever power cuts have left behind, an image that was written and closed takes no room on the host that
+    /// nothing names.
+    fn look_for_leaks(&mut self) {
+        if !self.config.can_punch || self.disk.struck().is_some() || self.session() == Session::Idle {
+            return;
+        }
+        let disk = SimDisk::new(self.disk.content(), true, true, self.config.image.logical_sector_size);
+        let report = block_on(check(&disk)).expect("a VHDX");
+        if report.leaks > 0 {
+            violated(format!("a closed image leaks: {:?}", report.findings));
+        }
+        self.marks.hit("closed images without leaks");
     }
 
     /// Closes the image, clean or not.

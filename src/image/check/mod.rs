@@ -57,6 +57,8 @@ pub(super) struct Examination {
     pub space: Option<Space>,
     /// The length to which the file can be cut.
     pub trimmed_length: Option<u64>,
+    /// The file does not say that it is a VHDX, and is one.
+    pub lacks_signature: bool,
     /// Space with one owner by name; all other used space is blocks.
     fixtures: Vec<(Extent, &'static str)>,
     /// Something else has space of the log, or the log changes blocks: it is neither replayed nor written.
@@ -140,6 +142,7 @@ impl Examination {
         }
         self.report.complete = whole && self.log.is_some();
         self.leaks(disk, &space, length).await?;
+        self.hollow_end(disk, &metadata, &space, length).await?;
         self.tail(&metadata, &space, length);
         self.space = Some(space);
         Ok(())
