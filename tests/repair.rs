@@ -240,6 +240,26 @@ fn a_virgin_log_is_cleared() {
     assert_eq!(checked(&after).findings, []);
 }
 
+/// The signature is written last: until then the file is no image to anybody, and repairing it again ends it.
+#[test]
+fn a_lost_signature_comes_back_behind_everything_else() {
+    let mut damaged = image();
+    flip(&mut damaged, 0);
+    flip(&mut damaged, HEADERS[0] + 999);
+    entry(&mut damaged, 0, (6 * MIB) | RESERVED | PRESENT);
+    let (outcome, whole) = repaired(&damaged, 6);
+    assert_eq!((outcome.before.corruptions, outcome.after.corruptions), (3, 0), "{outcome:?}");
+    let expected = data(&whole);
+    assert_eq!(expected[0][0], 0x66);
+    let after = cut_everywhere(&damaged, |cut, rng| {
+        assert!(
+            data(&repaired(cut, rng.u64(..)).1) == expected,
+            "other data after a cut and a second repair"
+        );
+    });
+    assert!(data(&after) == expected);
+}
+
 /// An image with a fault beyond repair keeps its free space: the fault may hide a block in it.
 #[test]
 fn space_is_kept_while_a_fault_is_left() {

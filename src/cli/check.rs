@@ -9,8 +9,8 @@ use uuid::Uuid;
 
 use vhdx_ublk::chain::{Known, Search};
 use vhdx_ublk::device::session;
-use vhdx_ublk::disk::{Access, Disk, Reactor};
-use vhdx_ublk::error::{Kind, Result};
+use vhdx_ublk::disk::{Access, Disk, ImageFile, Reactor};
+use vhdx_ublk::error::{Error, Kind, Result};
 use vhdx_ublk::image::{self, Finding, Identity, LogFound, Repair, Report, Severity};
 use vhdx_ublk::printable::printable;
 
@@ -93,15 +93,30 @@ fn check(path: &Path, search: &Search) -> Result<Checked> {
 
 fn repair(path: &Path, search: &Search) -> Result<Checked> {
     let file = Arc::new(rest::lock(path, Access::ReadWrite)?);
-    session::refuse_orphan(&file, None)?;
     let reactor = Reactor::new()?;
     let disk = reactor.disk(Arc::clone(&file));
+    session::refuse_orphan(&file, None).map_err(|error| match reactor.block_on(image::check(&disk)) {
+        Ok(found) if found.complete && found.beyond_repair == 0 => error,
+        _ => no_takeover(&file),
+    })?;
     let repaired = reactor.block_on(image::repair(&disk, Uuid::new_v4));
     let Repair { before, after } = repaired.map_err(|error| error.file(path))?;
     let leaf = reactor.block_on(leaf(&disk, file.path()))?;
     let ancestors = Ancestors::examine(leaf.as_ref(), search)?;
     let image = file.path().to_string_lossy().into_owned();
     Ok(Checked { image, report: after, before: Some(before), ancestors })
+}
+
+/// A killed daemon's session is there, and `add`, which takes it over, refuses the image.
+fn no_takeover(file: &ImageFile) -> Error {
+    let path = file.path().display();
+    let message = "a daemon was killed, not everything it acknowledged is in the image, and the image is damaged, so \
+                   that no command takes over what is missing";
+    let remedy = format!(
+        "`vhdx-ublk check {path}` names the damage; take the device away with `vhdx-ublk del {path}`, if it is still \
+         there, and restore the image from a backup"
+    );
+    Error::new(Kind::InUse, message).file(file.path()).remedy(remedy)
 }
 
 /// The image as its parents' child, unless it is beyond reading: its own report says so then.

@@ -36,13 +36,21 @@ impl FileId {
     /// [`Kind::Truncated`] if the file ends inside the identifier.
     pub fn parse(bytes: &[u8]) -> Result<Self> {
         if !bytes.starts_with(SIGNATURE) {
-            return Err(not_vhdx(bytes));
+            return Err(not_vhdx(bytes, &[]));
         }
         let Some(creator) = bytes.get(SIGNATURE.len()..MEANINGFUL) else {
             let message = format!("the file ends after {} bytes, {} expected", bytes.len(), Self::SIZE);
             return Err(Error::new(Kind::Truncated, message).in_structure("file identifier").at(0));
         };
         Ok(Self { creator: decode_creator(creator) })
+    }
+
+    /// Puts the signature where it belongs, over whatever is there.
+    ///
+    /// # Panics
+    /// If `front` is shorter than the signature.
+    pub fn restore(front: &mut [u8]) {
+        front[..SIGNATURE.len()].copy_from_slice(SIGNATURE);
     }
 
     /// The whole slot for a new file. Control characters in `creator` and what exceeds 255 UTF-16 units are
@@ -76,29 +84,46 @@ fn decode_creator(bytes: &[u8]) -> String {
         .collect()
 }
 
-/// The refusal of a file without the signature, with what it looks like instead.
-fn not_vhdx(bytes: &[u8]) -> Error {
-    let error = |message: &str| Error::new(Kind::NotVhdx, message).at(0);
-    if bytes.is_empty() {
-        return error("the file is empty, not a VHDX");
+/// Bytes at the front of a file that tell what other formats look like.
+pub const PROBED_FRONT: usize = 132 << 10;
+
+/// Bytes at its end.
+pub const PROBED_END: usize = 512;
+
+/// The refusal of a file without the signature, with what it looks like instead: `front` are its first bytes, at
+/// most [`PROBED_FRONT`], `end` its last ones, at most [`PROBED_END`]. What they are is never shown: the file may be
+/// one that the caller must not read.
+pub fn not_vhdx(front: &[u8], end: &[u8]) -> Error {
+    let error = |message: String| Error::new(Kind::NotVhdx, message).at(0);
+    if front.is_empty() {
+        return error("the file is empty, not a VHDX".into()).remedy("copy it again from its source");
     }
-    match looks_like(bytes) {
-        Some((format, remedy)) => error(&format!("not a VHDX: this looks like {format}")).remedy(remedy),
-        // Not with what: the file may be anybody's, and an image may lead root to it.
-        None => error("not a VHDX: it does not begin with \"vhdxfile\""),
+    if let Some((format, remedy)) = looks_like(front, end) {
+        return error(format!("not a VHDX: this looks like {format}")).remedy(remedy);
     }
+    let zeros = front.iter().all(|&byte| byte == 0);
+    let found = if zeros { "it begins with zeros" } else { "it does not begin with \"vhdxfile\"" };
+    error(format!("not a VHDX: {found}, and nothing else in it is known")).remedy(UNKNOWN)
 }
 
 /// The remedy for other disk image formats.
 const CONVERT: &str = "convert it first: qemu-img convert -O vhdx OLD NEW";
+/// The remedy for fixed VHDs, whose front is the disk's.
+const CONVERT_FIXED: &str = "convert it first: qemu-img convert -f vpc -O vhdx OLD NEW";
 /// The remedy for packed files.
 const UNPACK: &str = "unpack it first";
 /// The remedy for plain disks.
 const RAW: &str = "attach a raw disk with losetup, or convert it: qemu-img convert -f raw -O vhdx OLD NEW";
+/// The remedy for what nobody knows.
+const UNKNOWN: &str =
+    "`blkid -p FILE` may tell what it is; if it is a copy that was cut short, copy it again";
 
-/// What other formats begin with: offset in bytes, the bytes there, the format, what to do.
-const OTHERS: [(usize, &[u8], &str, &str); 18] = [
-    (0, b"conectix", "a VHD, the older format", CONVERT),
+/// What the last sector of a VHD begins with.
+const VHD_FOOTER: &[u8] = b"conectix";
+
+/// What other formats have at their front: offset in bytes, the bytes there, the format, what to do.
+const OTHERS: [(usize, &[u8], &str, &str); 27] = [
+    (0, VHD_FOOTER, "a VHD, the older format", CONVERT),
     (0, b"QFI\xfb", "a qcow2 image", CONVERT),
     (0, b"KDMV", "a VMDK image", CONVERT),
     (0, b"COWD", "a VMDK image", CONVERT),
@@ -114,18 +139,26 @@ const OTHERS: [(usize, &[u8], &str, &str); 18] = [
     (0, b"head", "the middle of a VHDX, cut off at the front", "get the whole file"),
     (512, b"EFI PART", "a raw disk with a GPT", RAW),
     (4096, b"EFI PART", "a raw disk with a GPT", RAW),
-    (510, b"\x55\xaa", "a raw disk or a fixed VHD: it begins with a boot sector", RAW),
+    (3, b"NTFS    ", "a raw disk with NTFS", RAW),
+    (3, b"EXFAT   ", "a raw disk with exFAT", RAW),
+    (0, b"LUKS\xba\xbe", "a raw disk, encrypted with LUKS", RAW),
+    (0, b"XFSB", "a raw disk with XFS", RAW),
+    (536, b"LVM2 001", "a raw disk of LVM", RAW),
+    (4086, b"SWAPSPACE2", "a raw disk with swap space", RAW),
+    (65600, b"_BHRfS_M", "a raw disk with btrfs", RAW),
     (32769, b"CD001", "an ISO 9660 image", RAW),
+    (510, b"\x55\xaa", "a raw disk: it begins with a boot sector", RAW),
+    (1080, b"\x53\xef", "a raw disk with ext2, ext3 or ext4", RAW),
+    (0, b"hsqs", "a squashfs image", RAW),
 ];
 
 /// The format the bytes belong to and what to do about it, if they are known.
-fn looks_like(bytes: &[u8]) -> Option<(&'static str, &'static str)> {
-    if bytes.len() >= MEANINGFUL && bytes.iter().all(|&byte| byte == 0) {
-        let found = "a raw disk, or a file whose creation never finished: it begins with zeros";
-        return Some((found, "delete an unfinished file and create it again"));
+fn looks_like(front: &[u8], end: &[u8]) -> Option<(&'static str, &'static str)> {
+    if end.len() == PROBED_END && end.starts_with(VHD_FOOTER) && !front.starts_with(VHD_FOOTER) {
+        return Some(("a fixed VHD, the older format", CONVERT_FIXED));
     }
     let hit = |&&(offset, magic, ..): &&(usize, &[u8], &str, &str)| {
-        bytes.get(offset..).is_some_and(|rest| rest.starts_with(magic))
+        front.get(offset..).is_some_and(|rest| rest.starts_with(magic))
     };
     OTHERS.iter().find(hit).map(|&(_, _, format, remedy)| (format, remedy))
 }
@@ -181,22 +214,41 @@ mod tests {
     #[test]
     fn other_formats_are_refused_by_name_with_a_remedy() {
         for (offset, magic, format, remedy) in OTHERS {
-            let mut bytes = vec![0; 65536];
+            let mut bytes = vec![0; PROBED_FRONT];
             bytes[offset..offset + magic.len()].copy_from_slice(magic);
-            let error = FileId::parse(&bytes).expect_err(format);
+            let error = not_vhdx(&bytes, &[0; PROBED_END]);
             assert_eq!(error.kind(), Kind::NotVhdx);
             assert!(error.to_string().contains(format), "{error}");
             assert_eq!(error.remedy_text(), Some(remedy));
         }
+        let mut end = [0; PROBED_END];
+        end[..8].copy_from_slice(VHD_FOOTER);
+        let error = not_vhdx(&vec![0; PROBED_FRONT], &end);
+        assert!(error.to_string().contains("a fixed VHD"), "{error}");
+        assert_eq!(error.remedy_text(), Some(CONVERT_FIXED));
+    }
+
+    /// What is no VHDX may be a file that the caller must not read, and no remedy ends it.
+    #[test]
+    fn unknown_bytes_zeros_and_nothing_are_refused_in_words() {
+        let zeros = vec![0; FileId::SIZE];
+        for bytes in [&b"root:secret:hash"[..], &zeros, b"", b"vhdxfil"] {
+            let error = FileId::parse(bytes).expect_err("no VHDX");
+            let text = format!("{error} {}", error.remedy_text().expect("there is one"));
+            assert!(!text.contains("secret") && !text.contains("delete"), "{text}");
+        }
+        let text = |bytes: &[u8]| FileId::parse(bytes).expect_err("no VHDX").to_string();
+        assert!(text(&zeros).contains("begins with zeros"));
+        assert!(text(b"").contains("empty"));
     }
 
     #[test]
-    fn unknown_bytes_zeros_and_nothing_are_refused_in_words() {
-        let text = |bytes: &[u8]| FileId::parse(bytes).expect_err("no VHDX").to_string();
-        assert!(!text(b"\x1bhello world").contains("hello"), "what is in the file is told");
-        assert!(text(&vec![0; 65536]).contains("creation never finished"));
-        assert!(text(b"").contains("empty"));
-        assert!(text(b"vhdxfil").contains("does not begin"));
+    fn a_lost_signature_is_restored_and_nothing_else() {
+        let slot = FileId::encode("somebody");
+        let mut lost = slot.clone();
+        lost[..8].fill(0xee);
+        FileId::restore(&mut lost);
+        assert_eq!(lost, slot);
     }
 
     proptest! {

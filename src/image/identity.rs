@@ -3,12 +3,13 @@
 use uuid::Uuid;
 
 use super::log_scan::{Log, LogState};
-use super::open::{View, check_log_place, file_length, present, read_headers, read_metadata, read_regions};
+use super::open::{
+    View, check_log_place, file_length, read_file_id, read_headers, read_metadata, read_regions,
+};
 use super::overlay::Overlay;
 use super::replay;
 use crate::disk::Disk;
 use crate::error::Result;
-use crate::format::file_id::FileId;
 use crate::format::metadata::Metadata;
 
 /// What an image says of itself and of its parent, a dirty log replayed in memory.
@@ -29,8 +30,7 @@ impl Identity {
     pub async fn read<D: Disk>(disk: &D, longest_log: u64) -> Result<Self> {
         let file = View { disk, overlay: None };
         let mut length = file_length(disk).await?;
-        let first = file.read("file identifier", 0, FileId::SIZE).await?;
-        FileId::parse(&first[..present(0, FileId::SIZE, length)])?;
+        read_file_id(&file, length).await?;
         let current = read_headers(&file, length).await?;
         check_log_place(&current, length)?;
         let header = current.header;

@@ -21,7 +21,7 @@ use crate::format::MIB;
 use crate::format::bat::{
     BITMAP_BLOCK_SIZE, BatEntry, BitmapState, ENTRY_SIZE, Geometry, PayloadState, Role,
 };
-use crate::format::file_id::FileId;
+use crate::format::file_id::{self, FileId};
 use crate::format::header::{self, Current};
 use crate::format::metadata::{self, Metadata};
 use crate::format::region::{self, CurrentTable, Region};
@@ -93,8 +93,7 @@ impl Image {
     pub async fn open<D: Disk>(disk: &D, mode: Mode, new_guid: impl FnOnce() -> Uuid) -> Result<Self> {
         let file = View { disk, overlay: None };
         let length = file_length(disk).await?;
-        let first = file.read("file identifier", 0, FileId::SIZE).await?;
-        let creator = FileId::parse(&first[..present(0, FileId::SIZE, length)])?.creator;
+        let creator = read_file_id(&file, length).await?.creator;
         let mut header = read_headers(&file, length).await?;
         check_log_place(&header, length)?;
         let state = Log::new(disk, &header.header).scan(length).await?;
@@ -265,6 +264,43 @@ pub(super) fn present(offset: u64, wanted: usize, file_length: u64) -> usize {
     usize::try_from(file_length.saturating_sub(offset)).unwrap_or(usize::MAX).min(wanted)
 }
 
+/// The structure's name, as errors have it.
+pub(super) const FILE_ID: &str = "file identifier";
+
+/// The file identifier. A file without it is refused, by the name of what it looks like; [`Kind::Corrupt`] if a valid
+/// header or region table is in its place, so that it is a VHDX all the same.
+pub(super) async fn read_file_id<D: Disk>(file: &View<'_, D>, length: u64) -> Result<FileId> {
+    let first = file.read(FILE_ID, 0, FileId::SIZE).await?;
+    match FileId::parse(&first[..present(0, FileId::SIZE, length)]) {
+        Err(error) if error.kind() == Kind::NotVhdx => Err(without_signature(file, length).await?),
+        parsed => parsed,
+    }
+}
+
+/// What a file is that does not begin as a VHDX does.
+async fn without_signature<D: Disk>(file: &View<'_, D>, length: u64) -> Result<Error> {
+    let headers = read_headers(file, length).await.is_ok();
+    let regions = read_regions(file, length).await.is_ok();
+    if headers || regions {
+        let left = match (headers, regions) {
+            (true, true) => "the headers and region tables behind it are intact",
+            (true, false) => "the headers behind it are intact, and no region table is",
+            (false, _) => "both headers are damaged, and the region tables behind them are intact",
+        };
+        let message =
+            format!("the signature is missing, but {left}: a VHDX whose first bytes were overwritten");
+        let remedy =
+            "`vhdx-ublk check FILE` tells what is left, and whether --repair can put the signature back";
+        return Ok(Error::corrupt(FILE_ID, message).at(0).remedy(remedy));
+    }
+    let front = file.read(FILE_ID, 0, file_id::PROBED_FRONT).await?;
+    let page = length.saturating_sub(1) / PAGE_BYTES as u64 * PAGE_BYTES as u64;
+    let last = file.read(FILE_ID, page, PAGE_BYTES).await?;
+    let last = &last[..present(page, PAGE_BYTES, length)];
+    let end = &last[last.len().saturating_sub(file_id::PROBED_END)..];
+    Ok(file_id::not_vhdx(&front[..present(0, file_id::PROBED_FRONT, length)], end))
+}
+
 /// The bytes of both headers, fewer where the file ends.
 pub(super) async fn read_header_slots<D: Disk>(file: &View<'_, D>, file_length: u64) -> Result<[Vec<u8>; 2]> {
     let first = file.read("header 1", header::OFFSETS[0], header::SIZE).await?;
@@ -289,11 +325,12 @@ pub(super) fn check_log_place(header: &Current, file_length: u64) -> Result<()> 
 
 pub(super) fn truncated(structure: &'static str, offset: u64, end: u64, file_length: u64) -> Error {
     let message = format!("ends at byte {end}, the file has only {file_length} bytes");
-    Error::new(Kind::Truncated, message)
-        .in_structure(structure)
-        .at(offset)
-        .remedy("the file was cut short: copy it again from its source")
+    Error::new(Kind::Truncated, message).in_structure(structure).at(offset).remedy(CUT_SHORT)
 }
+
+/// The one way out for a file that lacks its end.
+pub(super) const CUT_SHORT: &str = "the file was cut short: copy it again from its source, or restore it from a \
+                                    backup; no command opens it as it is";
 
 pub(super) async fn read_regions<D: Disk>(file: &View<'_, D>, file_length: u64) -> Result<CurrentTable> {
     let first = file.read("region table 1", region::OFFSETS[0], region::SIZE).await?;
@@ -422,9 +459,7 @@ fn take_entry(
 #[cold]
 fn past_the_end(slot: u64, extent: Extent, file_length: u64) -> Error {
     let message = format!("slot {slot} names byte {}, the file has {file_length} bytes", extent.offset);
-    Error::new(Kind::Truncated, message)
-        .in_structure("BAT")
-        .remedy("the file was cut short: copy it again from its source")
+    Error::new(Kind::Truncated, message).in_structure("BAT").remedy(CUT_SHORT)
 }
 
 #[cold]

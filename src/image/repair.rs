@@ -6,7 +6,8 @@
 //!    one first, and gives the file its new FileWriteGuid;
 //! 2. metadata changes in batches of one log entry ([`Edit`]): a batch is there as a whole or not at all;
 //! 3. with the log empty, and only if nothing is beyond repair, leaked space is given back and the unused tail
-//!    is cut off: nothing names either.
+//!    is cut off: nothing names either;
+//! 4. a signature that is missing is written last, as when an image is made.
 //!
 //! A cut anywhere leaves an image that opens and reads as before; repairing it again ends what was begun.
 
@@ -19,6 +20,7 @@ use super::replay;
 use crate::disk::{Disk, PAGE_BYTES};
 use crate::error::{Error, Kind, Result};
 use crate::format::bat::ENTRY_SIZE;
+use crate::format::file_id::FileId;
 use crate::format::log::MAX_DESCRIPTORS_WRITTEN;
 use crate::format::region;
 
@@ -58,6 +60,9 @@ pub async fn repair<D: Disk>(disk: &D, mut new_guid: impl FnMut() -> Uuid) -> Re
     if mended.report.beyond_repair == 0 {
         reclaim(disk, &mended).await?;
     }
+    if mended.lacks_signature {
+        restore_signature(disk).await?;
+    }
     Ok(Repair { before, after: check(disk).await? })
 }
 
@@ -86,6 +91,15 @@ async fn mend<D: Disk>(
         }
     }
     Err(Error::new(Kind::InUse, "the image keeps changing while it is repaired"))
+}
+
+/// Makes the file say that it is a VHDX. Not by way of the log, which may not change what lies before the region tables.
+async fn restore_signature<D: Disk>(disk: &D) -> Result<()> {
+    let failed = |error| Error::io("writing the signature", error).at(0);
+    let mut page = disk.read(0, PAGE_BYTES).await.map_err(failed)?;
+    FileId::restore(&mut page);
+    disk.write(0, page).await.map_err(failed)?;
+    replay::sync(disk).await
 }
 
 /// Gives back what nothing names. The log is empty, and durably so: no replay misses it.

@@ -1,7 +1,7 @@
 //! Every fault is found, by structure and place, and not by one byte changed; what can be mended without
 //! guessing is mended, and nothing else.
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -44,7 +44,9 @@ type Damage = fn(&mut Bytes);
 /// says; the exit status after `--repair`.
 type Case = (&'static str, Damage, i32, &'static str, usize, &'static str, i32);
 
-const CASES: [Case; 39] = [
+const CASES: [Case; 41] = [
+    ("no signature", |b| b[..8].fill(0xee), CORRUPT, "file identifier", 0, "signature is missing", SOUND),
+    ("64 KiB gone", |b| b[..64 << 10].fill(0), CORRUPT, "file identifier", 0, "are intact", SOUND),
     ("header 1 bad", |b| b[HEADERS[0] + 100] ^= 1, CORRUPT, "header 1", HEADERS[0], "checksum", SOUND),
     ("header 2 bad", |b| b[HEADERS[1] + 100] ^= 1, CORRUPT, "header 2", HEADERS[1], "checksum", SOUND),
     ("no header", no_header, CORRUPT, "headers", HEADERS[0], "neither header", CORRUPT),
@@ -319,9 +321,12 @@ fn every_fault_is_found_and_what_is_certain_is_repaired() {
             );
         } else {
             let left = repaired["findings"].as_array().expect("an array");
-            let parent =
-                |finding: &Value| finding["what"].as_str().is_some_and(|what| what.contains("has a parent"));
-            assert!(left.iter().all(parent) && repaired["repairable"] == 0, "{name}: {repaired:#}");
+            // That an image has a parent, or that a block which a log has just brought is empty, is no fault.
+            let fine = |finding: &Value| {
+                let what = finding["what"].as_str().expect("text");
+                what.contains("has a parent") || what.contains("read as zeros")
+            };
+            assert!(left.iter().all(fine) && repaired["repairable"] == 0, "{name}: {repaired:#}");
             on("info", &image, &[]).succeeded();
         }
         assert_eq!(report(&image, &[], after)["findings"], repaired["findings"], "{name}");
@@ -512,6 +517,33 @@ fn what_qemu_finds_is_found() {
         refused += u32::from(!sound);
     }
     assert!(refused > 5, "QEMU found {refused} faults only");
+}
+
+/// A file that lost its end has one remedy, which is true: no command opens it. Made longer again by hand, it is sound
+/// in structure, and what may be lost is said.
+#[test]
+fn a_file_that_was_cut_short_is_not_called_whole() {
+    let bench = Bench::new();
+    let mut bytes = good(&bench);
+    for number in 0..8 {
+        block(&mut bytes, number, ((4 + number as u64) * MIB) | PRESENT);
+    }
+    bytes.resize(12 << 20, 0x77);
+    let image = bench.path("cut.vhdx");
+    fs::write(&image, &bytes).expect("room");
+    assert_eq!(report(&image, &[], SOUND)["notes"], 0);
+    let file = File::options().write(true).open(&image).expect("there");
+    file.set_len(7 << 20).expect("it can be cut");
+    let found = report(&image, &[], CORRUPT);
+    for finding in found["findings"].as_array().expect("an array") {
+        let remedy = finding["remedy"].as_str().expect("text");
+        assert!(remedy.contains("copy it again") && !remedy.contains("readable"), "{finding}");
+    }
+    assert!(on("info", &image, &[]).failed(UNKNOWN).contains("copy it again"));
+    file.set_len(12 << 20).expect("it can be made longer");
+    let found = report(&image, &[], SOUND);
+    let what = found["findings"][0]["what"].as_str().expect("a note");
+    assert!(what.starts_with("5 blocks") && what.contains("their data is lost"), "{what}");
 }
 
 /// A chain of three in one folder; the leaf comes first.

@@ -23,10 +23,20 @@ pub type Bytes = Vec<u8>;
 /// What is done to a good image; the kind of the error; the structure it names; a part of its message.
 type Case = (&'static str, fn(&mut Bytes), &'static str, Option<&'static str>, &'static str);
 
-const CASES: [Case; 26] = [
+const CASES: [Case; 30] = [
     ("text", |b| *b = b"What is this?".repeat(9000), "not-vhdx", None, "does not begin with"),
+    (
+        "a lost signature",
+        |b| b[..8].fill(0),
+        "corrupt",
+        Some("file identifier"),
+        "first bytes were overwritten",
+    ),
+    ("no headers, no signature", no_front, "corrupt", Some("file identifier"), "both headers are damaged"),
+    ("btrfs", |b| raw(b, 65600, b"_BHRfS_M"), "not-vhdx", None, "btrfs"),
+    ("a fixed VHD", |b| raw(b, END - 512, b"conectix"), "not-vhdx", None, "a fixed VHD"),
     ("empty", Bytes::clear, "not-vhdx", None, "not a VHDX"),
-    ("a qcow2 image", |b| b[..4].copy_from_slice(b"QFI\xfb"), "not-vhdx", None, "qcow2"),
+    ("a qcow2 image", |b| raw(b, 0, b"QFI\xfb"), "not-vhdx", None, "qcow2"),
     ("cut in the header section", |b| b.truncate(100 << 10), "", None, ""),
     ("cut in the log", |b| b.truncate(LOG + 4096), "truncated", Some("log"), "ends at byte"),
     ("cut in the metadata", |b| b.truncate(METADATA + 4096), "truncated", Some("region"), "ends at byte"),
@@ -114,6 +124,16 @@ const CASES: [Case; 26] = [
     ("a block behind the end", |b| block(b, 3, (1 << 40) | PRESENT), "truncated", Some("BAT"), "slot 3"),
     ("a state that does not exist", |b| block(b, 3, 4), "corrupt", Some("BAT"), "block 3"),
 ];
+
+/// Zeros, and what some other format has in one place.
+fn raw(bytes: &mut Bytes, at: usize, magic: &[u8]) {
+    bytes.fill(0);
+    put(bytes, at, magic);
+}
+
+fn no_front(bytes: &mut Bytes) {
+    bytes[..REGION_TABLES[0]].fill(0xee);
+}
 
 pub fn put(bytes: &mut Bytes, at: usize, with: &[u8]) {
     bytes[at..at + with.len()].copy_from_slice(with);

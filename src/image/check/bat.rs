@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::super::open::{BAT_CHUNK_BYTES, View};
+use super::super::open::{BAT_CHUNK_BYTES, CUT_SHORT, View};
 use super::super::payload_extent;
 use super::super::space::{Extent, Space};
 use super::{Examination, Finding};
@@ -15,8 +15,8 @@ use crate::format::region::Region;
 const BAT: &str = "BAT";
 
 /// What cannot be repaired, because it may be data.
-const RESTORE: &str = "what the entry should say cannot be told: restore the image from a backup, or copy out \
-                       what is still readable";
+const RESTORE: &str = "what the entry should say cannot be told: restore the image from a backup; no command \
+                       opens it as it is";
 
 /// Who names space.
 #[derive(Clone, Copy)]
@@ -190,7 +190,7 @@ impl Walk<'_> {
         let file_length = self.file_length;
         if offset >= file_length {
             let what = format!("{who} lies at byte {offset}, the file has {file_length} bytes");
-            self.beyond_repair(slot, what);
+            self.cut_off(slot, what);
             return false;
         }
         if let Some(shared) = self.space.claim(extent) {
@@ -201,7 +201,7 @@ impl Walk<'_> {
         if offset + needed > file_length {
             let what =
                 format!("{who} needs the file up to byte {}, it ends at {file_length}", offset + needed);
-            self.beyond_repair(slot, what);
+            self.cut_off(slot, what);
             return false;
         }
         if offset + length > file_length {
@@ -234,6 +234,10 @@ impl Walk<'_> {
 
     fn beyond_repair(&mut self, slot: u64, what: String) {
         self.found.report.add(Finding::corruption(BAT, self.place(slot), what).remedy(RESTORE));
+    }
+
+    fn cut_off(&mut self, slot: u64, what: String) {
+        self.found.report.add(Finding::corruption(BAT, self.place(slot), what).remedy(CUT_SHORT));
     }
 
     fn mend(&mut self, slot: u64, finding: Finding, mended: BatEntry) {

@@ -6,8 +6,7 @@ use super::super::replay;
 use super::super::space::{Extent, Space};
 use super::{Examination, Finding, LOG, LogFound};
 use crate::disk::Disk;
-use crate::error::Result;
-use crate::format::file_id::FileId;
+use crate::error::{Kind, Result};
 use crate::format::header::{self, Current, Header, Other};
 use crate::format::locator::ParentLocator;
 use crate::format::metadata::{self, DiskType, Metadata};
@@ -27,12 +26,19 @@ const ZEROED: &str = "is set to zero, as the format demands: no reader looks at 
 impl Examination {
     /// Whether the file says it is a VHDX.
     pub(super) async fn file_identifier<D: Disk>(&mut self, file: &View<'_, D>, length: u64) -> Result<bool> {
-        let bytes = file.read("file identifier", 0, FileId::SIZE).await?;
-        let parsed = FileId::parse(&bytes[..open::present(0, FileId::SIZE, length)]);
+        let parsed = open::read_file_id(file, length).await;
         if !length.is_multiple_of(MIB) {
             let what =
                 format!("its {length} bytes are no whole number of MiB; writers complete the last one");
             self.report.add(Finding::note("file", length, what));
+        }
+        if let Err(error) = &parsed
+            && error.kind() == Kind::Corrupt
+        {
+            self.lacks_signature = true;
+            let finding = Finding::refusal(error);
+            self.report.add(finding.mended_by("gets its signature back: the rest says that it is a VHDX"));
+            return Ok(true);
         }
         Ok(self.take(parsed)?.is_some())
     }
