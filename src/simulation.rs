@@ -109,11 +109,28 @@ pub enum Plant {
     TrustFirstLook,
     /// What a power cut has left without a name stays with the image when it is closed.
     KeepLeaks,
+    /// The engine syncs through the description that the fronts write through, which may have been told of what was
+    /// lost before.
+    SharedDescription,
+    /// A sync counts though a durable write may have failed that was in flight.
+    UnseenFailure,
+    /// A durable write for which the host has no room poisons the device.
+    RefusalPoisons,
+    /// A sector bitmap is named while it is a hole of the file.
+    UnreservedBitmap,
+    /// Pages that the host had no room to log are not logged again.
+    ForgetRefusedPages,
+    /// Pages that the host had no room for in their place stay in the log only.
+    ForgetRefusedRound,
+    /// After a header was refused, the other one is written, which is the only whole one.
+    SkipRefusedSlot,
+    /// A header that was refused is taken for one that is not in the file.
+    TrustRefusal,
 }
 
 impl Plant {
     /// All of them.
-    pub const ALL: [Self; 49] = [
+    pub const ALL: [Self; 57] = [
         Self::SkipRecyclingSync,
         Self::SkipGrowthSync,
         Self::ApplyBeforeLog,
@@ -163,6 +180,14 @@ impl Plant {
         Self::KeepParents,
         Self::TrustFirstLook,
         Self::KeepLeaks,
+        Self::SharedDescription,
+        Self::UnseenFailure,
+        Self::RefusalPoisons,
+        Self::UnreservedBitmap,
+        Self::ForgetRefusedPages,
+        Self::ForgetRefusedRound,
+        Self::SkipRefusedSlot,
+        Self::TrustRefusal,
     ];
 }
 

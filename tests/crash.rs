@@ -22,7 +22,7 @@ const IMAGES_IN_SNAPSHOTS: u64 = 10_000;
 const IMAGES: u64 = 1_000_000;
 
 /// What every test run exercises; one that stays at zero fails it.
-const EXERCISED: [&str; 50] = [
+const EXERCISED: [&str; 59] = [
     "P0 none or all of it",
     "P1 whole writes",
     "P2 parts of what was at risk",
@@ -46,8 +46,13 @@ const EXERCISED: [&str; 50] = [
     "commit cycles",
     "cuts in a recovery",
     "daemon deaths",
+    "deaths between freeze and rest",
+    "deaths between rest and switch",
+    "deaths between switch and release",
     "deaths in a recovery",
+    "deaths while fronts are held",
     "durable writes",
+    "ends that are posted and not seen",
     "extents out of quarantine",
     "header 1 at risk",
     "header 2 at risk",
@@ -70,7 +75,11 @@ const EXERCISED: [&str; 50] = [
     "snapshots",
     "space that only the file names",
     "successors that refuse what may be lost",
+    "the device loses its cache",
     "the file grows",
+    "the host has room again",
+    "the host is full",
+    "the host loses writes",
     "the log starts again",
     "zero to present",
 ];

@@ -1,6 +1,7 @@
-//! Promises defended here: every request is completed exactly once, whatever fails beneath it; what must not
-//! fail poisons the device when it does, and nothing else does; what was acknowledged as flushed before a
-//! failure is there after it.
+//! Promises defended here, as README makes them: every request ends once, whatever fails beneath it; a failed sync
+//! ends all writing, and so does a durable write or one of metadata that fails for anything but want of room or memory;
+//! nothing else does; no space on the host fails that write and nothing else, and when there is room again everything
+//! works; what was acknowledged as flushed before a failure is there after it.
 
 #[allow(dead_code, reason = "the simulator serves several tests, none of which needs all of it")]
 mod sim;
@@ -10,7 +11,8 @@ use std::ops::RangeInclusive;
 use fastrand::Rng;
 use sim::disk::{Effect, Fault, Injection, Owner, Profile};
 use sim::lineage::descent;
-use sim::world::{Activation, Beginning, Config, World, check_recovery, new_image};
+use sim::room::Room;
+use sim::world::{Activation, Beginning, Config, HostKind, World, check_recovery, new_image};
 use vhdx_ublk::engine::front::Op;
 use vhdx_ublk::engine::shared::Session;
 
@@ -29,9 +31,14 @@ enum Harm {
     OneRequest,
     /// One request fails, or none where there is another way.
     AtMostOne,
+    /// Requests fail that wait for it, and no later one.
+    ThoseWaiting,
     /// Every later write and flush fails.
     Poison,
 }
+
+/// What a host without room or memory says, or one that has not begun an operation.
+const REFUSALS: [i32; 4] = [libc::ENOSPC, libc::EDQUOT, libc::ENOMEM, libc::ECANCELED];
 
 fn anything(_: Owner, _: &Effect) -> bool {
     true
@@ -55,23 +62,26 @@ fn sync(_: Owner, effect: &Effect) -> bool {
 }
 
 fn space(_: Owner, effect: &Effect) -> bool {
-    matches!(effect, Effect::Resize(_) | Effect::Nothing)
+    matches!(effect, Effect::Resize(_) | Effect::Reserve { .. })
 }
 
 /// Where the metadata of the images ends, bytes: header section, log, metadata region and BAT have 1 MiB each.
 const METADATA_END: u64 = 4 << 20;
 
-/// What the failure of an operation must do, by the rule: syncs, durable writes and metadata writes poison.
-fn harm(beginning: Beginning, owner: Owner, effect: &Effect) -> Harm {
+/// What an operation that fails with `errno` may do.
+fn harm(beginning: Beginning, owner: Owner, effect: &Effect, errno: i32) -> Harm {
     // Only a child that begins so has blocks filled from its parents, and no sector bitmap written.
     let fills = beginning == Beginning::LeftOver;
+    let payload = |offset: u64| fills && offset >= METADATA_END;
     match (owner, effect) {
+        (Owner::Engine, Effect::Write { .. }) if REFUSALS.contains(&errno) => Harm::ThoseWaiting,
         // A block that is filled: nothing names it yet.
-        (Owner::Engine, Effect::Write { offset, .. }) if fills && *offset >= METADATA_END => Harm::OneRequest,
-        (_, Effect::Sync | Effect::Write { durable: true, .. }) | (Owner::Engine, Effect::Write { .. }) => {
-            Harm::Poison
-        }
-        (Owner::Front(..), Effect::Read { .. } | Effect::Given { .. } | Effect::Write { .. }) => {
+        (Owner::Engine, Effect::Write { offset, .. }) if payload(*offset) => Harm::OneRequest,
+        (_, Effect::Sync) | (Owner::Engine, Effect::Write { .. }) => Harm::Poison,
+        (Owner::Front(..), Effect::Write { durable: true, .. }) if !REFUSALS.contains(&errno) => Harm::Poison,
+        (Owner::Front(..), Effect::Read { .. } | Effect::Given { .. } | Effect::Write { .. })
+            if errno == libc::EIO =>
+        {
             Harm::OneRequest
         }
         _ => Harm::AtMostOne,
@@ -95,16 +105,22 @@ impl Run {
     }
 
     /// `false` if the workload ended before the fault's turn came.
-    fn check(self, expected: Option<Harm>) -> bool {
+    fn check(self, fault: Fault, expected: Option<Harm>) -> bool {
         let Some((owner, effect)) = self.world.disk().struck() else {
             assert!(self.world.failures.is_empty());
             return false;
         };
-        let expected = expected.unwrap_or_else(|| harm(self.world.config.beginning, owner, &effect));
+        let errno = match fault {
+            Fault::Error { errno, .. } => errno,
+            Fault::Short => 0,
+        };
+        let expected = expected.unwrap_or_else(|| harm(self.world.config.beginning, owner, &effect, errno));
+        let in_flight = self.world.config.fronts * usize::from(self.world.config.depth);
         match expected {
             Harm::Poison => self.check_poisoned(),
             Harm::OneRequest => self.check_alive(1..=1),
             Harm::AtMostOne => self.check_alive(0..=1),
+            Harm::ThoseWaiting => self.check_alive(0..=in_flight),
             Harm::None => self.check_alive(0..=0),
         }
         true
@@ -179,8 +195,9 @@ fn hit_each(count: u64, fault: Fault, hits: fn(Owner, &Effect) -> bool, expected
     for config in configs() {
         for index in 0..count {
             let seed = index % 7;
-            let run =
-                std::panic::catch_unwind(|| Run::new(&config, seed, fault, hits, index).check(expected));
+            let run = std::panic::catch_unwind(|| {
+                Run::new(&config, seed, fault, hits, index).check(fault, expected)
+            });
             let hit = run.unwrap_or_else(|panic| {
                 eprintln!("{fault:?} at operation {index} of seed {seed}, punching: {}", config.can_punch);
                 std::panic::resume_unwind(panic)
@@ -198,10 +215,14 @@ fn an_io_error_anywhere_fails_one_request_or_poisons() {
     assert_eq!(struck, 4 * OPERATIONS, "the workload has too few operations");
 }
 
+/// At any operation: a log entry, a page in its place, a header, a reservation, a durable write.
 #[test]
-fn no_space_anywhere_fails_one_request_or_poisons() {
-    let struck = hit_each(OPERATIONS, Fault::Error { errno: libc::ENOSPC, times: 1 }, anything, None);
-    assert_eq!(struck, 4 * OPERATIONS, "the workload has too few operations");
+fn a_refusal_anywhere_fails_who_waits_for_it_and_nothing_else() {
+    for errno in REFUSALS {
+        let operations = if errno == libc::ENOSPC { OPERATIONS } else { OPERATIONS / 4 };
+        let struck = hit_each(operations, Fault::Error { errno, times: 1 }, anything, None);
+        assert_eq!(struck, 4 * operations, "the workload has too few operations");
+    }
 }
 
 #[test]
@@ -210,10 +231,13 @@ fn no_space_for_a_longer_file_fails_that_write_and_nothing_else() {
     assert!(struck >= 6, "the workload hardly grows: {struck}");
 }
 
+/// Whatever it fails with: what it did not make durable may be gone.
 #[test]
 fn a_failed_sync_poisons_and_is_never_repeated() {
-    let struck = hit_each(40, Fault::Error { errno: libc::EIO, times: 1 }, sync, Some(Harm::Poison));
-    assert!(struck >= 30, "the workload hardly syncs: {struck}");
+    for errno in [libc::EIO, libc::ENOSPC, libc::ENOMEM, libc::EINTR] {
+        let struck = hit_each(20, Fault::Error { errno, times: 1 }, sync, Some(Harm::Poison));
+        assert!(struck >= 20, "the workload hardly syncs: {struck}");
+    }
 }
 
 #[test]
@@ -224,7 +248,7 @@ fn short_transfers_go_on_unnoticed() {
 
 #[test]
 fn interruptions_are_repeated_unnoticed() {
-    for errno in [libc::EAGAIN, libc::EINTR] {
+    for errno in [libc::EAGAIN, libc::EINTR, libc::ENOMEM, libc::ECANCELED] {
         for times in [1, RETRIES] {
             let struck = hit_each(OPERATIONS / 2, Fault::Error { errno, times }, front, Some(Harm::None));
             assert!(struck >= 100, "the fronts have too few operations: {struck}");
@@ -232,9 +256,108 @@ fn interruptions_are_repeated_unnoticed() {
     }
 }
 
+/// A durable write that is never begun is tried as an ordinary one, and succeeds or fails as that.
 #[test]
-fn interruptions_without_end_fail_like_any_error() {
-    let struck =
-        hit_each(OPERATIONS / 2, Fault::Error { errno: libc::EAGAIN, times: RETRIES + 1 }, front, None);
-    assert!(struck >= 100, "the fronts have too few operations: {struck}");
+fn interruptions_without_end_fail_that_request_and_nothing_else() {
+    for errno in [libc::EAGAIN, libc::ENOMEM] {
+        let fault = Fault::Error { errno, times: RETRIES + 1 };
+        let struck = hit_each(OPERATIONS / 2, fault, front, Some(Harm::AtMostOne));
+        assert!(struck >= 100, "the fronts have too few operations: {struck}");
+    }
+}
+
+/// Hosts whose room the test takes away and gives back.
+fn sparse_and_copying(config: &Config) -> [Config; 2] {
+    [HostKind::Sparse, HostKind::Copying].map(|host| {
+        let mut config = config.clone();
+        // The test does it; chance, as good as never.
+        (config.faults.full, config.faults.host) = (u32::MAX, host);
+        config
+    })
+}
+
+/// The host is full for a while, with holes where data and metadata go: in that time writes fail, and on a host that
+/// copies on write flushes, too. Nothing is poisoned, and once there is room all of it works, also what was refused.
+#[test]
+fn a_full_host_fails_writes_while_it_is_full_and_harms_nothing() {
+    let (mut refusals, mut worked) = (0, 0);
+    for config in configs().iter().flat_map(sparse_and_copying) {
+        for (seed, before) in (0..12).flat_map(|seed| [0, 5, 60].map(|before| (seed, before))) {
+            let mut rng = Rng::with_seed(seed);
+            let content = new_image(&config, &mut rng);
+            let some = Config { requests: before, ..config.clone() };
+            let mut world = World::open(some, content, config.oracle(), rng.fork());
+            world.drain();
+            world.disk().set_full(true);
+            world.config.requests = 160;
+            world.drain();
+            worked += usize::from(world.failures.len() < 100);
+            assert!(world.failures.iter().all(|(_, errno)| *errno == libc::ENOSPC), "{:?}", world.failures);
+            assert_ne!(world.session(), Session::Poisoned, "seed {seed}, {before} before, {config:?}");
+            refusals += world.disk().room(Room::refusals);
+            world.disk().set_full(false);
+            let mut run = Run { world, rng };
+            for op in [Op::Write { durable: true }, Op::Write { durable: false }] {
+                assert_eq!(run.try_one(op, 1 << 20), 0, "{op:?} of a block when there is room");
+            }
+            assert_eq!(run.try_one(Op::Flush, 0), 0, "a flush when there is room");
+            run.check_cuts();
+            run.world.close();
+        }
+    }
+    println!("{refusals} operations refused");
+    assert!(refusals > 5000, "hardly anything needed room: {refusals}");
+    assert!(worked > 0, "nothing works on a full host");
+}
+
+/// A block that is there, durably, and beside it one written and not flushed.
+fn world_with_unflushed_write(rng: &mut Rng) -> World {
+    let config = Config { requests: 0, ..Config::small() };
+    let content = new_image(&config, rng);
+    let mut world = World::open(config.clone(), content, config.oracle(), rng.fork());
+    for (op, offset, length) in
+        [(Op::Write { durable: false }, 0, 4096), (Op::Flush, 0, 0), (Op::Write { durable: false }, 0, 4096)]
+    {
+        world.request(op, offset, length);
+        world.drain();
+    }
+    world.request(Op::Write { durable: true }, 64 << 10, 4096);
+    while world.disk().operations() == 0 {
+        assert!(world.step());
+    }
+    world
+}
+
+/// The failure is posted to a front whose thread does not run; meanwhile a flush comes through another queue.
+fn flush_beside_unseen_failure(fail: impl Fn(&mut World), seed: u64) {
+    let mut rng = Rng::with_seed(seed);
+    let mut world = world_with_unflushed_write(&mut rng);
+    fail(&mut world);
+    world.request(Op::Flush, 0, 0);
+    while world.step() {}
+    world.posted.held = false;
+    world.drain();
+    assert_eq!(world.session(), Session::Poisoned);
+    assert!(world.failures.contains(&(Op::Flush, libc::EIO)), "the flush succeeded: {:?}", world.failures);
+    Run { world, rng }.check_cuts();
+}
+
+/// Linux tells of a lost write once per open file description: a durable write may be the one that is told.
+#[test]
+fn no_flush_succeeds_after_another_was_told_of_lost_data() {
+    for (seed, errno) in (0..20).flat_map(|seed| [libc::EIO, libc::ENOSPC].map(|errno| (seed, errno))) {
+        let lose = |world: &mut World| {
+            world.lose(errno);
+            world.posted.held = true;
+        };
+        flush_beside_unseen_failure(lose, seed);
+    }
+}
+
+/// A device whose cache could not be flushed has lost it, and may flush what is left without a word.
+#[test]
+fn no_flush_succeeds_after_a_durable_write_has_lost_the_device_s_cache() {
+    for seed in 0..20 {
+        flush_beside_unseen_failure(World::lose_device_cache, seed);
+    }
 }

@@ -27,7 +27,7 @@ use vhdx_ublk::image::{Image, Mismatch, Mode, SLOTS_PER_PAGE, SessionMemory, VER
 use vhdx_ublk::simulation::{Plant, plant, set_log_unit};
 
 /// Seeds that a planted bug may take to be caught.
-const SEEDS: u64 = 40;
+const SEEDS: u64 = 200;
 
 /// What catches a planted bug.
 enum Catch {
@@ -79,6 +79,14 @@ fn catch_for(planted: Plant) -> Catch {
         Plant::IgnoreVersion => Catch::Test(a_session_of_another_layout_is_told_apart),
         Plant::IgnoreChecksum => Catch::Test(a_damaged_session_is_told_apart),
         Plant::TrustFirstLook => Catch::Test(a_first_write_survives_zeros_beside_it),
+        Plant::SharedDescription => Catch::Scenario("lost-writes"),
+        Plant::UnseenFailure => Catch::Scenario("lost-cache"),
+        Plant::RefusalPoisons => Catch::Scenario("full"),
+        Plant::UnreservedBitmap => Catch::Scenario("full-child-new"),
+        Plant::ForgetRefusedPages | Plant::ForgetRefusedRound | Plant::TrustRefusal => {
+            Catch::Scenario("full-copying")
+        }
+        Plant::SkipRefusedSlot => Catch::Scenario("full-copying-flushes"),
         Plant::NoFlushedOffset => Catch::Test(a_file_that_lost_its_durable_end_is_refused),
         Plant::NoExtension => Catch::Test(a_length_that_the_log_asks_for_is_restored),
         Plant::LongEntry => Catch::Test(others_can_read_every_entry),

@@ -18,8 +18,8 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use crate::engine::message::{ToEngine, ToFront};
 use crate::error::{Error, Result};
 
-/// Places in a queue beyond one for each tag: a barrier, and one to spare.
-const EXTRA_PLACES: usize = 2;
+/// Places in a queue beyond one for each tag: a barrier, a fence, a hold.
+const EXTRA_PLACES: usize = 3;
 
 /// Ends the read of `eventfd` that its owner has armed, or the next one.
 pub fn wake_up(eventfd: &EventFd) {

@@ -217,6 +217,7 @@ impl WritableOpen {
         if choose_payload_io(disk.file(), &image.metadata)? && session.is_some() {
             image.map.memory().note_page_cache();
         }
+        tell_of_copying(disk.file());
         Ok((image, session.map(|(session, ..)| session)))
     }
 
@@ -321,6 +322,19 @@ pub(super) async fn look(disk: &UringDisk) -> Result<Image> {
             .in_structure("metadata"));
     }
     Ok(image)
+}
+
+/// Says so where reserved room is not enough for what is written later.
+fn tell_of_copying(file: &ImageFile) {
+    match file.host_that_copies() {
+        Ok(Some(host)) => tracing::info!(
+            "{}: {host} needs room for overwrites, too: a write or flush fails while there is none, and works again \
+             when there is some",
+            file.path().display()
+        ),
+        Ok(None) => {}
+        Err(error) => tracing::warn!("{}: looking at the host: {error}", file.path().display()),
+    }
 }
 
 /// Takes direct I/O for the payload where the host has it, and says so where it has not. Whether it has not.

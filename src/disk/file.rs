@@ -1,4 +1,9 @@
-//! An image's file: the one open file description that carries its lock and serves every ring.
+//! An image's file: the open file description that carries its lock and serves every ring, and another one for syncs.
+//!
+//! Linux tells of a write that it has accepted and lost once per description. A durable write of a queue is told by
+//! the description of the rings, and a sync by that one right behind it would succeed; so the engine syncs by one that
+//! nothing else uses. It carries the lock, too: while anything of a dead process is under way on either, a sync that
+//! fails included, nobody else has the file.
 //!
 //! Invariants:
 //!
@@ -19,11 +24,16 @@ use nix::sys::statfs::{BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, FsType, TMPFS_MAGIC,
 use nix::sys::statvfs::fstatvfs;
 use nix::unistd::{Gid, Uid, Whence, fchown, lseek};
 
-use super::open::{Links, Opened, open_regular};
+use super::open::{Links, Opened, open_again, open_regular};
 use super::place::Place;
 use super::ring::{DirectAlignment, direct_alignment};
 use super::{Access, Buffer, lock};
 use crate::error::{Error, Kind, Result};
+
+/// File systems that write to a new place what is overwritten, by the numbers in their `statfs` (ZFS and bcachefs are
+/// not in the kernel's own headers).
+const COPYING_HOSTS: [(FsType, &str); 3] =
+    [(FsType(0x9123_683e), "btrfs"), (FsType(0xca45_1a4e), "bcachefs"), (FsType(0x2fc1_2fc1), "ZFS")];
 
 /// The unit of `st_blocks`, whatever the file system's own block size.
 const STAT_BLOCK_BYTES: u64 = 512;
@@ -36,10 +46,25 @@ const STAT_BLOCK_BYTES: u64 = 512;
 #[derive(Debug)]
 pub struct ImageFile {
     file: File,
+    /// The other description, if it may be written.
+    syncing: Option<File>,
     path: PathBuf,
     access: Access,
     device: u64,
     inode: u64,
+}
+
+/// Another description of the locked `file`, which is `id`, with its lock.
+fn open_to_sync(file: &File, id: (u64, u64)) -> Result<File> {
+    let other = open_again(file, Access::ReadWrite)?;
+    let found = other.metadata().map_err(|error| Error::io("looking at the image", error))?;
+    if (found.dev(), found.ino()) != id {
+        return Err(
+            Error::new(Kind::Io, "/proc/self/fd leads to another file").remedy("mount -t proc proc /proc")
+        );
+    }
+    lock::join(&other, Access::ReadWrite)?;
+    Ok(other)
 }
 
 /// Where the next stored bytes lie, at `offset` or behind it; nothing if the rest of the file is a hole.
@@ -156,7 +181,17 @@ impl ImageFile {
             let message = "another file has taken its place while it was being opened";
             return Err(Error::new(Kind::InUse, message).remedy("run the command again"));
         }
-        Ok(Self { file, path: path.to_owned(), access, device, inode })
+        // Now, so that it is told of whatever is lost from now on, and before owner and mode change.
+        let syncing = match access {
+            Access::ReadOnly => None,
+            Access::ReadWrite => Some(open_to_sync(&file, (device, inode))?),
+        };
+        Ok(Self { file, syncing, path: path.to_owned(), access, device, inode })
+    }
+
+    /// The descriptor to sync by.
+    pub(super) fn syncing_fd(&self) -> BorrowedFd<'_> {
+        self.syncing.as_ref().unwrap_or(&self.file).as_fd()
     }
 
     /// Gives the file the permissions of `other` that `most` has too, and if possible its owner. It must be finished:
@@ -198,7 +233,24 @@ impl ImageFile {
 
     /// Lets others read it too, who could not before: this process writes it no more.
     pub fn share(&self) {
-        lock::share(&self.file);
+        for file in self.descriptions() {
+            lock::share(file);
+        }
+    }
+
+    fn descriptions(&self) -> impl Iterator<Item = &File> {
+        std::iter::once(&self.file).chain(&self.syncing)
+    }
+
+    /// Whether its host copies on write, so that an overwrite needs room, reserved or not; the host's name.
+    ///
+    /// # Errors
+    ///
+    /// What the operating system says.
+    pub fn host_that_copies(&self) -> io::Result<Option<&'static str>> {
+        let found = fstatfs(&self.file)?.filesystem_type();
+        let copying = COPYING_HOSTS.iter().find(|(kind, _)| *kind == found);
+        Ok(copying.map(|(_, name)| *name))
     }
 
     /// Moves all further I/O of this file past the host's page cache, and what is there out of it, if the host can
@@ -341,7 +393,7 @@ impl Drop for ImageFile {
     /// Unlocks, rather than leaving it to the end of the description: a ring lets go of a file some time
     /// after the last completion, which can be as late as its thread's next entry into the kernel.
     fn drop(&mut self) {
-        lock::unlock(&self.file);
+        self.descriptions().for_each(lock::unlock);
     }
 }
 

@@ -125,6 +125,21 @@ pub fn lock_past_readers(file: &File) -> Result<()> {
     take(file, Access::ReadWrite).inspect_err(|_| unlock(file))
 }
 
+/// Takes on `other`, another description of a locked file, what [`try_lock`] took on the first one and others may take,
+/// too: who looks finds the lock free only when both have ended. The writers' own byte stays with the first, which all
+/// writing goes through: a sync of a dead process that [`lock_past_readers`] does not find writes nothing that its
+/// successor does not see in the file already.
+///
+/// # Errors
+///
+/// As [`try_lock`]; `other` has no lock of ours then.
+pub fn join(other: &File, access: Access) -> Result<()> {
+    let held = access.held().iter().map(|permission| HELD_BASE + permission);
+    let unshared = UNSHARED.iter().map(|permission| UNSHARED_BASE + permission);
+    let locks = held.chain(unshared).map(|byte| (libc::F_RDLCK, byte));
+    set_each(other, access, locks).inspect_err(|_| unlock(other))
+}
+
 /// Gives back whatever [`try_lock`] took. No failure is told: the end of the description gives it back, too.
 pub fn unlock(file: &File) {
     for base in [HELD_BASE, UNSHARED_BASE] {
@@ -154,8 +169,12 @@ fn take(file: &File, access: Access) -> Result<()> {
     let held = access.held().iter().map(|permission| HELD_BASE + permission);
     let unshared = UNSHARED.iter().map(|permission| UNSHARED_BASE + permission);
     let shared = held.chain(unshared).map(|byte| (libc::F_RDLCK, byte));
-    let writer = (access == Access::ReadWrite).then_some((libc::F_WRLCK, WRITER));
-    for (kind, byte) in shared.chain(writer) {
+    set_each(file, access, shared)?;
+    set_each(file, access, (access == Access::ReadWrite).then_some((libc::F_WRLCK, WRITER)))
+}
+
+fn set_each(file: &File, access: Access, locks: impl IntoIterator<Item = (libc::c_int, i64)>) -> Result<()> {
+    for (kind, byte) in locks {
         match set(file, kind, byte..byte + 1) {
             Ok(()) => {}
             // Somebody without QEMU's manners holds an exclusive lock.

@@ -1,7 +1,7 @@
 //! The seam under the engine: what it may ask of the file that holds an image.
 //!
-//! Production implements [`Disk`] with `io_uring` on the one open file description that carries the image's
-//! lock; tests implement it with a simulated disk that reorders, loses and tears.
+//! Production implements [`Disk`] with `io_uring` on the open file description that carries the image's lock,
+//! and syncs through one of its own; tests implement it with a simulated disk that reorders, loses and tears.
 //!
 //! Contract of every implementation:
 //!

@@ -110,6 +110,16 @@ fn open_here(path: &Path, access: Access, links: Links) -> Result<Opened> {
     Ok(Opened { file, path })
 }
 
+/// Opens the open `file` once more: another description of it.
+///
+/// # Errors
+///
+/// What the operating system says.
+pub(super) fn open_again(file: &File, access: Access) -> Result<File> {
+    let link = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
+    open_quietly(&link, access).map_err(refused)
+}
+
 /// Opens what `link` in `/proc` leads to, without touching its access time, which only its owner and root may ask for.
 fn open_quietly(link: &Path, access: Access) -> io::Result<File> {
     let open = |flags| {

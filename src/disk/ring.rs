@@ -401,6 +401,12 @@ fn rings_remedy(errno: Option<i32>, disabled: &str) -> Option<String> {
     }
 }
 
+/// What the host has not begun, or could not begin for want of memory: repeated, it may well succeed. A sync is never
+/// repeated all the same.
+pub(super) fn is_not_begun(error: &io::Error) -> bool {
+    is_transient(error) || matches!(error.raw_os_error(), Some(libc::ENOMEM | libc::ECANCELED))
+}
+
 /// A ring that runs its completions only when its thread asks for them, where the kernel has that (6.1).
 fn build() -> io::Result<IoUring> {
     let mut modern = IoUring::builder();

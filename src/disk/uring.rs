@@ -4,17 +4,18 @@
 //!
 //! * an operation ends whole or fails: short transfers go on, from a page border, where the last one stopped;
 //! * a sync is never repeated: the kernel reports a lost write once per description, so a second sync that
-//!   succeeds says nothing about the data of the first;
+//!   succeeds says nothing about the data of the first. It goes through the description that nothing else is told by;
 //! * `write` and `zero` never change the file's length.
 
 use std::cell::{Cell, OnceCell};
 use std::collections::VecDeque;
 use std::io;
 use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::rc::Rc;
 use std::sync::Arc;
 
-use super::ring::{Memory, Op, Ring, STALLS_MAX, is_transient};
+use super::ring::{Memory, Op, Ring, STALLS_MAX, is_not_begun};
 use super::{Buffer, Disk, ImageFile, PAGE_BYTES};
 
 /// The most one operation transfers: a multiple of the page below the kernel's own bound of 2 GiB.
@@ -163,7 +164,7 @@ impl UringDisk {
                     }
                     return Ok(false);
                 }
-                Err(error) if !is_transient(&error) || stalls == STALLS_MAX => return Err(error),
+                Err(error) if !is_not_begun(&error) || stalls == STALLS_MAX => return Err(error),
                 Err(_) => stalls += 1,
             }
         }
@@ -199,7 +200,7 @@ impl Disk for UringDisk {
 
     async fn sync(&self) -> io::Result<()> {
         self.count(|counters| counters.syncs += 1);
-        self.ring.sync_data(self.file.clone()).await.0.map(drop)
+        self.ring.sync_data(Arc::new(Syncing(self.file.clone()))).await.0.map(drop)
     }
 
     /// A plain system call, for a thread that serves nothing yet.
@@ -270,6 +271,15 @@ impl Disk for UringDisk {
 
     fn takes_space_back(&self) -> bool {
         self.can_punch.get() && self.file.takes_space_back()
+    }
+}
+
+/// The side of an image file that is synced; it keeps the file open, and locked.
+struct Syncing(Arc<ImageFile>);
+
+impl AsFd for Syncing {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.syncing_fd()
     }
 }
 
@@ -347,7 +357,7 @@ impl Transfer {
                 assert!(moved <= self.next().len(), "{moved} bytes moved, of {:?}", self.next());
                 Ok(Some(moved))
             }
-            Err(error) if is_transient(&error) && self.stalls < STALLS_MAX => {
+            Err(error) if is_not_begun(&error) && self.stalls < STALLS_MAX => {
                 self.stalls += 1;
                 Ok(None)
             }
@@ -691,7 +701,7 @@ mod tests {
     /// Nothing is repeated for ever, and progress pays for earlier stalls.
     #[test]
     fn stalls_are_bounded() {
-        for errno in [libc::EAGAIN, libc::EINTR] {
+        for errno in [libc::EAGAIN, libc::EINTR, libc::ENOMEM, libc::ECANCELED] {
             let mut transfer = Transfer::new(0, 2 * PAGE_BYTES).expect("a file can hold it");
             for _ in 0..STALLS_MAX {
                 transfer.wrote(os(errno)).expect("once more");

@@ -2,7 +2,7 @@
 
 use std::rc::Rc;
 
-use super::{Engine, Outcome, errno};
+use super::{Engine, Outcome, errno, told};
 use crate::disk::Disk;
 use crate::format::MIB;
 use crate::format::bat::{BatEntry, PayloadState};
@@ -74,7 +74,7 @@ impl<D: Disk + 'static> Engine<D> {
     async fn zero_grant(self: &Rc<Self>, extent: Extent) -> Outcome {
         self.disk.zero(extent.offset, extent.length).await.map_err(|error| {
             self.space.borrow_mut().free(extent, false);
-            errno(&error)
+            told(errno(&error))
         })
     }
 
@@ -138,8 +138,8 @@ impl<D: Disk + 'static> Engine<D> {
             return Err(libc::ENOSPC);
         }
         self.disk.grow(length).await.map_err(|error| match errno(&error) {
-            libc::EFBIG | libc::EDQUOT => libc::ENOSPC,
-            other => other,
+            libc::EFBIG => libc::ENOSPC,
+            other => told(other),
         })?;
         self.count(|counters| counters.grows += 1);
         self.file_length.set(length);

@@ -41,6 +41,12 @@ impl<D: Disk + 'static> Engine<D> {
         let begins = map.bitmap_place(chunk).is_none();
         if begins {
             let extent = self.find_zeros(BITMAP_BLOCK_SIZE).await?;
+            // Once it is named its pages are written in place, for flushes that need no room.
+            if !planted(Plant::UnreservedBitmap) {
+                let free = |_: &i32| self.space.borrow_mut().free(extent, false);
+                self.reserve(extent).await.inspect_err(free)?;
+            }
+            self.check_poison()?;
             self.count(|counters| counters.bitmaps += 1);
             map.publish_bitmap(chunk, extent.offset);
             self.dirty.borrow_mut().insert(Page::Bat(map.page_of_bitmap(chunk)));

@@ -65,8 +65,7 @@ impl<D: Disk + 'static> Engine<D> {
     async fn close_session(self: &Rc<Self>) -> Outcome {
         self.reclaim().await?;
         assert!(self.dirty_pages() == 0, "nobody dirties pages while closing");
-        let applied = self.applied.borrow().clone();
-        applied.wait().await?;
+        self.await_applied().await?;
         self.sync().await?;
         if self.log.borrow().is_some() {
             self.update_headers(|header| header.log_guid = uuid::Uuid::nil()).await?;

@@ -11,6 +11,9 @@
 //! 4. sync. The last round's sync makes durable everything acknowledged before the cycle closed its set;
 //! 5. write the copies in place, in the background, one round at a time, so that no older copy ever overwrites
 //!    a newer one. The next round's sync confirms them.
+//!
+//! A host without room for an entry, or for a page in its place, fails whoever waits for the cycle and nothing else:
+//! the pages get their marks back, the round its place in the log, and the next cycle does all of it again.
 
 use std::collections::VecDeque;
 use std::rc::Rc;
@@ -24,7 +27,7 @@ use crate::image::Page;
 use crate::simulation::{Plant, planted};
 
 /// Copies of the pages that one sync makes durable.
-struct Round {
+pub(super) struct Round {
     pages: Vec<PageCopy>,
 }
 
@@ -59,10 +62,12 @@ impl<D: Disk + 'static> Engine<D> {
     /// Runs cycles whenever somebody waits for one or one is due, until the engine closes.
     pub(super) async fn commit_loop(self: Rc<Self>) {
         loop {
+            // A cycle that nobody waits for and that failed is not repeated before somebody rings again.
+            let mut going_on = true;
             while !self.flush_waiters.borrow().is_empty()
-                || (self.cycle_is_due() && self.check_poison().is_ok())
+                || (going_on && self.cycle_is_due() && self.check_poison().is_ok())
             {
-                self.cycle().await;
+                going_on = self.cycle().await.is_ok();
             }
             if let Some(ended) = &*self.closing.borrow() {
                 return ended.keep(());
@@ -71,7 +76,7 @@ impl<D: Disk + 'static> Engine<D> {
         }
     }
 
-    async fn cycle(self: &Rc<Self>) {
+    async fn cycle(self: &Rc<Self>) -> Outcome {
         let mut waiters = std::mem::take(&mut *self.flush_waiters.borrow_mut());
         self.take_bits();
         let set: VecDeque<Page> = self.dirty.borrow().iter().copied().collect();
@@ -87,12 +92,22 @@ impl<D: Disk + 'static> Engine<D> {
                 self.start(|engine| async move { engine.release_quarantine().await });
             }
             (Ok(()), None) => {}
-            // Whoever waits for quarantined space would wait for ever.
-            (Err(_), _) => self.released_bell.ring(),
+            (Err(_), batch) => {
+                let unlogged = std::mem::take(&mut *self.being_logged.borrow_mut());
+                if !planted(Plant::ForgetRefusedPages) {
+                    self.dirty.borrow_mut().extend(unlogged);
+                }
+                if let Some(batch) = batch {
+                    self.quarantine.borrow_mut().reopen_batch(batch);
+                }
+                // Whoever waits for quarantined space would wait for ever.
+                self.released_bell.ring();
+            }
         }
         for waiter in waiters {
             waiter.keep(outcome);
         }
+        outcome
     }
 
     /// Logs the pages of `set`, syncs, and leaves the last round to be applied in the background.
@@ -101,6 +116,7 @@ impl<D: Disk + 'static> Engine<D> {
         if set.is_empty() {
             return self.sync().await;
         }
+        self.settle_headers().await?;
         if self.log.borrow().is_none() {
             self.begin_log().await?;
         }
@@ -111,10 +127,8 @@ impl<D: Disk + 'static> Engine<D> {
         }
         while let Some(round) = next {
             self.make_room(&round).await?;
-            self.write_entries(&round).await?;
+            self.log_round(&round).await?;
             next = self.copy_round(&mut set);
-            let applied = self.applied.borrow().clone();
-            applied.wait().await?;
             if planted(Plant::ApplyBeforeLog) {
                 self.write_in_place(&round).await?;
             }
@@ -130,6 +144,7 @@ impl<D: Disk + 'static> Engine<D> {
         let count = set.len().min(round_pages(self.layout.log.length));
         let pages = set.drain(..count).map(|page| {
             self.dirty.borrow_mut().remove(&page);
+            self.being_logged.borrow_mut().insert(page);
             PageCopy { page, bytes: self.copy_page(page) }
         });
         let pages: Vec<PageCopy> = pages.collect();
@@ -142,10 +157,31 @@ impl<D: Disk + 'static> Engine<D> {
             return Ok(());
         }
         if !planted(Plant::StartAgainEarly) {
-            let applied = self.applied.borrow().clone();
-            applied.wait().await?;
+            self.await_applied().await?;
         }
         self.begin_log().await
+    }
+
+    /// Waits until the newest round is in place. If the host had no room for it, it is tried again, once.
+    pub(super) async fn await_applied(self: &Rc<Self>) -> Outcome {
+        let applied = self.applied.borrow().clone();
+        let outcome = applied.wait().await;
+        let Some(refused) = self.refused_round.take() else { return outcome };
+        self.start_applying(refused);
+        let applied = self.applied.borrow().clone();
+        applied.wait().await
+    }
+
+    /// Writes the round's entries, and waits until the round before it is in place, which the next sync confirms.
+    async fn log_round(self: &Rc<Self>, round: &Round) -> Outcome {
+        let mut outcome = self.write_entries(round).await;
+        if outcome.is_ok() {
+            outcome = self.await_applied().await;
+        }
+        if outcome.is_err() {
+            self.log.borrow_mut().as_mut().expect("the log is active").withdraw_round();
+        }
+        outcome
     }
 
     /// Places the round's entries and writes them. Not before the sync of the round before this one has
@@ -168,9 +204,7 @@ impl<D: Disk + 'static> Engine<D> {
                 counters.entries += 1;
                 counters.pages += changes.len() as u64;
             });
-            if let Err(error) = self.disk.write(position, entry).await {
-                return Err(self.poison("writing a log entry", &error));
-            }
+            self.write_metadata("writing a log entry", position, entry).await?;
         }
         assert!(pages.next().is_none(), "a round places all its pages");
         Ok(())
@@ -197,6 +231,7 @@ impl<D: Disk + 'static> Engine<D> {
     fn round_is_durable(&self, round: &Round) {
         self.log.borrow_mut().as_mut().expect("the log is active").round_synced();
         for copy in &round.pages {
+            self.being_logged.borrow_mut().remove(&copy.page);
             if let Page::Bat(page) = copy.page {
                 self.shared.map.mark_durable(page, &copy.bytes);
             }
@@ -209,11 +244,16 @@ impl<D: Disk + 'static> Engine<D> {
     fn start_applying(self: &Rc<Self>, round: Round) {
         let done = Promise::default();
         *self.applied.borrow_mut() = done.clone();
-        self.start(|engine| async move { done.keep(engine.apply(&round).await) });
+        self.start(|engine| async move { done.keep(engine.apply(round).await) });
     }
 
-    async fn apply(self: &Rc<Self>, round: &Round) -> Outcome {
-        self.write_in_place(round).await?;
+    async fn apply(self: &Rc<Self>, round: Round) -> Outcome {
+        if let Err(errno) = self.write_in_place(&round).await
+            && !planted(Plant::ForgetRefusedRound)
+        {
+            self.refused_round.replace(Some(round));
+            return Err(errno);
+        }
         let mut log = self.log.borrow_mut();
         let log = log.as_mut().expect("the log is active");
         log.round_applied();
@@ -234,9 +274,7 @@ impl<D: Disk + 'static> Engine<D> {
                 target.copy_from_slice(&*copy.bytes);
             }
             self.check_poison()?;
-            if let Err(error) = self.disk.write(self.page_place(run[0].page), bytes).await {
-                return Err(self.poison("writing metadata", &error));
-            }
+            self.write_metadata("writing metadata", self.page_place(run[0].page), bytes).await?;
         }
         Ok(())
     }

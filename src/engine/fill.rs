@@ -7,7 +7,7 @@
 use std::rc::Rc;
 
 use super::run::{Run, Source};
-use super::{Engine, Outcome, errno};
+use super::{Engine, Outcome, errno, told};
 use crate::disk::{Buffer, Disk, PAGE_BYTES};
 use crate::format::MIB;
 use crate::format::bat::{BatEntry, PayloadState};
@@ -29,7 +29,7 @@ impl<D: Disk + 'static> Engine<D> {
             self.check_poison()?;
             if let Some(bytes) = self.content(from, end.min(from + MIB)).await? {
                 let place = space.offset + (from - start);
-                self.disk.write(place, bytes).await.map_err(|error| errno(&error))?;
+                self.disk.write(place, bytes).await.map_err(|error| told(errno(&error)))?;
             }
         }
         Ok(())

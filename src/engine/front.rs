@@ -10,23 +10,30 @@
 //!   full length or its first error;
 //! * a piece counts for the barrier from its *lookup* to its end, in one of two counters by barrier parity;
 //! * a write is submitted only in an open session and reported as done only in an unpoisoned one;
-//! * a durable write into a block whose mapping is not durable is an ordinary write that joins a flush;
+//! * a durable write into a block whose mapping is not durable is an ordinary write that joins a flush, and so is one
+//!   for which the host has no room: what else it says in that moment the flush is told, too;
+//! * a durable write in flight is known to the engine, until its end has been seen and, if it failed, has poisoned;
 //! * a sector of a partially present block is marked as being there when its data is, and before the request is done.
 
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::drain::Drain;
 use super::message::{Ask, ToEngine, ToFront};
 use super::port::{FileIo, FileOp, LEAF, MAX_WRITE_ZEROS, PieceId, Port};
 use super::run::{Run, Source, shows_parents, to_unmap};
 use super::shared::{Session, Shared};
+use super::{is_refusal, told};
 use crate::simulation::{Plant, planted};
 
 /// Pieces of one request in flight at a time: a request of 1 MiB crosses few blocks, a chain splits finer.
 pub const MAX_PIECES: usize = 8;
 
-/// How often one piece is repeated after `EAGAIN` or `EINTR`.
+/// How often one piece is repeated that the host has not begun, or has no memory for.
 const MAX_RETRIES: u8 = 16;
+
+/// What the host says of an operation that it has not begun, or has not ended and can be asked for again.
+const NOT_BEGUN: [i32; 4] = [libc::EAGAIN, libc::EINTR, libc::ENOMEM, libc::ECANCELED];
 
 /// How often one request asks again for a block that a discard took away in between.
 const MAX_ASKS_AGAIN: u16 = 1000;
@@ -76,10 +83,10 @@ pub struct Front {
     shared: Arc<Shared>,
     slots: Box<[Slot]>,
     active: u32,
-    /// The counter that pieces looked up now join.
-    parity: usize,
-    in_flight: [u32; 2],
-    barrier_owed: bool,
+    /// Pieces, from their lookup on, for the barrier.
+    looked_up: Drain,
+    /// Durable writes in flight, for the fence.
+    durable: Drain,
     /// No request is begun.
     held: bool,
     hold_owed: bool,
@@ -107,6 +114,8 @@ struct Piece {
     rest: FileIo,
     retries: u8,
     parity: usize,
+    /// Of a durable write: in which counter it is.
+    durable_parity: Option<usize>,
     /// Not needed for the request's result: a host that cannot do it is no error.
     advisory: bool,
     /// Of a write into partially present blocks: its virtual range.
@@ -164,18 +173,17 @@ impl Front {
             shared,
             slots: vec![Slot::IDLE; usize::from(depth)].into_boxed_slice(),
             active: 0,
-            parity: 0,
-            in_flight: [0; 2],
-            barrier_owed: false,
+            looked_up: Drain::default(),
+            durable: Drain::default(),
             held: false,
             hold_owed: false,
             parked: Vec::with_capacity(usize::from(depth)),
         }
     }
 
-    /// No request is active and no barrier is owed.
+    /// No request is active, and no barrier or fence is owed.
     pub fn is_idle(&self) -> bool {
-        self.active == 0 && !self.barrier_owed && self.parked.is_empty()
+        self.active == 0 && !self.looked_up.is_owed() && !self.durable.is_owed() && self.parked.is_empty()
     }
 
     /// Takes a request; `tag` is idle.
@@ -197,6 +205,7 @@ impl Front {
         let piece = piece.expect("a completion names a live piece");
         match self.judge(piece, result) {
             Verdict::Done => self.end_piece(id, 0, port),
+            Verdict::Failed(errno) if self.can_flush_instead(piece, errno) => self.flush_instead(id, port),
             Verdict::Failed(errno) => self.end_piece(id, errno, port),
             Verdict::Continue(rest) => self.resubmit(id, rest, port),
             Verdict::EndOfFile(done) => self.fill_past_end(id, done, port),
@@ -221,11 +230,12 @@ impl Front {
                 self.advance(tag, port);
             }
             ToFront::Barrier => {
-                assert!(!self.barrier_owed, "one barrier at a time");
-                self.parity ^= 1;
-                assert_eq!(self.in_flight[self.parity], 0, "the last barrier drained this counter");
-                self.barrier_owed = true;
+                self.looked_up.ask();
                 self.answer_barrier(port);
+            }
+            ToFront::Fence => {
+                self.durable.ask();
+                self.answer_fence(port);
             }
             ToFront::Hold => {
                 assert!(!self.held, "one hold at a time");
@@ -569,6 +579,10 @@ impl Front {
         let id = self.claim_piece(tag, io);
         let piece = self.piece(id);
         piece.advisory = advisory;
+        if op == (FileOp::Write { durable: true }) {
+            self.durable_write_begins(id);
+        }
+        let piece = self.piece(id);
         if run.partial && !advisory && op != FileOp::Read {
             piece.written = Some((from, from + u64::from(run.length)));
             if planted(Plant::BitsBeforeData) {
@@ -583,12 +597,17 @@ impl Front {
     fn claim_piece(&mut self, tag: u16, io: FileIo) -> PieceId {
         let slot = &mut self.slots[usize::from(tag)];
         let place = slot.pieces.iter().position(Option::is_none).expect("fewer than MAX_PIECES are live");
-        slot.pieces[place] =
-            Some(Piece { rest: io, retries: 0, parity: self.parity, advisory: false, written: None });
+        slot.pieces[place] = Some(Piece {
+            rest: io,
+            retries: 0,
+            parity: self.looked_up.enter(),
+            durable_parity: None,
+            advisory: false,
+            written: None,
+        });
         slot.live_pieces += 1;
         slot.cursor += u64::from(io.length);
         slot.asks = 0;
-        self.in_flight[self.parity] += 1;
         PieceId { tag, piece: u8::try_from(place).expect("below MAX_PIECES") }
     }
 
@@ -597,7 +616,7 @@ impl Front {
         let slot = &mut self.slots[usize::from(id.tag)];
         let piece = slot.pieces[usize::from(id.piece)].take().expect("a piece ends once");
         slot.live_pieces -= 1;
-        self.in_flight[piece.parity] -= 1;
+        self.looked_up.leave(piece.parity);
         piece
     }
 
@@ -609,7 +628,7 @@ impl Front {
     #[inline]
     fn judge(&self, piece: Piece, result: i32) -> Verdict {
         let rest = piece.rest;
-        if result == -libc::EAGAIN || result == -libc::EINTR {
+        if NOT_BEGUN.contains(&-result) {
             return if piece.retries < MAX_RETRIES {
                 Verdict::Continue(rest)
             } else {
@@ -668,15 +687,45 @@ impl Front {
         })
     }
 
+    /// Whether a durable write that failed may be done as an ordinary one that joins a flush.
+    fn can_flush_instead(&self, piece: Piece, errno: i32) -> bool {
+        let durable = piece.rest.op == (FileOp::Write { durable: true });
+        durable
+            && is_refusal(errno)
+            && !planted(Plant::RefusalPoisons)
+            && self.shared.session() == Session::Open
+    }
+
+    fn flush_instead<P: Port>(&mut self, id: PieceId, port: &mut P) {
+        self.slots[usize::from(id.tag)].flush_at_end = true;
+        self.durable_write_ended(id, port);
+        let rest = self.piece(id).rest;
+        self.resubmit(id, FileIo { op: FileOp::Write { durable: false }, ..rest }, port);
+    }
+
+    fn durable_write_begins(&mut self, id: PieceId) {
+        self.shared.durable_write_begins();
+        let parity = self.durable.enter();
+        self.piece(id).durable_parity = Some(parity);
+    }
+
+    /// The end of a durable write has been seen, and has poisoned if it must.
+    fn durable_write_ended<P: Port>(&mut self, id: PieceId, port: &mut P) {
+        if let Some(parity) = self.piece(id).durable_parity.take() {
+            self.shared.durable_write_ended();
+            self.durable.leave(parity);
+            self.answer_fence(port);
+        }
+    }
+
     fn resubmit<P: Port>(&mut self, id: PieceId, rest: FileIo, port: &mut P) {
-        let parity = self.parity;
         let piece = self.piece(id);
         piece.retries = if piece.rest == rest { piece.retries + 1 } else { 0 };
         piece.rest = rest;
         if planted(Plant::LateCount) {
-            let counted = std::mem::replace(&mut piece.parity, parity);
-            self.in_flight[counted] -= 1;
-            self.in_flight[parity] += 1;
+            let counted = piece.parity;
+            self.looked_up.leave(counted);
+            self.piece(id).parity = self.looked_up.enter();
             self.answer_barrier(port);
         }
         submit(id, rest, port);
@@ -700,17 +749,17 @@ impl Front {
     }
 
     fn end_piece<P: Port>(&mut self, id: PieceId, errno: i32, port: &mut P) {
+        let must_not_fail = errno != 0 && self.piece(id).rest.op == (FileOp::Write { durable: true });
+        if must_not_fail && !planted(Plant::NoPoison) && self.shared.poison() {
+            tracing::error!(
+                "a durable write failed with errno {errno}: no write or flush will succeed any more"
+            );
+        }
+        self.durable_write_ended(id, port);
         let piece = self.release_piece(id);
         if errno != 0 {
-            let must_not_fail =
-                piece.rest.op == (FileOp::Write { durable: true }) && !planted(Plant::NoPoison);
-            if must_not_fail && self.shared.poison() {
-                tracing::error!(
-                    "a durable write failed with errno {errno}: no write or flush will succeed any more"
-                );
-            }
             self.shared.troubles().note("reading or writing the image", errno);
-            self.slots[usize::from(id.tag)].fail(errno);
+            self.slots[usize::from(id.tag)].fail(told(errno));
         } else if let Some((from, to)) = piece.written {
             self.shared.mark_written(from, to);
         }
@@ -718,9 +767,14 @@ impl Front {
         self.advance(id.tag, port);
     }
 
+    fn answer_fence<P: Port>(&mut self, port: &mut P) {
+        if self.durable.answer() {
+            port.send(ToEngine::Fenced);
+        }
+    }
+
     fn answer_barrier<P: Port>(&mut self, port: &mut P) {
-        if self.barrier_owed && self.in_flight[self.parity ^ 1] == 0 {
-            self.barrier_owed = false;
+        if self.looked_up.answer() {
             port.send(ToEngine::BarrierDone);
         }
     }

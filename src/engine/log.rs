@@ -44,6 +44,7 @@ pub struct LogSpace {
 struct Round {
     id: u64,
     start: u64,
+    first_sequence: u64,
     tail: u64,
     applied: bool,
 }
@@ -64,7 +65,8 @@ impl LogSpace {
     pub fn after_initial_entry(guid: Uuid, offset: u64, length: u64) -> Self {
         let sector = SECTOR as u64;
         assert!(length >= 8 * sector && length.is_multiple_of(sector), "a log of {length} bytes");
-        let live = VecDeque::from([Round { id: 0, start: 0, tail: 0, applied: true }]);
+        let first = Round { id: 0, start: 0, first_sequence: 1, tail: 0, applied: true };
+        let live = VecDeque::from([first]);
         Self { guid, offset, length, head: sector, next_sequence: 2, stable_tail: 0, live, next_round: 1 }
     }
 
@@ -86,7 +88,7 @@ impl LogSpace {
         assert!((1..=round_pages(self.length)).contains(&pages), "{pages} pages are no round");
         assert!(self.fits(pages), "a round of {pages} pages leaves the log");
         assert!(self.live.len() <= 1, "one round at most is not durable in place when the next is placed");
-        let (start, tail) = (self.head, self.tail());
+        let (start, first_sequence, tail) = (self.head, self.next_sequence, self.tail());
         let mut left = pages;
         let mut placements = Vec::new();
         while left > 0 {
@@ -96,9 +98,17 @@ impl LogSpace {
             self.head += (1 + pages as u64) * SECTOR as u64;
             left -= pages;
         }
-        self.live.push_back(Round { id: self.next_round, start, tail, applied: false });
+        self.live.push_back(Round { id: self.next_round, start, first_sequence, tail, applied: false });
         self.next_round += 1;
         placements
+    }
+
+    /// The round placed last, of which no sync has made anything durable, is given up. What of it is in the file the
+    /// next round overwrites, which is at least as long: its pages are among that one's.
+    pub fn withdraw_round(&mut self) {
+        let round = self.live.pop_back().expect("a round was placed");
+        assert!(!round.applied, "what is in place was synced before");
+        (self.head, self.next_sequence) = (round.start, round.first_sequence);
     }
 
     /// The newest round and with it its Tail are durable.

@@ -1,8 +1,8 @@
 //! What fronts and the engine say to each other.
 //!
 //! Two FIFO queues join each front to the engine. A tag has at most one request outstanding and gets exactly
-//! one reply; ranges, not blocks, are asked for. With one barrier and one hold outstanding at most, `depth + 2`
-//! places are enough in either direction, so a push cannot fail and nobody waits for room.
+//! one reply; ranges, not blocks, are asked for. With one barrier, one fence and one hold outstanding at most,
+//! `depth + 3` places are enough in either direction, so a push cannot fail and nobody waits for room.
 
 /// From a front to the engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,6 +16,8 @@ pub enum ToEngine {
     },
     /// Every piece that was looked up before the last [`ToFront::Barrier`] has ended.
     BarrierDone,
+    /// Every durable write that was in flight at the last [`ToFront::Fence`] has ended.
+    Fenced,
     /// No request is being served, and none will be before [`ToFront::Release`].
     Held,
 }
@@ -68,6 +70,8 @@ pub enum ToFront {
     },
     /// Answer with [`ToEngine::BarrierDone`] once every piece looked up before this message has ended.
     Barrier,
+    /// Answer with [`ToEngine::Fenced`] once every durable write in flight now has ended.
+    Fence,
     /// Begin no more requests, and answer with [`ToEngine::Held`] once those begun have ended.
     Hold,
     /// Go on, with the image that is served now.

@@ -25,6 +25,7 @@ mod bits;
 mod close;
 mod commit;
 mod copy;
+mod drain;
 mod fill;
 pub mod front;
 mod headers;
@@ -49,9 +50,10 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
-use crate::disk::Disk;
+use crate::disk::{Buffer, Disk};
 use crate::error::Result;
 use crate::image::{BlockMap, Extent, FoundLog, Headers, Image, Layout, Page, Space};
+use commit::Round;
 use local::{Bell, BlockLocks, Promise, Spawn, Turnstile};
 use log::LogSpace;
 use message::{Ask, ToEngine, ToFront};
@@ -131,14 +133,23 @@ pub struct Engine<D: Disk> {
     header_turn: Turnstile,
     /// Opening the session, one at a time.
     session_turn: Turnstile,
+    /// The GUIDs of a session that is being opened: of both headers, and of the content.
+    opening: Cell<Option<(Uuid, Uuid)>>,
     /// Extending the file, one at a time.
     grow_turn: Turnstile,
+    /// Asking the fronts for their durable writes, once at a time; how many still owe an answer; and the bell that
+    /// rings when none does.
+    fence_turn: Turnstile,
+    fences_owed: Cell<usize>,
+    fenced_bell: Bell,
     block_locks: BlockLocks,
     space: RefCell<Space>,
     quarantine: RefCell<Quarantine>,
     /// Punched, and known zero after the next sync.
     settling: RefCell<Vec<Extent>>,
     dirty: RefCell<BTreeSet<Page>>,
+    /// Pages that the cycle under way has taken the marks of, and that are not durable in the log yet.
+    being_logged: RefCell<BTreeSet<Page>>,
     /// Beginning sector bitmaps, one at a time.
     bitmap_turn: Turnstile,
     /// Chunks whose sector bitmaps no durable entry names yet.
@@ -146,6 +157,8 @@ pub struct Engine<D: Disk> {
     log: RefCell<Option<LogSpace>>,
     /// Ends when the newest round's pages are in place.
     applied: RefCell<Promise<Outcome>>,
+    /// The newest round, if the host had no room for it in place.
+    refused_round: RefCell<Option<Round>>,
     /// Releases of quarantined space in progress, and the bell that rings when one ends.
     releasing: Cell<usize>,
     released_bell: Bell,
@@ -200,16 +213,22 @@ impl<D: Disk + 'static> Engine<D> {
             guids: RefCell::new(guids),
             header_turn: Turnstile::default(),
             session_turn: Turnstile::default(),
+            opening: Cell::default(),
             grow_turn: Turnstile::default(),
+            fence_turn: Turnstile::default(),
+            fences_owed: Cell::default(),
+            fenced_bell: Bell::default(),
             block_locks: BlockLocks::default(),
             space: RefCell::new(image.space),
             quarantine: RefCell::new(quarantine),
             settling: RefCell::default(),
             dirty: RefCell::new(image.pending.pages),
+            being_logged: RefCell::default(),
             bitmap_turn: Turnstile::default(),
             begun_bitmaps: RefCell::new(image.pending.bitmaps),
             log: RefCell::new(None),
             applied: RefCell::new(Promise::kept(Ok(()))),
+            refused_round: RefCell::default(),
             releasing: Cell::default(),
             released_bell: Bell::default(),
             flush_waiters: RefCell::default(),
@@ -243,6 +262,7 @@ impl<D: Disk + 'static> Engine<D> {
                 self.quarantine.borrow_mut().barrier_answered();
                 self.start(|engine| async move { engine.release_quarantine().await });
             }
+            ToEngine::Fenced => self.fence_answered(),
             ToEngine::Held => panic!("who holds the fronts listens to them"),
         }
     }
@@ -306,6 +326,19 @@ impl<D: Disk + 'static> Engine<D> {
         libc::EIO
     }
 
+    /// Writes metadata. A host that refuses it fails whoever waits for it, and nothing else; any other failure
+    /// poisons.
+    async fn write_metadata(&self, doing: &str, offset: u64, bytes: Buffer) -> Outcome {
+        match self.disk.write(offset, bytes).await {
+            Ok(()) => Ok(()),
+            Err(error) if is_refusal(errno(&error)) => {
+                self.shared.troubles().note(doing, errno(&error));
+                Err(told(errno(&error)))
+            }
+            Err(error) => Err(self.poison(doing, &error)),
+        }
+    }
+
     fn count(&self, change: impl FnOnce(&mut Counters)) {
         let mut counters = self.counters.get();
         change(&mut counters);
@@ -317,6 +350,17 @@ impl<D: Disk + 'static> Engine<D> {
         assert!(!guid.is_nil(), "a GUID source gives no zeros");
         guid
     }
+}
+
+/// Whether a host that answers an operation with this `errno` has no room or memory for it, or has not begun it.
+/// Nothing that was written before is lost then. It says nothing of a sync, which is never tried again.
+fn is_refusal(errno: i32) -> bool {
+    [libc::ENOSPC, libc::EDQUOT, libc::ENOMEM, libc::ECANCELED, libc::EAGAIN, libc::EINTR].contains(&errno)
+}
+
+/// What the guest is told: its kernel knows no quotas.
+fn told(errno: i32) -> i32 {
+    if errno == libc::EDQUOT { libc::ENOSPC } else { errno }
 }
 
 /// The `errno` of a host error; EIO where it has none.

@@ -62,6 +62,13 @@ impl Quarantine {
         Some(id)
     }
 
+    /// The entries that unmap batch `id` were not written: the next cycle logs its unmappings with later ones.
+    pub fn reopen_batch(&mut self, id: u64) {
+        let place = self.batches.iter().position(|batch| batch.id == id).expect("the batch was closed");
+        let batch = self.batches.remove(place).expect("just found");
+        self.fresh.extend(batch.extents);
+    }
+
     /// The entries that unmap batch `id` are durable.
     pub fn batch_durable(&mut self, id: u64) {
         let batch = self.batches.iter_mut().find(|batch| batch.id == id).expect("the batch was closed");

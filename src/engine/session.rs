@@ -2,17 +2,24 @@
 //!
 //! Both are lazy: an image that is opened for writing and not written stays as it is, byte for byte.
 
+use std::ops::Range;
 use std::rc::Rc;
 
 use uuid::Uuid;
 
 use super::log::LogSpace;
 use super::shared::Session;
-use super::{Engine, Outcome, errno};
-use crate::disk::{Buffer, Disk};
+use super::{Engine, Outcome, errno, told};
+use crate::disk::{Buffer, Disk, PAGE_BYTES};
 use crate::format::MIB;
+use crate::format::bat::BITMAP_BLOCK_SIZE;
+use crate::format::header::OFFSETS;
 use crate::format::log::NewEntry;
+use crate::image::Extent;
 use crate::simulation::{Plant, planted};
+
+/// Where the headers are in the file, bytes.
+const HEADERS: Range<u64> = OFFSETS[0]..OFFSETS[1] + PAGE_BYTES as u64;
 
 impl<D: Disk + 'static> Engine<D> {
     /// The first modification of any kind waits for this.
@@ -32,8 +39,8 @@ impl<D: Disk + 'static> Engine<D> {
             if !planted(Plant::TrustKilled) {
                 self.sync().await?;
             }
-            let file_write = self.new_guid();
-            let data_write = data_write_guid.unwrap_or_else(|| self.new_guid());
+            self.reserve_metadata().await?;
+            let (file_write, data_write) = self.session_guids(data_write_guid);
             let memory = self.shared.map.memory();
             if !planted(Plant::LateAnnouncement) {
                 memory.announce(file_write);
@@ -44,7 +51,7 @@ impl<D: Disk + 'static> Engine<D> {
             })
             .await?;
             memory.settle(file_write);
-            self.reserve_metadata().await?;
+            self.opening.set(None);
             self.complete_last_unit().await?;
             self.shared.open_session();
         }
@@ -52,13 +59,36 @@ impl<D: Disk + 'static> Engine<D> {
         self.check_poison()
     }
 
-    /// Holes where metadata will be written are filled now: running out of space here fails one write, running
-    /// out of it while a page is applied would poison the device.
+    /// The GUIDs of the session. One that could not be opened for want of room is tried again under the same: a
+    /// header that was refused may be in the file, and a successor has to know it.
+    fn session_guids(&self, data_write_guid: Option<Uuid>) -> (Uuid, Uuid) {
+        let guids = self.opening.get().unwrap_or_else(|| {
+            let file_write = self.new_guid();
+            (file_write, data_write_guid.unwrap_or_else(|| self.new_guid()))
+        });
+        self.opening.set(Some(guids));
+        guids
+    }
+
+    /// Holes where metadata will be written are filled now: running out of space here fails one write, and leaves
+    /// the image as it was; running out of it later would fail flushes that need none.
     async fn reserve_metadata(self: &Rc<Self>) -> Outcome {
-        for extent in [self.layout.log, self.layout.bat, self.layout.metadata] {
-            self.disk.reserve(extent.offset, extent.length).await.map_err(|error| errno(&error))?;
+        let headers = Extent { offset: HEADERS.start, length: HEADERS.end - HEADERS.start };
+        for extent in [headers, self.layout.log, self.layout.bat, self.layout.metadata] {
+            self.reserve(extent).await?;
+        }
+        let map = &self.shared.map;
+        let chunks = if map.geometry().is_differencing() { map.geometry().bitmap_block_count() } else { 0 };
+        for offset in (0..chunks).filter_map(|chunk| map.bitmap_place(chunk)) {
+            self.reserve(Extent { offset, length: BITMAP_BLOCK_SIZE }).await?;
         }
         Ok(())
+    }
+
+    /// Has the host fill the holes of `extent`.
+    pub(super) async fn reserve(&self, extent: Extent) -> Outcome {
+        let reserved = self.disk.reserve(extent.offset, extent.length).await;
+        reserved.map_err(|error| told(errno(&error)))
     }
 
     /// A file that does not end on a 1 MiB border, or ends inside its last block, is grown to what its
@@ -87,9 +117,7 @@ impl<D: Disk + 'static> Engine<D> {
         if planted(Plant::HeaderBeforeEntry) {
             self.update_headers(|header| header.log_guid = guid).await?;
         }
-        if let Err(error) = self.disk.write(self.layout.log.offset, bytes).await {
-            return Err(self.poison("writing the first log entry", &error));
-        }
+        self.write_metadata("writing the first log entry", self.layout.log.offset, bytes).await?;
         self.sync().await?;
         let settled = self.log.borrow().as_ref().is_none_or(LogSpace::is_settled);
         assert!(settled || planted(Plant::StartAgainEarly), "a log that is still needed");

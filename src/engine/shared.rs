@@ -1,7 +1,7 @@
 //! What every thread of a device sees: the block maps of the chain, the session word, what the host's file can do.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use super::marks::Marks;
 use super::port::LEAF;
@@ -27,6 +27,8 @@ pub struct Shared {
     troubles: Troubles,
     /// That a file has lost its end was said.
     cut_was_said: AtomicBool,
+    /// Durable writes of all fronts whose end has not been seen.
+    durable_writes: AtomicU32,
 }
 
 impl Shared {
@@ -52,6 +54,7 @@ impl Shared {
             can_punch: AtomicBool::new(true),
             troubles: Troubles::default(),
             cut_was_said: AtomicBool::new(false),
+            durable_writes: AtomicU32::new(0),
         }
     }
 
@@ -123,6 +126,22 @@ impl Shared {
     /// What has gone wrong on the host.
     pub fn troubles(&self) -> &Troubles {
         &self.troubles
+    }
+
+    /// A durable write is about to be submitted.
+    pub(super) fn durable_write_begins(&self) {
+        self.durable_writes.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// The end of a durable write has been seen; if it failed, the session is poisoned already.
+    pub(super) fn durable_write_ended(&self) {
+        let before = self.durable_writes.fetch_sub(1, Ordering::SeqCst);
+        assert!(before > 0, "a durable write ends once");
+    }
+
+    /// Durable writes whose end has not been seen.
+    pub(super) fn durable_writes(&self) -> u32 {
+        self.durable_writes.load(Ordering::SeqCst)
     }
 
     /// Whether the host is believed to take `ZERO_RANGE`.

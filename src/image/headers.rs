@@ -15,6 +15,8 @@ const SEQUENCE_ROOM: u64 = 1 << 32;
 pub struct Headers {
     current: Header,
     slot: usize,
+    /// The other slot may hold a change that was given up.
+    in_doubt: bool,
 }
 
 impl Headers {
@@ -32,7 +34,18 @@ impl Headers {
                 .at(OFFSETS[current.slot])
                 .remedy("open the image read-only and copy it"));
         }
-        Ok(Self { current: current.header.clone(), slot: current.slot })
+        Ok(Self { current: current.header.clone(), slot: current.slot, in_doubt: false })
+    }
+
+    /// The same after a change was given up whose first write failed: that may be in the file, whole or torn.
+    #[must_use]
+    pub fn in_doubt(self) -> Self {
+        Self { in_doubt: true, ..self }
+    }
+
+    /// Whether a change that was given up may be in the file.
+    pub fn are_in_doubt(&self) -> bool {
+        self.in_doubt
     }
 
     /// The header as of the last change.
@@ -50,6 +63,7 @@ impl Headers {
     pub fn next_slot(&mut self) -> (u64, Buffer) {
         self.current.sequence_number += 1;
         self.slot ^= 1;
+        self.in_doubt = false;
         (OFFSETS[self.slot], Buffer::copy_of(&self.current.encode()))
     }
 }

@@ -20,7 +20,7 @@ use super::marks::Marks;
 use super::oracle::Oracle;
 use super::store::Store;
 use super::violation::message;
-use super::world::{Beginning, Config, Faults, World, new_image};
+use super::world::{Beginning, Config, Faults, HostKind, Loss, World, new_image};
 
 /// A log of 16 sectors: rounds of three pages at most, and few of them before it starts again.
 const TINY_LOG: u32 = 64 << 10;
@@ -107,6 +107,9 @@ pub fn scenarios() -> Vec<Scenario> {
     all.extend(deaths());
     all.extend(children());
     all.extend(snapshots());
+    all.extend(killed_snapshots());
+    all.extend(losses());
+    all.extend(full_hosts());
     all.push(Scenario {
         name: "sequences".into(),
         config: sequences(),
@@ -224,6 +227,51 @@ fn children() -> [Scenario; 6] {
             40,
             Config { beginning: Beginning::Nothing, faults, ..child(tiny()) },
         ),
+    ]
+}
+
+/// The host loses what it has accepted, and says so to one, whose thread may not run.
+fn losses() -> [Scenario; 2] {
+    let config = Config { weights: [50, 50, 5, 30, 5, 5], ..tiny() };
+    let lost_writes = Faults { loss: Some(Loss::Writes), unseen: 3, ..Faults::NONE };
+    let lost_cache = Faults { loss: Some(Loss::Cache), unseen: 2, ..Faults::NONE };
+    [
+        Scenario::swarm("lost-writes", 30, Config { faults: lost_writes, ..config.clone() }),
+        Scenario::swarm("lost-cache", 30, Config { faults: lost_cache, ..config }),
+    ]
+}
+
+/// The host has no room now and then, for holes of the file, or, as it copies on write, for anything.
+fn full_hosts() -> [Scenario; 7] {
+    let child = |mut config: Config, beginning| {
+        config.image.parent = Some(descent());
+        Config { beginning, requests: 80, ..config }
+    };
+    let sparse = Faults { full: 120, ..Faults::NONE };
+    let copying = Faults { host: HostKind::Copying, ..sparse };
+    let holes = Config { faults: sparse, weights: [50, 30, 5, 26, 12, 12], ..tiny() };
+    let copies = Config { faults: copying, ..holes.clone() };
+    let killed = Config { faults: Faults { death: 200, ..copying }, ..copies.clone() };
+    // Many logs, and headers with them, in little time.
+    let often = Config { faults: Faults { full: 30, ..copying }, ..flushes() };
+    [
+        Scenario::swarm("full", 25, holes.clone()),
+        Scenario::swarm("full-child", 20, child(holes.clone(), Beginning::Partial)),
+        Scenario::swarm("full-child-new", 20, child(holes, Beginning::Nothing)),
+        Scenario::swarm("full-copying", 40, copies.clone()),
+        Scenario::swarm("full-copying-child", 20, child(copies, Beginning::Nothing)),
+        Scenario::swarm("full-copying-killed", 20, killed),
+        Scenario::swarm("full-copying-flushes", 15, often),
+    ]
+}
+
+/// The daemon is killed while snapshots are taken, and between their steps.
+fn killed_snapshots() -> [Scenario; 2] {
+    let faults = Faults { snapshot: 60, death: 90, ..Faults::NONE };
+    let once = |name: &str, config| Scenario { name: name.into(), config, body: Body::Short, seeds: 12 };
+    [
+        once("killed-snapshot", Config { faults, ..tiny() }),
+        once("killed-snapshot-no-punch", Config { faults, can_punch: false, fronts: 3, ..tiny() }),
     ]
 }
 

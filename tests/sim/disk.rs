@@ -6,6 +6,8 @@
 //! * After a cut, the medium holds what was durable and any subset of what was at risk, sector by sector; of
 //!   two writes to one sector either may have come last if neither was durable. The length is any length the
 //!   file has passed through since the last sync, independently of the data.
+//! * Writes that have completed may be lost before they are durable; who is told of it, and when, see `errors`.
+//! * There may be no room for a write: see `room`. Of one that is refused a part may be there all the same.
 
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
@@ -17,14 +19,18 @@ use std::task::{Poll, Waker};
 use fastrand::Rng;
 use vhdx_ublk::disk::{Buffer, Disk};
 use vhdx_ublk::engine::port::PieceId;
+use vhdx_ublk::simulation::{Plant, planted};
 
+use super::errors::{Descriptions, Through};
 use super::judge::lengths;
 use super::places::Places;
+use super::room::Room;
 use super::store::Store;
 
-/// The numbers of "try again" and of an I/O error.
+/// The numbers of "try again", of an I/O error and of a host without room.
 pub const EAGAIN: i32 = 11;
 pub const EIO: i32 = 5;
+pub const ENOSPC: i32 = 28;
 
 /// How a cut treats what was at risk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,6 +74,8 @@ pub enum Effect {
     Zero {
         offset: u64,
         length: u64,
+        /// The range is a hole then.
+        gives_back: bool,
     },
     Resize(u64),
     /// A request's data comes from elsewhere; the file has no part in it.
@@ -76,8 +84,11 @@ pub enum Effect {
         length: usize,
     },
     Sync,
-    /// Space only: no byte changes.
-    Nothing,
+    /// The range has its place on the host then; no byte changes.
+    Reserve {
+        offset: u64,
+        length: u64,
+    },
 }
 
 #[derive(Clone, Debug)]
@@ -87,6 +98,8 @@ struct Op {
     effect: Effect,
     /// For a sync: everything that had completed when it was issued has a smaller number.
     covers: u64,
+    /// Of a sync: whom the host tells of what it has lost.
+    through: Through,
     /// Ends long after others: what was looked up before it may be gone by then.
     slow: bool,
 }
@@ -113,10 +126,10 @@ impl Effect {
                 let words = words.map(|word| u64::from_le_bytes(word.try_into().expect("eight bytes")));
                 words.fold(fold(2 + u64::from(*durable), *offset), fold)
             }
-            Self::Zero { offset, length } => fold(fold(4, *offset), *length),
+            Self::Zero { offset, length, .. } => fold(fold(4, *offset), *length),
             Self::Resize(length) => fold(5, *length),
             Self::Sync => fold(6, 0),
-            Self::Nothing => fold(7, 0),
+            Self::Reserve { offset, length } => fold(fold(7, *offset), *length),
             Self::Given { length, .. } => fold(8, *length as u64),
         }
     }
@@ -131,6 +144,11 @@ impl AtRisk {
         }
     }
 
+    /// Whether it cannot be lost while the power is on: it is no data, or has not completed.
+    fn stays(&self) -> bool {
+        self.completed.is_none() || !matches!(self.effect, Effect::Write { .. })
+    }
+
     /// Whether it has not completed.
     pub fn in_flight(&self) -> bool {
         self.completed.is_none()
@@ -140,7 +158,7 @@ impl AtRisk {
     pub fn reaches(&self, place: u64) -> bool {
         let range = match &self.effect {
             Effect::Write { offset, bytes, .. } => *offset..*offset + bytes.len() as u64,
-            Effect::Zero { offset, length } => *offset..*offset + *length,
+            Effect::Zero { offset, length, .. } => *offset..*offset + *length,
             _ => return false,
         };
         range.contains(&place) && !self.settled.iter().any(|settled| settled.contains(&place))
@@ -200,6 +218,8 @@ struct State {
     trace: u64,
     injection: Option<Injection>,
     struck: Option<(Owner, Effect)>,
+    descriptions: Descriptions,
+    room: Room,
     host: Host,
 }
 
@@ -354,6 +374,50 @@ impl SimDisk {
         }
     }
 
+    /// A durable write, the `index`-th operation, fails as the device's cache cannot be flushed: what was there is
+    /// gone, and nobody else is told.
+    pub fn lose_device_cache(&self, index: usize) -> FrontDone {
+        self.state.borrow_mut().at_risk.retain(AtRisk::stays);
+        self.fail(index, EIO)
+    }
+
+    /// Writing back some of what has completed fails; whoever syncs next by whichever description is told `errno`.
+    /// Whether there was anything.
+    pub fn lose(&self, errno: i32, rng: &mut Rng) -> bool {
+        let mut state = self.state.borrow_mut();
+        let before = state.at_risk.len();
+        let all = rng.bool();
+        state.at_risk.retain(|change| change.stays() || !all && rng.bool());
+        let lost = state.at_risk.len() < before;
+        if lost {
+            state.descriptions.lose(errno);
+            state.changed(&Effect::Sync);
+        }
+        lost
+    }
+
+    /// Another process opens the file.
+    pub fn open_anew(&self) {
+        self.state.borrow_mut().descriptions.open_anew();
+    }
+
+    /// From now on the holes of the file count, and on a host that copies on write overwrites, too.
+    pub fn watch_room(&self, copies: bool) {
+        let mut state = self.state.borrow_mut();
+        let stored: Vec<u64> = state.cache.stored().map(|(offset, _)| offset).collect();
+        state.room.watch(stored.into_iter(), copies);
+    }
+
+    /// The host has no room left, or has some again.
+    pub fn set_full(&self, full: bool) {
+        self.state.borrow_mut().room.set_full(full);
+    }
+
+    /// The room of the host.
+    pub fn room<T>(&self, look: impl FnOnce(&Room) -> T) -> T {
+        look(&self.state.borrow().room)
+    }
+
     /// How many operations are in flight.
     pub fn operations(&self) -> usize {
         self.state.borrow().in_flight.len()
@@ -396,6 +460,10 @@ impl SimDisk {
 
     /// Starts an operation.
     pub fn issue(&self, owner: Owner, effect: Effect, slow: bool) -> u64 {
+        self.issue_through(owner, effect, slow, Through::Shared)
+    }
+
+    fn issue_through(&self, owner: Owner, effect: Effect, slow: bool, through: Through) -> u64 {
         let mut state = self.state.borrow_mut();
         let id = state.next_op;
         state.next_op += 1;
@@ -410,7 +478,7 @@ impl SimDisk {
                 settled: Vec::new(),
             });
         }
-        state.in_flight.push(Op { id, owner, effect, covers, slow });
+        state.in_flight.push(Op { id, owner, effect, covers, through, slow });
         id
     }
 
@@ -419,7 +487,8 @@ impl SimDisk {
         let mut state = self.state.borrow_mut();
         let mut op = state.in_flight.remove(index);
         state.trace = state.trace.rotate_left(5) ^ op.id.wrapping_mul(0x1_0001);
-        let failed = state.strike(&mut op);
+        let failed = state.strike(&mut op).or_else(|| state.refuse(&op, self.sector_size));
+        let failed = failed.or_else(|| state.tell(&op));
         let bytes = if failed.is_some() { None } else { state.perform(&op) };
         if failed.is_some() || matches!(op.effect, Effect::Sync | Effect::Write { durable: true, .. }) {
             state.changed(&op.effect);
@@ -523,9 +592,10 @@ impl SimDisk {
     }
 
     async fn run(&self, effect: Effect) -> io::Result<Buffer> {
+        let through = if planted(Plant::SharedDescription) { Through::Shared } else { Through::Own };
         let number = self.state.borrow().activity.syncs;
         let slow = matches!(effect, Effect::Sync) && self.slow_syncs.get() && number.is_multiple_of(2);
-        let id = self.issue(Owner::Engine, effect, slow);
+        let id = self.issue_through(Owner::Engine, effect, slow, through);
         if self.immediate.get() {
             let index = self.state.borrow().in_flight.iter().position(|op| op.id == id).expect("just issued");
             self.complete(index);
@@ -577,7 +647,7 @@ impl State {
         let metadata = match effect {
             Effect::Write { offset, .. } | Effect::Zero { offset, .. } => self.places.has(*offset),
             Effect::Resize(_) => true,
-            Effect::Read { .. } | Effect::Given { .. } | Effect::Sync | Effect::Nothing => return,
+            Effect::Read { .. } | Effect::Given { .. } | Effect::Sync | Effect::Reserve { .. } => return,
         };
         self.versions.0 += 1;
         self.versions.1 += u64::from(metadata);
@@ -626,20 +696,64 @@ impl State {
                     }
                 }
             }
-            Effect::Zero { .. } => {
+            Effect::Zero { offset, length, gives_back } => {
                 apply(&mut self.cache, &op.effect);
+                if *gives_back {
+                    self.room.give_back(*offset, *length);
+                }
                 self.activity.zeroes += 1;
             }
             Effect::Resize(_) => {
                 apply(&mut self.cache, &op.effect);
                 self.activity.resizes += 1;
             }
-            Effect::Nothing => {}
+            Effect::Reserve { .. } => {}
         }
         if let Some(change) = self.at_risk.iter_mut().find(|change| change.op == op.id) {
             change.completed = Some(number);
         }
         None
+    }
+
+    /// Refuses `op` if the host has no room for it. What does not need any may be there all the same, in part.
+    fn refuse(&mut self, op: &Op, sector: u32) -> Option<i32> {
+        let found = match &op.effect {
+            Effect::Write { offset, bytes, .. } => self.room.take(*offset, bytes.len() as u64, true),
+            Effect::Zero { offset, length, gives_back: false } | Effect::Reserve { offset, length } => {
+                self.room.take(*offset, *length, false)
+            }
+            _ => true,
+        };
+        if found {
+            return None;
+        }
+        self.at_risk.retain(|change| change.op != op.id);
+        let chance = |number: u64| (number ^ op.id).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 62;
+        if let Effect::Write { offset, bytes, .. } = &op.effect
+            && chance(1) > 0
+        {
+            let unit = if chance(1) == 1 { sector as usize } else { 4096 };
+            for (place, part) in (*offset..).step_by(unit).zip(bytes.chunks(unit)) {
+                if self.room.holds(place, part.len() as u64) && chance(place) > 1 {
+                    self.land_part(place, part);
+                }
+            }
+        }
+        Some(ENOSPC)
+    }
+
+    /// What `op` is told of writes that were lost, if it is a sync or a durable write. It has done nothing durable
+    /// then.
+    fn tell(&mut self, op: &Op) -> Option<i32> {
+        let tells = matches!(op.effect, Effect::Sync | Effect::Write { durable: true, .. });
+        let errno = if tells { self.descriptions.tell(op.through) } else { None };
+        if errno.is_some()
+            && let Effect::Write { offset, bytes, .. } = &op.effect
+        {
+            let effect = Effect::Write { offset: *offset, bytes: bytes.clone(), durable: false };
+            self.perform(&Op { effect, ..op.clone() });
+        }
+        errno
     }
 
     /// Lets the fault hit `op` if it is its turn: a short operation shrinks, a failed one gives its `errno`.
@@ -732,9 +846,9 @@ impl State {
 pub fn apply(store: &mut Store, effect: &Effect) {
     match effect {
         Effect::Write { offset, bytes, .. } => store.write(*offset, bytes),
-        Effect::Zero { offset, length } => store.zero(*offset, *length),
+        Effect::Zero { offset, length, .. } => store.zero(*offset, *length),
         Effect::Resize(length) => store.resize(*length),
-        Effect::Read { .. } | Effect::Given { .. } | Effect::Sync | Effect::Nothing => {}
+        Effect::Read { .. } | Effect::Given { .. } | Effect::Sync | Effect::Reserve { .. } => {}
     }
 }
 
@@ -774,7 +888,7 @@ fn persist(store: &mut Store, effect: &Effect, profile: Profile, all: bool, keep
             }
         }
         // Large and rare: in parts of 64 KiB.
-        Effect::Zero { offset, length } => {
+        Effect::Zero { offset, length, .. } => {
             let mut at = *offset;
             while at < offset + length {
                 let part = (64 << 10).min(offset + length - at);
@@ -784,7 +898,11 @@ fn persist(store: &mut Store, effect: &Effect, profile: Profile, all: bool, keep
                 at += part;
             }
         }
-        Effect::Resize(_) | Effect::Read { .. } | Effect::Given { .. } | Effect::Sync | Effect::Nothing => {}
+        Effect::Resize(_)
+        | Effect::Read { .. }
+        | Effect::Given { .. }
+        | Effect::Sync
+        | Effect::Reserve { .. } => {}
     }
 }
 
@@ -831,8 +949,8 @@ impl Disk for SimDisk {
         self.run(Effect::Resize(length)).await.map(drop)
     }
 
-    async fn reserve(&self, _offset: u64, _length: u64) -> io::Result<()> {
-        self.run(Effect::Nothing).await.map(drop)
+    async fn reserve(&self, offset: u64, length: u64) -> io::Result<()> {
+        self.run(Effect::Reserve { offset, length }).await.map(drop)
     }
 
     async fn zero(&self, offset: u64, length: u64) -> io::Result<()> {
@@ -840,14 +958,14 @@ impl Disk for SimDisk {
             offset.is_multiple_of(4096) && length.is_multiple_of(4096),
             "zeroing {length} bytes at {offset}"
         );
-        self.run(Effect::Zero { offset, length }).await.map(drop)
+        self.run(Effect::Zero { offset, length, gives_back: false }).await.map(drop)
     }
 
     async fn punch(&self, offset: u64, length: u64) -> io::Result<bool> {
         if !self.can_punch {
             return Ok(false);
         }
-        self.run(Effect::Zero { offset, length }).await.map(|_| true)
+        self.run(Effect::Zero { offset, length, gives_back: true }).await.map(|_| true)
     }
 
     fn takes_space_back(&self) -> bool {

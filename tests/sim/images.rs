@@ -266,7 +266,7 @@ fn collect(base: &Store, risks: &[Risk<'_>], unit: usize) -> BTreeMap<u64, Secto
         let zeros;
         let (offset, bytes) = match risk.effect {
             Effect::Write { offset, bytes, .. } => (offset, bytes.as_slice()),
-            Effect::Zero { offset, length } => {
+            Effect::Zero { offset, length, .. } => {
                 zeros = vec![0; usize::try_from(*length).expect("a bitmap")];
                 (offset, zeros.as_slice())
             }

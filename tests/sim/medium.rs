@@ -92,7 +92,7 @@ impl Disk for Medium {
 
     async fn zero(&self, offset: u64, length: u64) -> io::Result<()> {
         self.check_place("zeroes", offset, usize::try_from(length).expect("64-bit hosts only"));
-        self.run(Effect::Zero { offset, length });
+        self.run(Effect::Zero { offset, length, gives_back: false });
         Ok(())
     }
 

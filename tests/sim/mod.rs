@@ -4,6 +4,7 @@
 pub mod campaign;
 pub mod choose;
 pub mod disk;
+pub mod errors;
 pub mod images;
 pub mod judge;
 pub mod lineage;
@@ -11,6 +12,7 @@ pub mod marks;
 pub mod medium;
 pub mod oracle;
 pub mod places;
+pub mod room;
 pub mod store;
 pub mod tasks;
 pub mod violation;

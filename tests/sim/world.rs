@@ -22,12 +22,13 @@ use vhdx_ublk::image::{
     BlockMap, FoundLog, Image, InitialState, Layout, Mode, NewImage, SessionMemory, check,
 };
 
-use super::disk::{EAGAIN, EIO, Effect, FrontDone, Owner, Profile, SimDisk};
+use super::disk::{EAGAIN, EIO, ENOSPC, Effect, FrontDone, Owner, Profile, SimDisk};
 use super::judge::{Effort, Judge};
 use super::lineage::Lineage;
 use super::marks::Marks;
 use super::oracle::{Oracle, Value, WATCHED, decode, stamp};
 use super::places::Places;
+use super::room::Room;
 use super::store::Store;
 use super::tasks::{SimTasks, block_on};
 use super::violation::violated;
@@ -88,6 +89,32 @@ pub struct Faults {
     pub snapshot: u32,
     /// The first sync or durable write that a death cuts short may fail, and the host tells nobody else.
     pub lost_with_death: bool,
+    /// One end of a front's I/O in so many is posted, and its thread sees it long after; 0 for none.
+    pub unseen: u32,
+    /// What is lost, once.
+    pub loss: Option<Loss>,
+    /// The host has no room left, or has some again, at one step in so many; 0 if it always has.
+    pub full: u32,
+    /// What needs room there.
+    pub host: HostKind,
+}
+
+/// What is lost, and who is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Loss {
+    /// Writes that the host has accepted; who syncs next is told.
+    Writes,
+    /// The device's cache, as a durable write fails; nobody else is told.
+    Cache,
+}
+
+/// What needs room on a host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HostKind {
+    /// What fills a hole.
+    Sparse,
+    /// Overwrites, too: it copies on write.
+    Copying,
 }
 
 impl Faults {
@@ -101,6 +128,10 @@ impl Faults {
         death: 0,
         snapshot: 0,
         lost_with_death: false,
+        unseen: 0,
+        loss: None,
+        full: 0,
+        host: HostKind::Sparse,
     };
 }
 
@@ -159,6 +190,8 @@ struct Active {
     request: Request,
     value: Value,
     issued: u64,
+    /// How often the host had refused something when it was issued.
+    refusals: u64,
     /// For a read: what each sector could hold when it was issued.
     readable: Vec<Vec<Value>>,
 }
@@ -202,7 +235,9 @@ impl Port for SimPort<'_> {
                 Effect::Write { offset, bytes: Rc::new(bytes), durable }
             }
             FileOp::WriteZeros => Effect::Write { offset, bytes: Rc::new(vec![0; length]), durable: false },
-            FileOp::ZeroRange | FileOp::PunchHole => Effect::Zero { offset, length: length as u64 },
+            FileOp::ZeroRange | FileOp::PunchHole => {
+                Effect::Zero { offset, length: length as u64, gives_back: io.op == FileOp::PunchHole }
+            }
         };
         let slow = self.rng.u32(..self.slow_io) == 0;
         self.disk.issue(Owner::Front(self.index, piece), effect, slow);
@@ -294,6 +329,15 @@ pub struct World {
     /// How many fronts hold, while they are asked to.
     held: Option<usize>,
     snapshots: usize,
+    pub posted: Posted,
+}
+
+/// What has ended for fronts and was not seen yet.
+#[derive(Default)]
+pub struct Posted {
+    ends: Vec<FrontDone>,
+    /// All that ends is posted, and no thread sees it.
+    pub held: bool,
 }
 
 /// What the last step found, to see what the next one changes.
@@ -330,6 +374,10 @@ fn open_image(config: &Config, content: Store, guids: &mut impl FnMut() -> Uuid)
     let memory = death::start_session(&mut image, config.faults);
     disk.set_immediate(false);
     disk.slow_syncs(config.faults.slow_syncs);
+    disk.open_anew();
+    if config.faults.full > 0 {
+        disk.watch_room(config.faults.host == HostKind::Copying);
+    }
     disk.set_metadata(Places::below(image.layout.bat.end()));
     Opened { image, disk, memory }
 }
@@ -375,6 +423,7 @@ impl World {
             deaths: 0,
             held: None,
             snapshots: 0,
+            posted: Posted::default(),
         }
     }
 
@@ -462,6 +511,7 @@ impl World {
 
     /// Takes one random step; `false` when nothing is left to do.
     pub fn step(&mut self) -> bool {
+        self.trouble();
         if self.config.faults.death > 0 && self.rng.u32(..self.config.faults.death) == 0 {
             self.die();
             return true;
@@ -484,7 +534,11 @@ impl World {
         // A slow operation ends now and then, and when there is nothing else to do.
         let rest = tasks + ops.len() + to_front.len() + to_engine.len() + new;
         let late = if !slow.is_empty() && (rest == 0 || self.rng.u32(..200) == 0) { slow.len() } else { 0 };
-        let weights = [tasks * 3, ops.len() * 2, to_front.len() * 3, to_engine.len() * 3, new * 2, late * 5];
+        let seen =
+            !self.posted.ends.is_empty() && !self.posted.held && (rest == 0 || self.rng.u32(..80) == 0);
+        let seen = if seen { self.posted.ends.len() } else { 0 };
+        let weights =
+            [tasks * 3, ops.len() * 2, to_front.len() * 3, to_engine.len() * 3, new * 2, late * 5, seen * 5];
         let total: usize = weights.iter().sum();
         if total == 0 {
             return false;
@@ -501,12 +555,48 @@ impl World {
             0 => self.tasks.run(pick / 3),
             1 => self.complete_op(ops[pick / 2]),
             5 => self.complete_op(slow[pick / 5]),
+            6 => {
+                let done = self.posted.ends.swap_remove(pick / 5);
+                self.see(done);
+            }
             2 => self.deliver_to_front(to_front[pick / 3]),
             3 => self.deliver_to_engine(to_engine[pick / 3]),
             _ => self.new_request(),
         }
         self.look();
+        self.check_refusals();
         true
+    }
+
+    /// The host loses writes, or its room, or gets some again.
+    fn trouble(&mut self) {
+        let faults = self.config.faults;
+        if faults.loss == Some(Loss::Writes) && self.rng.u32(..150) == 0 {
+            let errno = if self.rng.bool() { EIO } else { ENOSPC };
+            if self.disk.lose(errno, &mut self.rng) {
+                self.marks.hit("the host loses writes");
+                (self.config.faults.loss, self.injected) = (None, true);
+            }
+        }
+        if faults.full > 0 && self.rng.u32(..faults.full) == 0 {
+            let full = self.disk.room(Room::is_full);
+            self.marks.hit(if full { "the host has room again" } else { "the host is full" });
+            self.disk.set_full(!full);
+        }
+    }
+
+    /// Whatever there is no room for, nothing is poisoned.
+    fn check_refusals(&self) {
+        if self.config.faults.full > 0 && !self.injected && self.session() == Session::Poisoned {
+            violated("the device was poisoned for want of room".into());
+        }
+    }
+
+    /// From now on the host has room.
+    fn make_room(&mut self) {
+        if std::mem::take(&mut self.config.faults.full) > 0 {
+            self.disk.set_full(false);
+        }
     }
 
     /// Steps until nothing is left to do.
@@ -525,6 +615,7 @@ impl World {
 
     /// Closes the image cleanly and returns the file.
     pub fn close(&mut self) -> Store {
+        self.make_room();
         let closed = self.try_close();
         if closed.is_ok() {
             self.activation.clean_closes += 1;
@@ -567,6 +658,21 @@ impl World {
     /// What outlives the daemon.
     pub fn memory(&self) -> &SessionMemory {
         &self.memory
+    }
+
+    /// The host loses what it has accepted and not made durable, and tells `errno` to who syncs next.
+    pub fn lose(&mut self, errno: i32) {
+        let mut rng = self.rng.fork();
+        while !self.disk.lose(errno, &mut rng) {}
+        self.injected = true;
+    }
+
+    /// The durable write under way fails as the device loses its cache.
+    pub fn lose_device_cache(&mut self) {
+        let durable = (0..self.disk.operations()).find(|index| self.disk.front_op(*index).1);
+        let done = self.disk.lose_device_cache(durable.expect("a durable write is under way"));
+        (self.injected, self.posted.held) = (true, true);
+        self.posted.ends.push(done);
     }
 
     /// Where the session stands.
@@ -754,7 +860,9 @@ impl World {
             Op::WriteZeroes { .. } => self.oracle.issue(first, count, 0, true),
             Op::Flush => {}
         }
-        self.hosts[index].active[usize::from(tag)] = Some(Active { request, value, issued, readable });
+        let refusals = self.disk.room(Room::refusals);
+        let active = Active { request, value, issued, refusals, readable };
+        self.hosts[index].active[usize::from(tag)] = Some(active);
         self.with_front(index, |front, port| front.start(tag, request, port));
     }
 
@@ -770,7 +878,18 @@ impl World {
     }
 
     fn complete_op(&mut self, index: usize) {
-        let Some(FrontDone { front, piece, result, bytes }) = self.end_op(index) else { return };
+        let Some(done) = self.end_op(index) else { return };
+        let unseen = self.config.faults.unseen;
+        if self.posted.held || unseen > 0 && self.rng.u32(..unseen) == 0 {
+            self.marks.hit("ends that are posted and not seen");
+            self.posted.ends.push(done);
+        } else {
+            self.see(done);
+        }
+    }
+
+    /// A front's thread sees the end of its I/O.
+    fn see(&mut self, FrontDone { front, piece, result, bytes }: FrontDone) {
         if let Some(bytes) = bytes {
             // The piece knows its place; the buffer is filled where the request's cursor was.
             let place = self.hosts[front].front.buffer_place(piece);
@@ -792,6 +911,12 @@ impl World {
             self.marks.hit("a durable write fails");
             (self.config.faults.durable_write, self.injected) = (false, true);
             return Some(self.disk.fail(index, EIO));
+        }
+        let cached = self.disk.at_risk(|_, changes, _| changes.iter().any(|change| !change.in_flight()));
+        if durable && faults.loss == Some(Loss::Cache) && cached && self.rng.u32(..3) == 0 {
+            self.marks.hit("the device loses its cache");
+            (self.config.faults.loss, self.injected) = (None, true);
+            return Some(self.disk.lose_device_cache(index));
         }
         if faults.sync && self.disk.syncs().contains(&index) && self.rng.u32(..12) == 0 {
             self.marks.hit("P6 a sync fails");
@@ -829,8 +954,8 @@ impl World {
             completed: &mut host.completed,
         };
         act(&mut host.front, &mut port);
-        assert!(host.to_engine.len() <= usize::from(self.config.depth) + 2, "the mailbox has room by design");
-        assert!(self.inbox.0.borrow()[index].len() <= usize::from(self.config.depth) + 2);
+        assert!(host.to_engine.len() <= usize::from(self.config.depth) + 3, "the mailbox has room by design");
+        assert!(self.inbox.0.borrow()[index].len() <= usize::from(self.config.depth) + 3);
         for (tag, result) in std::mem::take(&mut self.hosts[index].completed) {
             self.acknowledge(index, tag, result);
         }
@@ -839,11 +964,15 @@ impl World {
     fn acknowledge(&mut self, index: usize, tag: u16, result: i32) {
         let sector = u64::from(self.config.image.logical_sector_size);
         let active = self.hosts[index].active[usize::from(tag)].take();
-        let Active { request, value, issued, readable } = active.expect("a request is completed once");
+        let Active { request, value, issued, refusals, readable } =
+            active.expect("a request is completed once");
         let (first, count) = (request.offset / sector, request.length / sector);
         let now = self.oracle.now();
         if result < 0 {
-            if !self.injected && self.disk.struck().is_none() {
+            let refused = result == -ENOSPC && self.disk.room(Room::refusals) > refusals;
+            let copies = self.config.faults.host == HostKind::Copying;
+            let needs_room = request.op != Op::Read && (request.op != Op::Flush || copies);
+            if !self.injected && self.disk.struck().is_none() && !(refused && needs_room) {
                 violated(format!("{request:?} failed with {result} and nothing was injected"));
             }
             if self.injected {

@@ -9,13 +9,13 @@ use std::collections::VecDeque;
 use std::rc::Rc;
 
 use uuid::Uuid;
-use vhdx_ublk::engine::Engine;
 use vhdx_ublk::engine::front::Front;
+use vhdx_ublk::engine::{Engine, Parent};
 use vhdx_ublk::error::Error;
 use vhdx_ublk::image::{Image, Mode, Place, SessionMemory};
 use vhdx_ublk::simulation::{Plant, planted};
 
-use super::{Faults, Inbox, Seen, World, guids, parents, read_sector};
+use super::{Faults, Inbox, Seen, World, guids, read_sector};
 use crate::sim::disk::{Abandoned, SimDisk};
 use crate::sim::violation::violated;
 
@@ -43,12 +43,16 @@ impl World {
     /// when it refuses, since the host has lost something.
     pub fn die(&mut self) {
         self.marks.hit("daemon deaths");
+        if self.held.take().is_some() {
+            self.marks.hit("deaths while fronts are held");
+        }
         self.deaths += 1;
         if self.config.faults.lost_with_death {
             self.disk.lose_what_dies();
         }
         self.mark_counters();
         let (mut late, mut deaths) = (self.end_process(), 1);
+        self.make_room_for_successor();
         let opened = loop {
             let dies = deaths < DEATHS_IN_A_ROW && self.rng.bool();
             let killed_at = dies.then(|| self.rng.usize(..90));
@@ -73,6 +77,7 @@ impl World {
     /// Takes the process away. What of its I/O lands later than the lock allows is returned: nothing.
     fn end_process(&mut self) -> Vec<Abandoned> {
         self.tasks.die();
+        self.posted.ends.clear();
         let mut abandoned = self.disk.abandon();
         if planted(Plant::NoFence) {
             return abandoned;
@@ -87,6 +92,7 @@ impl World {
 
     /// Opens the image as the successor does, step by step; none if it is killed before it has.
     fn open_again(&mut self, killed_at: Option<usize>) -> Option<Result<Image, Error>> {
+        self.disk.open_anew();
         let (disk, memory, guids) = (self.disk.clone(), self.memory.clone(), guids(&mut self.rng));
         let opening = self.tasks.start(resume(disk, memory, guids));
         let mut steps = 0;
@@ -131,12 +137,21 @@ impl World {
         }
     }
 
+    /// What a successor writes before it serves needs room; without any it refuses, and may be started again.
+    fn make_room_for_successor(&self) {
+        if self.config.faults.full > 0 {
+            self.disk.set_full(false);
+        }
+    }
+
     fn serve(&mut self, image: Image) {
         self.marks.add("pages that only the memory had", image.pending.pages.len() as u64);
         self.marks.add("space that only the file names", image.pending.unmapped.len() as u64);
         self.inbox = Rc::new(Inbox(RefCell::new(vec![VecDeque::new(); self.config.fronts])));
         let (disk, tasks, inbox) = (self.disk.clone(), self.tasks.clone(), self.inbox.clone());
-        let (parents, _) = parents(&self.lineage);
+        let maps = self.engine.shared().layers().skip(1).cloned();
+        let files = self.parents.iter().map(|file| SimDisk::new(file.clone(), true, true, 512));
+        let parents = files.zip(maps).map(|(disk, map)| Parent { disk, map }).collect();
         let guids = Box::new(guids(&mut self.rng));
         let engine = Engine::new(image, disk, parents, tasks, inbox, guids);
         self.engine = engine.expect("the image is writable");

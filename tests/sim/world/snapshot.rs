@@ -23,23 +23,48 @@ pub(super) const MAX_SNAPSHOTS: usize = 3;
 const MAX_STEPS: usize = 1_000_000;
 
 impl World {
-    /// Freezes the image and goes on with a child of it, in the steps of the device's.
+    /// Freezes the image and goes on with a child of it, in the steps of the device's. Killed in between, its successor
+    /// serves the image that was served then, and holds no front.
     pub(super) fn snapshot(&mut self) {
         self.marks.hit("snapshots");
         let before = self.images_judged();
+        let deaths = self.deaths;
         self.hold();
-        self.freeze();
+        if self.deaths == deaths {
+            self.freeze();
+        }
+        if self.deaths > deaths {
+            return;
+        }
         self.marks.add("images inside a snapshot", self.images_judged() - before);
         let values = self.examine_frozen();
+        if self.dies_now("deaths between freeze and rest") {
+            return;
+        }
         self.engine.shared().map.memory().rest();
+        if self.dies_now("deaths between rest and switch") {
+            return;
+        }
         if self.rng.u32(..4) == 0 {
             self.marks.hit("snapshots that fail in the end");
         } else {
             self.descend(values);
+            if self.dies_now("deaths between switch and release") {
+                return;
+            }
         }
         for front in 0..self.hosts.len() {
             self.inbox.0.borrow_mut()[front].push_back(ToFront::Release);
         }
+    }
+
+    fn dies_now(&mut self, when: &'static str) -> bool {
+        let dies = self.config.faults.death > 0 && self.rng.u32(..4) == 0;
+        if dies {
+            self.marks.hit(when);
+            self.die();
+        }
+        dies
     }
 
     fn images_judged(&self) -> u64 {
@@ -51,13 +76,23 @@ impl World {
         for front in 0..self.hosts.len() {
             self.inbox.0.borrow_mut()[front].push_back(ToFront::Hold);
         }
-        self.step_until("the fronts hold", |world| world.held == Some(world.hosts.len()));
+        let deaths = self.deaths;
+        self.step_until("the fronts hold", |world| {
+            world.deaths > deaths || world.held == Some(world.hosts.len())
+        });
+        if self.deaths == deaths && (0..self.disk.operations()).any(|index| self.disk.front_op(index).0) {
+            violated("a front says that it holds, and its I/O is still under way".into());
+        }
     }
 
     fn freeze(&mut self) {
         let engine = self.engine.clone();
         let frozen = self.tasks.start(async move { engine.freeze().await });
-        self.step_until("the image is frozen", |_| frozen.borrow().is_some());
+        let deaths = self.deaths;
+        self.step_until("the image is frozen", |world| world.deaths > deaths || frozen.borrow().is_some());
+        if self.deaths > deaths {
+            return;
+        }
         if frozen.borrow().as_ref().is_some_and(|frozen| *frozen != Ok(())) {
             violated("the image does not freeze".into());
         }
@@ -68,7 +103,7 @@ impl World {
         let mut steps = 0;
         while !is_done(self) {
             steps += 1;
-            if !self.step() || steps > MAX_STEPS {
+            if (!self.step() && !is_done(self)) || steps > MAX_STEPS {
                 violated(format!("it never comes that {what}"));
             }
         }
@@ -87,7 +122,10 @@ impl World {
         let mut values = BTreeMap::new();
         for sector in self.oracle.touched() {
             let value = self.read_frozen(map, &content, sector);
-            if !self.oracle.acknowledged(sector).contains(&value) {
+            // What a death has failed may be there, or not.
+            let known =
+                if self.deaths > 0 { self.oracle.readable(sector) } else { self.oracle.acknowledged(sector) };
+            if !known.contains(&value) {
                 violated(format!("a frozen image: {}", self.oracle.explain(sector, value)));
             }
             values.insert(sector, value);

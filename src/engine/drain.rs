@@ -1,0 +1,68 @@
+//! Waiting for what is under way now, while more of it comes: what begins is counted in one of two counters, and who
+//! waits has the other one used from then on.
+
+/// Two counters, and whether somebody waits for one of them to come to zero. One waits at a time.
+#[derive(Debug, Default)]
+pub(super) struct Drain {
+    /// The counter that is used now.
+    parity: usize,
+    under_way: [u32; 2],
+    owed: bool,
+}
+
+impl Drain {
+    /// Something begins; the counter that it is in.
+    #[inline]
+    pub(super) fn enter(&mut self) -> usize {
+        self.under_way[self.parity] += 1;
+        self.parity
+    }
+
+    /// What is in this counter ends.
+    #[inline]
+    pub(super) fn leave(&mut self, parity: usize) {
+        self.under_way[parity] -= 1;
+    }
+
+    /// Somebody waits for all that is under way.
+    pub(super) fn ask(&mut self) {
+        assert!(!self.owed, "one waits at a time");
+        self.parity ^= 1;
+        assert_eq!(self.under_way[self.parity], 0, "who waited last saw this counter at zero");
+        self.owed = true;
+    }
+
+    /// Somebody waits.
+    pub(super) fn is_owed(&self) -> bool {
+        self.owed
+    }
+
+    /// Whether who waits is to be answered now, once.
+    #[must_use]
+    pub(super) fn answer(&mut self) -> bool {
+        let due = self.owed && self.under_way[self.parity ^ 1] == 0;
+        self.owed &= !due;
+        due
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_waits_waits_for_what_was_under_way_and_for_nothing_later() {
+        let mut drain = Drain::default();
+        let early = drain.enter();
+        drain.ask();
+        let late = drain.enter();
+        assert!(drain.is_owed() && !drain.answer());
+        drain.leave(early);
+        assert!(drain.answer(), "what came later is not waited for");
+        assert!(!drain.answer(), "one answer");
+        drain.ask();
+        assert!(!drain.answer());
+        drain.leave(late);
+        assert!(drain.answer());
+    }
+}
