@@ -229,7 +229,7 @@ fn take_away(ready: &Ready) {
 /// Opens and locks the image, unless one of our devices has a claim to it.
 fn open(path: &Path, access: Access) -> Result<ImageFile> {
     let file = open_locked(path, access)?;
-    holders::refuse_abandoned(path, access)?;
+    holders::refuse_abandoned(&file, access)?;
     Ok(file)
 }
 

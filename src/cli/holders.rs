@@ -7,7 +7,7 @@ use vhdx_ublk::chain::{self, Relative, Search};
 use vhdx_ublk::device::registry::{Entry, FileId, Listed, RUN_DIRECTORY, Registry, State, Survey};
 use vhdx_ublk::device::stop::{self, Target};
 use vhdx_ublk::device::usage;
-use vhdx_ublk::disk::Access;
+use vhdx_ublk::disk::{Access, ImageFile};
 use vhdx_ublk::error::{Error, Kind, Result};
 
 use super::look;
@@ -89,15 +89,15 @@ pub fn is_served(path: &Path) -> bool {
     devices().is_ok_and(|devices| devices.iter().any(serves))
 }
 
-/// Refuses the image at `path` if a device of ours waits for its daemon to be replaced: what was acknowledged is
+/// Refuses the opened `image` if a device of ours waits for its daemon to be replaced: what was acknowledged is
 /// not in the file alone, and its disk must not change meanwhile. The lock is free then.
 ///
 /// # Errors
 ///
 /// [`Kind::InUse`], with the ways out; when it cannot be told.
-pub fn refuse_abandoned(path: &Path, access: Access) -> Result<()> {
-    let found = fs::metadata(path).map(|found| FileId::of(&found));
-    let file = found.map_err(|error| Error::io("looking at the image", error).file(path))?;
+pub fn refuse_abandoned(image: &ImageFile, access: Access) -> Result<()> {
+    // The path may name another file by now.
+    let file = FileId::of_image(image)?;
     let both_read = |listed: &Listed| listed.entry.read_only && access == Access::ReadOnly;
     let concerns =
         |listed: &Listed| listed.may_be_abandoned() && !both_read(listed) && listed.entry.reads(file);
@@ -110,7 +110,7 @@ pub fn refuse_abandoned(path: &Path, access: Access) -> Result<()> {
     } else {
         format!("the image belongs to {device}, and whether that is served cannot be seen from here")
     };
-    Err(Error::new(Kind::InUse, message).file(path).remedy(remedy))
+    Err(Error::new(Kind::InUse, message).file(image.path()).remedy(remedy))
 }
 
 /// The images that were made of `image`, as it is now: those beside it, and those that devices of ours have as its

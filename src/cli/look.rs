@@ -145,7 +145,7 @@ pub fn look(path: &Path) -> Result<Seen> {
 pub fn look_at_rest(path: &Path) -> Result<(Seen, ImageFile)> {
     let (disk, lock) = lock_for_reading(path).map_err(|error| holders::explain(error, path))?;
     let seen = see(&disk, lock.path(), false)?;
-    holders::refuse_abandoned(path, Access::ReadWrite)?;
+    holders::refuse_abandoned(&lock, Access::ReadWrite)?;
     session::refuse_orphan(&lock, Some(&seen.image))?;
     Ok((seen, lock))
 }

@@ -63,6 +63,6 @@ pub fn lock(path: &Path, access: Access) -> Result<ImageFile> {
     let wait = if holders::is_served(path) { Duration::ZERO } else { LOCK_WAIT };
     let file = ImageFile::open(path, access, wait);
     let file = file.map_err(|error| holders::explain(error, path))?;
-    holders::refuse_abandoned(path, access)?;
+    holders::refuse_abandoned(&file, access)?;
     Ok(file)
 }
