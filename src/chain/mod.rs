@@ -13,5 +13,5 @@ mod search;
 pub use children::{MAX_NEIGHBOURS, children_beside, is_child, is_made_of};
 pub use kinship::{descent, descent_of, direct, redirected, relinked};
 pub use open::{Known, Layer, MAX_CHAIN_BYTES, MAX_DEPTH, Relative, follow_parents, open_parents};
-pub use path::{PathMap, same_file};
+pub use path::{FileIdentity, PathMap, identity, same_file};
 pub use search::Search;

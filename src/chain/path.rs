@@ -69,8 +69,15 @@ pub(super) fn name(path: &str) -> Option<String> {
     (!name.is_empty() && name != "." && name != "..").then(|| name.to_owned())
 }
 
-/// What tells one file from another, whatever its names.
-pub(super) fn identity(path: &Path) -> io::Result<(u64, u64)> {
+/// What tells one file from another, whatever its names: the device that holds it, and its number there.
+pub type FileIdentity = (u64, u64);
+
+/// The file that `path` leads to now.
+///
+/// # Errors
+///
+/// What the operating system says.
+pub fn identity(path: &Path) -> io::Result<FileIdentity> {
     fs::metadata(path).map(|found| (found.dev(), found.ino()))
 }
 

@@ -15,7 +15,7 @@ use std::time::Duration;
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use uuid::Uuid;
 
-use vhdx_ublk::chain::{Known, Layer, Relative};
+use vhdx_ublk::chain::{FileIdentity, Known, Layer, Relative};
 use vhdx_ublk::device::session;
 use vhdx_ublk::disk::{
     Access, Buffer, Disk, ImageFile, Links, Opened, next_data, open_regular, takes_space_back,
@@ -45,6 +45,8 @@ pub struct Seen {
     pub image: Image,
     /// The file, as an absolute path without symbolic links.
     pub path: PathBuf,
+    /// What tells this file from another that takes its name later.
+    pub file: FileIdentity,
     /// The file's length, bytes.
     pub file_size: u64,
     /// The space the file takes on its host, bytes.
@@ -184,9 +186,9 @@ fn see(disk: &Plain, path: &Path, in_use: bool) -> Result<Seen> {
     let failed = |error| Error::io("looking at the image", error).file(path);
     let image = smol::future::block_on(Image::open(disk, Mode::ReadOnly, Uuid::new_v4)).map_err(named)?;
     let found = disk.0.metadata().map_err(failed)?;
-    let path = path.to_owned();
+    let (path, file) = (path.to_owned(), (found.dev(), found.ino()));
     let (file_size, host_bytes) = (found.len(), found.blocks() * STAT_BLOCK_BYTES);
-    Ok(Seen { image, path, file_size, host_bytes, in_use })
+    Ok(Seen { image, path, file, file_size, host_bytes, in_use })
 }
 
 /// A file that is only read.

@@ -9,16 +9,17 @@ use std::sync::Arc;
 use indicatif::{ProgressBar, ProgressStyle};
 use uuid::Uuid;
 
-use vhdx_ublk::chain::{self, Known, Layer, Search};
+use vhdx_ublk::chain::{self, FileIdentity, Known, Layer, Search};
 use vhdx_ublk::disk::{Access, ImageFile, Place, Reactor, UringDisk, folder_of};
 use vhdx_ublk::engine::merge::{self, Files};
 use vhdx_ublk::error::{Error, Kind, Result};
 use vhdx_ublk::format::locator::ParentLocator;
 use vhdx_ublk::format::metadata::Metadata;
 
+use super::look::{self, Seen};
 use super::parents::ParentOptions;
 use super::rest::AtRest;
-use super::{look, output, size};
+use super::{output, size};
 
 /// Merge a differencing image into its parent, or into an image further down its chain, and remove it.
 ///
@@ -81,33 +82,38 @@ impl Merge {
 
     /// Opens all that the merge writes and removes for writing, the rest for reading.
     fn open_chain(&self, reactor: &Reactor) -> Result<Chain> {
-        let (parents, target) = self.find_chain()?;
-        let leaf = AtRest::open(reactor, &self.child, Access::ReadWrite)?;
+        let (found, target) = self.find_chain()?;
         let opened = Cell::new(0);
         let open = |path: &Path| {
             let number = opened.replace(opened.get() + 1);
             let access = if number <= target { Access::ReadWrite } else { Access::ReadOnly };
-            AtRest::open(reactor, path, access)
+            let layer = AtRest::open(reactor, path, access)?;
+            found[number].require(&layer.file)?;
+            Ok(layer)
         };
+        let leaf = open(&self.child)?;
+        let parents = found[1..].iter().map(|parent| parent.path.clone()).collect();
         let search = Search { parents, ..Search::default() };
         let mut layers = chain::open_parents(&leaf, &search, open)?;
-        let below = layers.split_off(target + 1);
-        let target = layers.pop().expect("it was found there");
         layers.insert(0, leaf);
+        let below = layers.split_off(target + 1);
+        // They may have been moved since they were found.
+        self.refuse_unnamed(&layers.iter().map(Found::from).collect::<Vec<_>>())?;
+        let target = layers.pop().expect("it was found there");
         // Their folders are held from now on: the copy takes long, and paths may lead elsewhere when it is done.
         let places = layers.iter().map(|layer| Place::of_file(&layer.file)).collect::<Result<_>>()?;
         Ok(Chain { layers, places, target, below })
     }
 
-    /// The child's parents, and which of them is the target.
-    fn find_chain(&self) -> Result<(Vec<PathBuf>, usize)> {
+    /// The child and its parents, and which of them is the target.
+    fn find_chain(&self) -> Result<(Vec<Found>, usize)> {
         let leaf = look::look(&self.child)?;
-        if let Some(into) = &self.into {
-            fs::metadata(into).map_err(|error| Error::io("finding the ancestor", error).file(into))?;
-        }
+        let into = self.into.as_ref().map(|into| {
+            chain::identity(into).map_err(|error| Error::io("finding the ancestor", error).file(into))
+        });
+        let into = into.transpose()?;
         let parents = chain::open_parents(&leaf, &self.parents.search(), look::look)?;
-        let is_target = |path: &Path| self.into.as_ref().is_none_or(|into| chain::same_file(into, path));
-        let parents: Vec<PathBuf> = parents.into_iter().map(|parent| parent.path).collect();
+        let found: Vec<Found> = std::iter::once(&leaf).chain(&parents).map(Found::from).collect();
         if parents.is_empty() {
             let message = "it is no differencing image: there is nothing to merge it into";
             let remedy = format!("`vhdx-ublk info {}` tells what it is", leaf.path.display());
@@ -116,31 +122,65 @@ impl Merge {
                 .in_structure("metadata")
                 .remedy(remedy));
         }
-        let Some(target) = parents.iter().position(|path| is_target(path)) else {
+        let is_target = |parent: &Found| into.is_none_or(|into| into == parent.file);
+        let Some(target) = found.iter().skip(1).position(is_target) else {
             let into = self.into.as_deref().unwrap_or(Path::new("")).display();
             let message = format!("{into} is not among its parents");
             let remedy = format!("vhdx-ublk info --chain {}", leaf.path.display());
             return Err(Error::new(Kind::Usage, message).file(&leaf.path).remedy(remedy));
         };
-        self.refuse_unnamed(&leaf.path, &parents[..=target])?;
-        Ok((parents, target))
+        let target = target + 1;
+        self.refuse_unnamed(&found[..=target])?;
+        Ok((found, target))
     }
 
     /// An image may name a parent anywhere. What is written and removed outside of its own folder is what the user has
     /// named, and nothing else.
-    fn refuse_unnamed(&self, leaf: &Path, changed: &[PathBuf]) -> Result<()> {
-        let is_named = |path: &Path| {
+    fn refuse_unnamed(&self, changed: &[Found]) -> Result<()> {
+        let leaf = &changed[0].path;
+        let is_named = |image: &Found| {
             let mut named = self.into.iter().chain(self.parents.named());
-            folder_of(path) == folder_of(leaf) || named.any(|named| chain::same_file(named, path))
+            folder_of(&image.path) == folder_of(leaf)
+                || named.any(|named| chain::identity(named).is_ok_and(|named| named == image.file))
         };
-        let Some(path) = changed.iter().find(|path| !is_named(path)) else { return Ok(()) };
-        let (target, path) = (changed.last() == Some(path), path.display());
+        let Some(number) = changed.iter().position(|image| !is_named(image)) else { return Ok(()) };
+        let (target, path) = (number + 1 == changed.len(), changed[number].path.display());
         let change = if target { "write to" } else { "remove" };
         let option = if target { "--into" } else { "--parent" };
         let message = format!("the merge would {change} {path}, in another folder, which was not named");
         Err(Error::new(Kind::Usage, message)
             .file(leaf)
             .remedy(format!("name it, if it is yours: {option} {path}")))
+    }
+}
+
+/// Which file is at which place. The owner of a folder can put another file there, or a link that leads to one, at any
+/// moment: what is written and removed must be what was examined.
+struct Found {
+    path: PathBuf,
+    file: FileIdentity,
+}
+
+impl From<&Seen> for Found {
+    fn from(seen: &Seen) -> Self {
+        Self { path: seen.path.clone(), file: seen.file }
+    }
+}
+
+impl From<&AtRest> for Found {
+    fn from(layer: &AtRest) -> Self {
+        Self { path: layer.path().to_owned(), file: (layer.file.device(), layer.file.inode()) }
+    }
+}
+
+impl Found {
+    /// Fails unless `opened` is this file.
+    fn require(&self, opened: &ImageFile) -> Result<()> {
+        if self.file == (opened.device(), opened.inode()) {
+            return Ok(());
+        }
+        let error = Error::new(Kind::InUse, "it was replaced while it was being opened").file(&self.path);
+        Err(error.remedy("find out who changes the folder, and merge again; nothing is changed"))
     }
 }
 

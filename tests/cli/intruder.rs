@@ -10,6 +10,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
+
 use super::merge::Layer;
 use super::relink::{base, child_of};
 use super::{Bench, MIB, Ran, create, info, on, program};
@@ -130,6 +132,48 @@ fn a_merge_removes_its_own_child_and_not_one_behind_a_link() {
     let status = merging.wait().expect("ours");
     assert_eq!(fs::read_to_string(&yours).expect("it stays"), "root's own");
     assert!(status.success() && !bench.path("moved/child.vhdx").exists(), "{status}");
+}
+
+/// The base and a link to a copy of it elsewhere change places all the time: the copy has the very identity that the
+/// child looks for, and was not named.
+#[test]
+fn a_merge_writes_to_what_it_has_examined_and_to_no_copy_elsewhere() {
+    const ROUNDS: usize = 60;
+    let bench = Bench::new();
+    for folder in ["mine", "yours"] {
+        fs::create_dir(bench.path(folder)).expect("room");
+    }
+    let parent = base(&bench, "mine/base.vhdx");
+    let child = child_of(&bench, &parent, "mine/child.vhdx");
+    let (yours, link, new) = (bench.path("yours/base.vhdx"), bench.path("mine/link"), bench.path("mine/new"));
+    fs::copy(&parent, &yours).expect("room");
+    let (of_parent, of_child) = (fs::read(&parent).expect("ours"), fs::read(&child).expect("ours"));
+    let done = AtomicBool::new(false);
+    let swap_all = || {
+        while !done.load(Ordering::Relaxed) {
+            let (one, other) = (&*parent, &*link);
+            renameat2(AT_FDCWD, one, AT_FDCWD, other, RenameFlags::RENAME_EXCHANGE).expect("both are there");
+        }
+    };
+    let (mut refused, mut copies_kept) = (0, true);
+    for _ in 0..ROUNDS {
+        fs::write(&child, &of_child).expect("room");
+        fs::write(&new, &of_parent).expect("room");
+        fs::rename(&new, &parent).expect("ours");
+        let _ = fs::remove_file(&link);
+        symlink(&yours, &link).expect("free");
+        done.store(false, Ordering::Relaxed);
+        let ran = thread::scope(|scope| {
+            scope.spawn(swap_all);
+            let ran = ended_on("merge", &child, &[]);
+            done.store(true, Ordering::Relaxed);
+            ran
+        });
+        copies_kept &= fs::read(&yours).expect("readable") == of_parent;
+        refused += usize::from(ran.status != Some(0));
+    }
+    assert!(copies_kept, "the merge wrote to a copy that was not named");
+    assert!(refused > 0, "the link was never found: nothing is tested");
 }
 
 /// What a child may say its parent is, and what must be said of that.
