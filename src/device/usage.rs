@@ -60,8 +60,9 @@ pub fn named(id: u32) -> Users {
     let (class, configuration) = (Path::new("/sys/class/block"), Path::new(CONFIGURATION));
     let nodes = nodes_of(class, &format!("ublkb{id}"));
     let read = |path| fs::read(path).unwrap_or_default();
-    let mut users = mounts(&read("/proc/self/mountinfo"), &nodes);
-    users.extend(foreign_mounts(&nodes));
+    let kinds = Kinds::of_kernel();
+    let mut users = mounts(&read("/proc/self/mountinfo"), &nodes, &kinds);
+    users.extend(foreign_mounts(&nodes, &kinds));
     users.extend(swaps(&read("/proc/swaps"), &nodes));
     users.extend(nodes.iter().flat_map(|node| holders(class, &node.name)));
     users.extend(loops(class, &nodes));
@@ -95,7 +96,7 @@ const MAX_STACK: usize = 16;
 pub fn file_system_is_on(file_system: u64, id: u32) -> bool {
     let number = device_number(file_system);
     let mounts = fs::read("/proc/self/mountinfo").unwrap_or_default();
-    let sources = sources_of(&mounts, &number);
+    let sources = sources_of(&mounts, &number, &Kinds::of_kernel());
     let rdevs = sources
         .iter()
         .filter_map(|source| fs::metadata(source).ok())
@@ -113,14 +114,57 @@ fn device_number(device: u64) -> String {
 }
 
 /// Where the file systems of this number come from; those of several devices (btrfs) have numbers of their own.
-fn sources_of(mountinfo: &[u8], number: &str) -> Vec<PathBuf> {
-    let lines = mountinfo.split(|&byte| byte == b'\n').map(String::from_utf8_lossy);
-    let source = |line: &str| {
-        let fields: Vec<&str> = line.split(' ').collect();
-        let dash = fields.iter().position(|field| *field == "-")?;
-        (fields.get(2) == Some(&number)).then(|| fields.get(dash + 2).map(PathBuf::from))?
-    };
-    lines.filter_map(|line| source(&line)).collect()
+fn sources_of(mountinfo: &[u8], number: &str, kinds: &Kinds) -> Vec<PathBuf> {
+    let mounts = mountinfo.split(|&byte| byte == b'\n').filter_map(Mount::parse);
+    mounts.filter(|mount| mount.number == number.as_bytes()).filter_map(|mount| mount.device(kinds)).collect()
+}
+
+/// The types of file systems that the kernel knows.
+#[derive(Debug)]
+struct Kinds {
+    /// Those that need no device: their source is any text that the user of `mount` chooses.
+    without_device: Vec<String>,
+}
+
+impl Kinds {
+    fn of_kernel() -> Self {
+        Self::parse(&fs::read_to_string("/proc/filesystems").unwrap_or_default())
+    }
+
+    /// Lines like `nodev\ttmpfs` and `\text4`.
+    fn parse(filesystems: &str) -> Self {
+        let names = filesystems.lines().filter_map(|line| line.strip_prefix("nodev\t"));
+        Self { without_device: names.map(|name| name.trim().to_owned()).collect() }
+    }
+
+    /// Whether a file system of this type (`ext4`, `fuse.sshfs`) has a device as its source.
+    fn have_device(&self, kind: &[u8]) -> bool {
+        let name = kind.split(|&byte| byte == b'.').next().unwrap_or_default();
+        !self.without_device.iter().any(|without| without.as_bytes() == name)
+    }
+}
+
+/// A line like `36 35 98:0 /root /mnt rw,noatime master:1 - ext4 /dev/sda1 rw`.
+struct Mount<'a> {
+    number: &'a [u8],
+    place: &'a [u8],
+    kind: &'a [u8],
+    source: &'a [u8],
+}
+
+impl<'a> Mount<'a> {
+    fn parse(line: &'a [u8]) -> Option<Self> {
+        let fields: Vec<&[u8]> = line.split(|&byte| byte == b' ').collect();
+        let dash = fields.iter().position(|field| *field == b"-")?;
+        let field = |at: usize| fields.get(at).copied();
+        Some(Self { number: field(2)?, place: field(4)?, kind: field(dash + 1)?, source: field(dash + 2)? })
+    }
+
+    /// The device that it names as its source. Any user can mount a tmpfs in a namespace of their own, from a
+    /// "source" of any name, which must not keep a device in use.
+    fn device(&self, kinds: &Kinds) -> Option<PathBuf> {
+        kinds.have_device(self.kind).then(|| unescape(self.source))
+    }
 }
 
 /// Whether the block device at `device` of sysfs is `disk`, a part of it, or made of such.
@@ -150,28 +194,19 @@ fn names_in(directory: &Path) -> Vec<String> {
     items.filter_map(|item| item.file_name().into_string().ok()).collect()
 }
 
-/// Lines like `36 35 98:0 /root /mnt rw,noatime master:1 - ext4 /dev/sda1 rw`. File systems with numbers of
-/// their own (btrfs) are recognised by their source.
-fn mounts(mountinfo: &[u8], nodes: &[Node]) -> Vec<String> {
-    let mut users = Vec::new();
-    for line in mountinfo.split(|&byte| byte == b'\n') {
-        let fields: Vec<&[u8]> = line.split(|&byte| byte == b' ').collect();
-        let source = fields.iter().position(|field| *field == b"-").and_then(|dash| fields.get(dash + 2));
-        let (Some(number), Some(place), Some(source)) = (fields.get(2), fields.get(4), source) else {
-            continue;
-        };
-        let source = unescape(source);
-        let is_ours =
-            |node: &Node| node.number.as_bytes() == *number || source == Path::new("/dev").join(&node.name);
-        if nodes.iter().any(is_ours) {
-            users.push(format!("mounted at {}", unescape(place).display()));
-        }
-    }
-    users
+/// The mounts of the devices. File systems with numbers of their own (btrfs) are recognised by their source.
+fn mounts(mountinfo: &[u8], nodes: &[Node], kinds: &Kinds) -> Vec<String> {
+    let is_ours = |mount: &Mount| {
+        let source = mount.device(kinds);
+        let is_named = |node: &Node| source.as_deref() == Some(&Path::new("/dev").join(&node.name));
+        nodes.iter().any(|node| node.number.as_bytes() == mount.number || is_named(node))
+    };
+    let mounts = mountinfo.split(|&byte| byte == b'\n').filter_map(Mount::parse);
+    mounts.filter(is_ours).map(|mount| format!("mounted at {}", unescape(mount.place).display())).collect()
 }
 
 /// Mounts that only other namespaces have: of containers, and of services with a view of their own.
-fn foreign_mounts(nodes: &[Node]) -> Vec<String> {
+fn foreign_mounts(nodes: &[Node], kinds: &Kinds) -> Vec<String> {
     let namespace = |pid: &str| Some(fs::metadata(format!("/proc/{pid}/ns/mnt")).ok()?.ino());
     let mut seen: Vec<u64> = namespace("self").into_iter().collect();
     let mut users = Vec::new();
@@ -179,7 +214,7 @@ fn foreign_mounts(nodes: &[Node]) -> Vec<String> {
         let Some(found) = namespace(pid).filter(|found| !seen.contains(found)) else { continue };
         seen.push(found);
         let table = fs::read(format!("/proc/{pid}/mountinfo")).unwrap_or_default();
-        let mounts = mounts(&table, nodes).into_iter();
+        let mounts = mounts(&table, nodes, kinds).into_iter();
         users.extend(mounts.map(|mount| format!("{mount} in the mount namespace of pid {pid}")));
     }
     users
@@ -359,7 +394,33 @@ mod tests {
             37 35 0:44 / /srv rw - btrfs /dev/ublkb3 rw,space_cache\n\
             38 35 259:30 / /other rw - ext4 /dev/ublkb30 rw\n\
             39 35 259:3 / /no-dash rw\n";
-        assert_eq!(mounts(mountinfo, &nodes()), ["mounted at /mnt/with blank", "mounted at /srv"]);
+        let found = mounts(mountinfo, &nodes(), &kinds());
+        assert_eq!(found, ["mounted at /mnt/with blank", "mounted at /srv"]);
+    }
+
+    fn kinds() -> Kinds {
+        Kinds::parse("nodev\tproc\nnodev\ttmpfs\nnodev\tfuse\n\text4\n\tfuseblk\n\tbtrfs\n")
+    }
+
+    /// Every user may mount these in a namespace of their own, under any name of a source.
+    #[test]
+    fn a_file_system_without_a_device_is_no_user_of_its_source() {
+        let mountinfo = b"40 35 0:50 / /mnt rw - tmpfs /dev/ublkb3 rw\n\
+            41 35 0:51 / /m rw - fuse.sshfs /dev/ublkb3p1 rw\n";
+        assert_eq!(mounts(mountinfo, &nodes(), &kinds()), Vec::<String>::new());
+        assert_eq!(sources_of(mountinfo, "0:50", &kinds()), Vec::<PathBuf>::new());
+        let real = b"42 35 259:4 / /w rw - fuseblk.ntfs /dev/ublkb3p1 rw\n\
+            43 35 0:52 / /z rw - btrfs /dev/ublkb3 rw\n";
+        assert_eq!(mounts(real, &nodes(), &kinds()), ["mounted at /w", "mounted at /z"]);
+        let unlisted = Kinds::parse("");
+        assert_eq!(mounts(mountinfo, &nodes(), &unlisted).len(), 2, "what is not known may have a device");
+    }
+
+    #[test]
+    fn the_kernels_own_list_tells_file_systems_without_a_device() {
+        let kinds = Kinds::of_kernel();
+        assert!(!kinds.have_device(b"proc") && !kinds.have_device(b"tmpfs"), "{kinds:?}");
+        assert!(kinds.have_device(b"ext4") && kinds.have_device(b"btrfs"), "{kinds:?}");
     }
 
     #[test]
@@ -445,7 +506,7 @@ mod tests {
         assert!(is_on("ublkb1") && is_on("ublkb1/ublkb1p1") && is_on("dm-0") && is_on("dm-1"));
         assert!(!is_on("ublkb10"));
         let mounts = b"36 35 0:40 / /mnt rw - btrfs /dev/ublkb1 rw\n37 35 0:41 / /m rw - tmpfs tmpfs rw\n";
-        assert_eq!(sources_of(mounts, "0:40"), [Path::new("/dev/ublkb1")]);
+        assert_eq!(sources_of(mounts, "0:40", &kinds()), [Path::new("/dev/ublkb1")]);
     }
 
     #[test]
