@@ -194,26 +194,32 @@ pub fn take_away(registry: &Registry, target: &Target, how: &How) -> Result<()> 
 ///
 /// # Errors
 ///
-/// That it is one, unless `how` forces it; what the kernel says.
+/// That it is one, unless `how` forces it; [`Kind::InUse`] when it does not stop, and the process that the kernel
+/// names is not its daemon; what the kernel says.
 pub fn stop_orphan(registry: &Registry, orphan: &DeviceInfo, how: &How) -> Result<()> {
     if !how.force {
         return Err(unknown_image(orphan));
     }
     let control = Control::open()?;
     let until = Instant::now() + how.timeout;
-    if orphan.server.is_some() {
-        let _ = stop_apart(orphan.id, orphan.mark, Openers::Any, until); // what is left is killed below
-    }
+    // What this does not stop, the death of the server does.
+    let stopped = match orphan.server {
+        Some(_) => stop_apart(orphan.id, orphan.mark, Openers::Any, until),
+        None => Ok(true),
+    };
     let server = || -> Result<Option<u32>> {
         let info = control.info(orphan.id)?;
         Ok(info.filter(|info| info.mark == orphan.mark).and_then(|info| info.server))
     };
-    if let Some(pid) = server()? {
-        let process = ProcessHandle::open(pid);
-        // The handle is on whatever has the number now; only if the kernel names it still, it is the server.
-        if server()? == Some(pid)
-            && let Ok(process) = process
-        {
+    if let Some(pid) = server()?
+        && let Ok(process) = ProcessHandle::open(pid)
+    {
+        // The handle is on whatever has the number now. Some kernels take the number unchecked from whoever starts
+        // the device, and do not look at its namespace: only a process that has the device open is the server.
+        if !usage::has_device_open(pid, Path::new(&format!("/dev/ublkc{}", orphan.id))) {
+            let stranger = not_the_server(orphan.id, pid);
+            stopped.map_err(|_| stranger)?;
+        } else if server()? == Some(pid) {
             let killed = process.kill();
             killed.map_err(|error| Error::io(format!("killing the daemon (pid {pid})"), error))?;
         }
@@ -221,6 +227,18 @@ pub fn stop_orphan(registry: &Registry, orphan: &DeviceInfo, how: &How) -> Resul
     control.stop(orphan.id)?;
     control.delete(orphan.id, orphan.mark)?;
     registry.sweep(&control)
+}
+
+/// The kernel names a process that must not be killed for a device that does not stop.
+fn not_the_server(id: u32, pid: u32) -> Error {
+    let message = format!(
+        "/dev/ublkb{id} has not stopped; the kernel names process {pid} as its daemon, which does not have \
+         /dev/ublkc{id} open and is not killed"
+    );
+    let remedy = format!(
+        "end the process that has /dev/ublkc{id} open (`fuser`, in every container), then run it again"
+    );
+    Error::new(Kind::InUse, message).remedy(remedy)
 }
 
 /// Takes the device of `entry` away, and waits until it is gone.

@@ -80,6 +80,19 @@ pub fn of_character_device(id: u32) -> Vec<String> {
     found.iter().map(Opener::to_string).collect()
 }
 
+/// Whether the process has the character device at `device` open.
+pub fn has_device_open(pid: u32, device: &Path) -> bool {
+    let (Ok(wanted), Some(name)) = (fs::metadata(device), device.file_name()) else { return false };
+    let is_it = |link: &Path| {
+        // Only what has this name is asked for its number: another file may lie on storage that hangs.
+        fs::read_link(link).is_ok_and(|target| target.file_name() == Some(name))
+            && fs::metadata(link)
+                .is_ok_and(|found| found.file_type().is_char_device() && found.rdev() == wanted.rdev())
+    };
+    let directory = PathBuf::from(format!("/proc/{pid}/fd"));
+    names_in(&directory).iter().any(|fd| is_it(&directory.join(fd)))
+}
+
 /// Which processes, this one aside, have the file open: `open in qemu-system-x86 (pid 123)`.
 pub fn of_file(file: FileId) -> Vec<String> {
     let found = openers(|link| {
@@ -507,6 +520,17 @@ mod tests {
         assert!(!is_on("ublkb10"));
         let mounts = b"36 35 0:40 / /mnt rw - btrfs /dev/ublkb1 rw\n37 35 0:41 / /m rw - tmpfs tmpfs rw\n";
         assert_eq!(sources_of(mounts, "0:40", &kinds()), [Path::new("/dev/ublkb1")]);
+    }
+
+    #[test]
+    fn a_process_has_a_device_open_by_its_number_and_not_by_a_name() {
+        let this = std::process::id();
+        let folder = tempfile::tempdir().expect("a directory");
+        let _zero = fs::File::open("/dev/zero").expect("every Linux has it");
+        let _other = fs::File::create(folder.path().join("full")).expect("room");
+        assert!(has_device_open(this, Path::new("/dev/zero")));
+        assert!(!has_device_open(this, Path::new("/dev/full")), "only a file of its name is open");
+        assert!(!has_device_open(this, Path::new("/dev/not-there")));
     }
 
     #[test]
