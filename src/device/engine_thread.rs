@@ -603,6 +603,37 @@ pub(super) mod tests {
         assert_eq!(resume(false).err().expect("it was poisoned").kind(), Kind::Poisoned);
     }
 
+    /// Anybody can make an image with the inode and the disk id of another one on another file system: what does
+    /// not fit it may be the session of that one.
+    #[test]
+    fn a_session_of_another_device_number_is_taken_over_or_left_alone() {
+        let bench = Bench::new();
+        let engine = bench.open_as(Plan::Fresh { keep: true }).expect("a good image");
+        let made = bench.session().expect("made");
+        let bytes = fs::read(&made).expect("readable");
+        engine.close().expect("nothing to do");
+        let (start, _) = made.to_str().expect("hexadecimal").rsplit_once('-').expect("a device number");
+        let left = PathBuf::from(format!("{start}-fffffff.session"));
+
+        fs::write(&left, &bytes).expect("as a killed daemon leaves it under another mount");
+        let resumed = bench.open_as(Plan::Resume { accept_loss: false }).expect("it fits");
+        resumed.close().expect("nothing to do");
+        assert_eq!(bench.session(), None);
+
+        bench.modify();
+        fs::write(&left, &bytes).expect("room");
+        for plan in [Plan::Resume { accept_loss: false }, Plan::Close] {
+            assert!(bench.open_as(plan).is_err(), "{plan:?} is not silent about what it cannot save");
+            assert!(left.exists(), "{plan:?}");
+        }
+        let others =
+            [Plan::Fresh { keep: true }, Plan::Fresh { keep: false }, Plan::Resume { accept_loss: true }];
+        for plan in others {
+            bench.open_as(plan).expect("it counts as missing").close().expect("nothing to do");
+            assert!(left.exists(), "{plan:?}");
+        }
+    }
+
     /// A child that names its parent where it is not, and the parent where it is.
     fn moved_child(bench: &Bench) -> (Bench, PathBuf) {
         let parent = bench.directory.path().canonicalize().expect("there").join("moved.vhdx");

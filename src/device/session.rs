@@ -43,7 +43,7 @@ use super::sys;
 use crate::disk::{ImageFile, PAGE_BYTES};
 use crate::error::{Error, Kind, Result};
 use crate::format::bat::Geometry;
-use crate::image::{HEADER_WORDS, Place, SessionMemory};
+use crate::image::{HEADER_WORDS, Image, Place, SessionMemory};
 
 /// How many parts of its file system a new session leaves one of free: so do other devices, their entries and
 /// logs.
@@ -148,25 +148,33 @@ impl Sessions {
         Ok(names)
     }
 
-    /// The session of the image at `place`, if there is one; `disk_id` is the image's, if that is known.
-    pub(super) fn find(&self, place: &Place, disk_id: Option<Uuid>) -> Result<Option<Found>> {
+    /// The session of the image at `place`, if there is one; `image` is how it looks, if that is known. One that
+    /// was made under another device number, as before its file system was mounted anew, comes last if it does not
+    /// fit.
+    pub(super) fn find(&self, place: &Place, image: Option<&Image>) -> Result<Option<Found>> {
+        let disk_id = image.map(|image| image.metadata.disk_id);
         let mut names = self.names()?;
         names.retain(|name| name.inode == place.inode && disk_id.is_none_or(|id| id == name.disk_id));
         // The one that was made under this mount first.
         names.sort_by_key(|name| name.device != place.device);
+        let mut unfit = None;
         for name in names {
-            if name.device != place.device && disk_id.is_none() {
+            let is_elsewhere = name.device != place.device;
+            if is_elsewhere && disk_id.is_none() {
                 continue;
             }
             match self.open(&name)? {
                 Some(Found::Free(file, memory)) if is_another(&name, place, &memory) => {
                     tracing::debug!("{} is another file's", file.path.display());
                 }
+                Some(Found::Free(file, memory)) if is_elsewhere && !choice::fits(&memory, image, place) => {
+                    unfit.get_or_insert(Found::Free(file, memory));
+                }
                 Some(found) => return Ok(Some(found)),
                 None => {}
             }
         }
-        Ok(None)
+        Ok(unfit)
     }
 
     /// The session that was made of the file `inode` of `device`.
@@ -298,6 +306,22 @@ impl SessionFile {
 
     fn name(&self) -> Option<Name> {
         Name::parse(self.path.file_name()?.to_str()?)
+    }
+
+    /// Whether it was made under another device number than the image at `place` has now: it may be another
+    /// image's, on another file system.
+    fn is_elsewhere(&self, place: &Place) -> bool {
+        self.name().is_some_and(|name| name.device != place.device)
+    }
+
+    /// Removes it, unless it may be another image's: inode and disk id of an image are what its maker chooses.
+    fn remove_own(self, place: &Place) -> Result<()> {
+        if self.is_elsewhere(place) {
+            let path = self.path.display();
+            tracing::warn!("{path} stays, it may be another image's: see `vhdx-ublk session list`");
+            return Ok(());
+        }
+        self.remove()
     }
 
     /// Removes it: the image needs it no more.

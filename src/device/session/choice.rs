@@ -4,6 +4,9 @@
 //! program has written since, or poisoned, is given up with a word. One that this program cannot read,
 //! damaged or of another version, may hold all that was acknowledged: it is refused and kept, until the user
 //! discards it.
+//!
+//! One that was made under another device number is taken over if it fits, as after its file system was mounted
+//! anew. If it does not, it may be another image's on another file system, and stays.
 
 use uuid::Uuid;
 
@@ -41,7 +44,7 @@ pub enum Plan {
 /// [`Kind::InUse`] if there is one, or one that cannot be read; what the host says.
 pub fn refuse_orphan(file: &ImageFile, image: Option<&Image>) -> Result<()> {
     let place = place_of(file)?;
-    let found = Sessions::of_machine().find(&place, image.map(|image| image.metadata.disk_id))?;
+    let found = Sessions::of_machine().find(&place, image)?;
     let path = file.path();
     let (session, memory) = match found {
         Some(Found::Free(session, memory)) => (session, memory),
@@ -50,9 +53,9 @@ pub fn refuse_orphan(file: &ImageFile, image: Option<&Image>) -> Result<()> {
         Some(Found::Held(_)) | None => return Ok(()),
     };
     match memory.check_layout() {
-        Err(Mismatch::Incomplete) => return session.remove(),
+        Err(Mismatch::Incomplete) => return session.remove_own(&place),
         Err(mismatch) => return Err(unreadable(&session, mismatch).file(path)),
-        Ok(()) if memory.session() == Session::Idle => return session.remove(),
+        Ok(()) if memory.session() == Session::Idle => return session.remove_own(&place),
         Ok(()) => {}
     }
     match image.and_then(|_| obstacle(&memory, image, &place)) {
@@ -82,7 +85,7 @@ pub(in crate::device) fn choose(
     place: &Place,
 ) -> Result<Option<FoundSession>> {
     let disk_id: Option<Uuid> = image.map(|image| image.metadata.disk_id);
-    let (session, obstacle) = match sessions.find(place, disk_id)? {
+    let (session, obstacle) = match sessions.find(place, image)? {
         None => (None, Obstacle::Missing),
         Some(Found::Held(_)) => return Err(held(place)),
         Some(Found::Short(session)) => (Some(session), Obstacle::Unfit(Mismatch::Damaged("length"))),
@@ -94,7 +97,7 @@ pub(in crate::device) fn choose(
             Some(obstacle) => (Some(session), obstacle),
         },
     };
-    give_up(plan, session, obstacle)?;
+    give_up(plan, session, obstacle, place)?;
     if let (Some(disk_id), Plan::Fresh { .. }) = (disk_id, plan) {
         sessions.give_up_replaced(place, disk_id)?;
     }
@@ -121,28 +124,34 @@ fn refuse_waiting(plan: Plan, sessions: &Sessions, session: &SessionFile, place:
 }
 
 /// Removes a session that cannot be taken over, or says why it is refused.
-fn give_up(plan: Plan, session: Option<SessionFile>, obstacle: Obstacle) -> Result<()> {
+fn give_up(plan: Plan, session: Option<SessionFile>, obstacle: Obstacle, place: &Place) -> Result<()> {
     match (plan, &session) {
         (Plan::Resume { accept_loss: false }, _) => return Err(obstacle.error()),
         (Plan::Resume { accept_loss: true }, _) => tracing::warn!("starting without the session: {obstacle}"),
         _ if obstacle.is_nothing() => {}
         (_, Some(session)) if obstacle.may_be_of_use() => return Err(session.explain(obstacle.error())),
         (Plan::Close, _) => {
-            session.map_or(Ok(()), SessionFile::remove)?;
+            session.map_or(Ok(()), |session| session.remove_own(place))?;
             let error = Error::new(obstacle.error().kind(), obstacle.to_string()).in_structure("session");
             return Err(error.remedy("what was flushed is in the image: `vhdx-ublk check` examines it"));
         }
+        (Plan::Fresh { .. }, Some(session)) if session.is_elsewhere(place) => {}
         (Plan::Fresh { .. }, _) => {
             tracing::warn!("a session of this image is given up, what was flushed is safe: {obstacle}");
         }
     }
-    session.map_or(Ok(()), SessionFile::remove)
+    session.map_or(Ok(()), |session| session.remove_own(place))
 }
 
 /// The image is locked by this process, so it is another file: one on a copy of its file system.
 fn held(place: &Place) -> Error {
     let message = "a living daemon has a session of an image with the same disk id, inode and device number";
     Error::new(Kind::InUse, message).file(&place.path).remedy("`vhdx-ublk session list` shows it")
+}
+
+/// Whether the session can be taken over by the image at `place`.
+pub(super) fn fits(memory: &SessionMemory, image: Option<&Image>, place: &Place) -> bool {
+    obstacle(memory, image, place).is_none()
 }
 
 fn obstacle(memory: &SessionMemory, image: Option<&Image>, place: &Place) -> Option<Obstacle> {
