@@ -433,7 +433,6 @@ fn an_existing_file_is_replaced_by_force_only() {
     assert_eq!(bench.names(), ["a.vhdx", "b.vhdx"]);
 }
 
-/// A link is followed, not replaced.
 /// Neither the new image's own ancestor nor an image that others are made of is replaced.
 #[test]
 fn force_replaces_nobodys_parent() {
@@ -455,6 +454,7 @@ fn force_replaces_nobodys_parent() {
     create(&leaf, &["--parent", &text(&middle), "--force"]).succeeded();
 }
 
+/// A link of the user's own is followed, not replaced.
 #[test]
 fn force_replaces_what_a_link_leads_to() {
     let bench = Bench::new();

@@ -22,7 +22,7 @@ use vhdx_ublk::error::{Error, Kind, Result};
 use vhdx_ublk::image::{InitialState, NewImage};
 
 use super::look::{self, Seen};
-use super::{holders, size};
+use super::{holders, replaced, size};
 
 /// Make a new, empty image.
 ///
@@ -69,7 +69,8 @@ pub struct Create {
     /// exceeded [default: 600, or those of the file that it replaces]
     #[arg(long, value_parser = parse_mode)]
     mode: Option<u32>,
-    /// Replace the file if there is one; it survives if the new image cannot be finished
+    /// Replace the image if there is one, or an empty file, and no other file; it survives if the new image cannot be
+    /// finished
     #[arg(short, long)]
     force: bool,
 }
@@ -261,7 +262,7 @@ impl Create {
     fn lock_old(&self) -> Result<Option<ImageFile>> {
         self.refuse_relatives()?;
         match ImageFile::open(&self.image, Access::ReadWrite, Duration::ZERO) {
-            Ok(file) => Ok(Some(file)),
+            Ok(file) => replaced::require(&self.image, &file).map(|()| Some(file)),
             Err(error) if error.kind() == Kind::NotFound => Ok(None),
             Err(error) => Err(holders::explain(error, &self.image)),
         }

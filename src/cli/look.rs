@@ -118,6 +118,15 @@ pub fn identify_neighbour(path: &Path) -> Result<Known> {
     identify_found(path, Links::Refuse)
 }
 
+/// Identifies the image in `locked`, which the caller has opened.
+///
+/// # Errors
+///
+/// Those of [`Identity::read`].
+pub fn identify_locked(locked: &ImageFile) -> Result<Identity> {
+    smol::future::block_on(Identity::read(&plain(locked)?, MAX_GLANCE_LOG_BYTES))
+}
+
 fn identify_found(path: &Path, links: Links) -> Result<Known> {
     let Opened { file, path } = open_regular(path, Access::ReadOnly, links)?;
     let identity = smol::future::block_on(Identity::read(&Plain(file), MAX_GLANCE_LOG_BYTES))
@@ -159,9 +168,13 @@ pub fn look_at_rest(path: &Path) -> Result<(Seen, ImageFile)> {
 /// As [`ImageFile::open`].
 pub fn lock_for_reading(path: &Path) -> Result<(Plain, ImageFile)> {
     let locked = ImageFile::open(path, Access::ReadOnly, Duration::ZERO)?;
+    Ok((plain(&locked).map_err(|error| error.file(path))?, locked))
+}
+
+fn plain(locked: &ImageFile) -> Result<Plain> {
     let same = locked.as_fd().try_clone_to_owned();
-    let same = same.map_err(|error| Error::io("duplicating the image's descriptor", error).file(path))?;
-    Ok((Plain(File::from(same)), locked))
+    let same = same.map_err(|error| Error::io("duplicating the image's descriptor", error))?;
+    Ok(Plain(File::from(same)))
 }
 
 fn look_past_a_writer(path: &Path) -> Result<Seen> {

@@ -21,6 +21,7 @@ mod output;
 mod parents;
 mod recover;
 mod relink;
+mod replaced;
 mod rest;
 mod session;
 mod size;

@@ -3,7 +3,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, chown, symlink};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, chown, lchown, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -212,9 +212,6 @@ fn a_parent_that_is_no_file_on_a_disk_is_refused_at_once() {
             ("create", &["--force", "--size", "1G"]),
         ];
         for (command, options) in commands {
-            if command == "create" && what == "not a VHDX" {
-                continue; // to replace that is what the user asks for
-            }
             let path = if command == "create" { &parent } else { &child };
             let Ran { status, stdout, stderr } = ended_on(command, path, options);
             let said = stdout + &stderr;
@@ -223,6 +220,55 @@ fn a_parent_that_is_no_file_on_a_disk_is_refused_at_once() {
         }
         fs::remove_file(&parent).expect("ours");
     }
+}
+
+/// In the folder of another user the name of an image leads to an image of root's.
+#[test]
+fn a_link_of_another_user_does_not_say_what_is_replaced() {
+    if !nix::unistd::geteuid().is_root() {
+        return super::skipped(
+            "only root gives links away: `create --force` on those of others is not tested",
+        );
+    }
+    let bench = Bench::new();
+    fs::create_dir(bench.path("home")).expect("room");
+    let victim = bench.image("victim.vhdx", &["--size", "1G"]);
+    let (foreign, ours) = (bench.path("home/foreign"), bench.path("home/ours"));
+    symlink("../victim.vhdx", &foreign).expect("free");
+    lchown(&foreign, Some(NOBODY), Some(NOBODY)).expect("root may");
+    symlink("foreign", &ours).expect("free");
+    let before = state(&victim);
+    let target = victim.canonicalize().expect("there");
+    for link in [&foreign, &ours] {
+        let message = create(link, &["--size", "2G", "--force"]).failed(1);
+        let remedy = format!("name it: {}", target.display());
+        assert!(message.contains("a link of another user") && message.contains(&remedy), "{message}");
+        assert!(state(&victim) == before, "the file behind the link was changed");
+    }
+    // Who owns the file as well needs no link to replace it.
+    chown(&victim, Some(NOBODY), Some(NOBODY)).expect("root may");
+    create(&ours, &["--size", "2G", "--force"]).succeeded();
+    assert_eq!(info(&victim)["virtual_size"], 2048 * MIB);
+}
+
+/// A wrong name is no reason to lose a file; a damaged image may be replaced.
+#[test]
+fn force_replaces_images_and_empty_files_only() {
+    let bench = Bench::new();
+    let file = bench.path("a.vhdx");
+    for content in [&b"all of my notes"[..], &[0; 4096], b"QFI\xfb\0\0\0\x03"] {
+        fs::write(&file, content).expect("room");
+        let message = create(&file, &["--size", "1G", "--force"]).failed(1);
+        assert!(message.contains("not a VHDX") && message.contains("remove the file yourself"), "{message}");
+        assert_eq!(fs::read(&file).expect("readable"), content);
+    }
+    fs::write(&file, "").expect("room");
+    create(&file, &["--size", "1G", "--force"]).succeeded();
+    let mut bytes = fs::read(&file).expect("readable");
+    bytes[..8].fill(0);
+    fs::write(&file, bytes).expect("room");
+    create(&file, &["--size", "2G", "--force"]).succeeded();
+    assert_eq!(info(&file)["virtual_size"], 2048 * MIB);
 }
 
 /// Says whether `action` opens a FIFO for reading, for a moment or for longer.

@@ -1,0 +1,75 @@
+//! What `create --force` may replace: the image that the user has named, and nothing that another user or a slip of the
+//! hand leads to.
+
+use std::fs::OpenOptions;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::Path;
+
+use nix::fcntl::readlinkat;
+use nix::sys::stat::fstat;
+use nix::unistd::geteuid;
+
+use vhdx_ublk::disk::{ImageFile, folder_of};
+use vhdx_ublk::error::{Error, Kind, Result};
+
+use super::look;
+
+/// The most links that Linux follows on one path.
+const MAX_LINKS: usize = 40;
+
+/// Fails unless `old`, which was opened as `named`, may be replaced.
+///
+/// # Errors
+///
+/// [`Kind::Permission`] if a link of another user leads to it; [`Kind::NotVhdx`] if it is neither an image nor empty;
+/// [`Kind::InUse`] if the name has come to lead elsewhere; what the operating system says.
+pub fn require(named: &Path, old: &ImageFile) -> Result<()> {
+    refuse_foreign_links(named, old)?;
+    refuse_other_files(old)
+}
+
+/// The owner of a folder can lead the name of an image to any file of root's. A link counts as the user's word if it is
+/// the user's own, or if its owner could replace the file without help. Each link is opened before it is examined: its
+/// name may be given to another at any moment.
+fn refuse_foreign_links(named: &Path, old: &ImageFile) -> Result<()> {
+    let failed = |error| Error::io("following the links to the file", error).file(named);
+    let owner = fstat(old.as_fd()).map_err(|errno| failed(errno.into()))?.st_uid;
+    let mut path = named.to_owned();
+    for _ in 0..=MAX_LINKS {
+        let flags = libc::O_PATH | libc::O_NOFOLLOW;
+        let found = OpenOptions::new().read(true).custom_flags(flags).open(&path).map_err(failed)?;
+        let what = found.metadata().map_err(failed)?;
+        if (what.dev(), what.ino()) == (old.device(), old.inode()) {
+            return Ok(());
+        }
+        if !what.is_symlink() {
+            break;
+        }
+        if ![geteuid().as_raw(), owner].contains(&what.uid()) {
+            let target = old.path().display();
+            let message = format!("it is a link of another user (uid {}), and leads to {target}", what.uid());
+            let remedy = format!("if that is the file to replace, name it: {target}");
+            return Err(Error::new(Kind::Permission, message).file(&path).remedy(remedy));
+        }
+        let target = readlinkat(&found, "").map_err(|errno| failed(errno.into()))?;
+        path = folder_of(&path).join(target);
+    }
+    let error = Error::new(Kind::InUse, "it was replaced while it was being opened").file(named);
+    Err(error.remedy("find out who changes the folder, and run the command again"))
+}
+
+/// A damaged image is one all the same.
+fn refuse_other_files(old: &ImageFile) -> Result<()> {
+    let remedy = "choose another name, or remove the file yourself";
+    let length = old.length().map_err(|error| Error::io("looking at the file", error).file(old.path()))?;
+    match look::identify_locked(old) {
+        _ if length == 0 => Ok(()),
+        Err(error) if error.kind() == Kind::NotVhdx => {
+            let message = "it is not a VHDX image, and --force replaces nothing else";
+            Err(Error::new(Kind::NotVhdx, message).file(old.path()).remedy(remedy))
+        }
+        Err(error) if error.kind() == Kind::Io => Err(error.file(old.path()).remedy(remedy)),
+        _ => Ok(()),
+    }
+}
