@@ -319,15 +319,17 @@ fn a_chain_is_found_by_its_linkage_in_either_place() {
 
 /// All zeros is what Windows writes where there is no second linkage; it is never a match.
 #[test]
-fn a_parent_written_since_is_refused_with_both_guids() {
+fn a_parent_written_since_is_refused_and_its_guid_is_told_only_if_it_was_named() {
     for found in [OTHER, Uuid::nil()] {
         let mut folder = Folder::default();
         folder.add("base.vhdx", image(found, None));
         let leaf = folder.add("leaf.vhdx", image(OTHER, Some(locator(LINKAGE, Uuid::nil(), r".\base.vhdx"))));
-        let (kind, text) = folder.refusal(&leaf, &Search::default());
-        assert_eq!(kind, Kind::Mismatch, "{text}");
-        for guid in [LINKAGE, found] {
-            assert!(text.to_lowercase().contains(&guid.to_string()), "{guid} is not in: {text}");
+        let given = Search { parents: vec![folder.path("base.vhdx")], ..Search::default() };
+        for (search, tells) in [(Search::default(), false), (given, true)] {
+            let (kind, text) = folder.refusal(&leaf, &search);
+            assert_eq!(kind, Kind::Mismatch, "{text}");
+            let has = |guid: Uuid| text.to_lowercase().contains(&guid.to_string());
+            assert_eq!((has(LINKAGE), has(found)), (true, tells), "{text}");
         }
     }
 }

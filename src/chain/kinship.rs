@@ -98,7 +98,7 @@ pub fn relinked(child: &impl Layer, parent: &impl Layer, ignore_mismatch: bool) 
     };
     same_sectors(child, parent)?;
     let mut relinked = locator.clone();
-    match recognise(child, locator, parent) {
+    match recognise(child, locator, parent, true) {
         Err(error) if !ignore_mismatch => return Err(error.remedy(MISMATCH_REMEDY)),
         Err(_) => {
             relinked.set(PARENT_LINKAGE, guid::print(parent.image().header.header.data_write_guid));

@@ -137,12 +137,14 @@ fn follow<R: Relative>(
             let message = format!("the chain has more than {MAX_DEPTH} layers");
             return Err(Error::new(Kind::Unsupported, message).file(leaf.path()));
         }
-        let places = match given.next() {
+        let told = given.next();
+        let by_user = told.is_some();
+        let places = match told {
             Some(path) => vec![Candidate { path: path.clone(), guessed: false }],
             None => search.candidates(child.path(), locator),
         };
         let used: Vec<&Path> = std::iter::once(leaf.path()).chain(parents.iter().map(R::path)).collect();
-        let parent = first_fitting(child, locator, places, &used, &mut open)?;
+        let parent = first_fitting(child, locator, (places, by_user), &used, &mut open)?;
         resident = resident.saturating_add(parent.resident_bytes());
         if resident > MAX_CHAIN_BYTES {
             let most = MAX_CHAIN_BYTES >> 30;
@@ -162,11 +164,12 @@ fn follow<R: Relative>(
     }
 }
 
-/// The first of `paths` that is the parent of `child`. If none is, why the likeliest is not.
+/// The first of `places`, which the user has named or not, that is the parent of `child`. If none is, why the likeliest
+/// is not.
 fn first_fitting<R: Relative>(
     child: &dyn Relative,
     locator: &ParentLocator,
-    places: Vec<Candidate>,
+    (places, by_user): (Vec<Candidate>, bool),
     used: &[&Path],
     open: &mut impl FnMut(&Path) -> Result<R>,
 ) -> Result<R> {
@@ -178,7 +181,7 @@ fn first_fitting<R: Relative>(
         }
         let checked = refuse_cycle(&path, used).and_then(|()| open(&path));
         let checked = checked.and_then(|parent| {
-            recognise(child, locator, &parent).map_err(|error| error.remedy(REMEDY))?;
+            recognise(child, locator, &parent, by_user).map_err(|error| error.remedy(REMEDY))?;
             Ok(parent)
         });
         match checked {
@@ -206,16 +209,24 @@ fn refuse_cycle(path: &Path, used: &[&Path]) -> Result<()> {
 const REMEDY: &str = "name the right file with --parent, or what its drive is here with --parent-map; `vhdx-ublk \
      relink` has the child name it for good";
 
-/// Whether `parent` is what `child`, whose locator is `locator`, was made of.
-pub(super) fn recognise(child: &dyn Relative, locator: &ParentLocator, parent: &dyn Relative) -> Result<()> {
+/// Whether `parent` is what `child`, whose locator is `locator`, was made of. Only of a parent that is named `by_user` is
+/// its own GUID told: who made the child may have it name an image that they must not read.
+pub(super) fn recognise(
+    child: &dyn Relative,
+    locator: &ParentLocator,
+    parent: &dyn Relative,
+    by_user: bool,
+) -> Result<()> {
     let linkage = locator.linkage().map_err(|error| error.file(child.path()))?;
     if !is_made_of(child, parent) {
         let (found, wanted) = (guid::print(parent.data_write_guid()), guid::print(linkage));
-        let message = format!(
-            "it is not the parent of {}, or was written since that was made: its DataWriteGuid is {found}, {wanted} \
-             is wanted",
-            child.path().display()
-        );
+        let guids = if by_user {
+            format!("its DataWriteGuid is {found}, {wanted} is wanted")
+        } else {
+            format!("its DataWriteGuid is not {wanted}")
+        };
+        let child = child.path().display();
+        let message = format!("it is not the parent of {child}, or was written since that was made: {guids}");
         return Err(Error::new(Kind::Mismatch, message).file(parent.path()));
     }
     same_sectors(child, parent)

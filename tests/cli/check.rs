@@ -620,7 +620,15 @@ fn a_broken_chain_is_told_with_its_reason() {
         if kind == "mismatch" {
             let there = Uuid::from_bytes_le([9; 16]).to_string();
             let lower = message.to_lowercase();
-            assert!(lower.contains(&of_base) && lower.contains(&there), "both GUIDs: {message}");
+            assert!(
+                lower.contains(&of_base) && !lower.contains(&there),
+                "what was not named tells: {message}"
+            );
+            let named =
+                ["--parent", middle.to_str().expect("UTF-8"), "--parent", base.to_str().expect("UTF-8")];
+            let told =
+                report(leaf, &named, UNSOUND_CHAIN)["chain_fault"]["message"].to_string().to_lowercase();
+            assert!(told.contains(&of_base) && told.contains(&there), "both GUIDs: {told}");
             assert!(remedy.contains("--parent"), "{remedy}");
         }
         let text = on("check", leaf, &[]);
