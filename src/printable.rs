@@ -5,6 +5,7 @@
 
 use std::borrow::Cow;
 use std::fmt;
+use std::path::Path;
 
 /// Whether a terminal shows the character and does nothing else with it: no control character, line or paragraph
 /// separator, and nothing that changes the direction of others.
@@ -24,6 +25,18 @@ pub fn printable(text: &str) -> Cow<'_, str> {
     let mut shown = String::with_capacity(text.len() + 16);
     push(&mut shown, text).expect("a string takes everything");
     shown.into()
+}
+
+/// `path` as a word of a command that is suggested, for people to paste: a shell takes all of it for one name, whatever
+/// is in it, and the command for no option.
+pub fn shell(path: &Path) -> String {
+    let text = path.to_string_lossy();
+    let text = if text.starts_with('-') { format!("./{text}") } else { text.into_owned() };
+    let is_plain = |character: char| character.is_ascii_alphanumeric() || "_./:@%+=,-".contains(character);
+    if !text.is_empty() && text.chars().all(is_plain) {
+        return text;
+    }
+    format!("'{}'", text.replace('\'', r"'\''"))
 }
 
 /// Passes on what is written to it, made printable.
@@ -50,6 +63,23 @@ mod tests {
     use std::fmt::Write;
 
     use super::*;
+
+    /// A shell gets back the name, and nothing of it runs.
+    #[test]
+    fn a_shell_takes_any_path_for_one_name() {
+        for (path, word) in [
+            ("/srv/disk-1_a.vhdx", "/srv/disk-1_a.vhdx"),
+            ("my disk.vhdx", "'my disk.vhdx'"),
+            ("a;$(x) `b`.vhdx", "'a;$(x) `b`.vhdx'"),
+            ("it's", r"'it'\''s'"),
+            ("--force", "./--force"),
+            ("-a b", "'./-a b'"),
+            ("~root", "'~root'"),
+            ("", "''"),
+        ] {
+            assert_eq!(shell(Path::new(path)), word);
+        }
+    }
 
     #[test]
     fn what_steers_a_terminal_is_escaped_and_the_rest_kept() {

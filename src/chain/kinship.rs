@@ -12,6 +12,7 @@ use crate::format::locator::{
     ABSOLUTE_WIN32_PATH, PARENT_LINKAGE, PARENT_LINKAGE2, ParentLocator, RELATIVE_PATH, VOLUME_PATH,
 };
 use crate::image::{Descent, FoundLog};
+use crate::printable::shell;
 
 /// What a child, to be in a file in `folder`, has from `parent`. `folder` is absolute, without symbolic links.
 ///
@@ -21,7 +22,7 @@ use crate::image::{Descent, FoundLog};
 pub fn descent(parent: &impl Layer, folder: &Path) -> Result<Descent> {
     if parent.image().found_log != FoundLog::Clean {
         let message = "it was not closed cleanly, and its log has to be replayed before it becomes a parent";
-        let remedy = format!("`vhdx-ublk check --repair {}`", parent.path().display());
+        let remedy = format!("`vhdx-ublk check --repair {}`", shell(parent.path()));
         return Err(Error::new(Kind::Unsupported, message).file(parent.path()).remedy(remedy));
     }
     let guid = parent.image().header.header.data_write_guid;
@@ -92,7 +93,7 @@ pub fn redirected(
 pub fn relinked(child: &impl Layer, parent: &impl Layer, ignore_mismatch: bool) -> Result<ParentLocator> {
     let Some(locator) = &child.image().metadata.parent_locator else {
         let message = "it is no differencing image: it has no parent, and takes none";
-        let remedy = format!("`vhdx-ublk info {}` tells what it is", child.path().display());
+        let remedy = format!("`vhdx-ublk info {}` tells what it is", shell(child.path()));
         let error = Error::new(Kind::Unsupported, message).file(child.path()).in_structure("metadata");
         return Err(error.remedy(remedy));
     };

@@ -12,7 +12,7 @@ use vhdx_ublk::device::session;
 use vhdx_ublk::disk::{Access, Disk, ImageFile, Reactor};
 use vhdx_ublk::error::{Error, Kind, Result};
 use vhdx_ublk::image::{self, Finding, Identity, LogFound, Repair, Report, Severity};
-use vhdx_ublk::printable::printable;
+use vhdx_ublk::printable::{printable, shell};
 
 use super::ancestors::{self, Ancestors};
 use super::parents::ParentOptions;
@@ -109,7 +109,7 @@ fn repair(path: &Path, search: &Search) -> Result<Checked> {
 
 /// A killed daemon's session is there, and `add`, which takes it over, refuses the image.
 fn no_takeover(file: &ImageFile) -> Error {
-    let path = file.path().display();
+    let path = shell(file.path());
     let message = "a daemon was killed, not everything it acknowledged is in the image, and the image is damaged, so \
                    that no command takes over what is missing";
     let remedy = format!(
@@ -175,7 +175,11 @@ fn mendable(report: &Report, image: &str) -> String {
     if report.repairable == 0 || report.verdict().is_none() {
         return String::new();
     }
-    format!("\n\n{} of these can be mended: vhdx-ublk check --repair {image}", report.repairable)
+    format!(
+        "\n\n{} of these can be mended: vhdx-ublk check --repair {}",
+        report.repairable,
+        shell(image.as_ref())
+    )
 }
 
 /// The parents, and where their chain breaks off.

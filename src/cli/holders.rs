@@ -9,6 +9,7 @@ use vhdx_ublk::device::stop::{self, Target};
 use vhdx_ublk::device::usage;
 use vhdx_ublk::disk::{Access, ImageFile};
 use vhdx_ublk::error::{Error, Kind, Result};
+use vhdx_ublk::printable::shell;
 
 use super::look;
 
@@ -160,7 +161,7 @@ pub fn refuse_parent(path: &Path, search: &Search, force: bool) -> Result<()> {
     let message = format!("it is the parent of {children}: writing to it would make that unreadable");
     let remedy = format!(
         "add a child instead (`vhdx-ublk create --parent {0} CHILD.vhdx`), add it with --read-only, or with --force",
-        path.display()
+        shell(path)
     );
     Err(Error::new(Kind::InUse, message).file(path).remedy(remedy))
 }
@@ -189,7 +190,7 @@ pub fn explain(error: Error, path: &Path) -> Error {
     }
     let processes = processes(path);
     if processes.is_empty() {
-        return error.remedy(format!("find out who has it: lslocks, or fuser -v {}", path.display()));
+        return error.remedy(format!("find out who has it: lslocks, or fuser -v {}", shell(path)));
     }
     error.remedy(format!("end its use first: it is {}", processes.join(", ")))
 }

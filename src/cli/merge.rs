@@ -15,6 +15,7 @@ use vhdx_ublk::engine::merge::{self, Files};
 use vhdx_ublk::error::{Error, Kind, Result};
 use vhdx_ublk::format::locator::ParentLocator;
 use vhdx_ublk::format::metadata::Metadata;
+use vhdx_ublk::printable::shell;
 
 use super::look::{self, Seen};
 use super::parents::ParentOptions;
@@ -116,7 +117,7 @@ impl Merge {
         let found: Vec<Found> = std::iter::once(&leaf).chain(&parents).map(Found::from).collect();
         if parents.is_empty() {
             let message = "it is no differencing image: there is nothing to merge it into";
-            let remedy = format!("`vhdx-ublk info {}` tells what it is", leaf.path.display());
+            let remedy = format!("`vhdx-ublk info {}` tells what it is", shell(&leaf.path));
             return Err(Error::new(Kind::Unsupported, message)
                 .file(&leaf.path)
                 .in_structure("metadata")
@@ -126,7 +127,7 @@ impl Merge {
         let Some(target) = found.iter().skip(1).position(is_target) else {
             let into = self.into.as_deref().unwrap_or(Path::new("")).display();
             let message = format!("{into} is not among its parents");
-            let remedy = format!("vhdx-ublk info --chain {}", leaf.path.display());
+            let remedy = format!("vhdx-ublk info --chain {}", shell(&leaf.path));
             return Err(Error::new(Kind::Usage, message).file(&leaf.path).remedy(remedy));
         };
         let target = target + 1;
@@ -144,13 +145,14 @@ impl Merge {
                 || named.any(|named| chain::identity(named).is_ok_and(|named| named == image.file))
         };
         let Some(number) = changed.iter().position(|image| !is_named(image)) else { return Ok(()) };
-        let (target, path) = (number + 1 == changed.len(), changed[number].path.display());
+        let (target, path) = (number + 1 == changed.len(), &changed[number].path);
         let change = if target { "write to" } else { "remove" };
         let option = if target { "--into" } else { "--parent" };
-        let message = format!("the merge would {change} {path}, in another folder, which was not named");
+        let message =
+            format!("the merge would {change} {}, in another folder, which was not named", path.display());
         Err(Error::new(Kind::Usage, message)
             .file(leaf)
-            .remedy(format!("name it, if it is yours: {option} {path}")))
+            .remedy(format!("name it, if it is yours: {option} {}", shell(path))))
     }
 }
 
@@ -307,8 +309,7 @@ fn look_at(path: &Path, force: bool) -> Result<Option<Known>> {
 
 fn loses_its_parent(path: &Path, parent: &Path) -> Error {
     let message = format!("its parent is {}, which the merge would remove", parent.display());
-    let remedy =
-        format!("merge it first: vhdx-ublk merge {0}; or relink it, or move it away", path.display());
+    let remedy = format!("merge it first: vhdx-ublk merge {}; or relink it, or move it away", shell(path));
     Error::new(Kind::InUse, message).file(path).remedy(remedy)
 }
 

@@ -16,6 +16,7 @@ use vhdx_ublk::device::session::Plan;
 use vhdx_ublk::device::stop::{self, Target};
 use vhdx_ublk::disk::{Access, ImageFile};
 use vhdx_ublk::error::{Error, Kind, Result};
+use vhdx_ublk::printable::shell;
 
 use super::{add, detached, holders, output};
 
@@ -172,7 +173,7 @@ fn refuse_served(listed: &Listed) -> Result<()> {
     let device = listed.entry.device.display();
     let error = match listed.state {
         State::Dead | State::Failed => {
-            let image = listed.entry.image.display();
+            let image = shell(&listed.entry.image);
             Error::new(Kind::Unsupported, format!("{device} cannot be recovered: its I/O has failed already"))
                 .remedy(format!("`vhdx-ublk del {device}`, then `vhdx-ublk add {image}`"))
         }
@@ -194,7 +195,7 @@ fn nothing_to_recover(error: Error, target: &Target) -> Error {
     let message = format!("{}: there is nothing to recover", error.message());
     let image = match target {
         Target::Id(_) => "IMAGE".into(),
-        Target::Image(path) => path.display().to_string(),
+        Target::Image(path) => shell(path),
     };
     Error::new(Kind::NotFound, message)
         .remedy(format!("after a restart of the machine, `vhdx-ublk add {image}` serves the image again"))

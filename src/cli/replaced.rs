@@ -12,6 +12,7 @@ use nix::unistd::geteuid;
 
 use vhdx_ublk::disk::{ImageFile, folder_of};
 use vhdx_ublk::error::{Error, Kind, Result};
+use vhdx_ublk::printable::shell;
 
 use super::look;
 
@@ -49,7 +50,7 @@ fn refuse_foreign_links(named: &Path, old: &ImageFile) -> Result<()> {
         if ![geteuid().as_raw(), owner].contains(&what.uid()) {
             let target = old.path().display();
             let message = format!("it is a link of another user (uid {}), and leads to {target}", what.uid());
-            let remedy = format!("if that is the file to replace, name it: {target}");
+            let remedy = format!("if that is the file to replace, name it: {}", shell(old.path()));
             return Err(Error::new(Kind::Permission, message).file(&path).remedy(remedy));
         }
         let target = readlinkat(&found, "").map_err(|errno| failed(errno.into()))?;

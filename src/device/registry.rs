@@ -33,6 +33,7 @@ use super::path;
 pub use super::process::{Life, ProcessId};
 use crate::disk::ImageFile;
 use crate::error::{Error, Kind, Result};
+use crate::printable::shell;
 
 /// Where the entries and the daemons' logs are; only root may look.
 pub const RUN_DIRECTORY: &str = "/run/vhdx-ublk";
@@ -306,7 +307,7 @@ impl Registry {
             };
             if Instant::now() >= until {
                 let message = "another vhdx-ublk has the directory of devices locked";
-                let remedy = format!("find out which: fuser -v {}", path.display());
+                let remedy = format!("find out which: fuser -v {}", shell(&path));
                 return Err(Error::new(Kind::InUse, message).file(&path).remedy(remedy));
             }
             thread::sleep(POLL_INTERVAL);

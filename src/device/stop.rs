@@ -29,6 +29,7 @@ use super::usage;
 use crate::disk::{Access, ImageFile, folder_of};
 use crate::error::{Error, Kind, Result};
 use crate::image::Session;
+use crate::printable::shell;
 
 /// How long a daemon may take by default: it writes back file systems and closes the image.
 pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(60);
@@ -329,7 +330,7 @@ fn not_closed(entry: &Entry, below: &Listed) -> Error {
     );
     Error::new(Kind::Io, message).file(&entry.image).remedy(format!(
         "`vhdx-ublk recover {below}`, then `vhdx-ublk add {}` and `vhdx-ublk del` it",
-        entry.image.display()
+        shell(&entry.image)
     ))
 }
 
@@ -578,7 +579,7 @@ fn close_image(registry: &Registry, entry: &Entry) -> Result<Closed> {
 /// What to do about an image that could not be closed. One that was damaged under its device cannot be added
 /// either, so that advice would lead in a circle.
 fn way_out(error: &Error, image: &Path) -> String {
-    let image = image.display();
+    let image = shell(image);
     match error.kind() {
         // It knows better which session that is.
         _ if error.structure() == Some("session") && error.remedy_text().is_some() => {
@@ -616,7 +617,7 @@ fn unclean(entry: &Entry, failure: &str) -> Error {
         format!("{} is gone, but its image could not be closed cleanly: {failure}", entry.device.display());
     Error::new(Kind::Poisoned, message).file(&entry.image).remedy(format!(
         "look for the cause (dmesg, free space), then `vhdx-ublk add {}`",
-        entry.image.display()
+        shell(&entry.image)
     ))
 }
 

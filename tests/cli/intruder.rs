@@ -376,6 +376,22 @@ fn names_neither_steer_terminals_nor_forge_lines() {
     assert_eq!(json["image"].as_str().map(|path| path.ends_with(odd)), Some(true), "JSON has the very name");
 }
 
+/// Whoever pastes the command that is suggested runs that command alone, on the very file.
+#[test]
+fn a_suggested_command_takes_any_name_for_a_name() {
+    let bench = Bench::new();
+    let ran = bench.path("ran");
+    let image = bench.image("a;$(touch ran) it's b.vhdx", &["--size", "16M", "--block-size", "2M"]);
+    let message = ended_on("merge", &image, &[]).failed(1);
+    let (_, command) = message.split_once("try: `vhdx-ublk ").expect("a command is suggested");
+    let (command, _) = command.split_once("` tells").expect("the command ends");
+    let line = format!("exec '{}' {command}", env!("CARGO_BIN_EXE_vhdx-ublk"));
+    let mut shell = Command::new("sh");
+    shell.arg("-c").arg(&line).current_dir(bench.0.path());
+    let told = ended(shell).succeeded();
+    assert!(told.contains("b.vhdx") && !ran.exists(), "{line}: {told}");
+}
+
 /// A path need not be text.
 #[test]
 fn a_name_that_is_no_text_is_a_name() {

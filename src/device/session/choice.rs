@@ -15,6 +15,7 @@ use super::{Found, FoundSession, SessionFile, Sessions, place_of};
 use crate::disk::ImageFile;
 use crate::error::{Error, Kind, Result};
 use crate::image::{Image, Mismatch, Place, Session, SessionMemory, VERSION};
+use crate::printable::shell;
 
 /// What a writable open does about sessions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,7 +67,7 @@ pub fn refuse_orphan(file: &ImageFile, image: Option<&Image>) -> Result<()> {
         None => {}
     }
     let message = "a daemon was killed, and not everything it acknowledged is in the image";
-    let remedy = format!("`vhdx-ublk add {}` takes it over, `vhdx-ublk del` then closes it", path.display());
+    let remedy = format!("`vhdx-ublk add {}` takes it over, `vhdx-ublk del` then closes it", shell(path));
     Err(Error::new(Kind::InUse, message).file(path).remedy(remedy))
 }
 
