@@ -57,6 +57,8 @@ pub struct Served {
     pub image_file: FileId,
     /// The parents' paths, absolute, without symbolic links; its own first.
     pub parents: Vec<PathBuf>,
+    /// The same files, whatever they are called.
+    pub parent_files: Vec<FileId>,
     /// What the fronts and the engine share.
     pub shared: Arc<Shared>,
     /// The disk as the kernel shall see it.
@@ -306,7 +308,7 @@ impl<E: EngineHandle> Device<E> {
             change_entry(&Registry::open()?, &entry, |entry| {
                 entry.image = leaf.image;
                 entry.image_file = leaf.image_file;
-                entry.parent_files = leaf.parents.iter().filter_map(|path| file_at(path)).collect();
+                entry.parent_files = leaf.parent_files;
                 entry.parents = leaf.parents;
                 entry.file_write_guid = leaf.file_write_guid;
             })
@@ -410,11 +412,6 @@ fn change_entry(registry: &Registry, entry: &Mutex<Entry>, change: impl FnOnce(&
     Ok(())
 }
 
-/// Which file is at `path`, one that this process has open.
-fn file_at(path: &Path) -> Option<FileId> {
-    std::fs::metadata(path).ok().map(|found| FileId::of(&found))
-}
-
 fn device_path(id: u32) -> PathBuf {
     format!("/dev/ublkb{id}").into()
 }
@@ -431,7 +428,7 @@ fn describe(info: &DeviceInfo, served: &Served, daemon: ProcessId) -> Entry {
         image: served.path.clone(),
         image_file: served.image_file,
         parents: served.parents.clone(),
-        parent_files: served.parents.iter().filter_map(|path| file_at(path)).collect(),
+        parent_files: served.parent_files.clone(),
         mount_namespace: registry::mount_namespace(),
         daemon,
         queues: info.queues,

@@ -384,6 +384,7 @@ pub(super) mod tests {
     use std::time::Duration;
 
     use super::super::mailbox::{FrontEnds, mailboxes};
+    use super::super::registry::FileId;
     use super::super::session::folder_in_memory;
     use super::*;
     use crate::chain::Search;
@@ -690,7 +691,12 @@ pub(super) mod tests {
         assert!(locator.get(RELATIVE_PATH).is_some_and(|path| path.ends_with(r"\moved.vhdx")), "{locator:?}");
         assert_eq!(locator.get(VOLUME_PATH), Some(r"\\?\Volume{1}\disk.vhdx"));
         assert_eq!(locator.get(ABSOLUTE_WIN32_PATH), None, "it is mapped, and leads elsewhere");
-        open(Search::default(), || Ok(())).expect("it finds its parent").close().expect("nothing to do");
+        let again = open(Search::default(), || Ok(())).expect("it finds its parent");
+        let parent_id = FileId::of(&fs::metadata(&parent).expect("there"));
+        fs::rename(&parent, parent.with_extension("served")).expect("free");
+        fs::write(&parent, "another file").expect("room");
+        assert_eq!(again.opened().parent_files().expect("open"), [parent_id], "what was opened");
+        again.close().expect("nothing to do");
         assert!(child.bytes() == after, "a path that is right is not written again");
     }
 

@@ -65,6 +65,11 @@ impl Opened {
         Ok(Self { shared, parameters, file_write_guid, recoverable: true, parents: parents.into() })
     }
 
+    /// Which files the parents are, as they were opened: another may be at such a path by now.
+    pub(super) fn parent_files(&self) -> Result<Vec<FileId>> {
+        self.parents.iter().map(|parent| FileId::of_image(parent)).collect()
+    }
+
     /// What [`super::daemon::serve`] asks for.
     ///
     /// # Errors
@@ -78,6 +83,7 @@ impl Opened {
             images: files.map(same_description).collect::<Result<_>>()?,
             image_file,
             parents: self.parents.iter().map(|parent| parent.path().to_owned()).collect(),
+            parent_files: self.parent_files()?,
             shared: self.shared.clone(),
             parameters: self.parameters,
             file_write_guid: self.file_write_guid,

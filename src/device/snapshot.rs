@@ -61,6 +61,8 @@ pub struct NewLeaf {
     pub image_file: FileId,
     /// Its parents' paths; its own first.
     pub parents: Vec<PathBuf>,
+    /// The same files, whatever they are called.
+    pub parent_files: Vec<FileId>,
     /// Its FileWriteGuid.
     pub file_write_guid: Uuid,
 }
@@ -211,6 +213,7 @@ impl Place<'_> {
         serving: &Serving,
         (child, image_file): (&Serving, FileId),
     ) -> Result<()> {
+        let parent_files = child.opened.parent_files()?;
         let frozen = self.reactor.block_on(serving.engine.freeze());
         explain("freezing the image", frozen, serving)?;
         serving.engine.shared().map.memory().rest();
@@ -223,6 +226,7 @@ impl Place<'_> {
             image: child.file.path().into(),
             image_file,
             parents: child.opened.parents.iter().map(|parent| parent.path().into()).collect(),
+            parent_files,
             file_write_guid: child.opened.file_write_guid,
         })
     }
