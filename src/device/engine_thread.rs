@@ -160,6 +160,8 @@ pub(super) struct Serving {
 impl Life {
     fn live(self) -> Result<()> {
         leave_signals_to_others();
+        become_urgent();
+        confine::become_(Role::Engine); // before the first byte of an image that others made is read
         let reactor = Reactor::new()?;
         let fronts = Rc::new(Mailboxes::default());
         let mut serving = self.open_engine(&reactor, &fronts)?;
@@ -200,7 +202,7 @@ impl Life {
     ) -> Outcome {
         let (senders, receivers) = ends.fronts.into_iter().map(|end| (end.sender, end.receiver)).unzip();
         *fronts.senders.borrow_mut() = senders;
-        prepare_thread();
+        become_io_flusher();
         reactor.spawn(deliver(fronts.clone())).detach();
         let ear = Rc::new(Ear {
             wake: ends.wake,
@@ -269,15 +271,18 @@ fn leave_signals_to_others() {
     }
 }
 
-/// What fails here costs speed, or safety when memory runs out, but serves. The image is open.
-fn prepare_thread() {
-    if let Err(error) = sys::become_io_flusher() {
-        tracing::warn!("the engine is not marked as serving a disk: {error}");
-    }
+/// What fails here costs speed, but serves.
+fn become_urgent() {
     if let Err(error) = sys::become_urgent() {
         tracing::warn!("the engine may have to wait for a CPU: {error}");
     }
-    confine::become_(Role::Engine);
+}
+
+/// What fails here costs safety when memory runs out, but serves. The image is open.
+fn become_io_flusher() {
+    if let Err(error) = sys::become_io_flusher() {
+        tracing::warn!("the engine is not marked as serving a disk: {error}");
+    }
 }
 
 /// Where the fronts' messages arrive.
