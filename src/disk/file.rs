@@ -35,6 +35,11 @@ use crate::error::{Error, Kind, Result};
 const COPYING_HOSTS: [(FsType, &str); 3] =
     [(FsType(0x9123_683e), "btrfs"), (FsType(0xca45_1a4e), "bcachefs"), (FsType(0x2fc1_2fc1), "ZFS")];
 
+/// File systems whose server may keep a failed write with the handle that it came by, and tell only a sync of that one:
+/// FUSE, NFS, SMB, 9P and Ceph.
+const HOSTS_WITH_HANDLES: [FsType; 5] =
+    [FsType(0x6573_5546), FsType(0x6969), FsType(0xfe53_4d42), FsType(0x0102_1997), FsType(0x00c3_6400)];
+
 /// The unit of `st_blocks`, whatever the file system's own block size.
 const STAT_BLOCK_BYTES: u64 = 512;
 
@@ -48,6 +53,8 @@ pub struct ImageFile {
     file: File,
     /// The other description, if it may be written.
     syncing: Option<File>,
+    /// A write may fail on the host and be told to a sync of the description that it went through, and to no other.
+    keeps_errors_by_handle: bool,
     path: PathBuf,
     access: Access,
     device: u64,
@@ -186,7 +193,14 @@ impl ImageFile {
             Access::ReadOnly => None,
             Access::ReadWrite => Some(open_to_sync(&file, (device, inode))?),
         };
-        Ok(Self { file, syncing, path: path.to_owned(), access, device, inode })
+        let host = fstatfs(&file).map_err(|errno| looking(errno.into()))?.filesystem_type();
+        let keeps_errors_by_handle = HOSTS_WITH_HANDLES.contains(&host);
+        Ok(Self { file, syncing, keeps_errors_by_handle, path: path.to_owned(), access, device, inode })
+    }
+
+    /// Whether a sync of the writers' own description has to come before that of the other one.
+    pub(super) fn keeps_errors_by_handle(&self) -> bool {
+        self.keeps_errors_by_handle
     }
 
     /// The descriptor to sync by.
