@@ -20,6 +20,16 @@ session_file() { ls /run/vhdx-ublk/*.session; }
 
 first_byte() { dd if="$1" bs=4k count=1 iflag=direct status=none | head -c 1; }
 
+# Has the host begin to write FILE back, as it does by itself after half a minute. Takes no error.
+write_back() {
+    /usr/bin/python3 -c '
+import ctypes, os, sys
+file = os.open(sys.argv[1], os.O_RDONLY)
+WRITE = 2
+nothing = ctypes.c_long(0)
+sys.exit(ctypes.CDLL(None).sync_file_range(file, nothing, nothing, WRITE))' "$1"
+}
+
 # The host's disk fails while a killed daemon's fdatasync is under way: the kernel tells the dead process. The
 # successor must not acknowledge the guest's flush, and what is read afterwards is what is on the disk.
 test_session_flush_that_a_death_cuts_short() {
@@ -47,10 +57,12 @@ test_session_flush_that_a_death_cuts_short() {
         ! grep -q "Writeback: *[1-9]" /proc/meminfo || break
         sleep 0.1
     done
+    sleep 0.3
     kill -9 "$pid"
     sleep 0.3
     dmsetup reload bad --table "$bad"
     dmsetup resume bad
+    write_back bad/disk.vhdx
     sleep 1
     dmsetup suspend --noflush --nolockfs bad
     dmsetup reload bad --table "$good"
