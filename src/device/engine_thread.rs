@@ -390,7 +390,7 @@ pub(super) mod tests {
 
     use super::super::mailbox::{FrontEnds, mailboxes};
     use super::super::registry::FileId;
-    use super::super::session::folder_in_memory;
+    use super::super::session::{folder_in_memory, place_of};
     use super::*;
     use crate::chain::Search;
     use crate::disk::Access;
@@ -622,6 +622,10 @@ pub(super) mod tests {
         let left = PathBuf::from(format!("{start}-fffffff.session"));
 
         fs::write(&left, &bytes).expect("as a killed daemon leaves it under another mount");
+        let place = place_of(&bench.file()).expect("a file");
+        let found = Sessions::at(bench.memory.path()).find(&place, None).expect("readable");
+        assert!(found.is_some(), "found also where the image is not read");
+        drop(found);
         let resumed = bench.open_as(Plan::Resume { accept_loss: false }).expect("it fits");
         resumed.close().expect("nothing to do");
         assert_eq!(bench.session(), None);

@@ -150,7 +150,7 @@ impl Sessions {
 
     /// The session of the image at `place`, if there is one; `image` is how it looks, if that is known. One that
     /// was made under another device number, as before its file system was mounted anew, comes last if it does not
-    /// fit.
+    /// fit, or if that is not known: a repair would give away the space that only the session names.
     pub(super) fn find(&self, place: &Place, image: Option<&Image>) -> Result<Option<Found>> {
         let disk_id = image.map(|image| image.metadata.disk_id);
         let mut names = self.names()?;
@@ -160,9 +160,6 @@ impl Sessions {
         let mut unfit = None;
         for name in names {
             let is_elsewhere = name.device != place.device;
-            if is_elsewhere && disk_id.is_none() {
-                continue;
-            }
             match self.open(&name)? {
                 Some(Found::Free(file, memory)) if is_another(&name, place, &memory) => {
                     tracing::debug!("{} is another file's", file.path.display());
