@@ -193,7 +193,7 @@ impl Sessions {
         };
         let length = file.metadata().map_err(failed("looking at the session file"))?.len();
         let count = usize::try_from(length).unwrap_or(0) / size_of::<AtomicU64>();
-        let is_short = length <= PAGE_BYTES as u64;
+        let is_short = count < HEADER_WORDS;
         let file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
             Ok(file) => file,
             Err(_) if is_short => return Ok(Some(Found::Held(None))),

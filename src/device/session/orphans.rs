@@ -71,6 +71,7 @@ fn a_damaged_session_is_refused_and_kept() {
     assert_kept(|bytes| bytes[BYTES_PLACE * WORD] ^= 1, Kind::Corrupt, &["damaged"]);
     assert_kept(|bytes| bytes.truncate(bytes.len() - WORD), Kind::Corrupt, &["damaged", "length"]);
     assert_kept(|bytes| bytes.truncate(WORD), Kind::Corrupt, &["damaged", "length"]);
+    assert_kept(|bytes| bytes.truncate(512 * WORD + 3), Kind::Corrupt, &["damaged", "length"]);
     assert_kept(|bytes| bytes[3] ^= 0x40, Kind::Corrupt, &["damaged"]);
 }
 
