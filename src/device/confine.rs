@@ -6,12 +6,12 @@
 //! | what | what the daemon has | why |
 //! |---|---|---|
 //! | descriptors | its own, and the image's if that was handed over | the caller's would stay open, and pipes would not end |
-//! | environment | [`KEPT_VARIABLES`] | it may hold secrets, and nothing else of it is used |
+//! | environment | `KEPT_VARIABLES` | it may hold secrets, and nothing else of it is used |
 //! | directory | `/`, once it is ready | the caller's could not be unmounted |
 //! | umask | 077 | what it makes is for root, until it says otherwise |
-//! | signals | as at boot, see [`super::ending`] | a caller may have ignored or blocked any |
+//! | signals | as at boot, see `ending` | a caller may have ignored or blocked any |
 //! | address space, data, CPU time, file size, locked memory | unlimited | the disk is lost where one of them ends |
-//! | descriptors, how many | [`DESCRIPTORS`] | the longest chain needs them |
+//! | descriptors, how many | `DESCRIPTORS` | the longest chain needs them |
 //! | core dumps | none, unless the administrator raises the soft limit (`prlimit`); never of buffers and sessions | they hold the disk's data |
 //! | `oom_score_adj` | -1000 | the file systems on the disk would wait for a process that is gone |
 //! | parent | a starter that dies takes it along, until it has reported ready | nobody knows of the device |

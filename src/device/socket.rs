@@ -5,9 +5,9 @@
 //!
 //! Invariants:
 //!
-//! * a connection keeps nobody else from talking: each has a thread of its own, up to [`MAX_CLIENTS`];
+//! * a connection keeps nobody else from talking: each has a thread of its own, up to `MAX_CLIENTS`;
 //! * it ends: a line has a length and a deadline, and so has the answer;
-//! * nothing is done for a caller that has left before the decisive moment, see [`Caller::claim`]. What is done
+//! * nothing is done for a caller that has left before the decisive moment, see `Caller::claim`. What is done
 //!   afterwards is in the log if the caller could not be told.
 
 use std::fs;

@@ -138,7 +138,7 @@ impl ImageFile {
     }
 
     /// Opens the image at `path` for writing, although others read it and have locked it: see
-    /// [`super::lock::lock_past_readers`] for what the caller must know.
+    /// `lock_past_readers` for what the caller must know.
     ///
     /// # Errors
     ///
