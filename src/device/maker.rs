@@ -202,6 +202,6 @@ fn refuse_moved(file: &ImageFile) -> Result<()> {
     if named == Some(FileId::of_image(file)?) {
         return Ok(());
     }
-    let message = "the image that is served is not at its place any more, and a child would not find it";
+    let message = "the served image was moved or renamed; a child could not find it";
     Err(Error::new(Kind::NotFound, message).file(file.path()).remedy("move it back to its place"))
 }

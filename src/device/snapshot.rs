@@ -219,8 +219,8 @@ impl Place<'_> {
         serving.engine.shared().map.memory().rest();
         if !caller.claim() {
             let image = child.file.path().display();
-            tracing::warn!("the snapshot {image} is not taken: who asked for it does not wait any more");
-            return Err(Error::new(Kind::Io, "who asked for it does not wait any more"));
+            tracing::warn!("the snapshot {image} is not taken: its caller has stopped waiting");
+            return Err(Error::new(Kind::Io, "the caller has stopped waiting"));
         }
         switch(NewLeaf {
             image: child.file.path().into(),

@@ -751,9 +751,7 @@ impl Front {
     fn end_piece<P: Port>(&mut self, id: PieceId, errno: i32, port: &mut P) {
         let must_not_fail = errno != 0 && self.piece(id).rest.op == (FileOp::Write { durable: true });
         if must_not_fail && !planted(Plant::NoPoison) && self.shared.poison() {
-            tracing::error!(
-                "a durable write failed with errno {errno}: no write or flush will succeed any more"
-            );
+            tracing::error!("a durable write failed with errno {errno}: no write or flush will succeed");
         }
         self.durable_write_ended(id, port);
         let piece = self.release_piece(id);

@@ -321,7 +321,7 @@ impl<D: Disk + 'static> Engine<D> {
     fn poison(&self, doing: &str, error: &std::io::Error) -> i32 {
         if self.shared.poison() {
             self.shared.troubles().note(doing, error.raw_os_error().unwrap_or(libc::EIO));
-            tracing::error!("{doing} failed: {error}; no write or flush will succeed any more, reads go on");
+            tracing::error!("{doing} failed: {error}; no write or flush will succeed, reads go on");
         }
         libc::EIO
     }
