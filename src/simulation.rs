@@ -198,11 +198,11 @@ pub const fn planted(_plant: Plant) -> bool {
     false
 }
 
-/// The unit of a log's length in bytes: 1 MiB by the format.
+/// The unit of a log's length, bytes: `usual`.
 #[cfg(not(feature = "simulation"))]
 #[inline]
-pub const fn log_unit() -> u64 {
-    crate::format::MIB
+pub const fn log_unit(usual: u64) -> u64 {
+    usual
 }
 
 /// The most descriptors of an entry that is written: `usual`.
@@ -222,11 +222,10 @@ mod switches {
     use std::cell::Cell;
 
     use super::Plant;
-    use crate::format::MIB;
 
     thread_local! {
         static PLANTED: Cell<Option<Plant>> = const { Cell::new(None) };
-        static LOG_UNIT: Cell<u64> = const { Cell::new(MIB) };
+        static LOG_UNIT: Cell<Option<u64>> = const { Cell::new(None) };
         static DESCRIPTORS: Cell<Option<usize>> = const { Cell::new(None) };
     }
 
@@ -251,13 +250,13 @@ mod switches {
         DESCRIPTORS.set(count);
     }
 
-    /// The unit of a log's length in this thread, bytes.
-    pub fn log_unit() -> u64 {
-        LOG_UNIT.get()
+    /// The unit of a log's length in this thread, bytes: `usual`, or what was set.
+    pub fn log_unit(usual: u64) -> u64 {
+        LOG_UNIT.get().unwrap_or(usual)
     }
 
     /// Makes logs of any multiple of `bytes` legal in this thread.
     pub fn set_log_unit(bytes: u64) {
-        LOG_UNIT.set(bytes);
+        LOG_UNIT.set(Some(bytes));
     }
 }

@@ -141,7 +141,7 @@ impl Header {
             return Err(Error::new(Kind::Unsupported, message)
                 .remedy("open it once with the program that wrote it, so that the log is replayed"));
         }
-        if !offset.is_multiple_of(MIB) || !length.is_multiple_of(log_unit()) {
+        if !offset.is_multiple_of(MIB) || !length.is_multiple_of(log_unit(MIB)) {
             return corrupt(format!("a log of {length} bytes at {offset}, multiples of 1 MiB expected"));
         }
         if length == 0 {

@@ -140,7 +140,7 @@ impl NewImage {
             return usage("a differencing image begins with no blocks of its own".into());
         }
         let log = u64::from(self.log_length);
-        if log == 0 || !log.is_multiple_of(log_unit()) || self.log_length > header::MAX_LOG_LENGTH {
+        if log == 0 || !log.is_multiple_of(log_unit(MIB)) || self.log_length > header::MAX_LOG_LENGTH {
             return usage(format!("a log of {log} bytes: the format has whole MiB, at most 1 GiB"));
         }
         Ok(())
