@@ -2,10 +2,23 @@
 //!
 //! Callers match on [`Kind`]; people read the message: which file, which structure, which offset, what was
 //! expected, and what to run next. Layers add what they know (`in_structure`, `at`, `file`, `remedy`) on the
-//! way up; nothing is ever overwritten by a layer that knows less. What is shown of an error is one printable line,
-//! whatever names are in it.
+//! way up, to an [`Error`] or to a [`Result`] by [`Locate`]; a layer never overwrites what an inner one said.
+//!
+//! An error of the operating system becomes one by [`Doing`], and stays its [`source`](std::error::Error::source):
+//!
+//! ```
+//! use vhdx_ublk::error::{Doing, Kind, Locate};
+//!
+//! let path = "/no/such/image.vhdx".as_ref();
+//! let error = std::fs::metadata(path).doing("reading the file's attributes").file(path).expect_err("it is missing");
+//! assert_eq!(error.kind(), Kind::NotFound);
+//! ```
+//!
+//! `{}` shows an error without its source, `{:#}` with it, as `anyhow` does: a message or a log line wants `{:#}`.
+//! Either is one printable line, whatever names are in it.
 
 use std::fmt::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::printable::{Printable, printable};
@@ -44,11 +57,23 @@ pub enum Kind {
     Io,
 }
 
+impl From<io::ErrorKind> for Kind {
+    fn from(kind: io::ErrorKind) -> Self {
+        match kind {
+            io::ErrorKind::NotFound => Self::NotFound,
+            io::ErrorKind::PermissionDenied => Self::Permission,
+            io::ErrorKind::AlreadyExists => Self::Exists,
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::NoSpace,
+            _ => Self::Io,
+        }
+    }
+}
+
 /// An error with its place in the file and its remedy.
 #[derive(Debug)]
 pub struct Error(Box<Inner>);
 
-/// Behind a pointer, so that a result that is no error stays small.
+/// Behind a pointer, so that a [`Result`] is small.
 #[derive(Debug)]
 struct Inner {
     kind: Kind,
@@ -57,7 +82,7 @@ struct Inner {
     structure: Option<&'static str>,
     offset: Option<u64>,
     remedy: Option<String>,
-    source: Option<Box<dyn std::error::Error + Send + Sync>>,
+    source: Option<io::Error>,
 }
 
 /// The library's result.
@@ -83,16 +108,9 @@ impl Error {
     }
 
     /// An operating system error while `doing` something; the kind follows from the error number.
-    pub fn io(doing: impl Into<String>, source: std::io::Error) -> Self {
-        let kind = match source.kind() {
-            std::io::ErrorKind::NotFound => Kind::NotFound,
-            std::io::ErrorKind::PermissionDenied => Kind::Permission,
-            std::io::ErrorKind::AlreadyExists => Kind::Exists,
-            std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => Kind::NoSpace,
-            _ => Kind::Io,
-        };
-        let mut error = Self::new(kind, doing);
-        error.0.source = Some(Box::new(source));
+    pub fn io(doing: impl Into<String>, source: io::Error) -> Self {
+        let mut error = Self::new(source.kind().into(), doing);
+        error.0.source = Some(source);
         error
     }
 
@@ -140,7 +158,7 @@ impl Error {
 
     /// The operating system's error number beneath, if there is one.
     pub fn os_error(&self) -> Option<i32> {
-        self.0.source.as_ref()?.downcast_ref::<std::io::Error>()?.raw_os_error()
+        self.0.source.as_ref()?.raw_os_error()
     }
 
     /// The file concerned.
@@ -166,6 +184,7 @@ impl Error {
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let show_source = f.alternate();
         let mut f = Printable(f);
         if let Some(file) = &self.0.file {
             write!(f, "{}: ", file.display())?;
@@ -181,14 +200,63 @@ impl fmt::Display for Error {
         if let (None, Some(offset)) = (self.0.structure, self.0.offset) {
             write!(f, " (at byte {offset})")?;
         }
-        if let Some(source) = &self.0.source {
-            write!(f, ": {source}")?;
+        match &self.0.source {
+            Some(source) if show_source => write!(f, ": {source}"),
+            _ => Ok(()),
         }
-        Ok(())
     }
 }
 
-impl std::error::Error for Error {}
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.0.source.as_ref().map(|source| source as _)
+    }
+}
+
+/// Says what failed, where the operating system or a format of text only says why.
+pub trait Doing<T> {
+    /// Turns a failure into an [`Error`] whose message is `what`, as [`Error::io`].
+    ///
+    /// # Errors
+    ///
+    /// The failure.
+    fn doing(self, what: impl Into<String>) -> Result<T>;
+}
+
+impl<T, E: Into<io::Error>> Doing<T> for std::result::Result<T, E> {
+    fn doing(self, what: impl Into<String>) -> Result<T> {
+        self.map_err(|error| Error::io(what, error.into()))
+    }
+}
+
+/// Says where an error belongs, with the methods of [`Error`].
+pub trait Locate {
+    /// As [`Error::file`].
+    #[must_use]
+    fn file(self, file: &Path) -> Self;
+
+    /// As [`Error::at`].
+    #[must_use]
+    fn at(self, offset: u64) -> Self;
+
+    /// As [`Error::in_structure`].
+    #[must_use]
+    fn in_structure(self, structure: &'static str) -> Self;
+}
+
+impl<T> Locate for Result<T> {
+    fn file(self, file: &Path) -> Self {
+        self.map_err(|error| error.file(file))
+    }
+
+    fn at(self, offset: u64) -> Self {
+        self.map_err(|error| error.at(offset))
+    }
+
+    fn in_structure(self, structure: &'static str) -> Self {
+        self.map_err(|error| error.in_structure(structure))
+    }
+}
 
 #[cfg(test)]
 mod tests {
@@ -198,10 +266,13 @@ mod tests {
     fn a_message_names_file_structure_offset_and_cause() {
         let error = Error::corrupt("header 1", "checksum does not match").at(65536).file(Path::new("a.vhdx"));
         assert_eq!(error.to_string(), "a.vhdx: header 1 at byte 65536: checksum does not match");
-        let cause = std::io::Error::from_raw_os_error(28);
-        let error = Error::io("growing the file", cause).file(Path::new("b.vhdx"));
-        assert_eq!(error.kind(), Kind::NoSpace);
-        assert!(error.to_string().starts_with("b.vhdx: growing the file: No space left"));
+        let grown: io::Result<()> = Err(io::Error::from_raw_os_error(28));
+        let error = grown.doing("growing the file").at(4096).file(Path::new("b.vhdx")).expect_err("no room");
+        assert_eq!((error.kind(), error.os_error()), (Kind::NoSpace, Some(28)));
+        assert_eq!(error.to_string(), "b.vhdx: growing the file (at byte 4096)");
+        let whole = format!("{error:#}");
+        assert_eq!(whole, "b.vhdx: growing the file (at byte 4096): No space left on device (os error 28)");
+        assert_eq!(whole, format!("{:#}", anyhow::Error::from(error)), "the chain is the same");
     }
 
     /// Neither a name nor a message forges a line or steers a terminal.

@@ -222,7 +222,7 @@ fn take_away(ready: &Ready) {
         stop::stop(&registry, &found.entry, &How { force: true, timeout: stop::DEFAULT_TIMEOUT })
     });
     if let Err(error) = stopped {
-        tracing::warn!("{} is there, but nobody may know of it: {error}", ready.device.display());
+        tracing::warn!("{} is there, but nobody may know of it: {error:#}", ready.device.display());
     }
 }
 

@@ -34,8 +34,8 @@ impl Serialize for ChainFault {
 impl std::fmt::Display for ChainFault {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match output::remedy(&self.0) {
-            Some(remedy) => write!(f, "{}\n  try: {}", self.0, printable(remedy)),
-            None => self.0.fmt(f),
+            Some(remedy) => write!(f, "{:#}\n  try: {}", self.0, printable(remedy)),
+            None => write!(f, "{:#}", self.0),
         }
     }
 }

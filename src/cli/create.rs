@@ -189,7 +189,9 @@ impl Create {
         let ancestors =
             chain::follow_parents(parent, &Search::default(), &mut Vec::new(), look::identify_unlocked);
         if let Err(error) = ancestors {
-            tracing::warn!("the parent cannot be opened as things are, and so the new image cannot: {error}");
+            tracing::warn!(
+                "the parent cannot be opened as things are, and so the new image cannot: {error:#}"
+            );
         }
         let metadata = &parent.image.metadata;
         Ok(NewImage {

@@ -169,8 +169,8 @@ fn rows(registry: &Registry, survey: Survey) -> Vec<Row> {
     rows.extend(orphans.into_iter().map(Row::orphan));
     for Unreadable { id, error } in unreadable {
         match rows.iter_mut().find(|row| row.id == id) {
-            Some(row) => row.failure = Some(error.to_string()),
-            None => rows.push(Row::unknown(id, error.to_string())),
+            Some(row) => row.failure = Some(format!("{error:#}")),
+            None => rows.push(Row::unknown(id, format!("{error:#}"))),
         }
     }
     rows.sort_by_key(|row| row.id);

@@ -301,7 +301,7 @@ fn look_at(path: &Path, force: bool) -> Result<Option<Known>> {
             "it may be a child of an image that is merged: make it readable, move it away, or merge with --force",
         )),
         Err(error) => {
-            tracing::warn!("it is not known whether this is a child of an image that is merged: {error}");
+            tracing::warn!("it is not known whether this is a child of an image that is merged: {error:#}");
             Ok(None)
         }
     }

@@ -66,7 +66,7 @@ pub fn report(error: &Error, json: bool) {
         return;
     }
     let mut stderr = io::stderr().lock();
-    let _ = writeln!(stderr, "vhdx-ublk: {error}");
+    let _ = writeln!(stderr, "vhdx-ublk: {error:#}");
     if let Some(remedy) = remedy(error) {
         let _ = writeln!(stderr, "  try: {}", printable(remedy));
     }
@@ -108,7 +108,7 @@ impl<'a> Failure<'a> {
     pub fn of(error: &'a Error) -> Self {
         Self {
             kind: error.kind(),
-            message: error.to_string(),
+            message: format!("{error:#}"),
             file: error.file_path().map(|path| path.to_string_lossy().into_owned()),
             structure: error.structure(),
             offset: error.offset(),

@@ -82,7 +82,7 @@ fn refuse_cycle(child: &AtRest, parent: &AtRest) -> Result<()> {
         return Err(no_ancestor_of_itself(child));
     }
     if let Err(error) = opened {
-        tracing::warn!("the parent's own chain does not open: {error}");
+        tracing::warn!("the parent's own chain does not open: {error:#}");
     }
     Ok(())
 }

@@ -159,7 +159,7 @@ pub(super) fn seal() {
 
 fn try_it<T, E: Display>(doing: &str, outcome: Result<T, E>) {
     if let Err(error) = outcome {
-        tracing::warn!("the daemon is less protected than it could be: {doing}: {error}");
+        tracing::warn!("the daemon is less protected than it could be: {doing}: {error:#}");
     }
 }
 

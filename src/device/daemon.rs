@@ -377,8 +377,8 @@ impl<E: EngineHandle> Device<E> {
     /// Removes the entry, unless somebody still has to learn of a failure or to delete the device.
     fn leave(&self, closed: &Result<()>, deleted: &Result<()>) -> Result<()> {
         if let Err(error) = closed {
-            tracing::error!("the image could not be closed cleanly: {error}");
-            return self.record(|entry| entry.failure = Some(error.to_string()));
+            tracing::error!("the image could not be closed cleanly: {error:#}");
+            return self.record(|entry| entry.failure = Some(format!("{error:#}")));
         }
         if deleted.is_err() {
             return Ok(());

@@ -87,7 +87,7 @@ fn judge(listed: &Listed, life: Life, answer: Option<Result<Status>>) -> Conditi
         // A daemon of an older version answers, but not this.
         (_, _, Some(Err(error))) if error.kind() == Kind::Unsupported => only(Health::Unknown),
         (_, _, Some(Err(error))) => {
-            Condition { health: Health::NoAnswer, last_error: Some(error.to_string()) }
+            Condition { health: Health::NoAnswer, last_error: Some(format!("{error:#}")) }
         }
         (State::Live | State::Starting | State::Stopping, _, None) => only(Health::Ok),
     }

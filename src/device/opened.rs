@@ -235,7 +235,7 @@ impl WritableOpen {
         };
         let (child, parent) = (disk.file().path(), parent.file.path());
         let stays = |error: &Error| {
-            tracing::warn!("{}: it goes on naming another place for its parent: {error}", child.display());
+            tracing::warn!("{}: it goes on naming another place for its parent: {error:#}", child.display());
         };
         let renewed = match chain::redirected(child, locator, parent, &self.parents.search) {
             Ok(Some(renewed)) => renewed,
@@ -273,7 +273,7 @@ impl WritableOpen {
         }
         Ok(started
             .inspect_err(|error| {
-                tracing::warn!("the device cannot be recovered if its daemon is killed: {error}");
+                tracing::warn!("the device cannot be recovered if its daemon is killed: {error:#}");
             })
             .ok())
     }
@@ -339,7 +339,7 @@ fn tell_of_copying(file: &ImageFile) {
             file.path().display()
         ),
         Ok(None) => {}
-        Err(error) => tracing::warn!("{}: looking at the host: {error}", file.path().display()),
+        Err(error) => tracing::warn!("{}: looking at the host: {error:#}", file.path().display()),
     }
 }
 

@@ -95,7 +95,7 @@ fn serve(setup: QueueSetup, over: Arc<AtomicBool>, report: &dyn Fn(Report)) {
     }
     report(Report::Ready);
     if let Err(error) = server.run(report) {
-        tracing::error!("{error}");
+        tracing::error!("{error:#}");
         std::mem::forget(server);
         return report(Report::Failed(error));
     }

@@ -202,7 +202,7 @@ impl Place<'_> {
 
     fn give_up(&self, child: Serving) {
         if let Err(error) = child.give_up(self.reactor) {
-            tracing::warn!("{error}");
+            tracing::warn!("{error:#}");
         }
     }
 
@@ -238,7 +238,7 @@ impl Place<'_> {
         }
         parent.file.share();
         if let Some(Err(error)) = parent.session.map(super::session::SessionFile::remove) {
-            tracing::warn!("{error}");
+            tracing::warn!("{error:#}");
         }
     }
 }

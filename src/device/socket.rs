@@ -150,7 +150,7 @@ pub(super) fn listen(
             match stream {
                 Ok(stream) => attend(stream, &clients, (status.clone(), pass_on.clone())),
                 Err(error) => {
-                    tracing::warn!("the control socket: {error}");
+                    tracing::warn!("the control socket: {error:#}");
                     thread::sleep(ACCEPT_PAUSE);
                 }
             }
@@ -175,12 +175,12 @@ fn attend(
     let client = clients.clone();
     let talk = move || {
         if let Err(error) = converse(&stream, &status, &pass_on) {
-            tracing::warn!("the control socket: {error}");
+            tracing::warn!("the control socket: {error:#}");
         }
         drop(client);
     };
     if let Err(error) = thread::Builder::new().name("ublk-client".into()).spawn(talk) {
-        tracing::warn!("the control socket: {error}");
+        tracing::warn!("the control socket: {error:#}");
     }
 }
 

@@ -347,7 +347,7 @@ fn stop_device(control: Option<&Control>, entry: &Entry, how: &How, until: Insta
     if matches!(life, Life::Runs | Life::Hidden)
         && let Err(error) = stop_apart(entry.id, entry.mark, Openers::Any, until)
     {
-        tracing::warn!("{error}");
+        tracing::warn!("{error:#}");
     }
     Ok(())
 }
@@ -569,7 +569,7 @@ fn close_image(registry: &Registry, entry: &Entry) -> Result<Closed> {
     });
     closed.map(|()| Closed::Now).map_err(|error| entry.explain(error)).map_err(|error| {
         let message = format!(
-            "{} is gone, but not everything that was acknowledged is in its image yet: {error}",
+            "{} is gone, but not everything that was acknowledged is in its image yet: {error:#}",
             entry.device.display()
         );
         Error::new(Kind::Io, message).remedy(way_out(&error, &entry.image))

@@ -34,7 +34,7 @@ impl From<&Error> for Failure {
     fn from(error: &Error) -> Self {
         let kind = KINDS.iter().find(|(kind, _)| *kind == error.kind()).map_or("io", |(_, name)| name);
         let remedy = error.remedy_text().map(str::to_owned);
-        Self { kind: kind.into(), message: error.to_string(), remedy }
+        Self { kind: kind.into(), message: format!("{error:#}"), remedy }
     }
 }
 

@@ -108,7 +108,7 @@ pub fn lock(file: &File, path: &Path, access: Access, wait: Duration) -> Result<
             return Err(error);
         }
         if !told {
-            tracing::info!("{}: {error}; waiting up to {} s for it", path.display(), wait.as_secs_f32());
+            tracing::info!("{}: {error:#}; waiting up to {} s for it", path.display(), wait.as_secs_f32());
             told = true;
         }
         std::thread::sleep(POLL_PAUSE.min(left));

@@ -90,7 +90,7 @@ fn lock(made: &Mutex<Made>) -> MutexGuard<'_, Made> {
 fn remove(made: Made) {
     let Some((place, file)) = made else { return };
     if let Err(error) = place.remove(&file) {
-        tracing::warn!("the unfinished image is not removed: {error}");
+        tracing::warn!("the unfinished image is not removed: {error:#}");
     }
 }
 

@@ -1039,16 +1039,16 @@ pub fn check_recovery(
 ) -> Result<Store, String> {
     let disk = SimDisk::new(content.clone(), true, config.can_punch, config.image.logical_sector_size);
     let image =
-        block_on(Image::open(&disk, Mode::Writable, guids(rng))).map_err(|error| error.to_string())?;
+        block_on(Image::open(&disk, Mode::Writable, guids(rng))).map_err(|error| format!("{error:#}"))?;
     if image.found_log == FoundLog::Virgin {
         return Err("the headers name a log that has no entry: others call that corrupt".into());
     }
     activation.replays += u64::from(image.found_log != FoundLog::Clean);
-    let report = block_on(check(&disk)).map_err(|error| error.to_string())?;
+    let report = block_on(check(&disk)).map_err(|error| format!("{error:#}"))?;
     if report.beyond_repair > 0 || !report.complete {
         return Err(format!("not sound after recovery: {:?}", report.findings));
     }
-    block_on(image.read_bitmaps(&disk)).map_err(|error| error.to_string())?;
+    block_on(image.read_bitmaps(&disk)).map_err(|error| format!("{error:#}"))?;
     let recovered = disk.content();
     let touched: Vec<u64> = oracle.touched().collect();
     for sector in touched {
