@@ -9,8 +9,7 @@ use uuid::Uuid;
 use zerocopy::little_endian::{U16, U32};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::guid;
-use super::metadata::MAX_ITEM_LENGTH;
+use super::{MAX_ITEM_LENGTH, guid};
 use crate::error::{Error, Kind, Result};
 
 /// Key: the parent's `DataWriteGuid`.

@@ -17,7 +17,9 @@ use zerocopy::little_endian::{U16, U32};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::locator::ParentLocator;
-use super::{MAX_BLOCK_SIZE, MAX_VIRTUAL_SIZE, MIB, MIN_BLOCK_SIZE, SECTOR_SIZES, first_overlap, guid};
+use super::{
+    MAX_BLOCK_SIZE, MAX_ITEM_LENGTH, MAX_VIRTUAL_SIZE, MIB, MIN_BLOCK_SIZE, SECTOR_SIZES, first_overlap, guid,
+};
 use crate::error::{Error, Kind, Result};
 
 /// Bytes of the table, at the start of the region; items lie behind it.
@@ -28,9 +30,6 @@ pub const MAX_ENTRIES: usize = 2047;
 
 /// The most items of a table that belong to users (MS-VHDX 2.6.1.2).
 pub const MAX_USER_ENTRIES: usize = 1024;
-
-/// The longest item in bytes: 1 MiB (MS-VHDX 2.6.1.2).
-pub const MAX_ITEM_LENGTH: u32 = 1 << 20;
 
 const SIGNATURE: [u8; 8] = *b"metadata";
 const TABLE: &str = "metadata table";

@@ -50,6 +50,9 @@ pub const MAX_BLOCK_SIZE: u32 = 256 << 20;
 /// The two sector sizes of the format in bytes, logical and physical alike (MS-VHDX 2.6.2.4, 2.6.2.5).
 pub const SECTOR_SIZES: [u32; 2] = [512, 4096];
 
+/// The longest item of the metadata in bytes: 1 MiB (MS-VHDX 2.6.1.2).
+pub const MAX_ITEM_LENGTH: u32 = 1 << 20;
+
 /// The largest offset in a file, in bytes: what the kernel's signed `loff_t` can say. A structure may name
 /// anything below 2^64; past this limit it can be nothing but damage.
 pub const MAX_FILE_OFFSET: u64 = u64::MAX >> 1;
