@@ -5,8 +5,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::open::Relative;
 use super::path::same_file;
+use super::relative::{Relative, is_made_of};
 use super::search::Search;
 use crate::error::Result;
 
@@ -31,13 +31,6 @@ pub fn children_beside<R: Relative>(
 /// Whether `child`, which looks for its parent as `search` says, would take `parent` for it.
 pub fn is_child(child: &dyn Relative, parent: &dyn Relative, search: &Search) -> bool {
     is_made_of(child, parent) && leads_to(child, search, parent.path())
-}
-
-/// Whether `child` knows its parent by the DataWriteGuid that `parent` has.
-pub fn is_made_of(child: &dyn Relative, parent: &dyn Relative) -> bool {
-    let Some(locator) = &child.metadata().parent_locator else { return false };
-    let wanted = parent.data_write_guid();
-    locator.linkage().is_ok_and(|linkage| linkage == wanted) || locator.linkage2() == Some(wanted)
 }
 
 /// Whether one of the places where `child` would look for its parent is the file at `parent`.

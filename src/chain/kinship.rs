@@ -4,7 +4,8 @@ use std::path::{Component, Path};
 
 use uuid::Uuid;
 
-use super::open::{Layer, recognise, same_sectors};
+use super::open::{recognise, same_sectors};
+use super::relative::Layer;
 use super::search::{Search, is_direct};
 use crate::error::{Error, Kind, Result};
 use crate::format::guid;

@@ -8,10 +8,12 @@ mod children;
 mod kinship;
 mod open;
 mod path;
+mod relative;
 mod search;
 
-pub use children::{MAX_NEIGHBOURS, children_beside, is_child, is_made_of};
+pub use children::{MAX_NEIGHBOURS, children_beside, is_child};
 pub use kinship::{descent, descent_of, direct, redirected, relinked};
-pub use open::{Known, Layer, MAX_CHAIN_BYTES, MAX_DEPTH, Relative, follow_parents, open_parents};
+pub use open::{MAX_CHAIN_BYTES, MAX_DEPTH, follow_parents, open_parents};
 pub use path::{FileIdentity, PathMap, identity, same_file};
+pub use relative::{Known, Layer, Relative, is_made_of};
 pub use search::Search;

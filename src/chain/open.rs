@@ -1,17 +1,13 @@
 //! Opening a chain: every parent found, recognised, and none of them twice.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use uuid::Uuid;
-
-use super::children::is_made_of;
 use super::path;
+use super::relative::{Relative, is_made_of};
 use super::search::{Candidate, Search};
 use crate::error::{Error, Kind, Result};
 use crate::format::guid;
 use crate::format::locator::ParentLocator;
-use crate::format::metadata::Metadata;
-use crate::image::{Identity, Image};
 
 /// The most layers of a chain, the leaf included.
 pub const MAX_DEPTH: usize = 256;
@@ -19,73 +15,6 @@ pub const MAX_DEPTH: usize = 256;
 /// The most memory that the images of a chain may take together, bytes: the BAT of a full disk of the largest size in
 /// the smallest blocks and all bits of its sectors, twice. All of it is locked, and every layer is made by somebody.
 pub const MAX_CHAIN_BYTES: u64 = 17 << 30;
-
-/// An opened image of a chain.
-pub trait Layer {
-    /// The image.
-    fn image(&self) -> &Image;
-
-    /// Its file, as an absolute path without symbolic links.
-    fn path(&self) -> &Path;
-}
-
-/// What a chain has to know of an image to recognise it.
-pub trait Relative {
-    /// The virtual disk, and the way to the parent.
-    fn metadata(&self) -> &Metadata;
-
-    /// What its children know it by.
-    fn data_write_guid(&self) -> Uuid;
-
-    /// The memory that it takes while it is open, bytes; little, and counted as nothing, if only its identity is known.
-    fn resident_bytes(&self) -> u64 {
-        0
-    }
-
-    /// Its file, as an absolute path without symbolic links.
-    fn path(&self) -> &Path;
-}
-
-impl<L: Layer> Relative for L {
-    fn metadata(&self) -> &Metadata {
-        &self.image().metadata
-    }
-
-    fn data_write_guid(&self) -> Uuid {
-        self.image().header.header.data_write_guid
-    }
-
-    fn resident_bytes(&self) -> u64 {
-        self.image().resident_bytes()
-    }
-
-    fn path(&self) -> &Path {
-        Layer::path(self)
-    }
-}
-
-/// An image of which only the identity is known.
-#[derive(Clone, Debug)]
-pub struct Known {
-    /// What it is.
-    pub identity: Identity,
-    /// Its file, as an absolute path without symbolic links.
-    pub path: PathBuf,
-}
-
-impl Relative for Known {
-    fn metadata(&self) -> &Metadata {
-        &self.identity.metadata
-    }
-
-    fn data_write_guid(&self) -> Uuid {
-        self.identity.data_write_guid
-    }
-
-    fn path(&self) -> &Path {
-        &self.path
-    }
-}
 
 /// Opens the parents of `leaf`, its own parent first, with `open`.
 ///
@@ -260,8 +189,13 @@ fn nowhere(child: &dyn Relative, locator: &ParentLocator) -> Error {
 
 #[cfg(test)]
 mod tests {
+    use std::path::PathBuf;
+
+    use uuid::Uuid;
+
     use super::*;
     use crate::format::locator::PARENT_LINKAGE;
+    use crate::format::metadata::Metadata;
 
     struct Heavy {
         metadata: Metadata,
