@@ -12,7 +12,7 @@ use criterion::{BatchSize, Criterion};
 use support::{LOG_GUID, entry, pages};
 use tempfile::TempDir;
 use uuid::Uuid;
-use vhdx_ublk::disk::{Buffer, Disk, ImageFile, PAGE_BYTES, Reactor, UringDisk};
+use vhdx_ublk::disk::{Buffer, Disk, PAGE_BYTES, Place, Reactor, UringDisk};
 use vhdx_ublk::format::bat::BatEntry;
 use vhdx_ublk::format::log::MAX_DESCRIPTORS_WRITTEN;
 use vhdx_ublk::image::{FoundLog, Headers, Image, InitialState, Mode, NewImage};
@@ -37,7 +37,7 @@ impl Bench {
     fn new(image: &NewImage) -> Self {
         let directory = tempfile::tempdir().expect("a temporary directory");
         let path: PathBuf = directory.path().join("image.vhdx");
-        let file = ImageFile::create_new(&path).expect("a new file");
+        let file = Place::of(&path).and_then(|place| place.create()).expect("a new file");
         let reactor = Reactor::new().expect("io_uring is there");
         let disk = reactor.disk(Arc::new(file));
         reactor.block_on(image.write(&disk, Uuid::new_v4)).expect("room for its metadata");

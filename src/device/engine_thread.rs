@@ -393,7 +393,7 @@ pub(super) mod tests {
     use super::super::session::{folder_in_memory, place_of};
     use super::*;
     use crate::chain::Search;
-    use crate::disk::Access;
+    use crate::disk::{self, Access};
     use crate::engine::message::Ask;
     use crate::format::MIB;
     use crate::format::locator::{
@@ -424,7 +424,8 @@ pub(super) mod tests {
         /// Makes an image, of another disk id every time.
         fn make(path: &Path, parent: Option<Descent>) {
             let reactor = Reactor::new().expect("io_uring is there");
-            let disk = reactor.disk(Arc::new(ImageFile::create_new(path).expect("free")));
+            let disk =
+                reactor.disk(Arc::new(disk::Place::of(path).and_then(|place| place.create()).expect("free")));
             let image = NewImage {
                 virtual_size: 16 * MIB,
                 fixed: false,

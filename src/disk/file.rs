@@ -25,7 +25,6 @@ use nix::sys::statvfs::fstatvfs;
 use nix::unistd::{Gid, Uid, Whence, fchown, lseek};
 
 use super::open::{Links, Opened, open_again, open_regular};
-use super::place::Place;
 use super::ring::{DirectAlignment, direct_alignment};
 use super::{Access, Buffer, lock};
 use crate::error::{Error, Kind, Result};
@@ -153,28 +152,8 @@ impl ImageFile {
         opened.map_err(|error| error.file(path))
     }
 
-    /// Makes an empty image file at `path`, where there is none, and locks it for writing.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`Place::of`] and [`Self::create_in`].
-    pub fn create_new(path: &Path) -> Result<Self> {
-        Self::create_in(&Place::of(path)?)
-    }
-
-    /// Makes an empty image file at `place`, where there is none, and locks it for writing. Only its owner may open
-    /// it.
-    ///
-    /// # Errors
-    ///
-    /// [`Kind::Exists`] when there is something, and as [`Self::open`].
-    pub fn create_in(place: &Place) -> Result<Self> {
-        let file = place.make().map_err(|error| Error::io("making the image", error).file(place.path()))?;
-        let locked = Self::locked(file, place.path(), Access::ReadWrite, Duration::ZERO);
-        locked.map_err(|error| error.file(place.path()))
-    }
-
-    fn locked(file: File, path: &Path, access: Access, lock_wait: Duration) -> Result<Self> {
+    /// Locks `file`, which was opened at `path`.
+    pub(super) fn locked(file: File, path: &Path, access: Access, lock_wait: Duration) -> Result<Self> {
         lock::lock(&file, path, access, lock_wait)?;
         Self::named(file, path, access)
     }
@@ -455,6 +434,7 @@ pub fn folder_of(path: &Path) -> &Path {
 mod tests {
     use nix::sys::stat::Mode;
 
+    use super::super::Place;
     use super::*;
 
     const NO_WAIT: Duration = Duration::ZERO;
@@ -496,10 +476,13 @@ mod tests {
         let directory = tempfile::tempdir().expect("a temporary directory");
         let path = directory.path().join("image.vhdx");
         assert_eq!(open(&path).expect_err("missing").kind(), Kind::NotFound);
-        let made = ImageFile::create_new(&path).expect("free");
+        let made = Place::of(&path).and_then(|place| place.create()).expect("free");
         assert_eq!(open(&path).expect_err("its maker writes").kind(), Kind::InUse);
         drop(made);
-        assert_eq!(ImageFile::create_new(&path).expect_err("there").kind(), Kind::Exists);
+        assert_eq!(
+            Place::of(&path).and_then(|place| place.create()).expect_err("there").kind(),
+            Kind::Exists
+        );
         open(&path).expect("its maker has left");
     }
 

@@ -7,17 +7,17 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, OpenOptions};
-use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, openat, renameat};
 use nix::sys::stat::{Mode, fstatat};
 use nix::unistd::{UnlinkatFlags, unlinkat};
 
-use super::{ImageFile, folder_of};
+use super::{Access, ImageFile, folder_of};
 use crate::error::{Error, Kind, Result};
 
 /// A name in a folder.
@@ -74,10 +74,17 @@ impl Place {
         &self.path
     }
 
-    /// Makes an empty file, readable and writable for its owner only.
-    pub(super) fn make(&self) -> io::Result<File> {
+    /// Makes an empty image file here, where there is none, and locks it for writing. Only its owner may open it.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::Exists`] when there is something, and as [`ImageFile::open`].
+    pub fn create(&self) -> Result<ImageFile> {
         let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        Ok(openat(&self.folder, &*self.name, flags, Mode::S_IRUSR | Mode::S_IWUSR)?.into())
+        let made = openat(&self.folder, &*self.name, flags, Mode::S_IRUSR | Mode::S_IWUSR);
+        let made = made.map_err(|errno| Error::io("making the image", errno.into()).file(&self.path))?;
+        let locked = ImageFile::locked(made.into(), &self.path, Access::ReadWrite, Duration::ZERO);
+        locked.map_err(|error| error.file(&self.path))
     }
 
     /// Fails unless the file here still is `file`.
@@ -130,9 +137,7 @@ impl Place {
 mod tests {
     use std::fs;
     use std::os::unix::fs::{PermissionsExt, symlink};
-    use std::time::Duration;
 
-    use super::super::Access;
     use super::*;
 
     /// The folder on the way to the file becomes a link: what was opened goes, and nothing behind the link.
@@ -157,7 +162,7 @@ mod tests {
         let bench = tempfile::tempdir().expect("a temporary folder");
         let path = bench.path().join("a.vhdx");
         let place = Place::of(&path).expect("a folder");
-        let file = ImageFile::create_in(&place).expect("free");
+        let file = place.create().expect("free");
         assert_eq!(fs::metadata(&path).expect("there").permissions().mode() & 0o777, 0o600);
         fs::rename(&path, bench.path().join("kept")).expect("ours");
         assert!(place.require(&file).expect_err("gone").to_string().contains("not in its folder"));

@@ -22,10 +22,10 @@ impl Unfinished {
     ///
     /// # Errors
     ///
-    /// Those of [`ImageFile::create_in`].
+    /// Those of [`Place::create`].
     pub fn create(&self, place: Place) -> Result<Arc<ImageFile>> {
         let mut made = lock(&self.0);
-        let file = Arc::new(ImageFile::create_in(&place)?);
+        let file = Arc::new(place.create()?);
         *made = Some((place, file.clone()));
         Ok(file)
     }
