@@ -17,8 +17,9 @@ use uuid::Uuid;
 
 use super::edit::Edit;
 use super::headers::Headers;
-use super::open::{Image, Mode, View, payload_extent, read_table};
+use super::open::{Image, Mode, payload_extent, read_table};
 use super::replay;
+use super::view::View;
 use crate::disk::{Buffer, Disk, PAGE_BYTES};
 use crate::error::{Error, Kind, Result};
 use crate::format::MIB;

@@ -11,12 +11,9 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use zerocopy::FromZeros;
 
-use super::block_map::BlockMap;
-use super::memory::Shared;
-use super::open::View;
-use crate::disk::{Buffer, Disk, PAGE_BYTES};
-use crate::error::{Error, Kind, Result};
-use crate::format::bat::{BITMAP_BLOCK_SIZE, Geometry, PayloadState, Role};
+use super::words::Shared;
+use crate::disk::PAGE_BYTES;
+use crate::format::bat::{BITMAP_BLOCK_SIZE, Geometry};
 
 /// The most memory that the bitmaps of one image may take, bytes: a bit per sector of every chunk that has
 /// partially present blocks, so 32 TiB in 512-byte sectors.
@@ -69,20 +66,6 @@ impl SectorBitmaps {
     /// Bitmaps in shared memory, from its word `place` on.
     pub(super) fn shared(geometry: &Geometry, memory: Shared, place: usize) -> Self {
         Self { shared: Some((memory, place)), ..Self::private(geometry) }
-    }
-
-    /// Reads the bits of every partially present block of `map` into its bitmaps.
-    pub(super) async fn read<D: Disk>(
-        file: &View<'_, D>,
-        map: &BlockMap,
-        stored: &[Range<u64>],
-    ) -> Result<()> {
-        let mut bitmap = BitmapReader::default();
-        for block in stored.iter().flat_map(|slots| partial_blocks(map, slots.clone())) {
-            let bits = bitmap.read(file, map, block).await?;
-            map.bitmaps().store(map.geometry(), block, bits).map_err(no_room)?;
-        }
-        Ok(())
     }
 
     /// Makes room for the bits of `block`.
@@ -211,58 +194,8 @@ impl SectorBitmaps {
     }
 }
 
-/// How much of a bitmap is read at a time: as much as the largest block has of it.
-const WINDOW_BYTES: u64 = 64 << 10;
-
-/// The part of a bitmap that was read last, and where it lies in the file.
-#[derive(Default)]
-pub(super) struct BitmapReader(Option<(u64, Buffer)>);
-
-impl BitmapReader {
-    /// The bits of `block`, whose chunk has partially present blocks, as the file has them.
-    pub(super) async fn read<D: Disk>(
-        &mut self,
-        file: &View<'_, D>,
-        map: &BlockMap,
-        block: u64,
-    ) -> Result<&[u8]> {
-        let chunk = map.geometry().chunk_of_block(block);
-        let place = map.bitmap_place(chunk).ok_or_else(|| missing(chunk))?;
-        let slice = map.geometry().bitmap_slice(block);
-        let start = slice.start - slice.start % WINDOW_BYTES;
-        if self.0.as_ref().is_none_or(|(read, _)| *read != place + start) {
-            let bytes = file.read("sector bitmap", place + start, index(WINDOW_BYTES)).await?;
-            self.0 = Some((place + start, bytes));
-        }
-        let (_, bytes) = self.0.as_ref().expect("it was just read");
-        Ok(&bytes[index(slice.start - start)..index(slice.end - start)])
-    }
-}
-
-/// The partially present blocks in `slots`.
-pub(super) fn partial_blocks(map: &BlockMap, slots: Range<u64>) -> impl Iterator<Item = u64> {
-    let partial = PayloadState::PartiallyPresent;
-    map.geometry().walk(slots).filter_map(move |(_, role)| match role {
-        Role::Block(block) if map.load(block).entry.payload_state() == Some(partial) => Some(block),
-        _ => None,
-    })
-}
-
 fn words_of(bits: &[u8]) -> impl Iterator<Item = u64> {
     bits.as_chunks().0.iter().map(|bytes| u64::from_le_bytes(*bytes))
-}
-
-pub(super) fn missing(chunk: u64) -> Error {
-    let message = format!("chunk {chunk} has partially present blocks and no sector bitmap");
-    Error::corrupt("BAT", message).remedy("`vhdx-ublk check` tells what else is wrong")
-}
-
-fn no_room(error: io::Error) -> Error {
-    if error.kind() != io::ErrorKind::OutOfMemory {
-        return Error::io("making room for sector bitmaps", error);
-    }
-    let message = format!("its sector bitmaps take more than {MAX_BITMAP_BYTES} bytes of memory");
-    Error::new(Kind::Unsupported, message).in_structure("BAT").remedy("merge it into its parent")
 }
 
 fn index(count: u64) -> usize {

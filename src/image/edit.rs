@@ -10,6 +10,7 @@ use uuid::Uuid;
 
 use super::headers::Headers;
 use super::replay;
+use super::view::file_length;
 use crate::disk::{Buffer, Disk, PAGE_BYTES};
 use crate::error::{Error, Result};
 use crate::format::MIB;
@@ -59,7 +60,7 @@ impl Edit {
     ) -> Result<()> {
         assert!(!headers.current().needs_replay(), "the log is empty");
         let log_guid = new_guid();
-        let length = replay::length_of(disk).await?;
+        let length = file_length(disk).await?;
         replay::sync(disk).await?; // the entry promises this length
         let changes: Vec<Change> =
             self.pages.into_iter().map(|(file_offset, page)| Change::Data { file_offset, page }).collect();

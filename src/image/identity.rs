@@ -3,11 +3,10 @@
 use uuid::Uuid;
 
 use super::log_scan::{Log, LogState};
-use super::open::{
-    View, check_log_place, file_length, read_file_id, read_headers, read_metadata, read_regions,
-};
+use super::open::{check_log_place, read_file_id, read_headers, read_metadata, read_regions};
 use super::overlay::Overlay;
 use super::replay;
+use super::view::{View, file_length};
 use crate::disk::Disk;
 use crate::error::Result;
 use crate::format::metadata::Metadata;

@@ -30,8 +30,6 @@
 //! is.
 
 use std::ffi::OsString;
-use std::io;
-use std::ops::Range;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -41,6 +39,7 @@ use uuid::Uuid;
 use zerocopy::FromZeros;
 
 use super::bitmaps::{MAX_BITMAP_BYTES, SectorBitmaps, WORDS_PER_CHUNK};
+use super::words::{Reserve, Shared};
 use crate::disk::PAGE_BYTES;
 use crate::format::bat::Geometry;
 use crate::simulation::{Plant, planted};
@@ -143,9 +142,6 @@ pub enum Mismatch {
     Changed,
 }
 
-/// Makes room for a range of shared memory, in words: touching memory without room would kill the process.
-pub type Reserve = Arc<dyn Fn(Range<usize>) -> io::Result<()> + Send + Sync>;
-
 /// A handle on the memory; clones share it.
 #[derive(Clone)]
 pub struct SessionMemory(Words);
@@ -159,13 +155,6 @@ enum Words {
 struct Private {
     words: Box<[AtomicU64]>,
     bitmaps: Arc<SectorBitmaps>,
-}
-
-/// Memory that others may have used before, and may use afterwards.
-#[derive(Clone)]
-pub(super) struct Shared {
-    pub(super) words: &'static [AtomicU64],
-    pub(super) reserve: Reserve,
 }
 
 impl SessionMemory {

@@ -1,6 +1,7 @@
 //! An opened image: geometry, block map, sector bitmaps, log scan and replay, the map of what occupies the file.
 
 mod amend;
+mod bitmap_reader;
 mod bitmaps;
 mod block_map;
 mod check;
@@ -13,10 +14,13 @@ mod memory;
 mod open;
 mod overlay;
 mod page;
+mod pending;
 mod repair;
 mod replay;
 mod resume;
 mod space;
+mod view;
+mod words;
 
 pub use bitmaps::{MAX_BITMAP_BYTES, PAGES_PER_CHUNK, SectorBitmaps};
 pub use block_map::{BlockMap, Mapping, SLOTS_PER_PAGE};
@@ -24,10 +28,11 @@ pub use check::{Finding, KEPT_FINDINGS, LogFound, Report, Severity, check};
 pub use create::{DEFAULT_BLOCK_SIZE, DEFAULT_LOG_LENGTH, Descent, InitialState, NewImage};
 pub use headers::Headers;
 pub use identity::Identity;
-pub use memory::{HEADER_WORDS, Mismatch, Owner, Place, Reserve, Session, SessionMemory, VERSION};
+pub use memory::{HEADER_WORDS, Mismatch, Owner, Place, Session, SessionMemory, VERSION};
 pub use open::{FoundLog, Image, Layout, Mode, payload_extent};
 pub use overlay::Overlay;
 pub use page::Page;
+pub use pending::Pending;
 pub use repair::{Repair, repair};
-pub use resume::Pending;
 pub use space::{Extent, Grant, MAX_FILE_BYTES, Space};
+pub use words::Reserve;

@@ -7,15 +7,16 @@ use std::ops::Range;
 
 use uuid::Uuid;
 
-use super::bitmaps::{SectorBitmaps, partial_blocks};
+use super::bitmap_reader::{partial_blocks, read_bitmaps};
 use super::block_map::BlockMap;
 use super::headers::Headers;
 use super::log_scan::{Log, LogState};
 use super::overlay::Overlay;
+use super::pending::Pending;
 use super::replay;
-use super::resume::Pending;
 use super::space::{Extent, Space};
-use crate::disk::{Buffer, Disk, PAGE_BYTES};
+use super::view::{View, file_length, present};
+use crate::disk::{Disk, PAGE_BYTES};
 use crate::error::{Error, Kind, Result};
 use crate::format::MIB;
 use crate::format::bat::{
@@ -193,7 +194,7 @@ impl Image {
     /// Corrupt if one is missing; unsupported if they take more than [`super::MAX_BITMAP_BYTES`]; I/O errors.
     pub async fn read_bitmaps<D: Disk>(&self, disk: &D) -> Result<()> {
         let file = View { disk, overlay: self.overlay.as_ref() };
-        SectorBitmaps::read(&file, &self.map, &self.stored_slots).await
+        read_bitmaps(&file, &self.map, &self.stored_slots).await
     }
 
     /// Refuses what a writer cannot work with.
@@ -223,45 +224,6 @@ pub fn payload_extent(entry: BatEntry, geometry: &Geometry) -> Option<Extent> {
         Some(PayloadState::NotPresent | PayloadState::Zero) | None => false,
     };
     names_space.then(|| Extent { offset: entry.offset(), length: geometry.block_size() })
-}
-
-/// A file as its readers shall see it: the replayed log lies over it.
-pub(super) struct View<'a, D> {
-    pub(super) disk: &'a D,
-    pub(super) overlay: Option<&'a Overlay>,
-}
-
-impl<D: Disk> View<'_, D> {
-    pub(super) async fn read(&self, structure: &'static str, offset: u64, length: usize) -> Result<Buffer> {
-        let result = self.disk.read(offset, length).await;
-        let mut bytes =
-            result.map_err(|error| Error::io("reading", error).in_structure(structure).at(offset))?;
-        if let Some(overlay) = self.overlay {
-            overlay.patch(offset, &mut bytes);
-        }
-        Ok(bytes)
-    }
-}
-
-impl<D: Disk> View<'_, D> {
-    /// The first page at `offset` or behind it that may hold anything but zeros.
-    pub(super) async fn next_stored(&self, offset: u64) -> Result<Option<u64>> {
-        if self.overlay.is_some() {
-            return Ok(Some(offset));
-        }
-        let found = self.disk.next_data(offset).await;
-        let found = found.map_err(|error| Error::io("looking for holes", error).at(offset))?;
-        Ok(found.map(|found| found - found % PAGE_BYTES as u64))
-    }
-}
-
-pub(super) async fn file_length<D: Disk>(disk: &D) -> Result<u64> {
-    disk.length().await.map_err(|error| Error::io("asking for the file's length", error))
-}
-
-/// How many of `wanted` bytes at `offset` a file of `file_length` bytes has.
-pub(super) fn present(offset: u64, wanted: usize, file_length: u64) -> usize {
-    usize::try_from(file_length.saturating_sub(offset)).unwrap_or(usize::MAX).min(wanted)
 }
 
 /// The structure's name, as errors have it.

@@ -9,6 +9,7 @@ use super::headers::Headers;
 use super::log_scan::Log;
 use super::overlay::Overlay;
 use super::space::MAX_FILE_BYTES;
+use super::view::file_length;
 use crate::disk::{Buffer, Disk};
 use crate::error::{Error, Result};
 use crate::format::MIB;
@@ -55,7 +56,7 @@ pub async fn in_place<D: Disk>(
     update(disk, headers, |header| header.file_write_guid = file_write_guid).await?;
     let header = headers.current().clone();
     let log = Log::new(disk, &header);
-    let mut length = length_of(disk).await?;
+    let mut length = file_length(disk).await?;
     // A file that ends inside a page is completed first: changes are whole pages.
     let whole = checked_length(length)?;
     reach(disk, &mut length, whole).await?;
@@ -127,8 +128,4 @@ pub(super) async fn update<D: Disk>(
 
 pub(super) async fn sync<D: Disk>(disk: &D) -> Result<()> {
     disk.sync().await.map_err(|error| Error::io("syncing the image", error))
-}
-
-pub(super) async fn length_of<D: Disk>(disk: &D) -> Result<u64> {
-    disk.length().await.map_err(|error| Error::io("asking for the file's length", error))
 }

@@ -5,35 +5,23 @@
 //! differs is committed by the successor. Until then both name their space: what only the file names, the
 //! successor has to keep until its unmapping is durable.
 
-use std::collections::BTreeSet;
 use std::io;
 use std::ops::Range;
 
 use uuid::Uuid;
 
-use super::bitmaps::{BitmapReader, SectorBitmaps, missing, partial_blocks};
+use super::bitmap_reader::{BitmapReader, missing, partial_blocks};
+use super::bitmaps::SectorBitmaps;
 use super::block_map::{BlockMap, SLOTS_PER_PAGE};
 use super::memory::{Owner, Place, Session, SessionMemory};
-use super::open::{Image, Mode, View, checked_payload, payload_extent};
+use super::open::{Image, Mode, checked_payload, payload_extent};
 use super::page::Page;
 use super::space::Extent;
+use super::view::View;
 use crate::disk::Disk;
 use crate::error::{Error, Kind, Result};
 use crate::format::bat::{BITMAP_BLOCK_SIZE, BatEntry, BitmapState, PayloadState, Role};
 use crate::simulation::{Plant, planted};
-
-/// What a killed process left to be committed.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Pending {
-    /// Pages that differ from the file's.
-    pub pages: BTreeSet<Page>,
-    /// Chunks whose sector bitmaps no durable entry names yet.
-    pub bitmaps: BTreeSet<u64>,
-    /// Space that the file still names and the memory does not.
-    pub unmapped: Vec<Extent>,
-    /// The session goes on: zeros may have been granted that no sync covers.
-    pub resumed: bool,
-}
 
 impl Image {
     /// Whose memory the session of this image is, whose file is at `place`.

@@ -2,9 +2,9 @@
 
 use std::fmt;
 
-use super::super::open::{BAT_CHUNK_BYTES, CUT_SHORT, View};
-use super::super::payload_extent;
+use super::super::open::{BAT_CHUNK_BYTES, CUT_SHORT, payload_extent};
 use super::super::space::{Extent, Space};
+use super::super::view::View;
 use super::{Examination, Finding};
 use crate::disk::{Disk, PAGE_BYTES};
 use crate::error::Result;

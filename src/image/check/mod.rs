@@ -13,9 +13,9 @@ mod structures;
 
 pub use report::{Finding, KEPT_FINDINGS, LogFound, Report, Severity};
 
-use super::open::{View, file_length};
 use super::overlay::Overlay;
 use super::space::{Extent, Space};
+use super::view::{View, file_length};
 use crate::disk::Disk;
 use crate::error::{Kind, Result};
 use crate::format::HEADER_SECTION;

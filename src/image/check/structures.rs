@@ -1,9 +1,11 @@
 //! Everything but the BAT: identifier, headers, log, region tables, metadata.
 
-use super::super::open::{self, View};
+use super::super::log_scan::{Log, LogState};
+use super::super::open;
 use super::super::overlay::Overlay;
 use super::super::replay;
 use super::super::space::{Extent, Space};
+use super::super::view::View;
 use super::{Examination, Finding, LOG, LogFound};
 use crate::disk::Disk;
 use crate::error::{Kind, Result};
@@ -12,7 +14,6 @@ use crate::format::locator::ParentLocator;
 use crate::format::metadata::{self, DiskType, Metadata};
 use crate::format::region::{self, Copies, CurrentTable, Region, RegionTable};
 use crate::format::{HEADER_SECTION, MIB, guid};
-use crate::image::log_scan::{Log, LogState};
 
 const HEADERS: [&str; 2] = ["header 1", "header 2"];
 const REGION_TABLES: [&str; 2] = ["region table 1", "region table 2"];

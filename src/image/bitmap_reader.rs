@@ -1,0 +1,79 @@
+//! Reading sector bitmaps from the file.
+
+use std::io;
+use std::ops::Range;
+
+use super::bitmaps::MAX_BITMAP_BYTES;
+use super::block_map::BlockMap;
+use super::view::View;
+use crate::disk::{Buffer, Disk};
+use crate::error::{Error, Kind, Result};
+use crate::format::bat::{PayloadState, Role};
+
+/// Reads the bits of every partially present block of `map` in its `stored` slots into its bitmaps.
+pub(super) async fn read_bitmaps<D: Disk>(
+    file: &View<'_, D>,
+    map: &BlockMap,
+    stored: &[Range<u64>],
+) -> Result<()> {
+    let mut bitmap = BitmapReader::default();
+    for block in stored.iter().flat_map(|slots| partial_blocks(map, slots.clone())) {
+        let bits = bitmap.read(file, map, block).await?;
+        map.bitmaps().store(map.geometry(), block, bits).map_err(no_room)?;
+    }
+    Ok(())
+}
+
+/// How much of a bitmap is read at a time: as much as the largest block has of it.
+const WINDOW_BYTES: u64 = 64 << 10;
+
+/// The part of a bitmap that was read last, and where it lies in the file.
+#[derive(Default)]
+pub(super) struct BitmapReader(Option<(u64, Buffer)>);
+
+impl BitmapReader {
+    /// The bits of `block`, whose chunk has partially present blocks, as the file has them.
+    pub(super) async fn read<D: Disk>(
+        &mut self,
+        file: &View<'_, D>,
+        map: &BlockMap,
+        block: u64,
+    ) -> Result<&[u8]> {
+        let chunk = map.geometry().chunk_of_block(block);
+        let place = map.bitmap_place(chunk).ok_or_else(|| missing(chunk))?;
+        let slice = map.geometry().bitmap_slice(block);
+        let start = slice.start - slice.start % WINDOW_BYTES;
+        if self.0.as_ref().is_none_or(|(read, _)| *read != place + start) {
+            let bytes = file.read("sector bitmap", place + start, index(WINDOW_BYTES)).await?;
+            self.0 = Some((place + start, bytes));
+        }
+        let (_, bytes) = self.0.as_ref().expect("it was just read");
+        Ok(&bytes[index(slice.start - start)..index(slice.end - start)])
+    }
+}
+
+/// The partially present blocks in `slots`.
+pub(super) fn partial_blocks(map: &BlockMap, slots: Range<u64>) -> impl Iterator<Item = u64> {
+    let partial = PayloadState::PartiallyPresent;
+    map.geometry().walk(slots).filter_map(move |(_, role)| match role {
+        Role::Block(block) if map.load(block).entry.payload_state() == Some(partial) => Some(block),
+        _ => None,
+    })
+}
+
+pub(super) fn missing(chunk: u64) -> Error {
+    let message = format!("chunk {chunk} has partially present blocks and no sector bitmap");
+    Error::corrupt("BAT", message).remedy("`vhdx-ublk check` tells what else is wrong")
+}
+
+fn no_room(error: io::Error) -> Error {
+    if error.kind() != io::ErrorKind::OutOfMemory {
+        return Error::io("making room for sector bitmaps", error);
+    }
+    let message = format!("its sector bitmaps take more than {MAX_BITMAP_BYTES} bytes of memory");
+    Error::new(Kind::Unsupported, message).in_structure("BAT").remedy("merge it into its parent")
+}
+
+fn index(count: u64) -> usize {
+    usize::try_from(count).expect("64-bit hosts only")
+}

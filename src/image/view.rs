@@ -1,0 +1,42 @@
+//! A file as the readers of its structures see it: under the log that was replayed in memory, if there is one.
+
+use super::overlay::Overlay;
+use crate::disk::{Buffer, Disk, PAGE_BYTES};
+use crate::error::{Error, Result};
+
+/// A file, and the replayed log over it.
+pub(super) struct View<'a, D> {
+    pub(super) disk: &'a D,
+    pub(super) overlay: Option<&'a Overlay>,
+}
+
+impl<D: Disk> View<'_, D> {
+    pub(super) async fn read(&self, structure: &'static str, offset: u64, length: usize) -> Result<Buffer> {
+        let result = self.disk.read(offset, length).await;
+        let mut bytes =
+            result.map_err(|error| Error::io("reading", error).in_structure(structure).at(offset))?;
+        if let Some(overlay) = self.overlay {
+            overlay.patch(offset, &mut bytes);
+        }
+        Ok(bytes)
+    }
+
+    /// The first page at `offset` or behind it that may hold anything but zeros.
+    pub(super) async fn next_stored(&self, offset: u64) -> Result<Option<u64>> {
+        if self.overlay.is_some() {
+            return Ok(Some(offset));
+        }
+        let found = self.disk.next_data(offset).await;
+        let found = found.map_err(|error| Error::io("looking for holes", error).at(offset))?;
+        Ok(found.map(|found| found - found % PAGE_BYTES as u64))
+    }
+}
+
+pub(super) async fn file_length<D: Disk>(disk: &D) -> Result<u64> {
+    disk.length().await.map_err(|error| Error::io("asking for the file's length", error))
+}
+
+/// How many of `wanted` bytes at `offset` a file of `file_length` bytes has.
+pub(super) fn present(offset: u64, wanted: usize, file_length: u64) -> usize {
+    usize::try_from(file_length.saturating_sub(offset)).unwrap_or(usize::MAX).min(wanted)
+}
