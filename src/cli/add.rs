@@ -12,11 +12,12 @@ use std::thread;
 use std::time::Duration;
 
 use clap::ValueEnum;
-use vhdx_ublk::device::daemon::{self, Ready};
+use vhdx_ublk::device::daemon;
 use vhdx_ublk::device::engine_thread::EngineThread;
 use vhdx_ublk::device::layers::Parents;
 use vhdx_ublk::device::opened::{NoEngine, Opened};
 use vhdx_ublk::device::registry::Registry;
+use vhdx_ublk::device::served::Ready;
 use vhdx_ublk::device::session::Plan;
 use vhdx_ublk::device::stop::{self, How, Target};
 use vhdx_ublk::device::{

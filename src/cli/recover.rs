@@ -5,13 +5,14 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use vhdx_ublk::device::daemon::{self, Ready};
+use vhdx_ublk::device::daemon;
 use vhdx_ublk::device::engine_thread::EngineThread;
 use vhdx_ublk::device::launch;
 use vhdx_ublk::device::layers::Parents;
 use vhdx_ublk::device::opened::{NoEngine, Opened};
 use vhdx_ublk::device::readers;
 use vhdx_ublk::device::registry::{Entry, FileId, Listed, State};
+use vhdx_ublk::device::served::Ready;
 use vhdx_ublk::device::session::Plan;
 use vhdx_ublk::device::stop::{self, Target};
 use vhdx_ublk::disk::{Access, ImageFile};

@@ -23,7 +23,6 @@ use io_uring::{IoUring, cqueue, opcode, squeue};
 use libublk::sys;
 use uuid::Uuid;
 
-use super::features;
 use super::options::KernelParameters;
 use crate::disk::ring_refused;
 use crate::error::{Error, Kind, Result};
@@ -152,6 +151,9 @@ const TRY_STOP: Verb = Verb { op: sys::UBLK_U_CMD_TRY_STOP_DEV, ..STOP };
 const DELETE: Verb = verb(sys::UBLK_U_CMD_DEL_DEV_ASYNC, "deleting");
 /// The same before Linux 6.9: waits until nobody has the device open any more.
 const DELETE_AND_WAIT: Verb = verb(sys::UBLK_U_CMD_DEL_DEV, "deleting");
+
+/// Stopping can be refused by the kernel while the device is open (Linux 7.0).
+pub(super) const SAFE_STOP: u64 = sys::UBLK_F_SAFE_STOP_DEV as u64;
 
 /// What drivers before Linux 6.4 say to a command they do not know: a number of the kernel's own.
 const ENOTSUPP: i32 = 524;
@@ -322,7 +324,7 @@ impl Control {
 
     /// Whether the driver can refuse to stop a device that is open.
     pub(super) fn has_safe_stop(&self) -> bool {
-        self.features.is_some_and(|features| features & features::SAFE_STOP != 0)
+        self.features.is_some_and(|features| features & SAFE_STOP != 0)
     }
 
     /// Removes the device with this number and mark. `true`: the number is free again. It may take longer,

@@ -20,24 +20,21 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use serde::{Deserialize, Serialize};
-use uuid::Uuid;
-
 use super::confine::{self, Role};
 use super::control::{self, Control, DeviceInfo, NewDevice, POLL_INTERVAL};
 use super::data::{Numbers, Transfer};
 use super::ending::{Ending, INSISTENCE, Step};
 use super::features;
 use super::launch;
-use super::leaf::NextLeaf;
 use super::mailbox::{EngineEnds, FrontEnds, mailboxes};
-use super::options::{Options, Parameters, Recovery, ZeroCopy};
+use super::options::{Options, Recovery, ZeroCopy};
+use super::order::{Call, NewLeaf, Order};
 use super::queue::QueueSetup;
 use super::queues::{Demand, Queues};
-use super::registry::{self, Entry, FileId, ProcessId, Registry};
+use super::registry::{self, Entry, ProcessId, Registry};
 use super::ring::RingSetup;
-use super::snapshot::{NewLeaf, Order};
-use super::socket::{self, Call, Status};
+use super::served::{EngineHandle, Ready, Served};
+use super::socket::{self, Status};
 use super::sys;
 use super::usage;
 use crate::engine::front::Front;
@@ -46,56 +43,6 @@ use crate::error::{Error, Kind, Result};
 
 /// How long a device node may take to appear: at once in devtmpfs, later where something else makes it.
 const NODE_DEADLINE: Duration = Duration::from_secs(5);
-
-/// An opened image, ready to be served.
-pub struct Served {
-    /// Where it is: absolute, without symbolic links.
-    pub path: PathBuf,
-    /// The one open file description that carries its lock, and those of its parents; all rings use them.
-    pub images: Arc<[File]>,
-    /// The same, whatever it is called.
-    pub image_file: FileId,
-    /// The parents' paths, absolute, without symbolic links; its own first.
-    pub parents: Vec<PathBuf>,
-    /// The same files, whatever they are called.
-    pub parent_files: Vec<FileId>,
-    /// What the fronts and the engine share.
-    pub shared: Arc<Shared>,
-    /// The disk as the kernel shall see it.
-    pub parameters: Parameters,
-    /// The image's FileWriteGuid.
-    pub file_write_guid: Uuid,
-    /// Whether a successor could go on with it.
-    pub recoverable: bool,
-}
-
-/// The engine of a device, once started. It is dropped without [`EngineHandle::close`] only when the process is
-/// about to end: dropping it must not wait.
-pub trait EngineHandle {
-    /// Closes the image and waits for the engine's end. The fronts are idle, and still answer barriers.
-    ///
-    /// # Errors
-    ///
-    /// When the image could not be left clean.
-    fn close(self) -> Result<()>;
-
-    /// Where the queues find the leaf that they serve after a snapshot.
-    fn next_leaf(&self) -> NextLeaf;
-
-    /// Takes a snapshot, and answers to whom the order says.
-    fn snapshot(&self, order: Order);
-}
-
-/// A device that is served.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Ready {
-    /// The N of `/dev/ublkbN`.
-    pub id: u32,
-    /// `/dev/ublkbN`.
-    pub device: PathBuf,
-    /// Where warnings go from now on, if the daemon has detached from its terminal.
-    pub log: PathBuf,
-}
 
 /// Serves `served` as a block device until a termination signal comes or somebody stops the device.
 ///

@@ -3,41 +3,33 @@
 //! Its life: *opened* (the image is ready, nothing has been modified), *started* (the mailboxes are joined),
 //! *closed*. Dropped before it was started, it ends without a trace, and a session that it took over stays;
 //! dropped afterwards, it goes on until the process ends, and the image is left as after a crash.
-//!
-//! Replies leave in batches: they are queued as they come, and announced once no other task is ready.
 
-use std::cell::{Cell, RefCell};
-use std::io;
-use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::thread::{self, JoinHandle};
 
-use nix::sys::eventfd::EventFd;
-use nix::sys::signal::SigSet;
-use uuid::Uuid;
-
 use super::confine::{self, Role};
 use super::control::Control;
-use super::daemon::EngineHandle;
-use super::layers::{self, EngineParents, Parents};
+use super::fronts::{FrontInbox, Mailboxes};
+use super::layers::{self, Parents};
 use super::leaf::NextLeaf;
-use super::mailbox::{EngineEnds, Receiver, Sender, wake_up};
+use super::mailbox::{EngineEnds, wake_up};
 use super::maker::Makers;
 use super::opened::{self, Opened, WritableImage, WritableOpen};
-use super::options::Parameters;
+use super::order::Order;
+use super::served::EngineHandle;
+use super::serving::{Serving, open_served, unclean};
 use super::session::{Plan, SessionFile, Sessions};
-use super::snapshot::{Order, Place};
+use super::snapshot::Place;
 use super::sys;
-use crate::disk::{ImageFile, Reactor, Ring, UringDisk};
-use crate::engine::local::{Bell, Spawn, yield_now};
-use crate::engine::message::{ToEngine, ToFront};
+use crate::disk::{ImageFile, Reactor};
+use crate::engine::Outcome;
 use crate::engine::shared::Session;
-use crate::engine::{Engine, Fronts, Outcome};
-use crate::error::{Error, Kind, Result};
-use crate::image::Image;
+use crate::error::{Error, Result};
+use nix::sys::eventfd::EventFd;
+use nix::sys::signal::SigSet;
 
 /// The engine's thread, as the device sees it.
 pub struct EngineThread {
@@ -148,15 +140,6 @@ struct Life {
     next: NextLeaf,
 }
 
-/// The image that is served, and its engine.
-pub(super) struct Serving {
-    pub(super) engine: Rc<Engine<UringDisk>>,
-    pub(super) opened: Opened,
-    pub(super) session: Option<SessionFile>,
-    pub(super) file: Arc<ImageFile>,
-    pub(super) disk_id: Uuid,
-}
-
 impl Life {
     fn live(self) -> Result<()> {
         leave_signals_to_others();
@@ -201,66 +184,26 @@ impl Life {
         ends: EngineEnds,
     ) -> Outcome {
         let (senders, receivers) = ends.fronts.into_iter().map(|end| (end.sender, end.receiver)).unzip();
-        *fronts.senders.borrow_mut() = senders;
+        fronts.join(senders);
         become_io_flusher();
-        reactor.spawn(deliver(fronts.clone())).detach();
-        let ear = Rc::new(Ear {
-            wake: ends.wake,
-            receivers,
-            engine: RefCell::new(serving.engine.clone()),
-            called: self.called.clone(),
-            attention: Bell::default(),
-            held: Cell::new(0),
-            all_held: Bell::default(),
-            deaf: Cell::new(false),
-        });
-        let listening = reactor.spawn(listen(reactor.ring().clone(), ear.clone()));
+        reactor.spawn(fronts.clone().deliver()).detach();
+        let inbox = FrontInbox::new(ends.wake, receivers, serving.engine.clone(), self.called.clone());
+        let inbox = Rc::new(inbox);
+        let receiving = reactor.spawn(inbox.clone().run(reactor.ring().clone()));
         let makers = Makers::default();
         while !self.closing.load(Ordering::Acquire) {
             let (how, next, closing) = (&self.how, &self.next, &*self.closing);
-            let place = Place { reactor, how, ear: &ear, fronts, next, makers: &makers, closing };
+            let place = Place { reactor, how, inbox: &inbox, fronts, next, makers: &makers, closing };
             while let Ok(order) = self.ordered.try_recv() {
                 place.obey(order, serving);
             }
-            reactor.block_on(ear.attention.wait());
+            reactor.block_on(inbox.called());
         }
         let outcome = reactor.block_on(serving.engine.close());
-        ear.deaf.set(true);
-        wake_up(&ear.wake);
-        reactor.block_on(listening);
+        inbox.close();
+        reactor.block_on(receiving);
         makers.await_end();
         outcome
-    }
-}
-
-/// An engine for an image that was opened, and its parents.
-pub(super) fn open_served(
-    reactor: &Reactor,
-    fronts: &Rc<Mailboxes>,
-    file: Arc<ImageFile>,
-    image: Image,
-    session: Option<SessionFile>,
-    (parents, parent_files): EngineParents,
-    parameters: Parameters,
-) -> Result<Serving> {
-    let (file_write_guid, disk_id) = (image.header.header.file_write_guid, image.metadata.disk_id);
-    let (disk, tasks): (_, Rc<dyn Spawn>) = (reactor.disk(file.clone()), reactor.executor().clone());
-    let engine = Engine::new(image, disk, parents, tasks, fronts.clone(), Box::new(Uuid::new_v4));
-    let engine = engine.map_err(|error| error.file(file.path()))?;
-    let (shared, recoverable) = (engine.shared().clone(), session.is_some());
-    let opened = Opened { shared, parameters, file_write_guid, recoverable, parents: parent_files };
-    Ok(Serving { engine, opened, session, file, disk_id })
-}
-
-impl Serving {
-    /// Nobody will start the engine. What a session of a killed daemon holds still has to be served: it stays, and
-    /// so does the image.
-    pub(super) fn give_up(self, reactor: &Reactor) -> Result<()> {
-        if self.engine.shared().session() == Session::Idle {
-            let unchanged = reactor.block_on(self.engine.close());
-            assert_eq!(unchanged, Ok(()), "nothing was modified");
-        }
-        self.session.map_or(Ok(()), SessionFile::abandon)
     }
 }
 
@@ -285,108 +228,15 @@ fn become_io_flusher() {
     }
 }
 
-/// Where the fronts' messages arrive.
-pub(super) struct Ear {
-    wake: Arc<EventFd>,
-    receivers: Vec<Receiver<ToEngine>>,
-    /// Whom they are for.
-    pub(super) engine: RefCell<Rc<Engine<UringDisk>>>,
-    /// Set by another thread, which rings `wake` afterwards.
-    called: Arc<AtomicBool>,
-    /// Rung when `called` was seen.
-    pub(super) attention: Bell,
-    /// How many fronts hold, and the bell that rings when all do.
-    held: Cell<usize>,
-    all_held: Bell,
-    /// The image is closed.
-    deaf: Cell<bool>,
-}
-
-impl Ear {
-    fn hear(&self, front: usize, message: ToEngine) {
-        if message != ToEngine::Held {
-            return self.engine.borrow().receive(front, message);
-        }
-        self.held.update(|count| count + 1);
-        if self.held.get() == self.receivers.len() {
-            self.all_held.ring();
-        }
-    }
-
-    /// Holds all fronts: returns when none of them serves a request.
-    pub(super) fn hold(&self, reactor: &Reactor, fronts: &Mailboxes) {
-        self.held.set(0);
-        (0..fronts.count()).for_each(|front| fronts.send(front, ToFront::Hold));
-        reactor.block_on(self.all_held.wait());
-    }
-}
-
-async fn listen(ring: Rc<Ring>, ear: Rc<Ear>) {
-    while !ear.deaf.get() {
-        let count = ring.read_eventfd(ear.wake.clone()).await;
-        count.expect("an eventfd can be read as long as it is open");
-        for (index, front) in ear.receivers.iter().enumerate() {
-            while let Some(message) = front.pop() {
-                ear.hear(index, message);
-            }
-        }
-        if ear.called.swap(false, Ordering::AcqRel) {
-            ear.attention.ring();
-        }
-    }
-}
-
-/// The engine's way to the fronts.
-#[derive(Default)]
-pub(super) struct Mailboxes {
-    senders: RefCell<Vec<Sender<ToFront>>>,
-    /// Something was queued and not yet announced.
-    queued: Bell,
-}
-
-impl Fronts for Mailboxes {
-    fn send(&self, front: usize, message: ToFront) {
-        self.senders.borrow_mut()[front].send(message);
-        self.queued.ring();
-    }
-
-    fn count(&self) -> usize {
-        self.senders.borrow().len()
-    }
-}
-
-impl Mailboxes {
-    /// Lets fronts that were held go on, at once: no task has to run for it.
-    pub(super) fn release(&self) {
-        (0..self.count()).for_each(|front| self.send(front, ToFront::Release));
-        self.senders.borrow_mut().iter_mut().for_each(Sender::flush);
-    }
-}
-
-/// Announces what was queued, once per batch and front.
-async fn deliver(fronts: Rc<Mailboxes>) {
-    loop {
-        fronts.queued.wait().await;
-        yield_now().await;
-        fronts.senders.borrow_mut().iter_mut().for_each(Sender::flush);
-    }
-}
-
-pub(super) fn unclean(doing: &str, errno: i32, poisoned: bool, path: &Path) -> Error {
-    if poisoned {
-        let message = "writes were stopped by an earlier failure, and the image was not closed; what was flushed is safe";
-        return Error::new(Kind::Poisoned, message).file(path).remedy(
-            "look for the cause (dmesg, free space); the next `vhdx-ublk add` replays the image's log",
-        );
-    }
-    Error::io(doing, io::Error::from_raw_os_error(errno)).file(path)
-}
-
 #[cfg(test)]
 pub(super) mod tests {
     use std::fs;
     use std::path::PathBuf;
     use std::time::Duration;
+
+    use std::path::Path;
+
+    use uuid::Uuid;
 
     use super::super::mailbox::{FrontEnds, mailboxes};
     use super::super::registry::FileId;
@@ -394,7 +244,8 @@ pub(super) mod tests {
     use super::*;
     use crate::chain::Search;
     use crate::disk::{self, Access};
-    use crate::engine::message::Ask;
+    use crate::engine::message::{Ask, ToEngine, ToFront};
+    use crate::error::Kind;
     use crate::format::MIB;
     use crate::format::locator::{
         ABSOLUTE_WIN32_PATH, PARENT_LINKAGE, ParentLocator, RELATIVE_PATH, VOLUME_PATH,

@@ -3,7 +3,7 @@
 use libublk::sys;
 use serde::Serialize;
 
-use super::control::Control;
+use super::control::{Control, SAFE_STOP};
 use super::options::{Options, Recovery, ZeroCopy};
 use crate::error::{Error, Kind, Result};
 
@@ -120,9 +120,6 @@ pub(super) fn is_in_place(flags: u64) -> bool {
 
 /// Features in use, where the driver has them.
 const USED: u64 = REISSUE | FAIL | IN_PLACE | sys::UBLK_F_CMD_IOCTL_ENCODE as u64 | SAFE_STOP;
-
-/// Stopping can be refused by the kernel while the device is open (Linux 7.0).
-pub(super) const SAFE_STOP: u64 = sys::UBLK_F_SAFE_STOP_DEV as u64;
 
 /// All features the driver has, and all this program knows of.
 ///

@@ -26,7 +26,7 @@ use nix::unistd;
 use serde::{Deserialize, Serialize};
 
 use super::confine;
-use super::daemon::Ready;
+use super::served::Ready;
 use super::wire::Failure;
 use crate::error::{Error, Kind, Result};
 

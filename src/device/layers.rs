@@ -3,14 +3,16 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use super::opened::{choose_payload_io, look};
+use uuid::Uuid;
+
 use super::registry::Entry;
 use super::session;
 use crate::chain::{self, Search};
-use crate::disk::{ImageFile, Reactor, UringDisk};
+use crate::disk::{ImageFile, PayloadIo, Reactor, UringDisk};
 use crate::engine::Parent;
-use crate::error::{Error, Result};
-use crate::image::{BlockMap, Image};
+use crate::error::{Error, Kind, Result};
+use crate::format::metadata::Metadata;
+use crate::image::{BlockMap, Image, Mode};
 
 /// How the parents of a differencing image are found and opened.
 #[derive(Clone)]
@@ -104,4 +106,24 @@ pub(super) fn for_engine(reactor: &Reactor, parents: Vec<ReadLayer>) -> Result<E
     let files = layers.iter().map(|(file, _)| file.clone()).collect();
     let parents = layers.into_iter().map(|(file, map)| Parent { disk: reactor.disk(file), map: map.into() });
     Ok((parents.collect(), files))
+}
+
+/// Reads and checks the image on `disk`, a dirty log in memory.
+pub(super) async fn look(disk: &UringDisk) -> Result<Image> {
+    let image = Image::open(disk, Mode::ReadOnly, Uuid::new_v4).await?;
+    if image.metadata.virtual_size == 0 {
+        return Err(Error::new(Kind::Unsupported, "the disk has no bytes, and the kernel no such devices")
+            .in_structure("metadata"));
+    }
+    Ok(image)
+}
+
+/// Takes direct I/O for the payload where the host has it, and says so where it has not. Whether it has not.
+pub(super) fn choose_payload_io(file: &ImageFile, metadata: &Metadata) -> Result<bool> {
+    if let PayloadIo::Buffered { reason } = file.enable_direct(metadata.logical_sector_size)? {
+        let path = file.path().display();
+        tracing::warn!("{path}: no direct I/O, the disk's data goes through the host's page cache: {reason}");
+        return Ok(true);
+    }
+    Ok(false)
 }

@@ -19,12 +19,12 @@ use smol::future;
 use uuid::Uuid;
 
 use super::control::POLL_INTERVAL;
+use super::layers::choose_payload_io;
 use super::mailbox::wake_up;
-use super::opened::choose_payload_io;
+use super::order::Snapped;
 use super::place;
 use super::registry::FileId;
 use super::session;
-use super::snapshot::Snapped;
 use crate::chain;
 use crate::disk::{ImageFile, Place, Reactor, Unfinished};
 use crate::error::{Error, Kind, Result};

@@ -11,16 +11,16 @@ use std::sync::Arc;
 use uuid::Uuid;
 
 use super::control::Control;
-use super::daemon::{EngineHandle, Served};
-use super::layers::{Parents, ReadLayer};
+use super::layers::{Parents, ReadLayer, choose_payload_io, look};
 use super::leaf::NextLeaf;
 use super::mailbox::EngineEnds;
 use super::options::Parameters;
+use super::order::Order;
 use super::registry::{FileId, RUN_DIRECTORY};
+use super::served::{EngineHandle, Served};
 use super::session::{self, Plan, SessionFile, Sessions};
-use super::snapshot::Order;
 use crate::chain;
-use crate::disk::{Disk, ImageFile, PayloadIo, Reactor, UringDisk};
+use crate::disk::{Disk, ImageFile, Reactor, UringDisk};
 use crate::engine::shared::Shared;
 use crate::error::{Error, Kind, Result};
 use crate::format::metadata::{DiskType, Metadata};
@@ -320,16 +320,6 @@ pub(super) fn parameters(
     })
 }
 
-/// Reads and checks the image on `disk`, a dirty log in memory.
-pub(super) async fn look(disk: &UringDisk) -> Result<Image> {
-    let image = Image::open(disk, Mode::ReadOnly, Uuid::new_v4).await?;
-    if image.metadata.virtual_size == 0 {
-        return Err(Error::new(Kind::Unsupported, "the disk has no bytes, and the kernel no such devices")
-            .in_structure("metadata"));
-    }
-    Ok(image)
-}
-
 /// Says so where reserved room is not enough for what is written later.
 fn tell_of_copying(file: &ImageFile) {
     match file.host_that_copies() {
@@ -341,14 +331,4 @@ fn tell_of_copying(file: &ImageFile) {
         Ok(None) => {}
         Err(error) => tracing::warn!("{}: looking at the host: {error:#}", file.path().display()),
     }
-}
-
-/// Takes direct I/O for the payload where the host has it, and says so where it has not. Whether it has not.
-pub(super) fn choose_payload_io(file: &ImageFile, metadata: &Metadata) -> Result<bool> {
-    if let PayloadIo::Buffered { reason } = file.enable_direct(metadata.logical_sector_size)? {
-        let path = file.path().display();
-        tracing::warn!("{path}: no direct I/O, the disk's data goes through the host's page cache: {reason}");
-        return Ok(true);
-    }
-    Ok(false)
 }

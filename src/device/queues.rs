@@ -16,8 +16,8 @@ use nix::sys::signalfd::{SfdFlags, SignalFd, siginfo};
 
 use super::confine::{self, Role};
 use super::ending::Happening;
+use super::order::Call;
 use super::queue::{Queue, QueueSetup, Report};
-use super::socket::Call;
 use super::{sys, usage};
 use crate::error::{Error, Kind, Result};
 

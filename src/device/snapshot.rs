@@ -19,19 +19,15 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc;
 use std::time::Instant;
 
-use serde::{Deserialize, Serialize};
-use uuid::Uuid;
-
-use super::engine_thread::{Ear, Mailboxes, Serving, open_served, unclean};
+use super::fronts::{FrontInbox, Mailboxes};
 use super::leaf::{Leaf, NextLeaf};
 use super::maker::{Made, Makers, Wish};
 use super::opened::WritableOpen;
-use super::path;
+use super::order::{Caller, NewLeaf, Order, Snapped, Switch};
 use super::registry::FileId;
-use super::socket::Caller;
+use super::serving::{Serving, open_served, unclean};
 use crate::chain::MAX_DEPTH;
 use crate::disk::{ImageFile, Reactor};
 use crate::engine::Outcome;
@@ -40,53 +36,11 @@ use crate::engine::shared::Session;
 use crate::error::{Error, Kind, Result};
 use crate::image::{DEFAULT_BLOCK_SIZE, DEFAULT_LOG_LENGTH, Image, InitialState, NewImage};
 
-/// What was done.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Snapped {
-    /// The image that is served now.
-    #[serde(with = "path::one")]
-    pub image: PathBuf,
-    /// Its parent, which was served before and does not change any more.
-    #[serde(with = "path::one")]
-    pub parent: PathBuf,
-    /// How long requests had to wait, microseconds.
-    pub pause_us: u64,
-}
-
-/// What is served from now on, for the device's entry.
-pub struct NewLeaf {
-    /// Its path, absolute, without symbolic links.
-    pub image: PathBuf,
-    /// The same, whatever it is called.
-    pub image_file: FileId,
-    /// Its parents' paths; its own first.
-    pub parents: Vec<PathBuf>,
-    /// The same files, whatever they are called.
-    pub parent_files: Vec<FileId>,
-    /// Its FileWriteGuid.
-    pub file_write_guid: Uuid,
-}
-
-/// Makes the device's entry name the new leaf.
-pub type Switch = Box<dyn FnOnce(NewLeaf) -> Result<()> + Send>;
-
-/// A snapshot that shall be taken.
-pub struct Order {
-    /// Where the child shall be.
-    pub(super) image: PathBuf,
-    /// The number of the device.
-    pub(super) device: u32,
-    pub(super) switch: Switch,
-    pub(super) answer: mpsc::Sender<Result<Snapped>>,
-    /// Who waits for it.
-    pub(super) caller: Arc<Caller>,
-}
-
 /// What a snapshot needs of the engine's thread.
 pub(super) struct Place<'a> {
     pub(super) reactor: &'a Reactor,
     pub(super) how: &'a WritableOpen,
-    pub(super) ear: &'a Rc<Ear>,
+    pub(super) inbox: &'a Rc<FrontInbox>,
     pub(super) fronts: &'a Rc<Mailboxes>,
     pub(super) next: &'a NextLeaf,
     pub(super) makers: &'a Makers,
@@ -126,7 +80,7 @@ impl Place<'_> {
         };
         let hurry = async {
             while !self.closing.load(Ordering::Acquire) {
-                self.ear.attention.wait().await;
+                self.inbox.called().await;
             }
         };
         self.makers.make(self.reactor, wish, hurry)
@@ -139,12 +93,12 @@ impl Place<'_> {
         serving: &mut Serving,
     ) -> Result<Snapped> {
         let started = Instant::now();
-        self.ear.hold(self.reactor, self.fronts);
+        self.inbox.hold(self.reactor, self.fronts);
         let switched = self.switch(switch, serving, (&child, id));
         if switched.is_ok() {
             let shared = child.engine.shared().clone();
             self.next.set(Leaf { shared, file: child.file.clone() });
-            *self.ear.engine.borrow_mut() = child.engine.clone();
+            self.inbox.change_engine(child.engine.clone());
         }
         self.fronts.release();
         let pause_us = u64::try_from(started.elapsed().as_micros()).expect("years are below 2^64");

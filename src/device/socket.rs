@@ -12,23 +12,21 @@
 
 use std::fs;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, getsockopt, socket, sockopt};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::confine::{self, Role};
+use super::order::{Call, Caller, Snapped};
 use super::path;
-use super::snapshot::Snapped;
 use super::wire::Failure;
 use crate::error::{Error, Kind, Result};
 
@@ -89,46 +87,6 @@ struct Request {
 enum Answer {
     Done(serde_json::Value),
     Error(Failure),
-}
-
-/// A snapshot that is asked for, and where the answer goes.
-pub(super) struct Call {
-    /// Where the new image shall be: absolute.
-    pub(super) image: PathBuf,
-    pub(super) answer: mpsc::Sender<Result<Snapped>>,
-    pub(super) caller: Arc<Caller>,
-}
-
-/// Who waits for an answer, and may lose patience.
-pub(super) struct Caller {
-    stream: UnixStream,
-    /// Set once: when it is given up, or when what it wants is being done for good.
-    decided: AtomicBool,
-}
-
-impl Caller {
-    fn of(stream: &UnixStream) -> io::Result<Self> {
-        Ok(Self { stream: stream.try_clone()?, decided: AtomicBool::new(false) })
-    }
-
-    /// Asked right before the step after which it is done. Whether it is to be done: not if nobody waits for it any
-    /// more, because it took too long or because who asked has left. This process may have been stopped meanwhile.
-    pub(super) fn claim(&self) -> bool {
-        !self.decided.swap(true, Ordering::AcqRel) && self.is_there()
-    }
-
-    /// Gives it up. Whether there was still time to.
-    fn give_up(&self) -> bool {
-        !self.decided.swap(true, Ordering::AcqRel)
-    }
-
-    /// Whether the other side still has its end open. One that only has said all it will say is still there.
-    pub(super) fn is_there(&self) -> bool {
-        let mut ends = [PollFd::new(self.stream.as_fd(), PollFlags::empty())];
-        let told = poll(&mut ends, PollTimeout::ZERO);
-        let gone = PollFlags::POLLHUP | PollFlags::POLLERR;
-        told.is_ok() && !ends[0].revents().is_some_and(|events| events.intersects(gone))
-    }
 }
 
 /// Listens at `path` until the process ends: tells `status`, and passes on what has to be done.

@@ -18,11 +18,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::control::{Control, DeviceInfo, POLL_INTERVAL};
-use super::daemon::EngineHandle;
 use super::engine_thread::EngineThread;
 use super::launch;
 use super::layers::Parents;
 use super::registry::{Entry, FileId, Life, Listed, Registry, Sight, State, Survey};
+use super::served::EngineHandle;
 use super::session::{Found, Plan, Sessions};
 use super::sys::ProcessHandle;
 use super::usage;
