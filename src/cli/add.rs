@@ -25,7 +25,7 @@ use vhdx_ublk::device::{
     features, launch,
 };
 use vhdx_ublk::disk::{Access, ImageFile};
-use vhdx_ublk::error::{Error, Kind, Result};
+use vhdx_ublk::error::{Doing, Error, Kind, Result};
 
 use super::parents::ParentOptions;
 use super::{detached, holders, output};
@@ -186,8 +186,7 @@ impl Add {
         let (path, access) = self.source()?;
         let file = open(&path, access)?;
         if let Some(fd) = self.fd {
-            nix::unistd::close(fd)
-                .map_err(|errno| Error::io("closing the caller's descriptor", errno.into()))?;
+            nix::unistd::close(fd).doing("closing the caller's descriptor")?;
         }
         Ok((Arc::new(file), access))
     }

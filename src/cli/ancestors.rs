@@ -5,7 +5,7 @@ use std::path::Path;
 use serde::{Serialize, Serializer};
 
 use vhdx_ublk::chain::{self, Known, Search};
-use vhdx_ublk::error::{Error, Kind, Result};
+use vhdx_ublk::error::{Kind, Result};
 use vhdx_ublk::image::{self, Report, Severity};
 use vhdx_ublk::printable::printable;
 
@@ -22,7 +22,7 @@ pub struct Ancestors {
 }
 
 /// What is wrong with a chain.
-pub struct ChainFault(Error);
+pub struct ChainFault(anyhow::Error);
 
 impl Serialize for ChainFault {
     /// As every command gives an error.
@@ -33,7 +33,7 @@ impl Serialize for ChainFault {
 
 impl std::fmt::Display for ChainFault {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match output::remedy(&self.0) {
+        match output::remedy(self.0.as_ref()) {
             Some(remedy) => write!(f, "{:#}\n  try: {}", self.0, printable(remedy)),
             None => write!(f, "{:#}", self.0),
         }
@@ -76,7 +76,7 @@ impl Ancestors {
                 }
             }
         }
-        Ok(Self { parents, chain_fault: chain_fault.map(ChainFault) })
+        Ok(Self { parents, chain_fault: chain_fault.map(|fault| ChainFault(fault.into())) })
     }
 
     /// Whether the image reads from its parents what it should, as far as their structure tells.

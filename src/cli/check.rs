@@ -10,7 +10,7 @@ use uuid::Uuid;
 use vhdx_ublk::chain::{Known, Search};
 use vhdx_ublk::device::session;
 use vhdx_ublk::disk::{Access, Disk, ImageFile, Reactor};
-use vhdx_ublk::error::{Error, Kind, Result};
+use vhdx_ublk::error::{Error, Kind, Locate, Result};
 use vhdx_ublk::image::{self, Finding, Identity, LogFound, Repair, Report, Severity};
 use vhdx_ublk::printable::{printable, shell};
 
@@ -85,7 +85,7 @@ impl Check {
 
 fn check(path: &Path, search: &Search) -> Result<Checked> {
     let (disk, lock) = look::lock_for_reading(path)?;
-    let report = smol::future::block_on(image::check(&disk)).map_err(|error| error.file(path))?;
+    let report = smol::future::block_on(image::check(&disk)).file(path)?;
     let leaf = smol::future::block_on(leaf(&disk, lock.path()))?;
     let ancestors = Ancestors::examine(leaf.as_ref(), search)?;
     Ok(Checked { image: lock.path().to_string_lossy().into_owned(), report, before: None, ancestors })
@@ -99,8 +99,7 @@ fn repair(path: &Path, search: &Search) -> Result<Checked> {
         Ok(found) if found.complete && found.beyond_repair == 0 => error,
         _ => no_takeover(&file),
     })?;
-    let repaired = reactor.block_on(image::repair(&disk, Uuid::new_v4));
-    let Repair { before, after } = repaired.map_err(|error| error.file(path))?;
+    let Repair { before, after } = reactor.block_on(image::repair(&disk, Uuid::new_v4)).file(path)?;
     let leaf = reactor.block_on(leaf(&disk, file.path()))?;
     let ancestors = Ancestors::examine(leaf.as_ref(), search)?;
     let image = file.path().to_string_lossy().into_owned();

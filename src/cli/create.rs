@@ -18,7 +18,7 @@ use uuid::Uuid;
 
 use vhdx_ublk::chain::{self, Search};
 use vhdx_ublk::disk::{Access, ImageFile, Place, Reactor, Remover, Unfinished, folder_of};
-use vhdx_ublk::error::{Error, Kind, Result};
+use vhdx_ublk::error::{Doing, Error, Kind, Locate, Result};
 use vhdx_ublk::image::{InitialState, NewImage};
 
 use super::look::{self, Seen};
@@ -157,7 +157,7 @@ impl Create {
             Kind::Exists => error.remedy("choose another name, or let --force replace it"),
             _ => error,
         })?;
-        write(new, reactor, &file).map_err(|error| error.file(&self.image))?;
+        write(new, reactor, &file).file(&self.image)?;
         file.permit(self.mode.unwrap_or(PRIVATE) & most(parent)?)?;
         unfinished.settle()?;
         unfinished.keep();
@@ -176,7 +176,7 @@ impl Create {
         let unfinished = Unfinished::default();
         remove_on_signals(unfinished.remover())?;
         let file = unfinished.create(beside)?;
-        write(new, reactor, &file).map_err(|error| error.file(&self.image))?;
+        write(new, reactor, &file).file(&self.image)?;
         file.resemble(old, self.mode.unwrap_or(EVERYTHING) & most(parent)?)?;
         unfinished.replace(place, old)
     }
@@ -285,8 +285,7 @@ fn write(new: &NewImage, reactor: &Reactor, file: &Arc<ImageFile>) -> Result<()>
 
 /// Refuses what cannot succeed before it fills the file system.
 fn check_room(new: &NewImage, file: &ImageFile) -> Result<()> {
-    let room =
-        file.host_room().map_err(|error| Error::io("asking for the room on the file system", error))?;
+    let room = file.host_room().doing("asking for the room on the file system")?;
     let reserved = if nix::unistd::geteuid().is_root() { room.reserved_bytes } else { 0 };
     let available = room.available_bytes.saturating_add(reserved);
     // Some file systems do not say; making the file will.
@@ -301,10 +300,12 @@ fn check_room(new: &NewImage, file: &ImageFile) -> Result<()> {
     Err(Error::new(Kind::NoSpace, message).remedy("make room, or choose --type dynamic"))
 }
 
+/// What fails where signals cannot be watched for.
+const WATCHING: &str = "preparing for signals";
+
 /// From now on a signal that ends the program removes the file first.
 fn remove_on_signals(remover: Remover) -> Result<()> {
-    let failed = |error| Error::io("preparing for signals", error);
-    let mut signals = Signals::new([SIGHUP, SIGINT, SIGTERM]).map_err(failed)?;
+    let mut signals = Signals::new([SIGHUP, SIGINT, SIGTERM]).doing(WATCHING)?;
     let watch = move || {
         if let Some(signal) = signals.forever().next() {
             remover.remove_and(|| {
@@ -312,5 +313,5 @@ fn remove_on_signals(remover: Remover) -> Result<()> {
             });
         }
     };
-    thread::Builder::new().name("signals".into()).spawn(watch).map(drop).map_err(failed)
+    thread::Builder::new().name("signals".into()).spawn(watch).map(drop).doing(WATCHING)
 }

@@ -120,7 +120,7 @@ impl Del {
                 return Ok(failures);
             }
             output::last_failure(failures.into_iter().filter(|failure| !is_in_use(failure)))
-                .unwrap_or_else(|error| output::report(&error, false));
+                .unwrap_or_else(|error| output::report(&error.into(), false));
             left = again;
         }
     }

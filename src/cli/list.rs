@@ -3,12 +3,12 @@
 use std::path::PathBuf;
 use std::thread;
 
+use anyhow::Result;
 use serde::Serialize;
 
 use vhdx_ublk::device::health::{Condition, Grade, Health};
 use vhdx_ublk::device::registry::{Listed, Registry, State, Survey, Unreadable};
 use vhdx_ublk::device::{DeviceInfo, KernelState, Recovery, path};
-use vhdx_ublk::error::{Error, Result};
 
 use super::{FAILURE, SUCCESS, holders, output, size};
 
@@ -186,8 +186,8 @@ fn row(device: &Row) -> Result<[String; 9]> {
     let failure = device.failure.clone().unwrap_or_default();
     Ok([
         device.device.display().to_string(),
-        word(&device.state)?,
-        word(&device.health)?,
+        output::word(&device.state)?,
+        output::word(&device.health)?,
         text(mode),
         text(device.size.map(size::human)),
         text(device.queues),
@@ -197,16 +197,10 @@ fn row(device: &Row) -> Result<[String; 9]> {
     ])
 }
 
-/// The name of a state or of a health, the same as in JSON.
-fn word(value: &impl Serialize) -> Result<String> {
-    let value = serde_json::to_value(value).map_err(|error| Error::io("naming a state", error.into()))?;
-    Ok(value.as_str().unwrap_or_default().to_owned())
-}
-
 #[cfg(test)]
 mod tests {
     use vhdx_ublk::device::registry::{Entry, FileId, ProcessId};
-    use vhdx_ublk::error::Kind;
+    use vhdx_ublk::error::{Error, Kind};
 
     use super::*;
 

@@ -20,7 +20,7 @@ use vhdx_ublk::device::session;
 use vhdx_ublk::disk::{
     Access, Buffer, Disk, ImageFile, Links, Opened, next_data, open_regular, takes_space_back,
 };
-use vhdx_ublk::error::{Error, Kind, Result};
+use vhdx_ublk::error::{Doing, Kind, Locate, Result};
 use vhdx_ublk::format::metadata::Metadata;
 use vhdx_ublk::image::{Identity, Image, Mode};
 
@@ -95,8 +95,7 @@ impl Relative for Identified {
 /// Those of [`ImageFile::open`] and [`Identity::read`].
 pub fn identify(path: &Path) -> Result<Identified> {
     let (disk, lock) = lock_for_reading(path)?;
-    let identity =
-        smol::future::block_on(Identity::read(&disk, u64::MAX)).map_err(|error| error.file(path))?;
+    let identity = smol::future::block_on(Identity::read(&disk, u64::MAX)).file(path)?;
     Ok(Identified { known: Known { identity, path: lock.path().to_owned() }, disk, _lock: lock })
 }
 
@@ -129,8 +128,7 @@ pub fn identify_locked(locked: &ImageFile) -> Result<Identity> {
 
 fn identify_found(path: &Path, links: Links) -> Result<Known> {
     let Opened { file, path } = open_regular(path, Access::ReadOnly, links)?;
-    let identity = smol::future::block_on(Identity::read(&Plain(file), MAX_GLANCE_LOG_BYTES))
-        .map_err(|error| error.file(&path))?;
+    let identity = smol::future::block_on(Identity::read(&Plain(file), MAX_GLANCE_LOG_BYTES)).file(&path)?;
     Ok(Known { identity, path })
 }
 
@@ -142,7 +140,7 @@ fn identify_found(path: &Path, links: Links) -> Result<Known> {
 /// is there every time.
 pub fn look(path: &Path) -> Result<Seen> {
     match lock_for_reading(path) {
-        Ok((disk, lock)) => see(&disk, lock.path(), false).map_err(|error| error.file(path)),
+        Ok((disk, lock)) => see(&disk, lock.path(), false).file(path),
         Err(error) if error.kind() == Kind::InUse => look_past_a_writer(path),
         Err(error) => Err(error),
     }
@@ -168,12 +166,11 @@ pub fn look_at_rest(path: &Path) -> Result<(Seen, ImageFile)> {
 /// As [`ImageFile::open`].
 pub fn lock_for_reading(path: &Path) -> Result<(Plain, ImageFile)> {
     let locked = ImageFile::open(path, Access::ReadOnly, Duration::ZERO)?;
-    Ok((plain(&locked).map_err(|error| error.file(path))?, locked))
+    Ok((plain(&locked).file(path)?, locked))
 }
 
 fn plain(locked: &ImageFile) -> Result<Plain> {
-    let same = locked.as_fd().try_clone_to_owned();
-    let same = same.map_err(|error| Error::io("duplicating the image's descriptor", error))?;
+    let same = locked.as_fd().try_clone_to_owned().doing("duplicating the image's descriptor")?;
     Ok(Plain(File::from(same)))
 }
 
@@ -195,10 +192,8 @@ fn is_contradiction(kind: Kind) -> bool {
 
 /// Sees the image in `disk`, which was found at `path`.
 fn see(disk: &Plain, path: &Path, in_use: bool) -> Result<Seen> {
-    let named = |error: Error| error.file(path);
-    let failed = |error| Error::io("looking at the image", error).file(path);
-    let image = smol::future::block_on(Image::open(disk, Mode::ReadOnly, Uuid::new_v4)).map_err(named)?;
-    let found = disk.0.metadata().map_err(failed)?;
+    let image = smol::future::block_on(Image::open(disk, Mode::ReadOnly, Uuid::new_v4)).file(path)?;
+    let found = disk.0.metadata().doing("looking at the image").file(path)?;
     let (path, file) = (path.to_owned(), (found.dev(), found.ino()));
     let (file_size, host_bytes) = (found.len(), found.blocks() * STAT_BLOCK_BYTES);
     Ok(Seen { image, path, file, file_size, host_bytes, in_use })

@@ -12,7 +12,7 @@ use uuid::Uuid;
 use vhdx_ublk::chain::{self, FileIdentity, Known, Layer, Search};
 use vhdx_ublk::disk::{Access, ImageFile, Place, Reactor, UringDisk, folder_of};
 use vhdx_ublk::engine::merge::{self, Files};
-use vhdx_ublk::error::{Error, Kind, Result};
+use vhdx_ublk::error::{Doing, Error, Kind, Locate, Result};
 use vhdx_ublk::format::locator::ParentLocator;
 use vhdx_ublk::format::metadata::Metadata;
 use vhdx_ublk::printable::shell;
@@ -109,9 +109,8 @@ impl Merge {
     /// The child and its parents, and which of them is the target.
     fn find_chain(&self) -> Result<(Vec<Found>, usize)> {
         let leaf = look::look(&self.child)?;
-        let into = self.into.as_ref().map(|into| {
-            chain::identity(into).map_err(|error| Error::io("finding the ancestor", error).file(into))
-        });
+        let into =
+            self.into.as_ref().map(|into| chain::identity(into).doing("finding the ancestor").file(into));
         let into = into.transpose()?;
         let parents = chain::open_parents(&leaf, &self.parents.search(), look::look)?;
         let found: Vec<Found> = std::iter::once(&leaf).chain(&parents).map(Found::from).collect();
@@ -205,11 +204,11 @@ impl Chain {
     /// What the images themselves forbid, and what is lost unless the disk may `shrink`.
     fn check(&self, shrink: bool) -> Result<()> {
         for layer in &self.layers {
-            layer.image.check_writable().map_err(|error| error.file(layer.path()))?;
+            layer.image.check_writable().file(layer.path())?;
         }
         let parent = self.below.first().map(|parent| &parent.image);
         let checked = merge::check(&self.layers[0].image, &self.target.image, parent);
-        checked.map_err(|error| error.file(self.target.path()))?;
+        checked.file(self.target.path())?;
         let [wanted, found] = [&self.layers[0], &self.target].map(|layer| layer.image.metadata.virtual_size);
         if shrink || wanted >= found {
             return Ok(());

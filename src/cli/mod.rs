@@ -31,10 +31,11 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use anyhow::Result;
 use clap::{Parser, Subcommand};
 
 use vhdx_ublk::device::confine;
-use vhdx_ublk::error::{Kind, Result};
+use vhdx_ublk::error::Kind;
 
 /// Exit statuses, as the help text states them.
 const SUCCESS: u8 = 0;
@@ -95,20 +96,20 @@ impl Command {
     /// Runs the command; what it returns is the exit status.
     fn run(self) -> Result<u8> {
         match self {
-            Self::Add(add) => add.run(),
-            Self::Del(del) => del.run(),
+            Self::Add(add) => add.run()?,
+            Self::Del(del) => del.run()?,
             Self::List(list) => return list.run(),
-            Self::Recover(recover) => recover.run(),
-            Self::Session(sessions) => sessions.run(),
-            Self::Snapshot(snapshot) => snapshot.run(),
-            Self::Create(create) => create.run(),
-            Self::Info(info) => info.run(),
-            Self::Check(check) => return check.run(),
-            Self::Relink(relink) => relink.run(),
-            Self::Merge(merge) => merge.run(),
-            Self::Features(features) => features.run(),
+            Self::Recover(recover) => recover.run()?,
+            Self::Session(sessions) => sessions.run()?,
+            Self::Snapshot(snapshot) => snapshot.run()?,
+            Self::Create(create) => create.run()?,
+            Self::Info(info) => info.run()?,
+            Self::Check(check) => return Ok(check.run()?),
+            Self::Relink(relink) => relink.run()?,
+            Self::Merge(merge) => merge.run()?,
+            Self::Features(features) => features.run()?,
         }
-        .map(|()| SUCCESS)
+        Ok(SUCCESS)
     }
 }
 
@@ -130,7 +131,7 @@ pub fn main() -> ExitCode {
         Err(error) => error,
     };
     output::report(&error, json);
-    ExitCode::from(if error.kind() == Kind::Usage { misuse } else { FAILURE })
+    ExitCode::from(if output::kind(error.as_ref()) == Kind::Usage { misuse } else { FAILURE })
 }
 
 /// Prints the help asked for, or what is wrong with the command line. To scripts that run `check`, 2 means

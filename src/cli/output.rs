@@ -2,12 +2,14 @@
 //!
 //! Names in it are made printable: in text as Rust writes them, `\u{9b}`, in JSON as JSON does, `\u009b`.
 
+use std::error::Error as StdError;
 use std::fmt::Write as _;
 use std::io::{self, Write as _};
 
+use anyhow::{Chain, Context};
 use serde::Serialize;
 
-use vhdx_ublk::error::{Error, Kind, Result};
+use vhdx_ublk::error::{Doing, Error, Kind, Result};
 use vhdx_ublk::printable::{is_printable, printable};
 
 /// Writes one line to standard output, as [`print()`].
@@ -27,10 +29,8 @@ pub fn print_line(line: &str) -> Result<()> {
 pub fn print(text: &str) -> Result<()> {
     let mut stdout = io::stdout().lock();
     match writeln!(stdout, "{text}").and_then(|()| stdout.flush()) {
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
-            Err(Error::io("writing the output", error))
-        }
-        _ => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        outcome => outcome.doing("writing the output"),
     }
 }
 
@@ -40,8 +40,8 @@ pub fn print(text: &str) -> Result<()> {
 ///
 /// As [`print()`].
 pub fn print_json(value: &impl Serialize) -> Result<()> {
-    let text = serde_json::to_string_pretty(value);
-    print(&ascii_controls(&text.map_err(|error| Error::io("writing the output as JSON", error.into()))?))
+    let text = serde_json::to_string_pretty(value).doing("writing the output as JSON")?;
+    print(&ascii_controls(&text))
 }
 
 /// JSON that no terminal obeys: `serde_json` escapes only what JSON must, the first 32 characters. Others that are not
@@ -58,16 +58,26 @@ fn ascii_controls(json: &str) -> String {
     shown
 }
 
+/// The name of a state, the same as in JSON.
+///
+/// # Errors
+///
+/// Never for a plain enum.
+pub fn word(value: &impl Serialize) -> anyhow::Result<String> {
+    let value = serde_json::to_value(value).context("naming a state")?;
+    Ok(value.as_str().unwrap_or_default().to_owned())
+}
+
 /// Tells the user what went wrong, and what to do about it.
-pub fn report(error: &Error, json: bool) {
+pub fn report(error: &anyhow::Error, json: bool) {
     // Where the report cannot be written, the exit status still says it.
     if json {
         let _ = print_json(&Report { error: Failure::of(error) });
         return;
     }
     let mut stderr = io::stderr().lock();
-    let _ = writeln!(stderr, "vhdx-ublk: {error:#}");
-    if let Some(remedy) = remedy(error) {
+    let _ = writeln!(stderr, "vhdx-ublk: {}", printable(&format!("{error:#}")));
+    if let Some(remedy) = remedy(error.as_ref()) {
         let _ = writeln!(stderr, "  try: {}", printable(remedy));
     }
 }
@@ -81,7 +91,7 @@ pub fn last_failure(outcomes: impl Iterator<Item = Result<()>>) -> Result<()> {
     let mut failure = None;
     for error in outcomes.filter_map(Result::err) {
         if let Some(earlier) = failure.replace(error) {
-            report(&earlier, false);
+            report(&earlier.into(), false);
         }
     }
     failure.map_or(Ok(()), Err)
@@ -105,16 +115,34 @@ pub struct Failure<'a> {
 
 impl<'a> Failure<'a> {
     /// `error`, with advice.
-    pub fn of(error: &'a Error) -> Self {
+    pub fn of(error: &'a anyhow::Error) -> Self {
+        let known = known(error.as_ref());
+        let file = known.and_then(Error::file_path);
         Self {
-            kind: error.kind(),
-            message: format!("{error:#}"),
-            file: error.file_path().map(|path| path.to_string_lossy().into_owned()),
-            structure: error.structure(),
-            offset: error.offset(),
-            remedy: remedy(error),
+            kind: kind(error.as_ref()),
+            message: printable(&format!("{error:#}")).into_owned(),
+            file: file.map(|path| path.to_string_lossy().into_owned()),
+            structure: known.and_then(Error::structure),
+            offset: known.and_then(Error::offset),
+            remedy: remedy(error.as_ref()),
         }
     }
+}
+
+/// The library's error in the chain of `error`, if it has one.
+fn known<'a>(error: &'a (dyn StdError + 'static)) -> Option<&'a Error> {
+    Chain::new(error).find_map(|cause| cause.downcast_ref())
+}
+
+/// The operating system's error in the chain of `error`, if it has one.
+fn os_error<'a>(error: &'a (dyn StdError + 'static)) -> Option<&'a io::Error> {
+    Chain::new(error).find_map(|cause| cause.downcast_ref())
+}
+
+/// What went wrong, whatever the command added to it.
+pub fn kind(error: &(dyn StdError + 'static)) -> Kind {
+    let by_system = || os_error(error).map_or(Kind::Io, |error| error.kind().into());
+    known(error).map_or_else(by_system, Error::kind)
 }
 
 /// The error with advice, where there is any: for an error whose parts do not all travel.
@@ -126,12 +154,14 @@ pub fn advised(error: Error) -> Error {
 }
 
 /// What can be done: the error's own advice, or what helps with most errors of its kind.
-pub fn remedy(error: &Error) -> Option<&str> {
-    error.remedy_text().filter(|text| !text.is_empty()).or(match error.kind() {
-        _ if error.os_error() == Some(libc::EFBIG) => Some(
+pub fn remedy<'a>(error: &'a (dyn StdError + 'static)) -> Option<&'a str> {
+    let known = known(error);
+    let number = os_error(error).and_then(io::Error::raw_os_error);
+    known.and_then(Error::remedy_text).filter(|text| !text.is_empty()).or(match kind(error) {
+        _ if number == Some(libc::EFBIG) => Some(
             "let files be larger (`ulimit -f`), or choose a file system that holds larger ones: FAT ends at 4 GiB",
         ),
-        _ if matches!(error.os_error(), Some(libc::EMFILE | libc::ENFILE)) => {
+        _ if matches!(number, Some(libc::EMFILE | libc::ENFILE)) => {
             Some("let processes open more files (`ulimit -n`): every image of a chain takes a few")
         }
         Kind::NotVhdx => {
@@ -142,7 +172,7 @@ pub fn remedy(error: &Error) -> Option<&str> {
         }
         Kind::Truncated => Some("the file was cut short: copy it again from its source"),
         Kind::NoSpace => Some("make room on the file system that holds the file"),
-        _ if error.os_error() == Some(libc::EROFS) => {
+        _ if number == Some(libc::EROFS) => {
             Some("the file system is read-only: remount it for writing, or choose another place")
         }
         Kind::Permission if nix::unistd::geteuid().is_root() => Some(
@@ -152,7 +182,7 @@ pub fn remedy(error: &Error) -> Option<&str> {
         Kind::Exists => Some("choose another name"),
         Kind::NotFound => Some("check the spelling of the path"),
         Kind::Usage => Some("vhdx-ublk --help"),
-        Kind::Unsupported if error.structure().is_some() => {
+        Kind::Unsupported if known.is_some_and(|error| error.structure().is_some()) => {
             Some("a newer vhdx-ublk may handle it, and so may the program that made the image")
         }
         Kind::Unsupported | Kind::InUse | Kind::Mismatch | Kind::NoDriver | Kind::Poisoned | Kind::Io => None,
@@ -231,12 +261,27 @@ mod tests {
     #[test]
     fn an_error_as_json_has_every_part() {
         let error = Error::corrupt("BAT", "overlaps").at(7).file(Path::new("a.vhdx")).remedy("give up");
+        let error = anyhow::Error::from(error);
         let json = serde_json::to_value(Report { error: Failure::of(&error) }).expect("serialisable");
         let expected = serde_json::json!({"error": {
             "kind": "corrupt", "message": "a.vhdx: BAT at byte 7: overlaps", "file": "a.vhdx",
             "structure": "BAT", "offset": 7, "remedy": "give up",
         }});
         assert_eq!(json, expected);
+    }
+
+    #[test]
+    fn what_a_command_was_doing_hides_no_kind_and_no_advice() {
+        let refused = Error::io("opening the image", io::ErrorKind::NotFound.into()).in_structure("BAT");
+        let refused = anyhow::Error::from(refused).context("adding a\nb");
+        assert_eq!(kind(refused.as_ref()), Kind::NotFound);
+        assert_eq!(remedy(refused.as_ref()), Some("check the spelling of the path"));
+        let failure = Failure::of(&refused);
+        assert_eq!(failure.message, "adding a\\nb: BAT: opening the image: entity not found");
+        assert_eq!(failure.structure, Some("BAT"));
+        let full =
+            anyhow::Error::from(io::Error::from_raw_os_error(libc::ENOSPC)).context("writing the output");
+        assert_eq!(kind(full.as_ref()), Kind::NoSpace);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use uuid::Uuid;
 
 use vhdx_ublk::chain::{self, Layer, Search};
 use vhdx_ublk::disk::{Access, Reactor};
-use vhdx_ublk::error::{Error, Kind, Result};
+use vhdx_ublk::error::{Error, Kind, Locate, Result};
 use vhdx_ublk::format::metadata::Metadata;
 use vhdx_ublk::image::{Image, Mode};
 
@@ -46,7 +46,7 @@ impl Relink {
         let child = AtRest::open(&reactor, &self.child, Access::ReadWrite)?;
         refuse_itself(&child, &self.parent)?;
         let parent = AtRest::open(&reactor, &self.parent, Access::ReadOnly)?;
-        child.image.check_writable().map_err(|error| error.file(child.path()))?;
+        child.image.check_writable().file(child.path())?;
         let locator = chain::relinked(&child, &parent, self.ignore_mismatch)?;
         refuse_cycle(&child, &parent)?;
         if child.image.metadata.parent_locator.as_ref() == Some(&locator) {
@@ -58,7 +58,7 @@ impl Relink {
             let metadata = Metadata { parent_locator: Some(locator), ..image.metadata.clone() };
             image.amend(&disk, &metadata, Uuid::new_v4).await
         };
-        reactor.block_on(change).map(drop).map_err(|error| error.file(child.path()))
+        reactor.block_on(change).map(drop).file(child.path())
     }
 }
 

@@ -11,7 +11,7 @@ use nix::sys::stat::fstat;
 use nix::unistd::geteuid;
 
 use vhdx_ublk::disk::{ImageFile, folder_of};
-use vhdx_ublk::error::{Error, Kind, Result};
+use vhdx_ublk::error::{Doing, Error, Kind, Locate, Result};
 use vhdx_ublk::printable::shell;
 
 use super::look;
@@ -30,17 +30,20 @@ pub fn require(named: &Path, old: &ImageFile) -> Result<()> {
     refuse_other_files(old)
 }
 
+/// What fails where a link cannot be read.
+const FOLLOWING: &str = "following the links to the file";
+
 /// The owner of a folder can lead the name of an image to any file of root's. A link counts as the user's word if it is
 /// the user's own, or if its owner could replace the file without help. Each link is opened before it is examined: its
 /// name may be given to another at any moment.
 fn refuse_foreign_links(named: &Path, old: &ImageFile) -> Result<()> {
-    let failed = |error| Error::io("following the links to the file", error).file(named);
-    let owner = fstat(old.as_fd()).map_err(|errno| failed(errno.into()))?.st_uid;
+    let owner = fstat(old.as_fd()).doing(FOLLOWING).file(named)?.st_uid;
     let mut path = named.to_owned();
     for _ in 0..=MAX_LINKS {
         let flags = libc::O_PATH | libc::O_NOFOLLOW;
-        let found = OpenOptions::new().read(true).custom_flags(flags).open(&path).map_err(failed)?;
-        let what = found.metadata().map_err(failed)?;
+        let found =
+            OpenOptions::new().read(true).custom_flags(flags).open(&path).doing(FOLLOWING).file(named)?;
+        let what = found.metadata().doing(FOLLOWING).file(named)?;
         if (what.dev(), what.ino()) == (old.device(), old.inode()) {
             return Ok(());
         }
@@ -53,7 +56,7 @@ fn refuse_foreign_links(named: &Path, old: &ImageFile) -> Result<()> {
             let remedy = format!("if that is the file to replace, name it: {}", shell(old.path()));
             return Err(Error::new(Kind::Permission, message).file(&path).remedy(remedy));
         }
-        let target = readlinkat(&found, "").map_err(|errno| failed(errno.into()))?;
+        let target = readlinkat(&found, "").doing(FOLLOWING).file(named)?;
         path = folder_of(&path).join(target);
     }
     let error = Error::new(Kind::InUse, "it was replaced while it was being opened").file(named);
@@ -63,7 +66,7 @@ fn refuse_foreign_links(named: &Path, old: &ImageFile) -> Result<()> {
 /// A damaged image is one all the same.
 fn refuse_other_files(old: &ImageFile) -> Result<()> {
     let remedy = "choose another name, or remove the file yourself";
-    let length = old.length().map_err(|error| Error::io("looking at the file", error).file(old.path()))?;
+    let length = old.length().doing("looking at the file").file(old.path())?;
     match look::identify_locked(old) {
         _ if length == 0 => Ok(()),
         Err(error) if error.kind() == Kind::NotVhdx => {

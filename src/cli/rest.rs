@@ -10,7 +10,7 @@ use uuid::Uuid;
 use vhdx_ublk::chain::Layer;
 use vhdx_ublk::device::session;
 use vhdx_ublk::disk::{Access, ImageFile, Reactor};
-use vhdx_ublk::error::Result;
+use vhdx_ublk::error::{Locate, Result};
 use vhdx_ublk::image::{Image, Mode};
 
 use super::holders;
@@ -43,8 +43,7 @@ impl AtRest {
     pub fn open(reactor: &Reactor, path: &Path, access: Access) -> Result<Self> {
         let file = Arc::new(lock(path, access)?);
         let disk = reactor.disk(file.clone());
-        let image = reactor.block_on(Image::open(&disk, Mode::ReadOnly, Uuid::new_v4));
-        let image = image.map_err(|error| error.file(file.path()))?;
+        let image = reactor.block_on(Image::open(&disk, Mode::ReadOnly, Uuid::new_v4)).file(file.path())?;
         session::refuse_orphan(&file, Some(&image))?;
         Ok(Self { file, image })
     }
@@ -61,8 +60,7 @@ const LOCK_WAIT: Duration = Duration::from_secs(1);
 /// [`vhdx_ublk::error::Kind::InUse`] if somebody has it, or a device of ours waits for its daemon to be replaced.
 pub fn lock(path: &Path, access: Access) -> Result<ImageFile> {
     let wait = if holders::is_served(path) { Duration::ZERO } else { LOCK_WAIT };
-    let file = ImageFile::open(path, access, wait);
-    let file = file.map_err(|error| holders::explain(error, path))?;
+    let file = ImageFile::open(path, access, wait).map_err(|error| holders::explain(error, path))?;
     holders::refuse_abandoned(&file, access)?;
     Ok(file)
 }

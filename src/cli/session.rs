@@ -2,11 +2,12 @@
 
 use std::path::PathBuf;
 
+use anyhow::Result;
 use serde::Serialize;
 
 use vhdx_ublk::device::registry::Listed;
 use vhdx_ublk::device::session::{self, Kept, KeptState};
-use vhdx_ublk::error::{Error, Kind, Result};
+use vhdx_ublk::error::{Error, Kind};
 
 use super::{holders, output, size};
 
@@ -132,13 +133,13 @@ impl List {
     fn run(&self) -> Result<()> {
         let rows = rows()?;
         if self.json {
-            return output::print_json(&rows);
+            return Ok(output::print_json(&rows)?);
         }
         if rows.is_empty() {
             return Ok(());
         }
         let cells = rows.iter().map(cells).collect::<Result<Vec<_>>>()?;
-        output::print(&output::table(["NAME", "STATE", "DEVICE", "MEMORY", "IMAGE"], &cells))
+        Ok(output::print(&output::table(["NAME", "STATE", "DEVICE", "MEMORY", "IMAGE"], &cells))?)
     }
 }
 
@@ -147,17 +148,11 @@ fn cells(row: &Row) -> Result<[String; 5]> {
     let or_none = |text: Option<String>| text.unwrap_or_else(|| "-".into());
     Ok([
         row.name.clone(),
-        word(row.state)?,
+        output::word(&row.state)?,
         or_none(device),
         size::human(row.memory),
         or_none(row.image.clone()),
     ])
-}
-
-/// The state's name, the same as in JSON.
-fn word(state: State) -> Result<String> {
-    let value = serde_json::to_value(state).map_err(|error| Error::io("naming a state", error.into()))?;
-    Ok(value.as_str().unwrap_or_default().to_owned())
 }
 
 impl Discard {
@@ -170,10 +165,13 @@ impl Discard {
             Ok(())
         });
         output::last_failure(outcomes)?;
-        if self.json { output::print_json(&gone) } else { Ok(()) }
+        if self.json {
+            output::print_json(&gone)?;
+        }
+        Ok(())
     }
 
-    fn discard(&self, name: &str, rows: &[Row]) -> Result<()> {
+    fn discard(&self, name: &str, rows: &[Row]) -> vhdx_ublk::error::Result<()> {
         let row = rows.iter().find(|row| row.name == name);
         if let Some(row) = row.filter(|row| !self.force && row.state.is_needed()) {
             let whose = row.device.as_ref().map_or("a daemon".into(), |device| device.display().to_string());
@@ -213,7 +211,7 @@ mod tests {
             "image": null, "memory": 8192, "version": 7,
         });
         assert_eq!(json, expected);
-        assert_eq!(word(State::Waiting).expect("a word"), "waiting");
+        assert_eq!(output::word(&State::Waiting).expect("a word"), "waiting");
         assert!(State::Waiting.is_needed() && !row.state.is_needed());
     }
 }

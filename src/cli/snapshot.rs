@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use vhdx_ublk::device::socket;
 use vhdx_ublk::device::stop::{self, Target};
 use vhdx_ublk::disk::folder_of;
-use vhdx_ublk::error::{Error, Kind, Result};
+use vhdx_ublk::error::{Doing, Error, Kind, Locate, Result};
 
 use super::{holders, output};
 
@@ -64,8 +64,7 @@ impl Snapshot {
 
 /// The path of a file that is not there yet, from the root.
 fn absolute(path: &Path) -> Result<PathBuf> {
-    let folder = fs::canonicalize(folder_of(path));
-    let folder = folder.map_err(|error| Error::io("finding the folder", error).file(path))?;
+    let folder = fs::canonicalize(folder_of(path)).doing("finding the folder").file(path)?;
     let name =
         path.file_name().ok_or_else(|| Error::new(Kind::Usage, "the new image has no name").file(path))?;
     Ok(folder.join(name))
