@@ -14,6 +14,7 @@
 //! * `cli`: one file per command.
 
 pub mod chain;
+pub mod design;
 pub mod device;
 pub mod disk;
 pub mod engine;
