@@ -21,7 +21,7 @@ use std::sync::Arc;
 use super::drain::Drain;
 use super::message::{Ask, ToEngine, ToFront};
 use super::port::{FileIo, FileOp, LEAF, MAX_WRITE_ZEROS, PieceId, Port};
-use super::run::{Run, Source, shows_parents, to_unmap};
+use super::run::{Run, Source, first_to_unmap, shows_parents};
 use super::shared::{Session, Shared};
 use super::{is_refusal, told};
 use crate::simulation::{Plant, planted};
@@ -381,11 +381,14 @@ impl Front {
 
     fn step_discard<P: Port>(&mut self, tag: u16, port: &mut P) -> Step {
         if self.shared.fixed {
-            self.slots[usize::from(tag)].cursor = self.slots[usize::from(tag)].end();
-            return Step::Again;
+            return self.pass_over(tag, self.shared.geometry().block_count());
         }
         if let Some(blocks) = self.whole_blocks(tag) {
             return self.unmap(tag, blocks, false, port);
+        }
+        let (block, _) = self.blocks_ahead(tag);
+        if self.shared.map.first_set(block..block + 1) > block {
+            return self.pass_over(tag, block + 1);
         }
         let run = self.part(tag);
         let punches = run.is_present() && u64::from(run.length) >= MIN_PUNCH_BYTES;
@@ -441,19 +444,14 @@ impl Front {
     /// before this one or after it.
     fn unmap<P: Port>(&mut self, tag: u16, blocks: Range<u64>, define_absent: bool, port: &mut P) -> Step {
         let mut looks = MAX_LOOKS;
-        let first = blocks.clone().find(|&block| {
-            looks = looks.saturating_sub(1);
-            looks == 0 || to_unmap(&self.shared, block, define_absent, &mut looks)
-        });
+        let first = first_to_unmap(&self.shared, blocks.clone(), define_absent, &mut looks);
         if first.is_some()
             && let Some(step) = self.await_session(tag, port)
         {
             return step;
         }
-        let slot = &mut self.slots[usize::from(tag)];
-        slot.cursor = slot.end().min(blocks.end * self.shared.geometry().block_size());
-        slot.asks = 0;
-        let Some(first) = first else { return Step::Again };
+        let passed = self.pass_over(tag, blocks.end);
+        let Some(first) = first else { return passed };
         self.ask(tag, Ask::Unmap { first, count: blocks.end - first, define_absent }, port);
         Step::Wait
     }
@@ -548,6 +546,14 @@ impl Front {
         let first = self.shared.geometry().block_of_offset(slot.cursor);
         let last = self.shared.geometry().block_of_offset(slot.end() - 1);
         (first, last - first + 1)
+    }
+
+    /// Nothing needs doing in the blocks before `block`.
+    fn pass_over(&mut self, tag: u16, block: u64) -> Step {
+        let slot = &mut self.slots[usize::from(tag)];
+        slot.cursor = slot.end().min(block * self.shared.geometry().block_size());
+        slot.asks = 0;
+        Step::Again
     }
 
     /// Nothing needs doing for `run`.

@@ -1,5 +1,7 @@
 //! Where the bytes of a virtual range are: in one of the chain's files, or nowhere.
 
+use std::ops::Range;
+
 use super::port::LEAF;
 use super::shared::Shared;
 use crate::format::bat::PayloadState;
@@ -118,6 +120,30 @@ pub(super) fn to_unmap(shared: &Shared, block: u64, define_absent: bool, looks: 
             shows_parents(shared, block, looks) && !planted(Plant::KeepParents)
         }
         _ => false,
+    }
+}
+
+/// The first of `blocks` of which [`to_unmap`] is true.
+pub(super) fn first_to_unmap(
+    shared: &Shared,
+    blocks: Range<u64>,
+    define_absent: bool,
+    looks: &mut u32,
+) -> Option<u64> {
+    let absent_stay = !define_absent && !shared.geometry().is_differencing();
+    let mut block = blocks.start;
+    loop {
+        if absent_stay {
+            block = shared.map.first_set(block..blocks.end);
+        }
+        if block == blocks.end {
+            return None;
+        }
+        *looks = looks.saturating_sub(1);
+        if *looks == 0 || to_unmap(shared, block, define_absent, looks) {
+            return Some(block);
+        }
+        block += 1;
     }
 }
 

@@ -260,6 +260,13 @@ impl Geometry {
         (index < self.chunk_ratio() && block < self.block_count()).then_some(block)
     }
 
+    /// The first payload block whose slot is `slot` or behind it; past the disk's last if there is none.
+    pub fn first_block_from(&self, slot: u64) -> u64 {
+        // The slot behind a bitmap's is the next chunk's first.
+        let (chunk, index) = (slot / (self.chunk_ratio() + 1), slot % (self.chunk_ratio() + 1));
+        (chunk << self.ratio_shift) + index
+    }
+
     /// The `slots` in order, and what each is for.
     pub fn walk(&self, slots: Range<u64>) -> impl Iterator<Item = (u64, Role)> {
         let (ratio, blocks) = (self.chunk_ratio(), self.block_count());
@@ -448,6 +455,7 @@ mod tests {
         assert_eq!(geometry.bitmap_slot(1), 4097);
         assert_eq!(geometry.slot_count(), 4098);
         assert_eq!(geometry.block_of_slot(2048), None);
+        assert_eq!([2047, 2048, 2049].map(|slot| geometry.first_block_from(slot)), [2047, 2048, 2048]);
         assert_eq!(geometry.block_of_slot(2049), Some(2048));
         assert_eq!(geometry.block_of_slot(4098), None);
     }

@@ -18,6 +18,9 @@ use crate::format::bat::{BatEntry, BitmapState, ENTRY_SIZE, Geometry, Role};
 /// Slots in one 4096-byte BAT page.
 pub const SLOTS_PER_PAGE: u64 = (PAGE_BYTES / size_of::<u64>()) as u64;
 
+/// BAT pages that one word has bits for.
+const PAGES_PER_WORD: usize = u64::BITS as usize;
+
 /// In memory only: the entry that logged this word has been synced.
 const DURABLE: u64 = 1 << 3;
 
@@ -36,6 +39,8 @@ pub struct BlockMap {
     memory: SessionMemory,
     bitmaps: Arc<SectorBitmaps>,
     geometry: Geometry,
+    /// One bit per BAT page: whether any of its slots may ever have been set.
+    set_pages: Box<[AtomicU64]>,
     /// How long the file surely is, bytes.
     file_bytes: AtomicU64,
 }
@@ -46,13 +51,36 @@ impl BlockMap {
         Self::over(SessionMemory::private(&geometry), geometry)
     }
 
-    /// The map that is in `memory`.
+    /// A map in which no slot is set, in fresh `memory`.
     ///
     /// # Panics
     /// If the memory was made for another geometry.
     pub(super) fn over(memory: SessionMemory, geometry: Geometry) -> Self {
         assert!(memory.fits(&geometry), "memory made for another disk");
-        Self { bitmaps: memory.bitmaps(&geometry), memory, geometry, file_bytes: AtomicU64::new(0) }
+        let words = index(geometry.slot_count().div_ceil(SLOTS_PER_PAGE)).div_ceil(PAGES_PER_WORD);
+        Self {
+            bitmaps: memory.bitmaps(&geometry),
+            memory,
+            geometry,
+            set_pages: (0..words).map(|_| AtomicU64::new(0)).collect(),
+            file_bytes: AtomicU64::new(0),
+        }
+    }
+
+    /// The map that a killed process has left in `memory`.
+    ///
+    /// # Panics
+    /// If the memory was made for another geometry.
+    pub(super) fn left_in(memory: SessionMemory, geometry: Geometry) -> Self {
+        let map = Self::over(memory, geometry);
+        for page in 0..map.page_count() {
+            let slots = map.page_slots(page);
+            let mut words = map.memory.slots()[index(slots.start)..index(slots.end)].iter();
+            if words.any(|word| word.load(Ordering::Relaxed) != 0) {
+                map.note_set(slots.start);
+            }
+        }
+        map
     }
 
     /// How long the file surely is, bytes: what is missing of them has been lost. Behind them blocks read as zeros.
@@ -88,16 +116,25 @@ impl BlockMap {
         Mapping { entry: BatEntry(word & !DURABLE), durable: word & DURABLE != 0 }
     }
 
+    /// The first of `blocks` whose slot may be set, their end if there is none. Pages that never had a slot set are
+    /// passed over by their bit: reading 4 GiB of an empty disk's map would give it 8 pages of memory.
+    pub fn first_set(&self, blocks: Range<u64>) -> u64 {
+        let mut block = blocks.start;
+        while block < blocks.end && !self.is_set(self.page_of(block)) {
+            block = self.geometry.first_block_from((self.page_of(block) + 1) * SLOTS_PER_PAGE);
+        }
+        block.min(blocks.end)
+    }
+
     /// Publishes a new mapping of payload block `block`, not yet durable. Engine only.
     pub fn publish(&self, block: u64, entry: BatEntry) {
         assert_eq!(entry.0 & DURABLE, 0, "reserved bits never reach the map");
-        self.memory.slots()[index(self.geometry.payload_slot(block))].store(entry.0, Ordering::Release);
+        self.store(self.geometry.payload_slot(block), entry.0);
     }
 
     /// Publishes where the sector bitmap of `chunk` lies. Engine only.
     pub fn publish_bitmap(&self, chunk: u64, file_offset: u64) {
-        let slot = index(self.geometry.bitmap_slot(chunk));
-        self.memory.slots()[slot].store(BatEntry::present(file_offset).0, Ordering::Release);
+        self.store(self.geometry.bitmap_slot(chunk), BatEntry::present(file_offset).0);
     }
 
     /// Where the sector bitmap of `chunk` lies in the file, if there is one.
@@ -117,25 +154,23 @@ impl BlockMap {
 
     /// Takes over the slots from `first` on as the file has them, durable by that. For opening only.
     pub fn restore(&self, first: u64, words: &[[u8; ENTRY_SIZE]]) {
-        let slots = &self.memory.slots()[index(first)..][..words.len()];
         let roles = self.geometry.walk(first..first + words.len() as u64);
-        for ((slot, word), (_, role)) in slots.iter().zip(words).zip(roles) {
+        for (word, (slot, role)) in words.iter().zip(roles) {
             let word = u64::from_le_bytes(*word);
             let durable = if matches!(role, Role::Bitmap(_)) { 0 } else { DURABLE };
             // A store of zeros would take memory.
             if word != 0 {
-                slot.store(word | durable, Ordering::Relaxed);
+                self.store(slot, word | durable);
             }
         }
     }
 
     /// Takes over what `other`, a map of the same disk, has in `slots`. For opening only.
     pub(super) fn take_over(&self, other: &Self, slots: Range<u64>) {
-        let slots = index(slots.start)..index(slots.end);
-        for (mine, others) in self.memory.slots()[slots.clone()].iter().zip(&other.memory.slots()[slots]) {
-            let word = others.load(Ordering::Relaxed);
+        for slot in slots {
+            let word = other.memory.slots()[index(slot)].load(Ordering::Relaxed);
             if word != 0 {
-                mine.store(word, Ordering::Relaxed);
+                self.store(slot, word);
             }
         }
     }
@@ -176,6 +211,23 @@ impl BlockMap {
         }
     }
 
+    /// The bit comes before the word, so that whoever has seen the word sees the bit.
+    fn store(&self, slot: u64, word: u64) {
+        self.note_set(slot);
+        self.memory.slots()[index(slot)].store(word, Ordering::Release);
+    }
+
+    fn note_set(&self, slot: u64) {
+        let page = index(slot / SLOTS_PER_PAGE);
+        self.set_pages[page / PAGES_PER_WORD].fetch_or(1 << (page % PAGES_PER_WORD), Ordering::Release);
+    }
+
+    fn is_set(&self, page: u64) -> bool {
+        let page = index(page);
+        let word = self.set_pages[page / PAGES_PER_WORD].load(Ordering::Acquire);
+        word & (1 << (page % PAGES_PER_WORD)) != 0
+    }
+
     fn page_slots(&self, page: u64) -> Range<u64> {
         assert!(page < self.page_count(), "page {page} is past the BAT");
         page * SLOTS_PER_PAGE..((page + 1) * SLOTS_PER_PAGE).min(self.geometry.slot_count())
@@ -191,4 +243,48 @@ impl BlockMap {
 #[inline]
 fn index(slot: u64) -> usize {
     usize::try_from(slot).expect("64-bit hosts only")
+}
+
+#[cfg(test)]
+mod tests {
+    use fastrand::Rng;
+
+    use super::*;
+    use crate::format::MIB;
+
+    /// Blocks that are in no page ever set are passed over, and no block that is set.
+    #[test]
+    fn the_first_set_block_is_never_passed_over() {
+        let mut rng = Rng::with_seed(1);
+        let mut passed = 0;
+        for (block_mib, differencing) in [(1, false), (1, true), (32, false), (256, true)] {
+            let bytes = u64::from(block_mib) * MIB;
+            let geometry = Geometry::new(20_000 * bytes, block_mib << 20, 512, differencing);
+            let map = BlockMap::empty(geometry);
+            for round in 0..200 {
+                let start = rng.u64(..geometry.block_count());
+                let blocks = start..rng.u64(start..=geometry.block_count());
+                let first = map.first_set(blocks.clone());
+                assert!((blocks.start..=blocks.end).contains(&first), "{first} of {blocks:?}");
+                assert!((blocks.start..first).all(|block| map.load(block).entry == BatEntry(0)));
+                passed += first - blocks.start;
+                if round % 20 == 0 {
+                    map.publish(rng.u64(..geometry.block_count()), BatEntry::present(MIB));
+                }
+            }
+        }
+        assert!(passed > 100_000, "only {passed} blocks were passed over");
+    }
+
+    /// A successor finds the blocks that a killed process has set.
+    #[test]
+    fn what_a_killed_process_has_set_is_found() {
+        let geometry = Geometry::new(1 << 40, 1 << 20, 512, false);
+        let map = BlockMap::empty(geometry);
+        map.publish(777_777, BatEntry::present(MIB));
+        let left = BlockMap::left_in(map.memory().clone(), geometry);
+        let first = left.first_set(0..geometry.block_count());
+        assert_eq!(left.page_of(first), left.page_of(777_777));
+        assert_eq!(left.first_set(first..777_778), first);
+    }
 }

@@ -108,7 +108,7 @@ impl Image {
         })?;
         memory.settle(image.header.header.file_write_guid);
         let geometry = *image.map.geometry();
-        let map = BlockMap::over(memory, geometry);
+        let map = BlockMap::left_in(memory, geometry);
         map.set_file_bytes(image.map.file_bytes());
         for slot in geometry.walk(0..geometry.slot_count()) {
             image.reconcile(slot, &map)?;
