@@ -13,9 +13,9 @@ use super::opened::Opened;
 use super::options::Parameters;
 use super::session::SessionFile;
 use crate::disk::{ImageFile, Reactor, UringDisk};
-use crate::engine::Engine;
 use crate::engine::local::Spawn;
 use crate::engine::shared::Session;
+use crate::engine::{Engine, Setup};
 use crate::error::{Error, Kind, Result};
 use crate::image::Image;
 
@@ -40,7 +40,8 @@ pub(super) fn open_served(
 ) -> Result<Serving> {
     let (file_write_guid, disk_id) = (image.header.header.file_write_guid, image.metadata.disk_id);
     let (disk, tasks): (_, Rc<dyn Spawn>) = (reactor.disk(file.clone()), reactor.executor().clone());
-    let engine = Engine::new(image, disk, parents, tasks, fronts.clone(), Box::new(Uuid::new_v4));
+    let (fronts, guids) = (fronts.clone(), Box::new(Uuid::new_v4));
+    let engine = Engine::new(Setup { image, disk, parents, tasks, fronts, guids });
     let engine = engine.map_err(|error| error.file(file.path()))?;
     let (shared, recoverable) = (engine.shared().clone(), session.is_some());
     let opened = Opened { shared, parameters, file_write_guid, recoverable, parents: parent_files };

@@ -18,7 +18,7 @@ impl<D: Disk + 'static> Engine<D> {
     /// Gives every block of `first..first + count` space; an allocation in progress is joined.
     pub(super) async fn allocate(self: &Rc<Self>, first: u64, count: u64) -> Outcome {
         for block in first..first + count {
-            self.block_locks.exclusively(block, self.allocate_block(block)).await?;
+            self.turns.blocks.exclusively(block, self.allocate_block(block)).await?;
         }
         self.start_cycle_if_due();
         Ok(())
@@ -40,7 +40,7 @@ impl<D: Disk + 'static> Engine<D> {
             self.count(|counters| counters.fills += 1);
             self.fill(block, extent).await.inspect_err(|_| self.space.borrow_mut().free(extent, false))?;
             if !planted(Plant::SkipFillSync) {
-                self.payloads.update(|count| count + 1);
+                self.durability.payload_written();
             }
         }
         self.check_poison()?;
@@ -66,7 +66,7 @@ impl<D: Disk + 'static> Engine<D> {
             if !planted(Plant::SkipZeroFill) {
                 self.zero_grant(grant.extent).await?;
             }
-            self.payloads.update(|count| count + 1);
+            self.durability.payload_written();
         }
         Ok(grant.extent)
     }
@@ -83,10 +83,10 @@ impl<D: Disk + 'static> Engine<D> {
     pub(super) fn remap(self: &Rc<Self>, block: u64, new: BatEntry) {
         let old = self.shared.map.load(block).entry;
         self.shared.map.publish(block, new);
-        self.dirty.borrow_mut().insert(Page::Bat(self.shared.map.page_of(block)));
+        self.dirty.mark(Page::Bat(self.shared.map.page_of(block)));
         if let Some(extent) = self.space_of(old) {
             self.count(|counters| counters.unmapped += 1);
-            self.quarantine.borrow_mut().add(extent);
+            self.reclaim.lost(extent);
         }
     }
 
@@ -102,7 +102,7 @@ impl<D: Disk + 'static> Engine<D> {
         if let Some(grant) = self.take_space(length) {
             return Ok(grant);
         }
-        let turn = self.grow_turn.enter().await;
+        let turn = self.turns.growth.enter().await;
         if let Some(grant) = self.take_space(length) {
             return Ok(grant);
         }
@@ -123,7 +123,7 @@ impl<D: Disk + 'static> Engine<D> {
 
     /// Extends the file generously, or at least by `length`.
     async fn grow_for(self: &Rc<Self>, length: u64) -> Outcome {
-        let end = self.file_length.get().next_multiple_of(MIB);
+        let end = self.durability.file_length().next_multiple_of(MIB);
         let step = (end / 8).clamp(MIN_GROW_STEP_BYTES, MAX_GROW_STEP_BYTES).next_multiple_of(MIB);
         match self.grow_to(end + length.max(step)).await {
             Err(libc::ENOSPC) if length < step => self.grow_to(end + length).await,
@@ -133,7 +133,7 @@ impl<D: Disk + 'static> Engine<D> {
 
     /// Extends the file to `length` bytes.
     pub(super) async fn grow_to(self: &Rc<Self>, length: u64) -> Outcome {
-        assert!(length > self.file_length.get() && length.is_multiple_of(MIB), "growing to {length}");
+        assert!(length.is_multiple_of(MIB), "growing to {length}");
         if length > crate::image::MAX_FILE_BYTES {
             return Err(libc::ENOSPC);
         }
@@ -142,7 +142,7 @@ impl<D: Disk + 'static> Engine<D> {
             other => told(other),
         })?;
         self.count(|counters| counters.grows += 1);
-        self.file_length.set(length);
+        self.durability.grown(length);
         self.shared.map.set_file_bytes(length);
         self.space.borrow_mut().extend(length);
         Ok(())

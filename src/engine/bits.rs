@@ -36,7 +36,7 @@ impl<D: Disk + 'static> Engine<D> {
 
     /// Gives `chunk` a bitmap, all clear, if it has none. Whether it was given one just now.
     async fn begin_bitmap(self: &Rc<Self>, chunk: u64) -> Outcome<bool> {
-        let turn = self.bitmap_turn.enter().await;
+        let turn = self.turns.bitmaps.enter().await;
         let map = &self.shared.map;
         let begins = map.bitmap_place(chunk).is_none();
         if begins {
@@ -49,12 +49,12 @@ impl<D: Disk + 'static> Engine<D> {
             self.check_poison()?;
             self.count(|counters| counters.bitmaps += 1);
             map.publish_bitmap(chunk, extent.offset);
-            self.dirty.borrow_mut().insert(Page::Bat(map.page_of_bitmap(chunk)));
-            self.begun_bitmaps.borrow_mut().insert(chunk);
+            self.dirty.mark(Page::Bat(map.page_of_bitmap(chunk)));
+            self.dirty.bitmap_begun(chunk);
         }
-        if self.begun_bitmaps.borrow().contains(&chunk) && !planted(Plant::EarlyReliance) {
+        if self.dirty.is_bitmap_unnamed(chunk) && !planted(Plant::EarlyReliance) {
             self.flush().await?;
-            self.begun_bitmaps.borrow_mut().remove(&chunk);
+            self.dirty.bitmap_named(chunk);
         }
         drop(turn);
         Ok(begins)
@@ -78,8 +78,7 @@ impl<D: Disk + 'static> Engine<D> {
     /// The cycle closes its set: pages whose bits have changed belong to it, and blocks of which all sectors have
     /// come to be there.
     pub(super) fn take_bits(&self) {
-        for page in self.shared.marks.take() {
-            self.dirty.borrow_mut().insert(page);
+        for page in self.dirty.take_marked() {
             if let Page::Bitmap { chunk, page } = page {
                 self.promote_blocks(chunk, page);
             }
@@ -90,7 +89,7 @@ impl<D: Disk + 'static> Engine<D> {
     /// sectors whose bits were set after the set was closed.
     pub(super) fn copy_bits(&self, chunk: u64, page: u64) -> Box<[u8; PAGE_BYTES]> {
         if !planted(Plant::SkipBitsSync) {
-            self.payloads.update(|count| count + 1);
+            self.durability.payload_written();
         }
         self.shared.map.bitmaps().copy_page(chunk, page)
     }
@@ -109,15 +108,10 @@ impl<D: Disk + 'static> Engine<D> {
             let partial = entry.payload_state() == Some(PayloadState::PartiallyPresent);
             if partial && (map.bitmaps().is_full(geometry, block) || planted(Plant::EarlyPromotion)) {
                 self.count(|counters| counters.promotions += 1);
-                self.payloads.update(|count| count + 1);
+                self.durability.payload_written();
                 map.publish(block, BatEntry::present(entry.offset()));
-                self.dirty.borrow_mut().insert(Page::Bat(map.page_of(block)));
+                self.dirty.mark(Page::Bat(map.page_of(block)));
             }
         }
-    }
-
-    /// How many pages the next cycle will have to log, about.
-    pub(super) fn dirty_pages(&self) -> usize {
-        self.dirty.borrow().len() + self.shared.marks.count()
     }
 }

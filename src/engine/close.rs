@@ -5,7 +5,6 @@
 
 use std::rc::Rc;
 
-use super::local::Promise;
 use super::shared::Session;
 use super::{Engine, Outcome, errno};
 use crate::disk::Disk;
@@ -56,20 +55,17 @@ impl<D: Disk + 'static> Engine<D> {
     }
 
     async fn end(self: &Rc<Self>) {
-        let ended = Promise::default();
-        *self.closing.borrow_mut() = Some(ended.clone());
-        self.commit_bell.ring();
-        ended.wait().await;
+        self.commits.close().wait().await;
     }
 
     async fn close_session(self: &Rc<Self>) -> Outcome {
         self.reclaim().await?;
-        assert!(self.dirty_pages() == 0, "nobody dirties pages while closing");
+        assert!(self.dirty.count() == 0, "nobody dirties pages while closing");
         self.await_applied().await?;
         self.sync().await?;
-        if self.log.borrow().is_some() {
+        if self.journal.is_active() {
             self.update_headers(|header| header.log_guid = uuid::Uuid::nil()).await?;
-            *self.log.borrow_mut() = None;
+            self.journal.end();
         }
         Ok(())
     }
@@ -78,11 +74,11 @@ impl<D: Disk + 'static> Engine<D> {
     async fn trim(self: &Rc<Self>) -> Outcome {
         let punched = !planted(Plant::KeepLeaks) && self.give_leaks_back().await;
         let end = self.space.borrow().used_end();
-        let longer = end < self.file_length.get();
+        let longer = end < self.durability.file_length();
         if longer {
             self.shared.map.set_file_bytes(end);
             self.disk.truncate(end).await.map_err(|error| errno(&error))?;
-            self.file_length.set(end);
+            self.durability.shortened(end);
         }
         if punched || longer { self.sync().await } else { Ok(()) }
     }

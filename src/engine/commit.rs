@@ -18,23 +18,13 @@
 use std::collections::VecDeque;
 use std::rc::Rc;
 
-use super::local::Promise;
-use super::log::{Placement, cycle_threshold, round_pages};
+use super::log::{LogSpace, Placement, cycle_threshold, round_pages};
+use super::round::{PageCopy, Round};
 use super::{Engine, Outcome};
 use crate::disk::{Buffer, Disk, PAGE_BYTES};
 use crate::format::log::{Change, NewEntry};
 use crate::image::Page;
 use crate::simulation::{Plant, planted};
-
-/// Copies of the pages that one sync makes durable.
-pub(super) struct Round {
-    pages: Vec<PageCopy>,
-}
-
-struct PageCopy {
-    page: Page,
-    bytes: Box<[u8; PAGE_BYTES]>,
-}
 
 impl<D: Disk + 'static> Engine<D> {
     /// Makes everything acknowledged before this call durable.
@@ -42,21 +32,18 @@ impl<D: Disk + 'static> Engine<D> {
     /// # Errors
     /// A positive `errno`; the device is poisoned then.
     pub async fn flush(self: &Rc<Self>) -> Outcome {
-        let done = Promise::default();
-        self.flush_waiters.borrow_mut().push(done.clone());
-        self.commit_bell.ring();
-        done.wait().await
+        self.commits.join().wait().await
     }
 
     /// Enough dirty pages start a cycle of their own, so that a later flush stays bounded.
     pub(super) fn start_cycle_if_due(&self) {
         if self.cycle_is_due() {
-            self.commit_bell.ring();
+            self.commits.ring();
         }
     }
 
     fn cycle_is_due(&self) -> bool {
-        self.dirty_pages() >= cycle_threshold(self.layout.log.length)
+        self.dirty.count() >= cycle_threshold(self.layout.log.length)
     }
 
     /// Runs cycles whenever somebody waits for one or one is due, until the engine closes.
@@ -64,45 +51,33 @@ impl<D: Disk + 'static> Engine<D> {
         loop {
             // A cycle that nobody waits for and that failed is not repeated before somebody rings again.
             let mut going_on = true;
-            while !self.flush_waiters.borrow().is_empty()
+            while self.commits.has_waiters()
                 || (going_on && self.cycle_is_due() && self.check_poison().is_ok())
             {
                 going_on = self.cycle().await.is_ok();
             }
-            if let Some(ended) = &*self.closing.borrow() {
+            if let Some(ended) = self.commits.closing() {
                 return ended.keep(());
             }
-            self.commit_bell.wait().await;
+            self.commits.rung().await;
         }
     }
 
     async fn cycle(self: &Rc<Self>) -> Outcome {
-        let mut waiters = std::mem::take(&mut *self.flush_waiters.borrow_mut());
+        let mut waiters = self.commits.take_waiters();
         self.take_bits();
-        let set: VecDeque<Page> = self.dirty.borrow().iter().copied().collect();
-        let batch = self.quarantine.borrow_mut().close_batch();
+        let set = self.dirty.close();
+        let batch = self.reclaim.close_batch();
         if planted(Plant::EarlyFlush) {
             waiters.drain(..).for_each(|waiter| waiter.keep(Ok(())));
         }
         self.send_barrier();
         let outcome = self.commit(set).await;
-        match (outcome, batch) {
-            (Ok(()), Some(batch)) => {
-                self.quarantine.borrow_mut().batch_durable(batch);
-                self.start(|engine| async move { engine.release_quarantine().await });
-            }
-            (Ok(()), None) => {}
-            (Err(_), batch) => {
-                let unlogged = std::mem::take(&mut *self.being_logged.borrow_mut());
-                if !planted(Plant::ForgetRefusedPages) {
-                    self.dirty.borrow_mut().extend(unlogged);
-                }
-                if let Some(batch) = batch {
-                    self.quarantine.borrow_mut().reopen_batch(batch);
-                }
-                // Whoever waits for quarantined space would wait for ever.
-                self.released_bell.ring();
-            }
+        if outcome.is_err() {
+            self.dirty.give_back();
+        }
+        if self.reclaim.end_batch(batch, outcome.is_ok()) {
+            self.start(|engine| async move { engine.release_quarantine().await });
         }
         for waiter in waiters {
             waiter.keep(outcome);
@@ -117,22 +92,24 @@ impl<D: Disk + 'static> Engine<D> {
             return self.sync().await;
         }
         self.settle_headers().await?;
-        if self.log.borrow().is_none() {
+        if !self.journal.is_active() {
             self.begin_log().await?;
         }
         self.count(|counters| counters.commits += 1);
         let mut next = self.copy_round(&mut set);
-        if self.unsynced_payload() {
+        if next.as_ref().is_some_and(|round| self.must_sync_before(round)) {
             self.sync().await?;
         }
         while let Some(round) = next {
             self.make_room(&round).await?;
             self.log_round(&round).await?;
+            let logged = self.durability.epoch();
             next = self.copy_round(&mut set);
             if planted(Plant::ApplyBeforeLog) {
                 self.write_in_place(&round).await?;
             }
             self.sync().await?;
+            assert!(self.durability.is_durable(logged), "pages go in place once their entry is durable");
             self.round_is_durable(&round);
             self.start_applying(round);
         }
@@ -143,17 +120,25 @@ impl<D: Disk + 'static> Engine<D> {
     fn copy_round(&self, set: &mut VecDeque<Page>) -> Option<Round> {
         let count = set.len().min(round_pages(self.layout.log.length));
         let pages = set.drain(..count).map(|page| {
-            self.dirty.borrow_mut().remove(&page);
-            self.being_logged.borrow_mut().insert(page);
+            self.dirty.begin_logging(page);
             PageCopy { page, bytes: self.copy_page(page) }
         });
         let pages: Vec<PageCopy> = pages.collect();
-        (!pages.is_empty()).then_some(Round { pages })
+        let relies_on = self.durability.reliance(self.space.borrow().used_end());
+        (!pages.is_empty()).then_some(Round { pages, relies_on })
+    }
+
+    /// Whether the round's entries would name what a power cut may take: old bytes would show in a block, or the file
+    /// would end before it.
+    fn must_sync_before(&self, round: &Round) -> bool {
+        let payload = self.durability.covers_payload(round.relies_on) || planted(Plant::SkipRecyclingSync);
+        let length = self.durability.covers_length(round.relies_on) || planted(Plant::SkipGrowthSync);
+        !(payload && length)
     }
 
     /// A log without room for the round starts again, once everything in it is in place.
     async fn make_room(self: &Rc<Self>, round: &Round) -> Outcome {
-        if self.log.borrow().as_ref().is_some_and(|log| log.fits(round.pages.len())) {
+        if self.journal.has_room(round.pages.len()) {
             return Ok(());
         }
         if !planted(Plant::StartAgainEarly) {
@@ -164,12 +149,10 @@ impl<D: Disk + 'static> Engine<D> {
 
     /// Waits until the newest round is in place. If the host had no room for it, it is tried again, once.
     pub(super) async fn await_applied(self: &Rc<Self>) -> Outcome {
-        let applied = self.applied.borrow().clone();
-        let outcome = applied.wait().await;
-        let Some(refused) = self.refused_round.take() else { return outcome };
+        let outcome = self.journal.applied().await;
+        let Some(refused) = self.journal.take_refused() else { return outcome };
         self.start_applying(refused);
-        let applied = self.applied.borrow().clone();
-        applied.wait().await
+        self.journal.applied().await
     }
 
     /// Writes the round's entries, and waits until the round before it is in place, which the next sync confirms.
@@ -179,7 +162,7 @@ impl<D: Disk + 'static> Engine<D> {
             outcome = self.await_applied().await;
         }
         if outcome.is_err() {
-            self.log.borrow_mut().as_mut().expect("the log is active").withdraw_round();
+            self.journal.active(LogSpace::withdraw_round);
         }
         outcome
     }
@@ -187,11 +170,7 @@ impl<D: Disk + 'static> Engine<D> {
     /// Places the round's entries and writes them. Not before the sync of the round before this one has
     /// completed: only then is the space that this round may take known to be free.
     async fn write_entries(self: &Rc<Self>, round: &Round) -> Outcome {
-        let (tail, placements) = {
-            let mut log = self.log.borrow_mut();
-            let log = log.as_mut().expect("the log is active");
-            (log.tail(), log.place_round(round.pages.len()))
-        };
+        let (tail, placements) = self.journal.active(|log| (log.tail(), log.place_round(round.pages.len())));
         let mut pages = round.pages.iter();
         for placement in &placements {
             let changes = pages.by_ref().take(placement.pages).map(|copy| Change::Data {
@@ -215,35 +194,30 @@ impl<D: Disk + 'static> Engine<D> {
     }
 
     fn encode_entry(&self, tail: u64, placement: &Placement, changes: &[Change]) -> (u64, Buffer) {
-        let log = self.log.borrow();
-        let log = log.as_ref().expect("the log is active");
+        let (guid, log) = self.journal.active(|log| (log.guid, log.offset));
         let entry = NewEntry {
             sequence_number: placement.sequence,
             tail: u32::try_from(tail).expect("a log has at most 1 GiB"),
-            log_guid: log.guid,
+            log_guid: guid,
             flushed_file_offset: self.flushed_file_offset(),
             last_file_offset: self.last_file_offset(),
             changes,
         };
-        (log.offset + placement.position, Buffer::copy_of(&entry.encode()))
+        (log + placement.position, Buffer::copy_of(&entry.encode()))
     }
 
     fn round_is_durable(&self, round: &Round) {
-        self.log.borrow_mut().as_mut().expect("the log is active").round_synced();
+        self.journal.active(LogSpace::round_synced);
         for copy in &round.pages {
-            self.being_logged.borrow_mut().remove(&copy.page);
+            self.dirty.logged(copy.page);
             if let Page::Bat(page) = copy.page {
                 self.shared.map.mark_durable(page, &copy.bytes);
-            }
-            if planted(Plant::LateMark) {
-                self.dirty.borrow_mut().remove(&copy.page);
             }
         }
     }
 
     fn start_applying(self: &Rc<Self>, round: Round) {
-        let done = Promise::default();
-        *self.applied.borrow_mut() = done.clone();
+        let done = self.journal.begin_applying();
         self.start(|engine| async move { done.keep(engine.apply(round).await) });
     }
 
@@ -251,14 +225,12 @@ impl<D: Disk + 'static> Engine<D> {
         if let Err(errno) = self.write_in_place(&round).await
             && !planted(Plant::ForgetRefusedRound)
         {
-            self.refused_round.replace(Some(round));
+            self.journal.refuse(round);
             return Err(errno);
         }
-        let mut log = self.log.borrow_mut();
-        let log = log.as_mut().expect("the log is active");
-        log.round_applied();
+        self.journal.active(LogSpace::round_applied);
         if planted(Plant::TailBeforeSync) {
-            log.newest_applied().into_iter().for_each(|round| log.settle(round));
+            self.journal.confirm_applied(self.journal.newest_applied());
         }
         Ok(())
     }

@@ -15,7 +15,7 @@ impl<D: Disk + 'static> Engine<D> {
     /// durable in the other. Either way the slot that was refused may be torn, and is written first the next time:
     /// never is the other one, which is whole, at risk before that.
     pub(super) async fn update_headers(self: &Rc<Self>, change: impl FnOnce(&mut Header)) -> Outcome {
-        let turn = self.header_turn.enter().await;
+        let turn = self.turns.headers.enter().await;
         let outcome = self.write_headers(change).await;
         drop(turn);
         outcome

@@ -124,16 +124,16 @@ impl LogSpace {
         }
     }
 
-    /// The newest round that is in place now, all older ones included; a sync issued now settles until there.
+    /// The newest round that is in place now, all older ones included; a sync issued now confirms them.
     pub fn newest_applied(&self) -> Option<u64> {
         self.live.iter().take_while(|round| round.applied).last().map(|round| round.id)
     }
 
     /// A sync issued after round `newest` was applied has completed.
-    pub fn settle(&mut self, newest: u64) {
+    pub fn confirm_applied(&mut self, newest: u64) {
         while self.live.front().is_some_and(|round| round.id <= newest) {
             let round = self.live.pop_front().expect("just seen");
-            assert!(round.applied, "only applied rounds settle");
+            assert!(round.applied, "only rounds in place are confirmed");
         }
     }
 
@@ -196,7 +196,7 @@ mod tests {
                     let settled = log.newest_applied();
                     log.round_synced();
                     if let Some(round) = settled {
-                        log.settle(round);
+                        log.confirm_applied(round);
                     }
                     assert!(!log.is_settled(), "a round is not in place yet");
                     log.round_applied();
@@ -204,7 +204,7 @@ mod tests {
                 }
                 assert!(rounds >= 3, "{rounds} rounds in a log of {length} bytes");
                 assert!(log.spares_first_sector());
-                log.settle(log.newest_applied().expect("the last round is in place"));
+                log.confirm_applied(log.newest_applied().expect("the last round is in place"));
                 assert!(log.is_settled());
             }
         }

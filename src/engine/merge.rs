@@ -22,7 +22,7 @@ use uuid::Uuid;
 
 use super::local::Spawn;
 use super::message::ToFront;
-use super::{Engine, Fronts, Outcome, Parent};
+use super::{Engine, Fronts, Outcome, Parent, Setup};
 use crate::disk::Disk;
 use crate::error::{Error, Kind, Result};
 use crate::format::guid;
@@ -170,7 +170,8 @@ impl Merge {
     ) -> Result<Rc<Engine<F::Disk>>> {
         let disk = files.disk(&self.target);
         target.read_bitmaps(&disk).await.map_err(|error| error.file(&self.target))?;
-        let engine = Engine::new(target, disk, below, tasks, Rc::new(NoFronts), Box::new(new_guid));
+        let (fronts, guids) = (Rc::new(NoFronts), Box::new(new_guid));
+        let engine = Engine::new(Setup { image: target, disk, parents: below, tasks, fronts, guids });
         engine.map_err(|error| error.file(&self.target))
     }
 

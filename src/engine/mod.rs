@@ -25,10 +25,14 @@ mod bits;
 mod close;
 mod commit;
 mod copy;
+mod dirty;
 mod drain;
+mod durability;
+mod fences;
 mod fill;
 pub mod front;
 mod headers;
+mod journal;
 pub mod local;
 mod log;
 mod marks;
@@ -36,6 +40,9 @@ pub mod merge;
 pub mod message;
 pub mod port;
 mod quarantine;
+mod queue;
+mod reclaim;
+mod round;
 mod run;
 mod session;
 pub mod shared;
@@ -44,7 +51,6 @@ mod troubles;
 mod unmap;
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -52,12 +58,16 @@ use uuid::Uuid;
 
 use crate::disk::{Buffer, Disk};
 use crate::error::Result;
-use crate::image::{BlockMap, Extent, FoundLog, Headers, Image, Layout, Page, Space};
-use commit::Round;
-use local::{Bell, BlockLocks, Promise, Spawn, Turnstile};
-use log::LogSpace;
+use crate::format::metadata::DiskType;
+use crate::image::{BlockMap, FoundLog, Headers, Image, Layout, Space};
+use dirty::DirtySet;
+use durability::Durability;
+use fences::Fences;
+use journal::Journal;
+use local::{BlockLocks, Spawn, Turnstile};
 use message::{Ask, ToEngine, ToFront};
-use quarantine::Quarantine;
+use queue::CommitQueue;
+use reclaim::Reclaim;
 use shared::{Session, Shared};
 
 /// What an operation that failed tells its requester: a positive `errno`.
@@ -129,118 +139,85 @@ pub struct Engine<D: Disk> {
     fronts: Rc<dyn Fronts>,
     guids: RefCell<GuidSource>,
     headers: RefCell<Headers>,
-    /// Header updates, one at a time.
-    header_turn: Turnstile,
-    /// Opening the session, one at a time.
-    session_turn: Turnstile,
     /// The GUIDs of a session that is being opened: of both headers, and of the content.
     opening: Cell<Option<(Uuid, Uuid)>>,
-    /// Extending the file, one at a time.
-    grow_turn: Turnstile,
-    /// Asking the fronts for their durable writes, once at a time; how many still owe an answer; and the bell that
-    /// rings when none does.
-    fence_turn: Turnstile,
-    fences_owed: Cell<usize>,
-    fenced_bell: Bell,
-    block_locks: BlockLocks,
     space: RefCell<Space>,
-    quarantine: RefCell<Quarantine>,
-    /// Punched, and known zero after the next sync.
-    settling: RefCell<Vec<Extent>>,
-    dirty: RefCell<BTreeSet<Page>>,
-    /// Pages that the cycle under way has taken the marks of, and that are not durable in the log yet.
-    being_logged: RefCell<BTreeSet<Page>>,
-    /// Beginning sector bitmaps, one at a time.
-    bitmap_turn: Turnstile,
-    /// Chunks whose sector bitmaps no durable entry names yet.
-    begun_bitmaps: RefCell<BTreeSet<u64>>,
-    log: RefCell<Option<LogSpace>>,
-    /// Ends when the newest round's pages are in place.
-    applied: RefCell<Promise<Outcome>>,
-    /// The newest round, if the host had no room for it in place.
-    refused_round: RefCell<Option<Round>>,
-    /// Releases of quarantined space in progress, and the bell that rings when one ends.
-    releasing: Cell<usize>,
-    released_bell: Bell,
-    flush_waiters: RefCell<Vec<Promise<Outcome>>>,
-    commit_bell: Bell,
-    /// How often there was payload so far that an entry about to be written relies on, and how many of those a
-    /// completed sync covers: zeroed or filled space, and sectors whose bits were taken for the log.
-    payloads: Cell<u64>,
-    payloads_synced: Cell<u64>,
-    /// The file's length once every extension so far has completed.
-    file_length: Cell<u64>,
-    /// The length at which all extensions had completed when the last completed sync was issued.
-    stable_length: Cell<u64>,
+    durability: Durability,
+    dirty: DirtySet,
+    reclaim: Reclaim,
+    commits: CommitQueue,
+    journal: Journal,
+    fences: Fences,
+    turns: Turns,
     open_tasks: Cell<usize>,
-    /// Set by `close`: kept when the commit loop has ended.
-    closing: RefCell<Option<Promise<()>>>,
     counters: Cell<Counters>,
 }
 
+/// Work of which one at a time is done, in the order of arrival.
+#[derive(Default)]
+struct Turns {
+    headers: Turnstile,
+    session: Turnstile,
+    growth: Turnstile,
+    bitmaps: Turnstile,
+    blocks: BlockLocks,
+}
+
+/// What an engine is made of.
+pub struct Setup<D> {
+    /// The image, opened for writing, its sector bitmaps read.
+    pub image: Image,
+    /// Its file.
+    pub disk: D,
+    /// Its parents, its own first.
+    pub parents: Vec<Parent<D>>,
+    /// What runs the engine's tasks.
+    pub tasks: Rc<dyn Spawn>,
+    /// The way to the fronts.
+    pub fronts: Rc<dyn Fronts>,
+    /// The source of every new GUID.
+    pub guids: GuidSource,
+}
+
 impl<D: Disk + 'static> Engine<D> {
-    /// An engine over an opened image, its sector bitmaps read, and its parents, its own first. Nothing is written
-    /// before the first modification.
+    /// An engine over an opened image. It writes nothing before the first modification.
     ///
     /// # Errors
     /// If the image is one that no writer can work with.
     ///
     /// # Panics
     /// If the image was opened read-only.
-    pub fn new(
-        image: Image,
-        disk: D,
-        parents: Vec<Parent<D>>,
-        tasks: Rc<dyn Spawn>,
-        fronts: Rc<dyn Fronts>,
-        guids: GuidSource,
-    ) -> Result<Rc<Self>> {
+    pub fn new(setup: Setup<D>) -> Result<Rc<Self>> {
+        let Setup { image, disk, parents, tasks, fronts, guids } = setup;
         assert!(image.overlay.is_none(), "a writable image has its log replayed in place");
         image.check_writable()?;
-        let fixed = image.metadata.kind() == crate::format::metadata::DiskType::Fixed;
+        let fixed = image.metadata.kind() == DiskType::Fixed;
         let (parents, maps): (Vec<_>, Vec<_>) =
             parents.into_iter().map(|parent| (parent.disk, parent.map)).unzip();
         let shared = Arc::new(Shared::of_chain(image.map.into(), maps.into(), false, fixed));
-        let mut quarantine = Quarantine::default();
-        image.pending.unmapped.into_iter().for_each(|extent| quarantine.add(extent));
+        let dirty = DirtySet::new(image.pending.pages, image.pending.bitmaps, shared.marks.clone());
+        let reclaim = Reclaim::default();
+        image.pending.unmapped.into_iter().for_each(|extent| reclaim.lost(extent));
         let engine = Rc::new(Self {
             disk,
             parents,
             shared,
-            headers: RefCell::new(Headers::new(&image.header)?),
+            durability: Durability::found(image.layout.file_length, image.pending.resumed),
+            layout: image.layout,
+            recovered: image.found_log != FoundLog::Clean,
             tasks,
             fronts,
             guids: RefCell::new(guids),
-            header_turn: Turnstile::default(),
-            session_turn: Turnstile::default(),
+            headers: RefCell::new(Headers::new(&image.header)?),
             opening: Cell::default(),
-            grow_turn: Turnstile::default(),
-            fence_turn: Turnstile::default(),
-            fences_owed: Cell::default(),
-            fenced_bell: Bell::default(),
-            block_locks: BlockLocks::default(),
             space: RefCell::new(image.space),
-            quarantine: RefCell::new(quarantine),
-            settling: RefCell::default(),
-            dirty: RefCell::new(image.pending.pages),
-            being_logged: RefCell::default(),
-            bitmap_turn: Turnstile::default(),
-            begun_bitmaps: RefCell::new(image.pending.bitmaps),
-            log: RefCell::new(None),
-            applied: RefCell::new(Promise::kept(Ok(()))),
-            refused_round: RefCell::default(),
-            releasing: Cell::default(),
-            released_bell: Bell::default(),
-            flush_waiters: RefCell::default(),
-            commit_bell: Bell::default(),
-            payloads: Cell::new(u64::from(image.pending.resumed)),
-            payloads_synced: Cell::default(),
-            file_length: Cell::new(image.layout.file_length),
-            stable_length: Cell::new(0),
-            layout: image.layout,
-            recovered: image.found_log != FoundLog::Clean,
-            open_tasks: Cell::new(0),
-            closing: RefCell::new(None),
+            dirty,
+            reclaim,
+            commits: CommitQueue::default(),
+            journal: Journal::default(),
+            fences: Fences::default(),
+            turns: Turns::default(),
+            open_tasks: Cell::default(),
             counters: Cell::default(),
         });
         engine.start(|engine| async move { engine.commit_loop().await });
@@ -259,10 +236,10 @@ impl<D: Disk + 'static> Engine<D> {
                 });
             }
             ToEngine::BarrierDone => {
-                self.quarantine.borrow_mut().barrier_answered();
+                self.reclaim.barrier_answered();
                 self.start(|engine| async move { engine.release_quarantine().await });
             }
-            ToEngine::Fenced => self.fence_answered(),
+            ToEngine::Fenced => self.fences.answered(),
             ToEngine::Held => panic!("who holds the fronts listens to them"),
         }
     }

@@ -32,7 +32,7 @@ impl<D: Disk + 'static> Engine<D> {
 
     /// The same, and what children will know the content by is `data_write_guid`, if there is one.
     pub(super) async fn open_session_as(self: &Rc<Self>, data_write_guid: Option<Uuid>) -> Outcome {
-        let turn = self.session_turn.enter().await;
+        let turn = self.turns.session.enter().await;
         if self.shared.session() == Session::Idle {
             // The header found may be a killed process's, and the host may not have it yet: writing the other one
             // now would put both at risk.
@@ -94,16 +94,15 @@ impl<D: Disk + 'static> Engine<D> {
     /// A file that does not end on a 1 MiB border, or ends inside its last block, is grown to what its
     /// structures need.
     async fn complete_last_unit(self: &Rc<Self>) -> Outcome {
-        let needed = self.space.borrow().used_end().max(self.file_length.get().next_multiple_of(MIB));
-        if needed > self.file_length.get() { self.grow_to(needed).await } else { Ok(()) }
+        let needed = self.space.borrow().used_end().max(self.durability.file_length().next_multiple_of(MIB));
+        if needed > self.durability.file_length() { self.grow_to(needed).await } else { Ok(()) }
     }
 
     /// Before the first commit, and when the log starts again: an initial empty entry under a new LogGuid,
     /// durable before the headers name it, and with it everything that an older log held, which is in place. The
     /// file never has a LogGuid without a valid entry.
     pub(super) async fn begin_log(self: &Rc<Self>) -> Outcome {
-        let spares_first = |log: &LogSpace| log.spares_first_sector();
-        assert!(self.log.borrow().as_ref().is_none_or(spares_first), "the first sector is still needed");
+        assert!(self.journal.spares_first_sector(), "the first sector is still needed");
         let guid = self.new_guid();
         let entry = NewEntry {
             sequence_number: 1,
@@ -119,12 +118,11 @@ impl<D: Disk + 'static> Engine<D> {
         }
         self.write_metadata("writing the first log entry", self.layout.log.offset, bytes).await?;
         self.sync().await?;
-        let settled = self.log.borrow().as_ref().is_none_or(LogSpace::is_settled);
-        assert!(settled || planted(Plant::StartAgainEarly), "a log that is still needed");
+        assert!(self.journal.is_settled() || planted(Plant::StartAgainEarly), "a log that is still needed");
         self.update_headers(|header| header.log_guid = guid).await?;
         self.count(|counters| counters.logs += 1);
         let log = LogSpace::after_initial_entry(guid, self.layout.log.offset, self.layout.log.length);
-        *self.log.borrow_mut() = Some(log);
+        self.journal.begin(log);
         Ok(())
     }
 
@@ -134,7 +132,7 @@ impl<D: Disk + 'static> Engine<D> {
             return 0;
         }
         let unstable = planted(Plant::UnstableLength);
-        let length = if unstable { self.file_length.get() } else { self.stable_length.get() };
+        let length = if unstable { self.durability.file_length() } else { self.durability.stable_length() };
         length / MIB * MIB
     }
 

@@ -17,7 +17,7 @@ pub struct Shared {
     /// Of a differencing image the parents, its own first; they are never written.
     parents: Box<[Arc<BlockMap>]>,
     /// Pages of the leaf's sector bitmaps that have changed.
-    pub(super) marks: Marks,
+    pub(super) marks: Arc<Marks>,
     /// Writes are refused before they reach the engine.
     pub read_only: bool,
     /// The image promises provisioned space (LeaveBlocksAllocated): nothing is ever unmapped.
@@ -45,7 +45,7 @@ impl Shared {
         fixed: bool,
     ) -> Self {
         Self {
-            marks: Marks::new(leaf.geometry()),
+            marks: Marks::new(leaf.geometry()).into(),
             map: leaf,
             parents,
             read_only,

@@ -1,4 +1,4 @@
-//! Taking space away from blocks, and bringing it back to the free map.
+//! Taking space away from blocks.
 
 use std::rc::Rc;
 
@@ -8,7 +8,6 @@ use super::run::{shows_parents, to_unmap};
 use super::{Engine, Outcome};
 use crate::disk::Disk;
 use crate::format::bat::{BatEntry, PayloadState};
-use crate::image::Extent;
 use crate::simulation::{Plant, planted};
 
 /// Blocks handled before other tasks get a turn.
@@ -54,7 +53,7 @@ impl<D: Disk + 'static> Engine<D> {
                     }
                     Outcome::Ok(())
                 };
-                self.block_locks.exclusively(block, change).await?;
+                self.turns.blocks.exclusively(block, change).await?;
             }
             if (block - first + 1).is_multiple_of(BLOCKS_PER_TURN) {
                 self.pause_for_commit().await?;
@@ -66,68 +65,10 @@ impl<D: Disk + 'static> Engine<D> {
 
     /// A long range lets others run, and waits for a cycle rather than pile up dirty pages.
     async fn pause_for_commit(self: &Rc<Self>) -> Outcome {
-        if self.dirty_pages() >= cycle_threshold(self.layout.log.length) {
+        if self.dirty.count() >= cycle_threshold(self.layout.log.length) {
             return self.flush().await;
         }
         yield_now().await;
         Ok(())
-    }
-
-    /// Sends a barrier if a batch waits for one and none is outstanding.
-    pub(super) fn send_barrier(self: &Rc<Self>) {
-        let fronts = self.fronts.count();
-        if self.quarantine.borrow_mut().start_barrier(fronts) {
-            self.count(|counters| counters.barriers += 1);
-            for front in 0..fronts {
-                self.fronts.send(front, super::message::ToFront::Barrier);
-            }
-        }
-    }
-
-    /// Takes out of quarantine what may leave it: punched at once, which gives the host its space back, and
-    /// known zero after the next sync.
-    pub(super) async fn release_quarantine(self: &Rc<Self>) {
-        self.send_barrier();
-        self.releasing.update(|count| count + 1);
-        let released = self.quarantine.borrow_mut().release();
-        for extent in released {
-            self.count(|counters| counters.released += 1);
-            self.give_back(extent).await;
-        }
-        self.releasing.update(|count| count - 1);
-        self.released_bell.ring();
-    }
-
-    /// Punches space that nothing names and that is not free yet, and frees it.
-    pub(super) async fn give_back(self: &Rc<Self>, extent: Extent) {
-        let punched = if self.shared.can_punch() {
-            self.disk.punch(extent.offset, extent.length).await
-        } else {
-            Ok(false)
-        };
-        match punched {
-            Ok(true) => self.settling.borrow_mut().push(extent),
-            Ok(false) => {
-                self.shared.forget_punch();
-                self.space.borrow_mut().free(extent, false);
-            }
-            // The space stays what it is: free, with old bytes in it.
-            Err(error) => {
-                tracing::warn!("giving space back to the host failed: {error}");
-                self.space.borrow_mut().free(extent, false);
-            }
-        }
-    }
-
-    /// Brings back to the free map everything that is in quarantine now. One caller at a time.
-    pub(super) async fn reclaim(self: &Rc<Self>) -> Outcome {
-        self.flush().await?;
-        let newest = self.quarantine.borrow().newest_batch();
-        let held = || newest.is_some_and(|newest| self.quarantine.borrow().holds_batch_until(newest));
-        while held() || self.releasing.get() > 0 {
-            self.check_poison()?;
-            self.released_bell.wait().await;
-        }
-        self.flush().await
     }
 }

@@ -16,7 +16,7 @@ use vhdx_ublk::engine::front::{Front, Op, Request};
 use vhdx_ublk::engine::message::{ToEngine, ToFront};
 use vhdx_ublk::engine::port::{FileIo, FileOp, LEAF, PieceId, Port};
 use vhdx_ublk::engine::shared::{Session, Shared};
-use vhdx_ublk::engine::{Counters, Engine, Fronts, Parent};
+use vhdx_ublk::engine::{Counters, Engine, Fronts, Parent, Setup};
 use vhdx_ublk::format::bat::{BatEntry, PayloadState};
 use vhdx_ublk::image::{
     BlockMap, FoundLog, Image, InitialState, Layout, Mode, NewImage, SessionMemory, check,
@@ -392,7 +392,14 @@ impl World {
         let inbox = Rc::new(Inbox(RefCell::new(vec![VecDeque::new(); config.fronts])));
         let lineage = Lineage::of(&config);
         let (parents, parent_files) = parents(&lineage);
-        let engine = Engine::new(image, disk.clone(), parents, tasks.clone(), inbox.clone(), Box::new(guids));
+        let engine = Engine::new(Setup {
+            image,
+            disk: disk.clone(),
+            parents,
+            tasks: tasks.clone(),
+            fronts: inbox.clone(),
+            guids: Box::new(guids),
+        });
         let engine = engine.expect("the image is writable");
         let hosts = (0..config.fronts).map(|_| Host::new(engine.shared().clone(), config.depth)).collect();
         let activation = Activation::default();

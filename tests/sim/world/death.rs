@@ -10,7 +10,7 @@ use std::rc::Rc;
 
 use uuid::Uuid;
 use vhdx_ublk::engine::front::Front;
-use vhdx_ublk::engine::{Engine, Parent};
+use vhdx_ublk::engine::{Engine, Parent, Setup};
 use vhdx_ublk::error::Error;
 use vhdx_ublk::image::{Image, Mode, Place, SessionMemory};
 use vhdx_ublk::simulation::{Plant, planted};
@@ -148,12 +148,12 @@ impl World {
         self.marks.add("pages that only the memory had", image.pending.pages.len() as u64);
         self.marks.add("space that only the file names", image.pending.unmapped.len() as u64);
         self.inbox = Rc::new(Inbox(RefCell::new(vec![VecDeque::new(); self.config.fronts])));
-        let (disk, tasks, inbox) = (self.disk.clone(), self.tasks.clone(), self.inbox.clone());
+        let (disk, tasks, fronts) = (self.disk.clone(), self.tasks.clone(), self.inbox.clone());
         let maps = self.engine.shared().layers().skip(1).cloned();
         let files = self.parents.iter().map(|file| SimDisk::new(file.clone(), true, true, 512));
         let parents = files.zip(maps).map(|(disk, map)| Parent { disk, map }).collect();
         let guids = Box::new(guids(&mut self.rng));
-        let engine = Engine::new(image, disk, parents, tasks, inbox, guids);
+        let engine = Engine::new(Setup { image, disk, parents, tasks, fronts, guids });
         self.engine = engine.expect("the image is writable");
         self.seen = Seen::default();
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use fastrand::Rng;
 use vhdx_ublk::engine::message::ToFront;
-use vhdx_ublk::engine::{Engine, Parent};
+use vhdx_ublk::engine::{Engine, Parent, Setup};
 use vhdx_ublk::image::BlockMap;
 
 use super::{Beginning, Config, Opened, Seen, World, check_recovery, guids, open_image, read_sector};
@@ -152,8 +152,9 @@ impl World {
         let mut rng = self.rng.fork();
         let Opened { image, disk, memory } = new_leaf(&self.config, &mut rng);
         (self.disk, self.memory, self.layout) = (disk, memory, image.layout);
-        let (tasks, inbox) = (self.tasks.clone(), self.inbox.clone());
-        let engine = Engine::new(image, self.disk.clone(), parents, tasks, inbox, Box::new(guids(&mut rng)));
+        let (disk, tasks, fronts) = (self.disk.clone(), self.tasks.clone(), self.inbox.clone());
+        let guids = Box::new(guids(&mut rng));
+        let engine = Engine::new(Setup { image, disk, parents, tasks, fronts, guids });
         self.engine = engine.expect("a new image is writable");
         for host in &mut self.hosts {
             host.next = Some(self.engine.shared().clone());

@@ -1,0 +1,131 @@
+//! Bringing the space that blocks have lost back to the free map.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+
+use super::local::Bell;
+use super::message::ToFront;
+use super::quarantine::Quarantine;
+use super::{Engine, Outcome};
+use crate::disk::Disk;
+use crate::image::Extent;
+
+/// Space that blocks have lost, and the work of giving it back.
+#[derive(Default)]
+pub(super) struct Reclaim {
+    quarantine: RefCell<Quarantine>,
+    /// Releases in progress: what they took out of quarantine is not free yet.
+    releasing: Cell<usize>,
+    progress: Bell,
+}
+
+impl Reclaim {
+    /// A block has just lost `extent`.
+    pub(super) fn lost(&self, extent: Extent) {
+        self.quarantine.borrow_mut().add(extent);
+    }
+
+    /// A commit cycle closes its set. The batch whose unmappings it logs, if there is one.
+    pub(super) fn close_batch(&self) -> Option<u64> {
+        self.quarantine.borrow_mut().close_batch()
+    }
+
+    /// The cycle has ended; `durable` if it has succeeded. Whether there may be something to release.
+    pub(super) fn end_batch(&self, batch: Option<u64>, durable: bool) -> bool {
+        let mut quarantine = self.quarantine.borrow_mut();
+        match batch {
+            Some(batch) if durable => quarantine.batch_durable(batch),
+            Some(batch) => quarantine.reopen_batch(batch),
+            None => {}
+        }
+        if !durable {
+            // A task that waits for the batch finds the reason of the failure.
+            self.progress.ring();
+        }
+        durable && batch.is_some()
+    }
+
+    /// A front has answered the barrier.
+    pub(super) fn barrier_answered(&self) {
+        self.quarantine.borrow_mut().barrier_answered();
+    }
+
+    /// Whether a barrier is to be sent to each of `fronts` fronts.
+    #[must_use]
+    fn start_barrier(&self, fronts: usize) -> bool {
+        self.quarantine.borrow_mut().start_barrier(fronts)
+    }
+
+    /// Takes out what may be used again; [`Self::released`] follows when it is free.
+    #[must_use]
+    fn begin_release(&self) -> Vec<Extent> {
+        self.releasing.update(|count| count + 1);
+        self.quarantine.borrow_mut().release()
+    }
+
+    fn released(&self) {
+        let others = self.releasing.get().checked_sub(1).expect("a release that ends has begun");
+        self.releasing.set(others);
+        self.progress.ring();
+    }
+
+    /// Whether all of the batches up to `newest` are back in the free map.
+    fn is_free(&self, newest: Option<u64>) -> bool {
+        let held = newest.is_some_and(|newest| self.quarantine.borrow().holds_batch_until(newest));
+        !held && self.releasing.get() == 0
+    }
+}
+
+impl<D: Disk + 'static> Engine<D> {
+    /// Sends a barrier if a batch waits for one and none is outstanding.
+    pub(super) fn send_barrier(self: &Rc<Self>) {
+        let fronts = self.fronts.count();
+        if self.reclaim.start_barrier(fronts) {
+            self.count(|counters| counters.barriers += 1);
+            (0..fronts).for_each(|front| self.fronts.send(front, ToFront::Barrier));
+        }
+    }
+
+    /// Takes out of quarantine what may leave it: punched at once, which gives the host its space back, and
+    /// known zero after the next sync.
+    pub(super) async fn release_quarantine(self: &Rc<Self>) {
+        self.send_barrier();
+        for extent in self.reclaim.begin_release() {
+            self.count(|counters| counters.released += 1);
+            self.give_back(extent).await;
+        }
+        self.reclaim.released();
+    }
+
+    /// Punches space that belongs to nothing and is not free yet, and frees it.
+    pub(super) async fn give_back(self: &Rc<Self>, extent: Extent) {
+        let punched = if self.shared.can_punch() {
+            self.disk.punch(extent.offset, extent.length).await
+        } else {
+            Ok(false)
+        };
+        match punched {
+            Ok(true) => self.durability.punched(extent),
+            Ok(false) => {
+                self.shared.forget_punch();
+                self.space.borrow_mut().free(extent, false);
+            }
+            // The space stays what it is: free, with old bytes in it.
+            Err(error) => {
+                tracing::warn!("giving space back to the host failed: {error}");
+                self.space.borrow_mut().free(extent, false);
+            }
+        }
+    }
+
+    /// Brings back to the free map everything that is in quarantine now. One caller at a time.
+    pub(super) async fn reclaim(self: &Rc<Self>) -> Outcome {
+        self.flush().await?;
+        let newest = self.reclaim.quarantine.borrow().newest_batch();
+        while !self.reclaim.is_free(newest) {
+            self.check_poison()?;
+            self.reclaim.progress.wait().await;
+        }
+        self.flush().await
+    }
+}
