@@ -50,8 +50,8 @@ impl EngineThread {
     ///
     /// # Errors
     ///
-    /// Whatever is wrong with the image or its parents; [`Kind::Unsupported`] if it has no log; those of
-    /// [`Control::open`], before anything was written; [`Kind::NotFound`] or [`Kind::Poisoned`] if there is no
+    /// Whatever is wrong with the image or its parents; `Kind::Unsupported` if it has no log; those of
+    /// [`Control::open`], before anything was written; `Kind::NotFound` or `Kind::Poisoned` if there is no
     /// session to resume.
     pub fn open(file: Arc<ImageFile>, plan: Plan, parents: Parents) -> Result<Self> {
         let may_write = || Control::open().map(drop);

@@ -10,6 +10,8 @@
 //!
 //! With these three, pages may be logged in any order. A block becomes partially present from absent only, and never
 //! twice: discarded it is ZERO, written again it is whole. A block with all its bits set becomes fully present.
+//!
+//! [Rules 93 to 96](crate::design::vhdx_rules#rule-93).
 
 use std::rc::Rc;
 

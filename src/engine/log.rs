@@ -9,6 +9,8 @@
 //!   that is full but for one sector for ever.
 //! * A round's Tail is the start of the oldest round whose pages are not known to be durable in place.
 //! * A round takes at most a third of the log, so that three of them, and the first entry, fit.
+//!
+//! [Rules 75 to 84](crate::design::vhdx_rules#rule-75).
 
 use std::collections::VecDeque;
 

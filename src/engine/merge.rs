@@ -14,6 +14,8 @@
 //!
 //! A merge that was cut finds the chain as it is by then, and does all of it again. Only between the two parts of
 //! step 5 is there a layer that belongs to no chain any more; it knows the target by its second linkage.
+//!
+//! [Rule 106](crate::design::vhdx_rules#rule-106).
 
 use std::path::{Path, PathBuf};
 use std::rc::Rc;

@@ -19,6 +19,8 @@
 //!
 //! Allocation itself syncs nothing: visible means committable, always. A mapping is published once its space
 //! reads as zero, and its page is marked dirty in the same step.
+//!
+//! The crash behind each line is described in [`ordering`](crate::design::ordering).
 
 mod allocate;
 mod bits;

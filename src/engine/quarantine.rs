@@ -3,6 +3,8 @@
 //! Unmapped space may be used again only when (a) the entry that unmaps it is durable, or a power cut would
 //! bring the old mapping back onto another block's data; and (b) every front has answered a barrier sent after
 //! the unmapping, or a piece looked up earlier would still read or write there.
+//!
+//! [Rule 100](crate::design::vhdx_rules#rule-100).
 
 use std::collections::VecDeque;
 

@@ -8,6 +8,8 @@
 //!   not. Images under one chunk (4 GiB or more) do not show it.
 //! * Lookups divide by shifting; only the way back from a slot to its block divides, and not where slots are
 //!   walked through in order.
+//!
+//! [Rules 44 to 59](crate::design::vhdx_rules#rule-44).
 
 use std::ops::Range;
 

@@ -2,6 +2,8 @@
 //!
 //! Invariants: the signature alone decides whether a file is a VHDX; the creator is for people and changes
 //! nothing. Creation writes this structure last, so that an unfinished file is never taken for an image.
+//!
+//! [Rules 6 and 7](crate::design::vhdx_rules#rule-6).
 
 use crate::error::{Error, Kind, Result};
 use crate::printable::is_printable;

@@ -6,6 +6,8 @@
 //!   number. An update therefore goes to the other slot, is synced, and only then repeated in this one.
 //! * A [`Header`] from [`Header::parse`] or [`current`] names a log that can be used: aligned, behind the
 //!   header section, at most [`MAX_LOG_LENGTH`], of the one known version if it has anything to replay.
+//!
+//! [Rules 8 to 18](crate::design::vhdx_rules#rule-8).
 
 use uuid::Uuid;
 use zerocopy::little_endian::{U16, U32, U64};

@@ -2,6 +2,8 @@
 //!
 //! Invariants: a locator's keys are unique; keys and values are neither empty nor hold a NUL; all of it fits
 //! one metadata item. So whatever was parsed can be encoded again.
+//!
+//! [Rules 38 to 41](crate::design::vhdx_rules#rule-38).
 
 use std::collections::BTreeSet;
 

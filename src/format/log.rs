@@ -11,6 +11,9 @@
 //! * Replay starts at the tail of the last entry of the active sequence. Older entries may still be whole and
 //!   must not be replayed: what they changed may since have become payload.
 //! * What is written has at most [`MAX_DESCRIPTORS_WRITTEN`] descriptors and changes each page once.
+//!
+//! [Rules 60 to 68](crate::design::vhdx_rules#rule-60) for reading,
+//! [rules 73 to 84](crate::design::vhdx_rules#rule-73) for writing.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -453,7 +456,8 @@ impl NewEntry<'_> {
 /// number. Returned are its entries from that tail to the last, in replay order: those before the tail are
 /// dropped.
 ///
-/// MS-VHDX 2.3.3 searches from every sector anew, which hostile logs make quadratic. Here every entry learns
+/// MS-VHDX 2.3.3 ([rule 64](crate::design::vhdx_rules#rule-64)) searches from every sector anew,
+/// which hostile logs make quadratic. Here every entry learns
 /// its run's end from its successor, greatest sequence number first: sorting is the greatest cost. On entries
 /// that do not overlap, as valid ones never do, the answer is the same.
 pub fn find_active(entries: &BTreeMap<u32, EntryHeader>, log_length: u32) -> Option<Vec<u32>> {

@@ -9,6 +9,8 @@
 //! * Items lie anywhere in a region of up to 128 MiB. Reading is therefore two steps: the table says where
 //!   the few known items are ([`Table::system_items`], together at most 1 MiB and 40 bytes), the caller reads
 //!   those, and [`Metadata::from_table`] makes sense of them.
+//!
+//! [Rules 25 to 37](crate::design::vhdx_rules#rule-25).
 
 use std::collections::BTreeSet;
 

@@ -6,6 +6,8 @@
 //!   header section, and do not overlap. Regions nobody here knows are kept: their space is never reused.
 //! * The first copy decides. The second is read only if the first is damaged. Both change through the log, in
 //!   one entry, so they differ only in files that others wrote.
+//!
+//! [Rules 19 to 24](crate::design::vhdx_rules#rule-19).
 
 use std::collections::BTreeSet;
 

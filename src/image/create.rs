@@ -2,6 +2,8 @@
 //!
 //! Order: everything else is written and synced first, the file identifier last: a file that was cut short
 //! while it was made is never taken for an image.
+//!
+//! [Rules 107 and 108](crate::design::vhdx_rules#rule-107).
 
 use uuid::Uuid;
 

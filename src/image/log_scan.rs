@@ -4,6 +4,8 @@
 //! an entry does (data sectors and further descriptor sectors have their own signatures), so an entry that
 //! reaches over the start of another is none; this keeps the whole scan linear in the log's length, however
 //! hostile its content.
+//!
+//! [Rules 62 to 65](crate::design::vhdx_rules#rule-62).
 
 use std::collections::BTreeMap;
 
