@@ -10,6 +10,7 @@
 //! * [`image`]: an opened image: geometry, block map, log replay;
 //! * [`chain`]: the parents of a differencing image;
 //! * [`engine`]: the live writer, and the front that serves one queue;
+//! * [`operations`]: what is done to images beside serving them;
 //! * [`device`]: ublk: control commands, queue loops, the daemon's life cycle;
 //! * `cli`: one file per command.
 
@@ -21,5 +22,6 @@ pub mod engine;
 pub mod error;
 pub mod format;
 pub mod image;
+pub mod operations;
 pub mod printable;
 pub mod simulation;

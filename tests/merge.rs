@@ -15,12 +15,13 @@ use sim::disk::{Effect, Fault, Injection, Owner, Profile, SimDisk};
 use sim::store::Store;
 use sim::tasks::{SimTasks, block_on};
 use uuid::Uuid;
+use vhdx_ublk::chain;
 use vhdx_ublk::engine::local::yield_now;
-use vhdx_ublk::engine::merge::{self, Files, Merge};
 use vhdx_ublk::error::{Kind, Result};
 use vhdx_ublk::format::bat::{BITMAP_BLOCK_SIZE, BatEntry, ENTRY_SIZE, Geometry, PayloadState};
-use vhdx_ublk::format::locator::{PARENT_LINKAGE, PARENT_LINKAGE2, ParentLocator, RELATIVE_PATH};
-use vhdx_ublk::image::{Descent, Image, InitialState, Mode, NewImage, Report, check};
+use vhdx_ublk::format::locator::RELATIVE_PATH;
+use vhdx_ublk::image::{Image, InitialState, Mode, NewImage, Report, check};
+use vhdx_ublk::operations::merge::{self, Files, Merge};
 
 const MIB: u64 = 1 << 20;
 
@@ -52,11 +53,6 @@ impl Files for Folder {
 
     fn disk(&self, path: &Path) -> SimDisk {
         self.0.borrow()[path].disk.clone()
-    }
-
-    fn direct(&self, locator: &mut ParentLocator, _: &Path, parent: &Path) -> Result<()> {
-        locator.set(RELATIVE_PATH, parent.to_str().expect("UTF-8"));
-        Ok(())
     }
 
     async fn remove(&self, path: &Path) -> Result<()> {
@@ -117,7 +113,7 @@ struct Chain {
 
 impl Chain {
     fn new(rng: &mut Rng, shapes: &[Shape]) -> Self {
-        let names: Vec<PathBuf> = (0..shapes.len()).map(|number| format!("{number}.vhdx").into()).collect();
+        let names: Vec<PathBuf> = (0..shapes.len()).map(|number| format!("/{number}.vhdx").into()).collect();
         let mut chain = Self { stores: BTreeMap::new(), names, shapes: shapes.to_vec(), layers: Vec::new() };
         let mut parent = None;
         for (number, shape) in shapes.iter().enumerate().rev() {
@@ -175,11 +171,7 @@ fn opened(store: &Store, mode: Mode) -> Result<Image> {
 /// A new image, over the parent that this path and linkage name.
 fn empty(rng: &mut Rng, shape: Shape, parent: Option<(PathBuf, Uuid)>) -> Store {
     let descent = |(path, linkage): (PathBuf, Uuid)| {
-        let mut locator = ParentLocator::default();
-        locator.set(PARENT_LINKAGE, linkage.braced().to_string());
-        locator.set(PARENT_LINKAGE2, Uuid::nil().braced().to_string());
-        locator.set(RELATIVE_PATH, path.to_str().expect("UTF-8"));
-        Descent { locator, disk_id: Uuid::from_u128(99) }
+        chain::descent_of(&path, linkage, Uuid::from_u128(99), Path::new("/")).expect("a path in UTF-8")
     };
     let new = NewImage {
         virtual_size: shape.virtual_size,
@@ -297,7 +289,8 @@ fn open_chain(stores: &BTreeMap<PathBuf, Store>, leaf: &Path) -> (Vec<PathBuf>, 
             assert!(known.contains(&Some(guid)), "{} is not recognised: {locator:?} {guid}", name.display());
         }
         let locator = image.metadata.parent_locator.as_ref();
-        next = locator.map(|locator| locator.get(RELATIVE_PATH).expect("a path").into());
+        let relative = locator.map(|locator| locator.get(RELATIVE_PATH).expect("a path"));
+        next = relative.map(|path| Path::new("/").join(path.strip_prefix(r".\").expect("the same folder")));
         names.push(name);
         chain.push(Opened { image, store });
     }
@@ -562,7 +555,7 @@ fn sizes_that_a_target_cannot_take_are_refused() {
         (&[shape(6, 1), shape(4, 1), shape(5, 1)], "over one of"),
     ] {
         let mut rng = Rng::with_seed(1);
-        let parent = |number| (number + 1 < shapes.len()).then(|| ("base".into(), Uuid::from_u128(1)));
+        let parent = |number| (number + 1 < shapes.len()).then(|| ("/base".into(), Uuid::from_u128(1)));
         let stores = (0..shapes.len()).map(|number| empty(&mut rng, shapes[number], parent(number)));
         let images: Vec<Image> =
             stores.map(|store| opened(&store, Mode::ReadOnly).expect("a new image")).collect();

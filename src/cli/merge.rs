@@ -11,10 +11,10 @@ use uuid::Uuid;
 
 use vhdx_ublk::chain::{self, FileIdentity, Known, Layer, Search};
 use vhdx_ublk::disk::{Access, ImageFile, Place, Reactor, UringDisk, folder_of};
-use vhdx_ublk::engine::merge::{self, Files};
 use vhdx_ublk::error::{Doing, Error, Kind, Locate, Result};
 use vhdx_ublk::format::locator::ParentLocator;
 use vhdx_ublk::format::metadata::Metadata;
+use vhdx_ublk::operations::merge::{self, Files};
 use vhdx_ublk::printable::shell;
 
 use super::look::{self, Seen};
@@ -357,10 +357,6 @@ impl Files for Locked<'_> {
     fn disk(&self, path: &Path) -> UringDisk {
         let file = self.files.iter().find(|file| file.path() == path).expect("a file of the chain");
         self.reactor.disk(file.clone())
-    }
-
-    fn direct(&self, locator: &mut ParentLocator, child: &Path, parent: &Path) -> Result<()> {
-        chain::direct(locator, child, parent)
     }
 
     async fn remove(&self, path: &Path) -> Result<()> {

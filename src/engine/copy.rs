@@ -25,14 +25,12 @@ enum Content {
 }
 
 impl<D: Disk + 'static> Engine<D> {
-    /// Takes over what `layers` have in `0..end`, the first before the second and so on. `copied` is told how far it
-    /// is, in bytes. The session is open.
-    pub(super) async fn take_over(
-        self: &Rc<Self>,
-        layers: &[Parent<D>],
-        end: u64,
-        copied: &impl Fn(u64),
-    ) -> Outcome {
+    /// Copies into the image what `layers` have in `0..end`, the first before the second and so on. Calls `copied`
+    /// with the number of bytes that are done. The session must be open.
+    ///
+    /// # Errors
+    /// A positive `errno`; the uppermost layer still reads as before.
+    pub async fn absorb(self: &Rc<Self>, layers: &[Parent<D>], end: u64, copied: &impl Fn(u64)) -> Outcome {
         if self.shared.fixed {
             self.allocate(0, self.shared.geometry().block_count()).await?;
         }
@@ -53,8 +51,11 @@ impl<D: Disk + 'static> Engine<D> {
         Ok(())
     }
 
-    /// Gives up the blocks from `end` on, whose disk will end there.
-    pub(super) async fn give_up_behind(self: &Rc<Self>, end: u64) -> Outcome {
+    /// Unmaps the blocks that lie wholly beyond `end`, where the disk will end.
+    ///
+    /// # Errors
+    /// A positive `errno`; the device may be poisoned.
+    pub async fn unmap_beyond(self: &Rc<Self>, end: u64) -> Outcome {
         let geometry = self.shared.geometry();
         let (first, past) = (end.div_ceil(geometry.block_size()), geometry.block_count());
         if first < past && !self.shared.fixed {

@@ -38,7 +38,6 @@ mod journal;
 pub mod local;
 mod log;
 mod marks;
-pub mod merge;
 pub mod message;
 pub mod port;
 mod quarantine;

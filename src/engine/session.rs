@@ -30,8 +30,12 @@ impl<D: Disk + 'static> Engine<D> {
         self.open_session_as(None).await
     }
 
-    /// The same, and what children will know the content by is `data_write_guid`, if there is one.
-    pub(super) async fn open_session_as(self: &Rc<Self>, data_write_guid: Option<Uuid>) -> Outcome {
+    /// As [`Self::open_session`], with `data_write_guid`, if there is one, as the GUID that children know the new
+    /// content by.
+    ///
+    /// # Errors
+    /// As [`Self::open_session`].
+    pub async fn open_session_as(self: &Rc<Self>, data_write_guid: Option<Uuid>) -> Outcome {
         let turn = self.turns.session.enter().await;
         if self.shared.session() == Session::Idle {
             // The header found may be a killed process's, and the host may not have it yet: writing the other one

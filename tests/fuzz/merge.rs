@@ -11,11 +11,10 @@ use std::rc::Rc;
 
 use fastrand::Rng;
 use uuid::Uuid;
-use vhdx_ublk::engine::merge::{Files, Merge};
 use vhdx_ublk::error::Result;
 use vhdx_ublk::format::bat::PayloadState;
-use vhdx_ublk::format::locator::{ParentLocator, RELATIVE_PATH};
 use vhdx_ublk::image::{Image, Mode};
+use vhdx_ublk::operations::merge::{Files, Merge};
 
 use super::chain::open_layer;
 use super::corpus;
@@ -57,11 +56,6 @@ impl Files for Folder {
         self.0.borrow()[path].clone()
     }
 
-    fn direct(&self, locator: &mut ParentLocator, _: &Path, parent: &Path) -> Result<()> {
-        locator.set(RELATIVE_PATH, parent.to_str().expect("UTF-8"));
-        Ok(())
-    }
-
     async fn remove(&self, path: &Path) -> Result<()> {
         self.0.borrow_mut().remove(path);
         Ok(())
@@ -70,7 +64,7 @@ impl Files for Folder {
     fn copied(&self, _: u64) {}
 }
 
-const NAMES: [&str; 2] = ["child", "parent"];
+const NAMES: [&str; 2] = ["/child", "/parent"];
 
 /// The first eight bytes of a sector, as the chain has it.
 fn says(chain: &[(Image, Store)], offset: u64) -> u64 {

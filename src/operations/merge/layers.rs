@@ -22,17 +22,18 @@ use std::rc::Rc;
 
 use uuid::Uuid;
 
-use super::local::Spawn;
-use super::message::ToFront;
-use super::{Engine, Fronts, Outcome, Parent, Setup};
+use crate::chain;
 use crate::disk::Disk;
-use crate::error::{Error, Kind, Result};
+use crate::engine::local::Spawn;
+use crate::engine::message::ToFront;
+use crate::engine::{Engine, Fronts, Outcome, Parent, Setup};
+use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::format::guid;
-use crate::format::locator::{PARENT_LINKAGE, PARENT_LINKAGE2, ParentLocator};
+use crate::format::locator::{PARENT_LINKAGE, PARENT_LINKAGE2};
 use crate::format::metadata::{DiskType, Metadata};
 use crate::image::{Image, Mode, repair};
 
-/// The files of a merge. Each is one image of a chain, and nobody else has it.
+/// The files of a merge, by absolute paths. Each is one image of a chain, and nobody else has it.
 pub struct Merge {
     /// What is merged, the uppermost layer first.
     pub layers: Vec<PathBuf>,
@@ -50,12 +51,6 @@ pub trait Files {
 
     /// The file at `path`, opened and locked before.
     fn disk(&self, path: &Path) -> Self::Disk;
-
-    /// Has `locator`, of the child at `child`, say that its parent is at `parent`.
-    ///
-    /// # Errors
-    /// If that path cannot be told.
-    fn direct(&self, locator: &mut ParentLocator, child: &Path, parent: &Path) -> Result<()>;
 
     /// Removes the file at `path`, durably.
     ///
@@ -115,9 +110,9 @@ impl Merge {
             below.push(open(files, path, Mode::ReadOnly, new_guid.clone()).await?);
         }
         let (leaf, disk) = (&layers[0], layers[0].metadata.clone());
-        check(leaf, &target, below.first()).map_err(|error| error.file(&self.target))?;
+        check(leaf, &target, below.first()).file(&self.target)?;
         for (layer, path) in layers.iter().zip(&self.layers) {
-            layer.check_writable().map_err(|error| error.file(path))?;
+            layer.check_writable().file(path)?;
         }
         let lowest = layers.pop().expect("something is merged");
         layers.push(self.announce(files, lowest, &target, data_write, new_guid.clone()).await?);
@@ -171,10 +166,9 @@ impl Merge {
         new_guid: impl FnMut() -> Uuid + 'static,
     ) -> Result<Rc<Engine<F::Disk>>> {
         let disk = files.disk(&self.target);
-        target.read_bitmaps(&disk).await.map_err(|error| error.file(&self.target))?;
+        target.read_bitmaps(&disk).await.file(&self.target)?;
         let (fronts, guids) = (Rc::new(NoFronts), Box::new(new_guid));
-        let engine = Engine::new(Setup { image: target, disk, parents: below, tasks, fronts, guids });
-        engine.map_err(|error| error.file(&self.target))
+        Engine::new(Setup { image: target, disk, parents: below, tasks, fronts, guids }).file(&self.target)
     }
 
     /// Step 3.
@@ -188,12 +182,12 @@ impl Merge {
     ) -> Result<()> {
         let copying = async {
             engine.open_session_as(Some(data_write)).await?;
-            engine.take_over(layers, size, &|bytes| files.copied(bytes)).await?;
-            engine.give_up_behind(size).await
+            engine.absorb(layers, size, &|bytes| files.copied(bytes)).await?;
+            engine.unmap_beyond(size).await
         };
         let copied = told("copying into the image", copying.await);
         let closed = told("closing the image", engine.close().await);
-        copied.and(closed).map_err(|error| error.file(&self.target))
+        copied.and(closed).file(&self.target)
     }
 
     /// Step 4: the target describes the disk that it is now.
@@ -214,8 +208,7 @@ impl Merge {
         amend(files, &self.target, target, &metadata, &mut new_guid).await?;
         if shrinks {
             // What nothing names any more goes back to the host.
-            let mended = repair(&files.disk(&self.target), new_guid).await;
-            mended.map_err(|error| error.file(&self.target))?;
+            repair(&files.disk(&self.target), new_guid).await.file(&self.target)?;
         }
         Ok(())
     }
@@ -232,7 +225,7 @@ impl Merge {
             let image = open(files, child, Mode::Writable, new_guid.clone()).await?;
             let mut metadata = image.metadata.clone();
             let locator = metadata.parent_locator.as_mut().expect("a layer above another has a parent");
-            files.direct(locator, child, &self.target)?;
+            chain::direct(locator, child, &self.target)?;
             locator.set(PARENT_LINKAGE2, guid::print(data_write));
             amend(files, child, image, &metadata, new_guid.clone()).await?;
             files.remove(path).await?;
@@ -260,8 +253,7 @@ async fn open<F: Files>(
     mode: Mode,
     new_guid: impl FnOnce() -> Uuid,
 ) -> Result<Image> {
-    let image = Image::open(&files.disk(path), mode, new_guid).await;
-    image.map_err(|error| error.file(path))
+    Image::open(&files.disk(path), mode, new_guid).await.file(path)
 }
 
 async fn amend<F: Files>(
@@ -271,8 +263,7 @@ async fn amend<F: Files>(
     metadata: &Metadata,
     new_guid: impl FnMut() -> Uuid,
 ) -> Result<Image> {
-    let amended = image.amend(&files.disk(path), metadata, new_guid).await;
-    amended.map_err(|error| error.file(path))
+    image.amend(&files.disk(path), metadata, new_guid).await.file(path)
 }
 
 /// The images as an engine reads them.
@@ -280,12 +271,12 @@ async fn parents<F: Files>(files: &F, paths: &[PathBuf], images: Vec<Image>) -> 
     let mut parents = Vec::new();
     for (path, image) in paths.iter().zip(images) {
         let disk = files.disk(path);
-        image.read_bitmaps(&disk).await.map_err(|error| error.file(path))?;
+        image.read_bitmaps(&disk).await.file(path)?;
         parents.push(Parent { disk, map: image.map.into() });
     }
     Ok(parents)
 }
 
 fn told(doing: &str, outcome: Outcome) -> Result<()> {
-    outcome.map_err(|errno| Error::io(doing, std::io::Error::from_raw_os_error(errno)))
+    outcome.map_err(std::io::Error::from_raw_os_error).doing(doing)
 }
