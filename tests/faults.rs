@@ -1,4 +1,4 @@
-//! Promises defended here, as README makes them: every request ends once, whatever fails beneath it; a failed sync
+//! Promises defended here, as the contract makes them: every request ends once, whatever fails beneath it; a failed sync
 //! ends all writing, and so does a durable write or one of metadata that fails for anything but want of room or memory;
 //! nothing else does; no space on the host fails that write and nothing else, and when there is room again everything
 //! works; what was acknowledged as flushed before a failure is there after it.

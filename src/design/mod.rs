@@ -88,8 +88,8 @@ mod tests {
         let root = Path::new(env!("CARGO_MANIFEST_DIR"));
         let readme = fs::read_to_string(root.join("README.md")).expect("README");
         for (page, text) in PAGES.into_iter().chain([("README.md", readme.as_str())]) {
-            for name in text.split(['`', '(', ')', ' ', '\n']) {
-                if ["tests/", "tools/", "benches/"].iter().any(|folder| name.starts_with(folder)) {
+            for name in text.split(['`', '(', ')', '#', ' ', '\n']) {
+                if ["tests/", "tools/", "benches/", "src/"].iter().any(|folder| name.starts_with(folder)) {
                     assert!(root.join(name).exists(), "{page} names {name}");
                 }
             }
