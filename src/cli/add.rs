@@ -15,10 +15,10 @@ use clap::ValueEnum;
 use vhdx_ublk::device::daemon;
 use vhdx_ublk::device::engine_thread::EngineThread;
 use vhdx_ublk::device::layers::Parents;
-use vhdx_ublk::device::opened::{NoEngine, Opened};
+use vhdx_ublk::device::open_image::{NoEngine, OpenImage};
 use vhdx_ublk::device::registry::Registry;
-use vhdx_ublk::device::served::Ready;
 use vhdx_ublk::device::session::Plan;
+use vhdx_ublk::device::spec::Ready;
 use vhdx_ublk::device::stop::{self, How, Target};
 use vhdx_ublk::device::{
     MAX_BUFFER_BYTES, MAX_DEPTH, MAX_QUEUES, MIN_REQUEST_BYTES, Options, Recovery, ZeroCopy, confine,
@@ -197,13 +197,13 @@ impl Add {
         let parents = Parents { search: self.parents.search(), open: |path| open(path, Access::ReadOnly) };
         let (file, access) = self.open()?;
         if access == Access::ReadOnly {
-            let opened = Opened::read_only(file.clone(), &parents)?;
-            return daemon::serve(&opened.served(&file)?, options, |ends| Ok(NoEngine(ends)), ready);
+            let opened = OpenImage::read_only(file.clone(), &parents)?;
+            return daemon::serve(&opened.spec(&file)?, options, |ends| Ok(NoEngine(ends)), ready);
         }
         holders::refuse_parent(file.path(), &parents.search, self.force)?;
         let keep = self.recovery != Some(Recovery::None);
         let engine = EngineThread::open(file.clone(), Plan::Fresh { keep }, parents)?;
-        let served = engine.opened().served(&file)?;
+        let served = engine.opened().spec(&file)?;
         daemon::serve(&served, options, |ends| Ok(engine.start(ends)), ready)
     }
 }

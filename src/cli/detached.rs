@@ -4,7 +4,7 @@ use std::cell::Cell;
 use std::os::fd::RawFd;
 
 use vhdx_ublk::device::launch;
-use vhdx_ublk::device::served::Ready;
+use vhdx_ublk::device::spec::Ready;
 use vhdx_ublk::error::Result;
 
 use super::{FAILURE, logging, output};

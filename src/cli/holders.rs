@@ -98,7 +98,7 @@ pub fn is_served(path: &Path) -> bool {
 /// [`Kind::InUse`], with the ways out; when it cannot be told.
 pub fn refuse_abandoned(image: &ImageFile, access: Access) -> Result<()> {
     // The path may name another file by now.
-    let file = FileId::of_image(image)?;
+    let file = FileId::of_image(image);
     let both_read = |listed: &Listed| listed.entry.read_only && access == Access::ReadOnly;
     let concerns =
         |listed: &Listed| listed.may_be_abandoned() && !both_read(listed) && listed.entry.reads(file);

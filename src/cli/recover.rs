@@ -9,11 +9,11 @@ use vhdx_ublk::device::daemon;
 use vhdx_ublk::device::engine_thread::EngineThread;
 use vhdx_ublk::device::launch;
 use vhdx_ublk::device::layers::Parents;
-use vhdx_ublk::device::opened::{NoEngine, Opened};
+use vhdx_ublk::device::open_image::{NoEngine, OpenImage};
 use vhdx_ublk::device::readers;
 use vhdx_ublk::device::registry::{Entry, FileId, Listed, State};
-use vhdx_ublk::device::served::Ready;
 use vhdx_ublk::device::session::Plan;
+use vhdx_ublk::device::spec::Ready;
 use vhdx_ublk::device::stop::{self, Target};
 use vhdx_ublk::disk::{Access, ImageFile};
 use vhdx_ublk::error::{Error, Kind, Result};
@@ -123,17 +123,17 @@ impl Recover {
         if entry.read_only {
             let file = Arc::new(self.open(entry, Access::ReadOnly)?);
             refuse_changed(entry)?;
-            let opened = Opened::read_only(file.clone(), &parents)?;
+            let opened = OpenImage::read_only(file.clone(), &parents)?;
             if opened.file_write_guid != entry.file_write_guid && !self.accept_loss {
                 return Err(changed(entry));
             }
-            return daemon::recover(&opened.served(&file)?, entry, |ends| Ok(NoEngine(ends)), ready);
+            return daemon::recover(&opened.spec(&file)?, entry, |ends| Ok(NoEngine(ends)), ready);
         }
         let file = Arc::new(self.open(entry, Access::ReadWrite)?);
         refuse_changed(entry)?;
         let engine =
             EngineThread::open(file.clone(), Plan::Resume { accept_loss: self.accept_loss }, parents)?;
-        let served = engine.opened().served(&file)?;
+        let served = engine.opened().spec(&file)?;
         let entry = &Entry { image_file: served.image_file, ..entry.clone() };
         daemon::recover(&served, entry, |ends| Ok(engine.start(ends)), ready)
     }
@@ -149,7 +149,7 @@ impl Recover {
             }
             outcome => outcome.map_err(|error| entry.explain(error))?,
         };
-        let (found, known) = (FileId::of_image(&file)?, entry.image_file);
+        let (found, known) = (FileId::of_image(&file), entry.image_file);
         if found == known || found.inode == known.inode && !self.accept_loss {
             return Ok(file);
         }

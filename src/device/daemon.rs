@@ -6,11 +6,10 @@
 //!
 //! Invariants:
 //!
-//! * a failure on the way up takes the same way down, from wherever it happened;
-//! * the image is closed only when no request can be under way. When the kernel does not stop the device, or
-//!   a queue has failed, the process ends without closing: the image is left as after a crash, which opening
-//!   it repairs;
-//! * signals that ask for something are blocked in every thread and taken by one, so that no call is interrupted.
+//! * a failure on the way up takes the same way down, wherever it happened;
+//! * the image is closed only when no request can be under way. If the kernel does not stop the device, or a queue
+//!   has failed, the process ends without closing: the image is left as after a crash, and the next opening repairs it;
+//! * signals that request something are blocked in every thread and taken by one, so that no call is interrupted.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -22,90 +21,87 @@ use std::time::{Duration, Instant};
 
 use super::confine::{self, Role};
 use super::control::{self, Control, DeviceInfo, NewDevice, POLL_INTERVAL};
-use super::data::{Numbers, Transfer};
 use super::ending::{Ending, INSISTENCE, Step};
 use super::features;
 use super::launch;
 use super::mailbox::{EngineEnds, FrontEnds, mailboxes};
 use super::options::{Options, Recovery, ZeroCopy};
 use super::order::{Call, NewLeaf, Order};
-use super::queue::QueueSetup;
-use super::queues::{Demand, Queues};
+use super::queue::{BufferIndex, QueueSetup, RingSetup, Transfer};
 use super::registry::{self, Entry, ProcessId, Registry};
-use super::ring::RingSetup;
-use super::served::{EngineHandle, Ready, Served};
 use super::socket::{self, Status};
+use super::spec::{DeviceSpec, EngineHandle, Ready};
+use super::supervisor::{Demand, Supervisor};
 use super::sys;
 use super::usage;
 use crate::engine::front::Front;
 use crate::engine::shared::{Session, Shared};
 use crate::error::{Error, Kind, Result};
 
-/// How long a device node may take to appear: at once in devtmpfs, later where something else makes it.
+/// How long a device node may take to appear: none in devtmpfs, longer where a program makes it.
 const NODE_DEADLINE: Duration = Duration::from_secs(5);
 
-/// Serves `served` as a block device until a termination signal comes or somebody stops the device.
+/// Serves an image as a block device until a termination signal comes or another process stops the device.
 ///
-/// Call it before any thread has been started. `start_engine` gets the engine's ends of the mailboxes; `ready`
-/// is called once, when the device can be used.
+/// Call it before any thread has been started. `start_engine` gets the engine's ends of the mailboxes; `ready` is
+/// called once, when the device can be used.
 ///
 /// # Errors
 ///
-/// Whatever prevented the device from coming up, or the image from being closed cleanly. The process must end
-/// then: threads may be left that only this can end.
+/// Whatever prevented the device from coming up, or the image from being closed cleanly. The process must end then:
+/// there may be threads that nothing else ends.
 pub fn serve<E: EngineHandle>(
-    served: &Served,
+    spec: &DeviceSpec,
     options: &Options,
     start_engine: impl FnOnce(EngineEnds) -> Result<E>,
     ready: impl FnOnce(&Ready) -> Result<()>,
 ) -> Result<()> {
     options.validate()?;
     prepare_process();
-    let queues = Queues::new()?;
+    let supervisor = Supervisor::new()?;
     let registry = Registry::open()?;
-    let mut device = Device::add(registry, queues, served, options)?;
-    let outcome =
-        device.bring_up(served, start_engine, Beginning::Made).and_then(|()| ready(&device.ready()));
-    let outcome = outcome.and_then(|()| device.obey());
+    let mut device = Device::add(registry, supervisor, spec, options)?;
+    let outcome = device.bring_up(spec, start_engine, Beginning::Made).and_then(|()| ready(&device.ready()));
+    let outcome = outcome.and_then(|()| device.run());
     device.take_down(outcome)
 }
 
-/// Goes on serving the device of `entry`, whose daemon was killed, until it ends as by [`serve`].
+/// Continues to serve the device of `entry`, whose daemon was killed, until it ends as by [`serve`].
 ///
 /// Call it before any thread has been started, with the image opened as the device's session says.
 ///
 /// # Errors
 ///
-/// Whatever prevented it; the device waits for the next attempt as soon as the process has ended. Once it is
-/// served again: what kept the image from being closed cleanly.
+/// Whatever prevented it; the device waits for the next attempt as soon as the process has ended. Once it is served
+/// again: what kept the image from being closed cleanly.
 pub fn recover<E: EngineHandle>(
-    served: &Served,
+    spec: &DeviceSpec,
     entry: &Entry,
     start_engine: impl FnOnce(EngineEnds) -> Result<E>,
     ready: impl FnOnce(&Ready) -> Result<()>,
 ) -> Result<()> {
     prepare_process();
-    let queues = Queues::new()?;
+    let supervisor = Supervisor::new()?;
     let registry = Registry::open()?;
-    let mut device = Device::take_over(registry, queues, entry)?;
-    device.bring_up(served, start_engine, Beginning::TakenOver)?;
+    let mut device = Device::take_over(registry, supervisor, entry)?;
+    device.bring_up(spec, start_engine, Beginning::TakenOver)?;
     ready(&device.ready())?;
     tracing::warn!(
-        "the daemon before this one was killed; this one goes on with {}",
+        "the daemon before this one was killed; this one continues to serve {}",
         device.path().display()
     );
-    let outcome = device.obey();
+    let outcome = device.run();
     device.take_down(outcome)
 }
 
-/// What fails here costs safety when memory runs out, but serves.
+/// A failure here costs safety when memory runs out, and the device is spec.
 fn prepare_process() {
     if let Err(error) = sys::keep_in_memory() {
         tracing::warn!("the daemon may be swapped out: {error}");
     }
 }
 
-/// How a device comes to this process.
+/// How this process got the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Beginning {
     Made,
@@ -121,15 +117,15 @@ struct Device<E> {
     entry: Arc<Mutex<Entry>>,
     cdev: Option<Arc<File>>,
     engine: Option<E>,
-    queues: Queues,
+    supervisor: Supervisor,
 }
 
 impl<E: EngineHandle> Device<E> {
-    /// Makes the device and its entry. What else has to be there is asked for first.
-    fn add(registry: Registry, queues: Queues, served: &Served, options: &Options) -> Result<Self> {
+    /// Makes the device and its entry, after everything else that may fail.
+    fn add(registry: Registry, supervisor: Supervisor, spec: &DeviceSpec, options: &Options) -> Result<Self> {
         let control = Control::open()?;
         let recovery = match features::recovery(control.features(), options.recovery)? {
-            recovery if served.recoverable => recovery,
+            recovery if spec.recoverable => recovery,
             _ => Recovery::None,
         };
         let new = NewDevice {
@@ -142,24 +138,24 @@ impl<E: EngineHandle> Device<E> {
         };
         let daemon = ProcessId::this()?;
         registry.sweep(&control)?;
-        // Until its entry is written, the device looks like one that nobody serves.
+        // Until its entry is written, the device looks like one without a daemon.
         let locked = registry.lock()?;
         let info = control.add(&new)?;
-        let entry = Entry { recovery, ..describe(&info, served, daemon) };
+        let entry = Entry { recovery, ..describe(&info, spec, daemon) };
         let written = locked.write(&entry);
         drop(locked);
         let is_test = options.zero_copy == ZeroCopy::Fallback;
-        let transfer = transfer(&info, if is_test { Numbers::Impossible } else { Numbers::Tag });
+        let transfer = transfer(&info, if is_test { BufferIndex::Impossible } else { BufferIndex::Tag });
         let entry = Arc::new(Mutex::new(entry));
-        let device = Self { control, info, transfer, registry, entry, cdev: None, engine: None, queues };
-        match agree(&new, &info).and(written) {
+        let device = Self { control, info, transfer, registry, entry, cdev: None, engine: None, supervisor };
+        match check_granted(&new, &info).and(written) {
             Ok(()) => Ok(device),
             Err(error) => Err(device.take_down(Err(error)).expect_err("it failed")),
         }
     }
 
-    /// Makes this process the server-to-be of a device whose daemon was killed.
-    fn take_over(registry: Registry, queues: Queues, entry: &Entry) -> Result<Self> {
+    /// Makes this process the next server of a device whose daemon was killed.
+    fn take_over(registry: Registry, supervisor: Supervisor, entry: &Entry) -> Result<Self> {
         let control = Control::open()?;
         let found = control.info(entry.id)?.filter(|info| info.mark == entry.mark);
         let info =
@@ -171,13 +167,13 @@ impl<E: EngineHandle> Device<E> {
         })?;
         let entry = Entry { daemon: ProcessId::this()?, started: false, ..entry.clone() };
         registry.write(&entry)?;
-        let (transfer, entry) = (transfer(&info, Numbers::Tag), Arc::new(Mutex::new(entry)));
-        Ok(Self { control, info, transfer, registry, entry, cdev: None, engine: None, queues })
+        let (transfer, entry) = (transfer(&info, BufferIndex::Tag), Arc::new(Mutex::new(entry)));
+        Ok(Self { control, info, transfer, registry, entry, cdev: None, engine: None, supervisor })
     }
 
     fn bring_up(
         &mut self,
-        served: &Served,
+        spec: &DeviceSpec,
         start_engine: impl FnOnce(EngineEnds) -> Result<E>,
         beginning: Beginning,
     ) -> Result<()> {
@@ -187,23 +183,23 @@ impl<E: EngineHandle> Device<E> {
         let (engine, fronts) = mailboxes(self.info.queues, self.info.depth)?;
         self.engine = Some(start_engine(engine)?);
         for (queue, ends) in (0..).zip(fronts) {
-            self.start_queue(queue, ends, served, &cdev)?;
+            self.start_queue(queue, ends, spec, &cdev)?;
         }
-        self.queues.await_ready()?;
+        self.supervisor.await_ready()?;
         match beginning {
             Beginning::Made => {
                 let in_place = self.transfer != Transfer::Copied;
-                let parameters = served.parameters.to_kernel(self.info.request_bytes, in_place);
+                let parameters = spec.parameters.to_kernel(self.info.request_bytes, in_place);
                 self.control.set_params(self.info.id, parameters)?;
                 self.control.start(self.info.id)?;
             }
             Beginning::TakenOver => self.control.end_recovery(self.info.id)?,
         }
         await_node(&self.path(), Node::Block)?;
-        let next = self.engine.as_ref().expect("started above").next_leaf();
-        let first = served.shared.clone();
-        let status = move || status_of(&next.latest().map_or_else(|| first.clone(), |leaf| leaf.shared));
-        socket::listen(&self.registry.socket_path(self.info.id), status, self.queues.caller())?;
+        let handover = self.engine.as_ref().expect("started above").handover();
+        let first = spec.shared.clone();
+        let status = move || status_of(&handover.latest().map_or_else(|| first.clone(), |leaf| leaf.shared));
+        socket::listen(&self.registry.socket_path(self.info.id), status, self.supervisor.caller())?;
         self.record(|entry| entry.started = true)
     }
 
@@ -211,45 +207,45 @@ impl<E: EngineHandle> Device<E> {
         device_path(self.info.id)
     }
 
-    /// Does what it is told until it shall end.
-    fn obey(&mut self) -> Result<()> {
+    /// Handles demands until the device is to end.
+    fn run(&mut self) -> Result<()> {
         confine::become_(Role::Device);
         confine::seal();
         let mut ending = Ending::default();
         loop {
-            let happening = match self.queues.next_demand(ending.due())? {
+            let happening = match self.supervisor.next_demand(ending.due())? {
                 Demand::Call(call) => {
-                    self.answer(call);
+                    self.snapshot(call);
                     continue;
                 }
                 Demand::Stopped => {
-                    tracing::info!("ending: somebody else has stopped the device");
+                    tracing::info!("ending: another process has stopped the device");
                     return Ok(());
                 }
                 Demand::Happening(happening) => happening,
             };
             match ending.on(happening, Instant::now()) {
                 Step::Nothing => {}
-                Step::Look => self.queues.look(self.info.id),
-                Step::Stay(users) => self.say_that_it_stays(&users),
+                Step::FindUsers => self.supervisor.find_users(self.info.id),
+                Step::Stay(users) => self.warn_of_users(&users),
                 Step::Reopen => launch::reopen_log(),
                 Step::End => {
-                    tracing::info!("ending: it was asked to");
+                    tracing::info!("ending on request");
                     return Ok(());
                 }
             }
         }
     }
 
-    fn say_that_it_stays(&self, users: &[String]) {
+    fn warn_of_users(&self, users: &[String]) {
         let (device, users, seconds) = (self.path(), users.join(", "), INSISTENCE.as_secs());
         let device = device.display();
         tracing::warn!(
-            "asked to end while {device} is in use: {users}; it stays, and ends when its use ends (at once, with I/O errors for what uses it: `vhdx-ublk del --force {device}`, or two signals within {seconds} s)"
+            "asked to end while {device} is in use: {users}; the device stays until it is no longer in use (to end it now, with I/O errors for its users: `vhdx-ublk del --force {device}`, or two signals within {seconds} s)"
         );
     }
 
-    fn answer(&self, Call { image, answer, caller }: Call) {
+    fn snapshot(&self, Call { image, reply }: Call) {
         let entry = self.entry.clone();
         let switch = Box::new(move |leaf: NewLeaf| {
             change_entry(&Registry::open()?, &entry, |entry| {
@@ -261,7 +257,7 @@ impl<E: EngineHandle> Device<E> {
             })
         });
         let engine = self.engine.as_ref().expect("a device that is up has an engine");
-        engine.snapshot(Order { image, device: self.info.id, switch, answer, caller });
+        engine.snapshot(Order { image, device: self.info.id, switch, reply });
     }
 
     /// Changes the device's entry.
@@ -269,7 +265,13 @@ impl<E: EngineHandle> Device<E> {
         change_entry(&self.registry, &self.entry, change)
     }
 
-    fn start_queue(&mut self, queue: u16, ends: FrontEnds, served: &Served, cdev: &Arc<File>) -> Result<()> {
+    fn start_queue(
+        &mut self,
+        queue: u16,
+        ends: FrontEnds,
+        spec: &DeviceSpec,
+        cdev: &Arc<File>,
+    ) -> Result<()> {
         let setup = QueueSetup {
             device: self.info.id,
             ring: RingSetup {
@@ -279,19 +281,19 @@ impl<E: EngineHandle> Device<E> {
                 ioctl_numbers: self.info.has_ioctl_numbers(),
                 transfer: self.transfer,
                 character_device: cdev.clone(),
-                images: served.images.clone(),
-                next: self.engine.as_ref().expect("started before the queues").next_leaf(),
+                images: spec.images.clone(),
+                handover: self.engine.as_ref().expect("started before the queues").handover(),
                 sender: ends.sender,
                 wake: ends.wake,
             },
-            front: Front::new(served.shared.clone(), self.info.depth),
+            front: Front::new(spec.shared.clone(), self.info.depth),
             receiver: ends.receiver,
             cpus: self.control.queue_cpus(self.info.id, queue)?,
         };
-        self.queues.start(setup)
+        self.supervisor.start(setup)
     }
 
-    /// The whole way down. Returns the first failure, `outcome` included.
+    /// The whole way down. Returns the first failure, including that of `outcome`.
     fn take_down(mut self, outcome: Result<()>) -> Result<()> {
         if let Err(error) = self.stop() {
             return Err(outcome.err().unwrap_or(error));
@@ -300,7 +302,7 @@ impl<E: EngineHandle> Device<E> {
             Some(engine) => engine.close(),
             None => Ok(()),
         };
-        self.queues.finish();
+        self.supervisor.finish();
         drop(self.cdev.take());
         let deleted = self.delete();
         let recorded = self.leave(&closed, &deleted);
@@ -309,9 +311,9 @@ impl<E: EngineHandle> Device<E> {
 
     /// Stops the device and waits until no request is left.
     fn stop(&mut self) -> Result<()> {
-        self.queues.settle()?;
+        self.supervisor.settle()?;
         self.control.stop(self.info.id)?;
-        self.queues.drain()
+        self.supervisor.drain()
     }
 
     fn delete(&self) -> Result<()> {
@@ -321,7 +323,7 @@ impl<E: EngineHandle> Device<E> {
         Ok(())
     }
 
-    /// Removes the entry, unless somebody still has to learn of a failure or to delete the device.
+    /// Removes the entry, unless a failure is still to be reported or the device to be deleted.
     fn leave(&self, closed: &Result<()>, deleted: &Result<()>) -> Result<()> {
         if let Err(error) = closed {
             tracing::error!("the image could not be closed cleanly: {error:#}");
@@ -339,7 +341,7 @@ impl<E: EngineHandle> Device<E> {
     }
 }
 
-/// How a device is that serves what `shared` is of.
+/// The status of a device that serves `shared`.
 fn status_of(shared: &Shared) -> Status {
     let troubles = shared.troubles();
     Status {
@@ -349,7 +351,7 @@ fn status_of(shared: &Shared) -> Status {
     }
 }
 
-/// Changes an entry, and only then what is known of it.
+/// Changes an entry, first in the registry.
 fn change_entry(registry: &Registry, entry: &Mutex<Entry>, change: impl FnOnce(&mut Entry)) -> Result<()> {
     let mut entry = entry.lock().unwrap_or_else(PoisonError::into_inner);
     let mut changed = entry.clone();
@@ -363,28 +365,28 @@ fn device_path(id: u32) -> PathBuf {
     format!("/dev/ublkb{id}").into()
 }
 
-/// How data travels on a device with the features it was granted.
-fn transfer(info: &DeviceInfo, numbers: Numbers) -> Transfer {
-    if features::is_in_place(info.flags) { Transfer::InPlace(numbers) } else { Transfer::Copied }
+/// How data travels on a device with the features that it was granted.
+fn transfer(info: &DeviceInfo, index: BufferIndex) -> Transfer {
+    if features::is_in_place(info.flags) { Transfer::InPlace(index) } else { Transfer::Copied }
 }
 
-fn describe(info: &DeviceInfo, served: &Served, daemon: ProcessId) -> Entry {
+fn describe(info: &DeviceInfo, spec: &DeviceSpec, daemon: ProcessId) -> Entry {
     Entry {
         id: info.id,
         device: device_path(info.id),
-        image: served.path.clone(),
-        image_file: served.image_file,
-        parents: served.parents.clone(),
-        parent_files: served.parent_files.clone(),
+        image: spec.path.clone(),
+        image_file: spec.image_file,
+        parents: spec.parents.clone(),
+        parent_files: spec.parent_files.clone(),
         mount_namespace: registry::mount_namespace(),
         daemon,
         queues: info.queues,
         depth: info.depth,
-        size_bytes: served.parameters.size_bytes,
-        read_only: served.parameters.read_only,
+        size_bytes: spec.parameters.size_bytes,
+        read_only: spec.parameters.read_only,
         recovery: Recovery::None,
         zero_copy: features::is_in_place(info.flags),
-        file_write_guid: served.file_write_guid,
+        file_write_guid: spec.file_write_guid,
         mark: info.mark,
         version: env!("CARGO_PKG_VERSION").into(),
         started: false,
@@ -392,7 +394,7 @@ fn describe(info: &DeviceInfo, served: &Served, daemon: ProcessId) -> Entry {
     }
 }
 
-/// The kernel lets nobody take the device over while anything has its character device open.
+/// The kernel refuses to hand a device over while anything has its character device open.
 fn still_held(entry: &Entry) -> Error {
     let users = usage::of_character_device(entry.id);
     let node = format!("/dev/ublkc{}", entry.id);
@@ -404,9 +406,9 @@ fn still_held(entry: &Entry) -> Error {
     Error::new(Kind::InUse, message).remedy(format!("end its use (fuser -v {node}), then recover again"))
 }
 
-/// What was granted must be what was asked for, fewer queues aside: the driver drops what it does not know
-/// without a word.
-fn agree(new: &NewDevice, info: &DeviceInfo) -> Result<()> {
+/// What was granted must be what was requested, except for fewer queues: the driver silently drops what it does not
+/// know.
+fn check_granted(new: &NewDevice, info: &DeviceInfo) -> Result<()> {
     let missing = new.flags & !info.flags;
     if missing != 0 {
         let message = format!("the driver does not grant the features {missing:#x}");
@@ -417,7 +419,7 @@ fn agree(new: &NewDevice, info: &DeviceInfo) -> Result<()> {
             format!("{queues} queues of depth {depth} with requests of {bytes} bytes")
         };
         let message = format!(
-            "the driver grants {}, which is not what was asked for: {}",
+            "the driver grants {}, instead of {}",
             shape(info.queues, info.depth, info.request_bytes),
             shape(new.queues, new.depth, new.request_bytes)
         );
@@ -426,15 +428,15 @@ fn agree(new: &NewDevice, info: &DeviceInfo) -> Result<()> {
     Ok(())
 }
 
-/// What kind of node a device has.
+/// A kind of device node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Node {
     Character,
     Block,
 }
 
-/// Opens a device node as soon as it can be opened: a character device for the server, to write, a block
-/// device only to see that others can open it.
+/// Opens a device node as soon as it can be opened: a character device for the server, to write; a block device only
+/// to check that others can open it.
 fn await_node(path: &Path, node: Node) -> Result<File> {
     let until = Instant::now() + NODE_DEADLINE;
     loop {
@@ -459,5 +461,5 @@ fn open_node(path: &Path, node: Node) -> io::Result<File> {
         Node::Character => kind.is_char_device(),
         Node::Block => kind.is_block_device(),
     };
-    if is_right { Ok(file) } else { Err(io::Error::other("something else has its place")) }
+    if is_right { Ok(file) } else { Err(io::Error::other("it is no device of the right kind")) }
 }

@@ -1,8 +1,8 @@
-//! The engine of a writable device, on a thread of its own, with its own ring.
+//! The engine of a writable device, on its own thread, with its own ring.
 //!
 //! Its life: *opened* (the image is ready, nothing has been modified), *started* (the mailboxes are joined),
-//! *closed*. Dropped before it was started, it ends without a trace, and a session that it took over stays;
-//! dropped afterwards, it goes on until the process ends, and the image is left as after a crash.
+//! *closed*. Dropped before it was started, it ends without a trace, and a session that it took over stays; dropped
+//! later, it runs until the process ends, and the image is left as after a crash.
 
 use std::rc::Rc;
 use std::sync::Arc;
@@ -10,37 +10,38 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::thread::{self, JoinHandle};
 
+use nix::sys::eventfd::EventFd;
+use nix::sys::signal::SigSet;
+
 use super::confine::{self, Role};
 use super::control::Control;
 use super::fronts::{FrontInbox, Mailboxes};
 use super::layers::{self, Parents};
-use super::leaf::NextLeaf;
+use super::leaf_handover::LeafHandover;
 use super::mailbox::{EngineEnds, wake_up};
-use super::maker::Makers;
-use super::opened::{self, Opened, WritableImage, WritableOpen};
+use super::open_image::{OpenImage, parameters};
 use super::order::Order;
-use super::served::EngineHandle;
-use super::serving::{Serving, open_served, unclean};
+use super::served_image::{ServedImage, open_served, unclean};
 use super::session::{Plan, SessionFile, Sessions};
-use super::snapshot::Place;
+use super::snapshot::{Makers, Snapshotter};
+use super::spec::EngineHandle;
 use super::sys;
+use super::writable::{WritableImage, WritableOpener};
 use crate::disk::{ImageFile, Reactor};
 use crate::engine::Outcome;
 use crate::engine::shared::Session;
-use crate::error::{Error, Result};
-use nix::sys::eventfd::EventFd;
-use nix::sys::signal::SigSet;
+use crate::error::{Doing, Result};
 
 /// The engine's thread, as the device sees it.
 pub struct EngineThread {
     thread: JoinHandle<Result<()>>,
-    opened: Opened,
+    opened: OpenImage,
     ends: mpsc::Sender<EngineEnds>,
     orders: mpsc::Sender<Order>,
     closing: Arc<AtomicBool>,
     called: Arc<AtomicBool>,
-    next: NextLeaf,
-    /// There once it is started.
+    handover: LeafHandover,
+    /// Set once it is started.
     wake: Option<Arc<EventFd>>,
 }
 
@@ -55,40 +56,40 @@ impl EngineThread {
     /// session to resume.
     pub fn open(file: Arc<ImageFile>, plan: Plan, parents: Parents) -> Result<Self> {
         let may_write = || Control::open().map(drop);
-        Self::open_as(file, WritableOpen { may_write, plan, sessions: Sessions::of_machine(), parents })
+        Self::open_with(file, WritableOpener { may_write, plan, sessions: Sessions::of_machine(), parents })
     }
 
-    fn open_as(file: Arc<ImageFile>, how: WritableOpen) -> Result<Self> {
+    pub(super) fn open_with(file: Arc<ImageFile>, opener: WritableOpener) -> Result<Self> {
         let (ends, start) = mpsc::channel();
-        let (report, opened) = mpsc::channel();
+        let (report, reported) = mpsc::channel();
         let (orders, ordered) = mpsc::channel();
         let (closing, called) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
-        let next = NextLeaf::default();
-        let life = Life {
+        let handover = LeafHandover::default();
+        let engine = EngineLoop {
             file,
-            how,
+            opener,
             report,
             start,
             ordered,
             closing: closing.clone(),
             called: called.clone(),
-            next: next.clone(),
+            handover: handover.clone(),
         };
-        let thread = thread::Builder::new().name("vhdx-engine".into()).spawn(|| life.live());
-        let thread = thread.map_err(|error| Error::io("starting the engine's thread", error))?;
-        if let Ok(opened) = opened.recv() {
-            return Ok(Self { thread, opened, ends, orders, closing, called, next, wake: None });
+        let thread = thread::Builder::new().name("vhdx-engine".into()).spawn(|| engine.run());
+        let thread = thread.doing("starting the engine's thread")?;
+        if let Ok(opened) = reported.recv() {
+            return Ok(Self { thread, opened, ends, orders, closing, called, handover, wake: None });
         }
         let outcome = thread.join().expect("a panic ends the process");
         Err(outcome.expect_err("it has not opened the image"))
     }
 
-    /// What the image looks like.
-    pub fn opened(&self) -> &Opened {
+    /// The image as it was opened.
+    pub fn opened(&self) -> &OpenImage {
         &self.opened
     }
 
-    /// Joins the mailboxes: the fronts may ask from now on.
+    /// Joins the mailboxes: the fronts may send from now on.
     #[must_use]
     pub fn start(mut self, ends: EngineEnds) -> Self {
         assert!(self.wake.is_none(), "an engine is started once");
@@ -96,9 +97,7 @@ impl EngineThread {
         assert!(self.ends.send(ends).is_ok(), "the thread waits for it");
         self
     }
-}
 
-impl EngineThread {
     fn call(&self) {
         self.called.store(true, Ordering::Release);
         if let Some(wake) = &self.wake {
@@ -108,12 +107,12 @@ impl EngineThread {
 }
 
 impl EngineHandle for EngineThread {
-    fn next_leaf(&self) -> NextLeaf {
-        self.next.clone()
+    fn handover(&self) -> LeafHandover {
+        self.handover.clone()
     }
 
     fn snapshot(&self, order: Order) {
-        // A thread that has ended answers nobody, and who asked finds the channel closed.
+        // A thread that has ended drops the order, which its caller notices.
         let _ = self.orders.send(order);
         self.call();
     }
@@ -126,60 +125,60 @@ impl EngineHandle for EngineThread {
     }
 }
 
-/// What the thread is given.
-struct Life {
+/// The thread's own end.
+struct EngineLoop {
     file: Arc<ImageFile>,
-    how: WritableOpen,
-    report: mpsc::Sender<Opened>,
+    opener: WritableOpener,
+    report: mpsc::Sender<OpenImage>,
     start: mpsc::Receiver<EngineEnds>,
     ordered: mpsc::Receiver<Order>,
     /// Set by another thread, as is `called` after it.
     closing: Arc<AtomicBool>,
     /// There is something in `ordered`, or `closing` is set.
     called: Arc<AtomicBool>,
-    next: NextLeaf,
+    handover: LeafHandover,
 }
 
-impl Life {
-    fn live(self) -> Result<()> {
-        leave_signals_to_others();
+impl EngineLoop {
+    fn run(self) -> Result<()> {
+        block_signals();
         become_urgent();
-        confine::become_(Role::Engine); // before the first byte of an image that others made is read
+        confine::become_(Role::Engine); // before the first byte of a foreign image is read
         let reactor = Reactor::new()?;
         let fronts = Rc::new(Mailboxes::default());
-        let mut serving = self.open_engine(&reactor, &fronts)?;
-        // Nobody can be gone who waits for this; if so, nobody starts the engine either.
-        let _ = self.report.send(serving.opened.clone());
+        let mut served = self.open_engine(&reactor, &fronts)?;
+        // The other side waits for this. If it has gone, it does not start the engine either.
+        let _ = self.report.send(served.opened.clone());
         let outcome = match self.start.recv() {
-            Ok(ends) => self.serve(&reactor, &mut serving, &fronts, ends),
+            Ok(ends) => self.serve(&reactor, &mut served, &fronts, ends),
             Err(mpsc::RecvError) if self.closing.load(Ordering::Acquire) => {
-                reactor.block_on(serving.engine.close())
+                reactor.block_on(served.engine.close())
             }
-            Err(mpsc::RecvError) => return serving.give_up(&reactor),
+            Err(mpsc::RecvError) => return served.give_up(&reactor),
         };
-        let (engine, path) = (serving.engine, serving.file.path());
+        let (engine, path) = (served.engine, served.file.path());
         if engine.shared().session() != Session::Idle {
             tracing::info!("{}: closed", path.display());
             tracing::debug!("{}: {:?}", path.display(), engine.counters());
         }
         let poisoned = engine.shared().session() == Session::Poisoned;
         outcome.map_err(|errno| unclean("closing the image", errno, poisoned, path))?;
-        serving.session.map_or(Ok(()), SessionFile::remove)
+        served.session.map_or(Ok(()), SessionFile::remove)
     }
 
-    fn open_engine(&self, reactor: &Reactor, fronts: &Rc<Mailboxes>) -> Result<Serving> {
-        let WritableImage { image, session, parents } = self.how.open(reactor, &self.file)?;
-        let parameters = opened::parameters(&self.file, &image.metadata, false, &parents)?;
+    fn open_engine(&self, reactor: &Reactor, fronts: &Rc<Mailboxes>) -> Result<ServedImage> {
+        let WritableImage { image, session, parents } = self.opener.open(reactor, &self.file)?;
+        let parameters = parameters(&self.file, &image.metadata, false, &parents)?;
         let parents = layers::for_engine(reactor, parents)?;
         open_served(reactor, fronts, self.file.clone(), image, session, parents, parameters)
     }
 
-    /// Serves the fronts until the device is closed, then closes the image. The fronts are listened to until that
-    /// is done: closing empties the quarantine, which waits for their barriers.
+    /// Serves the fronts until the device is closed, then closes the image. The inbox runs until that is done:
+    /// closing empties the quarantine, which waits for the fronts' barriers.
     fn serve(
         &self,
         reactor: &Reactor,
-        serving: &mut Serving,
+        served: &mut ServedImage,
         fronts: &Rc<Mailboxes>,
         ends: EngineEnds,
     ) -> Outcome {
@@ -187,19 +186,26 @@ impl Life {
         fronts.join(senders);
         become_io_flusher();
         reactor.spawn(fronts.clone().deliver()).detach();
-        let inbox = FrontInbox::new(ends.wake, receivers, serving.engine.clone(), self.called.clone());
+        let inbox = FrontInbox::new(ends.wake, receivers, served.engine.clone(), self.called.clone());
         let inbox = Rc::new(inbox);
         let receiving = reactor.spawn(inbox.clone().run(reactor.ring().clone()));
         let makers = Makers::default();
+        let snapshotter = Snapshotter {
+            reactor,
+            opener: &self.opener,
+            inbox: &inbox,
+            fronts,
+            handover: &self.handover,
+            makers: &makers,
+            closing: &self.closing,
+        };
         while !self.closing.load(Ordering::Acquire) {
-            let (how, next, closing) = (&self.how, &self.next, &*self.closing);
-            let place = Place { reactor, how, inbox: &inbox, fronts, next, makers: &makers, closing };
             while let Ok(order) = self.ordered.try_recv() {
-                place.obey(order, serving);
+                snapshotter.handle(order, served);
             }
             reactor.block_on(inbox.called());
         }
-        let outcome = reactor.block_on(serving.engine.close());
+        let outcome = reactor.block_on(served.engine.close());
         inbox.close();
         reactor.block_on(receiving);
         makers.await_end();
@@ -207,21 +213,21 @@ impl Life {
     }
 }
 
-/// Signals are for the thread that waits for them.
-fn leave_signals_to_others() {
+/// The thread that waits for signals gets them all.
+fn block_signals() {
     if let Err(errno) = SigSet::all().thread_block() {
-        tracing::warn!("the engine does not leave signals to others: {errno}");
+        tracing::warn!("the engine's thread cannot block signals: {errno}");
     }
 }
 
-/// What fails here costs speed, but serves.
+/// A failure here costs speed, and the device is served.
 fn become_urgent() {
     if let Err(error) = sys::become_urgent() {
         tracing::warn!("the engine may have to wait for a CPU: {error}");
     }
 }
 
-/// What fails here costs safety when memory runs out, but serves. The image is open.
+/// A failure here costs safety when memory runs out, and the device is served. The image is open.
 fn become_io_flusher() {
     if let Err(error) = sys::become_io_flusher() {
         tracing::warn!("the engine is not marked as serving a disk: {error}");
@@ -229,129 +235,30 @@ fn become_io_flusher() {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+mod tests {
     use std::fs;
-    use std::path::PathBuf;
+    use std::path::{Path, PathBuf};
     use std::time::Duration;
-
-    use std::path::Path;
 
     use uuid::Uuid;
 
-    use super::super::mailbox::{FrontEnds, mailboxes};
+    use super::super::mailbox::mailboxes;
     use super::super::registry::FileId;
-    use super::super::session::{folder_in_memory, place_of};
+    use super::super::session::place_of;
+    use super::super::testing::{Bench, answered, receive};
     use super::*;
     use crate::chain::Search;
-    use crate::disk::{self, Access};
-    use crate::engine::message::{Ask, ToEngine, ToFront};
-    use crate::error::Kind;
-    use crate::format::MIB;
+    use crate::disk::Access;
+    use crate::engine::message::{Ask, ToEngine};
+    use crate::error::{Error, Kind};
     use crate::format::locator::{
         ABSOLUTE_WIN32_PATH, PARENT_LINKAGE, ParentLocator, RELATIVE_PATH, VOLUME_PATH,
     };
-    use crate::image::{Descent, Image, InitialState, Mode, NewImage};
+    use crate::image::{Descent, Image, Mode};
 
-    pub(in crate::device) struct Bench {
-        pub(in crate::device) path: PathBuf,
-        directory: tempfile::TempDir,
-        /// Where sessions are.
-        pub(in crate::device) memory: tempfile::TempDir,
-    }
-
-    impl Bench {
-        /// A fresh dynamic image of 16 blocks of 1 MiB.
-        pub(in crate::device) fn new() -> Self {
-            Self::with_parent(None)
-        }
-
-        fn with_parent(parent: Option<Descent>) -> Self {
-            let directory = tempfile::tempdir().expect("a temporary directory");
-            let path = directory.path().join("disk.vhdx");
-            Self::make(&path, parent);
-            Self { path, directory, memory: folder_in_memory() }
-        }
-
-        /// Makes an image, of another disk id every time.
-        fn make(path: &Path, parent: Option<Descent>) {
-            let reactor = Reactor::new().expect("io_uring is there");
-            let disk =
-                reactor.disk(Arc::new(disk::Place::of(path).and_then(|place| place.create()).expect("free")));
-            let image = NewImage {
-                virtual_size: 16 * MIB,
-                fixed: false,
-                block_size: 1 << 20,
-                log_length: 1 << 20,
-                logical_sector_size: 512,
-                physical_sector_size: 4096,
-                initial_state: InitialState::NotPresent,
-                parent,
-            };
-            reactor.block_on(image.write(&disk, Uuid::new_v4)).expect("room");
-        }
-
-        /// Puts a new image into the image's file, which stays the same one.
-        pub(in crate::device) fn replace_content(&self) {
-            let other = self.directory.path().join("other.vhdx");
-            Self::make(&other, None);
-            fs::write(&self.path, fs::read(&other).expect("readable")).expect("room");
-        }
-
-        fn file(&self) -> Arc<ImageFile> {
-            Arc::new(ImageFile::open(&self.path, Access::ReadWrite, Duration::ZERO).expect("free"))
-        }
-
-        fn open(&self) -> Result<EngineThread> {
-            self.open_as(Plan::Fresh { keep: false })
-        }
-
-        pub(in crate::device) fn open_as(&self, plan: Plan) -> Result<EngineThread> {
-            EngineThread::open_as(self.file(), self.how(plan))
-        }
-
-        fn how(&self, plan: Plan) -> WritableOpen {
-            let parents = Parents { search: Search::default(), open: |path| panic!("{path:?} is no parent") };
-            let sessions = Sessions::at(self.memory.path());
-            WritableOpen { may_write: || Ok(()), plan, sessions, parents }
-        }
-
-        /// The session file, if there is one.
-        pub(in crate::device) fn session(&self) -> Option<PathBuf> {
-            let entries = fs::read_dir(self.memory.path()).expect("readable");
-            let mut paths = entries.map(|entry| entry.expect("readable").path());
-            paths.find(|path| path.extension().is_some_and(|extension| extension == "session"))
-        }
-
-        /// Opens the image, allocates a block, and closes it again.
-        pub(in crate::device) fn modify(&self) {
-            let (ends, mut fronts) = mailboxes(1, 4).expect("file descriptors");
-            let engine = self.open().expect("a good image").start(ends);
-            for (tag, ask) in [(0, Ask::OpenSession), (1, Ask::Allocate { first: 0, count: 1 })] {
-                fronts[0].sender.send(ToEngine::Ask { tag, ask });
-                fronts[0].sender.flush();
-                assert_eq!(answered(receive(&fronts[0])), tag);
-            }
-            engine.close().expect("committed");
-        }
-
-        fn bytes(&self) -> Vec<u8> {
-            fs::read(&self.path).expect("readable")
-        }
-    }
-
-    /// Waits for the next message, as a queue's thread does.
-    fn receive(front: &FrontEnds) -> ToFront {
-        loop {
-            if let Some(message) = front.receiver.pop() {
-                return message;
-            }
-            front.wake.read().expect("it is open");
-        }
-    }
-
-    /// Opening for writing and not writing leaves the file as it was; the lock is free afterwards.
+    /// Opening for writing without writing leaves the file as it was, and its lock free.
     #[test]
-    fn an_image_nobody_wrote_to_stays_as_it_was() {
+    fn an_image_that_is_not_written_stays_as_it_was() {
         let bench = Bench::new();
         let before = bench.bytes();
         let (ends, _fronts) = mailboxes(2, 4).expect("file descriptors");
@@ -363,9 +270,9 @@ pub(super) mod tests {
         drop(bench.file());
     }
 
-    /// Every ask of every front is answered, and what was answered is in the image after closing.
+    /// Every request of every front is answered, and the result is in the image after closing.
     #[test]
-    fn asks_are_answered_and_closing_keeps_the_result() {
+    fn requests_are_answered_and_closing_keeps_the_result() {
         let bench = Bench::new();
         let (ends, mut fronts) = mailboxes(2, 4).expect("file descriptors");
         let engine = bench.open().expect("a good image").start(ends);
@@ -395,28 +302,21 @@ pub(super) mod tests {
         again.close().expect("nothing to do");
     }
 
-    fn answered(message: ToFront) -> u16 {
-        match message {
-            ToFront::Reply { tag, result: Ok(()) } => tag,
-            other => panic!("{other:?}"),
-        }
-    }
-
-    /// What forbids writing is asked before the first byte is written, and is not the image's fault.
+    /// Whether the image may be written is checked before the first byte is written, and the error names no image.
     #[test]
     fn a_refusal_changes_nothing() {
         let bench = Bench::new();
         let before = bench.bytes();
         let may_write = || Err(Error::new(Kind::NoDriver, "no driver"));
-        let how = WritableOpen { may_write, ..bench.how(Plan::Fresh { keep: true }) };
-        let refused = EngineThread::open_as(bench.file(), how);
+        let opener = WritableOpener { may_write, ..bench.opener(Plan::Fresh { keep: true }) };
+        let refused = EngineThread::open_with(bench.file(), opener);
         let error = refused.err().expect("refused");
         assert_eq!((error.kind(), error.file_path()), (Kind::NoDriver, None));
         assert!(bench.bytes() == before);
         drop(bench.file());
     }
 
-    /// A session is there while the image is served, and goes away with a clean close.
+    /// A session exists while the image is served, and a clean close removes it.
     #[test]
     fn a_session_lasts_as_long_as_the_image_is_served() {
         let bench = Bench::new();
@@ -429,9 +329,9 @@ pub(super) mod tests {
         engine.close().expect("nothing to do");
     }
 
-    /// What a killed daemon left is taken over if it fits the image, and otherwise refused or given up.
+    /// The session of a killed daemon is taken over if it fits the image, and otherwise refused or given up.
     #[test]
-    fn a_session_that_does_not_fit_is_not_gone_on_with() {
+    fn a_session_that_does_not_fit_is_not_taken_over() {
         let bench = Bench::new();
         let resume = |accept_loss| bench.open_as(Plan::Resume { accept_loss });
         let missing = resume(false).err().expect("there is no session");
@@ -461,8 +361,8 @@ pub(super) mod tests {
         assert_eq!(resume(false).err().expect("it was poisoned").kind(), Kind::Poisoned);
     }
 
-    /// Anybody can make an image with the inode and the disk id of another one on another file system: what does
-    /// not fit it may be the session of that one.
+    /// An image on another file system may have the same inode and disk id, by chance or by design: a session that does
+    /// not fit may belong to that one.
     #[test]
     fn a_session_of_another_device_number_is_taken_over_or_left_alone() {
         let bench = Bench::new();
@@ -485,7 +385,7 @@ pub(super) mod tests {
         bench.modify();
         fs::write(&left, &bytes).expect("room");
         for plan in [Plan::Resume { accept_loss: false }, Plan::Close] {
-            assert!(bench.open_as(plan).is_err(), "{plan:?} is not silent about what it cannot save");
+            assert!(bench.open_as(plan).is_err(), "{plan:?} reports what it cannot save");
             assert!(left.exists(), "{plan:?}");
         }
         let others =
@@ -496,7 +396,7 @@ pub(super) mod tests {
         }
     }
 
-    /// A child that names its parent where it is not, and the parent where it is.
+    /// A child that names a wrong path for its parent, and the path where the parent is.
     fn moved_child(bench: &Bench) -> (Bench, PathBuf) {
         let parent = bench.directory.path().canonicalize().expect("there").join("moved.vhdx");
         fs::copy(&bench.path, &parent).expect("room");
@@ -527,10 +427,10 @@ pub(super) mod tests {
         ImageFile::open(path, Access::ReadOnly, Duration::ZERO)
     }
 
-    /// Where its parent was found, a child that is opened for writing says from then on, once; what it says of
-    /// places that nobody here knows stays.
+    /// A child that is opened for writing names the path where its parent was found, and is written once for it; paths
+    /// that mean nothing on this host stay.
     #[test]
-    fn a_path_that_leads_nowhere_is_renewed() {
+    fn a_wrong_path_is_replaced() {
         let bench = Bench::new();
         let (child, parent) = moved_child(&bench);
         let elsewhere = bench.directory.path().join("elsewhere");
@@ -539,8 +439,8 @@ pub(super) mod tests {
         let search = Search { parents: vec![parent.clone()], maps: vec![map.parse().expect("a good map")] };
         let open = |search: Search, may_write: fn() -> Result<()>| {
             let parents = Parents { search, open: reading };
-            let how = WritableOpen { may_write, parents, ..child.how(Plan::Fresh { keep: true }) };
-            EngineThread::open_as(child.file(), how)
+            let opener = WritableOpener { may_write, parents, ..child.opener(Plan::Fresh { keep: true }) };
+            EngineThread::open_with(child.file(), opener)
         };
         let before = child.bytes();
         let refused = open(search.clone(), || Err(Error::new(Kind::NoDriver, "no driver")));
@@ -556,12 +456,12 @@ pub(super) mod tests {
         let parent_id = FileId::of(&fs::metadata(&parent).expect("there"));
         fs::rename(&parent, parent.with_extension("served")).expect("free");
         fs::write(&parent, "another file").expect("room");
-        assert_eq!(again.opened().parent_files().expect("open"), [parent_id], "what was opened");
+        assert_eq!(again.opened().parent_files(), [parent_id], "what was opened");
         again.close().expect("nothing to do");
-        assert!(child.bytes() == after, "a path that is right is not written again");
+        assert!(child.bytes() == after, "a right path is not written again");
     }
 
-    /// An engine that is dropped before it was started lets go of the image.
+    /// An engine that is dropped before it was started unlocks the image.
     #[test]
     fn a_dropped_engine_ends() {
         let bench = Bench::new();

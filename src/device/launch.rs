@@ -26,7 +26,7 @@ use nix::unistd;
 use serde::{Deserialize, Serialize};
 
 use super::confine;
-use super::served::Ready;
+use super::spec::Ready;
 use super::wire::Failure;
 use crate::error::{Error, Kind, Result};
 

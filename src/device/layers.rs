@@ -1,4 +1,4 @@
-//! The parents of an image that is served: found, locked for reading, and read as they are.
+//! The layers of a chain that are only read: found, locked, and read as they are.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -10,26 +10,26 @@ use super::session;
 use crate::chain::{self, Search};
 use crate::disk::{ImageFile, PayloadIo, Reactor, UringDisk};
 use crate::engine::Parent;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Locate, Result};
 use crate::format::metadata::Metadata;
 use crate::image::{BlockMap, Image, Mode};
 
-/// How the parents of a differencing image are found and opened.
+/// How the parents of an image are found and opened.
 #[derive(Clone)]
 pub struct Parents {
-    /// Where they are looked for.
+    /// Where to look for them.
     pub search: Search,
     /// Opens and locks one of them.
     pub open: fn(&Path) -> Result<ImageFile>,
 }
 
-/// An image of a chain that is only read.
+/// A layer that is only read.
 pub(super) struct ReadLayer {
     pub(super) file: Arc<ImageFile>,
     pub(super) image: Image,
 }
 
-/// A child while its parents are looked for.
+/// A child whose parents are to be found.
 struct Child<'a> {
     image: &'a Image,
     path: &'a Path,
@@ -61,7 +61,7 @@ impl Parents {
         Self { search: Search { parents: entry.parents.clone(), ..Search::default() }, open }
     }
 
-    /// The parents of `image`, which is in the file at `path`; its own first.
+    /// The parents of `image`, which is in the file at `path`, nearest first.
     ///
     /// # Errors
     ///
@@ -81,23 +81,23 @@ impl ReadLayer {
     pub(super) fn open(reactor: &Reactor, file: Arc<ImageFile>) -> Result<Self> {
         let disk = reactor.disk(file.clone());
         let read = async {
-            let image = look(&disk).await?;
+            let image = read_image(&disk).await?;
             image.read_bitmaps(&disk).await?;
             Ok(image)
         };
-        let image = reactor.block_on(read).map_err(|error: Error| error.file(file.path()))?;
+        let image = reactor.block_on(read).file(file.path())?;
         session::refuse_orphan(&file, Some(&image))?;
         Ok(Self { file, image })
     }
 
-    /// Where its content is. From now on its file is for payload I/O.
+    /// Where its content is. Its file is for payload I/O from now on.
     pub(super) fn into_map(self) -> Result<(Arc<ImageFile>, BlockMap)> {
         choose_payload_io(&self.file, &self.image.metadata)?;
         Ok((self.file, self.image.map))
     }
 }
 
-/// What the engine needs of parents, and what keeps them locked.
+/// What the engine needs of the parents, and the files that keep them locked.
 pub(super) type EngineParents = (Vec<Parent<UringDisk>>, Arc<[Arc<ImageFile>]>);
 
 /// The parents as an engine on `reactor` reads them.
@@ -108,17 +108,17 @@ pub(super) fn for_engine(reactor: &Reactor, parents: Vec<ReadLayer>) -> Result<E
     Ok((parents.collect(), files))
 }
 
-/// Reads and checks the image on `disk`, a dirty log in memory.
-pub(super) async fn look(disk: &UringDisk) -> Result<Image> {
+/// Reads and checks the image on `disk`, and replays a dirty log in memory.
+pub(super) async fn read_image(disk: &UringDisk) -> Result<Image> {
     let image = Image::open(disk, Mode::ReadOnly, Uuid::new_v4).await?;
     if image.metadata.virtual_size == 0 {
-        return Err(Error::new(Kind::Unsupported, "the disk has no bytes, and the kernel no such devices")
-            .in_structure("metadata"));
+        let message = "the virtual disk is empty, and the kernel has no such devices";
+        return Err(Error::new(Kind::Unsupported, message).in_structure("metadata"));
     }
     Ok(image)
 }
 
-/// Takes direct I/O for the payload where the host has it, and says so where it has not. Whether it has not.
+/// Uses direct I/O for the payload where the host has it. Otherwise warns and returns `true`.
 pub(super) fn choose_payload_io(file: &ImageFile, metadata: &Metadata) -> Result<bool> {
     if let PayloadIo::Buffered { reason } = file.enable_direct(metadata.logical_sector_size)? {
         let path = file.path().display();

@@ -1,24 +1,26 @@
-//! ublk: control commands, queue loops, the daemon's life cycle.
+//! ublk: control commands, queue loops, the daemon's life.
 //!
-//! * [`daemon`]: one device from `ADD_DEV` to `DEL_DEV`, in the process that serves it;
-//! * [`confine`]: what that process keeps of its caller's and of root's power; `ending`: what it makes of signals;
-//! * [`mailbox`]: what joins its queues to the engine;
-//! * [`engine_thread`]: the engine of a writable device, on a thread of its own;
-//! * [`opened`]: an image checked and ready to be served;
-//! * [`snapshot`]: how the image of a device becomes the parent of a new one while it is served; `maker`: by whom that
-//!   is made; `place`: where it may lie;
-//! * [`launch`]: how that process is started, and how it reports; [`socket`]: how it is told what to do;
-//! * [`registry`], [`stop`], [`usage`], [`features`], [`health`]: what other processes see and do; [`path`]: paths in JSON.
+//! One device, in the process that serves it, each using only what comes before it:
 //!
-//! Beneath: `control` (the driver's commands), `queue` (one thread per queue), `queues` (all of them), `ring` (a
-//! queue's `io_uring`), `data` (where the data of its requests is), and the pure parts, `descriptor`, `options`
-//! and `token`. Raw system calls are in `control`, `data`, `ring` and `sys` only. `libublk` gives the kernel's structures and numbers.
+//! * `control`, `options`, [`features`]: the driver's commands, and the choices for a device;
+//! * [`mailbox`], `leaf_handover`: what joins the queues to the engine;
+//! * `queue`: a thread per queue, between the kernel and its front;
+//! * [`session`], [`layers`], [`open_image`], `writable`: an image checked and ready to be served;
+//! * `fronts`, `served_image`, `snapshot`, [`engine_thread`]: the engine of a writable device, on its own thread; how
+//!   its image becomes the parent of a new one while it is served;
+//! * `order`, `reply`, [`socket`]: how a running daemon gets commands;
+//! * [`spec`], `ending`, `supervisor`, [`daemon`]: the device from `ADD_DEV` to `DEL_DEV`;
+//! * [`confine`], [`launch`]: the privileges of that process, and how it is started and reports.
+//!
+//! What other processes see and do: [`registry`], `process`, [`usage`], [`readers`], [`stop`], [`health`]; and how data
+//! travels between processes: [`path`], `wire`.
+//!
+//! Unsafe code is in `control`, `queue::ring`, `queue::buffers`, `region` and `sys` only. `libublk` gives the kernel's
+//! structures and numbers.
 
 pub mod confine;
 mod control;
 pub mod daemon;
-mod data;
-mod descriptor;
 mod ending;
 pub mod engine_thread;
 pub mod features;
@@ -26,30 +28,31 @@ mod fronts;
 pub mod health;
 pub mod launch;
 pub mod layers;
-mod leaf;
+mod leaf_handover;
 pub mod mailbox;
-mod maker;
-pub mod opened;
+pub mod open_image;
 mod options;
 pub mod order;
 pub mod path;
-mod place;
 mod process;
 mod queue;
-mod queues;
 pub mod readers;
+mod region;
 pub mod registry;
-mod ring;
-pub mod served;
-mod serving;
+mod reply;
+mod served_image;
 pub mod session;
-pub mod snapshot;
+mod snapshot;
 pub mod socket;
+pub mod spec;
 pub mod stop;
+mod supervisor;
 mod sys;
-mod token;
+#[cfg(test)]
+mod testing;
 pub mod usage;
 mod wire;
+mod writable;
 
 pub use control::{Control, DeviceInfo, KernelState, NewDevice};
 pub use options::{

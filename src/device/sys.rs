@@ -1,119 +1,15 @@
-//! The few system calls that no crate in use wraps safely: memory shared with the kernel, and what a thread
-//! or process is told to be.
+//! The few system calls that no crate in use wraps safely: what a thread or the process is to the kernel.
 #![allow(
     unsafe_code,
-    reason = "mmap, madvise, mlockall, prctl, setpriority, sched_setaffinity, signal, close_range, seccomp and pidfds are raw system calls"
+    reason = "mlockall, prctl, setpriority, sched_setaffinity, signal, close_range, seccomp and pidfds are raw system calls"
 )]
 
-use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::ptr::{self, NonNull};
-use std::sync::atomic::AtomicU64;
+use std::ptr;
 
-use libublk::sys;
 use nix::sys::signal::{SigSet, Signal};
 use seccompiler::BpfProgramRef;
-
-/// A mapped range that the kernel reads and writes behind the compiler's back: only ever used through raw
-/// pointers, each checked against the range.
-pub(super) struct Region {
-    base: NonNull<u8>,
-    length: usize,
-}
-
-// SAFETY: a mapping belongs to the process, not to a thread, and `Region` is its only owner.
-unsafe impl Send for Region {}
-
-impl Region {
-    /// Private memory, zero and present, for data of the disk: no core dump shows it.
-    pub(super) fn memory(length: usize) -> io::Result<Self> {
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_POPULATE;
-        let region = Self::map(length, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0)?;
-        region.leave_out_of_cores()?;
-        Ok(region)
-    }
-
-    /// Zeros that cost no memory: never written, they stay the kernel's zero page.
-    pub(super) fn zeros(length: usize) -> io::Result<Self> {
-        Self::map(length, libc::PROT_READ, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0)
-    }
-
-    /// A read-only view of what a driver shares.
-    pub(super) fn of_device(file: &File, offset: i64, length: usize) -> io::Result<Self> {
-        let flags = libc::MAP_SHARED | libc::MAP_POPULATE;
-        Self::map(length, libc::PROT_READ, flags, file.as_raw_fd(), offset)
-    }
-
-    fn map(length: usize, protection: i32, flags: i32, fd: i32, offset: i64) -> io::Result<Self> {
-        assert!(length > 0, "an empty mapping has no address");
-        // SAFETY: without MAP_FIXED the kernel chooses addresses that nothing else uses.
-        let base = unsafe { libc::mmap(ptr::null_mut(), length, protection, flags, fd, offset) };
-        if base == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        let base = NonNull::new(base.cast()).expect("a mapping is never at address zero");
-        Ok(Self { base, length })
-    }
-
-    fn leave_out_of_cores(&self) -> io::Result<()> {
-        // SAFETY: the range is this mapping, and its contents do not change.
-        check(unsafe { libc::madvise(self.base.as_ptr().cast(), self.length, libc::MADV_DONTDUMP) })
-    }
-
-    /// How long it is, bytes.
-    pub(super) fn length(&self) -> usize {
-        self.length
-    }
-
-    /// Where `length` bytes at `offset` lie.
-    pub(super) fn at(&self, offset: usize, length: usize) -> *mut u8 {
-        let end = offset.checked_add(length).expect("offsets within a mapping do not overflow");
-        assert!(end <= self.length, "{offset}+{length} leaves a mapping of {} bytes", self.length);
-        // SAFETY: `offset` is within the mapping, as just asserted.
-        unsafe { self.base.as_ptr().add(offset) }
-    }
-
-    /// Makes `length` bytes at `offset` zero.
-    pub(super) fn fill_zero(&mut self, offset: usize, length: usize) {
-        // SAFETY: `at` checked the range, which is writable memory: the callers' regions come from `memory`,
-        // and no request of the kernel on this range is under way, as its tag is with the front.
-        unsafe { ptr::write_bytes(self.at(offset, length), 0, length) }
-    }
-
-    /// A copy of the `index`-th I/O descriptor of a region that holds nothing else.
-    pub(super) fn descriptor(&self, index: usize) -> sys::ublksrv_io_desc {
-        let size = size_of::<sys::ublksrv_io_desc>();
-        #[expect(clippy::cast_ptr_alignment, reason = "asserted on the next line")]
-        let place = self.at(index * size, size).cast::<sys::ublksrv_io_desc>();
-        assert!(place.is_aligned(), "descriptors are packed from a page border on");
-        // SAFETY: in range and aligned; any bytes are a valid descriptor. Volatile, as the kernel writes it:
-        // each field is read once, and only what was read is used.
-        unsafe { place.read_volatile() }
-    }
-}
-
-impl Drop for Region {
-    fn drop(&mut self) {
-        // SAFETY: mapped by `map` with this length, and nothing points into it any more.
-        let result = check(unsafe { libc::munmap(self.base.as_ptr().cast(), self.length) });
-        assert!(result.is_ok(), "unmapping what was mapped cannot fail");
-    }
-}
-
-/// The words of a file in memory, shared with whoever maps it next; mapped until the process ends.
-pub(super) fn shared_words(file: &File, count: usize) -> io::Result<&'static [AtomicU64]> {
-    let length = count * size_of::<AtomicU64>();
-    let region =
-        Region::map(length, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED, file.as_raw_fd(), 0)?;
-    region.leave_out_of_cores()?;
-    #[expect(clippy::cast_ptr_alignment, reason = "a mapping starts on a page border")]
-    let words = region.base.as_ptr().cast::<AtomicU64>();
-    std::mem::forget(region);
-    // SAFETY: mapped, aligned, never unmapped, and any bits are a valid word. Other processes that map the file
-    // use atomic words too.
-    Ok(unsafe { std::slice::from_raw_parts(words, count) })
-}
 
 /// Keeps whatever memory this process has touched, or will touch, from being swapped out: the swap may be on the
 /// very disk that it serves. Memory that is never touched is not brought in by this.
@@ -243,24 +139,6 @@ fn check(result: i32) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn memory_is_zero_aligned_and_bounded() {
-        let mut region = Region::memory(8192).expect("memory");
-        let place = region.at(4096, 4096);
-        assert_eq!(place.addr() % 4096, 0);
-        // SAFETY: in range, and nobody else knows this region.
-        unsafe { place.write(7) };
-        region.fill_zero(4096, 1);
-        // SAFETY: as above.
-        assert_eq!(unsafe { place.read() }, 0);
-    }
-
-    #[test]
-    #[should_panic(expected = "leaves a mapping")]
-    fn a_pointer_past_the_end_is_refused() {
-        Region::memory(4096).expect("memory").at(4096, 1);
-    }
 
     #[test]
     fn a_thread_can_be_kept_on_the_cpus_it_already_has() {

@@ -265,7 +265,7 @@ test_daemon_listens_to_several_and_not_for_ever() {
     ublk snapshot "$device" next.vhdx
     wait "${silent[@]}"
     wait "$dripping" || fail "a byte now and then holds the daemon"
-    grep -q 'has not said its line' dripped || fail "$(cat dripped)"
+    grep -q 'has not sent a whole line' dripped || fail "$(cat dripped)"
     for _ in $(seq 8); do
         control --silent 8 >>connected &
     done
@@ -280,8 +280,8 @@ test_daemon_takes_no_relative_path_and_no_endless_line() {
     local device
     ublk create disk.vhdx --size 1G
     device=$(ublk add disk.vhdx)
-    control --say '{"version":1,"command":{"snapshot":{"image":"next.vhdx"}}}' | grep -q 'from the root' || fail "taken"
-    control --say '{"version":1,"command":{"snapshot":{"image":""}}}' | grep -q 'from the root' || fail "taken"
+    control --say '{"version":1,"command":{"snapshot":{"image":"next.vhdx"}}}' | grep -q 'absolute path' || fail "taken"
+    control --say '{"version":1,"command":{"snapshot":{"image":""}}}' | grep -q 'absolute path' || fail "taken"
     control --long | grep -q 'longer than' || fail "there is no bound to a line"
     [ "$(ublk list --json | grep -c next.vhdx)" -eq 0 ] && [ ! -e /next.vhdx ] || fail "a snapshot of its own folder"
     ublk del "$device"
@@ -296,7 +296,7 @@ test_daemon_does_nothing_for_a_caller_that_has_left() {
     kill -STOP "$pid"
     timeout 2 "$VHDX_UBLK" snapshot "$device" next.vhdx && fail "a stopped daemon has answered"
     kill -CONT "$pid"
-    await 10 logged 'who asked .*left' || fail "it says nothing"
+    await 10 logged 'caller that requested .*left' || fail "it says nothing"
     sleep 1
     [ ! -e next.vhdx ] || fail "the snapshot was taken all the same"
     ublk list | grep -q disk.vhdx || fail "$(ublk list)"

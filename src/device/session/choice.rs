@@ -74,7 +74,7 @@ pub fn refuse_orphan(file: &ImageFile, image: Option<&Image>) -> Result<()> {
 fn unreadable(session: &SessionFile, mismatch: Mismatch) -> Error {
     let message =
         format!("a killed daemon's session of the image cannot be read: {}", Obstacle::Unfit(mismatch));
-    session.explain(Error::new(Kind::InUse, message))
+    session.with_remedy(Error::new(Kind::InUse, message))
 }
 
 /// The session to take over, of the image at `place`, which is not open for writing yet; `image` is how it
@@ -130,7 +130,7 @@ fn give_up(plan: Plan, session: Option<SessionFile>, obstacle: Obstacle, place: 
         (Plan::Resume { accept_loss: false }, _) => return Err(obstacle.error()),
         (Plan::Resume { accept_loss: true }, _) => tracing::warn!("starting without the session: {obstacle}"),
         _ if obstacle.is_nothing() => {}
-        (_, Some(session)) if obstacle.may_be_of_use() => return Err(session.explain(obstacle.error())),
+        (_, Some(session)) if obstacle.may_be_of_use() => return Err(session.with_remedy(obstacle.error())),
         (Plan::Close, _) => {
             session.map_or(Ok(()), |session| session.remove_own(place))?;
             let error = Error::new(obstacle.error().kind(), obstacle.to_string()).in_structure("session");

@@ -4,8 +4,8 @@
 use std::fs;
 use std::path::PathBuf;
 
-use super::super::engine_thread::tests::Bench;
-use super::super::served::EngineHandle;
+use super::super::spec::EngineHandle;
+use super::super::testing::Bench;
 use super::Plan;
 use crate::error::Kind;
 use crate::image::VERSION;

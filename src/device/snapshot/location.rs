@@ -15,8 +15,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use super::registry::{FileId, Registry};
-use super::usage::unescape;
+use crate::device::registry::Registry;
+use crate::device::usage::unescape;
 use crate::disk::{ImageFile, folder_of};
 use crate::error::{Error, Kind, Result};
 
@@ -58,7 +58,7 @@ pub(super) fn refuse_on_itself(path: &Path, served: &ImageFile, id: u32) -> Resu
 fn is_beside(folder: &Path, served: &ImageFile) -> Result<bool> {
     let found = fs::metadata(folder);
     let found = found.map_err(|error| Error::io("looking at the folder", error).file(folder))?;
-    Ok(found.dev() == FileId::of_image(served)?.device)
+    Ok(found.dev() == served.device())
 }
 
 /// The image and the parents of this program's device `id`.

@@ -1,11 +1,9 @@
-//! All queues of a device: started, watched, drained and ended together.
+//! The device's event loop: queues, signals and the control socket report on one channel, on which the device's thread
+//! waits. All queues are started, watched, drained and ended together.
 //!
-//! Queues, signals and the control socket speak on one channel, so that the device's thread waits in
-//! one place.
-//!
-//! Order on the way down: *settled* (every queue that was started has begun or has failed to), then the kernel
-//! stops the device, then *drained*, then *finished*. A queue that offered its tags only after the stop would
-//! never get them back: older kernels, 6.12 for one, take them.
+//! Order on the way down: *settled* (every queue that was started has begun or has failed to), then the kernel stops
+//! the device, then *drained*, then *finished*. A queue that offered its tags only after the stop would never get them
+//! back: older kernels, such as 6.12, accept them.
 
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
@@ -19,9 +17,9 @@ use super::ending::Happening;
 use super::order::Call;
 use super::queue::{Queue, QueueSetup, Report};
 use super::{sys, usage};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Doing, Error, Kind, Result};
 
-/// How long the queues may take to be ready: only a hang, or a machine that starves, comes near it.
+/// How long the queues may take to be ready. Only a hang, or a machine that starves, takes this long.
 const READY_DEADLINE: Duration = Duration::from_secs(60);
 
 /// How long a queue may take to drain once the kernel has stopped the device: nothing is left to wait for.
@@ -34,48 +32,48 @@ enum Event {
     Call(Call),
 }
 
-/// What the device's thread has to do something about while it serves.
+/// What the device's thread must act on while it serves.
 pub(super) enum Demand {
     Call(Call),
     Happening(Happening),
-    /// Somebody else has stopped the device.
+    /// Another process has stopped the device.
     Stopped,
 }
 
 /// See the module's head.
-pub(super) struct Queues {
+pub(super) struct Supervisor {
     sender: mpsc::Sender<Event>,
     events: mpsc::Receiver<Event>,
-    threads: Vec<Queue>,
-    /// Those that have not said yet whether they are ready.
+    queues: Vec<Queue>,
+    /// Queues that have not yet reported whether they are ready.
     starting: usize,
-    /// Those that have drained, or never began.
+    /// Queues that have drained, or never began.
     drained: usize,
-    /// One has failed: its requests end with the process and not before.
+    /// A queue has failed: its requests end with the process and not before.
     failed: bool,
 }
 
-impl Queues {
-    /// No queues yet. From now on signals that ask for something are events.
+impl Supervisor {
+    /// A supervisor without queues. Signals that request something are events from now on.
     pub(super) fn new() -> Result<Self> {
         let (sender, events) = mpsc::channel();
         watch_signals(sender.clone())?;
-        Ok(Self { sender, events, threads: Vec::new(), starting: 0, drained: 0, failed: false })
+        Ok(Self { sender, events, queues: Vec::new(), starting: 0, drained: 0, failed: false })
     }
 
     /// Starts a queue.
     pub(super) fn start(&mut self, setup: QueueSetup) -> Result<()> {
         let (sender, queue) = (self.sender.clone(), setup.ring.queue);
         let report = move |report| {
-            // The device's thread listens until every queue is over, or the process ends.
+            // The device's thread receives until every queue is over, or the process ends.
             let _ = sender.send(Event::Queue(queue, report));
         };
-        self.threads.push(Queue::start(setup, report)?);
+        self.queues.push(Queue::start(setup, report)?);
         self.starting += 1;
         Ok(())
     }
 
-    /// Waits until every queue is ready. An error when one is not, or when a signal comes.
+    /// Waits until every queue is ready. An error if one is not, or if a signal comes.
     pub(super) fn await_ready(&mut self) -> Result<()> {
         let until = Instant::now() + READY_DEADLINE;
         while self.starting > 0 {
@@ -85,8 +83,8 @@ impl Queues {
                     let message = format!("queue {queue} was stopped before the device was up");
                     return Err(Error::new(Kind::Io, message));
                 }
-                Event::Happening(Happening::Asked) => {
-                    let message = "the daemon was asked to end before the device was up";
+                Event::Happening(Happening::EndRequested) => {
+                    let message = "a signal asked the daemon to end before the device was up";
                     return Err(Error::new(Kind::Io, message));
                 }
                 Event::Queue(_, Report::Ready) | Event::Happening(_) => {}
@@ -96,17 +94,17 @@ impl Queues {
         Ok(())
     }
 
-    /// What passes calls on to the device's thread.
+    /// Passes calls on to the device's thread.
     pub(super) fn caller(&self) -> impl Fn(Call) + Clone + Send + 'static {
         let sender = self.sender.clone();
         move |call| {
-            // Nobody listens any more: who called finds the answer's channel closed.
+            // After the device's end nothing receives it; the caller notices that its call was dropped.
             let _ = sender.send(Event::Call(call));
         }
     }
 
-    /// Waits for the next demand, or until `due`, which is [`Happening::Time`]. An error when the device has to be
-    /// taken down for a failure.
+    /// Waits for the next demand, or until `due`, which is [`Happening::Time`]. An error if the device must be taken
+    /// down because of a failure.
     pub(super) fn next_demand(&mut self, due: Option<Instant>) -> Result<Demand> {
         let Some(event) = self.next_before(due) else { return Ok(Demand::Happening(Happening::Time)) };
         match event {
@@ -120,18 +118,18 @@ impl Queues {
         }
     }
 
-    /// Sees who uses device `id`, on a thread of its own, as looking may take long. The answer is a demand.
-    pub(super) fn look(&self, id: u32) {
+    /// Finds the users of device `id`, on another thread, as that may take long. The result is a demand.
+    pub(super) fn find_users(&self, id: u32) {
         let sender = self.sender.clone();
-        let look = move || {
+        let find = move || {
             let users = usage::of_device(id);
             let users = users.lasting.into_iter().chain(users.passing).collect();
             // The device may be down by now.
-            let _ = sender.send(Event::Happening(Happening::Looked(users)));
+            let _ = sender.send(Event::Happening(Happening::UsersFound(users)));
         };
-        if let Err(error) = thread::Builder::new().name("ublk-usage".into()).spawn(look) {
-            let unknown = format!("it cannot be told what uses it: {error}");
-            let _ = self.sender.send(Event::Happening(Happening::Looked(vec![unknown])));
+        if let Err(error) = thread::Builder::new().name("ublk-usage".into()).spawn(find) {
+            let unknown = format!("its users cannot be found: {error}");
+            let _ = self.sender.send(Event::Happening(Happening::UsersFound(vec![unknown])));
         }
     }
 
@@ -142,18 +140,18 @@ impl Queues {
 
     /// Waits until every queue has drained. The kernel has stopped the device.
     pub(super) fn drain(&mut self) -> Result<()> {
-        self.work_off(DRAIN_DEADLINE, |queues| queues.drained == queues.threads.len())
+        self.work_off(DRAIN_DEADLINE, |queues| queues.drained == queues.queues.len())
     }
 
     /// Ends all queues, which have drained, and waits for their end.
     pub(super) fn finish(&mut self) {
-        assert_eq!(self.drained, self.threads.len(), "queues are finished when they have drained");
-        self.threads.drain(..).for_each(Queue::finish);
+        assert_eq!(self.drained, self.queues.len(), "queues are finished when they have drained");
+        self.queues.drain(..).for_each(Queue::finish);
         self.drained = 0;
     }
 
-    /// Takes events until `is_done`. A queue that fails is an error; everything else is only counted, signals
-    /// and calls as well: the device is being taken down already.
+    /// Takes events until `is_done`. A queue that fails is an error. Everything else is only counted, also signals and
+    /// calls: the device is being taken down already.
     fn work_off(&mut self, deadline: Duration, is_done: impl Fn(&Self) -> bool) -> Result<()> {
         let until = Instant::now() + deadline;
         while !self.failed && !is_done(self) {
@@ -162,10 +160,8 @@ impl Queues {
             }
         }
         if self.failed {
-            return Err(Error::new(
-                Kind::Io,
-                "a queue has failed, and its requests end only with this process",
-            ));
+            let message = "a queue has failed, and its requests end only with this process";
+            return Err(Error::new(Kind::Io, message));
         }
         Ok(())
     }
@@ -200,14 +196,12 @@ impl Queues {
     }
 }
 
-/// Blocks the signals that ask for something, here and in every thread started later, and has one thread turn them
+/// Blocks the signals that request something, here and in every thread started later, and has one thread turn them
 /// into events.
 fn watch_signals(sender: mpsc::Sender<Event>) -> Result<()> {
-    let failed = |doing: &'static str| move |error| Error::io(doing, error);
     let signals = SigSet::from_iter(sys::REQUESTS);
-    signals.thread_block().map_err(|errno| failed("blocking signals")(errno.into()))?;
-    let signals = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC);
-    let signals = signals.map_err(|errno| failed("listening to signals")(errno.into()))?;
+    signals.thread_block().doing("blocking signals")?;
+    let signals = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC).doing("receiving signals")?;
     let watch = move || {
         confine::become_(Role::Plain);
         while let Ok(Some(signal)) = signals.read_signal() {
@@ -219,25 +213,25 @@ fn watch_signals(sender: mpsc::Sender<Event>) -> Result<()> {
         }
     };
     let thread = thread::Builder::new().name("ublk-signals".into()).spawn(watch);
-    thread.map(drop).map_err(failed("starting the thread for signals"))
+    thread.map(drop).doing("starting the thread for signals")
 }
 
 fn meaning(signal: &siginfo) -> Happening {
     let hangup = u32::try_from(Signal::SIGHUP as i32).expect("signals are counted from one");
-    if signal.ssi_signo == hangup { Happening::HungUp } else { Happening::Asked }
+    if signal.ssi_signo == hangup { Happening::HungUp } else { Happening::EndRequested }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// Queues of which `starting` have been started, though none has a thread; what they report.
-    fn queues(starting: usize, reports: impl IntoIterator<Item = Report>) -> Queues {
+    /// A supervisor of `starting` queues, which have no threads, and their reports.
+    fn supervisor(starting: usize, reports: impl IntoIterator<Item = Report>) -> Supervisor {
         let (sender, events) = mpsc::channel();
         for report in reports {
             sender.send(Event::Queue(0, report)).expect("the receiver is here");
         }
-        Queues { sender, events, threads: Vec::new(), starting, drained: 0, failed: false }
+        Supervisor { sender, events, queues: Vec::new(), starting, drained: 0, failed: false }
     }
 
     fn failure() -> Error {
@@ -246,14 +240,14 @@ mod tests {
 
     #[test]
     fn the_device_is_up_when_every_queue_is_ready() {
-        let mut both = queues(2, [Report::Ready, Report::Ready]);
+        let mut both = supervisor(2, [Report::Ready, Report::Ready]);
         assert!(both.await_ready().is_ok());
         assert_eq!((both.starting, both.drained), (0, 0));
     }
 
     #[test]
-    fn a_queue_that_cannot_begin_is_reported_and_waited_for_no_more() {
-        let mut both = queues(2, [Report::Unready(failure()), Report::Ready, Report::Drained]);
+    fn a_queue_that_cannot_begin_is_reported_and_no_longer_waited_for() {
+        let mut both = supervisor(2, [Report::Unready(failure()), Report::Ready, Report::Drained]);
         assert_eq!(both.await_ready().expect_err("one is not ready").to_string(), "no");
         both.settle().expect("the other one has begun");
         assert_eq!((both.starting, both.drained), (0, 1));
@@ -263,9 +257,9 @@ mod tests {
 
     #[test]
     fn a_queue_that_fails_is_an_error_at_any_time() {
-        assert!(queues(1, [Report::Failed(failure())]).await_ready().is_err());
-        assert!(queues(1, [Report::Failed(failure())]).settle().is_err());
-        let mut up = queues(0, [Report::Failed(failure())]);
+        assert!(supervisor(1, [Report::Failed(failure())]).await_ready().is_err());
+        assert!(supervisor(1, [Report::Failed(failure())]).settle().is_err());
+        let mut up = supervisor(0, [Report::Failed(failure())]);
         assert!(up.next_demand(None).is_err());
         assert!(
             up.settle().is_err(),
@@ -274,15 +268,15 @@ mod tests {
     }
 
     #[test]
-    fn who_asks_for_the_end_stops_a_device_that_is_not_up() {
-        let mut coming_up = queues(1, []);
-        for happening in [Happening::HungUp, Happening::Asked] {
+    fn a_request_to_end_stops_a_device_that_is_not_up() {
+        let mut coming_up = supervisor(1, []);
+        for happening in [Happening::HungUp, Happening::EndRequested] {
             coming_up.sender.send(Event::Happening(happening)).expect("the receiver is here");
         }
-        assert!(coming_up.await_ready().expect_err("asked").to_string().contains("asked to end"));
-        let mut up = queues(0, []);
-        up.sender.send(Event::Happening(Happening::Asked)).expect("the receiver is here");
-        assert!(matches!(up.next_demand(None), Ok(Demand::Happening(Happening::Asked))));
+        assert!(coming_up.await_ready().expect_err("a request").to_string().contains("daemon to end"));
+        let mut up = supervisor(0, []);
+        up.sender.send(Event::Happening(Happening::EndRequested)).expect("the receiver is here");
+        assert!(matches!(up.next_demand(None), Ok(Demand::Happening(Happening::EndRequested))));
         let due = Some(Instant::now());
         assert!(matches!(up.next_demand(due), Ok(Demand::Happening(Happening::Time))));
     }

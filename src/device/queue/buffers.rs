@@ -1,14 +1,14 @@
-//! How the data of a request reaches the file: through a buffer of its tag's own, or from its own pages.
+//! How the data of a request reaches the file: through a buffer that belongs to its tag, or from its own pages.
 //!
 //! *Copied*: the kernel copies between the pages of a request and the tag's buffer, and the file is read into,
 //! and written from, that buffer. All buffers are one region: present from the start, because a buffer the kernel
 //! cannot fault in would stall the queue, and one it can fault in only partly would silently cut a write short;
 //! registered in the ring, so that its pages are not looked up for every request.
 //!
-//! *In place*: the kernel registers the pages of a request in the ring, under the tag's number, together with
-//! the command that brings the request, and the file is read into, and written from, those pages. Addresses
-//! are offsets in the request then. Where the kernel fails to register them it says so, and the ring has to
-//! ask for it by a command of its own.
+//! *In place*: the kernel registers the pages of a request in the ring, with the tag as their index, together with the
+//! command that brings the request, and the file is read into, and written from, those pages. Addresses are offsets
+//! in the request then. If the kernel fails to register them it sets a flag, and the ring must register them by a
+//! command.
 #![allow(unsafe_code, reason = "registering a buffer gives the kernel a pointer")]
 
 use std::fs::File;
@@ -20,37 +20,37 @@ use io_uring::types::Fixed;
 use io_uring::{IoUring, opcode, squeue};
 use libublk::sys;
 
-use super::sys::Region;
+use crate::device::region::Region;
 use crate::engine::port::FileIo;
 
-/// The number under which the buffers of all tags are registered, in copied data.
+/// The index of the buffers of all tags, in copied data.
 const ALL_BUFFERS: u16 = 0;
 
-/// A number under which nothing can be registered: there are fewer tags.
-const NO_NUMBER: u16 = u16::MAX;
+/// An index at which nothing can be registered: there are fewer tags.
+const NO_INDEX: u16 = u16::MAX;
 
-/// Where the zeros come from that fill parts of a request's pages.
+/// The source of the zeros that fill parts of a request's pages.
 const ZEROS_PATH: &str = "/dev/zero";
 
 /// How the data of a device's requests reaches its file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Transfer {
+pub(in crate::device) enum Transfer {
     /// The kernel copies it.
     Copied,
     /// It stays in the requests' pages.
-    InPlace(Numbers),
+    InPlace(BufferIndex),
 }
 
 /// See the module's head.
-pub(super) enum Data {
+pub(super) enum RequestBuffers {
     /// Through buffers.
     Copied(Buffers),
     /// In the pages of the requests.
     InPlace {
         /// Read to fill pages with zeros.
         zeros: File,
-        /// Under which number the kernel registers a tag's pages.
-        numbers: Numbers,
+        /// The index at which the kernel registers a tag's pages.
+        index: BufferIndex,
     },
 }
 
@@ -61,21 +61,21 @@ pub(super) struct Buffers {
     registered: bool,
 }
 
-/// Which numbers the kernel is told to register pages under.
+/// The index at which the kernel registers the pages of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Numbers {
-    /// The tag's.
+pub(in crate::device) enum BufferIndex {
+    /// The tag.
     Tag,
-    /// One that does not exist, so that registering always fails: what the ring does then can be tested so.
+    /// One that does not exist, so that registering always fails: to test what the ring does then.
     Impossible,
 }
 
-impl Data {
+impl RequestBuffers {
     /// The data of `depth` tags, of at most `request_bytes` each.
     pub(super) fn new(transfer: Transfer, depth: u16, request_bytes: u32) -> io::Result<Self> {
         match transfer {
             Transfer::Copied => Self::copied(depth, request_bytes),
-            Transfer::InPlace(numbers) => Self::in_place(numbers),
+            Transfer::InPlace(index) => Self::in_place(index),
         }
     }
 
@@ -85,11 +85,11 @@ impl Data {
         Ok(Self::Copied(Buffers { region, request_bytes, registered: false }))
     }
 
-    fn in_place(numbers: Numbers) -> io::Result<Self> {
-        Ok(Self::InPlace { zeros: File::open(ZEROS_PATH)?, numbers })
+    fn in_place(index: BufferIndex) -> io::Result<Self> {
+        Ok(Self::InPlace { zeros: File::open(ZEROS_PATH)?, index })
     }
 
-    /// Makes the ring know the buffers, or room for those of `depth` requests. What only costs speed is a
+    /// Registers the buffers in the ring, or slots for those of `depth` requests. A failure that only costs speed is a
     /// warning.
     pub(super) fn register(&mut self, uring: &IoUring, depth: u16) -> io::Result<()> {
         let Self::Copied(buffers) = self else {
@@ -108,7 +108,7 @@ impl Data {
         Ok(())
     }
 
-    /// The file that the ring has to know besides.
+    /// The source of zeros, if the ring needs one.
     pub(super) fn zeros_fd(&self) -> Option<i32> {
         match self {
             Self::Copied(_) => None,
@@ -116,23 +116,22 @@ impl Data {
         }
     }
 
-    /// What the command of a tag tells the kernel: the address in the command itself and the one in its
-    /// submission.
+    /// The addresses in the command of a tag and in its submission.
     pub(super) fn offer(&self, tag: u16) -> (u64, Option<u64>) {
         match self {
             Self::Copied(buffers) => {
                 let place = buffers.at(tag, 0, 0).expose_provenance();
                 (place as u64, None)
             }
-            Self::InPlace { numbers, .. } => {
-                let number = if *numbers == Numbers::Tag { tag } else { NO_NUMBER };
+            Self::InPlace { index, .. } => {
+                let index = if *index == BufferIndex::Tag { tag } else { NO_INDEX };
                 let flags = u64::from(sys::UBLK_AUTO_BUF_REG_FALLBACK);
-                (0, Some(u64::from(number) | flags << u16::BITS))
+                (0, Some(u64::from(index) | flags << u16::BITS))
             }
         }
     }
 
-    /// Whether a request whose flags are `op_flags` came without its pages being registered.
+    /// Whether the pages of a request with the flags `op_flags` are yet to be registered.
     pub(super) fn wants_registration(&self, op_flags: u32) -> bool {
         matches!(self, Self::InPlace { .. }) && op_flags & sys::UBLK_IO_F_NEED_REG_BUF != 0
     }
@@ -140,28 +139,28 @@ impl Data {
     /// Reads from `file` into the data of a tag.
     pub(super) fn read(&self, file: Fixed, tag: u16, io: FileIo) -> squeue::Entry {
         let FileIo { file_offset, length, .. } = io;
-        let (place, number) = self.place(tag, io);
-        match number {
-            Some(number) => opcode::ReadFixed::new(file, place, length, number).offset(file_offset).build(),
-            None => opcode::Read::new(file, place, length).offset(file_offset).build(),
+        let (address, index) = self.locate(tag, io);
+        match index {
+            Some(index) => opcode::ReadFixed::new(file, address, length, index).offset(file_offset).build(),
+            None => opcode::Read::new(file, address, length).offset(file_offset).build(),
         }
     }
 
     /// Writes to `file` from the data of a tag.
     pub(super) fn write(&self, file: Fixed, tag: u16, io: FileIo, flags: i32) -> squeue::Entry {
         let FileIo { file_offset, length, .. } = io;
-        let (place, number) = self.place(tag, io);
-        match number {
-            Some(number) => {
-                let write = opcode::WriteFixed::new(file, place, length, number);
+        let (address, index) = self.locate(tag, io);
+        match index {
+            Some(index) => {
+                let write = opcode::WriteFixed::new(file, address, length, index);
                 write.offset(file_offset).rw_flags(flags).build()
             }
-            None => opcode::Write::new(file, place, length).offset(file_offset).rw_flags(flags).build(),
+            None => opcode::Write::new(file, address, length).offset(file_offset).rw_flags(flags).build(),
         }
     }
 
-    /// Fills part of the data of a tag with zeros. Done on return, or by the entry, with `zeros` the number
-    /// of the file that [`Data::zeros_fd`] gave.
+    /// Fills part of the data of a tag with zeros: at once, or by the entry, which reads from the file `zeros`, see
+    /// [`RequestBuffers::zeros_fd`].
     pub(super) fn fill_zero(&mut self, zeros: Fixed, tag: u16, io: FileIo) -> Option<squeue::Entry> {
         match self {
             Self::Copied(buffers) => {
@@ -172,8 +171,8 @@ impl Data {
         }
     }
 
-    /// Where the data of a piece is, and the number under which the ring knows it.
-    fn place(&self, tag: u16, io: FileIo) -> (*mut u8, Option<u16>) {
+    /// The address of a piece's data, and the index at which it is registered.
+    fn locate(&self, tag: u16, io: FileIo) -> (*mut u8, Option<u16>) {
         match self {
             Self::Copied(buffers) => {
                 let place = buffers.at(tag, io.buffer_offset, io.length);
@@ -206,22 +205,22 @@ mod tests {
     use crate::engine::port::{FileOp, LEAF};
 
     #[test]
-    fn pages_are_registered_under_the_tags_number_or_under_none() {
-        let offer = |numbers| Data::in_place(numbers).expect("there is a /dev/zero").offer(7);
-        assert_eq!(offer(Numbers::Tag), (0, Some(7 | 1 << 16)));
-        assert_eq!(offer(Numbers::Impossible), (0, Some(0xffff | 1 << 16)));
+    fn pages_are_registered_with_the_tag_as_index_or_not_at_all() {
+        let offer = |index| RequestBuffers::in_place(index).expect("there is a /dev/zero").offer(7);
+        assert_eq!(offer(BufferIndex::Tag), (0, Some(7 | 1 << 16)));
+        assert_eq!(offer(BufferIndex::Impossible), (0, Some(0xffff | 1 << 16)));
     }
 
     #[test]
     fn only_pages_may_be_unregistered_and_only_when_the_kernel_says_so() {
-        let in_place = Data::in_place(Numbers::Tag).expect("there is a /dev/zero");
+        let in_place = RequestBuffers::in_place(BufferIndex::Tag).expect("there is a /dev/zero");
         assert!(in_place.wants_registration(1 | 1 << 17) && !in_place.wants_registration(1));
-        assert!(!Data::copied(1, 4096).expect("memory").wants_registration(1 << 17));
+        assert!(!RequestBuffers::copied(1, 4096).expect("memory").wants_registration(1 << 17));
     }
 
     #[test]
     fn buffers_lie_side_by_side_and_are_filled_at_once() {
-        let mut data = Data::copied(2, 8192).expect("memory");
+        let mut data = RequestBuffers::copied(2, 8192).expect("memory");
         let first = data.offer(0).0;
         assert_eq!(data.offer(1).0, first + 8192);
         let io =
@@ -232,7 +231,7 @@ mod tests {
     #[test]
     #[should_panic(expected = "leaves the tag's buffer")]
     fn a_piece_never_reaches_into_the_next_tags_buffer() {
-        let data = Data::copied(2, 8192).expect("memory");
+        let data = RequestBuffers::copied(2, 8192).expect("memory");
         data.read(
             Fixed(1),
             0,

@@ -38,8 +38,8 @@ pub use list::{Kept, KeptState, discard, kept};
 #[cfg(test)]
 mod orphans;
 
+use super::region::shared_words;
 use super::registry::{FILE_MODE, RUN_DIRECTORY, Registry};
-use super::sys;
 use crate::disk::{ImageFile, PAGE_BYTES};
 use crate::error::{Error, Kind, Result};
 use crate::format::bat::Geometry;
@@ -198,7 +198,7 @@ impl Sessions {
             Ok(file) => file,
             Err(_) if is_short => return Ok(Some(Found::Held(None))),
             Err((file, _)) => {
-                let words = sys::shared_words(&file, count).map_err(failed("mapping the session file"))?;
+                let words = shared_words(&file, count).map_err(failed("mapping the session file"))?;
                 let none = Arc::new(|_| Err(ErrorKind::ReadOnlyFilesystem.into()));
                 return Ok(Some(Found::Held(Some(SessionMemory::shared(words, none)))));
             }
@@ -338,7 +338,7 @@ impl SessionFile {
     }
 
     /// The way out when it can neither be taken over nor left alone.
-    pub(super) fn explain(&self, error: Error) -> Error {
+    pub(super) fn with_remedy(&self, error: Error) -> Error {
         let name = self.path.file_name().unwrap_or_default().to_string_lossy();
         error.remedy(format!(
             "`vhdx-ublk session discard {name}` gives up what was acknowledged and not flushed; what was flushed is safe in the image"
@@ -404,7 +404,7 @@ struct Reserved {
 
 impl Reserved {
     fn map(self, count: usize) -> io::Result<SessionMemory> {
-        let words = sys::shared_words(&self.file, count)?;
+        let words = shared_words(&self.file, count)?;
         Ok(SessionMemory::shared(words, Arc::new(move |range| self.reserve(range))))
     }
 

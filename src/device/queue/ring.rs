@@ -5,7 +5,7 @@
 //! * the thread that makes the ring is the only one that uses it (the kernel checks);
 //! * a tag is with the kernel (its command is out), with the front (its request is being served), or ended;
 //!   [`Port::complete`] takes it from the front back to the kernel, exactly once per request;
-//! * everything pushed in a batch is submitted by the one `io_uring_enter` that also waits: [`Ring::wait`].
+//! * everything pushed in a batch is submitted by the one `io_uring_enter` that also waits: [`QueueRing::wait`].
 //!   It has no timeout, so an idle queue never wakes up;
 //! * the buffers and the eventfd's eight bytes outlive all I/O: a ring that fails is leaked, not dropped.
 #![allow(unsafe_code, reason = "pushing a submission gives the kernel a pointer")]
@@ -23,66 +23,66 @@ use io_uring::{IoUring, opcode, squeue};
 use libublk::sys;
 use nix::sys::eventfd::EventFd;
 
-use super::data::{Data, Transfer};
+use super::buffers::{RequestBuffers, Transfer};
 use super::descriptor;
-use super::leaf::NextLeaf;
-use super::mailbox::Sender;
-use super::sys::Region;
 use super::token::Token;
 use crate::chain::MAX_DEPTH as MAX_LAYERS;
+use crate::device::leaf_handover::LeafHandover;
+use crate::device::mailbox::Sender;
+use crate::device::region::Region;
 use crate::disk::PAGE_BYTES;
 use crate::engine::front::{MAX_PIECES, Request};
 use crate::engine::message::ToEngine;
 use crate::engine::port::{FileIo, FileOp, LEAF, MAX_WRITE_ZEROS, PieceId, Port};
 use crate::engine::shared::Shared;
-use crate::error::{Error, Result};
+use crate::error::{Doing, Error, Result};
 
 /// Places in the submission queue: a full one is submitted and filled again, so this bounds memory, not work.
 const MAX_SUBMISSIONS: u32 = 4096;
 
-/// How often and after what pause I/O is submitted again when the kernel has no memory for it: two seconds.
+/// How often, and after what pause, I/O is submitted again when the kernel has no memory for it: for two seconds.
 const MAX_SHORTAGES: u32 = 1000;
 const SHORTAGE_PAUSE: Duration = Duration::from_millis(2);
 
-/// The files of the ring: this one, the one that zeros come from, and the images of the chain, the leaf last, with
-/// places for more.
+/// The files of the ring: the character device, the source of zeros, and the images of the chain, the leaf last, with
+/// slots for more.
 const CHARACTER_DEVICE: Fixed = Fixed(0);
 const ZEROS: Fixed = Fixed(1);
 const FIRST_IMAGE: u32 = 2;
 
-/// A place without a file.
+/// A slot without a file.
 const NO_FILE: i32 = -1;
 
-/// Bits of a command's number that hold it alone, as kernels before 6.4 want it.
+/// The bits of a command's number without the `ioctl` encoding, as kernels before 6.4 take it.
 const LEGACY_MASK: u32 = 0xff;
 
 const _: () = assert!(size_of::<sys::ublksrv_io_desc>() == 24 && size_of::<sys::ublksrv_io_cmd>() == 16);
 
 /// What a queue's ring is made of.
-pub(super) struct RingSetup {
+pub(in crate::device) struct RingSetup {
     /// The queue's number.
-    pub(super) queue: u16,
+    pub(in crate::device) queue: u16,
     /// Its tags.
-    pub(super) depth: u16,
+    pub(in crate::device) depth: u16,
     /// Longest request, bytes.
-    pub(super) request_bytes: u32,
-    /// Whether commands are known by their `ioctl` numbers.
-    pub(super) ioctl_numbers: bool,
+    pub(in crate::device) request_bytes: u32,
+    /// Whether the kernel takes commands by their `ioctl` numbers.
+    pub(in crate::device) ioctl_numbers: bool,
     /// How data reaches the file.
-    pub(super) transfer: Transfer,
+    pub(in crate::device) transfer: Transfer,
     /// `/dev/ublkcN`.
-    pub(super) character_device: Arc<File>,
-    /// The images: the one that is served, its parent, and so on.
-    pub(super) images: Arc<[File]>,
-    /// The one that is served later.
-    pub(super) next: NextLeaf,
+    pub(in crate::device) character_device: Arc<File>,
+    /// The images, the leaf first.
+    pub(in crate::device) images: Arc<[File]>,
+    /// Where a new leaf appears after a snapshot.
+    pub(in crate::device) handover: LeafHandover,
     /// To the engine.
-    pub(super) sender: Sender<ToEngine>,
+    pub(in crate::device) sender: Sender<ToEngine>,
     /// Wakes this queue.
-    pub(super) wake: Arc<EventFd>,
+    pub(in crate::device) wake: Arc<EventFd>,
 }
 
-/// Who has a tag.
+/// The holder of a tag.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Holder {
     /// Its first command is not out yet.
@@ -96,21 +96,21 @@ enum Holder {
         /// Its pages were registered by a command of ours, and have to be given back by one.
         by_command: bool,
     },
-    /// Its command came back for good.
+    /// Its command came back, and there will be no other.
     Ended,
 }
 
 /// What came out of the ring.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Event {
-    /// A request; `Err` holds the positive `errno` to complete it with.
+    /// A request; `Err` is the positive `errno` to complete it with.
     Request {
         /// The tag it came for.
         tag: u16,
-        /// What is asked.
+        /// What the kernel requests.
         request: std::result::Result<Request, i32>,
     },
-    /// The tag's command came back without a request, or another one that must not fail did, with this negative
+    /// The tag's command came back without a request, or a command that must not fail did, with this negative
     /// `errno`: there will be no more.
     Ended {
         /// The tag.
@@ -125,55 +125,52 @@ pub(super) enum Event {
         /// Bytes done, or a negative `errno`.
         result: i32,
     },
-    /// The other side has written the eventfd. [`Ring::arm_wake`] reads the next time.
+    /// The other side has written the eventfd. [`QueueRing::arm_wake`] must follow, to read the next write.
     Wake,
 }
 
 /// See the module's head. The ring comes first: it is dropped before the memory it was given.
-pub(super) struct Ring {
+pub(super) struct QueueRing {
     uring: IoUring,
-    /// Mapped read-only from the driver: what each tag's request is.
+    /// Mapped read-only from the driver: the request of each tag.
     descriptors: Region,
-    data: Data,
-    /// Where the eventfd's count goes.
+    buffers: RequestBuffers,
+    /// The eventfd's count is read into this.
     wake_count: Region,
     zeros: Region,
     setup: RingSetup,
-    /// How many images the chain has.
+    /// The number of images in the chain.
     layers: usize,
     holders: Box<[Holder]>,
-    /// Pieces that ended when they were submitted.
+    /// Pieces that ended as they were submitted, with their lengths.
     filled: Vec<(PieceId, u32)>,
     ended: u16,
     file_io_in_flight: usize,
     wake_armed: bool,
 }
 
-impl Ring {
+impl QueueRing {
     /// Makes the ring and its memory. Nothing is submitted yet.
     pub(super) fn new(setup: RingSetup) -> Result<Self> {
-        let failed = |doing: &str| {
-            let doing = format!("queue {}: {doing}", setup.queue);
-            move |error| Error::io(doing, error)
-        };
-        let uring = build_ring(setup.depth).map_err(failed("making its ring"))?;
-        let data = Data::new(setup.transfer, setup.depth, setup.request_bytes);
-        let mut data = data.map_err(failed("preparing for its data"))?;
-        data.register(&uring, setup.depth).map_err(failed("registering its buffers"))?;
+        let doing = |what: &str| format!("queue {}: {what}", setup.queue);
+        let uring = build_ring(setup.depth).doing(doing("making its ring"))?;
+        let buffers = RequestBuffers::new(setup.transfer, setup.depth, setup.request_bytes);
+        let mut buffers = buffers.doing(doing("allocating its buffers"))?;
+        buffers.register(&uring, setup.depth).doing(doing("registering its buffers"))?;
         let images =
             setup.images.iter().rev().map(AsRawFd::as_raw_fd).chain(iter::repeat(NO_FILE)).take(MAX_LAYERS);
-        let first = [setup.character_device.as_raw_fd(), data.zeros_fd().unwrap_or(NO_FILE)];
+        let first = [setup.character_device.as_raw_fd(), buffers.zeros_fd().unwrap_or(NO_FILE)];
         let files: Vec<_> = first.into_iter().chain(images).collect();
-        uring.submitter().register_files(&files).map_err(failed("registering its files"))?;
+        uring.submitter().register_files(&files).doing(doing("registering its files"))?;
         let (offset, length) = descriptor_range(setup.queue, setup.depth);
         let descriptors = Region::of_device(&setup.character_device, offset, length);
         let pieces = usize::from(setup.depth) * MAX_PIECES;
         Ok(Self {
             uring,
-            descriptors: descriptors.map_err(failed("mapping its I/O descriptors"))?,
-            data,
-            wake_count: Region::memory(PAGE_BYTES).map_err(failed("allocating a page"))?,
-            zeros: Region::zeros(bytes(MAX_WRITE_ZEROS)).map_err(failed("mapping zeros"))?,
+            descriptors: descriptors.doing(doing("mapping its I/O descriptors"))?,
+            buffers,
+            wake_count: Region::memory(PAGE_BYTES).doing(doing("allocating a page"))?,
+            zeros: Region::zeros(bytes(MAX_WRITE_ZEROS)).doing(doing("mapping zeros"))?,
             holders: vec![Holder::Nobody; usize::from(setup.depth)].into_boxed_slice(),
             filled: Vec::with_capacity(pieces),
             layers: setup.images.len(),
@@ -184,7 +181,7 @@ impl Ring {
         })
     }
 
-    /// Offers every tag to the kernel. Refusals come out of [`Ring::next_event`] at once.
+    /// Offers every tag to the kernel. Refusals come out of [`QueueRing::next_event`] at once.
     pub(super) fn fetch_all(&mut self) -> Result<()> {
         for tag in 0..self.setup.depth {
             let before = std::mem::replace(&mut self.holders[usize::from(tag)], Holder::Kernel);
@@ -194,7 +191,7 @@ impl Ring {
         self.enter(0)
     }
 
-    /// Lets the other side's next write of the eventfd, or the last one not yet read, end a wait.
+    /// Has the other side's next write of the eventfd, or the last one that was not yet read, end a wait.
     pub(super) fn arm_wake(&mut self) {
         assert!(!self.wake_armed, "one read of the eventfd at a time");
         self.wake_armed = true;
@@ -227,7 +224,7 @@ impl Ring {
             Token::Command { tag } => return self.take_back(tag, result),
             Token::Register { tag } => self.registered(tag, result),
             Token::Unregister { tag } => {
-                assert!(result < 0, "success is not told");
+                assert!(result < 0, "the kernel reports failures only");
                 Event::Ended { tag, result }
             }
             Token::FileIo(piece) => {
@@ -252,12 +249,12 @@ impl Ring {
         self.has_ended() && self.file_io_in_flight == 0 && !self.wake_armed
     }
 
-    /// Lets go of everything. The kernel tears a ring down in its own time, and until then a registered file
-    /// stays open, which would keep the device's number taken: so the files go first.
+    /// Releases everything. The kernel tears a ring down asynchronously, and until then a registered file stays open,
+    /// which would keep the device's number taken: so the files go first.
     pub(super) fn close(self) {
         assert!(self.is_quiet(), "a ring is closed when nothing is under way");
         if let Err(error) = self.uring.submitter().unregister_files() {
-            tracing::warn!("queue {}: giving its files back: {error}", self.setup.queue);
+            tracing::warn!("queue {}: unregistering its files: {error}", self.setup.queue);
         }
     }
 
@@ -275,7 +272,7 @@ impl Ring {
             return Some(Event::Ended { tag, result });
         }
         let descriptor = self.descriptors.descriptor(usize::from(tag));
-        if self.data.wants_registration(descriptor.op_flags) {
+        if self.buffers.wants_registration(descriptor.op_flags) {
             *holder = Holder::Registering;
             let entry = self.command(tag, sys::UBLK_U_IO_REGISTER_IO_BUF, 0, u64::from(tag));
             self.push(entry.build(), Token::Register { tag });
@@ -304,7 +301,7 @@ impl Ring {
 
     /// A command that offers `tag` to the kernel.
     fn push_offer(&mut self, tag: u16, op: u32, result: i32) {
-        let (address, submission_address) = self.data.offer(tag);
+        let (address, submission_address) = self.buffers.offer(tag);
         let entry = self.command(tag, op, result, address).addr(submission_address);
         self.push(entry.build(), Token::Command { tag });
     }
@@ -342,8 +339,9 @@ impl Ring {
 
     /// The file of a layer.
     fn image(&self, layer: u8) -> Fixed {
-        let place = self.layers - 1 - usize::from(layer);
-        Fixed(FIRST_IMAGE + u32::try_from(place).expect("at most 256"))
+        assert!(usize::from(layer) < self.layers, "layer {layer} of a chain of {}", self.layers);
+        let index = self.layers - 1 - usize::from(layer);
+        Fixed(FIRST_IMAGE + u32::try_from(index).expect("at most 256"))
     }
 
     fn assert_served(&self, tag: u16) {
@@ -352,20 +350,20 @@ impl Ring {
     }
 }
 
-impl Port for Ring {
+impl Port for QueueRing {
     fn submit(&mut self, piece: PieceId, io: FileIo) {
         let FileIo { op, file_offset, length, .. } = io;
         assert!(length > 0, "{piece:?}: I/O of nothing");
         self.assert_served(piece.tag);
         let entry = match op {
-            FileOp::Read => self.data.read(self.image(io.layer), piece.tag, io),
-            FileOp::FillZero => match self.data.fill_zero(ZEROS, piece.tag, io) {
+            FileOp::Read => self.buffers.read(self.image(io.layer), piece.tag, io),
+            FileOp::FillZero => match self.buffers.fill_zero(ZEROS, piece.tag, io) {
                 Some(entry) => entry,
                 None => return self.filled.push((piece, length)),
             },
             FileOp::Write { durable } => {
                 let flags = if durable { libc::RWF_DSYNC } else { 0 };
-                self.data.write(self.image(LEAF), piece.tag, io, flags)
+                self.buffers.write(self.image(LEAF), piece.tag, io, flags)
             }
             FileOp::WriteZeros => {
                 let zeros = self.zeros.at(0, bytes(length));
@@ -379,10 +377,10 @@ impl Port for Ring {
     }
 
     fn change_leaf(&mut self) -> Option<Arc<Shared>> {
-        let leaf = self.setup.next.above(self.layers)?;
-        let place = FIRST_IMAGE + u32::try_from(self.layers).expect("at most 256");
-        let updated = self.uring.submitter().register_files_update(place, &[leaf.file.as_fd().as_raw_fd()]);
-        assert!(matches!(updated, Ok(1)), "a reserved place takes a file: {updated:?}");
+        let leaf = self.setup.handover.newer_than(self.layers)?;
+        let slot = FIRST_IMAGE + u32::try_from(self.layers).expect("at most 256");
+        let updated = self.uring.submitter().register_files_update(slot, &[leaf.file.as_fd().as_raw_fd()]);
+        assert!(matches!(updated, Ok(1)), "a reserved slot takes a file: {updated:?}");
         self.layers += 1;
         Some(leaf.shared)
     }
@@ -397,7 +395,7 @@ impl Port for Ring {
             panic!("a request is completed exactly once (tag {tag}, {before:?})")
         };
         if by_command {
-            // Before the offer, and carried out in order: the number is free when the next request needs it.
+            // Before the offer, and executed in order: the index is free when the next request needs it.
             let entry = self.command(tag, sys::UBLK_U_IO_UNREGISTER_IO_BUF, 0, u64::from(tag)).build();
             self.push(entry.flags(squeue::Flags::SKIP_SUCCESS), Token::Unregister { tag });
         }
@@ -405,19 +403,19 @@ impl Port for Ring {
     }
 }
 
-/// A ring whose completions wait for us instead of interrupting us.
+/// A ring whose completions do not interrupt the thread.
 fn build_ring(depth: u16) -> io::Result<IoUring> {
     let entries = (2 * u32::from(depth) + 1).next_power_of_two().min(MAX_SUBMISSIONS);
     let pieces = u32::try_from(MAX_PIECES).expect("a small constant");
-    // Room for the end of everything that can be under way, so that completions never overflow.
+    // Room for the completions of everything that can be under way, so that they never overflow.
     let completions = (u32::from(depth) * (pieces + 1) + 1).next_power_of_two().max(2 * entries);
     let mut builder = IoUring::builder();
     builder.setup_cqsize(completions).setup_submit_all().setup_single_issuer();
-    // Not DEFER_TASKRUN: woken in its wait, that hands over one completion, whatever else has come.
+    // Not DEFER_TASKRUN: it ends a wait with one completion, even if there are more.
     builder.setup_coop_taskrun().build(entries)
 }
 
-/// Where in `/dev/ublkcN` a queue's descriptors are: each queue has the room that the greatest depth needs.
+/// Where in `/dev/ublkcN` a queue's descriptors are: each queue has room for the greatest depth.
 fn descriptor_range(queue: u16, depth: u16) -> (i64, usize) {
     let size = |tags: usize| (tags * size_of::<sys::ublksrv_io_desc>()).next_multiple_of(PAGE_BYTES);
     let greatest = i64::try_from(size(bytes(sys::UBLK_MAX_QUEUE_DEPTH))).expect("about a hundred kilobytes");

@@ -9,26 +9,27 @@ use uuid::Uuid;
 
 use super::fronts::Mailboxes;
 use super::layers::EngineParents;
-use super::opened::Opened;
+use super::open_image::OpenImage;
 use super::options::Parameters;
+use super::registry::FileId;
 use super::session::SessionFile;
 use crate::disk::{ImageFile, Reactor, UringDisk};
 use crate::engine::local::Spawn;
 use crate::engine::shared::Session;
 use crate::engine::{Engine, Setup};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Locate, Result};
 use crate::image::Image;
 
-/// The image that is served, and its engine.
-pub(super) struct Serving {
+/// See the module's head.
+pub(super) struct ServedImage {
     pub(super) engine: Rc<Engine<UringDisk>>,
-    pub(super) opened: Opened,
+    pub(super) opened: OpenImage,
     pub(super) session: Option<SessionFile>,
     pub(super) file: Arc<ImageFile>,
     pub(super) disk_id: Uuid,
 }
 
-/// An engine for an image that was opened, and its parents.
+/// Starts an engine for an image that was opened, and its parents.
 pub(super) fn open_served(
     reactor: &Reactor,
     fronts: &Rc<Mailboxes>,
@@ -37,20 +38,25 @@ pub(super) fn open_served(
     session: Option<SessionFile>,
     (parents, parent_files): EngineParents,
     parameters: Parameters,
-) -> Result<Serving> {
+) -> Result<ServedImage> {
     let (file_write_guid, disk_id) = (image.header.header.file_write_guid, image.metadata.disk_id);
     let (disk, tasks): (_, Rc<dyn Spawn>) = (reactor.disk(file.clone()), reactor.executor().clone());
     let (fronts, guids) = (fronts.clone(), Box::new(Uuid::new_v4));
     let engine = Engine::new(Setup { image, disk, parents, tasks, fronts, guids });
-    let engine = engine.map_err(|error| error.file(file.path()))?;
+    let engine = engine.file(file.path())?;
     let (shared, recoverable) = (engine.shared().clone(), session.is_some());
-    let opened = Opened { shared, parameters, file_write_guid, recoverable, parents: parent_files };
-    Ok(Serving { engine, opened, session, file, disk_id })
+    let opened = OpenImage { shared, parameters, file_write_guid, recoverable, parents: parent_files };
+    Ok(ServedImage { engine, opened, session, file, disk_id })
 }
 
-impl Serving {
-    /// Nobody will start the engine. What a session of a killed daemon holds still has to be served: it stays, and
-    /// so does the image.
+impl ServedImage {
+    /// The image, independent of its path.
+    pub(super) fn image_file(&self) -> FileId {
+        FileId::of_image(&self.file)
+    }
+
+    /// Ends the engine before it was started. A session of a killed daemon stays, and so does the image: the session
+    /// may hold what is not in the image.
     pub(super) fn give_up(self, reactor: &Reactor) -> Result<()> {
         if self.engine.shared().session() == Session::Idle {
             let unchanged = reactor.block_on(self.engine.close());
@@ -60,9 +66,11 @@ impl Serving {
     }
 }
 
+/// The error of an engine that has failed while `doing` something.
 pub(super) fn unclean(doing: &str, errno: i32, poisoned: bool, path: &Path) -> Error {
     if poisoned {
-        let message = "writes were stopped by an earlier failure, and the image was not closed; what was flushed is safe";
+        let message =
+            "an earlier failure has stopped all writes, and the image was not closed; flushed data is safe";
         return Error::new(Kind::Poisoned, message).file(path).remedy(
             "look for the cause (dmesg, free space); the next `vhdx-ublk add` replays the image's log",
         );

@@ -1,4 +1,4 @@
-//! What a device is made of: the image, its engine, and what is told of it once it is ready.
+//! What a device is made of: its image, its engine, and what is reported once it is ready.
 
 use std::fs::File;
 use std::path::PathBuf;
@@ -7,32 +7,32 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::leaf::NextLeaf;
+use super::leaf_handover::LeafHandover;
 use super::options::Parameters;
 use super::order::Order;
 use super::registry::FileId;
 use crate::engine::shared::Shared;
 use crate::error::Result;
 
-/// An opened image, ready to be served.
-pub struct Served {
-    /// Where it is: absolute, without symbolic links.
+/// An open image, as a device serves it.
+pub struct DeviceSpec {
+    /// The image's path: absolute, without symbolic links.
     pub path: PathBuf,
-    /// The one open file description that carries its lock, and those of its parents; all rings use them.
+    /// The open file descriptions that carry the locks of the image and its parents, nearest first; all rings use them.
     pub images: Arc<[File]>,
-    /// The same, whatever it is called.
+    /// The image, independent of its path.
     pub image_file: FileId,
-    /// The parents' paths, absolute, without symbolic links; its own first.
+    /// The parents' paths, absolute, without symbolic links, nearest first.
     pub parents: Vec<PathBuf>,
-    /// The same files, whatever they are called.
+    /// The same files, independent of their paths.
     pub parent_files: Vec<FileId>,
     /// What the fronts and the engine share.
     pub shared: Arc<Shared>,
-    /// The disk as the kernel shall see it.
+    /// The disk as the kernel sees it.
     pub parameters: Parameters,
     /// The image's FileWriteGuid.
     pub file_write_guid: Uuid,
-    /// Whether a successor could go on with it.
+    /// Whether another daemon could continue if this one is killed.
     pub recoverable: bool,
 }
 
@@ -47,9 +47,9 @@ pub trait EngineHandle {
     fn close(self) -> Result<()>;
 
     /// Where the queues find the leaf that they serve after a snapshot.
-    fn next_leaf(&self) -> NextLeaf;
+    fn handover(&self) -> LeafHandover;
 
-    /// Takes a snapshot, and answers to whom the order says.
+    /// Takes a snapshot, and answers through the order's reply.
     fn snapshot(&self, order: Order);
 }
 
@@ -60,6 +60,6 @@ pub struct Ready {
     pub id: u32,
     /// `/dev/ublkbN`.
     pub device: PathBuf,
-    /// Where warnings go from now on, if the daemon has detached from its terminal.
+    /// Where warnings are written from now on, if the daemon has detached from its terminal.
     pub log: PathBuf,
 }

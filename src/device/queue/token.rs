@@ -1,4 +1,4 @@
-//! What a completion belongs to, as the 64 bits that travel with it through the ring.
+//! What a completion belongs to, as the 64 bits of user data that travel through the ring.
 
 use crate::engine::front::MAX_PIECES;
 use crate::engine::port::PieceId;
@@ -6,7 +6,7 @@ use crate::engine::port::PieceId;
 /// The owner of one submission.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Token {
-    /// The ublk command of a tag: a request arrives with its end.
+    /// The ublk command of a tag: its completion brings a request.
     Command {
         /// The tag.
         tag: u16,
@@ -16,7 +16,7 @@ pub(super) enum Token {
         /// The tag.
         tag: u16,
     },
-    /// The command that gives them back.
+    /// The command that unregisters them.
     Unregister {
         /// The tag.
         tag: u16,
@@ -61,7 +61,7 @@ impl Token {
             WAKE => Self::Wake,
             _ => unreachable!("a completion of nothing that was submitted: {bits:#x}"),
         };
-        assert_eq!(token.encode(), bits, "a completion carries bits nobody set");
+        assert_eq!(token.encode(), bits, "a completion carries bits that were never set");
         token
     }
 }

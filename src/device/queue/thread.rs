@@ -1,11 +1,11 @@
-//! One queue: a thread that carries requests from its ring to its front and answers back.
+//! One queue: a thread that carries requests from its ring to its front, and answers back.
 //!
 //! A queue's life: *ready* when every tag has been offered to the kernel; *drained* when every tag has come
-//! back for good and its front is idle; *over* when the device says so. Between drained and over it goes on
-//! answering the engine's barriers, so that the engine can close the image in its own order.
+//! back for good and its front is idle; *over* when the device says so. Between drained and over it still answers
+//! the engine's barriers, so that the engine can close the image in its own order.
 //!
-//! A queue that fails cannot be helped by anything but the end of the process: the kernel aborts its requests
-//! then, and not before. It says so and leaks what the kernel may still be writing to.
+//! Only the end of the process helps a queue that fails: the kernel aborts its requests then, and not before. The queue
+//! reports that, and leaks the memory that the kernel may still write to.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,44 +14,44 @@ use std::thread::{self, JoinHandle};
 use libublk::sys::UBLK_IO_RES_ABORT;
 use nix::sys::eventfd::EventFd;
 
-use super::confine::{self, Role};
-use super::mailbox::{Receiver, wake_up};
-use super::ring::{Event, Ring, RingSetup};
-use super::sys;
+use super::ring::{Event, QueueRing, RingSetup};
+use crate::device::confine::{self, Role};
+use crate::device::mailbox::{Receiver, wake_up};
+use crate::device::sys;
 use crate::engine::front::Front;
 use crate::engine::message::ToFront;
 use crate::engine::port::Port;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Doing, Error, Kind, Result};
 
 /// What a queue is made of.
-pub(super) struct QueueSetup {
+pub(in crate::device) struct QueueSetup {
     /// The device's number, for the thread's name.
-    pub(super) device: u32,
+    pub(in crate::device) device: u32,
     /// The ring's part.
-    pub(super) ring: RingSetup,
-    /// Who decides.
-    pub(super) front: Front,
+    pub(in crate::device) ring: RingSetup,
+    /// Decides what is done for each request.
+    pub(in crate::device) front: Front,
     /// From the engine.
-    pub(super) receiver: Receiver<ToFront>,
+    pub(in crate::device) receiver: Receiver<ToFront>,
     /// The CPUs whose requests it gets.
-    pub(super) cpus: Vec<usize>,
+    pub(in crate::device) cpus: Vec<usize>,
 }
 
-/// What a queue tells the device.
+/// What a queue reports to the device.
 #[derive(Debug)]
-pub(super) enum Report {
+pub(in crate::device) enum Report {
     /// Every tag has been offered: the device may be started.
     Ready,
     /// No requests are left, and none will come.
     Drained,
     /// It could not begin; nothing of it is left.
     Unready(Error),
-    /// It cannot go on.
+    /// It cannot continue.
     Failed(Error),
 }
 
 /// A queue's thread, as the device sees it.
-pub(super) struct Queue {
+pub(in crate::device) struct Queue {
     thread: JoinHandle<()>,
     over: Arc<AtomicBool>,
     wake: Arc<EventFd>,
@@ -59,7 +59,7 @@ pub(super) struct Queue {
 
 impl Queue {
     /// Starts the thread. Its reports go to `report`: first [`Report::Ready`] or [`Report::Unready`].
-    pub(super) fn start<R>(setup: QueueSetup, report: R) -> Result<Self>
+    pub(in crate::device) fn start<R>(setup: QueueSetup, report: R) -> Result<Self>
     where
         R: Fn(Report) + Send + 'static,
     {
@@ -70,12 +70,11 @@ impl Queue {
             let over = over.clone();
             move || serve(setup, over, &report)
         });
-        let thread = thread.map_err(|error| Error::io("starting a queue's thread", error))?;
-        Ok(Self { thread, over, wake })
+        Ok(Self { thread: thread.doing("starting a queue's thread")?, over, wake })
     }
 
     /// Ends a drained queue and waits for its end.
-    pub(super) fn finish(self) {
+    pub(in crate::device) fn finish(self) {
         self.over.store(true, Ordering::Release);
         wake_up(&self.wake);
         self.thread.join().expect("a panic ends the process");
@@ -84,11 +83,11 @@ impl Queue {
 
 fn serve(setup: QueueSetup, over: Arc<AtomicBool>, report: &dyn Fn(Report)) {
     prepare_thread(&setup);
-    let mut server = match Ring::new(setup.ring) {
+    let mut server = match QueueRing::new(setup.ring) {
         Ok(ring) => Server { front: setup.front, receiver: setup.receiver, ring, over },
         Err(error) => return report(Report::Unready(error)),
     };
-    confine::become_(Role::Plain); // the ring is made, and the thread is what it shall be
+    confine::become_(Role::Plain); // the ring is made: nothing else needs a privilege
     if let Err(error) = server.begin() {
         drop(server); // nothing but commands is out, and this ends them
         return report(Report::Unready(error));
@@ -102,7 +101,7 @@ fn serve(setup: QueueSetup, over: Arc<AtomicBool>, report: &dyn Fn(Report)) {
     server.ring.close();
 }
 
-/// What fails here costs speed, or safety when memory runs out, but serves.
+/// A failure here costs speed, or safety when memory runs out, and the device is served.
 fn prepare_thread(setup: &QueueSetup) {
     let queue = setup.ring.queue;
     if let Err(error) = sys::become_io_flusher() {
@@ -116,7 +115,7 @@ fn prepare_thread(setup: &QueueSetup) {
 struct Server {
     front: Front,
     receiver: Receiver<ToFront>,
-    ring: Ring,
+    ring: QueueRing,
     over: Arc<AtomicBool>,
 }
 
@@ -138,7 +137,7 @@ impl Server {
             self.ring.wait()?;
             self.handle_events()?;
         }
-        assert!(self.front.is_idle(), "the engine asks nothing of a front that is over");
+        assert!(self.front.is_idle(), "the engine sends nothing to a front that is over");
         Ok(())
     }
 
@@ -171,7 +170,7 @@ impl Server {
         }
     }
 
-    /// The kernel does not take a command that is in order, so either it or we have lost count.
+    /// The kernel refuses a command that is in order, so either it or this program has lost count.
     fn refused(&self, tag: u16, result: i32) -> Error {
         let doing = format!("queue {}: the kernel refused the command of tag {tag}", self.ring.queue());
         match result {

@@ -1,23 +1,22 @@
-//! A request as the kernel describes it, turned into the front's.
+//! A request as the kernel describes it, turned into a request to the front.
 
 use libublk::sys;
 
-use super::options::KERNEL_SECTOR_SHIFT;
+use crate::device::options::KERNEL_SECTOR_SHIFT;
 use crate::engine::front::{Op, Request};
 
-/// The operation's place in `op_flags`; the flags' bits are absolute, beside it.
+/// The operation's bits in `op_flags`; the bits of the flags are absolute.
 const OP_MASK: u32 = 0xff;
 
-/// What a tag is asked to do. An `Err` is the positive `errno` to complete the request with.
+/// The request of a tag. An `Err` is the positive `errno` to complete it with.
 ///
-/// What the numbers must satisfy for memory's sake is checked here: data fits the tag's buffer. Where they
-/// lie on the disk is the front's to check.
+/// What memory safety needs is checked here: the data fits the tag's buffer. The front checks the range on the disk.
 pub(super) fn request(descriptor: &sys::ublksrv_io_desc, request_bytes: u32) -> Result<Request, i32> {
     let flag = |bit: u32| descriptor.op_flags & bit != 0;
     let op = match descriptor.op_flags & OP_MASK {
         sys::UBLK_IO_OP_READ => Op::Read,
         sys::UBLK_IO_OP_WRITE => Op::Write { durable: flag(sys::UBLK_IO_F_FUA) },
-        // A flush concerns the whole disk; its range means nothing.
+        // A flush concerns the whole disk; its range has no meaning.
         sys::UBLK_IO_OP_FLUSH => return Ok(Request { op: Op::Flush, offset: 0, length: 0 }),
         sys::UBLK_IO_OP_DISCARD => Op::Discard,
         sys::UBLK_IO_OP_WRITE_ZEROES => Op::WriteZeroes { keep_space: flag(sys::UBLK_IO_F_NOUNMAP) },

@@ -1,0 +1,127 @@
+//! An image opened for a device: what the fronts share, and the disk as the kernel sees it.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use uuid::Uuid;
+
+use super::control::Control;
+use super::layers::{Parents, ReadLayer};
+use super::leaf_handover::LeafHandover;
+use super::mailbox::EngineEnds;
+use super::options::Parameters;
+use super::order::Order;
+use super::registry::FileId;
+use super::spec::{DeviceSpec, EngineHandle};
+use crate::disk::{ImageFile, Reactor};
+use crate::engine::shared::Shared;
+use crate::error::{Doing, Error, Kind, Locate, Result};
+use crate::format::metadata::{DiskType, Metadata};
+
+/// An image that a device can serve.
+#[derive(Clone)]
+pub struct OpenImage {
+    /// What the fronts and the engine share.
+    pub shared: Arc<Shared>,
+    /// The disk as the kernel sees it.
+    pub parameters: Parameters,
+    /// The image's FileWriteGuid.
+    pub file_write_guid: Uuid,
+    /// Whether another daemon could continue if this process is killed.
+    pub recoverable: bool,
+    /// The parents' files, nearest first, locked as long as this lives.
+    pub(super) parents: Arc<[Arc<ImageFile>]>,
+}
+
+impl OpenImage {
+    /// Opens the image in `file` for reading, and its parents. Nothing is written, not even their logs.
+    ///
+    /// # Errors
+    ///
+    /// Whatever is wrong with the images; those of [`crate::chain::open_parents`]; [`Kind::InUse`] if a killed
+    /// daemon left a session of one; those of [`Control::open`].
+    pub fn read_only(file: Arc<ImageFile>, parents: &Parents) -> Result<Self> {
+        let reactor = Reactor::new()?;
+        file.read_anew();
+        let leaf = ReadLayer::open(&reactor, file)?;
+        let parents = parents.of(&leaf.image, leaf.file.path(), &reactor)?;
+        Control::open()?;
+        let fixed = leaf.image.metadata.kind() == DiskType::Fixed;
+        let parameters = parameters(&leaf.file, &leaf.image.metadata, true, &parents)?;
+        let file_write_guid = leaf.image.header.header.file_write_guid;
+        let (_, leaf) = leaf.into_map()?;
+        let parents = parents.into_iter().map(ReadLayer::into_map).collect::<Result<Vec<_>>>()?;
+        let (parents, maps): (Vec<_>, Vec<_>) = parents.into_iter().unzip();
+        let maps = maps.into_iter().map(Arc::new).collect();
+        let shared = Arc::new(Shared::of_chain(leaf.into(), maps, true, fixed));
+        Ok(Self { shared, parameters, file_write_guid, recoverable: true, parents: parents.into() })
+    }
+
+    /// The parents as they were opened: another file may have such a path by now.
+    pub(super) fn parent_files(&self) -> Vec<FileId> {
+        self.parents.iter().map(|parent| FileId::of_image(parent)).collect()
+    }
+
+    /// What [`super::daemon::serve`] needs.
+    ///
+    /// # Errors
+    ///
+    /// When the process has no file descriptor left.
+    pub fn spec(&self, file: &ImageFile) -> Result<DeviceSpec> {
+        let files = std::iter::once(file).chain(self.parents.iter().map(Arc::as_ref));
+        Ok(DeviceSpec {
+            path: file.path().to_owned(),
+            images: files.map(same_description).collect::<Result<_>>()?,
+            image_file: FileId::of_image(file),
+            parents: self.parents.iter().map(|parent| parent.path().to_owned()).collect(),
+            parent_files: self.parent_files(),
+            shared: self.shared.clone(),
+            parameters: self.parameters,
+            file_write_guid: self.file_write_guid,
+            recoverable: self.recoverable,
+        })
+    }
+}
+
+/// Another descriptor of the same open file description: it shares the lock and the flags.
+fn same_description(file: &ImageFile) -> Result<File> {
+    let same = file.as_fd().try_clone_to_owned().doing("duplicating the image's descriptor");
+    same.map(File::from).file(file.path())
+}
+
+/// The disk as the kernel sees it, with its data in `file` and in `parents`.
+pub(super) fn parameters(
+    file: &ImageFile,
+    metadata: &Metadata,
+    read_only: bool,
+    parents: &[ReadLayer],
+) -> Result<Parameters> {
+    let files = std::iter::once(file).chain(parents.iter().map(|parent| parent.file.as_ref()));
+    let alignments = files.map(|file| file.memory_alignment(metadata.logical_sector_size));
+    Ok(Parameters {
+        size_bytes: metadata.virtual_size,
+        logical_sector_bytes: metadata.logical_sector_size,
+        physical_sector_bytes: metadata.physical_sector_size,
+        read_only,
+        memory_alignment_bytes: alignments.collect::<Result<Vec<_>>>()?.into_iter().max().unwrap_or(1),
+    })
+}
+
+/// Replaces the engine of a read-only device, whose fronts never send anything. Keeps its ends of the mailboxes.
+pub struct NoEngine(pub EngineEnds);
+
+impl EngineHandle for NoEngine {
+    fn handover(&self) -> LeafHandover {
+        LeafHandover::default()
+    }
+
+    fn snapshot(&self, order: Order) {
+        let message = "the device is read-only: a snapshot would be identical";
+        order.reply.send(Err(Error::new(Kind::Unsupported, message)));
+    }
+
+    fn close(self) -> Result<()> {
+        Ok(())
+    }
+}
