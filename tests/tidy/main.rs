@@ -1,0 +1,201 @@
+//! Promises defended here: the folders of `src` show the architecture, and what the project says of its own style is
+//! true. `cargo test --test tidy -- --nocapture figures` prints what can be counted.
+
+mod figures;
+mod imports;
+mod source;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use imports::{Imports, circles};
+use source::{Function, Source, files, text};
+
+/// The folders and files of `src`, each of which uses only those before it.
+const ORDER: [&str; 12] = [
+    "printable",
+    "error",
+    "simulation",
+    "format",
+    "disk",
+    "image",
+    "chain",
+    "engine",
+    "operations",
+    "device",
+    "cli",
+    "main",
+];
+
+/// Circles that are still to be opened: the folder, and the files in it that use each other. A circle that has become
+/// smaller is still this one.
+const OPEN: [(&str, &[&str]); 3] = [
+    ("cli", &["holders", "look"]),
+    ("device", &["engine_thread", "layers", "maker", "opened", "serving", "session", "snapshot"]),
+    ("engine", &["port", "shared"]),
+];
+
+/// The most lines of a function, and the functions that are still longer.
+const MAX_FUNCTION_LINES: usize = 60;
+const LONG_FUNCTIONS: [(&str, &str); 1] = [("tests/merge.rs", "fill")];
+
+/// The most columns of a line of Rust and of a script, and how many lines are still longer.
+const MAX_COLUMNS: usize = 110;
+const MAX_SCRIPT_COLUMNS: usize = 120;
+const LONG_LINES: [(&str, usize); 4] = [("src", 450), ("tests", 200), ("benches", 1), ("tools", 8)];
+
+/// The only files that have `unsafe` in them.
+const UNSAFE: [&str; 7] = [
+    "src/device/control.rs",
+    "src/device/data.rs",
+    "src/device/ring.rs",
+    "src/device/sys.rs",
+    "src/disk/ring.rs",
+    "tests/fuzz/coverage.rs",
+    "tests/memory/mod.rs",
+];
+
+/// Plants that the simulator asks for, not the program, and plants that are still asked for in several places.
+const PLANTS_OF_THE_SIMULATOR: [&str; 3] = ["LongEntry", "NoFence", "SharedDescription"];
+const PLANTS_IN_PLACES: [(&str, usize); 2] = [("StartAgainEarly", 3), ("TrustKilled", 3)];
+
+/// Words that are not plain English in a manual, and how many are left.
+const BANNED: [&str; 15] = [
+    "shall",
+    "any more",
+    "nobody",
+    "goes on",
+    "gone on",
+    "went on",
+    "has not the",
+    "tells",
+    "is told",
+    "are told",
+    "was told",
+    "looked for",
+    "to who",
+    "for who",
+    ". who",
+];
+const LEFT: [(&str, usize); 4] = [("src", 260), ("tests", 135), ("tools", 4), ("README.md", 16)];
+
+#[test]
+fn folders_use_only_those_before_them() {
+    let place = |name: &str| {
+        let place = ORDER.iter().position(|known| *known == name);
+        place.unwrap_or_else(|| panic!("src/{name} has no place in the order"))
+    };
+    let uses = Imports::read().uses();
+    let wrong: Vec<_> = uses[""].iter().filter(|(user, used)| place(used) > place(user)).collect();
+    assert!(wrong.is_empty(), "(user, used): {wrong:?}");
+}
+
+#[test]
+fn files_use_each_other_in_no_circle() {
+    let mut new = Vec::new();
+    let mut left = vec![false; OPEN.len()];
+    for (folder, uses) in Imports::read().uses() {
+        for circle in circles(&uses) {
+            let lies_in = |(at, files): &(&str, &[&str])| {
+                *at == folder && circle.iter().all(|file| files.contains(&file.as_str()))
+            };
+            match OPEN.iter().position(lies_in) {
+                Some(known) => left[known] = true,
+                None => new.push(format!("{folder}: {}", circle.into_iter().collect::<Vec<_>>().join(" "))),
+            }
+        }
+    }
+    assert!(new.is_empty(), "new circles:\n{}", new.join("\n"));
+    let gone: Vec<_> = OPEN.iter().zip(left).filter(|(_, left)| !left).map(|(known, _)| known).collect();
+    assert!(gone.is_empty(), "these circles are open now and must be taken from the list: {gone:?}");
+}
+
+#[test]
+fn a_function_fits_a_screen() {
+    let mut long = Vec::new();
+    for source in Source::all("") {
+        for function in source.functions().iter().filter(|function| function.lines > MAX_FUNCTION_LINES) {
+            let Function { name, line, lines } = function;
+            if !LONG_FUNCTIONS.contains(&(&source.path.to_string_lossy(), name)) {
+                long.push(format!("{}:{line}: {name} has {lines} lines", source.path.display()));
+            }
+        }
+    }
+    assert!(long.is_empty(), "longer than {MAX_FUNCTION_LINES} lines:\n{}", long.join("\n"));
+}
+
+#[test]
+fn a_line_fits_its_columns() {
+    at_most(&LONG_LINES, "lines are too long", |path, line| {
+        let most = match path.extension().and_then(|extension| extension.to_str()) {
+            Some("md" | "svg") => usize::MAX,
+            Some("rs") => MAX_COLUMNS,
+            _ => MAX_SCRIPT_COLUMNS,
+        };
+        usize::from(line.chars().count() > most)
+    });
+}
+
+#[test]
+fn unsafe_code_is_where_it_is_known_to_be() {
+    let has_unsafe = |source: &Source| source.words().any(|word| word == "unsafe");
+    let found: Vec<_> =
+        Source::all("").filter(|source| has_unsafe(source)).map(|source| &source.path).collect();
+    assert_eq!(found, UNSAFE.map(Path::new));
+}
+
+#[test]
+fn a_plant_is_asked_for_in_one_place() {
+    let mut asked: BTreeMap<String, usize> = BTreeMap::new();
+    let (switches, program): (Vec<_>, Vec<_>) =
+        Source::all("src").partition(|source| source.path.ends_with("simulation.rs"));
+    for source in &program {
+        let words: Vec<_> = source.words().collect();
+        for name in words.windows(3).filter(|words| words[..2] == ["Plant", "::"]) {
+            *asked.entry(name[2].into()).or_default() += 1;
+        }
+    }
+    let words: Vec<_> = switches.iter().flat_map(|source| source.words()).collect();
+    let all = words.windows(4).filter(|words| words[..2] == ["Self", "::"] && words[3] == ",");
+    for name in all.map(|words| words[2]) {
+        let exception = PLANTS_IN_PLACES.iter().find(|(known, _)| *known == name).map(|(_, places)| *places);
+        let places = exception.unwrap_or(usize::from(!PLANTS_OF_THE_SIMULATOR.contains(&name)));
+        assert_eq!(asked.get(name).copied().unwrap_or(0), places, "places that ask for {name}");
+    }
+}
+
+#[test]
+fn the_language_is_plain() {
+    at_most(&LEFT, "banned words", |_, line| {
+        let line = line.to_lowercase();
+        BANNED.iter().map(|banned| whole_words(&line, banned)).sum()
+    });
+}
+
+/// How often `words` stand in `line` as whole words.
+fn whole_words(line: &str, words: &str) -> usize {
+    let inside = |character: Option<char>| character.is_some_and(char::is_alphanumeric);
+    let whole = |at: &usize| {
+        let (before, after) = (&line[..*at], &line[at + words.len()..]);
+        !inside(after.chars().next()) && (words.starts_with('.') || !inside(before.chars().next_back()))
+    };
+    line.match_indices(words).map(|(at, _)| at).filter(whole).count()
+}
+
+/// Adds up by folder what `count` finds in each line, and compares it with what is known.
+fn at_most(known: &[(&str, usize)], what: &str, count: impl Fn(&Path, &str) -> usize) {
+    for folder in [".ci", "src", "tests", "benches", "tools", "README.md"] {
+        let (mut sum, mut found) = (0, Vec::new());
+        for path in files(folder).iter().filter(|path| !path.starts_with("tests/tidy")) {
+            for (line, number) in text(path).iter().flat_map(|text| text.lines()).zip(1..) {
+                let here = count(path, line);
+                if here > 0 {
+                    sum += here;
+                    found.push(format!("{}:{number}: {line}", path.display()));
+                }
+            }
+        }
+        let known = known.iter().find(|(name, _)| *name == folder).map_or(0, |(_, known)| *known);
+        assert!(sum <= known, "{what}: {sum}, of which {known} are known:\n{}", found.join("\n"));
+    }
+}
