@@ -8,6 +8,7 @@ use std::ptr::{self, NonNull};
 use std::sync::atomic::AtomicU64;
 
 use libublk::sys;
+use rustix::mm;
 
 /// A mapped range that the kernel reads and writes behind the compiler's back: it is used through raw pointers only,
 /// each checked against the range.
@@ -52,7 +53,7 @@ impl Region {
 
     fn leave_out_of_cores(&self) -> io::Result<()> {
         // SAFETY: the range is this mapping, and its contents do not change.
-        check(unsafe { libc::madvise(self.base.as_ptr().cast(), self.length, libc::MADV_DONTDUMP) })
+        Ok(unsafe { mm::madvise(self.base.as_ptr().cast(), self.length, mm::Advice::LinuxDontDump) }?)
     }
 
     /// Its length, bytes.
@@ -90,7 +91,7 @@ impl Region {
 impl Drop for Region {
     fn drop(&mut self) {
         // SAFETY: mapped by `map` with this length, and nothing points into it now.
-        let result = check(unsafe { libc::munmap(self.base.as_ptr().cast(), self.length) });
+        let result = unsafe { mm::munmap(self.base.as_ptr().cast(), self.length) };
         assert!(result.is_ok(), "unmapping what was mapped cannot fail");
     }
 }
@@ -107,10 +108,6 @@ pub(super) fn shared_words(file: &File, count: usize) -> io::Result<&'static [At
     // SAFETY: mapped, aligned, never unmapped, and any bits are a valid word. Other processes that map the file
     // use atomic words too.
     Ok(unsafe { std::slice::from_raw_parts(words, count) })
-}
-
-fn check(result: i32) -> io::Result<()> {
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 #[cfg(test)]

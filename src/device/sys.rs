@@ -1,59 +1,49 @@
-//! The few system calls that no crate in use wraps safely: what a thread or the process is to the kernel.
+//! What a thread or the process is to the kernel: its memory, priority, CPUs, signals, descriptors and system calls;
+//! and handles on other processes.
 #![allow(
     unsafe_code,
-    reason = "mlockall, prctl, setpriority, sched_setaffinity, signal, close_range, seccomp and pidfds are raw system calls"
+    reason = "no crate in use wraps close_range, signal, or seccomp with SECCOMP_FILTER_FLAG_LOG"
 )]
 
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::ptr;
+use std::os::fd::{OwnedFd, RawFd};
 
 use nix::sys::signal::{SigSet, Signal};
+use rustix::mm::{MlockAllFlags, mlockall};
+use rustix::process::{self, Pid, PidfdFlags, pidfd_open, pidfd_send_signal};
+use rustix::thread::{CpuSet, sched_setaffinity};
 use seccompiler::BpfProgramRef;
 
-/// Keeps whatever memory this process has touched, or will touch, from being swapped out: the swap may be on the
-/// very disk that it serves. Memory that is never touched is not brought in by this.
+/// Keeps all memory that this process has touched, or will touch, from being swapped out: the swap may be on the very
+/// disk that it serves. Memory that is never touched is not brought in by this.
 pub(super) fn keep_in_memory() -> io::Result<()> {
-    // SAFETY: no pointers are passed.
-    check(unsafe { libc::mlockall(libc::MCL_CURRENT | libc::MCL_FUTURE | libc::MCL_ONFAULT) })
+    Ok(mlockall(MlockAllFlags::CURRENT | MlockAllFlags::FUTURE | MlockAllFlags::ONFAULT)?)
 }
 
-/// `PR_SET_IO_FLUSHER` of `linux/prctl.h`; the `libc` crate does not have it.
-const PR_SET_IO_FLUSHER: i32 = 57;
-
-/// Tells the kernel that this thread serves a block device: its own allocations must not wait for I/O that
-/// only it can do.
+/// Marks this thread as one that serves a block device: its own allocations must not wait for I/O that only it can do.
 pub(super) fn become_io_flusher() -> io::Result<()> {
-    // SAFETY: no pointers are passed.
-    check(unsafe { libc::prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) })
+    Ok(process::configure_io_flusher_behavior(true)?)
 }
 
-/// The most urgent an ordinary thread can be.
+/// The highest priority of an ordinary thread.
 const MOST_URGENT: i32 = -20;
 
-/// Lets this thread run as soon as it has something to do. Not for a thread that gains by finding much to do at once.
+/// Lets this thread run as soon as it has work. Not for a thread that gains from finding much work at once.
 pub(super) fn become_urgent() -> io::Result<()> {
-    // SAFETY: no pointers are passed; 0 names the calling thread.
-    check(unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, MOST_URGENT) })
+    Ok(process::setpriority_process(None, MOST_URGENT)?)
 }
 
-/// Keeps this thread on `cpus`. Those this process may not use are left out by the kernel; none left is an
-/// error.
+/// Keeps this thread on `cpus`. The kernel leaves out those that this process may not use; none left is an error.
 pub(super) fn run_on(cpus: &[usize]) -> io::Result<()> {
-    // SAFETY: an all-zero `cpu_set_t` is the empty set.
-    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
-    for &cpu in cpus.iter().filter(|&&cpu| cpu < 8 * size_of::<libc::cpu_set_t>()) {
-        // SAFETY: the number is below the set's capacity.
-        unsafe { libc::CPU_SET(cpu, &mut set) };
-    }
-    // SAFETY: `set` is initialised and its size is given; 0 names this thread.
-    check(unsafe { libc::sched_setaffinity(0, size_of_val(&set), &raw const set) })
+    let mut set = CpuSet::new();
+    cpus.iter().filter(|&&cpu| cpu < CpuSet::MAX_CPU).for_each(|&cpu| set.set(cpu));
+    Ok(sched_setaffinity(None, &set)?)
 }
 
 /// Closes every descriptor but the first three and `kept`.
 pub(super) fn close_descriptors(kept: Option<RawFd>) -> io::Result<()> {
     let close = |first: u32, last: u32| {
-        // SAFETY: what is closed was open before this program began, and nothing here has a handle on it.
+        // SAFETY: what is closed was open before this program began, and nothing here owns it.
         if first > last { Ok(()) } else { check(unsafe { libc::close_range(first, last, 0) }) }
     };
     let first = u32::try_from(libc::STDERR_FILENO + 1).expect("a small number");
@@ -63,14 +53,14 @@ pub(super) fn close_descriptors(kept: Option<RawFd>) -> io::Result<()> {
     }
 }
 
-/// The signals by which the kernel tells of a fault in the program itself; ignoring them would only repeat it.
+/// The signals by which the kernel reports a fault of the program itself; ignoring them would only repeat it.
 const FAULTS: [i32; 7] =
     [libc::SIGILL, libc::SIGTRAP, libc::SIGABRT, libc::SIGBUS, libc::SIGFPE, libc::SIGSEGV, libc::SIGSYS];
 
-/// The signals by which somebody asks for something.
+/// The signals that request something.
 pub(super) const REQUESTS: [Signal; 3] = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP];
 
-/// Forgets what the caller had decided about signals: faults and requests have their usual effect, and every other
+/// Undoes what the caller had decided about signals: faults and requests have their usual effect, and every other
 /// signal that would end or stop a process has none.
 pub(super) fn reset_signals() -> io::Result<()> {
     for number in 1..=libc::SIGRTMAX() {
@@ -82,7 +72,7 @@ pub(super) fn reset_signals() -> io::Result<()> {
     Ok(SigSet::empty().thread_set_mask()?)
 }
 
-/// Has every thread of this process, and those that come, ask `filter` before each system call.
+/// Binds every thread of this process, now and later, to `filter`, and has refused calls logged.
 pub(super) fn install_filter(filter: BpfProgramRef<'_>) -> io::Result<()> {
     let length = u16::try_from(filter.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
     let program = libc::sock_fprog { len: length, filter: filter.as_ptr().cast_mut().cast() };
@@ -103,32 +93,18 @@ pub(super) struct ProcessHandle(OwnedFd);
 impl ProcessHandle {
     /// The process that now has this number.
     pub(super) fn open(pid: u32) -> io::Result<Self> {
-        // SAFETY: no pointers are passed.
-        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, libc::c_long::from(pid), 0) };
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        let fd = i32::try_from(fd).expect("a file descriptor is small");
-        // SAFETY: just opened, and owned by nobody else.
-        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
+        let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or(rustix::io::Errno::SRCH)?;
+        Ok(Self(pidfd_open(pid, PidfdFlags::empty())?))
     }
 
-    /// Asks it to end, if its device is not in use.
+    /// Requests it to end, if its device is not in use.
     pub(super) fn terminate(&self) -> io::Result<()> {
-        self.signal(libc::SIGTERM)
+        Ok(pidfd_send_signal(&self.0, process::Signal::TERM)?)
     }
 
     /// Ends it.
     pub(super) fn kill(&self) -> io::Result<()> {
-        self.signal(libc::SIGKILL)
-    }
-
-    fn signal(&self, signal: i32) -> io::Result<()> {
-        let null = ptr::null::<libc::siginfo_t>();
-        // SAFETY: a null `siginfo` is allowed and means an ordinary signal.
-        let result =
-            unsafe { libc::syscall(libc::SYS_pidfd_send_signal, self.0.as_raw_fd(), signal, null, 0) };
-        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+        Ok(pidfd_send_signal(&self.0, process::Signal::KILL)?)
     }
 }
 

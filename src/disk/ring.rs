@@ -11,7 +11,7 @@
 //!
 //! No borrow of the slots is held while a waker is woken or dropped: either may come back here.
 
-#![allow(unsafe_code, reason = "SQEs carry raw pointers, and nix has no statx")]
+#![allow(unsafe_code, reason = "SQEs carry raw pointers")]
 
 use std::cell::{Cell, RefCell};
 use std::future::Future;
@@ -26,6 +26,7 @@ use std::task::{Context, Poll, Waker};
 use io_uring::squeue::Entry;
 use io_uring::{IoUring, opcode, types};
 use nix::sys::eventfd::EventFd;
+use rustix::fs::{AtFlags, StatxFlags, statx};
 use slab::Slab;
 
 use super::Buffer;
@@ -444,17 +445,8 @@ pub(super) struct DirectAlignment {
 
 /// The alignment of direct I/O on `fd`; `None` when the kernel does not tell.
 pub(super) fn direct_alignment(fd: BorrowedFd<'_>) -> io::Result<Option<DirectAlignment>> {
-    // SAFETY: the structure is plain numbers, of which all zeroes is a value.
-    let mut answer: libc::statx = unsafe { std::mem::zeroed() };
-    // SAFETY: the descriptor is open while it is borrowed, the path is an empty C string, and the kernel
-    // writes no more than the one structure it is pointed at.
-    let outcome = unsafe {
-        libc::statx(fd.as_raw_fd(), c"".as_ptr(), libc::AT_EMPTY_PATH, libc::STATX_DIOALIGN, &raw mut answer)
-    };
-    if outcome != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    let told = answer.stx_mask & libc::STATX_DIOALIGN != 0;
+    let answer = statx(fd, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN)?;
+    let told = answer.stx_mask & StatxFlags::DIOALIGN.bits() != 0;
     let (memory, offset) = (answer.stx_dio_mem_align, answer.stx_dio_offset_align);
     Ok(told.then_some(DirectAlignment { memory, offset }))
 }
