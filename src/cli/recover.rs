@@ -10,11 +10,11 @@ use vhdx_ublk::device::engine_thread::EngineThread;
 use vhdx_ublk::device::launch;
 use vhdx_ublk::device::layers::Parents;
 use vhdx_ublk::device::open_image::{NoEngine, OpenImage};
-use vhdx_ublk::device::readers;
 use vhdx_ublk::device::registry::{Entry, FileId, Listed, State};
 use vhdx_ublk::device::session::Plan;
 use vhdx_ublk::device::spec::Ready;
 use vhdx_ublk::device::stop::{self, Target};
+use vhdx_ublk::device::usage;
 use vhdx_ublk::disk::{Access, ImageFile};
 use vhdx_ublk::error::{Error, Kind, Result};
 use vhdx_ublk::printable::shell;
@@ -205,7 +205,7 @@ fn nothing_to_recover(error: Error, target: &Target) -> Error {
 /// Opens the image although it is locked, if only by those who read it: whoever may read it could keep the device waiting
 /// for ever. The device had the image before they came; they see it change.
 fn open_past_readers(entry: &Entry, refused: Error) -> Result<ImageFile> {
-    let Some(readers) = readers::only_readers(entry.image_file) else { return Err(refused) };
+    let Some(readers) = usage::only_readers(entry.image_file) else { return Err(refused) };
     let Ok(file) = ImageFile::open_past_readers(&entry.image) else { return Err(refused) };
     let (image, readers) = (entry.image.display(), readers.join(", "));
     tracing::warn!("{image}: locked by {readers}, which only reads it, and sees it change from now on");

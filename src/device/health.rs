@@ -104,7 +104,7 @@ fn told(status: &Status) -> Health {
 #[cfg(test)]
 mod tests {
     use super::super::registry::Entry;
-    use super::super::registry::tests::entry;
+    use super::super::registry::entry;
     use super::*;
     use crate::error::Error;
 

@@ -12,8 +12,8 @@
 //! * [`spec`], `ending`, `supervisor`, [`daemon`]: the device from `ADD_DEV` to `DEL_DEV`;
 //! * [`confine`], [`launch`]: the privileges of that process, and how it is started and reports.
 //!
-//! What other processes see and do: [`registry`], `process`, [`usage`], [`readers`], [`stop`], [`health`]; and how data
-//! travels between processes: [`path`], `wire`.
+//! What other processes see and do: [`registry`], [`usage`], [`stop`], [`health`]; how data travels between processes:
+//! [`path`], `wire`; what the kernel reports of the machine: `process`, `processes`, `mounts`, `sysfs`.
 //!
 //! Unsafe code is in `control`, `queue::ring`, `queue::buffers`, `region` and `sys` only. `libublk` gives the kernel's
 //! structures and numbers.
@@ -30,13 +30,14 @@ pub mod launch;
 pub mod layers;
 mod leaf_handover;
 pub mod mailbox;
+mod mounts;
 pub mod open_image;
 mod options;
 pub mod order;
 pub mod path;
 mod process;
+mod processes;
 mod queue;
-pub mod readers;
 mod region;
 pub mod registry;
 mod reply;
@@ -48,6 +49,7 @@ pub mod spec;
 pub mod stop;
 mod supervisor;
 mod sys;
+mod sysfs;
 #[cfg(test)]
 mod testing;
 pub mod usage;

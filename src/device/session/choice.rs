@@ -1,23 +1,24 @@
-//! Which session is taken over, and what becomes of one that cannot be.
+//! Which session is taken over, and what happens to one that cannot be.
 //!
-//! One that no program can ever use again, of an earlier start of the kernel, of an image that another
-//! program has written since, or poisoned, is given up with a word. One that this program cannot read,
-//! damaged or of another version, may hold all that was acknowledged: it is refused and kept, until the user
-//! discards it.
+//! A session that no program can ever use again (of an earlier start of the kernel, of an image that another program
+//! has written since, or poisoned) is given up with a warning. One that this program cannot read (damaged or of another
+//! version) may hold everything that was acknowledged: it is refused and kept, until the user discards it.
 //!
-//! One that was made under another device number is taken over if it fits, as after its file system was mounted
-//! anew. If it does not, it may be another image's on another file system, and stays.
+//! One that was made under another device number is taken over if it fits, as after a new mount of its file system. If
+//! it does not fit, it may belong to another image on another file system, and stays.
 
 use uuid::Uuid;
 
-use super::super::registry::{FileId, Listed, Registry};
-use super::{Found, FoundSession, SessionFile, Sessions, place_of};
+use super::file::{Found, FoundSession, SessionFile, Sessions};
+use super::obstacle::Obstacle;
+use super::origin::place_of;
+use crate::device::registry::{FileId, Listed};
 use crate::disk::ImageFile;
-use crate::error::{Error, Kind, Result};
-use crate::image::{Image, Mismatch, Place, Session, SessionMemory, VERSION};
+use crate::error::{Error, Kind, Locate, Result};
+use crate::image::{Image, Mismatch, Place, Session};
 use crate::printable::shell;
 
-/// What a writable open does about sessions.
+/// What an opening for writing does about sessions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Plan {
     /// Takes over an orphan. Without one, starts a session if `keep`.
@@ -25,24 +26,24 @@ pub enum Plan {
         /// The device is to be recoverable.
         keep: bool,
     },
-    /// Takes over an orphan, to close the image. One that cannot be taken over is an error, even if nothing
-    /// of it can be saved.
+    /// Takes over an orphan, to close the image. One that cannot be taken over is an error, even if nothing of it can
+    /// be saved.
     Close,
-    /// Serves on where a daemon was killed.
+    /// Continues to serve where a daemon was killed.
     Resume {
-        /// Without the session, or with one that does not fit, starts anew: what was acknowledged and not
-        /// flushed may be lost.
+        /// Without the session, or with one that does not fit, starts anew: acknowledged data that was not flushed may
+        /// be lost.
         accept_loss: bool,
     },
 }
 
-/// Refuses the image in `file`, which is locked, if a killed daemon left a session of it: that has to be
-/// taken over first. A session that does not fit `image`, as it was opened, does not count; one at rest has
-/// nothing that the image has not, and is removed.
+/// Refuses the image in `file`, which is locked, if a killed daemon left a session of it: that must be taken over
+/// first. A session that does not fit `image`, as it was opened, does not count; one at rest holds nothing that the
+/// image does not, and is removed.
 ///
 /// # Errors
 ///
-/// [`Kind::InUse`] if there is one, or one that cannot be read; what the host says.
+/// [`Kind::InUse`] if there is one, or one that cannot be read; the host's.
 pub fn refuse_orphan(file: &ImageFile, image: Option<&Image>) -> Result<()> {
     let place = place_of(file)?;
     let found = Sessions::of_machine().find(&place, image)?;
@@ -50,35 +51,37 @@ pub fn refuse_orphan(file: &ImageFile, image: Option<&Image>) -> Result<()> {
     let (session, memory) = match found {
         Some(Found::Free(session, memory)) => (session, memory),
         Some(Found::Short(session)) => return Err(unreadable(&session, Mismatch::Damaged("length"))),
-        // Whoever serves with it has the image, or does not write it any longer.
+        // The process that holds it has another image, or no longer writes this one.
         Some(Found::Held(_)) | None => return Ok(()),
     };
     match memory.check_layout() {
         Err(Mismatch::Incomplete) => return session.remove_own(&place),
-        Err(mismatch) => return Err(unreadable(&session, mismatch).file(path)),
+        Err(mismatch) => return Err(unreadable(&session, mismatch)).file(path),
         Ok(()) if memory.session() == Session::Idle => return session.remove_own(&place),
         Ok(()) => {}
     }
-    match image.and_then(|_| obstacle(&memory, image, &place)) {
+    match image.and_then(|_| Obstacle::of(&memory, image, &place)) {
         Some(Obstacle::Unfit(mismatch @ Mismatch::Damaged(_))) => {
-            return Err(unreadable(&session, mismatch).file(path));
+            return Err(unreadable(&session, mismatch)).file(path);
         }
         Some(_) => return Ok(()),
         None => {}
     }
-    let message = "a daemon was killed, and not everything it acknowledged is in the image";
+    let message = "a daemon was killed, and not everything that it acknowledged is in the image";
     let remedy = format!("`vhdx-ublk add {}` takes it over, `vhdx-ublk del` then closes it", shell(path));
     Err(Error::new(Kind::InUse, message).file(path).remedy(remedy))
 }
 
 fn unreadable(session: &SessionFile, mismatch: Mismatch) -> Error {
-    let message =
-        format!("a killed daemon's session of the image cannot be read: {}", Obstacle::Unfit(mismatch));
+    let message = format!(
+        "the image has a session of a killed daemon that cannot be read: {}",
+        Obstacle::Unfit(mismatch)
+    );
     session.with_remedy(Error::new(Kind::InUse, message))
 }
 
-/// The session to take over, of the image at `place`, which is not open for writing yet; `image` is how it
-/// looks.
+/// The session to take over, of the image at `place`, which is not open for writing yet; `image` is the image as it
+/// was read, if it could be.
 pub(in crate::device) fn choose(
     plan: Plan,
     sessions: &Sessions,
@@ -90,7 +93,7 @@ pub(in crate::device) fn choose(
         None => (None, Obstacle::Missing),
         Some(Found::Held(_)) => return Err(held(place)),
         Some(Found::Short(session)) => (Some(session), Obstacle::Unfit(Mismatch::Damaged("length"))),
-        Some(Found::Free(session, memory)) => match obstacle(&memory, image, place) {
+        Some(Found::Free(session, memory)) => match Obstacle::of(&memory, image, place) {
             None => {
                 refuse_waiting(plan, sessions, &session, place)?;
                 return Ok(Some((session, memory)));
@@ -105,8 +108,8 @@ pub(in crate::device) fn choose(
     Ok(None)
 }
 
-/// A device that waits is known by the image's device number, which another mount of its file system has
-/// changed.
+/// Refuses a session of a device that waits for its next daemon. Such a device is known by the image's device number,
+/// which a new mount of its file system has changed.
 fn refuse_waiting(plan: Plan, sessions: &Sessions, session: &SessionFile, place: &Place) -> Result<()> {
     let Some(name) = session.name().filter(|name| name.device != place.device) else { return Ok(()) };
     let was = FileId { device: name.device, inode: name.inode };
@@ -114,13 +117,12 @@ fn refuse_waiting(plan: Plan, sessions: &Sessions, session: &SessionFile, place:
     if !matches!(plan, Plan::Fresh { .. }) {
         return Ok(());
     }
-    let Some(listed) = Registry::at(&sessions.directory)?.list()?.into_iter().find(waits) else {
+    let Some(listed) = sessions.registry()?.list()?.into_iter().find(waits) else {
         return Ok(());
     };
     let device = listed.entry.device.display();
     let message = format!("the image belongs to {device}, whose daemon was killed");
-    let remedy =
-        format!("`vhdx-ublk recover {device}` serves it again, `vhdx-ublk del {device}` takes it away");
+    let remedy = format!("`vhdx-ublk recover {device}` serves it again, `vhdx-ublk del {device}` removes it");
     Err(Error::new(Kind::InUse, message).file(&place.path).remedy(remedy))
 }
 
@@ -134,100 +136,18 @@ fn give_up(plan: Plan, session: Option<SessionFile>, obstacle: Obstacle, place: 
         (Plan::Close, _) => {
             session.map_or(Ok(()), |session| session.remove_own(place))?;
             let error = Error::new(obstacle.error().kind(), obstacle.to_string()).in_structure("session");
-            return Err(error.remedy("what was flushed is in the image: `vhdx-ublk check` examines it"));
+            return Err(error.remedy("flushed data is in the image: `vhdx-ublk check` examines it"));
         }
         (Plan::Fresh { .. }, Some(session)) if session.is_elsewhere(place) => {}
         (Plan::Fresh { .. }, _) => {
-            tracing::warn!("a session of this image is given up, what was flushed is safe: {obstacle}");
+            tracing::warn!("a session of this image is given up, flushed data is safe: {obstacle}");
         }
     }
     session.map_or(Ok(()), |session| session.remove_own(place))
 }
 
-/// The image is locked by this process, so it is another file: one on a copy of its file system.
+/// This process holds the image's lock, so the session belongs to another file: to a copy of its file system.
 fn held(place: &Place) -> Error {
-    let message = "a living daemon has a session of an image with the same disk id, inode and device number";
+    let message = "a running daemon has a session of an image with the same disk id, inode and device number";
     Error::new(Kind::InUse, message).file(&place.path).remedy("`vhdx-ublk session list` shows it")
-}
-
-/// Whether the session can be taken over by the image at `place`.
-pub(super) fn fits(memory: &SessionMemory, image: Option<&Image>, place: &Place) -> bool {
-    obstacle(memory, image, place).is_none()
-}
-
-fn obstacle(memory: &SessionMemory, image: Option<&Image>, place: &Place) -> Option<Obstacle> {
-    if let Err(mismatch) = memory.check_layout() {
-        return Some(Obstacle::Unfit(mismatch));
-    }
-    // A log that only a replay in place can read is none of ours, so another program has written the image.
-    let Some(image) = image else { return Some(Obstacle::Unfit(Mismatch::Changed)) };
-    match memory.check(&image.owner(place.clone()), image.header.header.file_write_guid) {
-        Err(mismatch) => Some(Obstacle::Unfit(mismatch)),
-        Ok(()) if !memory.fits(image.map.geometry()) => Some(Obstacle::Unfit(Mismatch::Damaged("length"))),
-        Ok(()) if memory.session() == Session::Poisoned => Some(Obstacle::Poisoned),
-        Ok(()) => None,
-    }
-}
-
-/// Why a session cannot be taken over.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Obstacle {
-    Missing,
-    Unfit(Mismatch),
-    Poisoned,
-}
-
-impl Obstacle {
-    /// Nothing was ever acknowledged on the word of it.
-    fn is_nothing(self) -> bool {
-        matches!(self, Self::Missing | Self::Unfit(Mismatch::Incomplete))
-    }
-
-    /// Another program, or a person, may get out of it what this one cannot.
-    fn may_be_of_use(self) -> bool {
-        matches!(self, Self::Unfit(Mismatch::Version(_) | Mismatch::Damaged(_)))
-    }
-
-    fn error(self) -> Error {
-        let kind = match self {
-            Self::Poisoned => Kind::Poisoned,
-            Self::Unfit(Mismatch::Version(_)) => Kind::Unsupported,
-            Self::Unfit(Mismatch::Damaged(_)) => Kind::Corrupt,
-            Self::Missing | Self::Unfit(_) => Kind::NotFound,
-        };
-        let error = Error::new(kind, self.to_string()).in_structure("session");
-        if self.may_be_of_use() {
-            return error;
-        }
-        error.remedy(
-            "`vhdx-ublk del` takes the device away; `vhdx-ublk recover --accept-loss` serves what the image holds, which is what was flushed: a mounted file system may be damaged by that",
-        )
-    }
-}
-
-impl std::fmt::Display for Obstacle {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Missing => f.write_str("there is no session file of this image"),
-            Self::Unfit(Mismatch::Incomplete) => f.write_str("the session file was never completed"),
-            Self::Unfit(Mismatch::Version(version)) => {
-                let ours = env!("CARGO_PKG_VERSION");
-                write!(
-                    f,
-                    "the session file has layout version {version}, and vhdx-ublk {ours} reads version {VERSION}: use the vhdx-ublk that made it"
-                )
-            }
-            Self::Unfit(Mismatch::Damaged(part)) => {
-                write!(f, "the session file is damaged: its {part} is wrong")
-            }
-            Self::Unfit(Mismatch::OtherBoot) => f.write_str(
-                "the session file is from before the machine was started: only what was flushed is left",
-            ),
-            Self::Unfit(Mismatch::Foreign) => f.write_str("the session file is another image's"),
-            Self::Unfit(Mismatch::Changed) => {
-                f.write_str("another program has written the image since the daemon was killed")
-            }
-            Self::Poisoned => f.write_str("writing to the image failed before the daemon was killed"),
-        }
-    }
 }

@@ -6,14 +6,16 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
-use super::{Found, Name, Sessions, boot_id};
-use crate::error::{Error, Kind, Result};
+use super::file::{Found, Sessions};
+use super::name::Name;
+use super::origin::boot_id;
+use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::image::{Mismatch, Session, SessionMemory};
 
 /// The unit of `st_blocks`, whatever the file system's own block size.
 const STAT_BLOCK_BYTES: u64 = 512;
 
-/// What a kept session is worth.
+/// The state of a kept session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum KeptState {
@@ -29,7 +31,7 @@ pub enum KeptState {
     Outdated,
     /// It was never completed.
     Incomplete,
-    /// It has a layout that this program does not know.
+    /// This program does not know its layout.
     OtherVersion,
     /// It is damaged.
     Damaged,
@@ -40,15 +42,15 @@ pub enum KeptState {
 pub struct Kept {
     /// Its name in its folder.
     pub name: String,
-    /// What it is worth.
+    /// Its state.
     pub state: KeptState,
-    /// Where the image was when the session was made; nothing if that cannot be read.
+    /// The image's path when the session was made, if it can be read.
     pub image: Option<PathBuf>,
     /// `st_dev` and inode of the image then.
     pub file: (u64, u64),
-    /// The memory that it takes.
+    /// The memory that it takes, bytes.
     pub memory_bytes: u64,
-    /// The version of its layout, where it can be read.
+    /// The version of its layout, if it can be read.
     pub version: Option<u64>,
 }
 
@@ -56,7 +58,7 @@ pub struct Kept {
 ///
 /// # Errors
 ///
-/// When one of them cannot be looked at.
+/// If one of them cannot be read.
 pub fn kept() -> Result<Vec<Kept>> {
     let sessions = Sessions::of_machine();
     let names = sessions.names()?.into_iter();
@@ -67,7 +69,7 @@ pub fn kept() -> Result<Vec<Kept>> {
 ///
 /// # Errors
 ///
-/// [`Kind::NotFound`] if there is none; when it cannot be removed.
+/// [`Kind::NotFound`] if there is none; if it cannot be removed.
 pub fn discard(name: &str) -> Result<()> {
     let sessions = Sessions::of_machine();
     let known = Name::parse(name).filter(|name| sessions.names().is_ok_and(|names| names.contains(name)));
@@ -75,12 +77,12 @@ pub fn discard(name: &str) -> Result<()> {
         return Err(Error::new(Kind::NotFound, format!("there is no session {name}"))
             .remedy("vhdx-ublk session list"));
     };
-    let path = sessions.directory.join(known.to_string());
-    fs::remove_file(&path).map_err(|error| Error::io("removing the session file", error).file(&path))
+    let path = sessions.path_of(&known);
+    fs::remove_file(&path).doing("removing the session file").file(&path)
 }
 
 fn describe(sessions: &Sessions, name: Name) -> Result<Option<Kept>> {
-    let path = sessions.directory.join(name.to_string());
+    let path = sessions.path_of(&name);
     let Ok(found) = fs::metadata(&path) else { return Ok(None) };
     let kept = Kept {
         name: name.to_string(),

@@ -4,9 +4,9 @@
 use std::fs;
 use std::path::PathBuf;
 
-use super::super::spec::EngineHandle;
-use super::super::testing::Bench;
 use super::Plan;
+use crate::device::spec::EngineHandle;
+use crate::device::testing::Bench;
 use crate::error::Kind;
 use crate::image::VERSION;
 

@@ -1,0 +1,158 @@
+//! What is recorded of one device.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::device::options::Recovery;
+use crate::device::path;
+use crate::device::process::ProcessId;
+use crate::disk::ImageFile;
+use crate::error::{Error, Kind};
+
+/// One device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    /// The N of `/dev/ublkbN`.
+    pub id: u32,
+    /// `/dev/ublkbN`.
+    pub device: PathBuf,
+    /// The image, as an absolute path without symbolic links.
+    #[serde(with = "path::one")]
+    pub image: PathBuf,
+    /// The image's device and inode, which a rename does not change.
+    pub image_file: FileId,
+    /// The paths of the image's parents, nearest first.
+    #[serde(default, with = "path::many")]
+    pub parents: Vec<PathBuf>,
+    /// The parents' devices and inodes, in the same order.
+    #[serde(default)]
+    pub parent_files: Vec<FileId>,
+    /// The mount namespace in which the paths lead to these files; 0 if it was not recorded.
+    #[serde(default)]
+    pub mount_namespace: u64,
+    /// The daemon.
+    pub daemon: ProcessId,
+    /// Queues.
+    pub queues: u16,
+    /// Requests in flight per queue.
+    pub depth: u16,
+    /// Size of the disk, bytes.
+    pub size_bytes: u64,
+    /// Nothing may be written.
+    pub read_only: bool,
+    /// What happens to it when its daemon is killed.
+    pub recovery: Recovery,
+    /// The data of requests is not copied.
+    #[serde(default)]
+    pub zero_copy: bool,
+    /// The image's FileWriteGuid when it was opened.
+    pub file_write_guid: Uuid,
+    /// See [`DeviceInfo::mark`](crate::device::DeviceInfo::mark).
+    pub mark: u64,
+    /// The version of the daemon.
+    pub version: String,
+    /// The device was started.
+    pub started: bool,
+    /// Why the image could not be closed cleanly; kept until a command has reported it.
+    pub failure: Option<String>,
+}
+
+impl Entry {
+    /// Whether the device reads `file`: its image, or one of the image's parents.
+    ///
+    /// No path is followed: it may lie on a device that waits for its daemon, and the caller would wait as well.
+    pub fn reads(&self, file: FileId) -> bool {
+        self.image_file == file || self.parent_files.contains(&file)
+    }
+
+    /// Explains `error`, of opening one of the files by its path, if the daemon saw other mounts.
+    pub fn explain(&self, error: Error) -> Error {
+        let is_elsewhere = self.mount_namespace != 0 && self.mount_namespace != mount_namespace();
+        if error.kind() != Kind::NotFound || !is_elsewhere {
+            return error;
+        }
+        let message = format!("{} (the path is valid in another mount namespace)", error.message());
+        Error::new(Kind::NotFound, message).file(error.file_path().unwrap_or(&self.image)).remedy(
+            "run the command where the device was added: in the same container, or for a service with PrivateTmp \
+             in the service; or put the image at that path here (mount --bind)",
+        )
+    }
+}
+
+/// The mount namespace of this process; 0 if `/proc` does not have it.
+pub(in crate::device) fn mount_namespace() -> u64 {
+    fs::metadata("/proc/self/ns/mnt").map_or(0, |found| found.ino())
+}
+
+/// A file, independent of its path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileId {
+    /// Its file system (`st_dev`).
+    pub device: u64,
+    /// Its inode.
+    pub inode: u64,
+}
+
+impl FileId {
+    /// The file of `metadata`.
+    pub fn of(metadata: &fs::Metadata) -> Self {
+        Self { device: metadata.dev(), inode: metadata.ino() }
+    }
+
+    /// The file of an open image.
+    pub fn of_image(image: &ImageFile) -> Self {
+        Self { device: image.device(), inode: image.inode() }
+    }
+}
+
+#[cfg(test)]
+pub(in crate::device) mod tests {
+    use super::*;
+
+    pub(in crate::device) fn entry(id: u32) -> Entry {
+        Entry {
+            id,
+            device: format!("/dev/ublkb{id}").into(),
+            image: "/images/disk.vhdx".into(),
+            parents: Vec::new(),
+            parent_files: Vec::new(),
+            mount_namespace: 0,
+            image_file: FileId { device: 1, inode: 2 },
+            daemon: ProcessId { pid: 1234, start_time: 5678, namespace: 0 },
+            queues: 2,
+            depth: 64,
+            size_bytes: 1 << 30,
+            read_only: false,
+            recovery: Recovery::Reissue,
+            zero_copy: false,
+            file_write_guid: Uuid::from_u128(1),
+            mark: u64::MAX,
+            version: "0.1.0".into(),
+            started: true,
+            failure: None,
+        }
+    }
+
+    #[test]
+    fn a_parent_is_known_by_its_inode_and_no_path_is_followed() {
+        let parent = FileId { device: 1, inode: 7 };
+        let child = Entry { parents: vec!["/".into()], parent_files: vec![parent], ..entry(1) };
+        assert!(child.reads(parent) && child.reads(child.image_file));
+        assert!(!child.reads(FileId::of(&fs::metadata("/").expect("there"))));
+    }
+
+    #[test]
+    fn a_path_of_another_mount_namespace_is_explained() {
+        let missing = || Error::new(Kind::NotFound, "no such file");
+        let here = Entry { mount_namespace: mount_namespace(), ..entry(1) };
+        assert!(here.explain(missing()).remedy_text().is_none());
+        let elsewhere = Entry { mount_namespace: mount_namespace() + 1, ..entry(1) };
+        let error = elsewhere.explain(missing());
+        assert!(error.to_string().contains("another mount namespace"), "{error}");
+        assert!(elsewhere.explain(Error::new(Kind::Io, "no")).remedy_text().is_none());
+    }
+}

@@ -1,0 +1,336 @@
+//! The directory of entries, and its lock.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::fcntl::{Flock, FlockArg};
+
+use super::entry::Entry;
+use crate::device::control::POLL_INTERVAL;
+use crate::error::{Doing, Error, Kind, Locate, Result};
+use crate::printable::shell;
+
+/// The directory of entries and of the daemons' logs; only root may read it.
+pub const RUN_DIRECTORY: &str = "/run/vhdx-ublk";
+
+/// Mode of the directory, and of what is in it.
+const DIRECTORY_MODE: u32 = 0o700;
+pub(in crate::device) const FILE_MODE: u32 = 0o600;
+
+/// How long to wait for the lock of the directory: its holder may wait for the kernel to make a device, which has a
+/// deadline of half a minute.
+const LOCK_PATIENCE: Duration = Duration::from_secs(35);
+
+/// An entry that cannot be read.
+#[derive(Debug)]
+pub struct Unreadable {
+    /// The N of `/dev/ublkbN`.
+    pub id: u32,
+    /// Why.
+    pub error: Error,
+}
+
+/// The directory of entries.
+pub struct Registry {
+    directory: PathBuf,
+}
+
+impl Registry {
+    /// The machine's registry.
+    ///
+    /// # Errors
+    ///
+    /// If its directory can be neither found nor made, or other users could write to it.
+    pub fn open() -> Result<Self> {
+        Self::at(Path::new(RUN_DIRECTORY))
+    }
+
+    /// The registry in `directory`, which is made if it does not exist.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::open`].
+    pub fn at(directory: &Path) -> Result<Self> {
+        match DirBuilder::new().mode(DIRECTORY_MODE).create(directory) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                let error = Error::io("making the directory of devices", error).file(directory);
+                return Err(if error.kind() == Kind::Permission {
+                    error.remedy("run it as root")
+                } else {
+                    error
+                });
+            }
+            _ => {}
+        }
+        let found = fs::symlink_metadata(directory);
+        let found = found.doing("reading the directory of devices").file(directory)?;
+        let user = nix::unistd::geteuid();
+        if found.uid() != user.as_raw() && !user.is_root() {
+            let message = "the directory of devices belongs to another user";
+            return Err(Error::new(Kind::Permission, message).file(directory).remedy("run it as root"));
+        }
+        if !found.is_dir() || found.mode() & 0o022 != 0 || found.uid() != user.as_raw() {
+            let message = "the directory of devices must belong to root, and no other user may write to it";
+            return Err(Error::new(Kind::Permission, message).file(directory).remedy("remove it"));
+        }
+        Ok(Self { directory: directory.to_owned() })
+    }
+
+    /// The file to which the daemon of device `id` writes its warnings.
+    pub fn log_path(&self, id: u32) -> PathBuf {
+        self.directory.join(format!("{id}.log"))
+    }
+
+    /// The socket at which the daemon of device `id` listens.
+    pub fn socket_path(&self, id: u32) -> PathBuf {
+        self.directory.join(format!("{id}.sock"))
+    }
+
+    fn entry_path(&self, id: u32) -> PathBuf {
+        self.directory.join(format!("{id}.json"))
+    }
+
+    /// Keeps every other writer out until it is dropped.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::InUse`] if another process holds it for too long; the host's.
+    pub fn lock(&self) -> Result<Locked<'_>> {
+        const FAILED: &str = "locking the directory of devices";
+        let path = self.directory.join(".lock");
+        let file = OpenOptions::new().write(true).create(true).truncate(false).mode(FILE_MODE).open(&path);
+        let mut file = file.doing(FAILED).file(&path)?;
+        let until = Instant::now() + LOCK_PATIENCE;
+        loop {
+            file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                Ok(lock) => return Ok(Locked { registry: self, _lock: lock }),
+                Err((file, nix::Error::EWOULDBLOCK | nix::Error::EINTR)) => file,
+                Err((_, errno)) => return Err(errno).doing(FAILED).file(&path),
+            };
+            if Instant::now() >= until {
+                let message = "another vhdx-ublk has the directory of devices locked";
+                let remedy = format!("find it: fuser -v {}", shell(&path));
+                return Err(Error::new(Kind::InUse, message).file(&path).remedy(remedy));
+            }
+            thread::sleep(POLL_INTERVAL);
+        }
+    }
+
+    /// Writes or replaces an entry.
+    ///
+    /// # Errors
+    ///
+    /// If the file cannot be written.
+    pub fn write(&self, entry: &Entry) -> Result<()> {
+        self.lock()?.write(entry)
+    }
+
+    /// Removes the entry of device `id` with this mark, and the log if it is empty. A later device of the same number
+    /// keeps its own, and an entry that cannot be read stays.
+    ///
+    /// # Errors
+    ///
+    /// If the file exists and cannot be removed.
+    pub fn remove(&self, id: u32, mark: u64) -> Result<()> {
+        let locked = self.lock()?;
+        match self.entry(id) {
+            Ok(Some(entry)) if entry.mark != mark => Ok(()),
+            Ok(_) => locked.unlink(id),
+            Err(_unreadable) => Ok(()),
+        }
+    }
+
+    /// Every entry, in the order of the devices' numbers, and every one that cannot be read.
+    ///
+    /// # Errors
+    ///
+    /// If the directory cannot be read.
+    pub fn entries(&self) -> Result<(Vec<Entry>, Vec<Unreadable>)> {
+        const FAILED: &str = "reading the directory of devices";
+        let (mut entries, mut unreadable) = (Vec::new(), Vec::new());
+        for item in fs::read_dir(&self.directory).doing(FAILED).file(&self.directory)? {
+            let name = item.doing(FAILED).file(&self.directory)?.file_name();
+            let id = name.to_str().and_then(|name| name.strip_suffix(".json")?.parse().ok());
+            let Some(id) = id else { continue };
+            match self.entry(id) {
+                Ok(entry) => entries.extend(entry),
+                Err(error) => unreadable.push(Unreadable { id, error }),
+            }
+        }
+        entries.sort_by_key(|entry: &Entry| entry.id);
+        unreadable.sort_by_key(|unreadable| unreadable.id);
+        Ok((entries, unreadable))
+    }
+
+    /// The entry of device `id`, if there is one.
+    ///
+    /// # Errors
+    ///
+    /// If it exists but cannot be read.
+    pub fn entry(&self, id: u32) -> Result<Option<Entry>> {
+        let path = self.entry_path(id);
+        let text = match fs::read_to_string(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            text => text.doing("reading the device's entry").file(&path)?,
+        };
+        let entry: Entry = serde_json::from_str(&text).map_err(|error| {
+            let remedy = format!(
+                "the device continues; `vhdx-ublk del --force {id}` removes it, and the entry with it"
+            );
+            Error::corrupt("device entry", error.to_string()).file(&path).remedy(remedy)
+        })?;
+        if entry.id != id {
+            let message = format!("it is the entry of device {}", entry.id);
+            return Err(Error::corrupt("device entry", message).file(&path));
+        }
+        Ok(Some(entry))
+    }
+}
+
+/// The registry, while its lock is held.
+pub struct Locked<'a> {
+    registry: &'a Registry,
+    _lock: Flock<File>,
+}
+
+impl Locked<'_> {
+    /// Writes or replaces an entry.
+    ///
+    /// # Errors
+    ///
+    /// If the file cannot be written.
+    pub fn write(&self, entry: &Entry) -> Result<()> {
+        let path = self.registry.entry_path(entry.id);
+        let text = serde_json::to_string_pretty(entry).doing("describing the device").file(&entry.image)?;
+        self.replace(&path, &text).doing("writing the device's entry").file(&path)
+    }
+
+    /// Half of an entry is removed when this fails.
+    fn replace(&self, path: &Path, text: &str) -> io::Result<()> {
+        let mut temporary = tempfile::Builder::new()
+            .prefix(".entry.")
+            .permissions(fs::Permissions::from_mode(FILE_MODE))
+            .tempfile_in(&self.registry.directory)?;
+        writeln!(temporary.as_file_mut(), "{text}")?;
+        Ok(temporary.persist(path).map(drop)?)
+    }
+
+    /// Removes the entry of device `id`, its socket, and its log if that is empty.
+    pub(super) fn unlink(&self, id: u32) -> Result<()> {
+        let path = self.registry.entry_path(id);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            removed => removed.doing("removing the device's entry").file(&path)?,
+        }
+        let _ = fs::remove_file(self.registry.socket_path(id)); // no process listens there
+        let log = self.registry.log_path(id);
+        if fs::metadata(&log).is_ok_and(|metadata| metadata.len() == 0) {
+            let _ = fs::remove_file(log); // an empty log does no harm either
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::ffi::OsStringExt;
+
+    use super::super::entry::tests::entry;
+    use super::*;
+
+    fn read(registry: &Registry) -> Vec<Entry> {
+        let (entries, unreadable) = registry.entries().expect("read");
+        assert!(unreadable.is_empty(), "{unreadable:?}");
+        entries
+    }
+
+    #[test]
+    fn an_entry_is_written_read_replaced_and_removed() {
+        let place = tempfile::tempdir().expect("a directory");
+        let registry = Registry::at(&place.path().join("run")).expect("made");
+        assert_eq!(read(&registry), []);
+        registry.write(&entry(7)).expect("written");
+        registry.write(&entry(3)).expect("written");
+        let changed = Entry { failure: Some("no".into()), ..entry(7) };
+        registry.write(&changed).expect("replaced");
+        assert_eq!(read(&registry), [entry(3), changed.clone()]);
+        assert_eq!(registry.entry(7).expect("read"), Some(changed));
+        let mode = fs::metadata(registry.entry_path(7)).expect("there").permissions().mode();
+        assert_eq!(mode & 0o777, FILE_MODE);
+        let names: Vec<_> = fs::read_dir(&registry.directory).expect("readable").flatten().collect();
+        assert_eq!(names.len(), 3, "two entries and the lock: {names:?}");
+        registry.remove(7, 5).expect("the entry of another device is left alone");
+        assert!(registry.entry(7).expect("read").is_some());
+        registry.remove(7, u64::MAX).expect("removed");
+        registry.remove(7, u64::MAX).expect("removing what is not there is no error");
+        assert_eq!(read(&registry), [entry(3)]);
+    }
+
+    #[test]
+    fn an_entry_that_cannot_be_written_leaves_nothing_behind() {
+        let place = tempfile::tempdir().expect("a directory");
+        let registry = Registry::at(&place.path().join("run")).expect("made");
+        fs::create_dir(registry.entry_path(7)).expect("made");
+        let error = registry.write(&entry(7)).expect_err("a directory has its path");
+        assert!(error.to_string().contains("7.json"), "{error}");
+        let names: Vec<_> = fs::read_dir(&registry.directory).expect("readable").flatten().collect();
+        assert_eq!(names.len(), 2, "the directory and the lock: {names:?}");
+    }
+
+    #[test]
+    fn a_directory_that_others_may_write_is_refused() {
+        let place = tempfile::tempdir().expect("a directory");
+        fs::set_permissions(place.path(), fs::Permissions::from_mode(0o777)).expect("permitted");
+        let error = Registry::at(place.path()).err().expect("refused");
+        assert_eq!(error.kind(), Kind::Permission);
+    }
+
+    #[test]
+    fn an_unreadable_entry_hides_no_other_and_the_remedy_is_not_to_remove_it() {
+        let place = tempfile::tempdir().expect("a directory");
+        let registry = Registry::at(&place.path().join("run")).expect("made");
+        registry.write(&entry(2)).expect("written");
+        fs::write(registry.entry_path(1), "{").expect("written");
+        fs::copy(registry.entry_path(2), registry.entry_path(5)).expect("copied");
+        let (entries, unreadable) = registry.entries().expect("the directory can be read");
+        assert_eq!(entries, [entry(2)]);
+        assert_eq!(unreadable.iter().map(|unreadable| unreadable.id).collect::<Vec<_>>(), [1, 5]);
+        let error = &unreadable[0].error;
+        assert!(error.to_string().contains("1.json"), "{error}");
+        assert!(error.remedy_text().is_some_and(|text| !text.contains("rm ")), "{error}");
+        registry.remove(1, 7).expect("its owner is not known");
+        assert!(registry.entry_path(1).exists());
+    }
+
+    #[test]
+    fn an_image_of_any_name_has_an_entry() {
+        let place = tempfile::tempdir().expect("a directory");
+        let registry = Registry::at(&place.path().join("run")).expect("made");
+        let odd = |bytes: &[u8]| PathBuf::from(std::ffi::OsString::from_vec(bytes.to_vec()));
+        let odd = Entry { image: odd(b"/a\xff\n.vhdx"), parents: vec![odd(b"/\xfe")], ..entry(1) };
+        registry.write(&odd).expect("written");
+        assert_eq!(read(&registry), [odd]);
+    }
+
+    #[test]
+    fn one_writer_at_a_time() {
+        let place = tempfile::tempdir().expect("a directory");
+        let registry = Registry::at(&place.path().join("run")).expect("made");
+        let locked = registry.lock().expect("free");
+        let (sender, written) = std::sync::mpsc::channel();
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                registry.write(&entry(1)).expect("the lock becomes free");
+                sender.send(()).expect("the receiver is here");
+            });
+            locked.write(&entry(2)).expect("the lock is held here");
+            assert!(written.recv_timeout(Duration::from_millis(50)).is_err(), "another wrote meanwhile");
+            drop(locked);
+        });
+        assert_eq!(read(&registry), [entry(1), entry(2)]);
+    }
+}

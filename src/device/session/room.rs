@@ -1,0 +1,119 @@
+//! The room that sessions take: memory of a file system that must not outlive a power cut, and must not be filled.
+
+use std::fs::File;
+use std::io::{self, ErrorKind};
+use std::ops::Range;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use nix::fcntl::{FallocateFlags, Flock, fallocate};
+use nix::sys::statfs::{self, fstatfs};
+use nix::sys::statvfs::fstatvfs;
+
+use crate::device::region::shared_words;
+use crate::disk::PAGE_BYTES;
+use crate::error::{Doing, Error, Kind, Result};
+use crate::image::{HEADER_WORDS, SessionMemory};
+
+/// How much of its file system a session leaves free: one of so many parts.
+#[derive(Clone, Debug)]
+pub(super) struct Share(Arc<AtomicU64>);
+
+impl Share {
+    /// For a new session: other devices need sessions, entries and logs, too.
+    pub(super) fn of_new() -> Self {
+        Self(Arc::new(AtomicU64::new(8)))
+    }
+
+    /// For a session that is taken over: what was reserved before is there, and is needed.
+    pub(super) fn of_found() -> Self {
+        Self(Arc::new(AtomicU64::new(0)))
+    }
+
+    /// From now on the session grows as its guest writes: no guest keeps other devices from having sessions.
+    pub(super) fn grow(&self) {
+        self.0.store(4, Ordering::Relaxed);
+    }
+
+    fn parts(&self) -> Option<u64> {
+        Some(self.0.load(Ordering::Relaxed)).filter(|&parts| parts > 0)
+    }
+}
+
+/// `RAMFS_MAGIC` of `linux/magic.h`, which `nix` does not have.
+const RAMFS_MAGIC: u64 = 0x8584_58f6;
+
+/// Refuses a folder that a power cut does not empty: a session is of no use after it, and must not exist then.
+pub(super) fn refuse_lasting(directory: &File) -> Result<()> {
+    let kind = fstatfs(directory).doing("looking at its file system")?.filesystem_type();
+    let is_memory =
+        kind == statfs::TMPFS_MAGIC || u64::try_from(kind.0).is_ok_and(|kind| kind == RAMFS_MAGIC);
+    if is_memory {
+        return Ok(());
+    }
+    let message = "it is no tmpfs: a session file in it would survive a power cut";
+    Err(Error::new(Kind::Unsupported, message).remedy("mount a tmpfs on /run"))
+}
+
+/// A session's file, which reserves room for the session.
+#[derive(Clone)]
+pub(super) struct Reserved {
+    pub(super) file: Arc<Flock<File>>,
+    pub(super) share: Share,
+}
+
+impl Reserved {
+    /// Maps the first `count` words of the file.
+    pub(super) fn map(self, count: usize) -> io::Result<SessionMemory> {
+        let words = shared_words(&self.file, count)?;
+        Ok(SessionMemory::shared(words, Arc::new(move |range| self.reserve(range))))
+    }
+
+    /// Reserves room for a range of words.
+    pub(super) fn reserve(&self, words: Range<usize>) -> io::Result<()> {
+        let bytes = |words: usize| (words * size_of::<AtomicU64>()) as u64;
+        if let Some(left) = self.left_free()?
+            && left < bytes(words.len())
+        {
+            return Err(ErrorKind::StorageFull.into());
+        }
+        let signed = |bytes: u64| i64::try_from(bytes).expect("17 GiB at most");
+        let (start, length) = (signed(bytes(words.start)), signed(bytes(words.len())));
+        Ok(fallocate(self.file.as_fd(), FallocateFlags::FALLOC_FL_KEEP_SIZE, start, length)?)
+    }
+
+    /// How many bytes may be taken; `None` without a bound.
+    fn left_free(&self) -> io::Result<Option<u64>> {
+        let Some(parts) = self.share.parts() else { return Ok(None) };
+        let found = fstatvfs(self.file.as_fd())?;
+        // A ramfs has no bounds, and reports no blocks.
+        if found.blocks() == 0 {
+            return Ok(None);
+        }
+        let kept = found.blocks() / parts;
+        Ok(Some(found.blocks_available().saturating_sub(kept).saturating_mul(found.fragment_size())))
+    }
+}
+
+const _: () = assert!(HEADER_WORDS * size_of::<AtomicU64>() == PAGE_BYTES);
+
+/// A folder in memory.
+#[cfg(test)]
+pub(in crate::device) fn folder_in_memory() -> tempfile::TempDir {
+    let is_memory = |path: &&&str| File::open(path).is_ok_and(|folder| refuse_lasting(&folder).is_ok());
+    let found = ["/dev/shm", "/run", "/tmp"].iter().find(is_memory).expect("no tmpfs for session files");
+    tempfile::tempdir_in(found).expect("room in memory")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A power cut does not empty it.
+    #[test]
+    fn a_folder_that_is_no_memory_has_no_sessions() {
+        let lasting = File::open("/proc").expect("every Linux has it");
+        assert_eq!(refuse_lasting(&lasting).expect_err("it is no tmpfs").kind(), Kind::Unsupported);
+    }
+}

@@ -1,0 +1,109 @@
+//! Closing the image of a device that is gone.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::device::engine_thread::EngineThread;
+use crate::device::layers::Parents;
+use crate::device::registry::{Entry, FileId, Listed, Registry};
+use crate::device::session::{Found, Plan, Sessions};
+use crate::device::spec::EngineHandle;
+use crate::disk::{Access, ImageFile};
+use crate::error::{Error, Kind, Result};
+use crate::image::Session;
+use crate::printable::shell;
+
+/// How long the I/O of a daemon that was killed may take to end, which releases its lock.
+const LOCK_DEADLINE: Duration = Duration::from_secs(30);
+
+/// What was done with the image of a device that is gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Closed {
+    /// It was closed, with everything that was acknowledged.
+    Now,
+    /// There was nothing to close.
+    Untouched,
+}
+
+/// Closes the image of a device that is gone and whose daemon did not close it: commits what was acknowledged and is in
+/// the session only.
+pub(super) fn close_image(registry: &Registry, entry: &Entry) -> Result<Closed> {
+    let served = |listed: Listed| listed.entry.image_file == entry.image_file;
+    if entry.read_only || registry.list()?.into_iter().any(served) {
+        return Ok(Closed::Untouched);
+    }
+    let FileId { device, inode } = entry.image_file;
+    match Sessions::of_machine().of_file(device, inode)? {
+        Some(Found::Free(session, memory))
+            if memory.check_layout().is_ok() && memory.session() == Session::Poisoned =>
+        {
+            session.remove()?;
+            return Err(unclean(entry, "writing to it had failed"));
+        }
+        // If it is held, the last I/O of the killed daemon has not ended. Locking the image waits for that, too.
+        Some(_) => {}
+        None => return Ok(Closed::Untouched),
+    }
+    let file = ImageFile::open(&entry.image, Access::ReadWrite, LOCK_DEADLINE);
+    let closed = file.and_then(|file| {
+        // A new mount of its file system may have changed the device's number; the session identifies the image.
+        if file.inode() != entry.image_file.inode {
+            return Err(Error::new(Kind::NotFound, "another file has its path").file(&entry.image));
+        }
+        let parents =
+            Parents::of_device(entry, |path| ImageFile::open(path, Access::ReadOnly, LOCK_DEADLINE));
+        EngineThread::open(Arc::new(file), Plan::Close, parents)?.close()
+    });
+    closed.map(|()| Closed::Now).map_err(|error| entry.explain(error)).map_err(|error| {
+        let message = format!(
+            "{} is gone, but not everything that was acknowledged is in its image yet: {error:#}",
+            entry.device.display()
+        );
+        Error::new(Kind::Io, message).remedy(remedy_for(&error, &entry.image))
+    })
+}
+
+/// What to do about an image that could not be closed. One that was damaged under its device cannot be added either, so
+/// that remedy would send the user in a circle.
+fn remedy_for(error: &Error, image: &Path) -> String {
+    let image = shell(image);
+    match error.kind() {
+        // That error names the session.
+        _ if error.structure() == Some("session") && error.remedy_text().is_some() => {
+            error.remedy_text().unwrap_or_default().to_owned()
+        }
+        Kind::Truncated | Kind::Corrupt | Kind::NotVhdx | Kind::Mismatch => format!(
+            "the file was changed or cut while it was served: restore it from a backup; `vhdx-ublk check {image}` \
+             shows what is left of it"
+        ),
+        Kind::NotFound => format!(
+            "{}; then `vhdx-ublk add {image}` and `vhdx-ublk del {image}`",
+            error.remedy_text().unwrap_or("put the image back at its path")
+        ),
+        _ => format!("remove the cause, then `vhdx-ublk add {image}` and `vhdx-ublk del {image}`"),
+    }
+}
+
+pub(super) fn unclean(entry: &Entry, failure: &str) -> Error {
+    let message =
+        format!("{} is gone, but its image could not be closed cleanly: {failure}", entry.device.display());
+    Error::new(Kind::Poisoned, message).file(&entry.image).remedy(format!(
+        "look for the cause (dmesg, free space), then `vhdx-ublk add {}`",
+        shell(&entry.image)
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_remedy_does_not_send_the_user_in_a_circle() {
+        let image = Path::new("/a.vhdx");
+        let cut = remedy_for(&Error::new(Kind::Truncated, "cut"), image);
+        assert!(cut.contains("restore it from a backup") && !cut.contains(" add "), "{cut}");
+        let full = remedy_for(&Error::new(Kind::NoSpace, "full"), image);
+        assert!(full.contains("vhdx-ublk add /a.vhdx"), "{full}");
+    }
+}

@@ -1,0 +1,197 @@
+//! Removing devices, from another process than the one that serves them.
+//!
+//! The kernel stops the device; its daemon, which serves until then, notices that and leaves the image clean. A device
+//! whose daemon is dead is removed here, and its image closed with what its session holds.
+//!
+//! Where the kernel can refuse to stop a device that is open (7.0), it decides whether the device is in use; elsewhere
+//! the result of [`usage`] does, and a process may open the device between that check and the stop.
+//!
+//! The stop itself waits for I/O that a hung daemon never completes, and a process cannot end while a command of its
+//! own waits in the kernel. So another process issues it, which may be left behind.
+
+mod daemon;
+mod image;
+mod kernel;
+mod nesting;
+mod target;
+
+use std::fs;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+pub use kernel::{Openers, stop_here};
+pub use nesting::{lies_on, lies_on_waiting, nested_first, waits_below};
+pub use target::{Target, find};
+
+use super::control::{Control, DeviceInfo, POLL_INTERVAL};
+use super::registry::{Entry, Registry, Sight, State};
+use super::sys::ProcessHandle;
+use super::usage;
+use crate::error::{Doing, Error, Kind, Result};
+use daemon::end_daemon;
+use image::{Closed, close_image, unclean};
+use kernel::{stop_apart, stop_device};
+use nesting::not_closed;
+use target::{find_in, unknown_image};
+
+/// How long a daemon may take by default: it writes back file systems and closes the image.
+pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How long the device node may stay after the device has gone.
+const NODE_DEADLINE: Duration = Duration::from_secs(5);
+
+/// How devices are removed.
+#[derive(Clone, Copy, Debug)]
+pub struct How {
+    /// Also those in use; a daemon that does not end is killed.
+    pub force: bool,
+    /// How long each daemon may take.
+    pub timeout: Duration,
+}
+
+/// Removes the device that `target` names, also one without an entry.
+///
+/// # Errors
+///
+/// As [`find`] and [`stop`].
+pub fn take_away(registry: &Registry, target: &Target, how: &How) -> Result<()> {
+    let survey = registry.survey()?;
+    let has_id = |id: u32| *target == Target::Id(id);
+    let listed = survey.devices.iter().any(|listed| target.names(&listed.entry));
+    if !listed && let Some(orphan) = survey.orphans.iter().find(|orphan| has_id(orphan.id)) {
+        return stop_orphan(registry, orphan, how);
+    }
+    if !listed && survey.unreadable.iter().any(|unreadable| has_id(unreadable.id)) {
+        // The kernel has no device of this program with this number: only the entry is left.
+        return registry.sweep(&Control::open()?);
+    }
+    stop(registry, &find_in(survey, target)?.entry, how)
+}
+
+/// Removes a device that only the kernel knows.
+///
+/// # Errors
+///
+/// That it is one, unless `how` forces it; [`Kind::InUse`] if it does not stop, and the process that the kernel names is
+/// not its daemon; the kernel's.
+pub fn stop_orphan(registry: &Registry, orphan: &DeviceInfo, how: &How) -> Result<()> {
+    if !how.force {
+        return Err(unknown_image(orphan));
+    }
+    let control = Control::open()?;
+    let until = Instant::now() + how.timeout;
+    // What this does not stop, the death of the server does.
+    let stopped = match orphan.server {
+        Some(_) => stop_apart(orphan.id, orphan.mark, Openers::Any, until),
+        None => Ok(true),
+    };
+    let server = || -> Result<Option<u32>> {
+        let info = control.info(orphan.id)?;
+        Ok(info.filter(|info| info.mark == orphan.mark).and_then(|info| info.server))
+    };
+    if let Some(pid) = server()?
+        && let Ok(process) = ProcessHandle::open(pid)
+    {
+        // The handle is on the process that has the number now. Some kernels take the number unchecked from the process
+        // that starts the device, and ignore its namespace: only a process that has the device open is the server.
+        if !usage::has_device_open(pid, Path::new(&format!("/dev/ublkc{}", orphan.id))) {
+            let stranger = not_the_server(orphan.id, pid);
+            stopped.map_err(|_| stranger)?;
+        } else if server()? == Some(pid) {
+            process.kill().doing(format!("killing the daemon (pid {pid})"))?;
+        }
+    }
+    control.stop(orphan.id)?;
+    control.delete(orphan.id, orphan.mark)?;
+    registry.sweep(&control)
+}
+
+/// The error for a device that does not stop, if the process that the kernel names must not be killed.
+fn not_the_server(id: u32, pid: u32) -> Error {
+    let message = format!(
+        "/dev/ublkb{id} has not stopped; the kernel names process {pid} as its daemon, which does not have \
+         /dev/ublkc{id} open and is not killed"
+    );
+    let remedy = format!(
+        "end the process that has /dev/ublkc{id} open (`fuser`, in every container), then run it again"
+    );
+    Error::new(Kind::InUse, message).remedy(remedy)
+}
+
+/// Removes the device of `entry`, and waits until it is gone.
+///
+/// # Errors
+///
+/// [`Kind::InUse`] if it is in use, unless `how` forces it; [`Kind::Poisoned`] if it is gone but its image could not be
+/// closed cleanly; what went wrong otherwise.
+pub fn stop(registry: &Registry, entry: &Entry, how: &How) -> Result<()> {
+    let sight = Sight::open()?;
+    let state = sight.state_of(entry)?;
+    let control = match sight {
+        Sight::Kernel(control) => Some(control),
+        Sight::NoDriver => None,
+        Sight::Hidden => return Err(hidden(entry)),
+    };
+    let until = Instant::now() + how.timeout;
+    let below = waits_below(registry, entry)?;
+    if let Some(below) = &below
+        && !how.force
+    {
+        return Err(lies_on_waiting(entry, below));
+    }
+    if matches!(state, Some(State::Live | State::Quiesced | State::FailIo)) {
+        stop_device(control.as_ref(), entry, how, until)?;
+    }
+    end_daemon(registry, entry, state, how, until)?;
+    // A daemon that has ended in order has removed its entry. The entry of a new device with this number stays.
+    let last = registry.entry(entry.id)?.filter(|last| last.mark == entry.mark);
+    let Some(last) = last else { return await_node_gone(entry) };
+    if let Some(control) = &control {
+        remove_remains(control, entry)?;
+    }
+    await_node_gone(entry)?;
+    registry.remove(entry.id, entry.mark)?;
+    if let Some(below) = &below
+        && !last.read_only
+    {
+        return Err(not_closed(&last, below));
+    }
+    // A snapshot may have changed the image since the entry was read.
+    match (close_image(registry, &last)?, &last.failure) {
+        (Closed::Untouched, Some(failure)) => Err(unclean(&last, failure)),
+        _ => Ok(()),
+    }
+}
+
+fn hidden(entry: &Entry) -> Error {
+    let message = format!("the driver of {} cannot be reached from here", entry.device.display());
+    Error::new(Kind::NoDriver, message).remedy("run it where /dev/ublk-control is, outside of the container")
+}
+
+/// Removes the device that a dead daemon has left in the kernel.
+fn remove_remains(control: &Control, entry: &Entry) -> Result<()> {
+    match control.info(entry.id)? {
+        Some(info) if info.mark == entry.mark => {
+            control.stop(entry.id)?;
+            control.delete(entry.id, entry.mark).map(drop)
+        }
+        _ => Ok(()),
+    }
+}
+
+fn await_node_gone(entry: &Entry) -> Result<()> {
+    let until = Instant::now() + NODE_DEADLINE;
+    let block = PathBuf::from(format!("/sys/class/block/ublkb{}", entry.id));
+    // A device with the same number may be made at any moment: then the kernel has one, and this one is gone.
+    let is_there = || fs::metadata(&entry.device).is_ok_and(|found| found.file_type().is_block_device());
+    while is_there() && !block.exists() {
+        if Instant::now() >= until {
+            let message = format!("{} is still there, though the device is gone", entry.device.display());
+            return Err(Error::new(Kind::Io, message).remedy(format!("rm {}", entry.device.display())));
+        }
+        thread::sleep(POLL_INTERVAL);
+    }
+    Ok(())
+}

@@ -1,0 +1,197 @@
+//! A device as the user names it, and the search for it.
+
+use std::ffi::OsStr;
+use std::fmt;
+use std::fs;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use crate::device::DeviceInfo;
+use crate::device::registry::{Entry, FileId, Listed, Registry, Survey};
+use crate::device::sysfs::device_number;
+use crate::disk::folder_of;
+use crate::error::{Error, Kind, Result};
+
+/// How a user names a device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// The N of `/dev/ublkbN`.
+    Id(u32),
+    /// The device that serves this image.
+    Image(PathBuf),
+}
+
+impl Target {
+    /// `3`, `ublkb3`, `/dev/ublkb3`, a partition of it, a link or another node that leads to one of these, or an
+    /// image's path.
+    pub fn parse(text: &OsStr) -> Self {
+        let path = Path::new(text);
+        let resolved = fs::canonicalize(path).ok();
+        let in_dev = |path: &Path| id_of_name(path.strip_prefix("/dev").ok()?.to_str()?);
+        let number = text.to_str().and_then(|text| text.parse().ok());
+        let by_path = || in_dev(path).or_else(|| in_dev(resolved.as_deref()?));
+        let by_node = || id_of_node(resolved.as_deref()?);
+        let by_name = || resolved.is_none().then(|| id_of_name(text.to_str()?)).flatten();
+        match number.or_else(by_path).or_else(by_node).or_else(by_name) {
+            Some(id) => Self::Id(id),
+            None => Self::Image(resolved.unwrap_or_else(|| absolute(path))),
+        }
+    }
+
+    pub(super) fn names(&self, entry: &Entry) -> bool {
+        match self {
+            Self::Id(id) => entry.id == *id,
+            Self::Image(path) => match fs::metadata(path) {
+                Ok(found) => FileId::of(&found) == entry.image_file,
+                Err(_) => *path == entry.image,
+            },
+        }
+    }
+}
+
+/// The N of `ublkbN` and of `ublkbNpM`.
+fn id_of_name(name: &str) -> Option<u32> {
+    let is_number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    let rest = name.strip_prefix("ublkb")?;
+    let (id, partition) = rest.split_once('p').map_or((rest, None), |(id, part)| (id, Some(part)));
+    (is_number(id) && partition.is_none_or(is_number)).then(|| id.parse().ok())?
+}
+
+/// The device of a node that has another name.
+fn id_of_node(path: &Path) -> Option<u32> {
+    let found = fs::metadata(path).ok().filter(|found| found.file_type().is_block_device())?;
+    let number = device_number(found.rdev());
+    let device = fs::canonicalize(Path::new("/sys/dev/block").join(number)).ok()?;
+    id_of_name(device.file_name()?.to_str()?)
+}
+
+/// The absolute path of a file that no longer exists, if its folder does.
+fn absolute(path: &Path) -> PathBuf {
+    let folder = fs::canonicalize(folder_of(path)).ok();
+    let found = folder.zip(path.file_name()).map(|(folder, name)| folder.join(name));
+    found.unwrap_or_else(|| path.to_owned())
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Id(id) => write!(f, "/dev/ublkb{id}"),
+            Self::Image(path) => write!(f, "{}", path.display()),
+        }
+    }
+}
+
+/// The device that `target` names.
+///
+/// # Errors
+///
+/// [`Kind::NotFound`] if it is no device of this program; [`Kind::Usage`] if several serve the image, read-only; why
+/// its entry cannot be read.
+pub fn find(registry: &Registry, target: &Target) -> Result<Listed> {
+    find_in(registry.survey()?, target)
+}
+
+pub(super) fn find_in(survey: Survey, target: &Target) -> Result<Listed> {
+    let Survey { mut devices, orphans, unreadable } = survey;
+    devices.retain(|listed| target.names(&listed.entry));
+    if let [first, second, ..] = &devices[..] {
+        let (first, second) = (first.entry.device.display(), second.entry.device.display());
+        let message = format!("{target} is served by several devices, {first} and {second} among them");
+        return Err(Error::new(Kind::Usage, message).remedy("name the device instead of the image"));
+    }
+    if let Some(found) = devices.pop() {
+        return Ok(found);
+    }
+    let Target::Id(id) = target else {
+        let message = format!("no device serves {target}");
+        return Err(Error::new(Kind::NotFound, message).remedy("vhdx-ublk list"));
+    };
+    if let Some(damaged) = unreadable.into_iter().find(|unreadable| unreadable.id == *id) {
+        return Err(damaged.error);
+    }
+    if let Some(orphan) = orphans.iter().find(|orphan| orphan.id == *id) {
+        return Err(unknown_image(orphan));
+    }
+    Err(Error::new(Kind::NotFound, format!("{target} is no device of this program")).remedy("vhdx-ublk list"))
+}
+
+/// The image of a device without an entry is not known.
+pub(super) fn unknown_image(orphan: &DeviceInfo) -> Error {
+    let id = orphan.id;
+    let served = match orphan.server {
+        Some(pid) => format!("process {pid} serves it"),
+        None => "its daemon is gone".into(),
+    };
+    let message =
+        format!("the registry has no entry for /dev/ublkb{id}, so its image is not known; {served}");
+    let remedy = format!(
+        "`vhdx-ublk del --force {id}` removes it; the image may be left as after a crash: `add` repairs it"
+    );
+    Error::new(Kind::Unsupported, message).remedy(remedy)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::super::KernelState;
+    use super::super::super::registry::entry;
+    use super::*;
+
+    #[test]
+    fn a_device_is_found_by_every_name() {
+        for text in ["3", "ublkb3", "/dev/ublkb3", "/dev/ublkb3p1", "ublkb3p12"] {
+            assert_eq!(Target::parse(text.as_ref()), Target::Id(3), "{text}");
+        }
+        let place = tempfile::tempdir().expect("a directory");
+        let image = place.path().join("disk.vhdx");
+        fs::write(&image, "").expect("written");
+        let image = image.canonicalize().expect("there");
+        assert_eq!(Target::parse(image.as_os_str()), Target::Image(image));
+        for text in ["/dev/ublkb", "/dev/ublkbp1", "/dev/ublkb1p", "/dev/ublkb1q1"] {
+            assert_eq!(Target::parse(text.as_ref()), Target::Image(text.into()));
+        }
+        let here = fs::canonicalize(".").expect("there");
+        for text in ["-1", "gone.vhdx"] {
+            assert_eq!(Target::parse(text.as_ref()), Target::Image(here.join(text)), "from the root");
+        }
+    }
+
+    #[test]
+    fn a_device_without_an_entry_is_reported_with_a_remedy() {
+        let orphan = DeviceInfo {
+            id: 4,
+            queues: 1,
+            depth: 1,
+            request_bytes: 4096,
+            flags: 0,
+            state: KernelState::Quiesced,
+            mark: 0,
+            server: None,
+        };
+        let survey = || Survey { orphans: vec![orphan], ..Survey::default() };
+        let error = find_in(survey(), &Target::Id(4)).expect_err("no entry");
+        assert!(error.remedy_text().is_some_and(|text| text.contains("del --force 4")), "{error}");
+        assert_eq!(find_in(survey(), &Target::Id(5)).expect_err("no device").kind(), Kind::NotFound);
+    }
+
+    #[test]
+    fn an_image_is_recognised_after_it_was_renamed() {
+        let place = tempfile::tempdir().expect("a directory");
+        let (before, after) = (place.path().join("a.vhdx"), place.path().join("b.vhdx"));
+        fs::write(&before, "").expect("written");
+        let image_file = FileId::of(&fs::metadata(&before).expect("there"));
+        let served = Entry { image: before.clone(), image_file, ..entry(0) };
+        assert!(Target::Image(before.clone()).names(&served));
+        fs::rename(&before, &after).expect("renamed");
+        assert!(Target::Image(after).names(&served));
+        assert!(Target::Image(before).names(&served), "by its old path, as nothing else is there");
+    }
+
+    #[test]
+    fn another_file_at_the_images_path_is_not_the_image() {
+        let place = tempfile::tempdir().expect("a directory");
+        let path = place.path().join("a.vhdx");
+        fs::write(&path, "").expect("written");
+        let served = Entry { image: path.clone(), ..entry(0) };
+        assert!(!Target::Image(path).names(&served));
+    }
+}
