@@ -15,7 +15,7 @@ use uuid::Uuid;
 use vhdx_ublk::disk::{Buffer, Disk, PAGE_BYTES, Place, Reactor, UringDisk};
 use vhdx_ublk::format::bat::BatEntry;
 use vhdx_ublk::format::log::MAX_DESCRIPTORS_WRITTEN;
-use vhdx_ublk::image::{FoundLog, Headers, Image, InitialState, Mode, NewImage};
+use vhdx_ublk::image::{FoundLog, Headers, Image, InitialState, NewImage, ReadImage, WritableImage};
 
 const TIB: u64 = 1 << 40;
 
@@ -44,8 +44,12 @@ impl Bench {
         Self { reactor, disk, _directory: directory }
     }
 
-    fn open(&self, mode: Mode) -> Image {
-        self.reactor.block_on(Image::open(&self.disk, mode, Uuid::new_v4)).expect("it is sound")
+    fn read(&self) -> ReadImage {
+        self.reactor.block_on(Image::read(&self.disk)).expect("it is sound")
+    }
+
+    fn open(&self) -> WritableImage {
+        self.reactor.block_on(Image::open_for_writing(&self.disk, Uuid::new_v4)).expect("it is sound")
     }
 
     fn write(&self, offset: u64, bytes: Buffer) {
@@ -54,7 +58,7 @@ impl Bench {
 
     /// Gives every block its place, without space on the host. `false` where files cannot be that long.
     fn fill(&self) -> bool {
-        let image = self.open(Mode::ReadOnly);
+        let image = self.read();
         let geometry = *image.map.geometry();
         let length = image.layout.file_length + geometry.block_count() * geometry.block_size();
         if self.reactor.block_on(self.disk.grow(length)).is_err() {
@@ -74,7 +78,7 @@ impl Bench {
 
     /// Fills the log with entries that change pages of the BAT. Returns the header pages that name it.
     fn dirty(&self) -> Vec<(u64, Buffer)> {
-        let image = self.open(Mode::ReadOnly);
+        let image = self.read();
         let (log, bat) = (image.layout.log, image.layout.bat);
         let bat_pages = image.map.page_count();
         let (mut at, mut sequence, mut page) = (0, 1, 0);
@@ -128,7 +132,7 @@ fn open(criterion: &mut Criterion) {
             continue;
         }
         print_memory(name, &bench);
-        group.bench_function(name, |bencher| bencher.iter(|| bench.open(Mode::Writable)));
+        group.bench_function(name, |bencher| bencher.iter(|| bench.open()));
     }
     group.finish();
 }
@@ -137,7 +141,7 @@ fn open(criterion: &mut Criterion) {
 fn print_memory(name: &str, bench: &Bench) {
     std::fs::write("/proc/self/clear_refs", "5").expect("one's own peak can be reset");
     let before = resident("VmRSS");
-    let image = bench.open(Mode::Writable);
+    let image = bench.open();
     let (held, peak) = (resident("VmRSS") - before, resident("VmHWM") - before);
     println!("image/open/{name}: BAT {} KiB, resident {held} KiB, at most {peak} KiB", bat_kib(&image));
 }
@@ -161,16 +165,12 @@ fn replay(criterion: &mut Criterion) {
         let bench = Bench::new(&new_image(TIB, 1 << 20, log_length, InitialState::NotPresent));
         let dirty = bench.dirty();
         bench.write_headers(&dirty);
-        assert!(matches!(bench.open(Mode::ReadOnly).found_log, FoundLog::Dirty(_)));
+        assert!(matches!(bench.read().found_log, FoundLog::Dirty(_)));
         group.bench_function(format!("{name}/in-memory"), |bencher| {
-            bencher.iter(|| bench.open(Mode::ReadOnly));
+            bencher.iter(|| bench.read());
         });
         group.bench_function(format!("{name}/in-place"), |bencher| {
-            bencher.iter_batched(
-                || bench.write_headers(&dirty),
-                |()| bench.open(Mode::Writable),
-                BatchSize::PerIteration,
-            );
+            bencher.iter_batched(|| bench.write_headers(&dirty), |()| bench.open(), BatchSize::PerIteration);
         });
     }
     group.finish();

@@ -13,13 +13,13 @@ use sim::store::Store;
 use sim::tasks::{SimTasks, block_on};
 use sim::world::Config;
 use uuid::Uuid;
-use vhdx_ublk::disk::Disk;
+use vhdx_ublk::disk::ReadDisk;
 use vhdx_ublk::error::{Kind, Result};
 use vhdx_ublk::format::bat::PayloadState;
 use vhdx_ublk::format::guid;
 use vhdx_ublk::format::locator::{PARENT_LINKAGE, PARENT_LINKAGE2, ParentLocator, RELATIVE_PATH};
 use vhdx_ublk::format::metadata::{Metadata, Table};
-use vhdx_ublk::image::{Image, Mode, check};
+use vhdx_ublk::image::{Image, WritableImage, check};
 
 /// Cuts per moment and profile.
 const CUTS: usize = 4;
@@ -35,7 +35,7 @@ fn locator(path: &str) -> ParentLocator {
 /// A child with a block, by a log of 1 MiB.
 fn child() -> Craft {
     let mut craft = Craft::new(&Config::small());
-    let mut metadata = craft.open(Mode::ReadOnly).expect("a new image").0.metadata;
+    let mut metadata = craft.open_read_only().expect("a new image").0.metadata.clone();
     (metadata.has_parent, metadata.parent_locator) = (true, Some(locator(r".\base.vhdx")));
     craft.write(METADATA, &metadata.encode_region());
     craft.file.resize(END + MIB);
@@ -47,7 +47,7 @@ fn child() -> Craft {
 /// The same child, whose locator comes before all other items: it cannot grow where it is.
 fn hemmed_in() -> Craft {
     let mut child = child();
-    let metadata = opened(&child.file).expect("an image").metadata;
+    let metadata = opened(&child.file).expect("an image").metadata.clone();
     let region = metadata.encode_region();
     let table = Table::parse(&region, 1 << 20).expect("its own");
     let mut entries: Vec<_> = table.entries().to_vec();
@@ -64,9 +64,9 @@ fn hemmed_in() -> Craft {
     child
 }
 
-fn opened(store: &Store) -> Result<Image> {
+fn opened(store: &Store) -> Result<WritableImage> {
     let disk = SimDisk::new(store.clone(), true, true, 512);
-    block_on(Image::open(&disk, Mode::Writable, || Uuid::from_u128(7)))
+    block_on(Image::open_for_writing(&disk, || Uuid::from_u128(7)))
 }
 
 /// Amends the image in `before` step by step and cuts the power at each one; `judge` sees what each cut leaves.
@@ -79,7 +79,7 @@ fn cut_everywhere(
     let (tasks, on) = (SimTasks::default(), disk.clone());
     let (mut rng, mut guids) = (Rng::with_seed(3), Rng::with_seed(4));
     let result = tasks.start(async move {
-        let image = Image::open(&on, Mode::Writable, || panic!("the log is empty")).await?;
+        let image = Image::open_for_writing(&on, || panic!("the log is empty")).await?;
         let mut metadata = image.metadata.clone();
         change(&mut metadata);
         image.amend(&on, &metadata, || Uuid::from_u128(guids.u128(1..))).await.map(drop)
@@ -147,7 +147,7 @@ fn what_tells_others_that_the_file_changed_comes_first() {
         |metadata| metadata.parent_locator.as_mut().expect("a child").set(RELATIVE_PATH, "b"),
         |cut| {
             let disk = SimDisk::new(cut.clone(), true, true, 512);
-            let image = block_on(Image::open(&disk, Mode::ReadOnly, Uuid::new_v4)).expect("an image");
+            let image = block_on(Image::read(&disk)).expect("an image");
             if image.header.header.file_write_guid == before {
                 let read = |at| block_on(disk.read(at, 1 << 20)).expect("it reads");
                 assert!(read(METADATA)[..] == region && read(MIB)[..] == log);
@@ -161,7 +161,7 @@ fn nothing_is_written_if_nothing_changes_or_there_is_no_room() {
     let child = child();
     let disk = SimDisk::new(child.file.clone(), true, true, 512);
     let guid = || -> Uuid { panic!("no GUID is needed") };
-    let image = block_on(Image::open(&disk, Mode::Writable, guid)).expect("an image");
+    let image = block_on(Image::open_for_writing(&disk, guid)).expect("an image");
     let metadata = image.metadata.clone();
     let image = block_on(image.amend(&disk, &metadata, guid)).expect("the same");
     let mut long = metadata.clone();
@@ -170,7 +170,7 @@ fn nothing_is_written_if_nothing_changes_or_there_is_no_room() {
     });
     let error = block_on(image.amend(&disk, &long, guid)).err().expect("too long for an entry");
     assert_eq!(error.kind(), Kind::Unsupported, "{error}");
-    let image = block_on(Image::open(&disk, Mode::Writable, guid)).expect("an image");
+    let image = block_on(Image::open_for_writing(&disk, guid)).expect("an image");
     let mut large = metadata;
     large.virtual_size = 1 << 40;
     let error = block_on(image.amend(&disk, &large, guid)).err().expect("more slots than the BAT has");
@@ -192,7 +192,7 @@ fn a_disk_that_grows_is_zero_behind_its_old_end() {
     (blocks..3000).for_each(|slot| craft.write(BAT + 8 * slot, &((77 * MIB) | 6).to_le_bytes()));
     craft.write(END, &vec![0x55; 2 << 20]);
     let new_size = 2500 * MIB + 512;
-    let expected = opened(&craft.file).expect("an image").metadata;
+    let expected = opened(&craft.file).expect("an image").metadata.clone();
     let grown = Metadata { virtual_size: new_size, ..expected.clone() };
     let after = cut_everywhere(
         &craft.file,

@@ -25,7 +25,7 @@ use vhdx_ublk::engine::shared::Shared;
 use vhdx_ublk::error::{Error, Kind, Result};
 use vhdx_ublk::format::bat::{BatEntry, Geometry};
 use vhdx_ublk::format::locator::{PARENT_LINKAGE, PARENT_LINKAGE2, ParentLocator, RELATIVE_PATH};
-use vhdx_ublk::image::{BlockMap, Identity, Image, Mode};
+use vhdx_ublk::image::{BlockMap, Identity, Image, ReadImage};
 
 /// Bytes on either side of a chunk's end, and at the disk's start, where the layers have something.
 const WINDOW: u64 = 4 * MIB;
@@ -231,8 +231,8 @@ const OTHER: Uuid = Uuid::from_u128(0x53);
 /// An image laid out by hand, with a parent if it has a locator.
 fn image(data_write_guid: Uuid, locator: Option<ParentLocator>) -> Craft {
     let mut craft = Craft::new(&Config::small());
-    let (image, _) = craft.open(Mode::ReadOnly).expect("a new image");
-    let mut metadata = image.metadata;
+    let (image, _) = craft.open_read_only().expect("a new image");
+    let mut metadata = image.metadata.clone();
     metadata.has_parent = locator.is_some();
     metadata.parent_locator = locator;
     craft.write(METADATA, &metadata.encode_region());
@@ -256,7 +256,7 @@ struct Folder {
 }
 
 struct Opened {
-    image: Image,
+    image: ReadImage,
     path: PathBuf,
 }
 
@@ -287,7 +287,7 @@ impl Folder {
         let path = path.canonicalize().expect("it is there");
         let found =
             self.images.get(&path).ok_or_else(|| Error::new(Kind::NotVhdx, "no image").file(&path))?;
-        Ok(Opened { image: found.open(Mode::ReadOnly)?.0, path })
+        Ok(Opened { image: found.open_read_only()?.0, path })
     }
 
     fn parents(&self, leaf: &Path, search: &Search) -> Result<Vec<PathBuf>> {
@@ -439,14 +439,14 @@ fn a_bitmap_in_the_log_counts_and_a_missing_one_is_an_error() {
     let mut child = image(OTHER, Some(locator(LINKAGE, Uuid::nil(), r".\base.vhdx")));
     child.file.resize(END + 3 * MIB);
     child.set_slot(0, (END + MIB) | 7);
-    let (image, disk) = child.open(Mode::ReadOnly).expect("legal so far");
+    let (image, disk) = child.open_read_only().expect("legal so far");
     let error = block_on(image.read_bitmaps(&disk)).expect_err("its bitmap is nowhere");
     assert_eq!(error.kind(), Kind::Corrupt, "{error}");
     let bitmap_slot = image.map.geometry().bitmap_slot(0);
     child.set_slot(bitmap_slot, END | 6);
     child.name_log(LOG_GUID);
     child.write_log(0, &LogEntry::new(1, 0, &[Change::Page { at: END, fill: 1 }]).encode());
-    let (image, disk) = child.open(Mode::ReadOnly).expect("the log changes no payload");
+    let (image, disk) = child.open_read_only().expect("the log changes no payload");
     block_on(image.read_bitmaps(&disk)).expect("it is there");
     let bits = craft::page(1);
     let geometry = image.map.geometry();

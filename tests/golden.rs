@@ -18,7 +18,7 @@ use sim::world::{Activation, Config, World, check_recovery, new_image};
 use uuid::Uuid;
 use vhdx_ublk::engine::front::Op;
 use vhdx_ublk::error::Kind;
-use vhdx_ublk::image::{FoundLog, Image, Mode, SLOTS_PER_PAGE};
+use vhdx_ublk::image::{FoundLog, Image, SLOTS_PER_PAGE};
 
 /// A BAT entry's state when its block has all its data in the file.
 const PRESENT: u64 = 6;
@@ -88,7 +88,7 @@ fn spare_page(number: u64, fill: u8) -> Change {
 
 /// After a replay in place, the spare pages of the BAT region hold this.
 fn replays_to(image: &Craft, pages: &[(u64, u8)]) -> Craft {
-    let (_, disk) = image.open(Mode::Writable).expect("the log is replayed");
+    let (_, disk) = image.open_writable().expect("the log is replayed");
     let after = Craft { file: disk.content() };
     for &(number, fill) in pages {
         assert!(after.read(BAT + 4096 * number, 4096) == page(fill), "page {number}");
@@ -185,9 +185,9 @@ fn no_cut_leaves_a_log_that_is_named_and_empty() {
 #[test]
 fn a_replay_announces_itself_and_leaves_the_children_their_link() {
     let image = image_with_block(&[(0, LogEntry::new(1, 0, &[spare_page(1, b'a')]))]);
-    let (before, _) = image.open(Mode::ReadOnly).expect("replayed in memory");
-    let (after, _) = image.open(Mode::Writable).expect("replayed in place");
-    let (before, after) = (before.header.header, after.header.header);
+    let (before, _) = image.open_read_only().expect("replayed in memory");
+    let (after, _) = image.open_writable().expect("replayed in place");
+    let (before, after) = (&before.header.header, &after.header.header);
     assert_eq!(before.data_write_guid, after.data_write_guid);
     assert_ne!(before.file_write_guid, after.file_write_guid);
 }
@@ -197,7 +197,7 @@ fn a_replay_announces_itself_and_leaves_the_children_their_link() {
 fn a_replay_costs_the_same_syncs_whatever_it_replays() {
     let zeros = Change::Zeros { at: BAT + 4096, length: MIB - 4096 };
     let image = image_with_block(&[(0, LogEntry::new(1, 0, &[zeros]))]);
-    let (_, disk) = image.open(Mode::Writable).expect("replayed in place");
+    let (_, disk) = image.open_writable().expect("replayed in place");
     assert_eq!(disk.activity().syncs, 6, "what others wrote before, two headers, the changes, two headers");
     assert_eq!(disk.activity().writes, 4, "the headers");
 }
@@ -212,7 +212,7 @@ fn a_replay_that_fails_anywhere_is_an_error_and_can_be_repeated() {
         let disk = SimDisk::new(image.file.clone(), true, true, 512);
         let fault = Fault::Error { errno: libc::EIO, times: 1 };
         disk.inject(Injection { fault, hits: changes, after, seed: after });
-        let opened = block_on(Image::open(&disk, Mode::Writable, || Uuid::from_u128(9)));
+        let opened = block_on(Image::open_for_writing(&disk, || Uuid::from_u128(9)));
         assert!(disk.struck().is_some(), "operation {after} of 11: six writes and five syncs");
         assert_eq!(opened.err().map(|error| error.kind()), Some(Kind::Io), "operation {after}");
         for profile in Profile::ALL {
@@ -224,10 +224,10 @@ fn a_replay_that_fails_anywhere_is_an_error_and_can_be_repeated() {
 
 /// The log has been replayed, or is still there.
 fn replays_or_did(image: &Craft) {
-    let (_, disk) = image.open(Mode::Writable).expect("a replay can be repeated");
+    let (_, disk) = image.open_writable().expect("a replay can be repeated");
     let after = Craft { file: disk.content() };
     assert!(after.read(BAT + 4096, 4096) == page(b'a') && after.read(BAT + 8192, 4096) == page(b'b'));
-    let (again, _) = after.open(Mode::ReadOnly).expect("a clean image");
+    let (again, _) = after.open_read_only().expect("a clean image");
     assert_eq!(again.found_log, FoundLog::Clean);
 }
 
@@ -249,7 +249,7 @@ fn sizes_that_the_format_does_not_have_are_refused() {
     {
         let mut image = good.clone();
         image.write(at, &u32::to_le_bytes(value));
-        let Err(error) = image.open(Mode::Writable) else { panic!("{value} at {at}: opened") };
+        let Err(error) = image.open_writable() else { panic!("{value} at {at}: opened") };
         assert_eq!(error.kind(), Kind::Corrupt, "{error}");
     }
 }

@@ -52,7 +52,7 @@ fn is_file_dirty(path: &Path) -> bool {
 }
 
 fn load(path: &Path) -> Store {
-    Store::load(&File::open(path).expect("readable")).expect("readable")
+    Store::load(path).expect("readable")
 }
 
 /// Neighbouring sectors as (first, count).

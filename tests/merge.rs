@@ -20,7 +20,7 @@ use vhdx_ublk::engine::local::yield_now;
 use vhdx_ublk::error::{Kind, Result};
 use vhdx_ublk::format::bat::{BITMAP_BLOCK_SIZE, BatEntry, ENTRY_SIZE, Geometry, PayloadState};
 use vhdx_ublk::format::locator::RELATIVE_PATH;
-use vhdx_ublk::image::{Image, InitialState, Mode, NewImage, Report, check};
+use vhdx_ublk::image::{Image, InitialState, NewImage, ReadImage, Report, check};
 use vhdx_ublk::operations::merge::{self, Files, Merge};
 
 const MIB: u64 = 1 << 20;
@@ -160,12 +160,11 @@ fn watched(virtual_size: u64) -> impl Iterator<Item = u64> {
 }
 
 fn data_write_guid(store: &Store) -> Uuid {
-    opened(store, Mode::ReadOnly).expect("an image").header.header.data_write_guid
+    opened(store).expect("an image").header.header.data_write_guid
 }
 
-fn opened(store: &Store, mode: Mode) -> Result<Image> {
-    let disk = SimDisk::new(store.clone(), true, true, 512);
-    block_on(Image::open(&disk, mode, || Uuid::from_u128(7)))
+fn opened(store: &Store) -> Result<ReadImage> {
+    block_on(Image::read(&SimDisk::new(store.clone(), true, true, 512)))
 }
 
 /// A new image, over the parent that this path and linkage name.
@@ -190,7 +189,7 @@ fn empty(rng: &mut Rng, shape: Shape, parent: Option<(PathBuf, Uuid)>) -> Store 
 
 /// Gives random states to the blocks of an empty image, and content to those that have some.
 fn fill(mut store: Store, rng: &mut Rng, number: usize, shape: Shape, differencing: bool) -> (Store, Layer) {
-    let empty = opened(&store, Mode::ReadOnly).expect("a new image");
+    let empty = opened(&store).expect("a new image");
     let geometry = Geometry::new(shape.virtual_size, shape.block_size, 512, differencing);
     let (bat, mut layer) = (empty.layout.bat.offset, Layer::new());
     let slot = |store: &mut Store, slot: u64, entry: BatEntry| {
@@ -265,7 +264,7 @@ fn fill(mut store: Store, rng: &mut Rng, number: usize, shape: Shape, differenci
 
 /// One layer as a reader has it.
 struct Opened {
-    image: Image,
+    image: ReadImage,
     store: Store,
 }
 
@@ -277,7 +276,7 @@ fn open_chain(stores: &BTreeMap<PathBuf, Store>, leaf: &Path) -> (Vec<PathBuf>, 
         let store = stores.get(&name).unwrap_or_else(|| panic!("{} is gone", name.display())).clone();
         let disk = SimDisk::new(store.clone(), true, true, 512);
         let open = async {
-            let image = Image::open(&disk, Mode::ReadOnly, Uuid::new_v4).await?;
+            let image = Image::read(&disk).await?;
             image.read_bitmaps(&disk).await?;
             Result::Ok(image)
         };
@@ -557,9 +556,9 @@ fn sizes_that_a_target_cannot_take_are_refused() {
         let mut rng = Rng::with_seed(1);
         let parent = |number| (number + 1 < shapes.len()).then(|| ("/base".into(), Uuid::from_u128(1)));
         let stores = (0..shapes.len()).map(|number| empty(&mut rng, shapes[number], parent(number)));
-        let images: Vec<Image> =
-            stores.map(|store| opened(&store, Mode::ReadOnly).expect("a new image")).collect();
-        let error = merge::check(&images[0], &images[1], images.get(2)).expect_err("refused");
+        let images: Vec<ReadImage> = stores.map(|store| opened(&store).expect("a new image")).collect();
+        let error =
+            merge::check(&images[0], &images[1], images.get(2).map(|image| &**image)).expect_err("refused");
         assert_eq!(error.kind(), Kind::Unsupported);
         assert!(error.to_string().contains(what) && error.remedy_text().is_some(), "{error}");
     }

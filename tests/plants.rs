@@ -23,7 +23,7 @@ use vhdx_ublk::disk::{Buffer, Disk};
 use vhdx_ublk::engine::front::Op;
 use vhdx_ublk::format::header;
 use vhdx_ublk::format::log::{Change, NewEntry};
-use vhdx_ublk::image::{Image, Mismatch, Mode, SLOTS_PER_PAGE, SessionMemory, VERSION};
+use vhdx_ublk::image::{Image, Mismatch, SLOTS_PER_PAGE, SessionMemory, VERSION, WritableImage};
 use vhdx_ublk::simulation::{Plant, plant, set_log_unit};
 
 /// Seeds that a planted bug may take to be caught.
@@ -242,12 +242,12 @@ fn a_session_from_before_a_power_cut_is_not_taken_over() {
     let memory = world.memory().clone();
     let after_cut = world.disk().at_risk(|durable, _, _| durable.clone());
     let disk = SimDisk::new(after_cut, true, false, 512);
-    let image = block_on(Image::open(&disk, Mode::ReadOnly, || Uuid::from_u128(7))).expect("an image");
+    let image = block_on(Image::read(&disk)).expect("an image");
     let carried = image.header.header.file_write_guid;
     if memory.check(&image.owner(place(2)), carried) == Err(Mismatch::OtherBoot) {
         return;
     }
-    let resumed = block_on(Image::resume(&disk, memory, carried, || Uuid::from_u128(8)));
+    let resumed = block_on(WritableImage::resume(&disk, memory, carried, || Uuid::from_u128(8)));
     let entry = resumed.expect("nothing else tells that it is too old").map.load(2).entry;
     let mut bytes = vec![0; 512];
     disk.content().read(entry.offset(), &mut bytes);
@@ -258,7 +258,7 @@ fn a_session_from_before_a_power_cut_is_not_taken_over() {
 fn changed_session(number: usize, change: impl Fn(u64) -> u64) -> Result<(), Mismatch> {
     let config = Config::small();
     let disk = SimDisk::new(new_image(&config, &mut Rng::with_seed(1)), true, true, 512);
-    let mut image = block_on(Image::open(&disk, Mode::Writable, || Uuid::from_u128(1))).expect("a new image");
+    let mut image = block_on(Image::open_for_writing(&disk, || Uuid::from_u128(1))).expect("a new image");
     let count = SessionMemory::words_for(image.map.geometry());
     let words: &'static [AtomicU64] = (0..count).map(|_| AtomicU64::new(0)).collect::<Vec<_>>().leak();
     let owner = image.owner(place(1));
@@ -302,7 +302,7 @@ fn with_log(entries: impl FnOnce(u64, u64) -> Vec<NewPage>) -> (Config, Store, u
     config.image.virtual_size = 600 << 20;
     let mut rng = Rng::with_seed(1);
     let disk = SimDisk::new(new_image(&config, &mut rng), true, true, 512);
-    let image = block_on(Image::open(&disk, Mode::Writable, || Uuid::from_u128(1))).expect("a new image");
+    let image = block_on(Image::open_for_writing(&disk, || Uuid::from_u128(1))).expect("a new image");
     let (bat, length) = (image.layout.bat.offset, image.layout.file_length);
     let mut header = image.header.header.clone();
     header.log_guid = Uuid::from_u128(2);
@@ -326,8 +326,8 @@ fn with_log(entries: impl FnOnce(u64, u64) -> Vec<NewPage>) -> (Config, Store, u
     (config, disk.content(), bat)
 }
 
-fn open(config: &Config, file: &Store) -> vhdx_ublk::error::Result<Image> {
+fn open(config: &Config, file: &Store) -> vhdx_ublk::error::Result<WritableImage> {
     let sector = config.image.logical_sector_size;
     let disk = SimDisk::new(file.clone(), true, config.can_punch, sector);
-    block_on(Image::open(&disk, Mode::Writable, || Uuid::from_u128(3)))
+    block_on(Image::open_for_writing(&disk, || Uuid::from_u128(3)))
 }

@@ -14,7 +14,7 @@ use vhdx_ublk::error::Result;
 use vhdx_ublk::format::guid::{REGION_BAT, REGION_METADATA};
 use vhdx_ublk::format::log::{Change, NewEntry};
 use vhdx_ublk::format::region::{Region, RegionTable};
-use vhdx_ublk::image::{Image, LogFound, Mode, Repair, Report, check, payload_extent, repair};
+use vhdx_ublk::image::{Image, LogFound, Repair, Report, check, payload_extent, repair};
 
 const MIB: u64 = 1 << 20;
 
@@ -108,7 +108,7 @@ fn data(store: &Store) -> Vec<Vec<u8>> {
 fn read(store: &Store) -> Result<Vec<Vec<u8>>> {
     let disk = SimDisk::new(store.clone(), true, true, 512);
     let mut rng = Rng::with_seed(2);
-    let image = block_on(Image::open(&disk, Mode::Writable, || Uuid::from_u128(rng.u128(1..))));
+    let image = block_on(Image::open_for_writing(&disk, || Uuid::from_u128(rng.u128(1..))));
     let image = image?;
     let content = disk.content();
     let block = |block: u64| {

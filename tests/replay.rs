@@ -17,7 +17,7 @@ use craft::{BAT, Change, Craft, END, LOG, LOG_GUID, LOG_SECTORS, LogEntry, MIB, 
 use sim::world::Config;
 use uuid::Uuid;
 use vhdx_ublk::error::Kind;
-use vhdx_ublk::image::{FoundLog, Mode};
+use vhdx_ublk::image::FoundLog;
 
 /// What the pages hold before the replay.
 const OLD: u8 = 0xee;
@@ -84,14 +84,14 @@ fn some(pages: &[(u64, u8)]) -> Vec<(u64, Option<u8>)> {
 /// Replays the log in memory and in place; both show what is expected. Returns the file's length afterwards.
 fn replays_to(image: &Craft, changed: &[(u64, Option<u8>)]) -> u64 {
     let expected = Expected::new(changed);
-    let (in_memory, _) = image.open(Mode::ReadOnly).expect("replayed in memory");
+    let (in_memory, _) = image.open_read_only().expect("replayed in memory");
     expected.compare("in memory", |offset| image.seen(&in_memory, offset, SECTOR));
-    let (in_place, disk) = image.open(Mode::Writable).expect("replayed in place");
+    let (in_place, disk) = image.open_writable().expect("replayed in place");
     assert!(matches!(in_place.found_log, FoundLog::Dirty(_)));
     let after = Craft { file: disk.content() };
     expected.compare("in place", |offset| after.read(offset, SECTOR));
     assert_eq!(in_memory.layout.file_length, after.file.length, "both give the file one length");
-    let (again, _) = after.open(Mode::Writable).expect("what was replayed opens");
+    let (again, _) = after.open_writable().expect("what was replayed opens");
     assert_eq!(again.found_log, FoundLog::Clean, "a log is replayed once");
     after.file.length
 }
@@ -115,8 +115,8 @@ fn all_replay_to(image: &Craft, changed: &[(u64, Option<u8>)]) {
 
 /// Nobody opens it, for this reason; it stays as it is.
 fn is_refused(image: &Craft, kind: Kind) {
-    for mode in [Mode::ReadOnly, Mode::Writable] {
-        let Err(error) = image.open(mode) else { panic!("{mode:?}: opened") };
+    for error in [image.open_read_only().err(), image.open_writable().err()] {
+        let error = error.expect("it must not open");
         assert_eq!((error.kind(), error.structure()), (kind, Some("log")), "{error}");
     }
 }
@@ -252,7 +252,7 @@ fn a_page_past_the_end_extends_the_file() {
     far.changes.push(Change::Page { at: 10 * MIB + 8192, fill: b'z' });
     let image = ring(&[(0, far)]);
     assert_eq!(replays_to(&image, &some(&[(1, b'a')])), 11 * MIB);
-    let (_, disk) = image.open(Mode::Writable).expect("replayed in place");
+    let (_, disk) = image.open_writable().expect("replayed in place");
     assert_eq!(Craft { file: disk.content() }.read(10 * MIB + 8192, SECTOR), page(b'z'));
 }
 
@@ -358,9 +358,10 @@ fn a_log_that_is_named_and_holds_no_sequence_is_corrupt() {
 #[test]
 fn a_log_that_is_named_and_was_never_written_is_empty() {
     let image = ring(&[]);
-    for mode in [Mode::ReadOnly, Mode::Writable] {
-        let (opened, disk) = image.open(mode).expect("nothing is lost");
-        assert_eq!(opened.found_log, FoundLog::Virgin);
+    let (read, of_reader) = image.open_read_only().expect("nothing is lost");
+    let (writable, of_writer) = image.open_writable().expect("nothing is lost");
+    for (found_log, disk) in [(read.found_log, of_reader), (writable.found_log, of_writer)] {
+        assert_eq!(found_log, FoundLog::Virgin);
         let after = Craft { file: disk.content() };
         Expected::new(&[]).compare("virgin", |offset| after.read(offset, SECTOR));
     }

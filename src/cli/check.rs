@@ -9,7 +9,7 @@ use uuid::Uuid;
 
 use vhdx_ublk::chain::{Known, Search};
 use vhdx_ublk::device::session;
-use vhdx_ublk::disk::{Access, Disk, ImageFile, Reactor};
+use vhdx_ublk::disk::{Access, ImageFile, Reactor, ReadDisk};
 use vhdx_ublk::error::{Error, Kind, Locate, Result};
 use vhdx_ublk::image::{self, Finding, Identity, LogFound, Repair, Report, Severity};
 use vhdx_ublk::printable::{printable, shell};
@@ -119,7 +119,7 @@ fn no_takeover(file: &ImageFile) -> Error {
 }
 
 /// The image as its parents' child, unless it is beyond reading: its own report says so then.
-async fn leaf<D: Disk>(disk: &D, path: &Path) -> Result<Option<Known>> {
+async fn leaf<D: ReadDisk>(disk: &D, path: &Path) -> Result<Option<Known>> {
     match Identity::read(disk, u64::MAX).await {
         Ok(identity) => Ok(Some(Known { identity, path: path.to_owned() })),
         Err(error) if matches!(error.kind(), Kind::Corrupt | Kind::Truncated) => Ok(None),

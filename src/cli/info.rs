@@ -148,7 +148,7 @@ impl Info {
 
 impl Report {
     fn of(seen: &Seen) -> Self {
-        let Image { creator, header, regions, metadata, map, .. } = &seen.image;
+        let Image { creator, header, regions, metadata, map, .. } = &*seen.image;
         let blocks = Blocks::count(map, &seen.image.stored_slots);
         Self {
             image: seen.path.to_string_lossy().into_owned(),

@@ -4,25 +4,19 @@
 //! what is seen then may be stale, or torn between two states, so a look that finds a contradiction is taken
 //! again.
 
-use std::fs::File;
-use std::io;
-use std::os::fd::AsFd;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
-use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use uuid::Uuid;
 
 use vhdx_ublk::chain::{FileIdentity, Known, Layer, Relative};
 use vhdx_ublk::device::session;
-use vhdx_ublk::disk::{
-    Access, Buffer, Disk, ImageFile, Links, Opened, next_data, open_regular, takes_space_back,
-};
+use vhdx_ublk::disk::{Access, ImageFile, Links, PlainDisk};
 use vhdx_ublk::error::{Doing, Kind, Locate, Result};
 use vhdx_ublk::format::metadata::Metadata;
-use vhdx_ublk::image::{Identity, Image, Mode};
+use vhdx_ublk::image::{Identity, Image, ReadImage};
 
 use super::holders;
 
@@ -42,7 +36,7 @@ const STAT_BLOCK_BYTES: u64 = 512;
 /// What was seen.
 pub struct Seen {
     /// The image, its log replayed in memory.
-    pub image: Image,
+    pub image: ReadImage,
     /// The file, as an absolute path without symbolic links.
     pub path: PathBuf,
     /// What tells this file from another that takes its name later.
@@ -70,7 +64,7 @@ pub struct Identified {
     /// What it is, and where.
     pub known: Known,
     /// The same file, to be examined.
-    pub disk: Plain,
+    pub disk: PlainDisk,
     _lock: ImageFile,
 }
 
@@ -103,7 +97,7 @@ pub fn identify(path: &Path) -> Result<Identified> {
 ///
 /// # Errors
 ///
-/// Those of [`open_regular`] and [`Identity::read`].
+/// Those of [`PlainDisk::open`] and [`Identity::read`].
 pub fn identify_unlocked(path: &Path) -> Result<Known> {
     identify_found(path, Links::Follow)
 }
@@ -123,12 +117,12 @@ pub fn identify_neighbour(path: &Path) -> Result<Known> {
 ///
 /// Those of [`Identity::read`].
 pub fn identify_locked(locked: &ImageFile) -> Result<Identity> {
-    smol::future::block_on(Identity::read(&plain(locked)?, MAX_GLANCE_LOG_BYTES))
+    smol::future::block_on(Identity::read(&PlainDisk::of(locked)?, MAX_GLANCE_LOG_BYTES))
 }
 
 fn identify_found(path: &Path, links: Links) -> Result<Known> {
-    let Opened { file, path } = open_regular(path, Access::ReadOnly, links)?;
-    let identity = smol::future::block_on(Identity::read(&Plain(file), MAX_GLANCE_LOG_BYTES)).file(&path)?;
+    let (disk, path) = PlainDisk::open(path, links)?;
+    let identity = smol::future::block_on(Identity::read(&disk, MAX_GLANCE_LOG_BYTES)).file(&path)?;
     Ok(Known { identity, path })
 }
 
@@ -164,22 +158,17 @@ pub fn look_at_rest(path: &Path) -> Result<(Seen, ImageFile)> {
 /// # Errors
 ///
 /// As [`ImageFile::open`].
-pub fn lock_for_reading(path: &Path) -> Result<(Plain, ImageFile)> {
+pub fn lock_for_reading(path: &Path) -> Result<(PlainDisk, ImageFile)> {
     let locked = ImageFile::open(path, Access::ReadOnly, Duration::ZERO)?;
-    Ok((plain(&locked).file(path)?, locked))
-}
-
-fn plain(locked: &ImageFile) -> Result<Plain> {
-    let same = locked.as_fd().try_clone_to_owned().doing("duplicating the image's descriptor")?;
-    Ok(Plain(File::from(same)))
+    Ok((PlainDisk::of(&locked)?, locked))
 }
 
 fn look_past_a_writer(path: &Path) -> Result<Seen> {
     let mut left = ATTEMPTS;
     loop {
-        let Opened { file, path } = open_regular(path, Access::ReadOnly, Links::Follow)?;
+        let (disk, path) = PlainDisk::open(path, Links::Follow)?;
         left -= 1;
-        match see(&Plain(file), &path, true) {
+        match see(&disk, &path, true) {
             Err(error) if left > 0 && is_contradiction(error.kind()) => thread::sleep(PAUSE),
             outcome => return outcome.map_err(|error| error.remedy("the image is in use: look again later")),
         }
@@ -191,84 +180,10 @@ fn is_contradiction(kind: Kind) -> bool {
 }
 
 /// Sees the image in `disk`, which was found at `path`.
-fn see(disk: &Plain, path: &Path, in_use: bool) -> Result<Seen> {
-    let image = smol::future::block_on(Image::open(disk, Mode::ReadOnly, Uuid::new_v4)).file(path)?;
-    let found = disk.0.metadata().doing("looking at the image").file(path)?;
+fn see(disk: &PlainDisk, path: &Path, in_use: bool) -> Result<Seen> {
+    let image = smol::future::block_on(Image::read(disk)).file(path)?;
+    let found = disk.file().metadata().doing("looking at the image").file(path)?;
     let (path, file) = (path.to_owned(), (found.dev(), found.ino()));
     let (file_size, host_bytes) = (found.len(), found.blocks() * STAT_BLOCK_BYTES);
     Ok(Seen { image, path, file, file_size, host_bytes, in_use })
-}
-
-/// A file that is only read.
-pub struct Plain(File);
-
-impl Drop for Plain {
-    /// What was read leaves the host's page cache: direct writes of a device to this file would be slower for it.
-    fn drop(&mut self) {
-        let _ = posix_fadvise(&self.0, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
-    }
-}
-
-impl Disk for Plain {
-    async fn read(&self, offset: u64, length: usize) -> io::Result<Buffer> {
-        let mut buffer = Buffer::zeroed(length);
-        let mut done = 0;
-        while done < length {
-            match self.0.read_at(&mut buffer[done..], offset + done as u64) {
-                Ok(0) => break, // the end of the file, behind which everything is zero
-                Ok(count) => done += count,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(buffer)
-    }
-
-    async fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
-        next_data(&self.0, offset)
-    }
-
-    async fn length(&self) -> io::Result<u64> {
-        Ok(self.0.metadata()?.len())
-    }
-
-    async fn write(&self, _: u64, _: Buffer) -> io::Result<()> {
-        only_read()
-    }
-
-    async fn sync(&self) -> io::Result<()> {
-        only_read()
-    }
-
-    async fn sync_host(&self) -> io::Result<()> {
-        only_read()
-    }
-
-    async fn grow(&self, _: u64) -> io::Result<()> {
-        only_read()
-    }
-
-    async fn truncate(&self, _: u64) -> io::Result<()> {
-        only_read()
-    }
-
-    async fn reserve(&self, _: u64, _: u64) -> io::Result<()> {
-        only_read()
-    }
-
-    async fn zero(&self, _: u64, _: u64) -> io::Result<()> {
-        only_read()
-    }
-
-    async fn punch(&self, _: u64, _: u64) -> io::Result<bool> {
-        only_read()
-    }
-
-    fn takes_space_back(&self) -> bool {
-        takes_space_back(&self.0)
-    }
-}
-
-fn only_read<T>() -> io::Result<T> {
-    Err(io::ErrorKind::ReadOnlyFilesystem.into())
 }

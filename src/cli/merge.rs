@@ -206,7 +206,7 @@ impl Chain {
         for layer in &self.layers {
             layer.image.check_writable().file(layer.path())?;
         }
-        let parent = self.below.first().map(|parent| &parent.image);
+        let parent = self.below.first().map(|parent| &*parent.image);
         let checked = merge::check(&self.layers[0].image, &self.target.image, parent);
         checked.file(self.target.path())?;
         let [wanted, found] = [&self.layers[0], &self.target].map(|layer| layer.image.metadata.virtual_size);

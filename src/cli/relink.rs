@@ -8,7 +8,7 @@ use vhdx_ublk::chain::{self, Layer, Search};
 use vhdx_ublk::disk::{Access, Reactor};
 use vhdx_ublk::error::{Error, Kind, Locate, Result};
 use vhdx_ublk::format::metadata::Metadata;
-use vhdx_ublk::image::{Image, Mode};
+use vhdx_ublk::image::Image;
 
 use super::look;
 use super::rest::AtRest;
@@ -54,7 +54,7 @@ impl Relink {
         }
         let disk = reactor.disk(child.file.clone());
         let change = async {
-            let image = Image::open(&disk, Mode::Writable, Uuid::new_v4).await?;
+            let image = Image::open_for_writing(&disk, Uuid::new_v4).await?;
             let metadata = Metadata { parent_locator: Some(locator), ..image.metadata.clone() };
             image.amend(&disk, &metadata, Uuid::new_v4).await
         };

@@ -5,13 +5,11 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use uuid::Uuid;
-
 use vhdx_ublk::chain::Layer;
 use vhdx_ublk::device::session;
 use vhdx_ublk::disk::{Access, ImageFile, Reactor};
 use vhdx_ublk::error::{Locate, Result};
-use vhdx_ublk::image::{Image, Mode};
+use vhdx_ublk::image::{Image, ReadImage};
 
 use super::holders;
 
@@ -20,7 +18,7 @@ pub struct AtRest {
     /// The file, which carries the lock.
     pub file: Arc<ImageFile>,
     /// The image, its log replayed in memory.
-    pub image: Image,
+    pub image: ReadImage,
 }
 
 impl Layer for AtRest {
@@ -43,7 +41,7 @@ impl AtRest {
     pub fn open(reactor: &Reactor, path: &Path, access: Access) -> Result<Self> {
         let file = Arc::new(lock(path, access)?);
         let disk = reactor.disk(file.clone());
-        let image = reactor.block_on(Image::open(&disk, Mode::ReadOnly, Uuid::new_v4)).file(file.path())?;
+        let image = reactor.block_on(Image::read(&disk)).file(file.path())?;
         session::refuse_orphan(&file, Some(&image))?;
         Ok(Self { file, image })
     }

@@ -26,7 +26,7 @@ use super::session::{Plan, SessionFile, Sessions};
 use super::snapshot::{Makers, Snapshotter};
 use super::spec::EngineHandle;
 use super::sys;
-use super::writable::{WritableImage, WritableOpener};
+use super::writable::{WritableChain, WritableOpener};
 use crate::disk::{ImageFile, Reactor};
 use crate::engine::Outcome;
 use crate::engine::shared::Session;
@@ -167,7 +167,7 @@ impl EngineLoop {
     }
 
     fn open_engine(&self, reactor: &Reactor, fronts: &Rc<Mailboxes>) -> Result<ServedImage> {
-        let WritableImage { image, session, parents } = self.opener.open(reactor, &self.file)?;
+        let WritableChain { image, session, parents } = self.opener.open(reactor, &self.file)?;
         let parameters = parameters(&self.file, &image.metadata, false, &parents)?;
         let parents = layers::for_engine(reactor, parents)?;
         open_served(reactor, fronts, self.file.clone(), image, session, parents, parameters)
@@ -254,7 +254,7 @@ mod tests {
     use crate::format::locator::{
         ABSOLUTE_WIN32_PATH, PARENT_LINKAGE, ParentLocator, RELATIVE_PATH, VOLUME_PATH,
     };
-    use crate::image::{Descent, Image, Mode};
+    use crate::image::{Descent, Image, ReadImage};
 
     /// Opening for writing without writing leaves the file as it was, and its lock free.
     #[test]
@@ -416,11 +416,11 @@ mod tests {
         opened(path).header.header.data_write_guid
     }
 
-    fn opened(path: &Path) -> Image {
+    fn opened(path: &Path) -> ReadImage {
         let file = ImageFile::open(path, Access::ReadOnly, Duration::ZERO).expect("free");
         let reactor = Reactor::new().expect("io_uring is there");
         let disk = reactor.disk(Arc::new(file));
-        reactor.block_on(Image::open(&disk, Mode::ReadOnly, Uuid::new_v4)).expect("an image")
+        reactor.block_on(Image::read(&disk)).expect("an image")
     }
 
     fn reading(path: &Path) -> Result<ImageFile> {
@@ -448,7 +448,7 @@ mod tests {
         open(search, || Ok(())).expect("a chain").close().expect("nothing to do");
         let after = child.bytes();
         assert!(after != before);
-        let locator = opened(&child.path).metadata.parent_locator.expect("a child");
+        let locator = opened(&child.path).metadata.parent_locator.clone().expect("a child");
         assert!(locator.get(RELATIVE_PATH).is_some_and(|path| path.ends_with(r"\moved.vhdx")), "{locator:?}");
         assert_eq!(locator.get(VOLUME_PATH), Some(r"\\?\Volume{1}\disk.vhdx"));
         assert_eq!(locator.get(ABSOLUTE_WIN32_PATH), None, "it is mapped, and leads elsewhere");

@@ -3,8 +3,6 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use uuid::Uuid;
-
 use super::registry::Entry;
 use super::session;
 use crate::chain::{self, Search};
@@ -12,7 +10,7 @@ use crate::disk::{ImageFile, PayloadIo, Reactor, UringDisk};
 use crate::engine::Parent;
 use crate::error::{Error, Kind, Locate, Result};
 use crate::format::metadata::Metadata;
-use crate::image::{BlockMap, Image, Mode};
+use crate::image::{BlockMap, Image, ReadImage};
 
 /// How the parents of an image are found and opened.
 #[derive(Clone)]
@@ -26,7 +24,7 @@ pub struct Parents {
 /// A layer that is only read.
 pub(super) struct ReadLayer {
     pub(super) file: Arc<ImageFile>,
-    pub(super) image: Image,
+    pub(super) image: ReadImage,
 }
 
 /// A child whose parents are to be found.
@@ -93,7 +91,7 @@ impl ReadLayer {
     /// Where its content is. Its file is for payload I/O from now on.
     pub(super) fn into_map(self) -> Result<(Arc<ImageFile>, BlockMap)> {
         choose_payload_io(&self.file, &self.image.metadata)?;
-        Ok((self.file, self.image.map))
+        Ok((self.file, self.image.into_map()))
     }
 }
 
@@ -109,8 +107,8 @@ pub(super) fn for_engine(reactor: &Reactor, parents: Vec<ReadLayer>) -> Result<E
 }
 
 /// Reads and checks the image on `disk`, and replays a dirty log in memory.
-pub(super) async fn read_image(disk: &UringDisk) -> Result<Image> {
-    let image = Image::open(disk, Mode::ReadOnly, Uuid::new_v4).await?;
+pub(super) async fn read_image(disk: &UringDisk) -> Result<ReadImage> {
+    let image = Image::read(disk).await?;
     if image.metadata.virtual_size == 0 {
         let message = "the virtual disk is empty, and the kernel has no such devices";
         return Err(Error::new(Kind::Unsupported, message).in_structure("metadata"));

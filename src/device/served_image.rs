@@ -18,7 +18,7 @@ use crate::engine::local::Spawn;
 use crate::engine::shared::Session;
 use crate::engine::{Engine, Setup};
 use crate::error::{Error, Kind, Locate, Result};
-use crate::image::Image;
+use crate::image::WritableImage;
 
 /// See the module's head.
 pub(super) struct ServedImage {
@@ -34,7 +34,7 @@ pub(super) fn open_served(
     reactor: &Reactor,
     fronts: &Rc<Mailboxes>,
     file: Arc<ImageFile>,
-    image: Image,
+    image: WritableImage,
     session: Option<SessionFile>,
     (parents, parent_files): EngineParents,
     parameters: Parameters,

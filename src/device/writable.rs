@@ -15,7 +15,7 @@ use crate::chain;
 use crate::disk::{Disk, ImageFile, Reactor, UringDisk};
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::format::metadata::Metadata;
-use crate::image::{FoundLog, Image, Mode, Place, Session, SessionMemory};
+use crate::image::{FoundLog, Image, Place, ReadImage, Session, SessionMemory, WritableImage};
 
 /// How an image is opened for writing.
 pub(super) struct WritableOpener {
@@ -31,7 +31,7 @@ pub(super) struct WritableOpener {
 /// What was found before anything is written.
 struct Precheck {
     /// The image, unless its log must be replayed in place to read it.
-    image: Option<Image>,
+    image: Option<ReadImage>,
     session: Option<Resumable>,
 }
 
@@ -43,9 +43,9 @@ struct Resumable {
     file_write_guid: Uuid,
 }
 
-/// An image opened for writing.
-pub(super) struct WritableImage {
-    pub(super) image: Image,
+/// A chain whose first image is opened for writing.
+pub(super) struct WritableChain {
+    pub(super) image: WritableImage,
     pub(super) session: Option<SessionFile>,
     /// Its parents, nearest first.
     pub(super) parents: Vec<ReadLayer>,
@@ -53,13 +53,13 @@ pub(super) struct WritableImage {
 
 impl WritableOpener {
     /// Opens the image in `file`, which carries its lock: every write of a dead holder has ended.
-    pub(super) fn open(&self, reactor: &Reactor, file: &Arc<ImageFile>) -> Result<WritableImage> {
+    pub(super) fn open(&self, reactor: &Reactor, file: &Arc<ImageFile>) -> Result<WritableChain> {
         let path = file.path();
         let (disk, place) = (reactor.disk(file.clone()), session::place_of(file)?);
         file.read_anew();
         let found = reactor.block_on(self.check(&disk, &place)).file(path)?;
         let parents_of = |image: &Image| self.parents.of(image, path, reactor);
-        let early_parents = found.image.as_ref().map(parents_of).transpose()?;
+        let early_parents = found.image.as_deref().map(parents_of).transpose()?;
         (self.may_write)()?;
         let (mut image, mut session) = reactor.block_on(self.load(&disk, found)).file(path)?;
         let parents = early_parents.map_or_else(|| parents_of(&image), Ok)?;
@@ -70,7 +70,7 @@ impl WritableOpener {
                 reactor.block_on(self.forget_losses(&disk, &place)).file(path)?;
             }
         }
-        Ok(WritableImage { image, session, parents })
+        Ok(WritableChain { image, session, parents })
     }
 
     /// Reads the image, and chooses the session to take over. Nothing is written.
@@ -84,7 +84,7 @@ impl WritableOpener {
             Err(error) if error.kind() == Kind::Unsupported && error.structure() == Some("log") => None,
             Err(error) => return Err(error),
         };
-        let session = session::choose(self.plan, &self.sessions, image.as_ref(), place)?;
+        let session = session::choose(self.plan, &self.sessions, image.as_deref(), place)?;
         let session = session.zip(image.as_ref()).map(|((file, memory), image)| Resumable {
             file,
             memory,
@@ -94,15 +94,15 @@ impl WritableOpener {
     }
 
     /// The image as it is to be served: from the session, or from the file with its log replayed in place.
-    async fn load(&self, disk: &UringDisk, found: Precheck) -> Result<(Image, Option<SessionFile>)> {
-        let clean = found.image.filter(|image| image.found_log == FoundLog::Clean);
+    async fn load(&self, disk: &UringDisk, found: Precheck) -> Result<(WritableImage, Option<SessionFile>)> {
+        let clean = found.image.and_then(ReadImage::into_writable);
         let (image, session) = match (found.session, clean) {
             (Some(session), _) => {
                 let (image, session) = self.resume(disk, session).await?;
                 (image, Some(session))
             }
             (None, Some(image)) => (image, None),
-            (None, None) => (Image::open(disk, Mode::Writable, Uuid::new_v4).await?, None),
+            (None, None) => (Image::open_for_writing(disk, Uuid::new_v4).await?, None),
         };
         if let FoundLog::Dirty(entries) = image.found_log {
             tracing::info!("the image was not closed cleanly: replayed {entries} log entries");
@@ -114,9 +114,9 @@ impl WritableOpener {
         Ok((image, session))
     }
 
-    async fn resume(&self, disk: &UringDisk, session: Resumable) -> Result<(Image, SessionFile)> {
+    async fn resume(&self, disk: &UringDisk, session: Resumable) -> Result<(WritableImage, SessionFile)> {
         let Resumable { mut file, memory, file_write_guid } = session;
-        let resumed = Image::resume(disk, memory.clone(), file_write_guid, Uuid::new_v4).await;
+        let resumed = WritableImage::resume(disk, memory.clone(), file_write_guid, Uuid::new_v4).await;
         if resumed.is_err() && memory.session() == Session::Poisoned && memory.used_page_cache() {
             self.sessions.spread_doubt(&session::place_of(disk.file())?)?;
         }
@@ -127,7 +127,12 @@ impl WritableOpener {
 
     /// Makes `image` name the path where its `parent` was found, if its own paths lead elsewhere. Not while a session
     /// is taken over, to which the image's metadata must fit.
-    async fn redirect(&self, disk: &UringDisk, image: Image, parent: Option<&ReadLayer>) -> Result<Image> {
+    async fn redirect(
+        &self,
+        disk: &UringDisk,
+        image: WritableImage,
+        parent: Option<&ReadLayer>,
+    ) -> Result<WritableImage> {
         let (Some(parent), Some(locator)) = (parent, &image.metadata.parent_locator) else {
             return Ok(image);
         };
@@ -148,7 +153,7 @@ impl WritableOpener {
             // The locator is as it was.
             Err(error) if matches!(error.kind(), Kind::Unsupported | Kind::NoSpace) => {
                 warn(&error);
-                Image::open(disk, Mode::Writable, Uuid::new_v4).await
+                Image::open_for_writing(disk, Uuid::new_v4).await
             }
             amended => amended,
         }
@@ -159,7 +164,7 @@ impl WritableOpener {
         &self,
         disk: &UringDisk,
         place: &Place,
-        image: &mut Image,
+        image: &mut WritableImage,
     ) -> Result<Option<SessionFile>> {
         image.read_bitmaps(disk).await?;
         if matches!(self.plan, Plan::Fresh { keep: false } | Plan::Close) {
@@ -185,7 +190,7 @@ impl WritableOpener {
         self.sessions.spread_doubt(place)
     }
 
-    fn start_session(&self, image: &mut Image, place: &Place) -> Result<SessionFile> {
+    fn start_session(&self, image: &mut WritableImage, place: &Place) -> Result<SessionFile> {
         let geometry = *image.map.geometry();
         let (mut session, memory) = self.sessions.create(place, image.metadata.disk_id, &geometry)?;
         image

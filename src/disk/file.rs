@@ -79,7 +79,7 @@ fn open_to_sync(file: &File, id: (u64, u64)) -> Result<File> {
 /// # Errors
 ///
 /// What the operating system says.
-pub fn next_data(file: &File, offset: u64) -> io::Result<Option<u64>> {
+pub(super) fn next_data(file: &File, offset: u64) -> io::Result<Option<u64>> {
     let from = i64::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
     // Every other access to the file names its offset: the position this moves means nothing.
     match lseek(file, from, Whence::SeekData) {
@@ -96,7 +96,7 @@ const PUNCHING: [FsType; 5] =
     [EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC, BTRFS_SUPER_MAGIC, TMPFS_MAGIC, FsType(0xf2f5_2010)];
 
 /// Whether the host surely takes space of `file` back that nobody needs.
-pub fn takes_space_back(file: &File) -> bool {
+pub(super) fn takes_space_back(file: &File) -> bool {
     fstatfs(file).is_ok_and(|host| PUNCHING.contains(&host.filesystem_type()))
 }
 

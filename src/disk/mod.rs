@@ -16,16 +16,18 @@ mod file;
 mod lock;
 mod open;
 mod place;
+mod plain;
 mod reactor;
 mod ring;
 mod unfinished;
 mod uring;
 
 pub use buffer::{Buffer, PAGE_BYTES};
-pub use file::{HostRoom, ImageFile, PayloadIo, folder_of, next_data, takes_space_back};
+pub use file::{HostRoom, ImageFile, PayloadIo, folder_of};
 pub use lock::Access;
 pub use open::{Links, Opened, open_regular};
 pub use place::Place;
+pub use plain::PlainDisk;
 pub use reactor::Reactor;
 pub use ring::{Ring, ring_refused};
 pub use unfinished::{Remover, Unfinished};
@@ -33,12 +35,26 @@ pub use uring::{Counters, UringDisk};
 
 use std::io;
 
-/// An open image file, seen by one engine thread.
+/// An image file that is only read.
 #[expect(async_fn_in_trait, reason = "one thread drives all of it: futures need not be Send")]
-pub trait Disk {
+pub trait ReadDisk {
     /// Reads `length` bytes at `offset`; what lies past the end of the file reads as zero.
     async fn read(&self, offset: u64, length: usize) -> io::Result<Buffer>;
 
+    /// Where the next bytes lie that the host has stored, at `offset` or behind it; from `offset` to there the
+    /// file is a hole and reads as zero. Nothing if there are none. Hosts that do not know say `offset`.
+    async fn next_data(&self, offset: u64) -> io::Result<Option<u64>>;
+
+    /// The file's length in bytes.
+    async fn length(&self) -> io::Result<u64>;
+
+    /// Whether [`Disk::punch`] surely gives space of this file back. Looking changes nothing.
+    fn takes_space_back(&self) -> bool;
+}
+
+/// An image file open for writing, seen by one engine thread.
+#[expect(async_fn_in_trait, reason = "one thread drives all of it: futures need not be Send")]
+pub trait Disk: ReadDisk {
     /// Writes all of `data` at `offset`, inside the file's present length.
     async fn write(&self, offset: u64, data: Buffer) -> io::Result<()>;
 
@@ -49,13 +65,6 @@ pub trait Disk {
     /// its files since it was last asked, by any program: an error that this file's sync has told a process
     /// that is gone is not told twice, and is still found here.
     async fn sync_host(&self) -> io::Result<()>;
-
-    /// Where the next bytes lie that the host has stored, at `offset` or behind it; from `offset` to there the
-    /// file is a hole and reads as zero. Nothing if there are none. Hosts that do not know say `offset`.
-    async fn next_data(&self, offset: u64) -> io::Result<Option<u64>>;
-
-    /// The file's length in bytes.
-    async fn length(&self) -> io::Result<u64>;
 
     /// Extends the file to `length` bytes; the new bytes read as zero. Never shortens.
     async fn grow(&self, length: u64) -> io::Result<()>;
@@ -73,7 +82,4 @@ pub trait Disk {
     /// Gives the space of `offset..offset + length` back to the host; it reads as zero afterwards. `false`
     /// when the host cannot, and nothing has changed.
     async fn punch(&self, offset: u64, length: u64) -> io::Result<bool>;
-
-    /// Whether [`Disk::punch`] surely gives space of this file back. Looking changes nothing.
-    fn takes_space_back(&self) -> bool;
 }

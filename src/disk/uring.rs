@@ -16,7 +16,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use super::ring::{Memory, Op, Ring, STALLS_MAX, is_not_begun};
-use super::{Buffer, Disk, ImageFile, PAGE_BYTES};
+use super::{Buffer, Disk, ImageFile, PAGE_BYTES, ReadDisk};
 
 /// The most one operation transfers: a multiple of the page below the kernel's own bound of 2 GiB.
 const TRANSFER_MAX_BYTES: usize = 1 << 30;
@@ -171,7 +171,7 @@ impl UringDisk {
     }
 }
 
-impl Disk for UringDisk {
+impl ReadDisk for UringDisk {
     async fn read(&self, offset: u64, length: usize) -> io::Result<Buffer> {
         let mut transfer = Transfer::new(offset, length)?;
         let mut pages = Buffer::zeroed(length);
@@ -189,6 +189,20 @@ impl Disk for UringDisk {
         Ok(pages)
     }
 
+    async fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
+        self.file.next_data(offset)
+    }
+
+    async fn length(&self) -> io::Result<u64> {
+        self.fresh_length()
+    }
+
+    fn takes_space_back(&self) -> bool {
+        self.can_punch.get() && self.file.takes_space_back()
+    }
+}
+
+impl Disk for UringDisk {
     async fn write(&self, offset: u64, data: Buffer) -> io::Result<()> {
         let transfer = Transfer::new(offset, data.len())?;
         if transfer.is_complete() {
@@ -211,14 +225,6 @@ impl Disk for UringDisk {
     /// A plain system call, for a thread that serves nothing yet.
     async fn sync_host(&self) -> io::Result<()> {
         Ok(nix::unistd::syncfs(&self.file)?)
-    }
-
-    async fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
-        self.file.next_data(offset)
-    }
-
-    async fn length(&self) -> io::Result<u64> {
-        self.fresh_length()
     }
 
     /// A plain system call, so that looking and changing are one step on this thread; the host may keep it
@@ -272,10 +278,6 @@ impl Disk for UringDisk {
             return Ok(true);
         }
         self.fallocate(&self.can_punch, MODE, range).await
-    }
-
-    fn takes_space_back(&self) -> bool {
-        self.can_punch.get() && self.file.takes_space_back()
     }
 }
 

@@ -8,7 +8,7 @@ use std::rc::Rc;
 
 use super::run::{Run, Source};
 use super::{Engine, Outcome, errno, told};
-use crate::disk::{Buffer, Disk, PAGE_BYTES};
+use crate::disk::{Buffer, Disk, PAGE_BYTES, ReadDisk};
 use crate::format::MIB;
 use crate::format::bat::{BatEntry, PayloadState};
 use crate::image::Extent;
@@ -70,7 +70,7 @@ impl<D: Disk + 'static> Engine<D> {
 }
 
 /// Reads what lies at `offset` of a file, and starts and ends at any sector, in whole pages.
-pub(super) async fn read_sectors<D: Disk>(disk: &D, offset: u64, target: &mut [u8]) -> Outcome {
+pub(super) async fn read_sectors<D: ReadDisk>(disk: &D, offset: u64, target: &mut [u8]) -> Outcome {
     let before = offset % PAGE_BYTES as u64;
     let length = (index(before) + target.len()).next_multiple_of(PAGE_BYTES);
     let pages = disk.read(offset - before, length).await.map_err(|error| errno(&error))?;

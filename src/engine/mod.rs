@@ -60,7 +60,7 @@ use uuid::Uuid;
 use crate::disk::{Buffer, Disk};
 use crate::error::Result;
 use crate::format::metadata::DiskType;
-use crate::image::{BlockMap, FoundLog, Headers, Image, Layout, Space};
+use crate::image::{BlockMap, FoundLog, Headers, Layout, Space, WritableImage};
 use dirty::DirtySet;
 use durability::Durability;
 use fences::Fences;
@@ -167,7 +167,7 @@ struct Turns {
 /// What an engine is made of.
 pub struct Setup<D> {
     /// The image, opened for writing, its sector bitmaps read.
-    pub image: Image,
+    pub image: WritableImage,
     /// Its file.
     pub disk: D,
     /// Its parents, its own first.
@@ -185,25 +185,22 @@ impl<D: Disk + 'static> Engine<D> {
     ///
     /// # Errors
     /// If the image is one that no writer can work with.
-    ///
-    /// # Panics
-    /// If the image was opened read-only.
     pub fn new(setup: Setup<D>) -> Result<Rc<Self>> {
         let Setup { image, disk, parents, tasks, fronts, guids } = setup;
-        assert!(image.overlay.is_none(), "a writable image has its log replayed in place");
         image.check_writable()?;
+        let (image, pending) = image.into_parts();
         let fixed = image.metadata.kind() == DiskType::Fixed;
         let (parents, maps): (Vec<_>, Vec<_>) =
             parents.into_iter().map(|parent| (parent.disk, parent.map)).unzip();
         let shared = Arc::new(Shared::of_chain(image.map.into(), maps.into(), false, fixed));
-        let dirty = DirtySet::new(image.pending.pages, image.pending.bitmaps, shared.marks.clone());
+        let dirty = DirtySet::new(pending.pages, pending.bitmaps, shared.marks.clone());
         let reclaim = Reclaim::default();
-        image.pending.unmapped.into_iter().for_each(|extent| reclaim.lost(extent));
+        pending.unmapped.into_iter().for_each(|extent| reclaim.lost(extent));
         let engine = Rc::new(Self {
             disk,
             parents,
             shared,
-            durability: Durability::found(image.layout.file_length, image.pending.resumed),
+            durability: Durability::found(image.layout.file_length, pending.resumed),
             layout: image.layout,
             recovered: image.found_log != FoundLog::Clean,
             tasks,

@@ -17,10 +17,10 @@ use uuid::Uuid;
 
 use super::edit::Edit;
 use super::headers::Headers;
-use super::open::{Image, Mode, payload_extent, read_table};
+use super::open::{Image, WritableImage, payload_extent, read_table};
 use super::replay;
 use super::view::View;
-use crate::disk::{Buffer, Disk, PAGE_BYTES};
+use crate::disk::{Buffer, Disk, PAGE_BYTES, ReadDisk};
 use crate::error::{Error, Kind, Result};
 use crate::format::MIB;
 use crate::format::bat::{BatEntry, ENTRY_SIZE, Geometry};
@@ -30,8 +30,8 @@ use crate::format::metadata::Metadata;
 /// How much of the BAT is written at a time.
 const BAT_CHUNK_BYTES: u64 = MIB;
 
-impl Image {
-    /// Gives the image on `disk`, which was opened for writing and not written since, this `metadata`; opens it
+impl WritableImage {
+    /// Gives the image on `disk`, which was not written since it was opened, this `metadata`; opens it
     /// again. If there is nothing to change, nothing is written. Blocks that come into the disk are zero.
     ///
     /// # Errors
@@ -39,7 +39,7 @@ impl Image {
     /// image cannot be written; corrupt if the metadata contradicts the format. I/O errors.
     ///
     /// # Panics
-    /// If the image has a log to be replayed, or would be another kind of image.
+    /// If it would be another kind of image.
     pub async fn amend<D: Disk>(
         self,
         disk: &D,
@@ -49,7 +49,6 @@ impl Image {
         if *metadata == self.metadata {
             return Ok(self);
         }
-        assert!(self.overlay.is_none(), "a writable image has its log replayed in place");
         assert_eq!(
             (metadata.kind(), metadata.block_size, metadata.logical_sector_size),
             (self.metadata.kind(), self.metadata.block_size, self.metadata.logical_sector_size),
@@ -80,11 +79,13 @@ impl Image {
             growth.write_own_pages(disk).await?;
         }
         edit.write(disk, &mut headers, &mut new_guid).await?;
-        Self::open(disk, Mode::Writable, new_guid).await
+        Image::open_for_writing(disk, new_guid).await
     }
+}
 
+impl Image {
     /// The items that `metadata` says otherwise, and where they are.
-    async fn items_edit<D: Disk>(&self, disk: &D, metadata: &Metadata) -> Result<Edit> {
+    async fn items_edit<D: ReadDisk>(&self, disk: &D, metadata: &Metadata) -> Result<Edit> {
         let region = self.regions.table.metadata();
         let table = read_table(&View { disk, overlay: None }, region).await?;
         let mut edit = Edit::default();
@@ -163,7 +164,7 @@ impl Growth<'_> {
         }
     }
 
-    async fn edit_shared_pages<D: Disk>(&self, disk: &D, edit: &mut Edit) -> Result<()> {
+    async fn edit_shared_pages<D: ReadDisk>(&self, disk: &D, edit: &mut Edit) -> Result<()> {
         let slots = self.new_slots();
         for slot in slots.start..slots.end.min(self.own_pages()) {
             if let Some(entry) = self.new_entry(slot) {

@@ -6,12 +6,12 @@ use std::ops::Range;
 use super::bitmaps::MAX_BITMAP_BYTES;
 use super::block_map::BlockMap;
 use super::view::View;
-use crate::disk::{Buffer, Disk};
+use crate::disk::{Buffer, ReadDisk};
 use crate::error::{Error, Kind, Result};
 use crate::format::bat::{PayloadState, Role};
 
 /// Reads the bits of every partially present block of `map` in its `stored` slots into its bitmaps.
-pub(super) async fn read_bitmaps<D: Disk>(
+pub(super) async fn read_bitmaps<D: ReadDisk>(
     file: &View<'_, D>,
     map: &BlockMap,
     stored: &[Range<u64>],
@@ -33,7 +33,7 @@ pub(super) struct BitmapReader(Option<(u64, Buffer)>);
 
 impl BitmapReader {
     /// The bits of `block`, whose chunk has partially present blocks, as the file has them.
-    pub(super) async fn read<D: Disk>(
+    pub(super) async fn read<D: ReadDisk>(
         &mut self,
         file: &View<'_, D>,
         map: &BlockMap,

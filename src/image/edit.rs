@@ -11,7 +11,7 @@ use uuid::Uuid;
 use super::headers::Headers;
 use super::replay;
 use super::view::file_length;
-use crate::disk::{Buffer, Disk, PAGE_BYTES};
+use crate::disk::{Buffer, Disk, PAGE_BYTES, ReadDisk};
 use crate::error::{Error, Result};
 use crate::format::MIB;
 use crate::format::log::{Change, NewEntry};
@@ -29,7 +29,7 @@ impl Edit {
     }
 
     /// Lays `bytes` at `offset` over the pages they touch.
-    pub(super) async fn lay<D: Disk>(&mut self, disk: &D, offset: u64, bytes: &[u8]) -> Result<()> {
+    pub(super) async fn lay<D: ReadDisk>(&mut self, disk: &D, offset: u64, bytes: &[u8]) -> Result<()> {
         let mut at = offset;
         let mut left = bytes;
         while !left.is_empty() {

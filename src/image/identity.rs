@@ -2,13 +2,13 @@
 
 use uuid::Uuid;
 
-use super::log_scan::{Log, LogState};
-use super::open::{check_log_place, read_file_id, read_headers, read_metadata, read_regions};
-use super::overlay::Overlay;
+use super::log_scan::LogState;
+use super::open::{Found, read_metadata, read_regions};
 use super::replay;
-use super::view::{View, file_length};
-use crate::disk::Disk;
+use super::view::View;
+use crate::disk::ReadDisk;
 use crate::error::Result;
+use crate::format::header::Current;
 use crate::format::metadata::Metadata;
 
 /// What an image says of itself and of its parent, a dirty log replayed in memory.
@@ -26,25 +26,14 @@ impl Identity {
     ///
     /// # Errors
     /// Whatever contradicts the format, by structure and offset; I/O errors.
-    pub async fn read<D: Disk>(disk: &D, longest_log: u64) -> Result<Self> {
-        let file = View { disk, overlay: None };
-        let mut length = file_length(disk).await?;
-        read_file_id(&file, length).await?;
-        let current = read_headers(&file, length).await?;
-        check_log_place(&current, length)?;
-        let header = current.header;
-        let log = if u64::from(header.log_length) <= longest_log {
-            Log::new(disk, &header).scan(length).await?
-        } else {
-            LogState::Clean
-        };
+    pub async fn read<D: ReadDisk>(disk: &D, longest_log: u64) -> Result<Self> {
+        let Found { header: Current { header, .. }, log, length, .. } = Found::on(disk, longest_log).await?;
         let overlay = match log {
             LogState::Clean | LogState::Virgin => None,
             LogState::Dirty(positions) => Some(replay::in_memory(disk, &header, &positions, length).await?),
         };
         let file = View { disk, overlay: overlay.as_ref() };
-        length = overlay.as_ref().map_or(length, Overlay::file_length);
-        let regions = read_regions(&file, length).await?;
+        let regions = read_regions(&file, file.length().await?).await?;
         let metadata = read_metadata(&file, regions.table.metadata()).await?;
         Ok(Self { data_write_guid: header.data_write_guid, metadata })
     }

@@ -9,7 +9,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::disk::{Buffer, Disk};
+use crate::disk::{Buffer, ReadDisk};
 use crate::error::{Error, Kind, Result};
 use crate::format::header::Header;
 use crate::format::log::{self, Entry, EntryHeader, SECTOR};
@@ -29,13 +29,24 @@ pub enum LogState {
     Virgin,
 }
 
+impl LogState {
+    /// The entries to replay, by position in the log, oldest first; none at all if the header names no log content.
+    pub fn positions(self) -> Option<Vec<u32>> {
+        match self {
+            Self::Clean => None,
+            Self::Virgin => Some(Vec::new()),
+            Self::Dirty(positions) => Some(positions),
+        }
+    }
+}
+
 /// A log on disk.
 pub struct Log<'a, D> {
     disk: &'a D,
     header: &'a Header,
 }
 
-impl<'a, D: Disk> Log<'a, D> {
+impl<'a, D: ReadDisk> Log<'a, D> {
     /// The log that `header` describes.
     pub fn new(disk: &'a D, header: &'a Header) -> Self {
         Self { disk, header }

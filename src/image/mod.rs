@@ -29,7 +29,7 @@ pub use create::{DEFAULT_BLOCK_SIZE, DEFAULT_LOG_LENGTH, Descent, InitialState, 
 pub use headers::Headers;
 pub use identity::Identity;
 pub use memory::{HEADER_WORDS, Mismatch, Owner, Place, Session, SessionMemory, VERSION};
-pub use open::{FoundLog, Image, Layout, Mode, payload_extent};
+pub use open::{FoundLog, Image, Layout, ReadImage, WritableImage, payload_extent};
 pub use overlay::Overlay;
 pub use page::Page;
 pub use pending::Pending;

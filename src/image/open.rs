@@ -3,7 +3,7 @@
 //! Order: file identifier, headers, log (replayed in place or in memory), region tables, metadata, BAT. Nothing
 //! behind the log is believed before the log has been replayed.
 
-use std::ops::Range;
+use std::ops::{Deref, DerefMut, Range};
 
 use uuid::Uuid;
 
@@ -16,7 +16,7 @@ use super::pending::Pending;
 use super::replay;
 use super::space::{Extent, Space};
 use super::view::{View, file_length, present};
-use crate::disk::{Disk, PAGE_BYTES};
+use crate::disk::{Disk, PAGE_BYTES, ReadDisk};
 use crate::error::{Error, Kind, Result};
 use crate::format::MIB;
 use crate::format::bat::{
@@ -26,15 +26,6 @@ use crate::format::file_id::{self, FileId};
 use crate::format::header::{self, Current};
 use crate::format::metadata::{self, Metadata};
 use crate::format::region::{self, CurrentTable, Region};
-
-/// What the image is opened for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mode {
-    /// Nothing is written: a dirty log is replayed in memory.
-    ReadOnly,
-    /// A dirty log is replayed in place. Nothing else is written before the first modification.
-    Writable,
-}
 
 /// Where the metadata lies, bytes.
 #[derive(Clone, Copy, Debug)]
@@ -60,7 +51,18 @@ pub enum FoundLog {
     Virgin,
 }
 
-/// An opened image.
+impl FoundLog {
+    fn of(log: &LogState) -> Self {
+        match log {
+            LogState::Clean => Self::Clean,
+            LogState::Virgin => Self::Virgin,
+            LogState::Dirty(positions) => Self::Dirty(positions.len()),
+        }
+    }
+}
+
+/// An image: every structure read and checked. How it was opened decides what may be done with it; see
+/// [`ReadImage`] and [`WritableImage`].
 pub struct Image {
     /// Who made the file, as it says itself.
     pub creator: String,
@@ -80,57 +82,97 @@ pub struct Image {
     pub stored_slots: Vec<Range<u64>>,
     /// What occupies the file.
     pub space: Space,
-    /// The replayed log, in a read-only open of a dirty image.
-    pub overlay: Option<Overlay>,
-    /// What a killed process left to be committed.
-    pub pending: Pending,
+}
+
+/// An image that is only read: a dirty log is replayed in memory.
+pub struct ReadImage {
+    image: Image,
+    overlay: Option<Overlay>,
+}
+
+/// An image that may be written: a dirty log was replayed in place, and the log is empty.
+pub struct WritableImage {
+    image: Image,
+    pub(super) pending: Pending,
+}
+
+/// What every open finds first.
+pub(super) struct Found {
+    pub(super) creator: String,
+    pub(super) header: Current,
+    pub(super) log: LogState,
+    /// The file's length, bytes.
+    pub(super) length: u64,
+}
+
+impl Found {
+    /// Follows `disk` up to its log. A log longer than `longest_log` bytes is taken for empty.
+    pub(super) async fn on<D: ReadDisk>(disk: &D, longest_log: u64) -> Result<Self> {
+        let file = View { disk, overlay: None };
+        let length = file.length().await?;
+        let creator = read_file_id(&file, length).await?.creator;
+        let header = read_headers(&file, length).await?;
+        check_log_place(&header, length)?;
+        let log = if u64::from(header.header.log_length) <= longest_log {
+            Log::new(disk, &header.header).scan(length).await?
+        } else {
+            LogState::Clean
+        };
+        Ok(Self { creator, header, log, length })
+    }
 }
 
 impl Image {
-    /// Opens the image on `disk`.
+    /// Reads the image on `disk`.
+    ///
+    /// # Errors
+    /// Whatever contradicts the format, by structure and offset; unsupported if its log changes payload, which is
+    /// not replayed in memory; I/O errors.
+    pub async fn read<D: ReadDisk>(disk: &D) -> Result<ReadImage> {
+        let Found { creator, header, log, length } = Found::on(disk, u64::MAX).await?;
+        let found_log = FoundLog::of(&log);
+        let overlay = match log.positions() {
+            Some(positions) => Some(replay::in_memory(disk, &header.header, &positions, length).await?),
+            None => None,
+        };
+        let file = View { disk, overlay: overlay.as_ref() };
+        let image = Self::behind_log(&file, creator, header, found_log).await?;
+        if let Some(overlay) = &overlay {
+            check_overlay(overlay, &image)?;
+        }
+        Ok(ReadImage { image, overlay })
+    }
+
+    /// Opens the image on `disk` for writing. A dirty log is replayed in place; nothing else is written before the
+    /// first modification.
     ///
     /// # Errors
     /// Whatever contradicts the format, by structure and offset; I/O errors.
-    pub async fn open<D: Disk>(disk: &D, mode: Mode, new_guid: impl FnOnce() -> Uuid) -> Result<Self> {
+    pub async fn open_for_writing<D: Disk>(
+        disk: &D,
+        new_guid: impl FnOnce() -> Uuid,
+    ) -> Result<WritableImage> {
+        let Found { creator, mut header, log, .. } = Found::on(disk, u64::MAX).await?;
+        let found_log = FoundLog::of(&log);
         let file = View { disk, overlay: None };
-        let length = file_length(disk).await?;
-        let creator = read_file_id(&file, length).await?.creator;
-        let mut header = read_headers(&file, length).await?;
-        check_log_place(&header, length)?;
-        let state = Log::new(disk, &header.header).scan(length).await?;
-        let (found_log, positions) = match state {
-            LogState::Clean => (FoundLog::Clean, None),
-            LogState::Virgin => (FoundLog::Virgin, Some(Vec::new())),
-            LogState::Dirty(positions) => (FoundLog::Dirty(positions.len()), Some(positions)),
-        };
-        let mut overlay = None;
-        match (positions, mode) {
-            (None, _) => {}
-            (Some(positions), Mode::ReadOnly) => {
-                overlay = Some(replay::in_memory(disk, &header.header, &positions, length).await?);
-            }
-            (Some(positions), Mode::Writable) => {
-                replay::in_place(disk, &mut Headers::new(&header)?, &positions, new_guid()).await?;
-                header = read_headers(&file, file_length(disk).await?).await?;
-            }
+        if let Some(positions) = log.positions() {
+            replay::in_place(disk, &mut Headers::new(&header)?, &positions, new_guid()).await?;
+            header = read_headers(&file, file.length().await?).await?;
         }
-        Self::open_replayed(disk, creator, header, found_log, overlay).await
+        let image = Self::behind_log(&file, creator, header, found_log).await?;
+        Ok(WritableImage { image, pending: Pending::default() })
     }
 
-    async fn open_replayed<D: Disk>(
-        disk: &D,
+    /// Reads what lies behind the log, which `file` shows as replayed.
+    async fn behind_log<D: ReadDisk>(
+        file: &View<'_, D>,
         creator: String,
         header: Current,
         found_log: FoundLog,
-        overlay: Option<Overlay>,
     ) -> Result<Self> {
-        let file = View { disk, overlay: overlay.as_ref() };
-        let length = match &overlay {
-            Some(overlay) => overlay.file_length(),
-            None => file_length(disk).await?,
-        };
-        let regions = read_regions(&file, length).await?;
-        let metadata = read_metadata(&file, regions.table.metadata()).await?;
+        let length = file.length().await?;
+        let regions = read_regions(file, length).await?;
+        let metadata = read_metadata(file, regions.table.metadata()).await?;
         let layout = Layout {
             log: Extent { offset: header.header.log_offset, length: header.header.log_length.into() },
             bat: extent_of(regions.table.bat()),
@@ -152,25 +194,10 @@ impl Image {
             metadata.logical_sector_size,
             metadata.has_parent,
         );
-        let (map, stored_slots) = read_bat(&file, geometry, &layout, &mut space).await?;
+        let (map, stored_slots) = read_bat(file, geometry, &layout, &mut space).await?;
         // Of the file itself: a log that was replayed in memory may say more.
-        map.set_file_bytes(file_length(disk).await?);
-        if let Some(overlay) = &overlay {
-            check_overlay(overlay, &map, &space, &layout, &regions)?;
-        }
-        Ok(Self {
-            creator,
-            header,
-            found_log,
-            regions,
-            metadata,
-            layout,
-            map,
-            stored_slots,
-            space,
-            overlay,
-            pending: Pending::default(),
-        })
+        map.set_file_bytes(file_length(file.disk).await?);
+        Ok(Self { creator, header, found_log, regions, metadata, layout, map, stored_slots, space })
     }
 
     /// The memory that the image takes while it is open, bytes: its BAT as far as the file has one, and the bits of its
@@ -188,15 +215,6 @@ impl Image {
         self.stored_slots.iter().map(|stored| slots(stored) + bits(stored)).sum()
     }
 
-    /// Reads the sector bitmaps from `disk`, on which this image is, into its map.
-    ///
-    /// # Errors
-    /// Corrupt if one is missing; unsupported if they take more than [`super::MAX_BITMAP_BYTES`]; I/O errors.
-    pub async fn read_bitmaps<D: Disk>(&self, disk: &D) -> Result<()> {
-        let file = View { disk, overlay: self.overlay.as_ref() };
-        read_bitmaps(&file, &self.map, &self.stored_slots).await
-    }
-
     /// Refuses what a writer cannot work with.
     ///
     /// # Errors
@@ -211,6 +229,81 @@ impl Image {
             .remedy("open it read-only, or convert it"));
         }
         Headers::new(&self.header).map(|_| ())
+    }
+}
+
+impl ReadImage {
+    /// The replayed log, if there was one.
+    pub fn overlay(&self) -> Option<&Overlay> {
+        self.overlay.as_ref()
+    }
+
+    /// Reads the sector bitmaps from `disk`, on which this image is, into its map.
+    ///
+    /// # Errors
+    /// Corrupt if one is missing; unsupported if they take more than [`super::MAX_BITMAP_BYTES`]; I/O errors.
+    pub async fn read_bitmaps<D: ReadDisk>(&self, disk: &D) -> Result<()> {
+        let file = View { disk, overlay: self.overlay() };
+        read_bitmaps(&file, &self.map, &self.stored_slots).await
+    }
+
+    /// Where each block lies.
+    pub fn into_map(self) -> BlockMap {
+        self.image.map
+    }
+
+    /// The same image for writing, if its log was found clean: there is nothing to be replayed.
+    pub fn into_writable(self) -> Option<WritableImage> {
+        let Self { image, .. } = self;
+        (image.found_log == FoundLog::Clean).then(|| WritableImage { image, pending: Pending::default() })
+    }
+}
+
+impl WritableImage {
+    /// The image, and what a killed process left to be committed.
+    pub fn into_parts(self) -> (Image, Pending) {
+        (self.image, self.pending)
+    }
+
+    /// What a killed process left to be committed.
+    pub fn pending(&self) -> &Pending {
+        &self.pending
+    }
+
+    /// As [`ReadImage::read_bitmaps`].
+    ///
+    /// # Errors
+    /// Those of [`ReadImage::read_bitmaps`].
+    pub async fn read_bitmaps<D: ReadDisk>(&self, disk: &D) -> Result<()> {
+        read_bitmaps(&View { disk, overlay: None }, &self.map, &self.stored_slots).await
+    }
+}
+
+impl From<WritableImage> for ReadImage {
+    fn from(WritableImage { image, .. }: WritableImage) -> Self {
+        Self { image, overlay: None }
+    }
+}
+
+impl Deref for ReadImage {
+    type Target = Image;
+
+    fn deref(&self) -> &Image {
+        &self.image
+    }
+}
+
+impl Deref for WritableImage {
+    type Target = Image;
+
+    fn deref(&self) -> &Image {
+        &self.image
+    }
+}
+
+impl DerefMut for WritableImage {
+    fn deref_mut(&mut self) -> &mut Image {
+        &mut self.image
     }
 }
 
@@ -231,7 +324,7 @@ pub(super) const FILE_ID: &str = "file identifier";
 
 /// The file identifier. A file without it is refused, by the name of what it looks like; [`Kind::Corrupt`] if a valid
 /// header or region table is in its place, so that it is a VHDX all the same.
-pub(super) async fn read_file_id<D: Disk>(file: &View<'_, D>, length: u64) -> Result<FileId> {
+pub(super) async fn read_file_id<D: ReadDisk>(file: &View<'_, D>, length: u64) -> Result<FileId> {
     let first = file.read(FILE_ID, 0, FileId::SIZE).await?;
     match FileId::parse(&first[..present(0, FileId::SIZE, length)]) {
         Err(error) if error.kind() == Kind::NotVhdx => Err(without_signature(file, length).await?),
@@ -240,7 +333,7 @@ pub(super) async fn read_file_id<D: Disk>(file: &View<'_, D>, length: u64) -> Re
 }
 
 /// What a file is that does not begin as a VHDX does.
-async fn without_signature<D: Disk>(file: &View<'_, D>, length: u64) -> Result<Error> {
+async fn without_signature<D: ReadDisk>(file: &View<'_, D>, length: u64) -> Result<Error> {
     let headers = read_headers(file, length).await.is_ok();
     let regions = read_regions(file, length).await.is_ok();
     if headers || regions {
@@ -264,7 +357,10 @@ async fn without_signature<D: Disk>(file: &View<'_, D>, length: u64) -> Result<E
 }
 
 /// The bytes of both headers, fewer where the file ends.
-pub(super) async fn read_header_slots<D: Disk>(file: &View<'_, D>, file_length: u64) -> Result<[Vec<u8>; 2]> {
+pub(super) async fn read_header_slots<D: ReadDisk>(
+    file: &View<'_, D>,
+    file_length: u64,
+) -> Result<[Vec<u8>; 2]> {
     let first = file.read("header 1", header::OFFSETS[0], header::SIZE).await?;
     let second = file.read("header 2", header::OFFSETS[1], header::SIZE).await?;
     let [first_bytes, second_bytes] =
@@ -272,7 +368,7 @@ pub(super) async fn read_header_slots<D: Disk>(file: &View<'_, D>, file_length: 
     Ok([first[..first_bytes].to_vec(), second[..second_bytes].to_vec()])
 }
 
-pub(super) async fn read_headers<D: Disk>(file: &View<'_, D>, file_length: u64) -> Result<Current> {
+pub(super) async fn read_headers<D: ReadDisk>(file: &View<'_, D>, file_length: u64) -> Result<Current> {
     let [first, second] = read_header_slots(file, file_length).await?;
     header::current([&first, &second])
 }
@@ -294,7 +390,7 @@ pub(super) fn truncated(structure: &'static str, offset: u64, end: u64, file_len
 pub(super) const CUT_SHORT: &str = "the file was cut short: copy it again from its source, or restore it from a \
                                     backup; no command opens it as it is";
 
-pub(super) async fn read_regions<D: Disk>(file: &View<'_, D>, file_length: u64) -> Result<CurrentTable> {
+pub(super) async fn read_regions<D: ReadDisk>(file: &View<'_, D>, file_length: u64) -> Result<CurrentTable> {
     let first = file.read("region table 1", region::OFFSETS[0], region::SIZE).await?;
     let second = file.read("region table 2", region::OFFSETS[1], region::SIZE).await?;
     let regions = region::current([&first, &second])?;
@@ -306,12 +402,12 @@ pub(super) async fn read_regions<D: Disk>(file: &View<'_, D>, file_length: u64) 
     Ok(regions)
 }
 
-pub(super) async fn read_table<D: Disk>(file: &View<'_, D>, region: Region) -> Result<metadata::Table> {
+pub(super) async fn read_table<D: ReadDisk>(file: &View<'_, D>, region: Region) -> Result<metadata::Table> {
     let bytes = file.read("metadata table", region.offset, metadata::TABLE_SIZE).await?;
     metadata::Table::parse(&bytes, region.length).map_err(|error| error.at(region.offset))
 }
 
-pub(super) async fn read_metadata<D: Disk>(file: &View<'_, D>, region: Region) -> Result<Metadata> {
+pub(super) async fn read_metadata<D: ReadDisk>(file: &View<'_, D>, region: Region) -> Result<Metadata> {
     let table = read_table(file, region).await?;
     let mut items = Vec::new();
     for entry in table.system_items() {
@@ -324,7 +420,7 @@ pub(super) async fn read_metadata<D: Disk>(file: &View<'_, D>, region: Region) -
 }
 
 /// The bytes of the item that `entry` of the metadata in `region` names.
-pub(super) async fn read_item<D: Disk>(
+pub(super) async fn read_item<D: ReadDisk>(
     file: &View<'_, D>,
     region: Region,
     entry: &metadata::Entry,
@@ -340,7 +436,7 @@ pub(super) async fn read_item<D: Disk>(
 /// How much of the BAT is read at a time.
 pub(super) const BAT_CHUNK_BYTES: u64 = 1 << 20;
 
-async fn read_bat<D: Disk>(
+async fn read_bat<D: ReadDisk>(
     file: &View<'_, D>,
     geometry: Geometry,
     layout: &Layout,
@@ -466,20 +562,15 @@ fn checked_bitmap(entry: BatEntry, slot: u64) -> Result<Option<Extent>> {
 }
 
 /// A log that was replayed in memory must not change payload: that is read from the file directly.
-fn check_overlay(
-    overlay: &Overlay,
-    map: &BlockMap,
-    space: &Space,
-    layout: &Layout,
-    regions: &CurrentTable,
-) -> Result<()> {
-    let regions = regions.table.entries().iter().copied().map(extent_of);
-    let mut metadata: Vec<Extent> = regions.chain([layout.log]).chain(bitmap_blocks(map)).collect();
+fn check_overlay(overlay: &Overlay, image: &Image) -> Result<()> {
+    let regions = image.regions.table.entries().iter().copied().map(extent_of);
+    let mut metadata: Vec<Extent> =
+        regions.chain([image.layout.log]).chain(bitmap_blocks(&image.map)).collect();
     metadata.sort();
     for range in overlay.ranges().filter(|range| range.end > crate::format::HEADER_SECTION) {
         let behind = metadata.partition_point(|extent| extent.offset <= range.start);
         let inside = behind > 0 && range.end <= metadata[behind - 1].end();
-        if !inside && space.is_used(range.start.max(crate::format::HEADER_SECTION)..range.end) {
+        if !inside && image.space.is_used(range.start.max(crate::format::HEADER_SECTION)..range.end) {
             return Err(Error::new(
                 Kind::Unsupported,
                 "the log changes payload, which is not replayed in memory",

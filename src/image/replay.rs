@@ -12,7 +12,7 @@ use super::log_scan::Log;
 use super::overlay::Overlay;
 use super::space::MAX_FILE_BYTES;
 use super::view::file_length;
-use crate::disk::{Buffer, Disk};
+use crate::disk::{Buffer, Disk, ReadDisk};
 use crate::error::{Error, Result};
 use crate::format::MIB;
 use crate::format::header::Header;
@@ -23,7 +23,7 @@ use crate::simulation::{Plant, planted};
 ///
 /// # Errors
 /// I/O errors, and an entry that changed since the scan.
-pub async fn in_memory<D: Disk>(
+pub async fn in_memory<D: ReadDisk>(
     disk: &D,
     header: &Header,
     positions: &[u32],

@@ -14,11 +14,11 @@ use super::bitmap_reader::{BitmapReader, missing, partial_blocks};
 use super::bitmaps::SectorBitmaps;
 use super::block_map::{BlockMap, SLOTS_PER_PAGE};
 use super::memory::{Owner, Place, Session, SessionMemory};
-use super::open::{Image, Mode, checked_payload, payload_extent};
+use super::open::{Image, WritableImage, checked_payload, payload_extent};
 use super::page::Page;
 use super::space::Extent;
 use super::view::View;
-use crate::disk::Disk;
+use crate::disk::{Disk, ReadDisk};
 use crate::error::{Error, Kind, Result};
 use crate::format::bat::{BITMAP_BLOCK_SIZE, BatEntry, BitmapState, PayloadState, Role};
 use crate::simulation::{Plant, planted};
@@ -34,7 +34,9 @@ impl Image {
             sector_size: self.metadata.logical_sector_size.into(),
         }
     }
+}
 
+impl WritableImage {
     /// Moves the block map, and the sector bitmaps that were read, into fresh `memory`.
     ///
     /// # Errors
@@ -66,7 +68,7 @@ impl Image {
     /// carries.
     ///
     /// # Errors
-    /// Those of [`Image::open`]; [`Kind::Poisoned`] if the session is; corrupt if it cannot be this image's
+    /// Those of [`Image::open_for_writing`]; [`Kind::Poisoned`] if the session is; corrupt if it cannot be this image's
     /// future. It stays as it is, for another attempt.
     pub async fn resume<D: Disk>(
         disk: &D,
@@ -99,7 +101,7 @@ impl Image {
             replaying = true;
             guid
         };
-        let opened = Self::open(disk, Mode::Writable, announced).await;
+        let opened = Image::open_for_writing(disk, announced).await;
         let mut image = opened.inspect_err(|error| {
             // A write or sync that failed is never tried again: the host may have dropped what it held.
             if replaying && error.kind() == Kind::Io {
@@ -176,7 +178,7 @@ impl Image {
     }
 
     /// Finds the sectors that the session knows to be in the file and the file's bitmaps do not.
-    async fn reconcile_bitmaps<D: Disk>(&mut self, disk: &D, map: &BlockMap) -> Result<()> {
+    async fn reconcile_bitmaps<D: ReadDisk>(&mut self, disk: &D, map: &BlockMap) -> Result<()> {
         let geometry = *map.geometry();
         let file = View { disk, overlay: None };
         let mut bitmap = BitmapReader::default();

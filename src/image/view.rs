@@ -1,7 +1,7 @@
 //! A file as the readers of its structures see it: under the log that was replayed in memory, if there is one.
 
 use super::overlay::Overlay;
-use crate::disk::{Buffer, Disk, PAGE_BYTES};
+use crate::disk::{Buffer, PAGE_BYTES, ReadDisk};
 use crate::error::{Error, Result};
 
 /// A file, and the replayed log over it.
@@ -10,7 +10,7 @@ pub(super) struct View<'a, D> {
     pub(super) overlay: Option<&'a Overlay>,
 }
 
-impl<D: Disk> View<'_, D> {
+impl<D: ReadDisk> View<'_, D> {
     pub(super) async fn read(&self, structure: &'static str, offset: u64, length: usize) -> Result<Buffer> {
         let result = self.disk.read(offset, length).await;
         let mut bytes =
@@ -19,6 +19,14 @@ impl<D: Disk> View<'_, D> {
             overlay.patch(offset, &mut bytes);
         }
         Ok(bytes)
+    }
+
+    /// The file's length, bytes: what it will be once the log is replayed in place.
+    pub(super) async fn length(&self) -> Result<u64> {
+        match self.overlay {
+            Some(overlay) => Ok(overlay.file_length()),
+            None => file_length(self.disk).await,
+        }
     }
 
     /// The first page at `offset` or behind it that may hold anything but zeros.
@@ -32,7 +40,8 @@ impl<D: Disk> View<'_, D> {
     }
 }
 
-pub(super) async fn file_length<D: Disk>(disk: &D) -> Result<u64> {
+/// The file's length, bytes.
+pub(super) async fn file_length<D: ReadDisk>(disk: &D) -> Result<u64> {
     disk.length().await.map_err(|error| Error::io("asking for the file's length", error))
 }
 

@@ -2,9 +2,9 @@
 //! nothing but the specification.
 
 use uuid::Uuid;
-use vhdx_ublk::disk::Disk;
+use vhdx_ublk::disk::ReadDisk;
 use vhdx_ublk::error::Result;
-use vhdx_ublk::image::{Image, Mode};
+use vhdx_ublk::image::{Image, ReadImage, WritableImage};
 
 use crate::sim::disk::SimDisk;
 use crate::sim::store::Store;
@@ -190,22 +190,26 @@ impl Craft {
         self.write(BAT + slot * 8, &word.to_le_bytes());
     }
 
-    /// Opens the image; the disk shows what that has changed.
-    pub fn open(&self, mode: Mode) -> Result<(Image, SimDisk)> {
-        let disk = SimDisk::new(self.file.clone(), true, true, 512);
-        let image = block_on(Image::open(&disk, mode, || Uuid::from_u128(0xf11e)))?;
-        if mode == Mode::ReadOnly {
-            let activity = disk.activity();
-            assert_eq!(activity.writes + activity.zeroes + activity.resizes, 0, "a read-only open writes");
-        }
-        Ok((image, disk))
+    fn disk(&self) -> SimDisk {
+        SimDisk::new(self.file.clone(), true, true, 512)
+    }
+
+    /// Opens the image for reading.
+    pub fn open_read_only(&self) -> Result<(ReadImage, SimDisk)> {
+        let disk = self.disk();
+        Ok((block_on(Image::read(&disk))?, disk))
+    }
+
+    /// Opens the image for writing; the disk shows what that has changed.
+    pub fn open_writable(&self) -> Result<(WritableImage, SimDisk)> {
+        let disk = self.disk();
+        Ok((block_on(Image::open_for_writing(&disk, || Uuid::from_u128(0xf11e)))?, disk))
     }
 
     /// What a reader of `image`, opened from this file, sees at `offset`.
-    pub fn seen(&self, image: &Image, offset: u64, length: usize) -> Vec<u8> {
-        let disk = SimDisk::new(self.file.clone(), true, true, 512);
-        let mut bytes = block_on(disk.read(offset, length)).expect("a simulated disk reads").to_vec();
-        if let Some(overlay) = &image.overlay {
+    pub fn seen(&self, image: &ReadImage, offset: u64, length: usize) -> Vec<u8> {
+        let mut bytes = block_on(self.disk().read(offset, length)).expect("a simulated disk reads").to_vec();
+        if let Some(overlay) = image.overlay() {
             overlay.patch(offset, &mut bytes);
         }
         bytes

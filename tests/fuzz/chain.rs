@@ -11,11 +11,11 @@ use vhdx_ublk::engine::front::{Front, Op, Request};
 use vhdx_ublk::engine::message::ToEngine;
 use vhdx_ublk::engine::port::{FileIo, FileOp, PieceId, Port};
 use vhdx_ublk::engine::shared::Shared;
-use vhdx_ublk::image::{Image, Mode};
+use vhdx_ublk::image::{Image, ReadImage};
 
 use super::corpus;
 use super::target::{Case, Outcome, Target, no_bytes};
-use super::trial::{self, READ_ONLY, REFUSED, WRITTEN};
+use super::trial::{self, Opening, READ_ONLY, REFUSED, WRITTEN};
 use crate::craft::Craft;
 use crate::sim::disk::SimDisk;
 use crate::sim::store::Store;
@@ -48,9 +48,12 @@ fn seeds() -> Vec<Case> {
 }
 
 /// An image of a chain as a reader has it, with its bits.
-pub fn open_layer(file: &Store, mode: Mode) -> Option<(Image, Store)> {
-    let (opened, content, _) = trial::open(&Craft { file: file.clone() }, mode);
-    let image = opened.ok()?;
+pub fn open_layer(file: &Store) -> Option<(ReadImage, Store)> {
+    with_bits(trial::open_read_only(&Craft { file: file.clone() }))
+}
+
+fn with_bits<T: Into<ReadImage>>((opened, content, _): Opening<T>) -> Option<(ReadImage, Store)> {
+    let image: ReadImage = opened.ok()?.into();
     if image.metadata.virtual_size > LARGEST_BITMAPS {
         return None;
     }
@@ -61,7 +64,7 @@ pub fn open_layer(file: &Store, mode: Mode) -> Option<(Image, Store)> {
 
 fn run(files: &[Store], seed: u64) -> Outcome {
     let mut shape = DefaultHasher::new();
-    let layers: Option<Vec<_>> = files.iter().map(|file| open_layer(file, Mode::ReadOnly)).collect();
+    let layers: Option<Vec<_>> = files.iter().map(open_layer).collect();
     let sectors = |image: &Image| image.metadata.logical_sector_size;
     let ending = match layers {
         Some(layers)
@@ -118,12 +121,12 @@ impl Port for Files {
     }
 }
 
-fn read(layers: Vec<Image>, seed: u64, shape: &mut DefaultHasher) {
+fn read(layers: Vec<ReadImage>, seed: u64, shape: &mut DefaultHasher) {
     let mut rng = Rng::with_seed(seed);
     let geometry = *layers[0].map.geometry();
     let (size, sector) = (geometry.virtual_size(), u64::from(geometry.logical_sector_size()));
     let count = layers.len();
-    let mut maps = layers.into_iter().map(|image| Arc::new(image.map));
+    let mut maps = layers.into_iter().map(|image| Arc::new(image.into_map()));
     let leaf = maps.next().expect("a child");
     let mut front = Front::new(Arc::new(Shared::of_chain(leaf, maps.collect(), true, false)), 1);
     let mut files = Files { layers: count, ..Files::default() };
@@ -148,7 +151,8 @@ fn read(layers: Vec<Image>, seed: u64, shape: &mut DefaultHasher) {
 
 /// Writes to the child over a good parent, if it opens for that.
 fn write(child: &Store, seed: u64, shape: &mut DefaultHasher) -> bool {
-    let Some((image, content)) = open_layer(child, Mode::Writable) else { return false };
+    let opened = trial::open_writable(&Craft { file: child.clone() });
+    let Some((image, content)) = with_bits(opened) else { return false };
     let geometry = *image.map.geometry();
     let fits = geometry.virtual_size() <= LARGEST_WRITTEN && image.check_writable().is_ok();
     drop(image);

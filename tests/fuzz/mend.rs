@@ -8,7 +8,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 
 use uuid::Uuid;
 use vhdx_ublk::format::locator::{PARENT_LINKAGE, RELATIVE_PATH};
-use vhdx_ublk::image::{Image, Mode, check, repair};
+use vhdx_ublk::image::{Image, ReadImage, check, repair};
 
 use super::corpus;
 use super::target::{Case, Outcome, Target, any_bytes, no_bytes};
@@ -46,14 +46,14 @@ fn disk(file: &Store) -> SimDisk {
     SimDisk::new(file.clone(), true, true, 512)
 }
 
-fn opened(file: &Store, mode: Mode) -> Option<Image> {
-    block_on(Image::open(&disk(file), mode, || Uuid::from_u128(0xf11e))).ok()
+fn opened(file: &Store) -> Option<ReadImage> {
+    block_on(Image::read(&disk(file))).ok()
 }
 
 /// What opened before opens, and names the same places.
-fn assert_kept(before: Option<&Image>, file: &Store) {
+fn assert_kept(before: Option<&ReadImage>, file: &Store) {
     let Some(before) = before else { return };
-    let after = opened(file, Mode::ReadOnly).expect("it opened before");
+    let after = opened(file).expect("it opened before");
     assert_eq!(before.metadata.virtual_size, after.metadata.virtual_size);
     for block in 0..before.map.geometry().block_count().min(COMPARED) {
         let [old, new] = [before, &after].map(|image| image.map.load(block).entry);
@@ -64,7 +64,7 @@ fn assert_kept(before: Option<&Image>, file: &Store) {
 
 fn repaired(file: &Store) -> Outcome {
     let mut shape = DefaultHasher::new();
-    let before = opened(file, Mode::ReadOnly);
+    let before = opened(file);
     let target = disk(file);
     let mut number = 0;
     let new_guid = || {
@@ -97,10 +97,10 @@ fn repaired(file: &Store) -> Outcome {
 fn relinked(file: &Store, path: &[u8]) -> Outcome {
     let mut shape = DefaultHasher::new();
     let target = disk(file);
-    let opening = block_on(Image::open(&target, Mode::Writable, || Uuid::from_u128(0xf11e)));
+    let opening = block_on(Image::open_for_writing(&target, || Uuid::from_u128(0xf11e)));
     let ending = match opening {
         Ok(image) if image.metadata.parent_locator.is_some() => {
-            let replayed = opened(&target.content(), Mode::ReadOnly);
+            let replayed = opened(&target.content());
             let mut metadata = image.metadata.clone();
             let mut locator = metadata.parent_locator.take().expect("it was there");
             // A path of this machine's has no NUL, and none is empty.
@@ -109,7 +109,7 @@ fn relinked(file: &Store, path: &[u8]) -> Outcome {
             locator.set(PARENT_LINKAGE, Uuid::from_u128(9).braced().to_string());
             metadata.parent_locator = Some(locator);
             let amended = block_on(image.amend(&target, &metadata, || Uuid::from_u128(0xa)));
-            let found = opened(&target.content(), Mode::ReadOnly).expect("it opened before");
+            let found = opened(&target.content()).expect("it opened before");
             assert_kept(replayed.as_ref(), &target.content());
             match amended {
                 Ok(_) => {

@@ -13,7 +13,7 @@ use fastrand::Rng;
 use uuid::Uuid;
 use vhdx_ublk::error::Result;
 use vhdx_ublk::format::bat::PayloadState;
-use vhdx_ublk::image::{Image, Mode};
+use vhdx_ublk::image::ReadImage;
 use vhdx_ublk::operations::merge::{Files, Merge};
 
 use super::chain::open_layer;
@@ -67,7 +67,7 @@ impl Files for Folder {
 const NAMES: [&str; 2] = ["/child", "/parent"];
 
 /// The first eight bytes of a sector, as the chain has it.
-fn says(chain: &[(Image, Store)], offset: u64) -> u64 {
+fn says(chain: &[(ReadImage, Store)], offset: u64) -> u64 {
     for (image, file) in chain {
         let geometry = image.map.geometry();
         if offset >= geometry.virtual_size() {
@@ -94,8 +94,8 @@ fn says(chain: &[(Image, Store)], offset: u64) -> u64 {
 }
 
 /// The chain as a reader finds it; nothing if an image does not open.
-fn chain(files: &[Store]) -> Option<Vec<(Image, Store)>> {
-    files.iter().map(|file| open_layer(file, Mode::ReadOnly)).collect()
+fn chain(files: &[Store]) -> Option<Vec<(ReadImage, Store)>> {
+    files.iter().map(open_layer).collect()
 }
 
 fn run(files: &[Store], seed: u64) -> Outcome {
@@ -110,7 +110,12 @@ fn run(files: &[Store], seed: u64) -> Outcome {
     Outcome { ending, signature: shape.finish(), peak: 0 }
 }
 
-fn merge(files: &[Store], before: &[(Image, Store)], seed: u64, shape: &mut DefaultHasher) -> &'static str {
+fn merge(
+    files: &[Store],
+    before: &[(ReadImage, Store)],
+    seed: u64,
+    shape: &mut DefaultHasher,
+) -> &'static str {
     let mut rng = Rng::with_seed(seed);
     let sector = before[0].0.metadata.logical_sector_size;
     let disks = files.iter().map(|file| SimDisk::new(file.clone(), true, true, sector));

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 use fastrand::Rng;
 use uuid::Uuid;
 use vhdx_ublk::format::bat::Geometry;
-use vhdx_ublk::image::{Image, Mode, Place, SessionMemory};
+use vhdx_ublk::image::{Image, Place, SessionMemory, WritableImage};
 
 use super::corpus;
 use super::target::{Case, Outcome, Target};
@@ -79,7 +79,7 @@ fn seeds() -> Vec<Case> {
 /// The image with the session of a daemon that was killed when it had just begun.
 fn begun(file: Store) -> Option<Case> {
     let disk = SimDisk::new(file, true, true, 512);
-    let mut image = block_on(Image::open(&disk, Mode::Writable, || Uuid::from_u128(5))).ok()?;
+    let mut image = block_on(Image::open_for_writing(&disk, || Uuid::from_u128(5))).ok()?;
     let count = words_for(image.map.geometry())?;
     block_on(image.read_bitmaps(&disk)).ok()?;
     let owner = image.owner(place());
@@ -120,7 +120,7 @@ fn change_words(bytes: &mut Vec<u8>, rng: &mut Rng) {
 fn run(file: &Store, bytes: &[u8]) -> Outcome {
     let mut shape = DefaultHasher::new();
     let disk = SimDisk::new(file.clone(), true, true, 512);
-    let looked = block_on(Image::open(&disk, Mode::ReadOnly, || Uuid::from_u128(5)));
+    let looked = block_on(Image::read(&disk));
     let mut ending = REFUSED;
     if let Ok(image) = looked
         && let Some(count) = words_for(image.map.geometry())
@@ -129,7 +129,7 @@ fn run(file: &Store, bytes: &[u8]) -> Outcome {
         let carried = image.header.header.file_write_guid;
         let checked = memory.check(&image.owner(place()), carried);
         if memory.fits(image.map.geometry()) && checked.is_ok() {
-            let resumed = block_on(Image::resume(&disk, memory, carried, || Uuid::from_u128(6)));
+            let resumed = block_on(WritableImage::resume(&disk, memory, carried, || Uuid::from_u128(6)));
             match resumed {
                 Ok(_) => ending = "taken over",
                 Err(error) => (format!("{:?}", error.kind()), error.structure()).hash(&mut shape),

@@ -92,8 +92,8 @@ impl Case {
     /// Reads one that was saved.
     pub fn load(folder: &Path) -> std::io::Result<Self> {
         let mut case = Self { files: Vec::new(), bytes: std::fs::read(folder.join("bytes"))? };
-        while let Ok(file) = std::fs::File::open(folder.join(format!("{}.vhdx", case.files.len()))) {
-            case.files.push(Store::load(&file)?);
+        while let Ok(file) = Store::load(&folder.join(format!("{}.vhdx", case.files.len()))) {
+            case.files.push(file);
         }
         Ok(case)
     }

@@ -6,12 +6,13 @@
 //!   and what a power cut or a clean close leaves opens again.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::ops::Deref;
 
 use fastrand::Rng;
 use uuid::Uuid;
 use vhdx_ublk::error::Error;
 use vhdx_ublk::format::bat::Geometry;
-use vhdx_ublk::image::{FoundLog, Image, Mode, check};
+use vhdx_ublk::image::{FoundLog, Image, ReadImage, WritableImage, check};
 
 use super::corpus;
 use super::probe::Probe;
@@ -67,10 +68,22 @@ fn operation_bound(image: &Craft) -> u64 {
     20_000 + log_length(image) / 16
 }
 
-/// Opens `image` in `mode` and checks what that costs.
-pub fn open(image: &Craft, mode: Mode) -> (Result<Image, Error>, Store, u64) {
-    let disk = Probe::new(image.file.clone(), mode == Mode::Writable, operation_bound(image));
-    let (opened, peak) = peak_of(|| block_on(Image::open(&disk, mode, || Uuid::from_u128(0xf11e))));
+/// An opened image, its file afterwards, and the most memory that opening took, bytes.
+pub type Opening<T> = (Result<T, Error>, Store, u64);
+
+/// Opens `image` for reading, and checks what that costs.
+pub fn open_read_only(image: &Craft) -> Opening<ReadImage> {
+    measure(image, |disk| block_on(Image::read(disk)))
+}
+
+/// Opens `image` for writing, and checks what that costs.
+pub fn open_writable(image: &Craft) -> Opening<WritableImage> {
+    measure(image, |disk| block_on(Image::open_for_writing(disk, || Uuid::from_u128(0xf11e))))
+}
+
+fn measure<T>(image: &Craft, open: impl FnOnce(&Probe) -> Result<T, Error>) -> Opening<T> {
+    let disk = Probe::new(image.file.clone(), operation_bound(image));
+    let (opened, peak) = peak_of(|| open(&disk));
     assert!(peak <= memory_bound(image), "opening takes {peak} bytes, the bound is {}", memory_bound(image));
     if let Err(error) = &opened {
         assert!(!error.to_string().is_empty());
@@ -82,8 +95,8 @@ pub fn open(image: &Craft, mode: Mode) -> (Result<Image, Error>, Store, u64) {
 fn run(file: &Store, seed: u64) -> Outcome {
     let image = Craft { file: file.clone() };
     let mut shape = DefaultHasher::new();
-    let (read_only, _, read_peak) = open(&image, Mode::ReadOnly);
-    let (writable, content, write_peak) = open(&image, Mode::Writable);
+    let (read_only, _, read_peak) = open_read_only(&image);
+    let (writable, content, write_peak) = open_writable(&image);
     let peak = read_peak.max(write_peak);
     describe(&read_only, &mut shape);
     describe(&writable, &mut shape);
@@ -103,7 +116,7 @@ fn run(file: &Store, seed: u64) -> Outcome {
 }
 
 /// What can be told from outside about the way an open went, numbers left out.
-pub fn describe(opened: &Result<Image, Error>, shape: &mut DefaultHasher) {
+pub fn describe<T: Deref<Target = Image>>(opened: &Result<T, Error>, shape: &mut DefaultHasher) {
     match opened {
         Ok(image) => {
             let metadata = &image.metadata;
@@ -130,7 +143,7 @@ fn agree(in_memory: &Image, opened: &Image) {
 }
 
 /// Writes to an image that has been opened; its log has been replayed into `content`.
-fn write_to(opened: Image, content: Store, seed: u64, shape: &mut DefaultHasher) -> &'static str {
+fn write_to(opened: WritableImage, content: Store, seed: u64, shape: &mut DefaultHasher) -> &'static str {
     let geometry = *opened.map.geometry();
     if geometry.is_differencing() || geometry.block_count() == 0 || opened.check_writable().is_err() {
         return READ_ONLY;
@@ -167,7 +180,7 @@ pub fn serve(geometry: &Geometry, content: Store, seed: u64, shape: &mut Default
 
 /// How much of an image that opens contradicts the format, and cannot be repaired.
 fn beyond_repair(file: &Store) -> u64 {
-    let disk = Probe::new(file.clone(), false, u64::MAX);
+    let disk = Probe::new(file.clone(), u64::MAX);
     let report = block_on(check(&disk)).expect("what opens can be examined");
     assert!(report.complete, "what opens is examined whole: {:?}", report.findings);
     report.beyond_repair
@@ -175,6 +188,6 @@ fn beyond_repair(file: &Store) -> u64 {
 
 /// What we leave is an image, whatever it was made from.
 fn opens_again(file: Store, after: &str) -> FoundLog {
-    let (opened, ..) = open(&Craft { file }, Mode::Writable);
+    let (opened, ..) = open_writable(&Craft { file });
     opened.unwrap_or_else(|error| panic!("after {after}: {error}")).found_log
 }

@@ -17,7 +17,7 @@ use std::rc::Rc;
 use std::task::{Poll, Waker};
 
 use fastrand::Rng;
-use vhdx_ublk::disk::{Buffer, Disk};
+use vhdx_ublk::disk::{Buffer, Disk, ReadDisk};
 use vhdx_ublk::engine::port::PieceId;
 use vhdx_ublk::simulation::{Plant, planted};
 
@@ -906,11 +906,25 @@ fn persist(store: &mut Store, effect: &Effect, profile: Profile, all: bool, keep
     }
 }
 
-impl Disk for SimDisk {
+impl ReadDisk for SimDisk {
     async fn read(&self, offset: u64, length: usize) -> io::Result<Buffer> {
         self.run(Effect::Read { offset, length }).await
     }
 
+    async fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
+        Ok(self.state.borrow().cache.next_stored(offset))
+    }
+
+    async fn length(&self) -> io::Result<u64> {
+        Ok(self.state.borrow().cache.length)
+    }
+
+    fn takes_space_back(&self) -> bool {
+        self.can_punch
+    }
+}
+
+impl Disk for SimDisk {
     async fn write(&self, offset: u64, data: Buffer) -> io::Result<()> {
         let length = self.state.borrow().cache.length;
         assert!(offset.is_multiple_of(4096), "a write at {offset}");
@@ -929,14 +943,6 @@ impl Disk for SimDisk {
         let host = &mut self.state.borrow_mut().host;
         host.asked = false;
         if std::mem::take(&mut host.lost) { Err(io::Error::from_raw_os_error(EIO)) } else { Ok(()) }
-    }
-
-    async fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
-        Ok(self.state.borrow().cache.next_stored(offset))
-    }
-
-    async fn length(&self) -> io::Result<u64> {
-        Ok(self.state.borrow().cache.length)
     }
 
     async fn grow(&self, length: u64) -> io::Result<()> {
@@ -966,9 +972,5 @@ impl Disk for SimDisk {
             return Ok(false);
         }
         self.run(Effect::Zero { offset, length, gives_back: true }).await.map(|_| true)
-    }
-
-    fn takes_space_back(&self) -> bool {
-        self.can_punch
     }
 }

@@ -10,7 +10,7 @@ use fastrand::Rng;
 use uuid::Uuid;
 use vhdx_ublk::format::bat::{BatEntry, Geometry, PayloadState};
 use vhdx_ublk::format::{header, region};
-use vhdx_ublk::image::{BlockMap, FoundLog, Image, Layout, Mode, check, payload_extent};
+use vhdx_ublk::image::{BlockMap, FoundLog, Image, Layout, check, payload_extent};
 
 use super::disk::{AtRisk, Effect, SimDisk, apply};
 use super::images::{Choice, Coverage, Images, Limits, Risk, hash_store};
@@ -247,7 +247,7 @@ impl Judge {
     fn recover(&mut self, store: Store) -> Result<(Outcome, Vec<Effect>), String> {
         let found_length = store.length;
         let medium = Medium::new(store, self.places.clone());
-        let image = block_on(Image::open(&medium, Mode::Writable, || RECOVERY_GUID));
+        let image = block_on(Image::open_for_writing(&medium, || RECOVERY_GUID));
         let image = image.map_err(|error| format!("the image does not open: {error}"))?;
         match image.found_log {
             FoundLog::Virgin => {
@@ -448,7 +448,7 @@ impl Judge {
     fn least(&self, images: &Images, choice: &Choice, why: &str) -> String {
         let least = images.shrink(choice, |choice| {
             let medium = Medium::new(images.store(choice), self.places.clone());
-            match block_on(Image::open(&medium, Mode::Writable, || RECOVERY_GUID)) {
+            match block_on(Image::open_for_writing(&medium, || RECOVERY_GUID)) {
                 Ok(image) => image.found_log == FoundLog::Virgin,
                 Err(_) => true,
             }

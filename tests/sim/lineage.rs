@@ -10,7 +10,7 @@ use std::sync::Arc;
 use uuid::Uuid;
 use vhdx_ublk::format::bat::{BITMAP_BLOCK_SIZE, BatEntry, Geometry, PayloadState};
 use vhdx_ublk::format::locator::{PARENT_LINKAGE, ParentLocator, RELATIVE_PATH};
-use vhdx_ublk::image::{BlockMap, Descent, Image, Mode};
+use vhdx_ublk::image::{BlockMap, Descent, Image};
 
 use super::disk::SimDisk;
 use super::oracle::{Value, stamp};
@@ -145,7 +145,7 @@ impl Lineage {
             return content;
         }
         let disk = SimDisk::new(content, true, true, 512);
-        let image = block_on(Image::open(&disk, Mode::ReadOnly, Uuid::new_v4)).expect("a new image");
+        let image = block_on(Image::read(&disk)).expect("a new image");
         let (geometry, bat) = (*image.map.geometry(), image.layout.bat.offset);
         let mut file = disk.content();
         let mut bitmaps: BTreeMap<u64, u64> = BTreeMap::new();

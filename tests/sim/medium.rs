@@ -8,7 +8,7 @@ use std::cell::RefCell;
 use std::io;
 use std::rc::Rc;
 
-use vhdx_ublk::disk::{Buffer, Disk};
+use vhdx_ublk::disk::{Buffer, Disk, ReadDisk};
 
 use super::disk::{Effect, apply};
 use super::places::Places;
@@ -46,7 +46,7 @@ impl Medium {
     }
 }
 
-impl Disk for Medium {
+impl ReadDisk for Medium {
     async fn read(&self, offset: u64, length: usize) -> io::Result<Buffer> {
         self.check_place("reads", offset, length);
         let mut buffer = Buffer::zeroed(length);
@@ -54,6 +54,20 @@ impl Disk for Medium {
         Ok(buffer)
     }
 
+    async fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
+        Ok(self.store.borrow().next_stored(offset))
+    }
+
+    async fn length(&self) -> io::Result<u64> {
+        Ok(self.store.borrow().length)
+    }
+
+    fn takes_space_back(&self) -> bool {
+        true
+    }
+}
+
+impl Disk for Medium {
     async fn write(&self, offset: u64, data: Buffer) -> io::Result<()> {
         self.check_place("writes", offset, data.len());
         self.run(Effect::Write { offset, bytes: Rc::new(data.to_vec()), durable: false });
@@ -67,14 +81,6 @@ impl Disk for Medium {
 
     async fn sync_host(&self) -> io::Result<()> {
         self.sync().await
-    }
-
-    async fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
-        Ok(self.store.borrow().next_stored(offset))
-    }
-
-    async fn length(&self) -> io::Result<u64> {
-        Ok(self.store.borrow().length)
     }
 
     async fn grow(&self, length: u64) -> io::Result<()> {
@@ -98,9 +104,5 @@ impl Disk for Medium {
 
     async fn punch(&self, offset: u64, length: u64) -> io::Result<bool> {
         self.zero(offset, length).await.map(|()| true)
-    }
-
-    fn takes_space_back(&self) -> bool {
-        true
     }
 }

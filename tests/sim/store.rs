@@ -3,6 +3,10 @@
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
+use vhdx_ublk::error::Error;
+
+use super::tasks::block_on;
+
 const PAGE: u64 = 4096;
 const PAGE_BYTES: usize = 4096;
 
@@ -101,19 +105,24 @@ impl Store {
         self.pages.range(offset / PAGE..).next().map(|(page, _)| (page * PAGE).max(offset))
     }
 
-    /// What a file holds, its holes passed over.
-    pub fn load(file: &std::fs::File) -> std::io::Result<Self> {
-        use std::os::unix::fs::FileExt;
-        const STEP: u64 = 64 << 10;
-        let mut store = Self { length: file.metadata()?.len(), ..Self::default() };
-        let mut next = 0;
-        while let Some(data) = vhdx_ublk::disk::next_data(file, next)?.filter(|&data| data < store.length) {
-            let mut bytes = vec![0; usize::try_from(STEP.min(store.length - data)).expect("small")];
-            file.read_exact_at(&mut bytes, data)?;
-            store.write(data, &bytes);
-            next = data + STEP;
-        }
-        Ok(store)
+    /// What the file at `path` holds, its holes passed over.
+    pub fn load(path: &std::path::Path) -> vhdx_ublk::error::Result<Self> {
+        use vhdx_ublk::disk::{Links, PlainDisk, ReadDisk};
+        const STEP: usize = 64 << 10;
+        let io = |error| Error::io("loading a file", error);
+        let (file, _) = PlainDisk::open(path, Links::Follow)?;
+        block_on(async {
+            let mut store = Self { length: file.length().await.map_err(io)?, ..Self::default() };
+            let mut next = 0;
+            while let Some(data) = file.next_data(next).await.map_err(io)?.filter(|&data| data < store.length)
+            {
+                let bytes = file.read(data, STEP).await.map_err(io)?;
+                let length = usize::try_from(store.length - data).unwrap_or(STEP).min(STEP);
+                store.write(data, &bytes[..length]);
+                next = data + STEP as u64;
+            }
+            Ok(store)
+        })
     }
 
     /// The whole file, for other programs to read.

@@ -19,7 +19,7 @@ use vhdx_ublk::engine::shared::{Session, Shared};
 use vhdx_ublk::engine::{Counters, Engine, Fronts, Parent, Setup};
 use vhdx_ublk::format::bat::{BatEntry, PayloadState};
 use vhdx_ublk::image::{
-    BlockMap, FoundLog, Image, InitialState, Layout, Mode, NewImage, SessionMemory, check,
+    BlockMap, FoundLog, Image, InitialState, Layout, NewImage, SessionMemory, WritableImage, check,
 };
 
 use super::disk::{EAGAIN, EIO, ENOSPC, Effect, FrontDone, Owner, Profile, SimDisk};
@@ -362,14 +362,14 @@ pub fn new_image(config: &Config, rng: &mut Rng) -> Store {
 
 /// An image that a world serves.
 struct Opened {
-    image: Image,
+    image: WritableImage,
     disk: SimDisk,
     memory: SessionMemory,
 }
 
 fn open_image(config: &Config, content: Store, guids: &mut impl FnMut() -> Uuid) -> Opened {
     let disk = SimDisk::new(content, true, config.can_punch, config.image.logical_sector_size);
-    let mut image = block_on(Image::open(&disk, Mode::Writable, guids)).expect("the image opens");
+    let mut image = block_on(Image::open_for_writing(&disk, guids)).expect("the image opens");
     block_on(image.read_bitmaps(&disk)).expect("they are there");
     let memory = death::start_session(&mut image, config.faults);
     disk.set_immediate(false);
@@ -1045,8 +1045,7 @@ pub fn check_recovery(
     activation: &mut Activation,
 ) -> Result<Store, String> {
     let disk = SimDisk::new(content.clone(), true, config.can_punch, config.image.logical_sector_size);
-    let image =
-        block_on(Image::open(&disk, Mode::Writable, guids(rng))).map_err(|error| format!("{error:#}"))?;
+    let image = block_on(Image::open_for_writing(&disk, guids(rng))).map_err(|error| format!("{error:#}"))?;
     if image.found_log == FoundLog::Virgin {
         return Err("the headers name a log that has no entry: others call that corrupt".into());
     }

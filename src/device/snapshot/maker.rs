@@ -29,7 +29,7 @@ use crate::device::reply::Reply;
 use crate::device::session;
 use crate::disk::{ImageFile, Place, Reactor, Unfinished};
 use crate::error::{Doing, Error, Kind, Locate, Result};
-use crate::image::{self, Image, Mode, NewImage};
+use crate::image::{self, Image, NewImage, WritableImage};
 
 /// How long a file system may take to hold a new image: some writes of a MiB and two syncs. Well below the time that
 /// `vhdx-ublk del` gives a daemon.
@@ -59,7 +59,7 @@ pub(super) struct ChildRequest {
 /// The image that was made.
 pub(super) struct Child {
     pub(super) file: Arc<ImageFile>,
-    pub(super) image: Image,
+    pub(super) image: WritableImage,
     /// The memory alignment that its file needs, bytes.
     pub(super) memory_alignment: u32,
     /// Where it is, for its session.
@@ -182,7 +182,7 @@ fn make(request: &ChildRequest, unfinished: &Unfinished) -> Result<Child> {
     let disk = reactor.disk(file.clone());
     reactor.block_on(new.write(&disk, Uuid::new_v4)).file(file.path())?;
     file.resemble(&request.parent, PERMISSIONS)?;
-    let image = reactor.block_on(Image::open(&disk, Mode::Writable, Uuid::new_v4)).file(file.path())?;
+    let image = reactor.block_on(Image::open_for_writing(&disk, Uuid::new_v4)).file(file.path())?;
     choose_payload_io(&file, &image.metadata)?;
     let memory_alignment = file.memory_alignment(image.metadata.logical_sector_size)?;
     let place = session::place_of(&file)?;

@@ -6,7 +6,7 @@ use super::super::open::{BAT_CHUNK_BYTES, CUT_SHORT, payload_extent};
 use super::super::space::{Extent, Space};
 use super::super::view::View;
 use super::{Examination, Finding};
-use crate::disk::{Disk, PAGE_BYTES};
+use crate::disk::{PAGE_BYTES, ReadDisk};
 use crate::error::Result;
 use crate::format::bat::{BITMAP_BLOCK_SIZE, BatEntry, BitmapState, ENTRY_SIZE, Geometry, PayloadState};
 use crate::format::metadata::{DiskType, Metadata};
@@ -48,7 +48,7 @@ struct Walk<'a> {
 
 impl Examination {
     /// Examines every entry that the region holds; `false` if those are not all.
-    pub(super) async fn bat<D: Disk>(
+    pub(super) async fn bat<D: ReadDisk>(
         &mut self,
         file: &View<'_, D>,
         metadata: &Metadata,
@@ -79,7 +79,7 @@ impl Examination {
 }
 
 impl Walk<'_> {
-    async fn along<D: Disk>(&mut self, file: &View<'_, D>, slots: u64) -> Result<()> {
+    async fn along<D: ReadDisk>(&mut self, file: &View<'_, D>, slots: u64) -> Result<()> {
         let end = slots * ENTRY_SIZE as u64;
         let mut done = 0;
         while let Some(next) = file.next_stored(self.start + done).await? {

@@ -6,7 +6,7 @@
 
 use super::super::space::{Extent, Space};
 use super::{Examination, Finding};
-use crate::disk::Disk;
+use crate::disk::ReadDisk;
 use crate::error::{Error, Result};
 use crate::format::MIB;
 use crate::format::metadata::{DiskType, Metadata};
@@ -15,7 +15,7 @@ const SPACE: &str = "space";
 
 impl Examination {
     /// Free space that takes room on the host.
-    pub(super) async fn leaks<D: Disk>(&mut self, disk: &D, space: &Space, length: u64) -> Result<()> {
+    pub(super) async fn leaks<D: ReadDisk>(&mut self, disk: &D, space: &Space, length: u64) -> Result<()> {
         let repairable = self.knows_free_space();
         let (mut kept, takes_back) = (None, disk.takes_space_back());
         for run in space.free_runs().take_while(|run| run.offset < length) {
@@ -53,7 +53,7 @@ impl Examination {
 
     /// Blocks at the file's end of which the host stores nothing. They read as zeros, as they would if the file had
     /// been cut short and made longer again.
-    pub(super) async fn hollow_end<D: Disk>(
+    pub(super) async fn hollow_end<D: ReadDisk>(
         &mut self,
         disk: &D,
         metadata: &Metadata,
@@ -97,7 +97,7 @@ impl Examination {
 }
 
 /// The first MiB below `end` from which on the host stores nothing of the file; `end` if its last one is stored.
-async fn first_hollow<D: Disk>(disk: &D, end: u64) -> Result<u64> {
+async fn first_hollow<D: ReadDisk>(disk: &D, end: u64) -> Result<u64> {
     let (mut low, mut high) = (0, end);
     while low < high {
         let middle = low.midpoint(high);
@@ -109,7 +109,7 @@ async fn first_hollow<D: Disk>(disk: &D, end: u64) -> Result<u64> {
 }
 
 /// How many bytes of `run` lie in MiB that the host stores.
-async fn stored_bytes<D: Disk>(disk: &D, run: Extent) -> Result<u64> {
+async fn stored_bytes<D: ReadDisk>(disk: &D, run: Extent) -> Result<u64> {
     let (mut at, mut stored) = (run.offset, 0);
     while at < run.end() {
         let found = disk.next_data(at).await;

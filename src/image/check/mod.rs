@@ -13,10 +13,9 @@ mod structures;
 
 pub use report::{Finding, KEPT_FINDINGS, LogFound, Report, Severity};
 
-use super::overlay::Overlay;
 use super::space::{Extent, Space};
-use super::view::{View, file_length};
-use crate::disk::Disk;
+use super::view::View;
+use crate::disk::ReadDisk;
 use crate::error::{Kind, Result};
 use crate::format::HEADER_SECTION;
 use crate::format::header::Current;
@@ -32,7 +31,7 @@ pub(super) const MAX_PATCHES: usize = 1 << 18;
 /// # Errors
 /// If it cannot be told: the file is no VHDX, or not one this program handles; I/O errors. What contradicts
 /// the format is a finding and no error.
-pub async fn check<D: Disk>(disk: &D) -> Result<Report> {
+pub async fn check<D: ReadDisk>(disk: &D) -> Result<Report> {
     examine(disk).await.map(|examination| examination.report)
 }
 
@@ -109,7 +108,7 @@ impl Examination {
 }
 
 /// Examines everything.
-pub(super) async fn examine<D: Disk>(disk: &D) -> Result<Examination> {
+pub(super) async fn examine<D: ReadDisk>(disk: &D) -> Result<Examination> {
     let mut found = Examination::default();
     found.walk(disk).await?;
     if !found.has_usable_log() {
@@ -121,17 +120,17 @@ pub(super) async fn examine<D: Disk>(disk: &D) -> Result<Examination> {
 
 impl Examination {
     /// Goes from structure to structure, as one leads to the next, and ends where none does.
-    async fn walk<D: Disk>(&mut self, disk: &D) -> Result<()> {
-        let length = file_length(disk).await?;
+    async fn walk<D: ReadDisk>(&mut self, disk: &D) -> Result<()> {
         let file = View { disk, overlay: None };
+        let length = file.length().await?;
         if !self.file_identifier(&file, length).await? {
             return Ok(());
         }
         let Some(header) = self.headers(&file, length).await? else { return Ok(()) };
         let overlay = self.log(disk, &header, length).await?;
         self.header = Some(header);
-        let length = overlay.as_ref().map_or(length, Overlay::file_length);
         let file = View { disk, overlay: overlay.as_ref() };
+        let length = file.length().await?;
         let Some(regions) = self.regions(&file, length).await? else { return Ok(()) };
         let Some(metadata) = self.metadata(&file, regions.metadata()).await? else { return Ok(()) };
         let mut space = self.fixed_space(length)?;

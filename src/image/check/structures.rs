@@ -7,7 +7,7 @@ use super::super::replay;
 use super::super::space::{Extent, Space};
 use super::super::view::View;
 use super::{Examination, Finding, LOG, LogFound};
-use crate::disk::Disk;
+use crate::disk::ReadDisk;
 use crate::error::{Kind, Result};
 use crate::format::header::{self, Current, Header, Other};
 use crate::format::locator::ParentLocator;
@@ -26,7 +26,11 @@ const ZEROED: &str = "is set to zero, as the format demands: no reader looks at 
 
 impl Examination {
     /// Whether the file says it is a VHDX.
-    pub(super) async fn file_identifier<D: Disk>(&mut self, file: &View<'_, D>, length: u64) -> Result<bool> {
+    pub(super) async fn file_identifier<D: ReadDisk>(
+        &mut self,
+        file: &View<'_, D>,
+        length: u64,
+    ) -> Result<bool> {
         let parsed = open::read_file_id(file, length).await;
         if !length.is_multiple_of(MIB) {
             let what =
@@ -45,7 +49,7 @@ impl Examination {
     }
 
     /// Both headers.
-    pub(super) async fn headers<D: Disk>(
+    pub(super) async fn headers<D: ReadDisk>(
         &mut self,
         file: &View<'_, D>,
         length: u64,
@@ -66,7 +70,7 @@ impl Examination {
     }
 
     /// The log, and what it lays over the file.
-    pub(super) async fn log<D: Disk>(
+    pub(super) async fn log<D: ReadDisk>(
         &mut self,
         disk: &D,
         current: &Current,
@@ -100,7 +104,7 @@ impl Examination {
         }
     }
 
-    async fn dirty_log<D: Disk>(
+    async fn dirty_log<D: ReadDisk>(
         &mut self,
         disk: &D,
         current: &Current,
@@ -118,7 +122,7 @@ impl Examination {
     }
 
     /// Both region tables, and whether the regions lie in the file.
-    pub(super) async fn regions<D: Disk>(
+    pub(super) async fn regions<D: ReadDisk>(
         &mut self,
         file: &View<'_, D>,
         length: u64,
@@ -170,7 +174,7 @@ impl Examination {
     }
 
     /// The metadata table and its items.
-    pub(super) async fn metadata<D: Disk>(
+    pub(super) async fn metadata<D: ReadDisk>(
         &mut self,
         file: &View<'_, D>,
         region: Region,
@@ -192,7 +196,7 @@ impl Examination {
     }
 
     /// Strings that end in a NUL are other paths to some readers.
-    async fn parent_locator<D: Disk>(
+    async fn parent_locator<D: ReadDisk>(
         &mut self,
         file: &View<'_, D>,
         region: Region,

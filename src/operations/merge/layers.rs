@@ -31,7 +31,7 @@ use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::format::guid;
 use crate::format::locator::{PARENT_LINKAGE, PARENT_LINKAGE2};
 use crate::format::metadata::{DiskType, Metadata};
-use crate::image::{Image, Mode, repair};
+use crate::image::{Image, ReadImage, WritableImage, repair};
 
 /// The files of a merge, by absolute paths. Each is one image of a chain, and nobody else has it.
 pub struct Merge {
@@ -102,21 +102,22 @@ impl Merge {
         let data_write = new_guid.clone()();
         let mut layers = Vec::new();
         for path in &self.layers {
-            layers.push(open(files, path, Mode::Writable, new_guid.clone()).await?);
+            layers.push(open(files, path, new_guid.clone()).await?);
         }
-        let target = open(files, &self.target, Mode::Writable, new_guid.clone()).await?;
+        let target = open(files, &self.target, new_guid.clone()).await?;
         let mut below = Vec::new();
         for path in &self.below {
-            below.push(open(files, path, Mode::ReadOnly, new_guid.clone()).await?);
+            below.push(read(files, path).await?);
         }
         let (leaf, disk) = (&layers[0], layers[0].metadata.clone());
-        check(leaf, &target, below.first()).file(&self.target)?;
+        check(leaf, &target, below.first().map(|image| &**image)).file(&self.target)?;
         for (layer, path) in layers.iter().zip(&self.layers) {
             layer.check_writable().file(path)?;
         }
         let lowest = layers.pop().expect("something is merged");
         layers.push(self.announce(files, lowest, &target, data_write, new_guid.clone()).await?);
         let target = self.grow(files, target, disk.virtual_size, new_guid.clone()).await?;
+        let layers = layers.into_iter().map(ReadImage::from).collect();
         let layers = parents(files, &self.layers, layers).await?;
         let below = parents(files, &self.below, below).await?;
         let engine = self.engine(files, target, below, tasks, new_guid.clone()).await?;
@@ -130,11 +131,11 @@ impl Merge {
     async fn announce<F: Files>(
         &self,
         files: &F,
-        lowest: Image,
+        lowest: WritableImage,
         target: &Image,
         data_write: Uuid,
         new_guid: impl FnMut() -> Uuid,
-    ) -> Result<Image> {
+    ) -> Result<WritableImage> {
         let path = self.layers.last().expect("something is merged");
         let mut metadata = lowest.metadata.clone();
         let locator = metadata.parent_locator.as_mut().expect("a layer above another has a parent");
@@ -147,10 +148,10 @@ impl Merge {
     async fn grow<F: Files>(
         &self,
         files: &F,
-        target: Image,
+        target: WritableImage,
         size: u64,
         new_guid: impl FnMut() -> Uuid,
-    ) -> Result<Image> {
+    ) -> Result<WritableImage> {
         let virtual_size = size.max(target.metadata.virtual_size);
         let metadata = Metadata { virtual_size, ..target.metadata.clone() };
         amend(files, &self.target, target, &metadata, new_guid).await
@@ -160,7 +161,7 @@ impl Merge {
     async fn engine<F: Files>(
         &self,
         files: &F,
-        target: Image,
+        target: WritableImage,
         below: Vec<Parent<F::Disk>>,
         tasks: Rc<dyn Spawn>,
         new_guid: impl FnMut() -> Uuid + 'static,
@@ -197,7 +198,7 @@ impl Merge {
         disk: &Metadata,
         mut new_guid: impl FnMut() -> Uuid + Clone,
     ) -> Result<()> {
-        let target = open(files, &self.target, Mode::Writable, new_guid.clone()).await?;
+        let target = open(files, &self.target, new_guid.clone()).await?;
         let shrinks = disk.virtual_size < target.metadata.virtual_size;
         let metadata = Metadata {
             virtual_size: disk.virtual_size,
@@ -222,7 +223,7 @@ impl Merge {
     ) -> Result<()> {
         for pair in self.layers.windows(2).rev() {
             let (child, path) = (&pair[0], &pair[1]);
-            let image = open(files, child, Mode::Writable, new_guid.clone()).await?;
+            let image = open(files, child, new_guid.clone()).await?;
             let mut metadata = image.metadata.clone();
             let locator = metadata.parent_locator.as_mut().expect("a layer above another has a parent");
             chain::direct(locator, child, &self.target)?;
@@ -247,32 +248,35 @@ impl Fronts for NoFronts {
     }
 }
 
-async fn open<F: Files>(
-    files: &F,
-    path: &Path,
-    mode: Mode,
-    new_guid: impl FnOnce() -> Uuid,
-) -> Result<Image> {
-    Image::open(&files.disk(path), mode, new_guid).await.file(path)
+async fn read<F: Files>(files: &F, path: &Path) -> Result<ReadImage> {
+    Image::read(&files.disk(path)).await.file(path)
+}
+
+async fn open<F: Files>(files: &F, path: &Path, new_guid: impl FnOnce() -> Uuid) -> Result<WritableImage> {
+    Image::open_for_writing(&files.disk(path), new_guid).await.file(path)
 }
 
 async fn amend<F: Files>(
     files: &F,
     path: &Path,
-    image: Image,
+    image: WritableImage,
     metadata: &Metadata,
     new_guid: impl FnMut() -> Uuid,
-) -> Result<Image> {
+) -> Result<WritableImage> {
     image.amend(&files.disk(path), metadata, new_guid).await.file(path)
 }
 
 /// The images as an engine reads them.
-async fn parents<F: Files>(files: &F, paths: &[PathBuf], images: Vec<Image>) -> Result<Vec<Parent<F::Disk>>> {
+async fn parents<F: Files>(
+    files: &F,
+    paths: &[PathBuf],
+    images: Vec<ReadImage>,
+) -> Result<Vec<Parent<F::Disk>>> {
     let mut parents = Vec::new();
     for (path, image) in paths.iter().zip(images) {
         let disk = files.disk(path);
         image.read_bitmaps(&disk).await.file(path)?;
-        parents.push(Parent { disk, map: image.map.into() });
+        parents.push(Parent { disk, map: image.into_map().into() });
     }
     Ok(parents)
 }

@@ -12,7 +12,7 @@ use uuid::Uuid;
 use vhdx_ublk::engine::front::Front;
 use vhdx_ublk::engine::{Engine, Parent, Setup};
 use vhdx_ublk::error::Error;
-use vhdx_ublk::image::{Image, Mode, Place, SessionMemory};
+use vhdx_ublk::image::{Image, Place, SessionMemory, WritableImage};
 use vhdx_ublk::simulation::{Plant, planted};
 
 use super::{Faults, Inbox, Seen, World, guids, read_sector};
@@ -29,7 +29,7 @@ const DEATHS_IN_A_ROW: u32 = 5;
 
 /// Moves the block map of `image` into memory that outlives the daemon. Where what a death cuts short is lost, the
 /// data goes through the host's page cache.
-pub(super) fn start_session(image: &mut Image, faults: Faults) -> SessionMemory {
+pub(super) fn start_session(image: &mut WritableImage, faults: Faults) -> SessionMemory {
     let memory = SessionMemory::private(image.map.geometry());
     image.start_session(memory.clone(), &image.owner(place(1))).expect("there is memory");
     if faults.lost_with_death {
@@ -91,7 +91,7 @@ impl World {
     }
 
     /// Opens the image as the successor does, step by step; none if it is killed before it has.
-    fn open_again(&mut self, killed_at: Option<usize>) -> Option<Result<Image, Error>> {
+    fn open_again(&mut self, killed_at: Option<usize>) -> Option<Result<WritableImage, Error>> {
         self.disk.open_anew();
         let (disk, memory, guids) = (self.disk.clone(), self.memory.clone(), guids(&mut self.rng));
         let opening = self.tasks.start(resume(disk, memory, guids));
@@ -144,9 +144,9 @@ impl World {
         }
     }
 
-    fn serve(&mut self, image: Image) {
-        self.marks.add("pages that only the memory had", image.pending.pages.len() as u64);
-        self.marks.add("space that only the file names", image.pending.unmapped.len() as u64);
+    fn serve(&mut self, image: WritableImage) {
+        self.marks.add("pages that only the memory had", image.pending().pages.len() as u64);
+        self.marks.add("space that only the file names", image.pending().unmapped.len() as u64);
         self.inbox = Rc::new(Inbox(RefCell::new(vec![VecDeque::new(); self.config.fronts])));
         let (disk, tasks, fronts) = (self.disk.clone(), self.tasks.clone(), self.inbox.clone());
         let maps = self.engine.shared().layers().skip(1).cloned();
@@ -198,12 +198,12 @@ impl World {
 async fn resume(
     disk: SimDisk,
     memory: SessionMemory,
-    mut guids: impl FnMut() -> Uuid,
-) -> Result<Image, Error> {
-    let looked = Image::open(&disk, Mode::ReadOnly, &mut guids).await?;
+    guids: impl FnMut() -> Uuid,
+) -> Result<WritableImage, Error> {
+    let looked = Image::read(&disk).await?;
     let carried = looked.header.header.file_write_guid;
     if let Err(mismatch) = memory.check(&looked.owner(place(1)), carried) {
         violated(format!("the successor's memory does not fit: {mismatch:?}"));
     }
-    Image::resume(&disk, memory, carried, guids).await
+    WritableImage::resume(&disk, memory, carried, guids).await
 }
