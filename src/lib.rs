@@ -1,7 +1,7 @@
 //! A Linux block device whose blocks live in a VHDX file.
 //!
-//! `vhdx-ublk add disk.vhdx` starts a daemon that serves the image as `/dev/ublkbN`. This page is the way into
-//! its code; [`design`] has the reasons.
+//! `vhdx-ublk add disk.vhdx` starts a daemon that serves the image as `/dev/ublkbN`. This page is the way
+//! into its code; [`design`] has the reasons.
 //!
 //! # The house
 //!
@@ -32,50 +32,54 @@
 //!
 //! # One write, from the kernel to the file
 //!
-//! A guest writes 4096 bytes to `/dev/ublkb0`. The kernel completes the command by which a queue has offered a tag,
-//! and the queue's thread wakes in its `io_uring_enter`.
+//! A guest writes 4096 bytes to `/dev/ublkb0`. The kernel completes the command by which a queue has offered
+//! a tag, and the queue's thread wakes in its `io_uring_enter`.
 //!
-//! 1. `device/ring` copies the request's descriptor, checks it, and makes an [`engine::front::Request`] of it.
-//! 2. `device/queue` gives that to the queue's [`engine::front::Front`].
-//! 3. The front finds the session open (otherwise it asks the engine to open it), splits the range at block borders
-//!    and looks each block up in the [`image::BlockMap`]: one atomic load.
+//! 1. `device/queue/ring` copies the request's descriptor, checks it, and makes an [`engine::front::Request`] of
+//!    it.
+//! 2. `device/queue/thread` gives that to the queue's [`engine::front::Front`].
+//! 3. The front finds the session open (otherwise it asks the engine to open it), splits the range at block
+//!    borders and looks each block up in the [`image::BlockMap`]: one atomic load.
 //!
 //! **A hit**: the block has space.
 //!
 //! 4. The front submits one write at the file offset through its [`engine::port::Port`].
-//! 5. `device/ring` pushes it, with everything else of the batch, and sleeps in the next `io_uring_enter`.
-//! 6. The front takes the completion. A short write continues; a durable write that failed poisons the device.
-//! 7. `device/ring` reports the result and offers the tag again, by one command.
+//! 5. `device/queue/ring` pushes it, with everything else of the batch, and sleeps in the next `io_uring_enter`.
+//! 6. The front takes the completion. A short write continues; a durable write that failed poisons the
+//!    device.
+//! 7. `device/queue/ring` reports the result and offers the tag again, by one command.
 //!
 //! No lock, no allocation, no other thread: `tests/hit_path.rs` holds the front to that.
 //!
 //! **A miss**: the block has no space.
 //!
-//! 4. The front sends [`Ask::Allocate`](engine::message::Ask) through its mailbox. The tag waits; the queue serves
-//!    others meanwhile.
+//! 4. The front sends [`Ask::Allocate`](engine::message::Ask) through its mailbox. The tag waits; the queue
+//!    serves others meanwhile.
 //! 5. `device/engine_thread` wakes, because its ring reads the mailbox's eventfd, and starts a task of the
 //!    [`engine::Engine`].
-//! 6. `engine/allocate` waits for its turn at the block and takes space from [`image::Space`]: zeroed first if it is
-//!    recycled, or at the end of a file that grows.
+//! 6. `engine/allocate` waits for its turn at the block and takes space from [`image::Space`]: zeroed first
+//!    if it is recycled, or at the end of a file that grows.
 //! 7. It publishes the mapping with one store, marks the BAT page dirty, and replies.
 //! 8. The front looks the block up again, and it is a hit.
 //!
-//! Nothing has been synced. A flush of the guest, or a log a quarter of which is dirty, starts a commit cycle.
+//! Nothing has been synced. A flush of the guest, or a log a quarter of which is dirty, starts a commit
+//! cycle.
 //!
 //! 9. `engine/commit` closes the set of dirty pages and copies them.
 //! 10. It syncs if a page names space or data that no completed sync covers.
 //! 11. It writes the [log entries](mod@format::log), syncs, and answers the flush.
 //! 12. It writes the pages in place, in the background.
 //!
-//! A power cut at any of these steps leaves a file that opens. [`design::ordering`] says why, and `tests/crash.rs`
-//! tries each of them.
+//! A power cut at any of these steps leaves a file that opens. [`design::ordering`] says why, and
+//! `tests/crash.rs` tries each of them.
 //!
 //! # Where to change what
 //!
 //! * What a structure on disk may hold: its file in [`mod@format`], and its [rule](design::vhdx_rules).
-//! * What is accepted when an image is opened, examined or repaired: `image/open`, `image/check`, `image/repair`.
-//! * When something becomes durable: [`design::ordering`], then the head of its file in [`engine`], and a bug to
-//!   plant in [`simulation`], by which the tests prove that they see it.
+//! * What is accepted when an image is opened, examined or repaired: `image/open`, `image/check`,
+//!   `image/repair`.
+//! * When something becomes durable: [`design::ordering`], then the head of its file in [`engine`], and a bug
+//!   to plant in [`simulation`], by which the tests prove that they see it.
 //! * How a request is split, joined or answered: `engine/front`.
 //! * How parents are found: [`chain`].
 //! * What a command does to an image that is not served: [`operations`].
