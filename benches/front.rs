@@ -1,7 +1,7 @@
 //! What a whole request costs in the front, from its start to its completion, without the I/O: the front's file
 //! I/O ends at once.
 
-#[path = "../tests/loopback/mod.rs"]
+#[path = "../tests/simulator/loopback.rs"]
 mod loopback;
 
 use std::hint::black_box;

@@ -49,7 +49,7 @@
 //!    device.
 //! 7. `device/queue/ring` reports the result and offers the tag again, by one command.
 //!
-//! No lock, no allocation, no other thread: `tests/hit_path.rs` holds the front to that.
+//! No lock, no allocation, no other thread: `tests/simulator/hit_path.rs` holds the front to that.
 //!
 //! **A miss**: the block has no space.
 //!
@@ -71,7 +71,7 @@
 //! 12. It writes the pages in place, in the background.
 //!
 //! A power cut at any of these steps leaves a file that opens. [`design::ordering`] says why, and
-//! `tests/crash.rs` tries each of them.
+//! `tests/simulator/crash.rs` tries each of them.
 //!
 //! # Where to change what
 //!
@@ -85,7 +85,7 @@
 //! * What a command does to an image that is not served: [`operations`].
 //! * How a device is made, recovered or removed: `device/daemon`, `device/control`, `device/stop`.
 //! * What a daemon is allowed to do: [`device::confine`].
-//! * The words of a command: its file in `cli`, and the tests in `tests/cli.rs` that read them.
+//! * The words of a command: its file in `cli`, and the tests in `tests/cli/main.rs` that read them.
 //! * A word: the [`design::glossary`].
 
 pub mod chain;

@@ -255,8 +255,8 @@ mod switches {
         LOG_UNIT.get().unwrap_or(usual)
     }
 
-    /// Makes logs of any multiple of `bytes` legal in this thread.
-    pub fn set_log_unit(bytes: u64) {
-        LOG_UNIT.set(Some(bytes));
+    /// Makes logs of any multiple of `bytes` legal in this thread, or of the usual unit only.
+    pub fn set_log_unit(bytes: Option<u64>) {
+        LOG_UNIT.set(bytes);
     }
 }

@@ -1,33 +1,20 @@
-//! Choices that one body of test code makes: all combinations one after the other, or random ones.
-
-use fastrand::Rng;
+//! Choices that one body of test code makes: all combinations, one after the other.
 
 /// The choices of one run of the body, and how the next run's differ.
 pub struct Choices {
     made: Vec<(usize, usize)>,
     at: usize,
-    random: Option<Rng>,
 }
 
 impl Choices {
     /// Every combination, in order.
     pub fn exhaustive() -> Self {
-        Self { made: Vec::new(), at: 0, random: None }
-    }
-
-    /// Independent random choices.
-    pub fn random(rng: Rng) -> Self {
-        Self { made: Vec::new(), at: 0, random: Some(rng) }
+        Self { made: Vec::new(), at: 0 }
     }
 
     /// One of `0..bound`.
     pub fn pick(&mut self, bound: usize) -> usize {
         assert!(bound > 0, "there is something to choose");
-        if let Some(rng) = &mut self.random {
-            let picked = rng.usize(..bound);
-            self.made.push((picked, bound));
-            return picked;
-        }
         if self.at == self.made.len() {
             self.made.push((0, bound));
         }
@@ -37,13 +24,9 @@ impl Choices {
         picked
     }
 
-    /// Moves on to the next combination; `false` when all were there. Random choices never end.
+    /// Moves on to the next combination; `false` when all were there.
     pub fn advance(&mut self) -> bool {
         self.at = 0;
-        if self.random.is_some() {
-            self.made.clear();
-            return true;
-        }
         while let Some((picked, bound)) = self.made.pop() {
             if picked + 1 < bound {
                 self.made.push((picked + 1, bound));
@@ -51,10 +34,5 @@ impl Choices {
             }
         }
         false
-    }
-
-    /// The choices made so far in this run.
-    pub fn made(&self) -> Vec<usize> {
-        self.made.iter().map(|(picked, _)| *picked).collect()
     }
 }

@@ -107,7 +107,7 @@ fn report(target: &Target, case: &Case, seed: u64) {
         Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("hostile-{}-{seed:016x}", target.name));
     match case.save(&folder) {
         Ok(()) => eprintln!(
-            "see it again: VHDX_FUZZ_TARGET={} VHDX_FUZZ_INPUT={} VHDX_FUZZ_OPS={seed} cargo test --test hostile \
+            "see it again: VHDX_FUZZ_TARGET={} VHDX_FUZZ_INPUT={} VHDX_FUZZ_OPS={seed} cargo test --test simulator hostile:: \
              one_case -- --nocapture",
             target.name,
             folder.display()

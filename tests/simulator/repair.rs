@@ -1,20 +1,18 @@
 //! Promise defended here: a repair never loses or changes data, wherever the power is cut in it; an image that
 //! opened before opens at every such moment; and repairing again ends what was begun.
 
-#[allow(dead_code, reason = "the simulator serves several tests, none of which needs all of it")]
-mod sim;
-
 use fastrand::Rng;
-use sim::disk::{Profile, SimDisk};
-use sim::store::Store;
-use sim::tasks::{SimTasks, block_on};
-use sim::world::{Config, new_image};
 use uuid::Uuid;
 use vhdx_ublk::error::Result;
 use vhdx_ublk::format::guid::{REGION_BAT, REGION_METADATA};
 use vhdx_ublk::format::log::{Change, NewEntry};
 use vhdx_ublk::format::region::{Region, RegionTable};
 use vhdx_ublk::image::{Image, LogFound, Repair, Report, check, payload_extent, repair};
+
+use crate::sim::disk::{Profile, SimDisk};
+use crate::sim::store::Store;
+use crate::sim::tasks::{SimTasks, block_on};
+use crate::sim::world::{Config, new_image};
 
 const MIB: u64 = 1 << 20;
 

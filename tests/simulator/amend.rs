@@ -1,17 +1,7 @@
 //! Promise defended here: what an image's metadata says is changed as a whole or not at all, wherever the power
 //! is cut in it, and nothing else changes; a disk that grows is zero behind its old end.
 
-#[allow(dead_code, reason = "shared with tests that lay out more")]
-mod craft;
-#[allow(dead_code, reason = "the simulator serves several tests, none of which needs all of it")]
-mod sim;
-
-use craft::{BAT, Craft, END, METADATA, MIB};
 use fastrand::Rng;
-use sim::disk::{Profile, SimDisk};
-use sim::store::Store;
-use sim::tasks::{SimTasks, block_on};
-use sim::world::Config;
 use uuid::Uuid;
 use vhdx_ublk::disk::ReadDisk;
 use vhdx_ublk::error::{Kind, Result};
@@ -20,6 +10,12 @@ use vhdx_ublk::format::guid;
 use vhdx_ublk::format::locator::{PARENT_LINKAGE, PARENT_LINKAGE2, ParentLocator, RELATIVE_PATH};
 use vhdx_ublk::format::metadata::{Metadata, Table};
 use vhdx_ublk::image::{Image, WritableImage, check};
+
+use crate::craft::{BAT, Craft, END, METADATA, MIB};
+use crate::sim::disk::{Profile, SimDisk};
+use crate::sim::store::Store;
+use crate::sim::tasks::{SimTasks, block_on};
+use crate::sim::world::Config;
 
 /// Cuts per moment and profile.
 const CUTS: usize = 4;

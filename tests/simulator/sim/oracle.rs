@@ -15,7 +15,6 @@ pub type Value = u64;
 #[derive(Clone, Debug)]
 struct Entry {
     value: Value,
-    issued: u64,
     acknowledged: Option<u64>,
     /// An advisory discard may leave what was there before.
     supersedes: bool,
@@ -132,7 +131,7 @@ impl Oracle {
                 .entry(sector)
                 .or_insert_with(|| vec![Entry::original(self.lineage.original(sector))]);
             let supersedes = supersedes(sector, history);
-            history.push(Entry { value, issued, acknowledged: None, supersedes });
+            history.push(Entry { value, acknowledged: None, supersedes });
             self.changes.entry(sector).or_default().push((value, issued));
         }
     }
@@ -217,7 +216,7 @@ impl Oracle {
 
 impl Entry {
     fn original(value: Value) -> Self {
-        Self { value, issued: 0, acknowledged: Some(0), supersedes: true }
+        Self { value, acknowledged: Some(0), supersedes: true }
     }
 }
 

@@ -2,23 +2,19 @@
 //! code with us, replays the logs that power cuts leave and reads what they may hold; and we replay what QEMU
 //! leaves when it dies.
 
-#[allow(dead_code, reason = "shared with tests that lay out more")]
-mod craft;
-mod qemu;
-#[allow(dead_code, reason = "the simulator serves several tests, none of which needs all of it")]
-mod sim;
-
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use craft::{BAT, HEADERS};
 use fastrand::Rng;
-use sim::oracle::{Oracle, decode, stamp};
-use sim::store::Store;
-use sim::world::{Activation, Config, World, check_recovery, new_image};
 use vhdx_ublk::engine::Counters;
 use vhdx_ublk::image::InitialState;
+
+use crate::craft::{BAT, HEADERS};
+use crate::qemu;
+use crate::sim::oracle::{Oracle, decode, stamp};
+use crate::sim::store::Store;
+use crate::sim::world::{Activation, Config, World, check_recovery, new_image};
 
 /// Crash states that QEMU judges, per shape of image; `VHDX_JUDGED` asks for more.
 const JUDGED: u64 = 100;

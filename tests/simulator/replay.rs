@@ -4,20 +4,15 @@
 //! The log changes pages of the BAT region that no slot of the small disk reaches: whoever replays it leaves
 //! them in the file for all to compare.
 
-#[allow(dead_code, reason = "shared with tests that lay out more than logs")]
-mod craft;
-#[allow(dead_code, reason = "shared with tests that ask more of it")]
-mod qemu;
-#[allow(dead_code, reason = "the simulator serves several tests, none of which needs all of it")]
-mod sim;
-
 use std::collections::BTreeMap;
 
-use craft::{BAT, Change, Craft, END, LOG, LOG_GUID, LOG_SECTORS, LogEntry, MIB, SECTOR, page};
-use sim::world::Config;
 use uuid::Uuid;
 use vhdx_ublk::error::Kind;
 use vhdx_ublk::image::FoundLog;
+
+use crate::craft::{self, BAT, Change, Craft, END, LOG, LOG_GUID, LOG_SECTORS, LogEntry, MIB, SECTOR, page};
+use crate::qemu;
+use crate::sim::world::Config;
 
 /// What the pages hold before the replay.
 const OLD: u8 = 0xee;

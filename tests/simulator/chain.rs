@@ -1,21 +1,12 @@
 //! Chains: what a front reads through layers of every shape is what a sector-by-sector model says; a chain that is
 //! not one is refused.
 
-#[allow(dead_code, reason = "shared with tests that lay out more")]
-mod craft;
-#[allow(dead_code, reason = "the simulator serves several tests, none of which needs all of it")]
-mod sim;
-
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use craft::{Change, Craft, END, LOG_GUID, LogEntry, METADATA, MIB};
 use fastrand::Rng;
-use sim::disk::SimDisk;
-use sim::tasks::block_on;
-use sim::world::Config;
 use uuid::Uuid;
 use vhdx_ublk::chain::{self, Layer as _, MAX_DEPTH, MAX_NEIGHBOURS, Search};
 use vhdx_ublk::engine::front::{Front, MAX_PIECES, Op, Request};
@@ -26,6 +17,11 @@ use vhdx_ublk::error::{Error, Kind, Result};
 use vhdx_ublk::format::bat::{BatEntry, Geometry};
 use vhdx_ublk::format::locator::{PARENT_LINKAGE, PARENT_LINKAGE2, ParentLocator, RELATIVE_PATH};
 use vhdx_ublk::image::{BlockMap, Identity, Image, ReadImage};
+
+use crate::craft::{self, Change, Craft, END, LOG_GUID, LogEntry, METADATA, MIB};
+use crate::sim::disk::SimDisk;
+use crate::sim::tasks::block_on;
+use crate::sim::world::Config;
 
 /// Bytes on either side of a chunk's end, and at the disk's start, where the layers have something.
 const WINDOW: u64 = 4 * MIB;

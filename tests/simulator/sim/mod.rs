@@ -13,6 +13,8 @@ pub mod medium;
 pub mod oracle;
 pub mod places;
 pub mod room;
+#[cfg(feature = "simulation")]
+pub mod short_logs;
 pub mod store;
 pub mod tasks;
 pub mod violation;

@@ -3,17 +3,15 @@
 //! what was written, whatever the order of messages, completions and wake-ups; after a failure that must not
 //! be, no write or flush succeeds.
 
-#[allow(dead_code, reason = "the simulator serves several tests, none of which needs all of it")]
-mod sim;
-
 use std::time::Duration;
 
 use fastrand::Rng;
-use sim::campaign::{Campaign, Report, Scenario, run, scenario, scenarios};
-use sim::judge::Effort;
-use sim::world::{Config, World, new_image};
 use vhdx_ublk::engine::front::Op;
 use vhdx_ublk::image::SLOTS_PER_PAGE;
+
+use crate::sim::campaign::{Campaign, Report, Scenario, run, scenario, scenarios};
+use crate::sim::judge::Effort;
+use crate::sim::world::{Config, World, new_image};
 
 /// Crash images between the moment at which a snapshot holds the fronts and the one at which it is taken, at least.
 const IMAGES_IN_SNAPSHOTS: u64 = 10_000;

@@ -1,30 +1,29 @@
 //! Promise defended here: the crash tests see what they are for. Every bug planted in the program is caught by
 //! a broken promise, in the scenario or the test that names it, and never by chance.
 
-#[allow(dead_code, reason = "the simulator serves several tests, none of which needs all of it")]
-mod sim;
-
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use fastrand::Rng;
-use sim::campaign::{LOG_UNIT, run, scenario, tiny};
-use sim::disk::SimDisk;
-use sim::judge::Effort;
-use sim::oracle::decode;
-use sim::store::Store;
-use sim::tasks::block_on;
-use sim::violation::{broken_promise, message, violated};
-use sim::world::death::place;
-use sim::world::{Config, World, new_image};
 use uuid::Uuid;
 use vhdx_ublk::disk::{Buffer, Disk};
 use vhdx_ublk::engine::front::Op;
 use vhdx_ublk::format::header;
 use vhdx_ublk::format::log::{Change, NewEntry};
 use vhdx_ublk::image::{Image, Mismatch, SLOTS_PER_PAGE, SessionMemory, VERSION, WritableImage};
-use vhdx_ublk::simulation::{Plant, plant, set_log_unit};
+use vhdx_ublk::simulation::{Plant, plant};
+
+use crate::sim::campaign::{run, scenario, tiny};
+use crate::sim::disk::SimDisk;
+use crate::sim::judge::Effort;
+use crate::sim::oracle::decode;
+use crate::sim::short_logs::ShortLogs;
+use crate::sim::store::Store;
+use crate::sim::tasks::block_on;
+use crate::sim::violation::{broken_promise, message, violated};
+use crate::sim::world::death::place;
+use crate::sim::world::{Config, World, new_image};
 
 /// Seeds that a planted bug may take to be caught.
 const SEEDS: u64 = 200;
@@ -134,7 +133,7 @@ fn every_planted_bug_breaks_a_promise() {
 /// A file that is shorter than it surely was when its newest log entry was written has lost something.
 #[test]
 fn a_file_that_lost_its_durable_end_is_refused() {
-    set_log_unit(LOG_UNIT);
+    let _logs = ShortLogs::new(None);
     let config = Config { requests: 0, ..tiny() };
     let mut rng = Rng::with_seed(1);
     let content = new_image(&config, &mut rng);
@@ -154,7 +153,7 @@ fn a_file_that_lost_its_durable_end_is_refused() {
 /// Zeros for one part of a block while another part is written for the first time: both are there afterwards.
 #[test]
 fn a_first_write_survives_zeros_beside_it() {
-    set_log_unit(LOG_UNIT);
+    let _logs = ShortLogs::new(None);
     let config = Config { requests: 0, ..tiny() };
     for seed in 0..SEEDS {
         let mut rng = Rng::with_seed(seed);
@@ -197,6 +196,7 @@ fn others_can_read_every_entry() {
 /// What an entry before the Tail changed may since have become something else.
 #[test]
 fn entries_before_the_tail_are_not_replayed() {
+    let _logs = ShortLogs::new(None);
     let (config, file, bat) = with_log(|bat, length| {
         let stale = NewPage { tail: 0, file_offset: bat, first_word: length | 6 };
         vec![stale, NewPage { tail: 8192, file_offset: bat + 4096, first_word: 0 }]
@@ -210,6 +210,7 @@ fn entries_before_the_tail_are_not_replayed() {
 /// Our own logs name no space that a lost length takes away; others' do.
 #[test]
 fn a_length_that_the_log_asks_for_is_restored() {
+    let _logs = ShortLogs::new(None);
     let (config, file, _) =
         with_log(|bat, length| vec![NewPage { tail: 0, file_offset: bat, first_word: length | 6 }]);
     match open(&config, &file) {
@@ -223,7 +224,7 @@ fn a_length_that_the_log_asks_for_is_restored() {
 /// never durable.
 #[test]
 fn a_session_from_before_a_power_cut_is_not_taken_over() {
-    set_log_unit(LOG_UNIT);
+    let _logs = ShortLogs::new(None);
     let config = Config { requests: 0, can_punch: false, ..Config::small() };
     let mut rng = Rng::with_seed(1);
     let content = new_image(&config, &mut rng);
@@ -297,7 +298,6 @@ struct NewPage {
 /// A new image with a log of `entries`, which are told where the BAT is and how long the file; they ask for 1
 /// MiB more.
 fn with_log(entries: impl FnOnce(u64, u64) -> Vec<NewPage>) -> (Config, Store, u64) {
-    set_log_unit(LOG_UNIT);
     let mut config = tiny();
     config.image.virtual_size = 600 << 20;
     let mut rng = Rng::with_seed(1);

@@ -1,24 +1,21 @@
 //! A museum of public bugs: what corrupted or refused images elsewhere must never happen here. Each test names
 //! its exhibit. Bugs in reading a log are shown in `replay.rs`.
 
-#[allow(dead_code, reason = "shared with tests that lay out more")]
-mod craft;
-#[allow(dead_code, reason = "shared with tests that ask more of it")]
-mod qemu;
-#[allow(dead_code, reason = "the simulator serves several tests, none of which needs all of it")]
-mod sim;
-
-use craft::{BAT, Change, Craft, END, HEADERS, LOG, LOG_GUID, LogEntry, METADATA, MIB, REGION_TABLES, page};
 use fastrand::Rng;
-use sim::disk::{Effect, Fault, Injection, Owner, Profile, SimDisk};
-use sim::oracle::Oracle;
-use sim::store::Store;
-use sim::tasks::block_on;
-use sim::world::{Activation, Config, World, check_recovery, new_image};
 use uuid::Uuid;
 use vhdx_ublk::engine::front::Op;
 use vhdx_ublk::error::Kind;
 use vhdx_ublk::image::{FoundLog, Image, SLOTS_PER_PAGE};
+
+use crate::craft::{
+    self, BAT, Change, Craft, END, HEADERS, LOG, LOG_GUID, LogEntry, METADATA, MIB, REGION_TABLES, page,
+};
+use crate::qemu;
+use crate::sim::disk::{Effect, Fault, Injection, Owner, Profile, SimDisk};
+use crate::sim::oracle::Oracle;
+use crate::sim::store::Store;
+use crate::sim::tasks::block_on;
+use crate::sim::world::{Activation, Config, World, check_recovery, new_image};
 
 /// A BAT entry's state when its block has all its data in the file.
 const PRESENT: u64 = 6;

@@ -5,26 +5,11 @@
 //! `VHDX_FUZZ_SECONDS` says how long all of them together look, `VHDX_FUZZ_SEED` where they start; `tools/fuzz`
 //! runs them with the compiler's edge counters.
 
-#[allow(dead_code, reason = "shared with tests that lay out more")]
-mod craft;
-mod fuzz;
-#[allow(unsafe_code, reason = "a global allocator is unsafe by its trait")]
-#[allow(dead_code, reason = "shared with a test that counts allocations")]
-mod memory;
-#[allow(dead_code, reason = "the simulator serves several tests, none of which needs all of it")]
-mod sim;
-#[allow(dead_code, reason = "the program prints sizes, too")]
-#[path = "../src/cli/size.rs"]
-mod size;
-
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use fuzz::hunt::Hunt;
-use fuzz::target::{Case, TARGETS, Target, named};
-
-#[global_allocator]
-static ALLOCATOR: memory::Counting = memory::Counting;
+use crate::fuzz::hunt::Hunt;
+use crate::fuzz::target::{Case, TARGETS, Target, named};
 
 /// Seconds of looking when nobody asks for more.
 const SECONDS: u64 = 8;

@@ -1,16 +1,10 @@
 //! Promise defended here: an overwrite costs what the raw file costs. The path that serves it takes no memory.
 
-mod loopback;
-#[allow(unsafe_code, reason = "a global allocator is unsafe by its trait")]
-#[allow(dead_code, reason = "shared with a test that measures bytes")]
-mod memory;
-
 use fastrand::Rng;
-use loopback::{Loopback, MIB, full_map};
 use vhdx_ublk::engine::front::{Op, Request};
 
-#[global_allocator]
-static ALLOCATOR: memory::Counting = memory::Counting;
+use crate::loopback::{Loopback, MIB, full_map};
+use crate::memory;
 
 const HITS: u64 = 1_000_000;
 const BLOCKS: u64 = 1024;

@@ -2,20 +2,18 @@
 //! most one more than the rounds its dirty pages need. A discard of space that is not there asks the engine nothing,
 //! and zeros take no space where there is none.
 
-#[allow(dead_code, reason = "the simulator serves several tests, none of which needs all of it")]
-mod sim;
-
 use std::sync::Arc;
 
 use fastrand::Rng;
-use sim::lineage::descent;
-use sim::world::{Config, World, new_image};
 use vhdx_ublk::engine::front::{Front, Op, Request};
 use vhdx_ublk::engine::message::{Ask, ToEngine};
 use vhdx_ublk::engine::port::{FileIo, PieceId, Port};
 use vhdx_ublk::engine::shared::{Session, Shared};
 use vhdx_ublk::format::bat::{BatEntry, Geometry};
 use vhdx_ublk::image::BlockMap;
+
+use crate::sim::lineage::descent;
+use crate::sim::world::{Config, World, new_image};
 
 const BLOCK: u64 = 2 << 20;
 const WRITES: u64 = 1000;

@@ -2,18 +2,12 @@
 //! the power is cut in it, and a merge that was cut is done again and ends; what is left is the disk that the
 //! uppermost layer was.
 
-#[allow(dead_code, reason = "the simulator serves several tests, none of which needs all of it")]
-mod sim;
-
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use fastrand::Rng;
-use sim::disk::{Effect, Fault, Injection, Owner, Profile, SimDisk};
-use sim::store::Store;
-use sim::tasks::{SimTasks, block_on};
 use uuid::Uuid;
 use vhdx_ublk::chain;
 use vhdx_ublk::engine::local::yield_now;
@@ -22,6 +16,10 @@ use vhdx_ublk::format::bat::{BITMAP_BLOCK_SIZE, BatEntry, ENTRY_SIZE, Geometry, 
 use vhdx_ublk::format::locator::RELATIVE_PATH;
 use vhdx_ublk::image::{Image, InitialState, NewImage, ReadImage, Report, check};
 use vhdx_ublk::operations::merge::{self, Files, Merge};
+
+use crate::sim::disk::{Effect, Fault, Injection, Owner, Profile, SimDisk};
+use crate::sim::store::Store;
+use crate::sim::tasks::{SimTasks, block_on};
 
 const MIB: u64 = 1 << 20;
 

@@ -3,18 +3,16 @@
 //! nothing else does; no space on the host fails that write and nothing else, and when there is room again everything
 //! works; what was acknowledged as flushed before a failure is there after it.
 
-#[allow(dead_code, reason = "the simulator serves several tests, none of which needs all of it")]
-mod sim;
-
 use std::ops::RangeInclusive;
 
 use fastrand::Rng;
-use sim::disk::{Effect, Fault, Injection, Owner, Profile};
-use sim::lineage::descent;
-use sim::room::Room;
-use sim::world::{Activation, Beginning, Config, HostKind, World, check_recovery, new_image};
 use vhdx_ublk::engine::front::Op;
 use vhdx_ublk::engine::shared::Session;
+
+use crate::sim::disk::{Effect, Fault, Injection, Owner, Profile};
+use crate::sim::lineage::descent;
+use crate::sim::room::Room;
+use crate::sim::world::{Activation, Beginning, Config, HostKind, World, check_recovery, new_image};
 
 /// Operations of a workload that are hit, one after the other.
 const OPERATIONS: u64 = 200;

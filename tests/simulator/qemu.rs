@@ -1,12 +1,9 @@
 //! QEMU's tools as judges: they share no code with us.
 
-#[path = "../skip/mod.rs"]
-mod skip;
-
 use std::path::Path;
 use std::process::{Command, Output};
 
-use skip::skipped;
+use crate::skip::skipped;
 
 /// `false`, and a loud word, where QEMU's tools are missing.
 pub fn is_here() -> bool {

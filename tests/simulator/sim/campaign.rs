@@ -11,13 +11,13 @@ use fastrand::Rng;
 use nix::time::{ClockId, clock_gettime};
 use vhdx_ublk::engine::front::{Op, Request};
 use vhdx_ublk::image::{InitialState, NewImage};
-use vhdx_ublk::simulation::{set_descriptors_per_entry, set_log_unit};
 
 use super::choose::Choices;
 use super::judge::{Effort, Judge};
 use super::lineage::descent;
 use super::marks::Marks;
 use super::oracle::Oracle;
+use super::short_logs::ShortLogs;
 use super::store::Store;
 use super::violation::message;
 use super::world::{Beginning, Config, Faults, HostKind, Loss, World, new_image};
@@ -26,8 +26,6 @@ use super::world::{Beginning, Config, Faults, HostKind, Loss, World, new_image};
 const TINY_LOG: u32 = 64 << 10;
 /// A log of 24 sectors: rounds of up to six pages.
 const SMALL_LOG: u32 = 96 << 10;
-/// The unit of such logs.
-pub const LOG_UNIT: u64 = 4096;
 
 /// Lives per seed: each opens what the cut before it left.
 const LIVES: usize = 3;
@@ -380,8 +378,7 @@ impl Report {
 /// # Panics
 /// With a violation if a promise is broken.
 pub fn run(scenario: &Scenario, seed: u64, requests: usize, effort: Effort) -> Report {
-    set_log_unit(LOG_UNIT);
-    set_descriptors_per_entry(scenario.config.descriptors);
+    let _logs = ShortLogs::new(scenario.config.descriptors);
     let started = thread_time();
     let mut report = match scenario.body {
         Body::Swarm => swarm(scenario, seed, requests, effort, LIVES),
@@ -678,7 +675,7 @@ fn tell(scenario: &Scenario, seed: u64, effort: Effort, why: &str) -> String {
     let depth = if effort == Effort::TEST { String::new() } else { format!("VHDX_DEPTH={} ", effort.depth) };
     format!(
         "{why}\n\nscenario {name}, seed {seed}, {requests} requests per life; to repeat:\n  VHDX_SCENARIO={name} \
-         VHDX_SEED={seed} VHDX_REQUESTS={requests} {depth}cargo test --locked --features simulation --test crash one_seed \
+         VHDX_SEED={seed} VHDX_REQUESTS={requests} {depth}cargo test --locked --features simulation --test simulator crash::one_seed \
          -- --nocapture\n",
         name = scenario.name
     )

@@ -36,11 +36,6 @@ impl Room {
         self.full
     }
 
-    /// Whether the host needs room for an overwrite.
-    pub fn copies(&self) -> bool {
-        self.copies
-    }
-
     /// How often something was refused.
     pub fn refusals(&self) -> u64 {
         self.refusals

@@ -15,17 +15,13 @@ use skip::skipped;
 use tempfile::TempDir;
 use vhdx_ublk::disk::{Access, ImageFile};
 
-#[path = "cli/check.rs"]
 mod check;
-#[path = "cli/damage.rs"]
 mod damage;
 mod images;
-#[path = "cli/intruder.rs"]
 mod intruder;
-#[path = "cli/merge.rs"]
 mod merge;
-#[path = "cli/relink.rs"]
 mod relink;
+#[path = "../skip/mod.rs"]
 mod skip;
 
 const MIB: u64 = 1 << 20;
