@@ -338,12 +338,12 @@ impl ImageFile {
         Ok(self.file.metadata()?.len())
     }
 
-    /// As [`takes_space_back`], of this file.
+    /// Whether the file system takes back the space of a hole that is punched into this file.
     pub fn takes_space_back(&self) -> bool {
         takes_space_back(&self.file)
     }
 
-    /// As [`next_data`], of this file.
+    /// Where the next stored bytes lie, at `offset` or behind it: see [`super::ReadDisk::next_data`].
     ///
     /// # Errors
     ///
