@@ -132,7 +132,7 @@ impl Del {
             return Err(Error::new(Kind::Usage, "the device is given by its number"));
         };
         let openers = if self.force { Openers::Any } else { Openers::None };
-        launch::tell_stopped(&stop::stop_here(id, mark, openers))
+        launch::report_stopped(&stop::stop_here(id, mark, openers))
     }
 }
 

@@ -7,9 +7,11 @@
 //! Invariants:
 //!
 //! * a failure on the way up takes the same way down, wherever it happened;
-//! * the image is closed only when no request can be under way. If the kernel does not stop the device, or a queue
-//!   has failed, the process ends without closing: the image is left as after a crash, and the next opening repairs it;
-//! * signals that request something are blocked in every thread and taken by one, so that no call is interrupted.
+//! * the image is closed only when no request can be under way. If the kernel does not stop the device, or a
+//!   queue has failed, the process ends without closing: the image is left as after a crash, and the next
+//!   opening repairs it;
+//! * signals that request something are blocked in every thread and taken by one, so that no call is
+//!   interrupted.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -43,13 +45,13 @@ const NODE_DEADLINE: Duration = Duration::from_secs(5);
 
 /// Serves an image as a block device until a termination signal comes or another process stops the device.
 ///
-/// Call it before any thread has been started. `start_engine` gets the engine's ends of the mailboxes; `ready` is
-/// called once, when the device can be used.
+/// Call it before any thread has been started. `start_engine` gets the engine's ends of the mailboxes;
+/// `ready` is called once, when the device can be used.
 ///
 /// # Errors
 ///
-/// Whatever prevented the device from coming up, or the image from being closed cleanly. The process must end then:
-/// there may be threads that nothing else ends.
+/// Whatever prevented the device from coming up, or the image from being closed cleanly. The process must end
+/// then: there may be threads that nothing else ends.
 pub fn serve<E: EngineHandle>(
     spec: &DeviceSpec,
     options: &Options,
@@ -72,8 +74,8 @@ pub fn serve<E: EngineHandle>(
 ///
 /// # Errors
 ///
-/// Whatever prevented it; the device waits for the next attempt as soon as the process has ended. Once it is served
-/// again: what kept the image from being closed cleanly.
+/// Whatever prevented it; the device waits for the next attempt as soon as the process has ended. Once it is
+/// served again: what kept the image from being closed cleanly.
 pub fn recover<E: EngineHandle>(
     spec: &DeviceSpec,
     entry: &Entry,
@@ -241,7 +243,9 @@ impl<E: EngineHandle> Device<E> {
         let (device, users, seconds) = (self.path(), users.join(", "), INSISTENCE.as_secs());
         let device = device.display();
         tracing::warn!(
-            "asked to end while {device} is in use: {users}; the device stays until it is no longer in use (to end it now, with I/O errors for its users: `vhdx-ublk del --force {device}`, or two signals within {seconds} s)"
+            "asked to end while {device} is in use: {users}; the device stays until it is no longer in use \
+             (to end it now, with I/O errors for its users: `vhdx-ublk del --force {device}`, or two \
+             signals within {seconds} s)"
         );
     }
 
@@ -406,8 +410,8 @@ fn still_held(entry: &Entry) -> Error {
     Error::new(Kind::InUse, message).remedy(format!("end its use (fuser -v {node}), then recover again"))
 }
 
-/// What was granted must be what was requested, except for fewer queues: the driver silently drops what it does not
-/// know.
+/// What was granted must be what was requested, except for fewer queues: the driver silently drops what it
+/// does not know.
 fn check_granted(new: &NewDevice, info: &DeviceInfo) -> Result<()> {
     let missing = new.flags & !info.flags;
     if missing != 0 {
@@ -435,8 +439,8 @@ enum Node {
     Block,
 }
 
-/// Opens a device node as soon as it can be opened: a character device for the server, to write; a block device only
-/// to check that others can open it.
+/// Opens a device node as soon as it can be opened: a character device for the server, to write; a block
+/// device only to check that others can open it.
 fn await_node(path: &Path, node: Node) -> Result<File> {
     let until = Instant::now() + NODE_DEADLINE;
     loop {

@@ -1,8 +1,8 @@
 //! When a daemon ends: how it responds to signals.
 //!
-//! A request to end comes from a user, or from a shutdown, which signals every process at once and unmounts file
-//! systems afterwards. So a device that is in use stays, and the request is remembered: the device ends by itself as
-//! soon as nothing uses it.
+//! A request to end comes from a user, or from a shutdown, which signals every process at once and unmounts
+//! file systems afterwards. So a device that is in use stays, and the request is remembered: the device ends
+//! by itself as soon as nothing uses it.
 //!
 //! | signal | device is not in use | device is in use |
 //! |---|---|---|

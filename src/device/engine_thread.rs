@@ -1,8 +1,8 @@
 //! The engine of a writable device, on its own thread, with its own ring.
 //!
 //! Its life: *opened* (the image is ready, nothing has been modified), *started* (the mailboxes are joined),
-//! *closed*. Dropped before it was started, it ends without a trace, and a session that it took over stays; dropped
-//! later, it runs until the process ends, and the image is left as after a crash.
+//! *closed*. Dropped before it was started, it ends without a trace, and a session that it took over stays;
+//! dropped later, it runs until the process ends, and the image is left as after a crash.
 
 use std::rc::Rc;
 use std::sync::Arc;
@@ -173,8 +173,8 @@ impl EngineLoop {
         open_served(reactor, fronts, self.file.clone(), image, session, parents, parameters)
     }
 
-    /// Serves the fronts until the device is closed, then closes the image. The inbox runs until that is done:
-    /// closing empties the quarantine, which waits for the fronts' barriers.
+    /// Serves the fronts until the device is closed, then closes the image. The inbox runs until that is
+    /// done: closing empties the quarantine, which waits for the fronts' barriers.
     fn serve(
         &self,
         reactor: &Reactor,
@@ -302,7 +302,8 @@ mod tests {
         again.close().expect("nothing to do");
     }
 
-    /// Whether the image may be written is checked before the first byte is written, and the error names no image.
+    /// Whether the image may be written is checked before the first byte is written, and the error names no
+    /// image.
     #[test]
     fn a_refusal_changes_nothing() {
         let bench = Bench::new();
@@ -361,8 +362,8 @@ mod tests {
         assert_eq!(resume(false).err().expect("it was poisoned").kind(), Kind::Poisoned);
     }
 
-    /// An image on another file system may have the same inode and disk id, by chance or by design: a session that does
-    /// not fit may belong to that one.
+    /// An image on another file system may have the same inode and disk id, by chance or by design: a session
+    /// that does not fit may belong to that one.
     #[test]
     fn a_session_of_another_device_number_is_taken_over_or_left_alone() {
         let bench = Bench::new();
@@ -427,8 +428,8 @@ mod tests {
         ImageFile::open(path, Access::ReadOnly, Duration::ZERO)
     }
 
-    /// A child that is opened for writing names the path where its parent was found, and is written once for it; paths
-    /// that mean nothing on this host stay.
+    /// A child that is opened for writing names the path where its parent was found, and is written once for
+    /// it; paths that mean nothing on this host stay.
     #[test]
     fn a_wrong_path_is_replaced() {
         let bench = Bench::new();

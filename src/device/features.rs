@@ -1,4 +1,4 @@
-//! What the kernel's ublk driver can do, and what of it is in use.
+//! The features of the kernel's ublk driver, and those that this program uses.
 
 use libublk::sys;
 use serde::Serialize;
@@ -14,7 +14,7 @@ pub struct Feature {
     pub bit: u32,
     /// Its name in the kernel's header, without `UBLK_F_`.
     pub name: &'static str,
-    /// What it is.
+    /// What it means.
     pub meaning: &'static str,
     /// The first kernel that has it.
     pub since: &'static str,
@@ -53,7 +53,7 @@ const QUEUE: u64 = sys::UBLK_F_USER_RECOVERY as u64;
 const FAIL: u64 = QUEUE | sys::UBLK_F_USER_RECOVERY_FAIL_IO as u64;
 const REISSUE: u64 = QUEUE | sys::UBLK_F_USER_RECOVERY_REISSUE as u64;
 
-/// Features asked for when a device is made that shall outlive its server as `recovery` says.
+/// The features of a device that is to survive its server as `recovery` says.
 pub(super) fn wanted(recovery: Recovery) -> u64 {
     match recovery {
         Recovery::None => 0,
@@ -63,18 +63,18 @@ pub(super) fn wanted(recovery: Recovery) -> u64 {
     }
 }
 
-/// The recovery that a device gets: the one that was `chosen`, or the best that the `driver` has.
+/// The recovery that a device gets: the `chosen` one, or the best of the `driver`.
 ///
 /// # Errors
 ///
-/// [`Kind::Unsupported`] when the driver does not have what was chosen.
+/// [`Kind::Unsupported`] if the driver does not have the chosen one.
 pub(super) fn recovery(driver: Option<u64>, chosen: Option<Recovery>) -> Result<Recovery> {
     let has = |recovery| wanted(recovery) & !driver.unwrap_or(0) == 0;
     match chosen {
         Some(chosen) if has(chosen) => Ok(chosen),
         Some(_) => {
             Err(Error::new(Kind::Unsupported, "this kernel's ublk driver does not have that recovery")
-                .remedy("leave --recovery away: the best there is is chosen; `vhdx-ublk features` shows it"))
+                .remedy("omit --recovery for the best that there is; `vhdx-ublk features` shows it"))
         }
         None => {
             let known = [Recovery::Reissue, Recovery::Queue].into_iter().find(|&recovery| has(recovery));
@@ -85,51 +85,51 @@ pub(super) fn recovery(driver: Option<u64>, chosen: Option<Recovery>) -> Result<
 
 const IN_PLACE: u64 = sys::UBLK_F_SUPPORT_ZERO_COPY as u64 | sys::UBLK_F_AUTO_BUF_REG as u64;
 
-/// Features asked for when the data of requests shall not be copied: none, where copying is faster.
+/// The features of a device whose requests are not copied; none where copying is faster.
 ///
 /// # Errors
 ///
-/// [`Kind::Unsupported`] when the driver does not have what was chosen.
+/// [`Kind::Unsupported`] if the driver does not have the chosen one.
 pub(super) fn transfer(driver: Option<u64>, chosen: ZeroCopy) -> Result<u64> {
     match chosen {
         ZeroCopy::Auto | ZeroCopy::Off => Ok(0),
         ZeroCopy::On | ZeroCopy::Fallback if IN_PLACE & !driver.unwrap_or(0) == 0 => Ok(IN_PLACE),
         ZeroCopy::On | ZeroCopy::Fallback => {
             Err(Error::new(Kind::Unsupported, "this kernel's ublk driver cannot do without copying")
-                .remedy("Linux 6.16 or newer can; leave --zero-copy away, or choose off"))
+                .remedy("Linux 6.16 or newer can; omit --zero-copy, or choose off"))
         }
     }
 }
 
-/// Whether the driver has what `options` choose: asked before an image is touched. Where there is no driver, that is
-/// told later, after whatever is wrong with the image.
+/// Whether the driver has what `options` choose: checked before an image is touched. A missing driver is
+/// reported later, after whatever is wrong with the image.
 ///
 /// # Errors
 ///
-/// [`Kind::Unsupported`] when it has not.
+/// [`Kind::Unsupported`] if it does not.
 pub fn check(options: &Options) -> Result<()> {
     let Ok(control) = Control::open() else { return Ok(()) };
     recovery(control.features(), options.recovery)?;
     transfer(control.features(), options.zero_copy).map(drop)
 }
 
-/// Whether a device with these features leaves the data of requests where it is.
+/// Whether a device with these features leaves the data of requests in place.
 pub(super) fn is_in_place(flags: u64) -> bool {
     IN_PLACE & !flags == 0
 }
 
-/// Features in use, where the driver has them.
+/// The features that are used if the driver has them.
 const USED: u64 = REISSUE | FAIL | IN_PLACE | sys::UBLK_F_CMD_IOCTL_ENCODE as u64 | SAFE_STOP;
 
-/// All features the driver has, and all this program knows of.
+/// All features that the driver has, and all that this program knows.
 ///
 /// # Errors
 ///
-/// As [`Control::open`]; [`Kind::Unsupported`] when the driver is too old to say.
+/// As [`Control::open`]; [`Kind::Unsupported`] if the driver is too old to report them.
 pub fn list() -> Result<Vec<Feature>> {
     let driver = Control::open()?.features().ok_or_else(|| {
-        Error::new(Kind::Unsupported, "this kernel's ublk driver does not say what it can do")
-            .remedy("Linux 6.5 or newer says it")
+        Error::new(Kind::Unsupported, "this kernel's ublk driver does not report its features")
+            .remedy("Linux 6.5 or newer reports them")
     })?;
     Ok(table(driver))
 }

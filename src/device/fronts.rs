@@ -33,7 +33,8 @@ pub(super) struct FrontInbox {
 }
 
 impl FrontInbox {
-    /// An inbox that gives what arrives to `engine`. Whoever sets `called` writes the eventfd of `ends` afterwards.
+    /// An inbox that gives what arrives to `engine`. Whoever sets `called` writes the eventfd of `ends`
+    /// afterwards.
     pub(super) fn new(
         wake: Arc<EventFd>,
         receivers: Vec<Receiver<ToEngine>>,

@@ -1,4 +1,4 @@
-//! How a device is: what the kernel, its process and its daemon say, in one word.
+//! The health of a device, in one word, from the kernel, its process and its daemon.
 
 use serde::Serialize;
 
@@ -7,7 +7,7 @@ use super::registry::{Life, Listed, Registry, State};
 use super::socket::{self, Status};
 use crate::error::{Kind, Result};
 
-/// One word for it, the worst that is so.
+/// The worst that is true of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Health {
@@ -15,7 +15,7 @@ pub enum Health {
     Ok,
     /// The host has no room: writes that need some fail.
     HostFull,
-    /// A sync or a metadata write has failed: every write and flush fails, reads go on.
+    /// A sync or a metadata write has failed: every write and flush fails, reads work.
     Poisoned,
     /// Its daemon was killed: I/O waits, or fails, until it is recovered.
     Waiting,
@@ -23,20 +23,20 @@ pub enum Health {
     Stopped,
     /// Its daemon does not answer: I/O may wait.
     NoAnswer,
-    /// It serves nothing any more, or its image could not be closed cleanly.
+    /// It no longer serves, or its image could not be closed cleanly.
     Dead,
-    /// It cannot be told from here.
+    /// It cannot be seen from here.
     Unknown,
 }
 
-/// How far a device is from serving as it should.
+/// How bad the health of a device is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Grade {
-    /// It does.
+    /// It serves as it should.
     Well,
-    /// Somebody has to look.
+    /// It needs attention.
     Degraded,
-    /// It serves no more.
+    /// It no longer serves.
     Dead,
 }
 
@@ -56,17 +56,17 @@ impl Health {
     }
 }
 
-/// How a device is.
+/// The condition of a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Condition {
     /// In one word.
     pub health: Health,
-    /// The last error of the host that its daemon saw, or why there is no answer.
+    /// The last error of the host that its daemon saw, or why the daemon did not answer.
     pub last_error: Option<String>,
 }
 
 impl Condition {
-    /// How the device of `listed` is; its daemon is asked, which takes a second if it hangs.
+    /// The condition of the device of `listed`, from its daemon, which takes a second if it hangs.
     pub fn of(registry: &Registry, listed: &Listed) -> Self {
         let life = listed.entry.daemon.life();
         let asked = listed.state == State::Live && matches!(life, Life::Runs | Life::Hidden);
@@ -83,7 +83,7 @@ fn judge(listed: &Listed, life: Life, answer: Option<Result<Status>>) -> Conditi
         (State::Live, Life::Ended, _) if listed.entry.recovery == Recovery::None => only(Health::Dead),
         (State::Quiesced | State::FailIo, ..) | (State::Live, Life::Ended, _) => only(Health::Waiting),
         (_, Life::Stopped, _) => only(Health::Stopped),
-        (_, _, Some(Ok(status))) => Condition { health: told(&status), last_error: status.last_error },
+        (_, _, Some(Ok(status))) => Condition { health: of_status(&status), last_error: status.last_error },
         // A daemon of an older version answers, but not this.
         (_, _, Some(Err(error))) if error.kind() == Kind::Unsupported => only(Health::Unknown),
         (_, _, Some(Err(error))) => {
@@ -93,7 +93,7 @@ fn judge(listed: &Listed, life: Life, answer: Option<Result<Status>>) -> Conditi
     }
 }
 
-fn told(status: &Status) -> Health {
+fn of_status(status: &Status) -> Health {
     match status {
         Status { poisoned: true, .. } => Health::Poisoned,
         Status { host_full: true, .. } => Health::HostFull,
@@ -114,11 +114,11 @@ mod tests {
 
     #[test]
     fn a_daemon_that_answers_tells_how_its_device_is() {
-        let told = |status| health(State::Live, Life::Runs, Some(Ok(status)));
+        let health_of = |status| health(State::Live, Life::Runs, Some(Ok(status)));
         let (poisoned, host_full) = (true, true);
-        assert_eq!(told(Status::default()), Health::Ok);
-        assert_eq!(told(Status { host_full, ..Status::default() }), Health::HostFull);
-        assert_eq!(told(Status { poisoned, host_full, last_error: None }), Health::Poisoned);
+        assert_eq!(health_of(Status::default()), Health::Ok);
+        assert_eq!(health_of(Status { host_full, ..Status::default() }), Health::HostFull);
+        assert_eq!(health_of(Status { poisoned, host_full, last_error: None }), Health::Poisoned);
     }
 
     #[test]

@@ -1,10 +1,10 @@
-//! Becoming a daemon without `fork`: the program runs itself again, and the two talk over a pipe.
+//! Becoming a daemon without `fork`: the program runs itself again, and reads a line from a pipe.
 //!
 //! The child does everything and then writes one line to its standard output: `{"ready":…}` or `{"error":…}`.
-//! It detaches with that line and not before: until then its standard error is its parent's, so nothing that
-//! goes wrong on the way up is told to a log alone. A child that dies without a line is reported by its status.
-//! One that says nothing until its deadline is killed; it may wait in the kernel where even that does not end it,
-//! and is left behind then.
+//! It detaches with that line and not before: until then its standard error is its parent's, so no failure on
+//! the way up is in a log only. A child that dies without a line is reported with its status. One that writes
+//! nothing before its deadline is killed; if it waits in the kernel, where even that does not end it, it is
+//! left behind.
 
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
@@ -28,18 +28,18 @@ use serde::{Deserialize, Serialize};
 use super::confine;
 use super::spec::Ready;
 use super::wire::Failure;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Doing, Error, Kind, Locate, Result};
 
-/// This program, even if its file has been replaced since.
+/// This program, even if its file has been replaced.
 const SELF: &str = "/proc/self/exe";
 
-/// What the daemon is called in lists of processes: the kernel would take the last part of [`SELF`].
+/// The daemon's name in lists of processes: the kernel would take the last part of [`SELF`].
 const PROCESS_NAME: &str = "vhdx-ublk";
 
-/// Only root reads logs.
+/// Only root may read logs.
 const LOG_MODE: u32 = 0o600;
 
-/// Where warnings go since this process has detached.
+/// Where warnings are written since this process has detached.
 static LOG: OnceLock<PathBuf> = OnceLock::new();
 
 /// The one line.
@@ -47,26 +47,26 @@ static LOG: OnceLock<PathBuf> = OnceLock::new();
 #[serde(rename_all = "lowercase")]
 enum Line {
     Ready(Ready),
-    /// Whether a device was stopped, which is all that this child is for.
+    /// Whether a device was stopped, which is the only purpose of this child.
     Stopped(bool),
     Error(Failure),
 }
 
 /// Runs this program again with `arguments`, as a daemon that calls [`enter`], then [`announce`] or
-/// [`announce_failure`]; waits until it has. Its way up has deadlines of its own.
+/// [`announce_failure`]; waits until it has. Its way up has its own deadlines.
 ///
 /// # Errors
 ///
-/// The child's, or that it ended without a word.
+/// The child's, or that it ended without a line.
 pub fn launch(arguments: impl IntoIterator<Item = OsString>) -> Result<Ready> {
     let mut child = start(arguments)?;
     let line = read_line(child.stdout.take().expect("it was asked for"));
-    let line = line.map_err(|error| Error::io("listening to the daemon", error))?;
+    let line = line.doing("reading from the daemon")?;
     parse(&line).unwrap_or_else(|| Err(died(child)))
 }
 
-/// As [`launch`], for a daemon that may have to wait for what cannot be interrupted: one that is not ready within
-/// `patience` is killed.
+/// As [`launch`], for a daemon that may have to wait for what cannot be interrupted: one that is not ready
+/// within `patience` is killed.
 ///
 /// # Errors
 ///
@@ -75,18 +75,18 @@ pub fn launch_within(arguments: impl IntoIterator<Item = OsString>, patience: Du
     let mut child = start(arguments)?;
     let Some(line) = line_within(&mut child, patience)? else {
         let message = format!("the daemon was not ready within {} s, and was killed", patience.as_secs());
-        return Err(Error::new(Kind::Io, message).remedy("look at dmesg, and whether the image can be read"));
+        return Err(Error::new(Kind::Io, message).remedy("check dmesg, and whether the image can be read"));
     };
     parse(&line).unwrap_or_else(|| Err(died(child)))
 }
 
-/// Runs this program again with `arguments`, as a child that calls [`tell_stopped`]; what it told, or nothing at
-/// the deadline.
+/// Runs this program again with `arguments`, as a child that calls [`report_stopped`]. What it reports;
+/// `None` at the deadline.
 ///
 /// # Errors
 ///
-/// The child's, or that it ended without a word.
-pub fn ask_child(arguments: impl IntoIterator<Item = OsString>, patience: Duration) -> Result<Option<bool>> {
+/// The child's, or that it ended without a line.
+pub fn run_child(arguments: impl IntoIterator<Item = OsString>, patience: Duration) -> Result<Option<bool>> {
     let mut child = start(arguments)?;
     let Some(line) = line_within(&mut child, patience)? else { return Ok(None) };
     match serde_json::from_str(&line) {
@@ -96,13 +96,13 @@ pub fn ask_child(arguments: impl IntoIterator<Item = OsString>, patience: Durati
     }
 }
 
-/// In the child: tells the parent whether a device was stopped, or why not.
+/// In the child: reports to the parent whether a device was stopped, or why not.
 ///
 /// # Errors
 ///
-/// When the parent is gone.
-pub fn tell_stopped(outcome: &Result<bool>) -> Result<()> {
-    tell(&match outcome {
+/// If the parent is gone.
+pub fn report_stopped(outcome: &Result<bool>) -> Result<()> {
+    write_line(&match outcome {
         Ok(stopped) => Line::Stopped(*stopped),
         Err(error) => Line::Error(error.into()),
     })
@@ -119,7 +119,7 @@ fn start(arguments: impl IntoIterator<Item = OsString>) -> Result<Child> {
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .spawn();
-    child.map_err(|error| Error::io("starting the daemon", error))
+    child.doing("starting the daemon")
 }
 
 fn read_line(output: ChildStdout) -> io::Result<String> {
@@ -128,22 +128,21 @@ fn read_line(output: ChildStdout) -> io::Result<String> {
     Ok(line)
 }
 
-/// The child's line; nothing if it does not come in time, and the child is killed.
+/// The child's line. If it does not come in time, the child is killed and there is none.
 fn line_within(child: &mut Child, patience: Duration) -> Result<Option<String>> {
     let output = child.stdout.take().expect("it was asked for");
-    let (said, heard) = mpsc::channel();
-    let listen = move || {
-        let _ = said.send(read_line(output)); // after the deadline nobody hears it
+    let (sender, receiver) = mpsc::channel();
+    let read = move || {
+        let _ = sender.send(read_line(output)); // after the deadline nothing receives it
     };
-    let listening = |error| Error::io("listening to the daemon", error);
-    thread::Builder::new().name("listener".into()).spawn(listen).map_err(listening)?;
-    match heard.recv_timeout(patience) {
-        Ok(line) => line.map(Some).map_err(listening),
+    thread::Builder::new().name("listener".into()).spawn(read).doing("reading from the daemon")?;
+    match receiver.recv_timeout(patience) {
+        Ok(line) => line.map(Some).doing("reading from the daemon"),
         Err(RecvTimeoutError::Timeout) => {
-            child.kill().map_err(|error| Error::io("killing the daemon", error))?;
+            child.kill().doing("killing the daemon")?;
             Ok(None)
         }
-        Err(RecvTimeoutError::Disconnected) => unreachable!("the listener always says something"),
+        Err(RecvTimeoutError::Disconnected) => unreachable!("the listener always sends something"),
     }
 }
 
@@ -162,88 +161,86 @@ fn died(mut child: Child) -> Error {
     }
 }
 
-/// In the child, before anything else: leaves the parent's session, and with it the terminal's signals, and what
-/// the parent had, `kept` aside. Until the child has reported, the parent's end is its end.
+/// In the child, before anything else: leaves the parent's session, and with it the terminal's signals, and
+/// gives up what it inherited, except for `kept`. Until the child has reported, it ends with its parent.
 ///
 /// # Errors
 ///
-/// When the child leads a process group already, as it does when it was not started by [`launch`]; when the parent
+/// If the child leads a process group already, as it does if it was not started by [`launch`]; if the parent
 /// is gone.
 pub fn enter(kept: Option<RawFd>) -> Result<()> {
     if let Err(error) = fs::write("/proc/self/comm", PROCESS_NAME) {
         tracing::debug!("the process keeps its name: {error}");
     }
-    unistd::setsid().map_err(|errno| Error::io("starting a session", errno.into()))?;
+    unistd::setsid().doing("starting a session")?;
     confine::detach(kept);
-    // Giving up capabilities leaves this as it is; getting any would not.
-    prctl::set_pdeathsig(Signal::SIGTERM).map_err(|errno| Error::io("following the parent", errno.into()))?;
+    // Giving up capabilities does not reset this; getting any would.
+    prctl::set_pdeathsig(Signal::SIGTERM).doing("following the parent")?;
     if is_alone() {
-        return Err(Error::new(Kind::Io, "who started the daemon is gone"));
+        return Err(Error::new(Kind::Io, "the process that started the daemon is gone"));
     }
     Ok(())
 }
 
-/// Whether nobody reads what this process says. A parent that died before its child could follow it is noticed by
-/// that.
+/// Whether no process reads the standard output: that shows a parent that died before its child could follow
+/// it.
 fn is_alone() -> bool {
     let output = io::stdout();
     let mut ends = [PollFd::new(output.as_fd(), PollFlags::empty())];
-    let told = poll(&mut ends, PollTimeout::ZERO);
-    told.is_ok_and(|count| count > 0)
+    let polled = poll(&mut ends, PollTimeout::ZERO);
+    polled.is_ok_and(|count| count > 0)
         && ends[0].revents().is_some_and(|events| events.contains(PollFlags::POLLERR))
 }
 
-/// In the child: detaches from everything the parent owns, and tells it that the device is ready. Warnings go
-/// to the device's log from now on, behind what earlier daemons of this number have told.
+/// In the child: detaches from everything that the parent owns, and reports that the device is ready. From
+/// now on warnings are appended to the device's log, after those of earlier daemons of this number.
 ///
 /// # Errors
 ///
-/// When the parent is gone, or the log cannot be written. The device should be taken down then: nobody knows
-/// of it.
+/// If the parent is gone, or the log cannot be written. The device should be taken down then: no process
+/// knows of it.
 pub fn announce(ready: &Ready) -> Result<()> {
-    let log = open_log(&ready.log).map_err(|error| Error::io("opening the log", error).file(&ready.log))?;
-    let failed = |doing: &'static str| move |errno: nix::Error| Error::io(doing, errno.into());
+    let log = open_log(&ready.log).doing("opening the log").file(&ready.log)?;
     let null = OpenOptions::new().read(true).write(true).open("/dev/null");
-    let null = null.map_err(|error| Error::io("opening /dev/null", error))?;
-    unistd::chdir(Path::new("/")).map_err(failed("leaving the directory"))?;
-    unistd::dup2_stdin(&null).map_err(failed("detaching the input"))?;
-    unistd::dup2_stderr(&log).map_err(failed("detaching the errors"))?;
+    let null = null.doing("opening /dev/null")?;
+    unistd::chdir(Path::new("/")).doing("leaving the directory")?;
+    unistd::dup2_stdin(&null).doing("detaching the input")?;
+    unistd::dup2_stderr(&log).doing("detaching the errors")?;
     // The parent ends when it knows of the device.
-    prctl::set_pdeathsig(None).map_err(failed("leaving the parent"))?;
-    tell(&Line::Ready(ready.clone()))?;
+    prctl::set_pdeathsig(None).doing("leaving the parent")?;
+    write_line(&Line::Ready(ready.clone()))?;
     LOG.get_or_init(|| ready.log.clone());
-    unistd::dup2_stdout(&null).map_err(failed("detaching the output"))
+    unistd::dup2_stdout(&null).doing("detaching the output")
 }
 
 fn open_log(path: &Path) -> io::Result<File> {
     OpenOptions::new().create(true).append(true).mode(LOG_MODE).open(path)
 }
 
-/// Opens the log anew, which somebody may have moved away. A process that has not detached has none.
+/// Reopens the log, which may have been moved away. A process that has not detached has none.
 pub(super) fn reopen_log() {
     let Some(path) = LOG.get() else { return };
     let opened = open_log(path).and_then(|log| Ok(unistd::dup2_stderr(&log)?));
     if let Err(error) = opened {
-        tracing::warn!("{}: the log cannot be opened anew: {error}", path.display());
+        tracing::warn!("{}: the log cannot be reopened: {error}", path.display());
     }
 }
 
-/// In the child: tells the parent why there is no device.
+/// In the child: reports to the parent why there is no device.
 ///
 /// # Errors
 ///
-/// When the parent is gone.
+/// If the parent is gone.
 pub fn announce_failure(error: &Error) -> Result<()> {
-    tell(&Line::Error(error.into()))
+    write_line(&Line::Error(error.into()))
 }
 
-fn tell(line: &Line) -> Result<()> {
-    let mut text =
-        serde_json::to_string(line).map_err(|error| Error::io("telling the parent", error.into()))?;
+fn write_line(line: &Line) -> Result<()> {
+    let mut text = serde_json::to_string(line).doing("reporting to the parent")?;
     text.push('\n');
     let mut output = io::stdout().lock();
     let written = output.write_all(text.as_bytes()).and_then(|()| output.flush());
-    written.map_err(|error| Error::io("telling the parent", error))
+    written.doing("reporting to the parent")
 }
 
 #[cfg(test)]

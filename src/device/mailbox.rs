@@ -2,7 +2,7 @@
 //!
 //! One FIFO per front and direction, one eventfd per side: the engine's is shared by all its fronts. A bare
 //! queue does not end an `io_uring_enter`, so the receiving side keeps a read of its eventfd (eight bytes) in
-//! its ring; an eventfd remembers, so a message sent between the drain and the next read is not missed.
+//! its ring; an eventfd counts, so a message sent between the last pop and the next read is not missed.
 //!
 //! Invariants:
 //!
@@ -16,7 +16,7 @@ use crossbeam_queue::ArrayQueue;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::engine::message::{ToEngine, ToFront};
-use crate::error::{Error, Result};
+use crate::error::{Doing, Result};
 
 /// Places in a queue beyond one for each tag: a barrier, a fence, a hold.
 const EXTRA_PLACES: usize = 3;
@@ -29,7 +29,7 @@ pub fn wake_up(eventfd: &EventFd) {
 /// Not `O_NONBLOCK`: a read in a ring then waits in the kernel instead of failing.
 fn new_eventfd() -> Result<Arc<EventFd>> {
     let eventfd = EventFd::from_flags(EfdFlags::EFD_CLOEXEC);
-    eventfd.map(Arc::new).map_err(|errno| Error::io("making an eventfd", errno.into()))
+    eventfd.map(Arc::new).doing("making an eventfd")
 }
 
 /// The sending end of one direction.
@@ -61,7 +61,7 @@ impl<T> Sender<T> {
 pub struct Receiver<T>(Arc<ArrayQueue<T>>);
 
 impl<T> Receiver<T> {
-    /// The oldest message that was not yet taken.
+    /// The oldest message, if there is one.
     pub fn pop(&self) -> Option<T> {
         self.0.pop()
     }
@@ -97,7 +97,7 @@ pub struct EngineEnds {
 ///
 /// # Errors
 ///
-/// When the process has no file descriptor left.
+/// If the process has no file descriptor left.
 pub fn mailboxes(queues: u16, depth: u16) -> Result<(EngineEnds, Vec<FrontEnds>)> {
     let engine_wake = new_eventfd()?;
     let mut engine = EngineEnds { fronts: Vec::new(), wake: engine_wake.clone() };

@@ -6,17 +6,18 @@
 //! * [`mailbox`], `leaf_handover`: what joins the queues to the engine;
 //! * `queue`: a thread per queue, between the kernel and its front;
 //! * [`session`], [`layers`], [`open_image`], `writable`: an image checked and ready to be served;
-//! * `fronts`, `served_image`, `snapshot`, [`engine_thread`]: the engine of a writable device, on its own thread; how
-//!   its image becomes the parent of a new one while it is served;
+//! * `fronts`, `served_image`, `snapshot`, [`engine_thread`]: the engine of a writable device, on its own
+//!   thread; how its image becomes the parent of a new one while it is served;
 //! * `order`, `reply`, [`socket`]: how a running daemon gets commands;
 //! * [`spec`], `ending`, `supervisor`, [`daemon`]: the device from `ADD_DEV` to `DEL_DEV`;
 //! * [`confine`], [`launch`]: the privileges of that process, and how it is started and reports.
 //!
-//! What other processes see and do: [`registry`], [`usage`], [`stop`], [`health`]; how data travels between processes:
-//! [`path`], `wire`; what the kernel reports of the machine: `process`, `processes`, `mounts`, `sysfs`.
+//! What other processes see and do: [`registry`], [`usage`], [`stop`], [`health`]; how data travels between
+//! processes: [`path`], `wire`; what the kernel reports of the machine: `process`, `processes`, `mounts`,
+//! `sysfs`.
 //!
-//! Unsafe code is in `control`, `queue::ring`, `queue::buffers`, `region` and `sys` only. `libublk` gives the kernel's
-//! structures and numbers.
+//! Unsafe code is in `control`, `queue::ring`, `queue::buffers`, `region` and `sys` only. `libublk` gives the
+//! kernel's structures and numbers.
 
 pub mod confine;
 mod control;

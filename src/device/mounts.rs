@@ -1,8 +1,8 @@
 //! The mounts of a process, from `/proc/PID/mountinfo`.
 //!
-//! The crate `procfs` is not used for it: it reads the file as UTF-8, leaves octal escapes in paths, and fails for the
-//! whole file if one line is odd. Any user can mount a file system of any name in a namespace of their own, which must
-//! not hide the mounts of a device.
+//! The crate `procfs` is not used for it: it reads the file as UTF-8, leaves octal escapes in paths, and
+//! fails for the whole file if one line is odd. Any user can mount a file system of any name in a namespace
+//! of their own, which must not hide the mounts of a device.
 
 use std::ffi::OsString;
 use std::fs;
@@ -127,8 +127,8 @@ impl Kinds {
         !self.without_device.iter().any(|without| without.as_bytes() == name)
     }
 
-    /// The device that a mount names as its source. Any user can mount a tmpfs in a namespace of their own, from a
-    /// "source" of any name, which must not keep a device in use.
+    /// The device that a mount names as its source. Any user can mount a tmpfs in a namespace of their own,
+    /// from a "source" of any name, which must not keep a device in use.
     pub(super) fn device_of(&self, mount: &Mount<'_>) -> Option<PathBuf> {
         self.have_device(mount.kind).then(|| mount.source())
     }
@@ -149,7 +149,8 @@ mod tests {
     #[test]
     fn an_odd_line_hides_no_other() {
         let mounts = Mounts::parse(
-            b"38 35 259:30 / /no-dash rw\n\xff\n36 35 259:4 /sub /mnt/with\\040blank\xfe rw shared:2 - ext4 /dev/a rw,x=/\\040\n",
+            b"38 35 259:30 / /no-dash rw\n\xff\n\
+            36 35 259:4 /sub /mnt/with\\040blank\xfe rw shared:2 - ext4 /dev/a rw,x=/\\040\n",
         );
         let [mount] = &mounts.iter().collect::<Vec<_>>()[..] else { panic!("one can be read") };
         assert_eq!((mount.id, mount.number, mount.kind), (&b"36"[..], &b"259:4"[..], &b"ext4"[..]));

@@ -39,8 +39,8 @@ impl OpenImage {
     ///
     /// # Errors
     ///
-    /// Whatever is wrong with the images; those of [`crate::chain::open_parents`]; [`Kind::InUse`] if a killed
-    /// daemon left a session of one; those of [`Control::open`].
+    /// Whatever is wrong with the images; those of [`crate::chain::open_parents`]; [`Kind::InUse`] if a
+    /// killed daemon left a session of one; those of [`Control::open`].
     pub fn read_only(file: Arc<ImageFile>, parents: &Parents) -> Result<Self> {
         let reactor = Reactor::new()?;
         file.read_anew();
@@ -108,7 +108,8 @@ pub(super) fn parameters(
     })
 }
 
-/// Replaces the engine of a read-only device, whose fronts never send anything. Keeps its ends of the mailboxes.
+/// Replaces the engine of a read-only device, whose fronts never send anything. Keeps its ends of the
+/// mailboxes.
 pub struct NoEngine(pub EngineEnds);
 
 impl EngineHandle for NoEngine {

@@ -1,4 +1,4 @@
-//! How a device is made: its shape towards the kernel, and the bounds of each choice.
+//! The choices for a device, with the bounds of each, and the disk as the kernel sees it.
 
 use std::mem::offset_of;
 
@@ -14,17 +14,17 @@ pub const MAX_QUEUES: u16 = 64;
 /// Most requests in flight per queue: the kernel's own limit.
 pub const MAX_DEPTH: u16 = 4096;
 
-/// Least request size: the kernel wants at least a page.
+/// Least request size: the kernel needs at least a page.
 pub const MIN_REQUEST_BYTES: u32 = 4096;
 
 /// Greatest number of a device: the kernel has twenty bits for it.
 pub const MAX_ID: u32 = (1 << 20) - 1;
 
-/// Greatest request size: larger ones are split by the kernel, at no loss that could be measured.
+/// Greatest request size: the kernel splits larger ones, at no measurable cost.
 pub const MAX_REQUEST_BYTES: u32 = 1 << 20;
 
-/// Most memory for request buffers: queues × depth × request size. It is locked, so it must stay small
-/// beside the memory of any machine that serves disks.
+/// Most memory for request buffers: queues × depth × request size. It is locked, so it must be small compared
+/// to the memory of any machine that serves disks.
 pub const MAX_BUFFER_BYTES: u64 = 256 << 20;
 
 const MIB: u64 = 1 << 20;
@@ -32,18 +32,18 @@ const MIB: u64 = 1 << 20;
 const _: () = assert!(MAX_DEPTH as u32 == sys::UBLK_MAX_QUEUE_DEPTH);
 const _: () = assert!((MAX_QUEUES as u32) <= sys::UBLK_MAX_NR_QUEUES);
 
-/// What becomes of a device whose daemon is killed.
+/// What happens to a device whose daemon is killed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Recovery {
-    /// Its requests fail, and so does everything that comes later.
+    /// Its requests fail, and so do all later ones.
     #[default]
     None,
-    /// Its requests in flight fail, and so does what comes later, until `recover`.
+    /// Its requests in flight fail, and so do later ones until `recover`.
     Fail,
-    /// Its requests in flight fail; what comes later waits for `recover`.
+    /// Its requests in flight fail; later ones wait for `recover`.
     Queue,
-    /// Everything waits for `recover`; requests in flight are repeated.
+    /// All requests wait for `recover`; those in flight are repeated.
     Reissue,
 }
 
@@ -51,19 +51,19 @@ pub enum Recovery {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum ZeroCopy {
-    /// What was measured to be faster.
+    /// Whichever was measured to be faster.
     #[default]
     Auto,
     /// It stays where it is.
     On,
     /// It is copied.
     Off,
-    /// As `On`, through the way round that the kernel asks for when it is short of memory. For tests.
+    /// As `On`, with the commands that the kernel requires when it is short of memory. For tests.
     #[value(hide = true)]
     Fallback,
 }
 
-/// What the caller may choose about a device.
+/// The choices for a device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Options {
     /// The N of `/dev/ublkbN`; the kernel chooses when there is none.
@@ -74,7 +74,7 @@ pub struct Options {
     pub depth: u16,
     /// Longest request, bytes.
     pub request_bytes: u32,
-    /// What becomes of it when its daemon is killed; without a choice, the best that the kernel has.
+    /// What happens to it when its daemon is killed; without a choice, the best that the kernel has.
     pub recovery: Option<Recovery>,
     /// Whether data is copied.
     pub zero_copy: ZeroCopy,
@@ -122,8 +122,8 @@ impl Options {
         if buffers > MAX_BUFFER_BYTES {
             let (needed, most) = (buffers.div_ceil(MIB), MAX_BUFFER_BYTES / MIB);
             let message = format!(
-                "{queues} queues of depth {depth} need {needed} MiB of request buffers ({} KiB each); at most \
-                 {most} MiB are locked in memory",
+                "{queues} queues of depth {depth} need {needed} MiB of request buffers ({} KiB each); at \
+                 most {most} MiB are locked in memory",
                 request_bytes / 1024
             );
             return Err(Error::new(Kind::Usage, message).remedy("choose fewer queues, or a smaller depth"));
@@ -132,7 +132,7 @@ impl Options {
     }
 }
 
-/// The disk as the kernel shall see it.
+/// The disk as the kernel sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Parameters {
     /// Size of the disk, bytes; a multiple of the logical sector.
@@ -143,34 +143,34 @@ pub struct Parameters {
     pub physical_sector_bytes: u32,
     /// Nothing may be written.
     pub read_only: bool,
-    /// What the image's file asks of memory for direct I/O, bytes, a power of two.
+    /// The memory alignment that the files need for direct I/O, bytes, a power of two.
     pub memory_alignment_bytes: u32,
 }
 
-/// The kernel counts in these, whatever the logical sector.
+/// The kernel counts in sectors of 512 bytes, whatever the logical sector.
 pub(super) const KERNEL_SECTOR_SHIFT: u32 = 9;
 
 /// Best size of I/O, as a power of two: 1 MiB, on which every payload block starts.
 const OPTIMAL_IO_SHIFT: u8 = 20;
 
-/// Finest range worth discarding, bytes: the page of most file systems beneath an image.
+/// Smallest range worth discarding, bytes: the page of most file systems below an image.
 const DISCARD_GRANULARITY_BYTES: u32 = 4096;
 
-/// Longest discard, bytes: as much as the kernel puts into one, as it costs per block and not per byte, yet few
-/// enough blocks that other requests are not kept waiting.
+/// Longest discard, bytes: as much as the kernel puts into one, as the cost is per block and not per byte,
+/// yet few enough blocks not to delay other requests.
 const MAX_DISCARD_BYTES: u64 = 4 << 30;
 
 const _: () =
     assert!(MAX_DISCARD_BYTES >> MIN_BLOCK_SHIFT < MAX_LOOKS as u64, "a front looks at each block once");
 
-/// Blocks have a MiB at least.
+/// Blocks have at least a MiB.
 const MIN_BLOCK_SHIFT: u32 = 20;
 
-/// Longest write-zeroes request, bytes. The kernel cuts a longer range at multiples of this, and at any sector if it is
-/// more than the range that it puts into one: parts of blocks would take space.
+/// Longest write-zeroes request, bytes. The kernel cuts a longer range at multiples of this. If this were
+/// more than the kernel puts into one request, it would cut at any sector: parts of blocks would take space.
 const MAX_ZEROES_BYTES: u64 = 2 << 30;
 
-/// The kernel's `ublk_params`, of which the crate's ends before the last field.
+/// The kernel's `ublk_params`; the crate's lacks the last field.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct KernelParameters {
@@ -187,8 +187,8 @@ const _: () = assert!(offset_of!(KernelParameters, zoned) == offset_of!(sys::ubl
 const _: () = assert!(offset_of!(KernelParameters, dma) == 108);
 
 impl Parameters {
-    /// The kernel's form of it, for requests whose data is copied, to and from aligned buffers, or `in_place`,
-    /// where the file's alignment concerns whoever makes the requests.
+    /// The kernel's form of it: for requests whose data is copied to and from aligned buffers, or is
+    /// `in_place`, where whoever makes the requests must align it for the file.
     pub(super) fn to_kernel(self, request_bytes: u32, in_place: bool) -> KernelParameters {
         let physical = self.physical_sector_bytes.max(self.logical_sector_bytes);
         let mut params = KernelParameters {

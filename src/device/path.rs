@@ -1,4 +1,4 @@
-//! Paths in JSON: the registry, the control socket and `list --json` write every path that Linux allows.
+//! Paths in JSON: the registry, the control socket and `list --json` represent every path that Linux allows.
 //!
 //! A path that is UTF-8 is a string. Any other is an object: `{"lossy": "/disks/a\ufffd.vhdx", "hex":
 //! "2f6469736b732f61ff2e76686478"}`, its text for people and its bytes.

@@ -1,4 +1,6 @@
-//! A process, and not a later one of the same number: what is seen of it from here.
+//! A process, and not a later one of the same number.
+//!
+//! The crate `procfs` is not used: it parses fifty fields, and one odd field would make a daemon look dead.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -14,21 +16,21 @@ pub struct ProcessId {
     pub pid: u32,
     /// When it was started, in the kernel's ticks since boot.
     pub start_time: u64,
-    /// The PID namespace in which it has that number; 0 where that was not recorded.
+    /// The PID namespace in which it has that number; 0 if it was not recorded.
     #[serde(default)]
     pub namespace: u64,
 }
 
-/// What is seen of a process.
+/// What can be seen of a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Life {
     /// It runs, or waits.
     Runs,
-    /// It was stopped: by a signal, or by a debugger. It does nothing until it is continued.
+    /// It was stopped by a signal or a debugger, and does nothing until it is continued.
     Stopped,
     /// It has ended.
     Ended,
-    /// It belongs to another PID namespace: whether it runs cannot be told.
+    /// It belongs to another PID namespace: it cannot be seen whether it runs.
     Hidden,
 }
 
@@ -37,43 +39,43 @@ impl ProcessId {
     ///
     /// # Errors
     ///
-    /// When `/proc` is not there.
+    /// If `/proc` is not mounted.
     pub fn this() -> Result<Self> {
         let pid = std::process::id();
         let (_, start_time) =
-            look(pid).ok_or_else(|| Error::new(Kind::Io, "/proc does not say when this process began"))?;
+            read(pid).ok_or_else(|| Error::new(Kind::Io, "/proc does not say when this process began"))?;
         Ok(Self { pid, start_time, namespace: namespace() })
     }
 
-    /// What is seen of it.
+    /// What can be seen of it.
     pub fn life(&self) -> Life {
         if self.namespace != 0 && self.namespace != namespace() {
             return Life::Hidden;
         }
-        match look(self.pid) {
+        match read(self.pid) {
             Some((life, start_time)) if start_time == self.start_time => life,
             _ => Life::Ended,
         }
     }
 
-    /// Whether it is seen to run, or to be stopped.
+    /// Whether it can be seen to run, or to be stopped.
     pub fn is_alive(&self) -> bool {
         matches!(self.life(), Life::Runs | Life::Stopped)
     }
 }
 
-/// The PID namespace of this process; 0 where `/proc` does not say.
+/// The PID namespace of this process; 0 if `/proc` does not have it.
 fn namespace() -> u64 {
     fs::metadata("/proc/self/ns/pid").map_or(0, |found| found.ino())
 }
 
 /// The process that now has this number, and when it was started.
-fn look(pid: u32) -> Option<(Life, u64)> {
+fn read(pid: u32) -> Option<(Life, u64)> {
     parse_stat(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
 }
 
-/// Fields 3 and 22 of `/proc/PID/stat`: its state and start time. Field 2 is the program's name in parentheses
-/// and may hold anything, so fields are counted from the last parenthesis. One that only waits to be reaped has ended.
+/// Fields 3 and 22 of `/proc/PID/stat`: its state and start time. Field 2 is the program's name in
+/// parentheses and may hold anything, so fields are counted from the last parenthesis. A zombie has ended.
 fn parse_stat(stat: &str) -> Option<(Life, u64)> {
     let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
     let life = match fields.next()? {

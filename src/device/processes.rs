@@ -65,8 +65,8 @@ impl OpenFile {
         info.lines().find_map(|line| line.strip_prefix(field)).map(|value| value.trim().to_owned())
     }
 
-    /// Whether it is `file`. Since Linux 5.14, `fdinfo` has the inode: no file system is asked that has nothing to do
-    /// with the file, and might hang.
+    /// Whether it is `file`. Since Linux 5.14, `fdinfo` has the inode: no file system is asked that has
+    /// nothing to do with the file, and might hang.
     pub(super) fn is(&self, file: FileId) -> bool {
         // A socket, a pipe and the like have no absolute path.
         self.path().is_some_and(|path| path.is_absolute())

@@ -10,8 +10,8 @@ use std::sync::atomic::AtomicU64;
 use libublk::sys;
 use rustix::mm;
 
-/// A mapped range that the kernel reads and writes behind the compiler's back: it is used through raw pointers only,
-/// each checked against the range.
+/// A mapped range that the kernel reads and writes behind the compiler's back: it is used through raw
+/// pointers only, each checked against the range.
 pub(super) struct Region {
     base: NonNull<u8>,
     length: usize,
@@ -105,8 +105,8 @@ pub(super) fn shared_words(file: &File, count: usize) -> io::Result<&'static [At
     #[expect(clippy::cast_ptr_alignment, reason = "a mapping starts on a page border")]
     let words = region.base.as_ptr().cast::<AtomicU64>();
     std::mem::forget(region);
-    // SAFETY: mapped, aligned, never unmapped, and any bits are a valid word. Other processes that map the file
-    // use atomic words too.
+    // SAFETY: mapped, aligned, never unmapped, and any bits are a valid word. Other processes that map the
+    // file use atomic words too.
     Ok(unsafe { std::slice::from_raw_parts(words, count) })
 }
 

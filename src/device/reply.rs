@@ -1,8 +1,8 @@
 //! The answer to a caller at the control socket, which may stop waiting at any moment.
 //!
-//! Two parties decide what becomes of a request: the engine, which [claims](Reply::claim) it right before the step
-//! that cannot be undone, and the caller, which gives it up when its deadline has passed. Whichever comes first
-//! decides, so nothing is done for a caller that has been told that nothing was done.
+//! Two parties decide what becomes of a request: the engine, which [claims](Reply::claim) it right before the
+//! step that cannot be undone, and the caller, which gives it up when its deadline has passed. Whichever
+//! comes first decides, so nothing is done for a caller that has been told that nothing was done.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -46,8 +46,8 @@ pub(super) fn reply_to<T>(stream: &UnixStream) -> io::Result<(Reply<T>, Awaited<
 }
 
 impl<T> Reply<T> {
-    /// Whether to take the step after which the request is done. `false` if nothing waits for it: the deadline has
-    /// passed, or the caller has closed its end, perhaps while this process was stopped.
+    /// Whether to take the step after which the request is done. `false` if nothing waits for it: the
+    /// deadline has passed, or the caller has closed its end, perhaps while this process was stopped.
     pub(super) fn claim(&self) -> bool {
         self.caller.decide() && is_connected(&self.caller.stream)
     }

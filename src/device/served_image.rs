@@ -55,8 +55,8 @@ impl ServedImage {
         FileId::of_image(&self.file)
     }
 
-    /// Ends the engine before it was started. A session of a killed daemon stays, and so does the image: the session
-    /// may hold what is not in the image.
+    /// Ends the engine before it was started. A session of a killed daemon stays, and so does the image: the
+    /// session may hold what is not in the image.
     pub(super) fn give_up(self, reactor: &Reactor) -> Result<()> {
         if self.engine.shared().session() == Session::Idle {
             let unchanged = reactor.block_on(self.engine.close());

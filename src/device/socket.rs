@@ -1,14 +1,14 @@
 //! The control socket of a device: `/run/vhdx-ublk/N.sock`, through which other processes talk to its daemon.
 //!
-//! Only root may use it: the folder is closed to others, and the daemon checks the peer's user. A connection carries
-//! one line of JSON each way, with the protocol's version; an unknown version is refused by name.
+//! Only root may use it: the folder is closed to others, and the daemon checks the peer's user. A connection
+//! carries one line of JSON each way, with the protocol's version; an unknown version is refused by name.
 //!
 //! Invariants:
 //!
 //! * a connection does not delay the others: each has its own thread, up to `MAX_CLIENTS`;
 //! * every connection ends: a line has a maximum length and a deadline, and the answer has a deadline;
-//! * nothing is done for a caller that left before the decisive moment, see `Reply::claim`.
-//!   What is done later is logged if the caller could not be answered.
+//! * nothing is done for a caller that left before the decisive moment, see `Reply::claim`. What is done later is
+//!   logged if the caller could not be answered.
 
 use std::fs;
 use std::io::{self, Read, Write};
@@ -281,8 +281,9 @@ fn write_line(mut stream: &UnixStream, message: &impl Serialize) -> io::Result<(
 ///
 /// # Errors
 ///
-/// The daemon's; [`Kind::Io`] if it does not listen or does not answer. Once this has returned, a daemon that has not
-/// answered takes the snapshot only if it had already claimed it: its log and the device's entry show that.
+/// The daemon's; [`Kind::Io`] if it does not listen or does not answer. Once this has returned, a daemon that
+/// has not answered takes the snapshot only if it had already claimed it: its log and the device's entry show
+/// that.
 pub fn snapshot(path: &Path, image: PathBuf) -> Result<Snapped> {
     let snapped = send(path, &Command::Snapshot { image }, 2 * ANSWER_DEADLINE + LINE_DEADLINE);
     snapped.map_err(|error| match error.kind() {
@@ -317,7 +318,8 @@ fn send<T: DeserializeOwned>(path: &Path, command: &Command, patience: Duration)
     }
 }
 
-/// A connection on which nothing waits longer than `patience`, not even for a daemon that accepts no more clients.
+/// A connection on which nothing waits longer than `patience`, not even for a daemon that accepts no more
+/// clients.
 fn connect(path: &Path, patience: Duration) -> io::Result<UnixStream> {
     let socket = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
     let stream = UnixStream::from(socket);
@@ -399,7 +401,8 @@ mod tests {
         let mut silent: Vec<UnixStream> = (1..MAX_CLIENTS).map(|_| connect()).collect();
         let answered = status(&path);
         assert!(answered.is_ok() || answered.is_err_and(|error| error.kind() == Kind::Permission));
-        // The thread of the client that was answered may not have ended yet: in the end there is one too many.
+        // The thread of the client that was answered may not have ended yet: in the end there is one too
+        // many.
         let until = Instant::now() + LINE_DEADLINE;
         while Instant::now() < until && silent.len() < 2 * MAX_CLIENTS {
             silent.push(connect());

@@ -18,7 +18,8 @@ use crate::error::Result;
 pub struct DeviceSpec {
     /// The image's path: absolute, without symbolic links.
     pub path: PathBuf,
-    /// The open file descriptions that carry the locks of the image and its parents, nearest first; all rings use them.
+    /// The open file descriptions that carry the locks of the image and its parents, nearest first; all rings
+    /// use them.
     pub images: Arc<[File]>,
     /// The image, independent of its path.
     pub image_file: FileId,
@@ -36,8 +37,8 @@ pub struct DeviceSpec {
     pub recoverable: bool,
 }
 
-/// The engine of a device, once started. It is dropped without [`EngineHandle::close`] only when the process is
-/// about to end: dropping it must not wait.
+/// The engine of a device, once started. It is dropped without [`EngineHandle::close`] only when the process
+/// is about to end: dropping it must not wait.
 pub trait EngineHandle {
     /// Closes the image and waits for the engine's end. The fronts are idle, and still answer barriers.
     ///

@@ -1,9 +1,9 @@
-//! The device's event loop: queues, signals and the control socket report on one channel, on which the device's thread
-//! waits. All queues are started, watched, drained and ended together.
+//! The device's event loop: queues, signals and the control socket report on one channel, on which the
+//! device's thread waits. All queues are started, watched, drained and ended together.
 //!
-//! Order on the way down: *settled* (every queue that was started has begun or has failed to), then the kernel stops
-//! the device, then *drained*, then *finished*. A queue that offered its tags only after the stop would never get them
-//! back: older kernels, such as 6.12, accept them.
+//! Order on the way down: *settled* (every queue that was started has begun or has failed to), then the
+//! kernel stops the device, then *drained*, then *finished*. A queue that offered its tags only after the
+//! stop would never get them back: older kernels, such as 6.12, accept them.
 
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
@@ -103,8 +103,8 @@ impl Supervisor {
         }
     }
 
-    /// Waits for the next demand, or until `due`, which is [`Happening::Time`]. An error if the device must be taken
-    /// down because of a failure.
+    /// Waits for the next demand, or until `due`, which is [`Happening::Time`]. An error if the device must
+    /// be taken down because of a failure.
     pub(super) fn next_demand(&mut self, due: Option<Instant>) -> Result<Demand> {
         let Some(event) = self.next_before(due) else { return Ok(Demand::Happening(Happening::Time)) };
         match event {
@@ -150,8 +150,8 @@ impl Supervisor {
         self.drained = 0;
     }
 
-    /// Takes events until `is_done`. A queue that fails is an error. Everything else is only counted, also signals and
-    /// calls: the device is being taken down already.
+    /// Takes events until `is_done`. A queue that fails is an error. Everything else is only counted, also
+    /// signals and calls: the device is being taken down already.
     fn work_off(&mut self, deadline: Duration, is_done: impl Fn(&Self) -> bool) -> Result<()> {
         let until = Instant::now() + deadline;
         while !self.failed && !is_done(self) {
@@ -196,8 +196,8 @@ impl Supervisor {
     }
 }
 
-/// Blocks the signals that request something, here and in every thread started later, and has one thread turn them
-/// into events.
+/// Blocks the signals that request something, here and in every thread started later, and has one thread turn
+/// them into events.
 fn watch_signals(sender: mpsc::Sender<Event>) -> Result<()> {
     let signals = SigSet::from_iter(sys::REQUESTS);
     signals.thread_block().doing("blocking signals")?;

@@ -1,5 +1,5 @@
-//! What a thread or the process is to the kernel: its memory, priority, CPUs, signals, descriptors and system calls;
-//! and handles on other processes.
+//! What a thread or the process is to the kernel: its memory, priority, CPUs, signals, descriptors and system
+//! calls; and handles on other processes.
 #![allow(
     unsafe_code,
     reason = "no crate in use wraps close_range, signal, or seccomp with SECCOMP_FILTER_FLAG_LOG"
@@ -14,13 +14,14 @@ use rustix::process::{self, Pid, PidfdFlags, pidfd_open, pidfd_send_signal};
 use rustix::thread::{CpuSet, sched_setaffinity};
 use seccompiler::BpfProgramRef;
 
-/// Keeps all memory that this process has touched, or will touch, from being swapped out: the swap may be on the very
-/// disk that it serves. Memory that is never touched is not brought in by this.
+/// Keeps all memory that this process has touched, or will touch, from being swapped out: the swap may be on
+/// the very disk that it serves. Memory that is never touched is not brought in by this.
 pub(super) fn keep_in_memory() -> io::Result<()> {
     Ok(mlockall(MlockAllFlags::CURRENT | MlockAllFlags::FUTURE | MlockAllFlags::ONFAULT)?)
 }
 
-/// Marks this thread as one that serves a block device: its own allocations must not wait for I/O that only it can do.
+/// Marks this thread as one that serves a block device: its own allocations must not wait for I/O that only
+/// it can do.
 pub(super) fn become_io_flusher() -> io::Result<()> {
     Ok(process::configure_io_flusher_behavior(true)?)
 }
@@ -33,7 +34,8 @@ pub(super) fn become_urgent() -> io::Result<()> {
     Ok(process::setpriority_process(None, MOST_URGENT)?)
 }
 
-/// Keeps this thread on `cpus`. The kernel leaves out those that this process may not use; none left is an error.
+/// Keeps this thread on `cpus`. The kernel leaves out those that this process may not use; none left is an
+/// error.
 pub(super) fn run_on(cpus: &[usize]) -> io::Result<()> {
     let mut set = CpuSet::new();
     cpus.iter().filter(|&&cpu| cpu < CpuSet::MAX_CPU).for_each(|&cpu| set.set(cpu));
@@ -60,13 +62,14 @@ const FAULTS: [i32; 7] =
 /// The signals that request something.
 pub(super) const REQUESTS: [Signal; 3] = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP];
 
-/// Undoes what the caller had decided about signals: faults and requests have their usual effect, and every other
-/// signal that would end or stop a process has none.
+/// Undoes what the caller had decided about signals: faults and requests have their usual effect, and every
+/// other signal that would end or stop a process has none.
 pub(super) fn reset_signals() -> io::Result<()> {
     for number in 1..=libc::SIGRTMAX() {
         let matters = FAULTS.contains(&number) || REQUESTS.iter().any(|&request| request as i32 == number);
         let action = if matters { libc::SIG_DFL } else { libc::SIG_IGN };
-        // SAFETY: neither action runs any code. The kernel's own (SIGKILL, SIGSTOP) and the C library's are refused.
+        // SAFETY: neither action runs any code. The kernel's own (SIGKILL, SIGSTOP) and the C library's are
+        // refused.
         unsafe { libc::signal(number, action) };
     }
     Ok(SigSet::empty().thread_set_mask()?)

@@ -1,8 +1,8 @@
 //! Opening an image for writing.
 //!
-//! Order: the whole image is read and checked, its log replayed in memory; then the driver is looked for; only then
-//! is a dirty log replayed in place, and a wrong path to the parent replaced. So an image that cannot be served, or
-//! for which there is no driver, stays as it is, byte for byte.
+//! Order: the whole image is read and checked, its log replayed in memory; then the driver is opened;
+//! only then is a dirty log replayed in place, and a wrong path to the parent replaced. So an image that
+//! cannot be served, or for which there is no driver, stays as it is, byte for byte.
 
 use std::sync::Arc;
 
@@ -125,8 +125,8 @@ impl WritableOpener {
         Ok((image, file))
     }
 
-    /// Makes `image` name the path where its `parent` was found, if its own paths lead elsewhere. Not while a session
-    /// is taken over, to which the image's metadata must fit.
+    /// Makes `image` name the path where its `parent` was found, if its own paths lead elsewhere. Not while a
+    /// session is taken over, to which the image's metadata must fit.
     async fn redirect(
         &self,
         disk: &UringDisk,
@@ -181,8 +181,8 @@ impl WritableOpener {
             .ok())
     }
 
-    /// Data that the host's file system lost before the device existed is not the device's: a sync reports such a
-    /// loss now, so that it does not report it later.
+    /// Data that the host's file system lost before the device existed is not the device's: a sync reports
+    /// such a loss now, so that it does not report it later.
     async fn forget_losses(&self, disk: &UringDisk, place: &Place) -> Result<()> {
         let Err(error) = disk.sync_host().await else { return Ok(()) };
         let path = disk.file().path().display();
@@ -209,8 +209,8 @@ impl WritableOpener {
 fn warn_of_copying(file: &ImageFile) {
     match file.host_that_copies() {
         Ok(Some(host)) => tracing::info!(
-            "{}: {host} needs room for overwrites, too: a write or flush fails while there is none, and works again \
-             when there is some",
+            "{}: {host} needs room for overwrites, too: a write or flush fails while there is none, and \
+             works again when there is some",
             file.path().display()
         ),
         Ok(None) => {}

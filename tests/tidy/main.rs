@@ -38,13 +38,14 @@ const LONG_FUNCTIONS: [(&str, &str); 1] = [("tests/simulator/merge.rs", "fill")]
 /// The most columns of a line of Rust and of a script, and how many lines are still longer.
 const MAX_COLUMNS: usize = 110;
 const MAX_SCRIPT_COLUMNS: usize = 120;
-const LONG_LINES: [(&str, usize); 4] = [("src", 450), ("tests", 200), ("benches", 1), ("tools", 8)];
+const LONG_LINES: [(&str, usize); 4] = [("src", 300), ("tests", 200), ("benches", 1), ("tools", 8)];
 
 /// The only files that have `unsafe` in them.
-const UNSAFE: [&str; 7] = [
-    "src/device/control.rs",
-    "src/device/data.rs",
-    "src/device/ring.rs",
+const UNSAFE: [&str; 8] = [
+    "src/device/control/mod.rs",
+    "src/device/queue/buffers.rs",
+    "src/device/queue/ring.rs",
+    "src/device/region.rs",
     "src/device/sys.rs",
     "src/disk/ring.rs",
     "tests/simulator/fuzz/coverage.rs",
@@ -73,7 +74,7 @@ const BANNED: [&str; 15] = [
     "for who",
     ". who",
 ];
-const LEFT: [(&str, usize); 4] = [("src", 260), ("tests", 135), ("tools", 4), ("README.md", 16)];
+const LEFT: [(&str, usize); 4] = [("src", 140), ("tests", 135), ("tools", 4), ("README.md", 16)];
 
 #[test]
 fn folders_use_only_those_before_them() {

@@ -7,7 +7,7 @@ use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
 };
 
-/// Files: what is made, read, written, looked at and removed. Which ones is for permissions to say.
+/// Files: making, reading, writing, examining and removing them. Permissions decide which ones.
 const FILES: &[c_long] = &[
     libc::SYS_openat,
     libc::SYS_openat2,
@@ -54,7 +54,7 @@ const FILES: &[c_long] = &[
     libc::SYS_flock,
 ];
 
-/// The same under their older names, which other machines do not have.
+/// The same under older names, which other architectures do not have.
 #[cfg(target_arch = "x86_64")]
 const OLDER: &[c_long] = &[
     libc::SYS_open,
@@ -76,7 +76,7 @@ const OLDER: &[c_long] = &[
 #[cfg(not(target_arch = "x86_64"))]
 const OLDER: &[c_long] = &[];
 
-/// The rings, and what others wake a thread by. The socket is there already: none is made.
+/// The rings, and what wakes a thread. The socket exists already: none is made.
 const RINGS_AND_SOCKETS: &[c_long] = &[
     libc::SYS_io_uring_setup,
     libc::SYS_io_uring_enter,
@@ -101,8 +101,8 @@ const RINGS_AND_SOCKETS: &[c_long] = &[
     libc::SYS_getpeername,
 ];
 
-/// Memory, threads, time, and what the C library does about them. `clone` is for threads only; `clone3`, whose flags
-/// a filter cannot see, is answered as an old kernel does, and the C library takes `clone`.
+/// Memory, threads, time, and what the C library needs for them. `clone` is for threads only; `clone3`, whose
+/// flags a filter cannot see, fails as in an old kernel, and the C library uses `clone`.
 const PROCESS: &[c_long] = &[
     libc::SYS_mmap,
     libc::SYS_mremap,
@@ -159,11 +159,11 @@ const PROCESS: &[c_long] = &[
     libc::SYS_exit_group,
 ];
 
-/// What the kernel calls EPERM and ENOSYS.
+/// EPERM and ENOSYS.
 const REFUSED: SeccompAction = SeccompAction::Errno(libc::EPERM.unsigned_abs());
 const UNKNOWN: SeccompAction = SeccompAction::Errno(libc::ENOSYS.unsigned_abs());
 
-/// The filters, in the order in which they are installed: the last word is the strictest.
+/// The filters, in the order in which they are installed: the strictest result counts.
 pub(super) fn programs() -> Result<[BpfProgram; 2], String> {
     let no_clone3 = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
     Ok([

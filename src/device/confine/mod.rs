@@ -1,34 +1,34 @@
-//! What a daemon keeps of its caller's, and of root's power.
+//! What a daemon keeps of its caller's environment, and of root's privileges.
 //!
-//! It lives for months, handles files that others made, and a disk waits for it. So it takes over as little as it
-//! can, and has no right that it does not use.
+//! It runs for months, reads files that other users made, and a disk waits for it. So it inherits as little
+//! as possible, and has no privilege that it does not use.
 //!
 //! | what | what the daemon has | why |
 //! |---|---|---|
-//! | descriptors | its own, and the image's if that was handed over | the caller's would stay open, and pipes would not end |
-//! | environment | `KEPT_VARIABLES` | it may hold secrets, and nothing else of it is used |
+//! | descriptors | its own, and the image's if that was passed | the caller's would stay open, and pipes would not end |
+//! | environment | `KEPT_VARIABLES` | the rest may hold secrets, and is not used |
 //! | directory | `/`, once it is ready | the caller's could not be unmounted |
-//! | umask | 077 | what it makes is for root, until it says otherwise |
-//! | signals | as at boot, see `ending` | a caller may have ignored or blocked any |
-//! | address space, data, CPU time, file size, locked memory | unlimited | the disk is lost where one of them ends |
-//! | descriptors, how many | `DESCRIPTORS` | the longest chain needs them |
-//! | core dumps | none, unless the administrator raises the soft limit (`prlimit`); never of buffers and sessions | they hold the disk's data |
+//! | umask | 077 | the files that it makes are for root, unless it sets another mode |
+//! | signals | as at boot, see `ending` | the caller may have ignored or blocked any |
+//! | address space, data, CPU time, file size, locked memory | unlimited | the disk is lost when a limit is reached |
+//! | number of descriptors | `DESCRIPTORS` | the longest chain needs them |
+//! | core dumps | none, unless the administrator raises the soft limit (`prlimit`); never with buffers and sessions | they hold the disk's data |
 //! | `oom_score_adj` | -1000 | the file systems on the disk would wait for a process that is gone |
-//! | parent | a starter that dies takes it along, until it has reported ready | nobody knows of the device |
+//! | parent | it ends with its starter, until it has reported ready | no process would know of the device |
 //! | `CAP_SYS_ADMIN` | the device's thread | control commands of the driver |
-//! | `CAP_SYS_PTRACE` | the device's thread | to see which processes have the device open |
+//! | `CAP_SYS_PTRACE` | the device's thread | finding the processes that have the device open |
 //! | `CAP_DAC_OVERRIDE` | the device's and the engine's thread | images of other users, and a snapshot's folder |
-//! | `CAP_CHOWN`, `CAP_FOWNER` | the engine's thread | a snapshot has the owner and mode of its parent; access times stay |
-//! | `CAP_SYS_RESOURCE`, `CAP_IPC_LOCK` | every thread | what root has kept free on a file system; memory that stays locked |
-//! | other capabilities | none, nor in the bounding, inheritable and ambient sets | |
+//! | `CAP_CHOWN`, `CAP_FOWNER` | the engine's thread | a snapshot gets the owner and mode of its parent; access times stay |
+//! | `CAP_SYS_RESOURCE`, `CAP_IPC_LOCK` | every thread | space that a file system reserves for root; memory that stays locked |
+//! | other capabilities | none, also in the bounding, inheritable and ambient sets | |
 //! | `no_new_privs` | set | |
-//! | system calls | `filter`: those that it makes, once the device is up | no program is run, no process made, no socket opened |
+//! | system calls | once the device is up: those in `filter` | it runs no program, makes no process, opens no socket |
 //!
-//! A system call that is not allowed fails with EPERM, and the kernel's audit tells of it: a refused call is an error
-//! like others, a killed daemon is a disk without a server. Operations of `io_uring` pass by any such filter; what
-//! they can do is bounded by the thread's capabilities.
+//! A system call that is not allowed fails with EPERM, and the kernel's audit logs it: a refused call is an
+//! error like others, a killed daemon is a disk without a server. Operations of `io_uring` bypass such a
+//! filter; the thread's capabilities bound what they can do.
 //!
-//! What fails here costs safety and not the device: it is a warning. In a container root may not have the right to
+//! A failure here costs safety and not the device: it is a warning. In a container root may not be allowed
 //! all of this.
 
 use std::fmt::Display;
@@ -46,15 +46,14 @@ use super::sys;
 
 mod filter;
 
-/// What a daemon takes over of the environment: what is told, and where a build that counts which code has run
-/// leaves that.
+/// What a daemon keeps of the environment: what to log, and where a build that measures coverage writes it.
 pub(super) const KEPT_VARIABLES: [&str; 3] = ["RUST_LOG", "RUST_BACKTRACE", "LLVM_PROFILE_FILE"];
 
-/// Descriptors that a process may have: the longest chain has 256 images, with at most four each, and a device has
-/// at most 64 queues, with at most eight each.
+/// Descriptors that a process may have: the longest chain has 256 images, with at most four each, and a
+/// device has at most 64 queues, with at most eight each.
 const DESCRIPTORS: rlim_t = 4096;
 
-/// Limits beyond which a daemon would be killed, or its disk would fail.
+/// Limits at which a daemon would be killed, or its disk would fail.
 const UNLIMITED: [Resource; 5] = [
     Resource::RLIMIT_AS,
     Resource::RLIMIT_DATA,
@@ -63,18 +62,18 @@ const UNLIMITED: [Resource; 5] = [
     Resource::RLIMIT_MEMLOCK,
 ];
 
-/// The mode bits of files that nobody but root may use.
+/// The mode bits that are cleared, so that only root may use a new file.
 const UMASK: Mode = Mode::from_bits_truncate(0o077);
 
-/// The least that the kernel gives when memory runs out: never this process.
+/// The kernel does not kill this process when memory runs out.
 const OOM_SCORE_ADJ: &str = "-1000";
 
-/// What a thread does, and so what it may do.
+/// The task of a thread, which decides its privileges.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Role {
     /// Brings a device up.
     Starting,
-    /// Talks to the driver, and looks who uses the device.
+    /// Talks to the driver, and finds the users of the device.
     Device,
     /// Writes the image, and makes the next one.
     Engine,
@@ -108,56 +107,56 @@ impl Role {
     }
 }
 
-/// Lets this process have as many descriptors as the longest chain needs, as far as its hard limit goes. Every
-/// command opens chains.
+/// Lets this process have as many descriptors as the longest chain needs, as far as its hard limit goes.
+/// Every command opens chains.
 pub fn raise_descriptors() {
     if let Err(errno) = raise(Resource::RLIMIT_NOFILE, DESCRIPTORS) {
         tracing::debug!("long chains may need more descriptors than this process can have: {errno}");
     }
 }
 
-/// Makes this process one that serves a device. It has one thread, and nothing open but the first three descriptors
-/// and `kept`.
+/// Makes this process one that serves a device. It has one thread, and only the first three descriptors and
+/// `kept` open.
 pub fn detach(kept: Option<RawFd>) {
-    try_it("closing the caller's descriptors", sys::close_descriptors(kept));
+    warn_unless("closing the caller's descriptors", sys::close_descriptors(kept));
     prepare();
 }
 
-/// The same for a process that serves a device in the foreground, where the user has given it what it has.
+/// The same for a process that serves a device in the foreground: its descriptors are what the user gave it.
 pub fn prepare() {
     if !geteuid().is_root() {
-        return; // it cannot serve, and is told so where it tries
+        return; // it cannot serve, and fails where it tries
     }
     umask(UMASK);
-    try_it("resetting signals", sys::reset_signals());
+    warn_unless("resetting signals", sys::reset_signals());
     for resource in UNLIMITED {
-        try_it("lifting a limit", raise(resource, RLIM_INFINITY));
+        warn_unless("lifting a limit", raise(resource, RLIM_INFINITY));
     }
     let cores = getrlimit(Resource::RLIMIT_CORE);
-    try_it("ruling out cores", cores.and_then(|(_, hard)| setrlimit(Resource::RLIMIT_CORE, 0, hard)));
-    try_it("staying when memory runs out", fs::write("/proc/self/oom_score_adj", OOM_SCORE_ADJ));
-    try_it("ruling out new privileges", prctl::set_no_new_privs());
-    try_it("giving up the bounding set", bound(Role::Starting));
+    warn_unless("ruling out cores", cores.and_then(|(_, hard)| setrlimit(Resource::RLIMIT_CORE, 0, hard)));
+    warn_unless("staying when memory runs out", fs::write("/proc/self/oom_score_adj", OOM_SCORE_ADJ));
+    warn_unless("ruling out new privileges", prctl::set_no_new_privs());
+    warn_unless("giving up the bounding set", bound(Role::Starting));
     become_(Role::Starting);
 }
 
-/// Leaves the calling thread, and those that it starts, what `role` needs.
+/// Reduces the privileges of the calling thread, and of those that it starts, to what `role` needs.
 pub(super) fn become_(role: Role) {
     if geteuid().is_root() {
-        try_it("giving up capabilities", narrow(role));
+        warn_unless("giving up capabilities", narrow(role));
     }
 }
 
-/// Leaves the process the system calls that serving takes. Every thread is bound by it, and all that come.
+/// Reduces the system calls of the process to those that serving needs. Binds every thread, now and later.
 pub(super) fn seal() {
     let sealed = filter::programs().and_then(|programs| {
         let install = |program: &BpfProgram| sys::install_filter(program).map_err(|error| error.to_string());
         programs.iter().try_for_each(install)
     });
-    try_it("giving up system calls", sealed);
+    warn_unless("giving up system calls", sealed);
 }
 
-fn try_it<T, E: Display>(doing: &str, outcome: Result<T, E>) {
+fn warn_unless<T, E: Display>(doing: &str, outcome: Result<T, E>) {
     if let Err(error) = outcome {
         tracing::warn!("the daemon is less protected than it could be: {doing}: {error:#}");
     }
@@ -173,7 +172,7 @@ fn raise(resource: Resource, wanted: rlim_t) -> nix::Result<()> {
         .or_else(|errno| setrlimit(resource, hard, hard).and(Err(errno)))
 }
 
-/// What a thread may ever have again.
+/// Reduces the bounding set: what a thread can ever gain.
 fn bound(role: Role) -> Result<(), caps::errors::CapsError> {
     for capability in caps::runtime::thread_all_supported() {
         if !role.capabilities().contains(&capability) {
@@ -209,13 +208,13 @@ mod tests {
         thread::spawn(|| {
             let before = permitted();
             for role in [Role::Starting, Role::Engine, Role::Plain] {
-                narrow(role).expect("giving up is allowed to everybody");
+                narrow(role).expect("any thread may give up privileges");
                 let may: CapsHashSet = role.capabilities().iter().copied().collect();
                 assert!(permitted().is_subset(&may) && permitted().is_subset(&before), "{role:?}");
                 let effective = caps::read(None, CapSet::Effective).expect("every thread has a set");
                 assert_eq!(effective, permitted());
             }
-            narrow(Role::Starting).expect("what is gone is not asked for");
+            narrow(Role::Starting).expect("a lost capability is not requested");
             assert!(!permitted().contains(&Capability::CAP_SYS_ADMIN));
         })
         .join()
@@ -234,7 +233,7 @@ mod tests {
     #[test]
     fn under_the_filter_threads_can_be_made_and_programs_cannot_be_run() {
         thread::spawn(|| {
-            prctl::set_no_new_privs().expect("everybody may");
+            prctl::set_no_new_privs().expect("any process may");
             for program in filter::programs().expect("this machine is known") {
                 seccompiler::apply_filter(&program).expect("the kernel takes it");
             }

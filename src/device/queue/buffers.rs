@@ -1,14 +1,15 @@
-//! How the data of a request reaches the file: through a buffer that belongs to its tag, or from its own pages.
+//! How the data of a request reaches the file: through a buffer that belongs to its tag, or from its own
+//! pages.
 //!
-//! *Copied*: the kernel copies between the pages of a request and the tag's buffer, and the file is read into,
-//! and written from, that buffer. All buffers are one region: present from the start, because a buffer the kernel
-//! cannot fault in would stall the queue, and one it can fault in only partly would silently cut a write short;
-//! registered in the ring, so that its pages are not looked up for every request.
+//! *Copied*: the kernel copies between the pages of a request and the tag's buffer, and the file is read
+//! into, and written from, that buffer. All buffers are one region: present from the start, because a buffer
+//! the kernel cannot fault in would stall the queue, and one it can fault in only partly would silently cut a
+//! write short; registered in the ring, so that its pages are not looked up for every request.
 //!
-//! *In place*: the kernel registers the pages of a request in the ring, with the tag as their index, together with the
-//! command that brings the request, and the file is read into, and written from, those pages. Addresses are offsets
-//! in the request then. If the kernel fails to register them it sets a flag, and the ring must register them by a
-//! command.
+//! *In place*: the kernel registers the pages of a request in the ring, with the tag as their index, together
+//! with the command that brings the request, and the file is read into, and written from, those pages.
+//! Addresses are offsets in the request then. If the kernel fails to register them it sets a flag, and the
+//! ring must register them by a command.
 #![allow(unsafe_code, reason = "registering a buffer gives the kernel a pointer")]
 
 use std::fs::File;
@@ -89,8 +90,8 @@ impl RequestBuffers {
         Ok(Self::InPlace { zeros: File::open(ZEROS_PATH)?, index })
     }
 
-    /// Registers the buffers in the ring, or slots for those of `depth` requests. A failure that only costs speed is a
-    /// warning.
+    /// Registers the buffers in the ring, or slots for those of `depth` requests. A failure that only costs
+    /// speed is a warning.
     pub(super) fn register(&mut self, uring: &IoUring, depth: u16) -> io::Result<()> {
         let Self::Copied(buffers) = self else {
             return uring.submitter().register_buffers_sparse(u32::from(depth));
@@ -99,8 +100,8 @@ impl RequestBuffers {
             iov_base: buffers.region.at(0, buffers.region.length()).cast(),
             iov_len: buffers.region.length(),
         }];
-        // SAFETY: the range is mapped. The kernel keeps its pages as long as they are registered, and nothing is
-        // submitted once the region has gone.
+        // SAFETY: the range is mapped. The kernel keeps its pages as long as they are registered, and nothing
+        // is submitted once the region has gone.
         match unsafe { uring.submitter().register_buffers(&all) } {
             Ok(()) => buffers.registered = true,
             Err(error) => tracing::warn!("request buffers are not registered in the ring: {error}"),
@@ -159,8 +160,8 @@ impl RequestBuffers {
         }
     }
 
-    /// Fills part of the data of a tag with zeros: at once, or by the entry, which reads from the file `zeros`, see
-    /// [`RequestBuffers::zeros_fd`].
+    /// Fills part of the data of a tag with zeros: at once, or by the entry, which reads from the file
+    /// `zeros`, see [`RequestBuffers::zeros_fd`].
     pub(super) fn fill_zero(&mut self, zeros: Fixed, tag: u16, io: FileIo) -> Option<squeue::Entry> {
         match self {
             Self::Copied(buffers) => {

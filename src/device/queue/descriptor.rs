@@ -10,7 +10,8 @@ const OP_MASK: u32 = 0xff;
 
 /// The request of a tag. An `Err` is the positive `errno` to complete it with.
 ///
-/// What memory safety needs is checked here: the data fits the tag's buffer. The front checks the range on the disk.
+/// What memory safety needs is checked here: the data fits the tag's buffer. The front checks the range on
+/// the disk.
 pub(super) fn request(descriptor: &sys::ublksrv_io_desc, request_bytes: u32) -> Result<Request, i32> {
     let flag = |bit: u32| descriptor.op_flags & bit != 0;
     let op = match descriptor.op_flags & OP_MASK {

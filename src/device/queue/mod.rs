@@ -1,7 +1,7 @@
 //! The queues of a device: each is a thread that carries requests between the kernel and its front.
 //!
-//! `thread` is a queue's life, `ring` its `io_uring`, `buffers` the data of its requests; `descriptor` and `token` are
-//! the pure parts: what the kernel requests, and what a completion belongs to.
+//! `thread` is a queue's life, `ring` its `io_uring`, `buffers` the data of its requests; `descriptor` and
+//! `token` are the pure parts: what the kernel requests, and what a completion belongs to.
 
 mod buffers;
 mod descriptor;

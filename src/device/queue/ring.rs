@@ -5,8 +5,8 @@
 //! * the thread that makes the ring is the only one that uses it (the kernel checks);
 //! * a tag is with the kernel (its command is out), with the front (its request is being served), or ended;
 //!   [`Port::complete`] takes it from the front back to the kernel, exactly once per request;
-//! * everything pushed in a batch is submitted by the one `io_uring_enter` that also waits: [`QueueRing::wait`].
-//!   It has no timeout, so an idle queue never wakes up;
+//! * everything pushed in a batch is submitted by the one `io_uring_enter` that also waits:
+//!   [`QueueRing::wait`]. It has no timeout, so an idle queue never wakes up;
 //! * the buffers and the eventfd's eight bytes outlive all I/O: a ring that fails is leaked, not dropped.
 #![allow(unsafe_code, reason = "pushing a submission gives the kernel a pointer")]
 
@@ -27,6 +27,7 @@ use super::buffers::{RequestBuffers, Transfer};
 use super::descriptor;
 use super::token::Token;
 use crate::chain::MAX_DEPTH as MAX_LAYERS;
+use crate::device::control::bare_number;
 use crate::device::leaf_handover::LeafHandover;
 use crate::device::mailbox::Sender;
 use crate::device::region::Region;
@@ -40,21 +41,19 @@ use crate::error::{Doing, Error, Result};
 /// Places in the submission queue: a full one is submitted and filled again, so this bounds memory, not work.
 const MAX_SUBMISSIONS: u32 = 4096;
 
-/// How often, and after what pause, I/O is submitted again when the kernel has no memory for it: for two seconds.
+/// How often, and after what pause, I/O is submitted again when the kernel has no memory for it: for two
+/// seconds.
 const MAX_SHORTAGES: u32 = 1000;
 const SHORTAGE_PAUSE: Duration = Duration::from_millis(2);
 
-/// The files of the ring: the character device, the source of zeros, and the images of the chain, the leaf last, with
-/// slots for more.
+/// The files of the ring: the character device, the source of zeros, and the images of the chain, the leaf
+/// last, with slots for more.
 const CHARACTER_DEVICE: Fixed = Fixed(0);
 const ZEROS: Fixed = Fixed(1);
 const FIRST_IMAGE: u32 = 2;
 
 /// A slot without a file.
 const NO_FILE: i32 = -1;
-
-/// The bits of a command's number without the `ioctl` encoding, as kernels before 6.4 take it.
-const LEGACY_MASK: u32 = 0xff;
 
 const _: () = assert!(size_of::<sys::ublksrv_io_desc>() == 24 && size_of::<sys::ublksrv_io_cmd>() == 16);
 
@@ -86,7 +85,7 @@ pub(in crate::device) struct RingSetup {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Holder {
     /// Its first command is not out yet.
-    Nobody,
+    Unfetched,
     /// Its command is out.
     Kernel,
     /// Its request is here, and its pages are being registered.
@@ -171,7 +170,7 @@ impl QueueRing {
             buffers,
             wake_count: Region::memory(PAGE_BYTES).doing(doing("allocating a page"))?,
             zeros: Region::zeros(bytes(MAX_WRITE_ZEROS)).doing(doing("mapping zeros"))?,
-            holders: vec![Holder::Nobody; usize::from(setup.depth)].into_boxed_slice(),
+            holders: vec![Holder::Unfetched; usize::from(setup.depth)].into_boxed_slice(),
             filled: Vec::with_capacity(pieces),
             layers: setup.images.len(),
             setup,
@@ -185,7 +184,7 @@ impl QueueRing {
     pub(super) fn fetch_all(&mut self) -> Result<()> {
         for tag in 0..self.setup.depth {
             let before = std::mem::replace(&mut self.holders[usize::from(tag)], Holder::Kernel);
-            assert_eq!(before, Holder::Nobody, "tag {tag} is fetched once");
+            assert_eq!(before, Holder::Unfetched, "tag {tag} is fetched once");
             self.push_offer(tag, sys::UBLK_U_IO_FETCH_REQ, 0);
         }
         self.enter(0)
@@ -249,8 +248,8 @@ impl QueueRing {
         self.has_ended() && self.file_io_in_flight == 0 && !self.wake_armed
     }
 
-    /// Releases everything. The kernel tears a ring down asynchronously, and until then a registered file stays open,
-    /// which would keep the device's number taken: so the files go first.
+    /// Releases everything. The kernel tears a ring down asynchronously, and until then a registered file
+    /// stays open, which would keep the device's number taken: so the files go first.
     pub(super) fn close(self) {
         assert!(self.is_quiet(), "a ring is closed when nothing is under way");
         if let Err(error) = self.uring.submitter().unregister_files() {
@@ -307,15 +306,15 @@ impl QueueRing {
     }
 
     fn command(&self, tag: u16, op: u32, result: i32, address: u64) -> opcode::UringCmd16 {
-        let op = if self.setup.ioctl_numbers { op } else { op & LEGACY_MASK };
+        let op = if self.setup.ioctl_numbers { op } else { bare_number(op) };
         let command = encode(self.setup.queue, tag, result, address);
         opcode::UringCmd16::new(CHARACTER_DEVICE, op).cmd(command)
     }
 
     fn push(&mut self, entry: squeue::Entry, token: Token) {
         let entry = entry.user_data(token.encode());
-        // SAFETY: the pointers in an entry lead into regions of this ring, which outlive it, are offsets in pages
-        // that the kernel has registered, or are none.
+        // SAFETY: the pointers in an entry lead into regions of this ring, which outlive it, are offsets in
+        // pages that the kernel has registered, or are none.
         while unsafe { self.uring.submission().push(&entry) }.is_err() {
             self.enter(0).expect("a full submission queue can be submitted");
         }

@@ -1,11 +1,11 @@
 //! One queue: a thread that carries requests from its ring to its front, and answers back.
 //!
 //! A queue's life: *ready* when every tag has been offered to the kernel; *drained* when every tag has come
-//! back for good and its front is idle; *over* when the device says so. Between drained and over it still answers
-//! the engine's barriers, so that the engine can close the image in its own order.
+//! back for good and its front is idle; *over* when the device says so. Between drained and over it still
+//! answers the engine's barriers, so that the engine can close the image in its own order.
 //!
-//! Only the end of the process helps a queue that fails: the kernel aborts its requests then, and not before. The queue
-//! reports that, and leaks the memory that the kernel may still write to.
+//! Only the end of the process helps a queue that fails: the kernel aborts its requests then, and not before.
+//! The queue reports that, and leaks the memory that the kernel may still write to.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

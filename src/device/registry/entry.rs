@@ -64,7 +64,8 @@ pub struct Entry {
 impl Entry {
     /// Whether the device reads `file`: its image, or one of the image's parents.
     ///
-    /// No path is followed: it may lie on a device that waits for its daemon, and the caller would wait as well.
+    /// No path is followed: it may lie on a device that waits for its daemon, and the caller would wait as
+    /// well.
     pub fn reads(&self, file: FileId) -> bool {
         self.image_file == file || self.parent_files.contains(&file)
     }
@@ -77,8 +78,8 @@ impl Entry {
         }
         let message = format!("{} (the path is valid in another mount namespace)", error.message());
         Error::new(Kind::NotFound, message).file(error.file_path().unwrap_or(&self.image)).remedy(
-            "run the command where the device was added: in the same container, or for a service with PrivateTmp \
-             in the service; or put the image at that path here (mount --bind)",
+            "run the command where the device was added: in the same container, or for a service with \
+             PrivateTmp in the service; or put the image at that path here (mount --bind)",
         )
     }
 }

@@ -1,18 +1,19 @@
 //! The devices of this program: one small file per device in `/run/vhdx-ublk/`.
 //!
-//! The kernel knows devices but not images; the file names both. An entry is made as soon as the device exists, and
-//! removed with the device. It counts only if the kernel's device carries the same random mark and the process has the
-//! same start time. A device of this program without a readable entry is an *orphan*: its daemon was killed between
-//! making the device and writing the entry, or the directory was lost. It is known by its mark.
+//! The kernel knows devices but not images; the file names both. An entry is made as soon as the device
+//! exists, and removed with the device. It counts only if the kernel's device carries the same random mark
+//! and the process has the same start time. A device of this program without a readable entry is an *orphan*:
+//! its daemon was killed between making the device and writing the entry, or the directory was lost. It is
+//! known by its mark.
 //!
 //! Order: an entry is written under another name, then renamed; a reader never sees half of one.
 //!
 //! Invariants:
 //!
-//! * a reader changes nothing: where the kernel's devices cannot be seen (a container that shares the directory),
-//!   entries of living devices look like those of removed ones;
-//! * an entry is removed only with its mark, under the directory's lock, once the kernel reports that there is no
-//!   device with that number and mark: a device added between the check and the removal keeps its own.
+//! * a reader changes nothing: where the kernel's devices cannot be seen (a container that shares the
+//!   directory), entries of living devices look like those of removed ones;
+//! * an entry is removed only with its mark, under the directory's lock, once the kernel reports that there
+//!   is no device with that number and mark: a device added between the check and the removal keeps its own.
 
 mod entry;
 mod sight;

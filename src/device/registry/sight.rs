@@ -30,7 +30,8 @@ pub enum State {
     FailIo,
     /// It is gone, but its image could not be closed cleanly.
     Failed,
-    /// The kernel's devices cannot be seen from here, or the kernel reports a state that this program does not know.
+    /// The kernel's devices cannot be seen from here, or the kernel reports a state that this program does
+    /// not know.
     Unknown,
 }
 
@@ -80,8 +81,8 @@ pub(super) enum Seen {
     Answer(Option<DeviceInfo>),
 }
 
-/// The state of a device from its entry, the kernel's answer, and its daemon; `None` if it is gone and there is nothing
-/// to report.
+/// The state of a device from its entry, the kernel's answer, and its daemon; `None` if it is gone and there
+/// is nothing to report.
 pub(super) fn judge(entry: &Entry, seen: Seen, life: Life) -> Option<State> {
     let Seen::Answer(kernel) = seen else { return Some(State::Unknown) };
     let runs = matches!(life, Life::Runs | Life::Stopped);

@@ -21,8 +21,8 @@ pub const RUN_DIRECTORY: &str = "/run/vhdx-ublk";
 const DIRECTORY_MODE: u32 = 0o700;
 pub(in crate::device) const FILE_MODE: u32 = 0o600;
 
-/// How long to wait for the lock of the directory: its holder may wait for the kernel to make a device, which has a
-/// deadline of half a minute.
+/// How long to wait for the lock of the directory: its holder may wait for the kernel to make a device, which
+/// has a deadline of half a minute.
 const LOCK_PATIENCE: Duration = Duration::from_secs(35);
 
 /// An entry that cannot be read.
@@ -129,8 +129,8 @@ impl Registry {
         self.lock()?.write(entry)
     }
 
-    /// Removes the entry of device `id` with this mark, and the log if it is empty. A later device of the same number
-    /// keeps its own, and an entry that cannot be read stays.
+    /// Removes the entry of device `id` with this mark, and the log if it is empty. A later device of the
+    /// same number keeps its own, and an entry that cannot be read stays.
     ///
     /// # Errors
     ///

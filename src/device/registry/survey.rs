@@ -89,8 +89,8 @@ impl Registry {
         Ok(Survey { devices, orphans, unreadable })
     }
 
-    /// Removes the entries of devices that the kernel reports gone, unless a failure is still to be reported. For
-    /// commands that change devices.
+    /// Removes the entries of devices that the kernel reports gone, unless a failure is still to be reported.
+    /// For commands that change devices.
     ///
     /// # Errors
     ///

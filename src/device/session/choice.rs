@@ -1,11 +1,12 @@
 //! Which session is taken over, and what happens to one that cannot be.
 //!
-//! A session that no program can ever use again (of an earlier start of the kernel, of an image that another program
-//! has written since, or poisoned) is given up with a warning. One that this program cannot read (damaged or of another
-//! version) may hold everything that was acknowledged: it is refused and kept, until the user discards it.
+//! A session that no program can ever use again (of an earlier start of the kernel, of an image that another
+//! program has written since, or poisoned) is given up with a warning. One that this program cannot read
+//! (damaged or of another version) may hold everything that was acknowledged: it is refused and kept, until
+//! the user discards it.
 //!
-//! One that was made under another device number is taken over if it fits, as after a new mount of its file system. If
-//! it does not fit, it may belong to another image on another file system, and stays.
+//! One that was made under another device number is taken over if it fits, as after a new mount of its file
+//! system. If it does not fit, it may belong to another image on another file system, and stays.
 
 use uuid::Uuid;
 
@@ -26,20 +27,20 @@ pub enum Plan {
         /// The device is to be recoverable.
         keep: bool,
     },
-    /// Takes over an orphan, to close the image. One that cannot be taken over is an error, even if nothing of it can
-    /// be saved.
+    /// Takes over an orphan, to close the image. One that cannot be taken over is an error, even if nothing
+    /// of it can be saved.
     Close,
     /// Continues to serve where a daemon was killed.
     Resume {
-        /// Without the session, or with one that does not fit, starts anew: acknowledged data that was not flushed may
-        /// be lost.
+        /// Without the session, or with one that does not fit, starts anew: acknowledged data that was not
+        /// flushed may be lost.
         accept_loss: bool,
     },
 }
 
-/// Refuses the image in `file`, which is locked, if a killed daemon left a session of it: that must be taken over
-/// first. A session that does not fit `image`, as it was opened, does not count; one at rest holds nothing that the
-/// image does not, and is removed.
+/// Refuses the image in `file`, which is locked, if a killed daemon left a session of it: that must be taken
+/// over first. A session that does not fit `image`, as it was opened, does not count; one at rest holds
+/// nothing that the image does not, and is removed.
 ///
 /// # Errors
 ///
@@ -80,8 +81,8 @@ fn unreadable(session: &SessionFile, mismatch: Mismatch) -> Error {
     session.with_remedy(Error::new(Kind::InUse, message))
 }
 
-/// The session to take over, of the image at `place`, which is not open for writing yet; `image` is the image as it
-/// was read, if it could be.
+/// The session to take over, of the image at `place`, which is not open for writing yet; `image` is the image
+/// as it was read, if it could be.
 pub(in crate::device) fn choose(
     plan: Plan,
     sessions: &Sessions,
@@ -108,8 +109,8 @@ pub(in crate::device) fn choose(
     Ok(None)
 }
 
-/// Refuses a session of a device that waits for its next daemon. Such a device is known by the image's device number,
-/// which a new mount of its file system has changed.
+/// Refuses a session of a device that waits for its next daemon. Such a device is known by the image's device
+/// number, which a new mount of its file system has changed.
 fn refuse_waiting(plan: Plan, sessions: &Sessions, session: &SessionFile, place: &Place) -> Result<()> {
     let Some(name) = session.name().filter(|name| name.device != place.device) else { return Ok(()) };
     let was = FileId { device: name.device, inode: name.inode };

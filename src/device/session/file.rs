@@ -93,9 +93,10 @@ impl Sessions {
         Ok(names)
     }
 
-    /// The session of the image at `place`, if there is one; `image` is the image as it was read, if it could be. A
-    /// session that was made under another device number, as before a new mount of its file system, comes last if it
-    /// does not fit, or if that is not known: a repair would give away the space that only the session names.
+    /// The session of the image at `place`, if there is one; `image` is the image as it was read, if it could
+    /// be. A session that was made under another device number, as before a new mount of its file system,
+    /// comes last if it does not fit, or if that is not known: a repair would give away the space that only
+    /// the session names.
     pub(in crate::device) fn find(&self, place: &Place, image: Option<&Image>) -> Result<Option<Found>> {
         let disk_id = image.map(|image| image.metadata.disk_id);
         let mut names = self.names()?;
@@ -187,9 +188,9 @@ impl Sessions {
         Ok((SessionFile { path, unnamed: Some(file), made_here: true, share }, memory))
     }
 
-    /// The host has reported that it lost data of the file system of the image at `place`, and will not report it
-    /// again. The loss may concern the sessions of other images there: they must not be taken over because a sync
-    /// succeeds.
+    /// The host has reported that it lost data of the file system of the image at `place`, and will not
+    /// report it again. The loss may concern the sessions of other images there: they must not be taken over
+    /// because a sync succeeds.
     pub(in crate::device) fn spread_doubt(&self, place: &Place) -> Result<()> {
         let mut names = self.names()?;
         names.retain(|name| name.device == place.device && name.inode != place.inode);
@@ -245,8 +246,8 @@ impl SessionFile {
         Name::parse(self.path.file_name()?.to_str()?)
     }
 
-    /// Whether it was made under another device number than the image at `place` has now: it may belong to an image on
-    /// another file system.
+    /// Whether it was made under another device number than the image at `place` has now: it may belong to an
+    /// image on another file system.
     pub(super) fn is_elsewhere(&self, place: &Place) -> bool {
         self.name().is_some_and(|name| name.device != place.device)
     }
@@ -279,7 +280,8 @@ impl SessionFile {
     pub(in crate::device) fn with_remedy(&self, error: Error) -> Error {
         let name = self.path.file_name().unwrap_or_default().to_string_lossy();
         error.remedy(format!(
-            "`vhdx-ublk session discard {name}` gives up what was acknowledged and not flushed; flushed data is safe in the image"
+            "`vhdx-ublk session discard {name}` gives up what was acknowledged and not flushed; flushed \
+             data is safe in the image"
         ))
     }
 }

@@ -19,7 +19,8 @@ impl Obstacle {
         if let Err(mismatch) = memory.check_layout() {
             return Some(Self::Unfit(mismatch));
         }
-        // This program writes no log that can only be replayed in place, so another one has written the image.
+        // This program writes no log that can only be replayed in place, so another one has written the
+        // image.
         let Some(image) = image else { return Some(Self::Unfit(Mismatch::Changed)) };
         match memory.check(&image.owner(place.clone()), image.header.header.file_write_guid) {
             Err(mismatch) => Some(Self::Unfit(mismatch)),
@@ -51,7 +52,8 @@ impl Obstacle {
             return error;
         }
         error.remedy(
-            "`vhdx-ublk del` removes the device; `vhdx-ublk recover --accept-loss` serves what the image holds, which is the flushed data: a mounted file system may be damaged by that",
+            "`vhdx-ublk del` removes the device; `vhdx-ublk recover --accept-loss` serves what the image \
+             holds, which is the flushed data: a mounted file system may be damaged by that",
         )
     }
 }
@@ -65,7 +67,8 @@ impl fmt::Display for Obstacle {
                 let ours = env!("CARGO_PKG_VERSION");
                 return write!(
                     f,
-                    "the session file has layout version {version}, and vhdx-ublk {ours} reads version {VERSION}: use the vhdx-ublk that made it"
+                    "the session file has layout version {version}, and vhdx-ublk {ours} reads version \
+                     {VERSION}: use the vhdx-ublk that made it"
                 );
             }
             Self::Unfit(Mismatch::Damaged(part)) => {

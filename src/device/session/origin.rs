@@ -38,8 +38,8 @@ pub(super) fn boot_id() -> Result<Uuid> {
     boot_id.doing("reading the kernel's boot id").file(Path::new(PATH))
 }
 
-/// Whether the session `name`, with this `memory`, belongs to another file than the one at `place`: it was made under
-/// another mount, and its image still has its path.
+/// Whether the session `name`, with this `memory`, belongs to another file than the one at `place`: it was
+/// made under another mount, and its image still has its path.
 pub(super) fn is_another(name: &Name, place: &Place, memory: &SessionMemory) -> bool {
     if name.device == place.device || memory.check_layout().is_err() {
         return false;

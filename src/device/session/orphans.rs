@@ -1,5 +1,5 @@
-//! Promise defended here: nothing that was acknowledged is given up without a word, and no session is
-//! believed that cannot be true.
+//! Promise defended here: nothing that was acknowledged is given up silently, and no impossible session is taken
+//! over.
 
 use std::fs;
 use std::path::PathBuf;
@@ -36,7 +36,7 @@ fn set_word(bytes: &mut [u8], place: usize, word: u64) {
 const ADD: Plan = Plan::Fresh { keep: true };
 const RECOVER: Plan = Plan::Resume { accept_loss: false };
 
-/// Neither `add`, `del` nor `recover` takes it over or removes it, and all say why.
+/// Neither `add`, `del` nor `recover` takes it over or removes it, and each reports why.
 fn assert_kept(change: impl FnOnce(&mut Vec<u8>), kind: Kind, words: &[&str]) {
     let (bench, left, bytes) = orphan(change);
     let image = fs::read(&bench.path).expect("readable");
@@ -75,7 +75,7 @@ fn a_damaged_session_is_refused_and_kept() {
     assert_kept(|bytes| bytes[3] ^= 0x40, Kind::Corrupt, &["damaged"]);
 }
 
-/// A power cut takes what was not flushed; a session that it has not taken says what is not true any longer.
+/// A power cut takes what was not flushed; a session that survives describes a state that is lost.
 #[test]
 fn a_session_of_an_earlier_start_of_the_machine_is_given_up() {
     let earlier = |bytes: &mut Vec<u8>| {
@@ -93,11 +93,11 @@ fn a_session_of_an_earlier_start_of_the_machine_is_given_up() {
     bench.open_as(ADD).expect("a device without it").close().expect("nothing to do");
     assert_eq!(bench.session(), None);
     let (bench, ..) = orphan(earlier);
-    let told = bench.open_as(Plan::Close).err().expect("`del` says that something was lost");
-    assert!(told.to_string().contains("before the machine was started"), "{told}");
+    let error = bench.open_as(Plan::Close).err().expect("`del` reports a loss");
+    assert!(error.to_string().contains("before the machine was started"), "{error}");
 }
 
-/// Inodes are used again: what is left of an image that is gone is not held against the next one.
+/// Inodes are used again: the session of an image that is gone does not block the next one.
 #[test]
 fn a_new_image_in_the_place_of_another_is_served_and_the_old_session_given_up() {
     let (bench, left, _) = orphan(|_| ());
@@ -108,9 +108,9 @@ fn a_new_image_in_the_place_of_another_is_served_and_the_old_session_given_up() 
     assert_eq!(bench.session(), None, "the old one is gone too");
 }
 
-/// `del` does not say that all is well when what was acknowledged is lost.
+/// `del` does not report success if acknowledged data is lost.
 #[test]
-fn closing_says_when_a_session_could_not_be_taken_over() {
+fn closing_reports_a_session_that_cannot_be_taken_over() {
     let (bench, ..) = orphan(|_| ());
     let kept = fs::read(bench.session().expect("there")).expect("readable");
     let left = bench.session().expect("there");

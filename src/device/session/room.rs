@@ -1,4 +1,5 @@
-//! The room that sessions take: memory of a file system that must not outlive a power cut, and must not be filled.
+//! The room that sessions take: memory of a file system that must not outlive a power cut, and must not be
+//! filled.
 
 use std::fs::File;
 use std::io::{self, ErrorKind};
@@ -44,7 +45,8 @@ impl Share {
 /// `RAMFS_MAGIC` of `linux/magic.h`, which `nix` does not have.
 const RAMFS_MAGIC: u64 = 0x8584_58f6;
 
-/// Refuses a folder that a power cut does not empty: a session is of no use after it, and must not exist then.
+/// Refuses a folder that a power cut does not empty: a session is of no use after it, and must not exist
+/// then.
 pub(super) fn refuse_lasting(directory: &File) -> Result<()> {
     let kind = fstatfs(directory).doing("looking at its file system")?.filesystem_type();
     let is_memory =

@@ -1,11 +1,12 @@
 //! Where a file would lie: not on the device that is to be served from it, whatever is in between.
 //!
-//! A device whose image lies on itself waits for itself forever, and so do all its users. Everything that can lie
-//! between a file and a device is followed: partitions, mappers, arrays, loop devices and the files behind them, this
-//! program's other devices and their images, the upper folder of an overlay. Where that is impossible (FUSE, the
-//! network, other virtual devices) a file is refused, except on the file system of the served image: that one
-//! demonstrably lies elsewhere, and snapshots are usually put beside the image. A target that this machine exports to
-//! itself over the network looks like any other disk, and is taken for one.
+//! A device whose image lies on itself waits for itself forever, and so do all its users. Everything that can
+//! lie between a file and a device is followed: partitions, mappers, arrays, loop devices and the files
+//! behind them, this program's other devices and their images, the upper folder of an overlay. Where that is
+//! impossible (FUSE, the network, other virtual devices) a file is refused, except on the file system of the
+//! served image: that one demonstrably lies elsewhere, and snapshots are usually put beside the image. A
+//! target that this machine exports to itself over the network looks like any other disk, and is taken for
+//! one.
 
 use std::ffi::OsStr;
 use std::fs::{self, OpenOptions};
@@ -24,8 +25,8 @@ use crate::error::{Doing, Error, Kind, Locate, Result};
 /// File systems whose data is in memory.
 const IN_MEMORY: [&str; 3] = ["tmpfs", "ramfs", "devtmpfs"];
 
-/// Refuses a file at `path`, to be served as device `id` in place of `served`, if it would lie on that device, or if that
-/// cannot be ruled out.
+/// Refuses a file at `path`, to be served as device `id` in place of `served`, if it would lie on that
+/// device, or if that cannot be ruled out.
 ///
 /// # Errors
 ///
@@ -210,8 +211,8 @@ mod tests {
     struct Machine(tempfile::TempDir);
 
     impl Machine {
-        /// Device 1 with a partition, 10 and another program's 7; a mapper over a mapper over the partition; a loop
-        /// device over a file; a disk, a disk in memory, and one that says nothing.
+        /// Device 1 with a partition, 10 and another program's 7; a mapper over a mapper over the partition;
+        /// a loop device over a file; a disk, a disk in memory, and one that shows nothing.
         fn new() -> Self {
             let machine = Self(tempfile::tempdir().expect("a temporary folder"));
             for path in [

@@ -1,10 +1,10 @@
-//! Makes the image of a snapshot on its own thread, so that the device continues whatever path the user gives and
-//! however that file system hangs.
+//! Makes the image of a snapshot on its own thread, so that the device continues whatever path the user gives
+//! and however that file system hangs.
 //!
-//! Everything that may wait for a foreign file system is done here: checking the folder, making the file, writing it,
-//! removing it if the snapshot fails. The engine waits with a deadline. A thread that misses it cannot be ended, like
-//! everything that waits for a dead disk; when it returns, it removes what it has made. There are at most
-//! [`MAX_MAKERS`] of them.
+//! Everything that may wait for a foreign file system is done here: checking the folder, making the file,
+//! writing it, removing it if the snapshot fails. The engine waits with a deadline. A thread that misses it
+//! cannot be ended, like everything that waits for a dead disk; when it returns, it removes what it has made.
+//! There are at most [`MAX_MAKERS`] of them.
 
 use std::fs;
 use std::future::Future;
@@ -31,8 +31,8 @@ use crate::disk::{ImageFile, Place, Reactor, Unfinished};
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::image::{self, Image, NewImage, WritableImage};
 
-/// How long a file system may take to hold a new image: some writes of a MiB and two syncs. Well below the time that
-/// `vhdx-ublk del` gives a daemon.
+/// How long a file system may take to hold a new image: some writes of a MiB and two syncs. Well below the
+/// time that `vhdx-ublk del` gives a daemon.
 const DEADLINE: Duration = Duration::from_secs(20);
 
 /// A child can be read and written by the same users as its parent.
@@ -66,7 +66,8 @@ pub(super) struct Child {
     pub(super) place: image::Place,
 }
 
-/// The outcome of the snapshot, for the maker. It removes the image if the snapshot failed, or if this is dropped.
+/// The outcome of the snapshot, for the maker. It removes the image if the snapshot failed, or if this is
+/// dropped.
 pub(super) struct Verdict(mpsc::Sender<(Result<Snapped>, Reply<Snapped>)>);
 
 impl Verdict {
@@ -82,8 +83,8 @@ impl Verdict {
 pub(in crate::device) struct Makers(Arc<()>);
 
 impl Makers {
-    /// Has the image made while the tasks of `reactor` continue. Gives up when the deadline has passed, or when
-    /// `hurry` is ready.
+    /// Has the image made while the tasks of `reactor` continue. Gives up when the deadline has passed, or
+    /// when `hurry` is ready.
     pub(super) fn make(
         &self,
         reactor: &Reactor,
@@ -116,8 +117,8 @@ impl Makers {
         made.recv().expect("it is sent before the bell rings")
     }
 
-    /// Gives makers that the engine no longer waits for a chance to remove what they have made: the process is about
-    /// to end, and they with it. One that hangs in the kernel keeps the process from ending anyway.
+    /// Gives makers that the engine no longer waits for a chance to remove what they have made: the process
+    /// is about to end, and they with it. One that hangs in the kernel keeps the process from ending anyway.
     pub(in crate::device) fn await_end(&self) {
         let until = Instant::now() + DEADLINE;
         while Arc::strong_count(&self.0) > 1 && Instant::now() < until {

@@ -1,20 +1,22 @@
-//! Taking a snapshot of a device that is served: its image becomes the parent of a new one, which is served from
-//! then on. The frozen image is the device at one moment, with everything acknowledged before.
+//! Taking a snapshot of a device that is served: its image becomes the parent of a new one, which is served
+//! from then on. The frozen image is the device at one moment, with everything acknowledged before.
 //!
 //! Order, each step durable before the next:
 //!
-//! 1. the session of the image is open, so that its DataWriteGuid no longer changes, and dirty metadata is committed:
-//!    the pause is short then;
-//! 2. the child is made, with that DataWriteGuid, and its session; by another thread, as its file system may hang;
+//! 1. the session of the image is open, so that its DataWriteGuid no longer changes, and dirty metadata is
+//!    committed: the pause is short then;
+//! 2. the child is made, with that DataWriteGuid, and its session; by another thread, as its file system may
+//!    hang;
 //! 3. the fronts are held: new requests wait;
 //! 4. the image is committed, its log emptied, its session at rest: it is complete for every reader;
-//! 5. the device's entry names the child: a successor of this process serves the child from now on, and the image
-//!    before;
+//! 5. the device's entry names the child: a successor of this process serves the child from now on, and the
+//!    image before;
 //! 6. the fronts continue with the child; the image's unused tail is cut off and its session removed.
 //!
-//! A failure before 5 removes the child, and the device continues as before. A child that a kill or a power cut leaves
-//! behind is empty: it reads as the image does, until a session of the image begins; then it is refused, as its parent
-//! has changed. It may be removed, as nothing serves it; until then `add` takes the image for its parent.
+//! A failure before 5 removes the child, and the device continues as before. A child that a kill or a power
+//! cut leaves behind is empty: it reads as the image does, until a session of the image begins; then it is
+//! refused, as its parent has changed. It may be removed, as nothing serves it; until then `add` takes the
+//! image for its parent.
 
 mod location;
 mod maker;

@@ -14,7 +14,8 @@ use crate::error::{Error, Kind, Result};
 /// How long a process may take to end once it was killed: longer only if it waits for the host's storage.
 const KILL_DEADLINE: Duration = Duration::from_secs(10);
 
-/// Waits until the daemon has ended: it notices that its device was stopped, or gets a signal while it brings it up.
+/// Waits until the daemon has ended: it notices that its device was stopped, or gets a signal while it brings
+/// it up.
 pub(super) fn end_daemon(
     registry: &Registry,
     entry: &Entry,
@@ -78,7 +79,8 @@ fn kill_daemon(entry: &Entry) -> Result<()> {
 fn signal(entry: &Entry, doing: &str, send: impl FnOnce(&ProcessHandle) -> io::Result<()>) -> Result<()> {
     let pid = entry.daemon.pid;
     let outcome = ProcessHandle::open(pid).and_then(|process| {
-        // The handle is on the process that has the number now, which gets the signal only if it is the daemon.
+        // The handle is on the process that has the number now, which gets the signal only if it is the
+        // daemon.
         if entry.daemon.is_alive() { send(&process) } else { Ok(()) }
     });
     match outcome {

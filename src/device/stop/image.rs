@@ -26,8 +26,8 @@ pub(super) enum Closed {
     Untouched,
 }
 
-/// Closes the image of a device that is gone and whose daemon did not close it: commits what was acknowledged and is in
-/// the session only.
+/// Closes the image of a device that is gone and whose daemon did not close it: commits what was acknowledged
+/// and is in the session only.
 pub(super) fn close_image(registry: &Registry, entry: &Entry) -> Result<Closed> {
     let served = |listed: Listed| listed.entry.image_file == entry.image_file;
     if entry.read_only || registry.list()?.into_iter().any(served) {
@@ -41,13 +41,15 @@ pub(super) fn close_image(registry: &Registry, entry: &Entry) -> Result<Closed> 
             session.remove()?;
             return Err(unclean(entry, "writing to it had failed"));
         }
-        // If it is held, the last I/O of the killed daemon has not ended. Locking the image waits for that, too.
+        // If it is held, the last I/O of the killed daemon has not ended. Locking the image waits for that,
+        // too.
         Some(_) => {}
         None => return Ok(Closed::Untouched),
     }
     let file = ImageFile::open(&entry.image, Access::ReadWrite, LOCK_DEADLINE);
     let closed = file.and_then(|file| {
-        // A new mount of its file system may have changed the device's number; the session identifies the image.
+        // A new mount of its file system may have changed the device's number; the session identifies the
+        // image.
         if file.inode() != entry.image_file.inode {
             return Err(Error::new(Kind::NotFound, "another file has its path").file(&entry.image));
         }
@@ -64,8 +66,8 @@ pub(super) fn close_image(registry: &Registry, entry: &Entry) -> Result<Closed> 
     })
 }
 
-/// What to do about an image that could not be closed. One that was damaged under its device cannot be added either, so
-/// that remedy would send the user in a circle.
+/// What to do about an image that could not be closed. One that was damaged under its device cannot be added
+/// either, so that remedy would send the user in a circle.
 fn remedy_for(error: &Error, image: &Path) -> String {
     let image = shell(image);
     match error.kind() {
@@ -74,8 +76,8 @@ fn remedy_for(error: &Error, image: &Path) -> String {
             error.remedy_text().unwrap_or_default().to_owned()
         }
         Kind::Truncated | Kind::Corrupt | Kind::NotVhdx | Kind::Mismatch => format!(
-            "the file was changed or cut while it was served: restore it from a backup; `vhdx-ublk check {image}` \
-             shows what is left of it"
+            "the file was changed or cut while it was served: restore it from a backup; `vhdx-ublk check \
+             {image}` shows what is left of it"
         ),
         Kind::NotFound => format!(
             "{}; then `vhdx-ublk add {image}` and `vhdx-ublk del {image}`",

@@ -15,8 +15,8 @@ use crate::error::{Error, Kind, Result};
 /// How long users that leave by themselves are waited for.
 const PASSING_PATIENCE: Duration = Duration::from_secs(3);
 
-/// Has the kernel stop the device, which its daemon then notices. Does nothing if only the death of the daemon helps, or
-/// it is dead.
+/// Has the kernel stop the device, which its daemon then notices. Does nothing if only the death of the
+/// daemon helps, or it is dead.
 pub(super) fn stop_device(control: Option<&Control>, entry: &Entry, how: &How, until: Instant) -> Result<()> {
     let life = entry.daemon.life();
     if !how.force {
@@ -82,7 +82,7 @@ pub(super) fn stop_apart(id: u32, mark: u64, openers: Openers, until: Instant) -
     arguments.extend((openers == Openers::Any).then(|| "--force".into()));
     arguments.extend(["--".into(), id.to_string().into()]);
     let left = until.saturating_duration_since(Instant::now());
-    launch::ask_child(arguments, left)?.ok_or_else(|| {
+    launch::run_child(arguments, left)?.ok_or_else(|| {
         let message =
             format!("/dev/ublkb{id} has not stopped: its daemon does not complete the I/O in flight");
         Error::new(Kind::InUse, message).remedy(format!(

@@ -1,13 +1,13 @@
 //! Removing devices, from another process than the one that serves them.
 //!
-//! The kernel stops the device; its daemon, which serves until then, notices that and leaves the image clean. A device
-//! whose daemon is dead is removed here, and its image closed with what its session holds.
+//! The kernel stops the device; its daemon, which serves until then, notices that and leaves the image clean.
+//! A device whose daemon is dead is removed here, and its image closed with what its session holds.
 //!
-//! Where the kernel can refuse to stop a device that is open (7.0), it decides whether the device is in use; elsewhere
-//! the result of [`usage`] does, and a process may open the device between that check and the stop.
+//! Where the kernel can refuse to stop a device that is open (7.0), it decides whether the device is in use;
+//! elsewhere the result of [`usage`] does, and a process may open the device between that check and the stop.
 //!
-//! The stop itself waits for I/O that a hung daemon never completes, and a process cannot end while a command of its
-//! own waits in the kernel. So another process issues it, which may be left behind.
+//! The stop itself waits for I/O that a hung daemon never completes, and a process cannot end while a command
+//! of its own waits in the kernel. So another process issues it, which may be left behind.
 
 mod daemon;
 mod image;
@@ -74,8 +74,8 @@ pub fn take_away(registry: &Registry, target: &Target, how: &How) -> Result<()> 
 ///
 /// # Errors
 ///
-/// That it is one, unless `how` forces it; [`Kind::InUse`] if it does not stop, and the process that the kernel names is
-/// not its daemon; the kernel's.
+/// That it is one, unless `how` forces it; [`Kind::InUse`] if it does not stop, and the process that the
+/// kernel names is not its daemon; the kernel's.
 pub fn stop_orphan(registry: &Registry, orphan: &DeviceInfo, how: &How) -> Result<()> {
     if !how.force {
         return Err(unknown_image(orphan));
@@ -94,8 +94,9 @@ pub fn stop_orphan(registry: &Registry, orphan: &DeviceInfo, how: &How) -> Resul
     if let Some(pid) = server()?
         && let Ok(process) = ProcessHandle::open(pid)
     {
-        // The handle is on the process that has the number now. Some kernels take the number unchecked from the process
-        // that starts the device, and ignore its namespace: only a process that has the device open is the server.
+        // The handle is on the process that has the number now. Some kernels take the number unchecked from
+        // the process that starts the device, and ignore its namespace: only a process that has the device
+        // open is the server.
         if !usage::has_device_open(pid, Path::new(&format!("/dev/ublkc{}", orphan.id))) {
             let stranger = not_the_server(orphan.id, pid);
             stopped.map_err(|_| stranger)?;
@@ -124,8 +125,8 @@ fn not_the_server(id: u32, pid: u32) -> Error {
 ///
 /// # Errors
 ///
-/// [`Kind::InUse`] if it is in use, unless `how` forces it; [`Kind::Poisoned`] if it is gone but its image could not be
-/// closed cleanly; what went wrong otherwise.
+/// [`Kind::InUse`] if it is in use, unless `how` forces it; [`Kind::Poisoned`] if it is gone but its image
+/// could not be closed cleanly; what went wrong otherwise.
 pub fn stop(registry: &Registry, entry: &Entry, how: &How) -> Result<()> {
     let sight = Sight::open()?;
     let state = sight.state_of(entry)?;
@@ -145,7 +146,8 @@ pub fn stop(registry: &Registry, entry: &Entry, how: &How) -> Result<()> {
         stop_device(control.as_ref(), entry, how, until)?;
     }
     end_daemon(registry, entry, state, how, until)?;
-    // A daemon that has ended in order has removed its entry. The entry of a new device with this number stays.
+    // A daemon that has ended in order has removed its entry. The entry of a new device with this number
+    // stays.
     let last = registry.entry(entry.id)?.filter(|last| last.mark == entry.mark);
     let Some(last) = last else { return await_node_gone(entry) };
     if let Some(control) = &control {

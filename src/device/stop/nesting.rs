@@ -5,8 +5,8 @@ use crate::device::usage;
 use crate::error::{Error, Kind, Result};
 use crate::printable::shell;
 
-/// The device of this program, waiting for a daemon, on which the image of `entry` lies: reads and writes of the image
-/// wait as well.
+/// The device of this program, waiting for a daemon, on which the image of `entry` lies: reads and writes of
+/// the image wait as well.
 ///
 /// # Errors
 ///
@@ -37,8 +37,8 @@ pub fn lies_on_waiting(entry: &Entry, below: &Listed) -> Error {
 pub(super) fn not_closed(entry: &Entry, below: &Listed) -> Error {
     let (device, below) = (entry.device.display(), below.entry.device.display());
     let message = format!(
-        "{device} is gone, but not everything that was acknowledged is in its image, which lies on {below}, whose \
-         I/O waits"
+        "{device} is gone, but not everything that was acknowledged is in its image, which lies on \
+         {below}, whose I/O waits"
     );
     Error::new(Kind::Io, message).file(&entry.image).remedy(format!(
         "`vhdx-ublk recover {below}`, then `vhdx-ublk add {}` and `vhdx-ublk del` it",

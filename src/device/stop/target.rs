@@ -22,8 +22,8 @@ pub enum Target {
 }
 
 impl Target {
-    /// `3`, `ublkb3`, `/dev/ublkb3`, a partition of it, a link or another node that leads to one of these, or an
-    /// image's path.
+    /// `3`, `ublkb3`, `/dev/ublkb3`, a partition of it, a link or another node that leads to one of these, or
+    /// an image's path.
     pub fn parse(text: &OsStr) -> Self {
         let path = Path::new(text);
         let resolved = fs::canonicalize(path).ok();
@@ -85,8 +85,8 @@ impl fmt::Display for Target {
 ///
 /// # Errors
 ///
-/// [`Kind::NotFound`] if it is no device of this program; [`Kind::Usage`] if several serve the image, read-only; why
-/// its entry cannot be read.
+/// [`Kind::NotFound`] if it is no device of this program; [`Kind::Usage`] if several serve the image,
+/// read-only; why its entry cannot be read.
 pub fn find(registry: &Registry, target: &Target) -> Result<Listed> {
     find_in(registry.survey()?, target)
 }

@@ -1,9 +1,9 @@
-//! The users of a block device or a file, as text for people: mounts, swap, stacked devices, exports of the kernel,
-//! open files.
+//! The users of a block device or a file, as text for people: mounts, swap, stacked devices, exports of the
+//! kernel, open files.
 //!
-//! Best effort by nature: a result was true a moment ago, and processes that may not be looked into are missing. It is
-//! used to refuse with a reason, never to decide that something is safe: where the kernel itself can refuse to stop a
-//! device that is open, the kernel decides.
+//! Best effort by nature: a result was true a moment ago, and processes that may not be looked into are
+//! missing. It is used to refuse with a reason, never to decide that something is safe: where the kernel
+//! itself can refuse to stop a device that is open, the kernel decides.
 
 mod readers;
 mod stack;
@@ -53,8 +53,9 @@ const CONFIGURATION: &str = "/sys/kernel/config";
 /// Processes that open every new or changed device for a moment: udev's.
 const PASSERS_BY: [&str; 3] = ["(udev-worker)", "systemd-udevd", "udevd"];
 
-/// The users of `/dev/ublkbN` or a partition of it: `mounted at /mnt`, `used as swap`, `used by dm-0`, `open in fio
-/// (pid 123)`. If none is found, the device is opened to see whether the kernel lets it be claimed: it must be live.
+/// The users of `/dev/ublkbN` or a partition of it: `mounted at /mnt`, `used as swap`, `used by dm-0`, `open
+/// in fio (pid 123)`. If none is found, the device is opened to see whether the kernel lets it be claimed: it
+/// must be live.
 pub fn of_device(id: u32) -> Users {
     let mut users = named(id);
     let nodes = nodes_of(Path::new("/sys/class/block"), &format!("ublkb{id}"));
@@ -64,7 +65,8 @@ pub fn of_device(id: u32) -> Users {
     users
 }
 
-/// As [`of_device`], without opening anything: the kernel may read a disk that is opened, which waits if the disk waits.
+/// As [`of_device`], without opening anything: the kernel may read a disk that is opened, which waits if the
+/// disk waits.
 pub fn named(id: u32) -> Users {
     let class = Path::new("/sys/class/block");
     let nodes = nodes_of(class, &format!("ublkb{id}"));
@@ -113,8 +115,8 @@ fn is_passing(process: &Process) -> bool {
     PASSERS_BY.contains(&process.name.as_str())
 }
 
-/// Whether the file is one of the devices. Only files in `/dev` are asked for their number: a file system on a device
-/// could hang when the device does.
+/// Whether the file is one of the devices. Only files in `/dev` are asked for their number: a file system on
+/// a device could hang when the device does.
 fn is_one_of(file: &OpenFile, nodes: &[Node]) -> bool {
     if !file.path().is_some_and(|path| path.as_os_str().as_bytes().starts_with(b"/dev/")) {
         return false;
@@ -162,7 +164,8 @@ fn foreign_mounts(nodes: &[Node], kinds: &Kinds) -> Vec<String> {
     users
 }
 
-/// Loop devices on the device or a partition of it. Those on files of a mounted file system are users of the mount.
+/// Loop devices on the device or a partition of it. Those on files of a mounted file system are users of the
+/// mount.
 fn loops(class: &Path, nodes: &[Node]) -> Vec<String> {
     let is_on = |name: &String| names_a_node(&class.join(name).join("loop/backing_file"), nodes);
     let names = names_in(class).into_iter().filter(is_on);

@@ -3,8 +3,9 @@
 use crate::device::processes::{self, OpenFile};
 use crate::device::registry::FileId;
 
-/// The processes, except for this one, that have `file` open, none of them for writing: `cat (pid 123)`. `None` if one
-/// can write it, or if none is seen: then the processes that lock it cannot be seen from here, and may do anything.
+/// The processes, except for this one, that have `file` open, none of them for writing: `cat (pid 123)`.
+/// `None` if one can write it, or if none is seen: then the processes that lock it cannot be seen from here,
+/// and may do anything.
 pub fn only_readers(file: FileId) -> Option<Vec<String>> {
     let accesses =
         |pid| processes::open_files(pid).filter(|open| open.is(file)).filter_map(|open| access(&open));

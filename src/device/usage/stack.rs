@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use crate::device::mounts::{Kinds, Mounts};
 use crate::device::sysfs::{MAX_STACK, device_number, targets_in};
 
-/// Whether the file system of this number (`st_dev`) lies on `/dev/ublkbN`, through mappers and arrays. No file is
-/// looked at: that could wait for a device that waits.
+/// Whether the file system of this number (`st_dev`) lies on `/dev/ublkbN`, through mappers and arrays. No
+/// file is looked at: that could wait for a device that waits.
 pub(in crate::device) fn file_system_is_on(file_system: u64, id: u32) -> bool {
     let number = device_number(file_system);
     let sources = Mounts::of_this_process()
@@ -24,7 +24,8 @@ pub(in crate::device) fn file_system_is_on(file_system: u64, id: u32) -> bool {
     })
 }
 
-/// The devices of the file systems of this number; those of several devices (btrfs) have numbers of their own.
+/// The devices of the file systems of this number; those of several devices (btrfs) have numbers of their
+/// own.
 fn sources_of(mounts: &Mounts, number: &str, kinds: &Kinds) -> Vec<PathBuf> {
     let mounts = mounts.iter().filter(|mount| mount.number == number.as_bytes());
     mounts.filter_map(|mount| kinds.device_of(&mount)).collect()
