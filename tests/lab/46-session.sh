@@ -245,6 +245,27 @@ test_session_without_room() {
     umount /run/vhdx-ublk
 }
 
+# No other command could find a device without an entry: where not even that has room, `add` refuses and says what to do.
+test_session_without_room_for_an_entry() {
+    local device digest
+    ublk create disk.vhdx --size 1G
+    digest=$(sha256sum disk.vhdx)
+    run_in -t tmpfs -o size=64k tmpfs
+    ! dd if=/dev/zero of=/run/vhdx-ublk/filler bs=4k status=none 2>/dev/null || fail "the folder is not full"
+    ! ublk add disk.vhdx 2>said || fail "a device without an entry"
+    grep -q "free some space in /run" said
+    mount -o remount,ro /run/vhdx-ublk
+    ! ublk add disk.vhdx 2>said || fail "a device without an entry"
+    grep -q "mount /run writable" said
+    ! ls /dev/ublk[bc]* 2>/dev/null || fail "a device is left"
+    [ "$(sha256sum disk.vhdx)" = "$digest" ] || fail "the image has changed"
+    mount -o remount,rw /run/vhdx-ublk
+    rm /run/vhdx-ublk/filler
+    device=$(ublk add disk.vhdx)
+    ublk del "$device"
+    umount /run/vhdx-ublk
+}
+
 # A guest that writes a sector here and there cannot fill /run: its blocks are filled from the parents instead.
 test_session_guest_cannot_fill_run() {
     local device total free block

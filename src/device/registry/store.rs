@@ -61,7 +61,7 @@ impl Registry {
                 return Err(if error.kind() == Kind::Permission {
                     error.remedy("run it as root")
                 } else {
-                    error
+                    with_room(error)
                 });
             }
             _ => {}
@@ -103,7 +103,7 @@ impl Registry {
         const FAILED: &str = "locking the directory of devices";
         let path = self.directory.join(".lock");
         let file = OpenOptions::new().write(true).create(true).truncate(false).mode(FILE_MODE).open(&path);
-        let mut file = file.doing(FAILED).file(&path)?;
+        let mut file = file.doing(FAILED).file(&path).map_err(with_room)?;
         let until = Instant::now() + LOCK_PATIENCE;
         loop {
             file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
@@ -191,6 +191,18 @@ impl Registry {
     }
 }
 
+/// `error` of a change, with what makes changes possible. A device that no other command could find is not served.
+fn with_room(error: Error) -> Error {
+    match error.os_error() {
+        Some(libc::ENOSPC | libc::EDQUOT) => error.remedy(
+            "free some space in /run: each device needs a few KiB there, from which other commands know it",
+        ),
+        Some(libc::EROFS) => error
+            .remedy("mount /run writable: each device has an entry there, from which other commands know it"),
+        _ => error,
+    }
+}
+
 /// The registry, while its lock is held.
 pub struct Locked<'a> {
     registry: &'a Registry,
@@ -206,7 +218,7 @@ impl Locked<'_> {
     pub fn write(&self, entry: &Entry) -> Result<()> {
         let path = self.registry.entry_path(entry.id);
         let text = serde_json::to_string_pretty(entry).doing("describing the device").file(&entry.image)?;
-        self.replace(&path, &text).doing("writing the device's entry").file(&path)
+        self.replace(&path, &text).doing("writing the device's entry").file(&path).map_err(with_room)
     }
 
     /// Half of an entry is removed when this fails.
