@@ -4,18 +4,19 @@
 //! expected, and what to run next. Layers add what they know (`in_structure`, `at`, `file`, `remedy`) on the
 //! way up, to an [`Error`] or to a [`Result`] by [`Locate`]; a layer never overwrites what an inner one said.
 //!
-//! An error of the operating system becomes one by [`Doing`], and stays its [`source`](std::error::Error::source):
+//! An error of the operating system becomes one by [`Doing`], and stays its
+//! [`source`](std::error::Error::source):
 //!
 //! ```
 //! use vhdx_ublk::error::{Doing, Kind, Locate};
 //!
 //! let path = "/no/such/image.vhdx".as_ref();
-//! let error = std::fs::metadata(path).doing("reading the file's attributes").file(path).expect_err("it is missing");
-//! assert_eq!(error.kind(), Kind::NotFound);
+//! let found = std::fs::metadata(path).doing("reading the attributes").file(path);
+//! assert_eq!(found.expect_err("it is missing").kind(), Kind::NotFound);
 //! ```
 //!
-//! `{}` shows an error without its source, `{:#}` with it, as `anyhow` does: a message or a log line wants `{:#}`.
-//! Either is one printable line, whatever names are in it.
+//! `{}` shows an error without its source, `{:#}` with it, as `anyhow` does: a message or a log line wants
+//! `{:#}`. Either is one printable line, whatever names are in it.
 
 use std::fmt::{self, Write};
 use std::io;

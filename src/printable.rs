@@ -39,6 +39,25 @@ pub fn shell(path: &Path) -> String {
     format!("'{}'", text.replace('\'', r"'\''"))
 }
 
+/// A size for people: `10 GiB`, `1.5 MiB`, `512 bytes`.
+pub fn human_size(size: u64) -> String {
+    let power = (size.max(1).ilog2() / 10).min(6);
+    if power == 0 {
+        return format!("{size} bytes");
+    }
+    let unit = char::from(b"KMGTPE"[power as usize - 1]);
+    let tenths = (u128::from(size) * 10) >> (10 * power);
+    match (tenths / 10, tenths % 10) {
+        (whole, 0) => format!("{whole} {unit}iB"),
+        (whole, tenth) => format!("{whole}.{tenth} {unit}iB"),
+    }
+}
+
+/// A size both ways: `10737418240 (10 GiB)`.
+pub fn both_sizes(size: u64) -> String {
+    if size < 1024 { size.to_string() } else { format!("{size} ({})", human_size(size)) }
+}
+
 /// Passes on what is written to it, made printable.
 pub struct Printable<W>(pub W);
 
@@ -96,5 +115,18 @@ mod tests {
             write!(written, "{text}").expect("a string takes everything");
             assert_eq!(written.0, shown);
         }
+    }
+
+    #[test]
+    fn people_read_sizes_in_the_largest_unit() {
+        assert_eq!(human_size(0), "0 bytes");
+        assert_eq!(human_size(1023), "1023 bytes");
+        assert_eq!(human_size(1024), "1 KiB");
+        assert_eq!(human_size(1536), "1.5 KiB");
+        assert_eq!(human_size((10 << 30) - 1), "9.9 GiB", "never more than it is");
+        assert_eq!(human_size(64 << 40), "64 TiB");
+        assert_eq!(human_size(u64::MAX), "15.9 EiB");
+        assert_eq!(both_sizes(10 << 30), "10737418240 (10 GiB)");
+        assert_eq!(both_sizes(512), "512");
     }
 }

@@ -16,6 +16,17 @@ pub trait Layer {
     fn path(&self) -> &Path;
 }
 
+/// An image and its file's path, while its parents are looked for.
+impl Layer for (&Image, &Path) {
+    fn image(&self) -> &Image {
+        self.0
+    }
+
+    fn path(&self) -> &Path {
+        self.1
+    }
+}
+
 /// What a chain has to know of an image to recognise it.
 pub trait Relative {
     /// The virtual disk, and the way to the parent.

@@ -12,6 +12,7 @@ use std::thread;
 use std::time::Duration;
 
 use clap::ValueEnum;
+use vhdx_ublk::device::claims::Claims;
 use vhdx_ublk::device::daemon;
 use vhdx_ublk::device::engine_thread::EngineThread;
 use vhdx_ublk::device::layers::Parents;
@@ -26,9 +27,11 @@ use vhdx_ublk::device::{
 };
 use vhdx_ublk::disk::{Access, ImageFile};
 use vhdx_ublk::error::{Doing, Error, Kind, Result};
+use vhdx_ublk::operations::Devices;
+use vhdx_ublk::operations::children::refuse_parent;
 
-use super::parents::ParentOptions;
-use super::{detached, holders, output};
+use super::parent_options::ParentOptions;
+use super::{detached, output};
 
 /// How long a holder of the image may take to leave: a process that was killed keeps its lock until its last
 /// I/O has ended.
@@ -49,8 +52,8 @@ pub struct Add {
     /// The VHDX file
     #[arg(required_unless_present = "fd", conflicts_with = "fd")]
     image: Option<PathBuf>,
-    /// Serve the file behind this open descriptor instead of one that a path names; read-only unless it is open for
-    /// writing
+    /// Serve the file behind this open descriptor instead of one that a path names; read-only unless it is
+    /// open for writing
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(3..))]
     fd: Option<RawFd>,
     /// Refuse all writes; not one byte of the file is changed
@@ -69,13 +72,14 @@ pub struct Add {
     #[arg(long, value_name = "N", default_value_t = 64)]
     #[arg(value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_DEPTH)))]
     depth: u16,
-    /// What happens when the daemon is killed: `reissue` lets all I/O wait for `vhdx-ublk recover`, `queue` fails
-    /// what is in flight and lets the rest wait, `fail` fails all I/O until `recover` (Linux 6.13, for those who must
-    /// not wait), `none` fails everything for good [default: reissue, queue or none, the first that the kernel has]
+    /// What happens when the daemon is killed: `reissue` lets all I/O wait for `vhdx-ublk recover`, `queue`
+    /// fails what is in flight and lets the rest wait, `fail` fails all I/O until `recover` (Linux 6.13, for
+    /// those who must not wait), `none` fails everything for good [default: reissue, queue or none, the first
+    /// that the kernel has]
     #[arg(long, value_enum, value_name = "HOW")]
     recovery: Option<Recovery>,
-    /// Leave data in the pages of the requests (`on`, Linux 6.16 or newer), or copy it once between the kernel and
-    /// the daemon (`off`); `auto` copies, as the other was not measured to be faster
+    /// Leave data in the pages of the requests (`on`, Linux 6.16 or newer), or copy it once between the
+    /// kernel and the daemon (`off`); `auto` copies, as the other was not measured to be faster
     #[arg(long, value_enum, value_name = "WHEN", default_value = "auto")]
     zero_copy: ZeroCopy,
     #[command(flatten)]
@@ -200,7 +204,7 @@ impl Add {
             let opened = OpenImage::read_only(file.clone(), &parents)?;
             return daemon::serve(&opened.spec(&file)?, options, |ends| Ok(NoEngine(ends)), ready);
         }
-        holders::refuse_parent(file.path(), &parents.search, self.force)?;
+        refuse_parent(file.path(), &parents.search, self.force, &Claims)?;
         let keep = self.recovery != Some(Recovery::None);
         let engine = EngineThread::open(file.clone(), Plan::Fresh { keep }, parents)?;
         let served = engine.opened().spec(&file)?;
@@ -229,19 +233,19 @@ fn take_away(ready: &Ready) {
 /// Opens and locks the image, unless one of our devices has a claim to it.
 fn open(path: &Path, access: Access) -> Result<ImageFile> {
     let file = open_locked(path, access)?;
-    holders::refuse_abandoned(&file, access)?;
+    Claims.refuse_abandoned(&file, access)?;
     Ok(file)
 }
 
 /// Opens and locks an image. Waits for a holder to leave, unless it is a device of ours, which stays.
 pub fn open_locked(path: &Path, access: Access) -> Result<ImageFile> {
     let opened = match ImageFile::open(path, access, Duration::ZERO) {
-        Err(error) if error.kind() == Kind::InUse && !holders::is_served(path) => {
+        Err(error) if error.kind() == Kind::InUse && !Claims.serve(path) => {
             ImageFile::open(path, access, LOCK_WAIT)
         }
         outcome => outcome,
     };
-    opened.map_err(|error| refused_by_host(holders::explain(error, path), access))
+    opened.map_err(|error| refused_by_host(Claims.with_holder(error, path), access))
 }
 
 /// What helps where the host does not let the image be written.

@@ -2,21 +2,17 @@
 
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use serde::Serialize;
-use uuid::Uuid;
 
-use vhdx_ublk::chain::{Known, Search};
-use vhdx_ublk::device::session;
-use vhdx_ublk::disk::{Access, ImageFile, Reactor, ReadDisk};
-use vhdx_ublk::error::{Error, Kind, Locate, Result};
-use vhdx_ublk::image::{self, Finding, Identity, LogFound, Repair, Report, Severity};
-use vhdx_ublk::printable::{printable, shell};
+use vhdx_ublk::device::claims::Claims;
+use vhdx_ublk::error::{Error, Result};
+use vhdx_ublk::image::{Finding, LogFound, Report, Severity};
+use vhdx_ublk::operations::check::{Checked, CheckedChain, check, repair};
+use vhdx_ublk::printable::{human_size, printable, shell};
 
-use super::ancestors::{self, Ancestors};
-use super::parents::ParentOptions;
-use super::{holders, look, output, rest, size};
+use super::output::{self, Failure};
+use super::parent_options::ParentOptions;
 
 /// Examine the structure of an image: every header, table, log entry and block; of a differencing image its
 /// parents' too.
@@ -28,8 +24,8 @@ use super::{holders, look, output, rest, size};
 pub struct Check {
     /// The VHDX file
     image: PathBuf,
-    /// Replay the log, and mend what can be mended without guessing; data is never guessed at, and parents are
-    /// never changed
+    /// Replay the log, and mend what can be mended without guessing; data is never guessed at, and parents
+    /// are never changed
     #[arg(long)]
     repair: bool,
     #[command(flatten)]
@@ -72,101 +68,73 @@ impl Check {
     /// Runs the command; returns the exit status.
     pub fn run(self) -> Result<u8> {
         let search = self.parents.search();
-        let checked = if self.repair { repair(&self.image, &search) } else { check(&self.image, &search) };
-        let checked = checked.map_err(|error| holders::explain(error, &self.image))?;
+        let examine = if self.repair { repair } else { check };
+        let checked = examine(&self.image, &search, &Claims)?;
         if self.json {
-            output::print_json(&checked)?;
+            output::print_json(&Json::of(&checked))?;
         } else {
-            output::print(&checked.to_string())?;
+            output::print(&text(&checked))?;
         }
-        Ok(checked.status())
+        Ok(status(&checked))
     }
 }
 
-fn check(path: &Path, search: &Search) -> Result<Checked> {
-    let (disk, lock) = look::lock_for_reading(path)?;
-    let report = smol::future::block_on(image::check(&disk)).file(path)?;
-    let leaf = smol::future::block_on(leaf(&disk, lock.path()))?;
-    let ancestors = Ancestors::examine(leaf.as_ref(), search)?;
-    Ok(Checked { image: lock.path().to_string_lossy().into_owned(), report, before: None, ancestors })
-}
-
-fn repair(path: &Path, search: &Search) -> Result<Checked> {
-    let file = Arc::new(rest::lock(path, Access::ReadWrite)?);
-    let reactor = Reactor::new()?;
-    let disk = reactor.disk(Arc::clone(&file));
-    session::refuse_orphan(&file, None).map_err(|error| match reactor.block_on(image::check(&disk)) {
-        Ok(found) if found.complete && found.beyond_repair == 0 => error,
-        _ => no_takeover(&file),
-    })?;
-    let Repair { before, after } = reactor.block_on(image::repair(&disk, Uuid::new_v4)).file(path)?;
-    let leaf = reactor.block_on(leaf(&disk, file.path()))?;
-    let ancestors = Ancestors::examine(leaf.as_ref(), search)?;
-    let image = file.path().to_string_lossy().into_owned();
-    Ok(Checked { image, report: after, before: Some(before), ancestors })
-}
-
-/// A killed daemon's session is there, and `add`, which takes it over, refuses the image.
-fn no_takeover(file: &ImageFile) -> Error {
-    let path = shell(file.path());
-    let message = "a daemon was killed, not everything it acknowledged is in the image, and the image is damaged, so \
-                   that no command takes over what is missing";
-    let remedy = format!(
-        "`vhdx-ublk check {path}` names the damage; take the device away with `vhdx-ublk del {path}`, if it is still \
-         there, and restore the image from a backup"
-    );
-    Error::new(Kind::InUse, message).file(file.path()).remedy(remedy)
-}
-
-/// The image as its parents' child, unless it is beyond reading: its own report says so then.
-async fn leaf<D: ReadDisk>(disk: &D, path: &Path) -> Result<Option<Known>> {
-    match Identity::read(disk, u64::MAX).await {
-        Ok(identity) => Ok(Some(Known { identity, path: path.to_owned() })),
-        Err(error) if matches!(error.kind(), Kind::Corrupt | Kind::Truncated) => Ok(None),
-        Err(error) => Err(error.file(path)),
+fn status(Checked { report, chain, .. }: &Checked) -> u8 {
+    match report.verdict() {
+        Some(Severity::Corruption) => CORRUPT,
+        _ if !chain.is_sound() => UNSOUND_CHAIN,
+        Some(Severity::Leak) => LEAKING,
+        _ if chain.has(Severity::Leak) => LEAKING,
+        None | Some(Severity::Note) => SOUND,
     }
 }
 
-/// What is printed.
+/// What is printed as JSON.
 #[derive(Serialize)]
-struct Checked {
+struct Json<'a> {
+    #[serde(flatten)]
+    image: Examined<'a>,
+    before: Option<&'a Report>,
+    parents: Vec<Examined<'a>>,
+    chain_fault: Option<Failure<'a>>,
+}
+
+#[derive(Serialize)]
+struct Examined<'a> {
     image: String,
     #[serde(flatten)]
-    report: Report,
-    before: Option<Report>,
-    #[serde(flatten)]
-    ancestors: Ancestors,
+    report: &'a Report,
 }
 
-impl Checked {
-    fn status(&self) -> u8 {
-        match self.report.verdict() {
-            Some(Severity::Corruption) => CORRUPT,
-            _ if !self.ancestors.are_sound() => UNSOUND_CHAIN,
-            Some(Severity::Leak) => LEAKING,
-            _ if self.ancestors.have(Severity::Leak) => LEAKING,
-            None | Some(Severity::Note) => SOUND,
+impl<'a> Json<'a> {
+    fn of(Checked { path, report, before, chain }: &'a Checked) -> Self {
+        let examined = |path: &Path, report| Examined { image: path.to_string_lossy().into_owned(), report };
+        Self {
+            image: examined(path, report),
+            before: before.as_ref(),
+            parents: chain.parents.iter().map(|(path, report)| examined(path, report)).collect(),
+            chain_fault: chain.fault.as_ref().map(|fault| Failure::of(fault)),
         }
     }
 }
 
-impl std::fmt::Display for Checked {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { image, report, before, ancestors } = self;
-        let image = &*printable(image);
-        if let Some(before) = before.as_ref().filter(|before| *before != report) {
-            writeln!(f, "{image} was repaired. Before: {}{}", summary(before), findings(before, true))?;
-            writeln!(f)?;
-            write!(f, "Now: ")?;
-        } else {
-            write!(f, "{image}: ")?;
+/// What is printed for people.
+fn text(Checked { path, report, before, chain }: &Checked) -> String {
+    let path = path.to_string_lossy();
+    let image = &*printable(&path);
+    let repaired = before.is_some();
+    let mut text = match before.as_ref().filter(|before| *before != report) {
+        Some(before) => {
+            format!("{image} was repaired. Before: {}{}\n\nNow: ", summary(before), findings(before, true))
         }
-        write!(f, "{}{}", summary(report), findings(report, false))?;
-        if before.is_none() {
-            write!(f, "{}", mendable(report, image))?;
-        }
-        write!(f, "{}", chain(ancestors, before.is_some()))
+        None => format!("{image}: "),
+    };
+    text += &summary(report);
+    text += &findings(report, false);
+    if !repaired {
+        text += &mendable(report, image);
     }
+    text + &parents(chain, repaired)
 }
 
 /// What `--repair` is good for.
@@ -182,21 +150,28 @@ fn mendable(report: &Report, image: &str) -> String {
 }
 
 /// The parents, and where their chain breaks off.
-fn chain(ancestors: &Ancestors, repaired: bool) -> String {
+fn parents(chain: &CheckedChain, repaired: bool) -> String {
     let mut text = String::new();
-    for parent in &ancestors.parents {
-        let ancestors::Parent { image, report } = parent;
-        let image = &*printable(image);
+    for (path, report) in &chain.parents {
+        let path = path.to_string_lossy();
+        let image = &*printable(&path);
         let _ = write!(text, "\n\nparent {image}: {}{}", summary(report), findings(report, false));
         text += &mendable(report, image);
     }
-    if let Some(fault) = &ancestors.chain_fault {
-        let _ = write!(text, "\n\nthe chain is broken: {fault}");
+    if let Some(fault) = &chain.fault {
+        let _ = write!(text, "\n\nthe chain is broken: {}", with_advice(fault));
     }
     if repaired && !text.is_empty() {
         text += "\n\nOnly the image itself was to be repaired: parents are never changed.";
     }
     text
+}
+
+fn with_advice(fault: &Error) -> String {
+    match output::remedy(fault) {
+        Some(remedy) => format!("{fault:#}\n  try: {}", printable(remedy)),
+        None => format!("{fault:#}"),
+    }
 }
 
 /// `sound`, or how many there are of what, and the state of the log.
@@ -213,7 +188,7 @@ fn summary(report: &Report) -> String {
         let _ = write!(text, "; the log is dirty ({} entries to replay)", report.log_entries);
     }
     if report.leaked_bytes > 0 {
-        let _ = write!(text, "; {} of free space taken on the host", size::human(report.leaked_bytes));
+        let _ = write!(text, "; {} of free space taken on the host", human_size(report.leaked_bytes));
     }
     if !report.complete {
         text += "; what lies behind could not be examined";

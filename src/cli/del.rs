@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use vhdx_ublk::device::registry::{Listed, Registry};
 use vhdx_ublk::device::stop::{self, How, Openers, Target};
-use vhdx_ublk::device::{Control, DeviceInfo, launch};
+use vhdx_ublk::device::{Control, DeviceInfo, claims, launch};
 use vhdx_ublk::error::{Error, Kind, Result};
 
-use super::{holders, output};
+use super::output;
 
 /// Take devices away and close their images.
 ///
@@ -75,7 +75,7 @@ impl Del {
         if let Some(mark) = self.stop_device {
             return self.stop_device(mark);
         }
-        let registry = holders::registry()?;
+        let registry = claims::registry()?;
         let outcomes = match &registry {
             Some(registry) => {
                 // Where there is no driver there is nothing to sweep by.
@@ -83,9 +83,7 @@ impl Del {
                 if self.all { self.all(registry)? } else { self.named(registry) }
             }
             None if self.all => Vec::new(),
-            None => {
-                self.target.iter().map(|text| Err(holders::nothing_serves(&Target::parse(text)))).collect()
-            }
+            None => self.target.iter().map(|text| Err(claims::no_devices(&Target::parse(text)))).collect(),
         };
         output::last_failure(outcomes.into_iter())
     }
@@ -120,7 +118,7 @@ impl Del {
                 return Ok(failures);
             }
             output::last_failure(failures.into_iter().filter(|failure| !is_in_use(failure)))
-                .unwrap_or_else(|error| output::report(&error.into(), false));
+                .unwrap_or_else(|error| output::report(&error, false));
             left = again;
         }
     }

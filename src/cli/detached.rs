@@ -9,8 +9,8 @@ use vhdx_ublk::error::Result;
 
 use super::{FAILURE, logging, output};
 
-/// Runs `serve`, which gets what to call when the device can be used, and the caller's descriptor `kept`. Ends the
-/// process where the parent has been told of a failure: it tells the user.
+/// Runs `serve`, which gets what to call when the device can be used, and the caller's descriptor `kept`.
+/// Ends the process where the parent has been told of a failure: it tells the user.
 pub fn run(
     kept: Option<RawFd>,
     serve: impl FnOnce(&dyn Fn(&Ready) -> Result<()>) -> Result<()>,

@@ -1,25 +1,23 @@
 //! `info`: what an image is like.
 
 use std::collections::BTreeMap;
-use std::fmt::Write;
-use std::ops::Range;
 use std::path::PathBuf;
 
 use serde::Serialize;
 
 use vhdx_ublk::chain;
+use vhdx_ublk::device::claims;
 use vhdx_ublk::error::Result;
-use vhdx_ublk::format::bat::{BatEntry, PayloadState};
 use vhdx_ublk::format::guid;
-use vhdx_ublk::format::header::Other;
 use vhdx_ublk::format::metadata::DiskType;
-use vhdx_ublk::format::region::{Copies, Region};
-use vhdx_ublk::image::{BlockMap, FoundLog, Image, SessionMemory};
+use vhdx_ublk::format::region::Region;
+use vhdx_ublk::image::{FoundLog, Image, SessionMemory};
+use vhdx_ublk::operations::block_counts::BlockCounts;
+use vhdx_ublk::operations::inspect::{Inspected, inspect};
+use vhdx_ublk::printable::{both_sizes, human_size};
 
-use super::look::{self, Seen};
 use super::output::{self, Fields};
-use super::parents::ParentOptions;
-use super::{holders, size};
+use super::parent_options::ParentOptions;
 
 /// Show what an image is like, without changing it.
 ///
@@ -69,7 +67,7 @@ struct Report {
     creator: String,
     header_sequence: u64,
     log: Log,
-    blocks: Blocks,
+    blocks: BlockCounts,
     fragmentation: u64,
     regions: Vec<RegionReport>,
     file_size: u64,
@@ -107,35 +105,18 @@ struct RegionReport {
     required: bool,
 }
 
-/// Payload blocks by state.
-#[derive(Default, Debug, PartialEq, Eq, Serialize)]
-struct Blocks {
-    total: u64,
-    /// With all their data in this file.
-    allocated: u64,
-    /// With some of their data in this file, the rest in the parent.
-    partial: u64,
-    zero: u64,
-    not_present: u64,
-    undefined: u64,
-    unmapped: u64,
-    /// Allocated or partial, and not behind their predecessor in the file.
-    #[serde(skip)]
-    misplaced: u64,
-}
-
 impl Info {
     /// Runs the command.
     pub fn run(self) -> Result<()> {
-        let seen = look::look(&self.image)?;
+        let inspected = inspect(&self.image)?;
         if !self.chain {
             self.parents.refuse_without("--chain")?;
-            let report = Report::of(&seen);
+            let report = Report::of(&inspected);
             return if self.json { output::print_json(&report) } else { output::print(&report.to_string()) };
         }
         let mut parents = Vec::new();
-        let followed = chain::follow_parents(&seen, &self.parents.search(), &mut parents, look::look);
-        let chain = Chain { chain: std::iter::once(&seen).chain(&parents).map(Report::of).collect() };
+        let followed = chain::follow_parents(&inspected, &self.parents.search(), &mut parents, inspect);
+        let chain = Chain { chain: std::iter::once(&inspected).chain(&parents).map(Report::of).collect() };
         if self.json {
             followed?;
             return output::print_json(&chain);
@@ -147,11 +128,11 @@ impl Info {
 }
 
 impl Report {
-    fn of(seen: &Seen) -> Self {
-        let Image { creator, header, regions, metadata, map, .. } = &*seen.image;
-        let blocks = Blocks::count(map, &seen.image.stored_slots);
+    fn of(inspected: &Inspected) -> Self {
+        let Image { creator, header, regions, metadata, map, .. } = &*inspected.image;
+        let blocks = BlockCounts::of(&inspected.image);
         Self {
-            image: seen.path.to_string_lossy().into_owned(),
+            image: inspected.path.to_string_lossy().into_owned(),
             format: "vhdx",
             r#type: match metadata.kind() {
                 DiskType::Fixed => "fixed",
@@ -167,18 +148,18 @@ impl Report {
             data_write_guid: header.header.data_write_guid.to_string(),
             creator: creator.clone(),
             header_sequence: header.header.sequence_number,
-            log: Log::of(&seen.image),
+            log: Log::of(&inspected.image),
             fragmentation: blocks.fragmentation(),
             blocks,
             regions: regions.table.entries().iter().map(RegionReport::of).collect(),
-            file_size: seen.file_size,
-            host_bytes: seen.host_bytes,
+            file_size: inspected.file_size,
+            host_bytes: inspected.host_bytes,
             parent: metadata.parent_locator.as_ref().map(|locator| locator.entries.iter().cloned().collect()),
-            attached: holders::device_of(&seen.path).map(|device| device.display().to_string()),
-            in_use: seen.in_use,
-            used_by: holders::processes(&seen.path),
+            attached: claims::device_of(&inspected.path).map(|device| device.display().to_string()),
+            in_use: inspected.in_use,
+            used_by: claims::processes(&inspected.path),
             session_bytes: SessionMemory::most_bytes(map.geometry()),
-            warnings: warnings(&seen.image),
+            warnings: inspected.warnings(),
         }
     }
 }
@@ -206,76 +187,18 @@ impl RegionReport {
     }
 }
 
-impl Blocks {
-    /// Counts the blocks; those outside the `stored` slots are not there.
-    fn count(map: &BlockMap, stored: &[Range<u64>]) -> Self {
-        let geometry = map.geometry();
-        let mut blocks = Self { total: geometry.block_count(), ..Self::default() };
-        let mut expected = None;
-        let mut looked_at = 0;
-        let stored = stored.iter().cloned().flatten();
-        for block in stored.filter_map(|slot| geometry.block_of_slot(slot)) {
-            looked_at += 1;
-            let entry = map.load(block).entry;
-            *blocks.of_state(entry) += 1;
-            if matches!(
-                entry.payload_state(),
-                Some(PayloadState::FullyPresent | PayloadState::PartiallyPresent)
-            ) {
-                blocks.misplaced += u64::from(expected.is_some_and(|expected| expected != entry.offset()));
-                expected = Some(entry.offset() + geometry.block_size());
-            }
-        }
-        blocks.not_present += geometry.block_count() - looked_at;
-        blocks
-    }
-
-    fn of_state(&mut self, entry: BatEntry) -> &mut u64 {
-        match entry.payload_state().expect("an opened image has no reserved states") {
-            PayloadState::NotPresent => &mut self.not_present,
-            PayloadState::Undefined => &mut self.undefined,
-            PayloadState::Zero => &mut self.zero,
-            PayloadState::Unmapped => &mut self.unmapped,
-            PayloadState::FullyPresent => &mut self.allocated,
-            PayloadState::PartiallyPresent => &mut self.partial,
-        }
-    }
-
-    fn fragmentation(&self) -> u64 {
-        let steps = (self.allocated + self.partial).saturating_sub(1);
-        (self.misplaced * 100).checked_div(steps).unwrap_or(0)
-    }
-}
-
-/// What is odd, and no hindrance.
-fn warnings(image: &Image) -> Vec<&'static str> {
-    let mut warnings = Vec::new();
-    match (image.header.other, image.header.slot) {
-        (Other::Invalid, 0) => warnings.push("header 2 is damaged; header 1 is used"),
-        (Other::Invalid, _) => warnings.push("header 1 is damaged; header 2 is used"),
-        (Other::Older | Other::Identical, _) => {}
-    }
-    match image.regions.copies {
-        Copies::Equal => {}
-        Copies::Different => warnings.push("the two region tables differ; the first is used"),
-        Copies::FirstInvalid => warnings.push("region table 1 is damaged; region table 2 is used"),
-        Copies::SecondInvalid => warnings.push("region table 2 is damaged; region table 1 is used"),
-    }
-    warnings
-}
-
 impl std::fmt::Display for Report {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let mut fields = Fields::default();
         fields.add("image", self.image.as_str());
         fields.add("format", format!("VHDX, {}", self.r#type));
         self.describe_use(&mut fields);
-        fields.add("virtual size", size::both(self.virtual_size));
+        fields.add("virtual size", both_sizes(self.virtual_size));
         fields.add(
             "file size",
-            format!("{}, takes {} on its host", size::both(self.file_size), size::human(self.host_bytes)),
+            format!("{}, takes {} on its host", both_sizes(self.file_size), human_size(self.host_bytes)),
         );
-        fields.add("block size", size::both(self.block_size.into()));
+        fields.add("block size", both_sizes(self.block_size.into()));
         fields.add(
             "sectors",
             format!("{} logical, {} physical", self.logical_sector_size, self.physical_sector_size),
@@ -286,11 +209,10 @@ impl std::fmt::Display for Report {
         for (key, region) in ["regions"].into_iter().chain(std::iter::repeat("")).zip(&self.regions) {
             fields.add(
                 key,
-                format!("{}, {} at byte {}", region.name, size::both(region.size.into()), region.offset),
+                format!("{}, {} at byte {}", region.name, both_sizes(region.size.into()), region.offset),
             );
         }
-        fields
-            .add("session", format!("takes up to {} of memory under /run", size::human(self.session_bytes)));
+        fields.add("session", format!("takes up to {} of memory under /run", human_size(self.session_bytes)));
         fields.add("header sequence", self.header_sequence.to_string());
         fields.add("disk id", self.disk_id.as_str());
         fields.add("file write guid", self.file_write_guid.as_str());
@@ -329,23 +251,6 @@ impl Report {
     }
 }
 
-impl std::fmt::Display for Blocks {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let mut text = format!("{} in total: {} allocated", self.total, self.allocated);
-        let rest = [
-            (self.partial, "partial"),
-            (self.zero, "zero"),
-            (self.not_present, "not present"),
-            (self.undefined, "undefined"),
-            (self.unmapped, "unmapped"),
-        ];
-        for (count, name) in rest.into_iter().filter(|(count, _)| *count > 0) {
-            write!(text, ", {count} {name}")?;
-        }
-        f.write_str(&text)
-    }
-}
-
 impl std::fmt::Display for Log {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let state = match (self.state, self.entries) {
@@ -353,43 +258,6 @@ impl std::fmt::Display for Log {
             ("virgin", _) => "announced and never written".into(),
             (state, _) => state.into(),
         };
-        write!(f, "{state}; {} at byte {}", size::both(self.size), self.offset)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use vhdx_ublk::format::MIB;
-    use vhdx_ublk::format::bat::Geometry;
-
-    use super::*;
-
-    fn count(map: &BlockMap) -> Blocks {
-        Blocks::count(map, std::slice::from_ref(&(0..map.geometry().slot_count())))
-    }
-
-    fn map(entries: &[BatEntry]) -> BlockMap {
-        let map = BlockMap::empty(Geometry::new(entries.len() as u64 * MIB, 1 << 20, 512, false));
-        for (block, entry) in (0..).zip(entries) {
-            map.publish(block, *entry);
-        }
-        map
-    }
-
-    #[test]
-    fn every_block_is_counted_once() {
-        let at = |mib: u64| BatEntry::present(mib * MIB);
-        let blocks = count(&map(&[at(5), BatEntry::zero(), at(6), BatEntry::unmapped(), at(9), at(2)]));
-        let expected =
-            Blocks { total: 6, allocated: 4, zero: 1, unmapped: 1, misplaced: 2, ..Blocks::default() };
-        assert_eq!(blocks, expected);
-        assert_eq!(blocks.fragmentation(), 66, "of three steps two go elsewhere");
-        assert_eq!(blocks.to_string(), "6 in total: 4 allocated, 1 zero, 1 unmapped");
-    }
-
-    #[test]
-    fn nothing_and_a_single_block_are_not_fragmented() {
-        assert_eq!(count(&map(&[BatEntry::zero()])).fragmentation(), 0);
-        assert_eq!(count(&map(&[BatEntry::present(9 * MIB)])).fragmentation(), 0);
+        write!(f, "{state}; {} at byte {}", both_sizes(self.size), self.offset)
     }
 }

@@ -8,9 +8,10 @@ use serde::Serialize;
 
 use vhdx_ublk::device::health::{Condition, Grade, Health};
 use vhdx_ublk::device::registry::{Listed, Registry, State, Survey, Unreadable};
-use vhdx_ublk::device::{DeviceInfo, KernelState, Recovery, path};
+use vhdx_ublk::device::{DeviceInfo, KernelState, Recovery, claims, path};
+use vhdx_ublk::printable::human_size;
 
-use super::{FAILURE, SUCCESS, holders, output, size};
+use super::{FAILURE, SUCCESS, output};
 
 /// List the devices of this program.
 #[derive(clap::Args)]
@@ -130,7 +131,7 @@ impl Row {
 impl List {
     /// Runs the command; what it returns is the exit status.
     pub fn run(self) -> Result<u8> {
-        let devices = match holders::registry()? {
+        let devices = match claims::registry()? {
             Some(registry) => rows(&registry, registry.survey()?),
             None => Vec::new(),
         };
@@ -189,7 +190,7 @@ fn row(device: &Row) -> Result<[String; 9]> {
         output::word(&device.state)?,
         output::word(&device.health)?,
         text(mode),
-        text(device.size.map(size::human)),
+        text(device.size.map(human_size)),
         text(device.queues),
         text(device.depth),
         text(device.pid),

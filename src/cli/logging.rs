@@ -39,8 +39,8 @@ fn is_told(level: Level) -> bool {
     level <= if DETACHED.load(Ordering::Relaxed) { Level::WARN } else { Level::INFO }
 }
 
-/// One line per event, like the program's other messages. In a log, to which one daemon after the other writes, with
-/// the time, the process and its version.
+/// One line per event, like the program's other messages. In a log, to which one daemon after the other
+/// writes, with the time, the process and its version.
 struct Lines;
 
 impl<S, N> FormatEvent<S, N> for Lines

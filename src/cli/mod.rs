@@ -1,28 +1,23 @@
 //! The command line: one file per command.
 //!
 //! Standard output carries the answer and nothing else; everything else goes to standard error. The exit
-//! status is 0 for success, 1 for failure, 2 for wrong usage; `check` has its own. A command with `--json` gives
-//! its error as JSON too, on standard output.
+//! status is 0 for success, 1 for failure, 2 for wrong usage; `check` has its own. A command with `--json`
+//! gives its error as JSON too, on standard output.
 
 mod add;
-mod ancestors;
 mod check;
 mod create;
 mod del;
 mod detached;
 mod features;
-mod holders;
 mod info;
 mod list;
 mod logging;
-mod look;
 mod merge;
 mod output;
-mod parents;
+mod parent_options;
 mod recover;
 mod relink;
-mod replaced;
-mod rest;
 mod session;
 mod size;
 mod snapshot;
@@ -115,8 +110,8 @@ impl Command {
 
 /// The whole program.
 pub fn main() -> ExitCode {
-    // A file that may not grow (`ulimit -f`) is then an error like others, instead of the program's end in the middle
-    // of its work. Where this fails, it is that end.
+    // A file that may not grow (`ulimit -f`) is then an error like others, instead of the program's end in
+    // the middle of its work. Where this fails, it is that end.
     let _ = signal_hook::flag::register(signal_hook::consts::SIGXFSZ, Arc::new(AtomicBool::new(false)));
     let command = match Cli::try_parse() {
         Ok(cli) => cli.command,
@@ -130,7 +125,7 @@ pub fn main() -> ExitCode {
         Ok(status) => return status.into(),
         Err(error) => error,
     };
-    output::report(&error, json);
+    output::report(error.as_ref(), json);
     ExitCode::from(if output::kind(error.as_ref()) == Kind::Usage { misuse } else { FAILURE })
 }
 

@@ -21,7 +21,8 @@ pub fn print_line(line: &str) -> Result<()> {
     print(&printable(line))
 }
 
-/// Writes `text`, in which only line breaks are not printable, and a newline to standard output. A reader that has left is no failure.
+/// Writes `text`, in which only line breaks are not printable, and a newline to standard output. A reader
+/// that has left is no failure.
 ///
 /// # Errors
 ///
@@ -44,8 +45,8 @@ pub fn print_json(value: &impl Serialize) -> Result<()> {
     print(&ascii_controls(&text))
 }
 
-/// JSON that no terminal obeys: `serde_json` escapes only what JSON must, the first 32 characters. Others that are not
-/// printable are in strings alone.
+/// JSON that no terminal obeys: `serde_json` escapes only what JSON must, the first 32 characters. Others
+/// that are not printable are in strings alone.
 fn ascii_controls(json: &str) -> String {
     let mut shown = String::with_capacity(json.len());
     for character in json.chars() {
@@ -69,15 +70,15 @@ pub fn word(value: &impl Serialize) -> anyhow::Result<String> {
 }
 
 /// Tells the user what went wrong, and what to do about it.
-pub fn report(error: &anyhow::Error, json: bool) {
+pub fn report(error: &(dyn StdError + 'static), json: bool) {
     // Where the report cannot be written, the exit status still says it.
     if json {
         let _ = print_json(&Report { error: Failure::of(error) });
         return;
     }
     let mut stderr = io::stderr().lock();
-    let _ = writeln!(stderr, "vhdx-ublk: {}", printable(&format!("{error:#}")));
-    if let Some(remedy) = remedy(error.as_ref()) {
+    let _ = writeln!(stderr, "vhdx-ublk: {}", message(error));
+    if let Some(remedy) = remedy(error) {
         let _ = writeln!(stderr, "  try: {}", printable(remedy));
     }
 }
@@ -91,7 +92,7 @@ pub fn last_failure(outcomes: impl Iterator<Item = Result<()>>) -> Result<()> {
     let mut failure = None;
     for error in outcomes.filter_map(Result::err) {
         if let Some(earlier) = failure.replace(error) {
-            report(&earlier.into(), false);
+            report(&earlier, false);
         }
     }
     failure.map_or(Ok(()), Err)
@@ -115,18 +116,24 @@ pub struct Failure<'a> {
 
 impl<'a> Failure<'a> {
     /// `error`, with advice.
-    pub fn of(error: &'a anyhow::Error) -> Self {
-        let known = known(error.as_ref());
+    pub fn of(error: &'a (dyn StdError + 'static)) -> Self {
+        let known = known(error);
         let file = known.and_then(Error::file_path);
         Self {
-            kind: kind(error.as_ref()),
-            message: printable(&format!("{error:#}")).into_owned(),
+            kind: kind(error),
+            message: message(error),
             file: file.map(|path| path.to_string_lossy().into_owned()),
             structure: known.and_then(Error::structure),
             offset: known.and_then(Error::offset),
-            remedy: remedy(error.as_ref()),
+            remedy: remedy(error),
         }
     }
+}
+
+/// What went wrong and why, as one printable line.
+fn message(error: &(dyn StdError + 'static)) -> String {
+    let causes: Vec<String> = Chain::new(error).map(ToString::to_string).collect();
+    printable(&causes.join(": ")).into_owned()
 }
 
 /// The library's error in the chain of `error`, if it has one.
@@ -261,7 +268,6 @@ mod tests {
     #[test]
     fn an_error_as_json_has_every_part() {
         let error = Error::corrupt("BAT", "overlaps").at(7).file(Path::new("a.vhdx")).remedy("give up");
-        let error = anyhow::Error::from(error);
         let json = serde_json::to_value(Report { error: Failure::of(&error) }).expect("serialisable");
         let expected = serde_json::json!({"error": {
             "kind": "corrupt", "message": "a.vhdx: BAT at byte 7: overlaps", "file": "a.vhdx",
@@ -276,7 +282,7 @@ mod tests {
         let refused = anyhow::Error::from(refused).context("adding a\nb");
         assert_eq!(kind(refused.as_ref()), Kind::NotFound);
         assert_eq!(remedy(refused.as_ref()), Some("check the spelling of the path"));
-        let failure = Failure::of(&refused);
+        let failure = Failure::of(refused.as_ref());
         assert_eq!(failure.message, "adding a\\nb: BAT: opening the image: entity not found");
         assert_eq!(failure.structure, Some("BAT"));
         let full =

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use vhdx_ublk::device::claims;
 use vhdx_ublk::device::daemon;
 use vhdx_ublk::device::engine_thread::EngineThread;
 use vhdx_ublk::device::launch;
@@ -19,13 +20,13 @@ use vhdx_ublk::disk::{Access, ImageFile};
 use vhdx_ublk::error::{Error, Kind, Result};
 use vhdx_ublk::printable::shell;
 
-use super::{add, detached, holders, output};
+use super::{add, detached, output};
 
 /// How long a killed daemon may take to be gone.
 const END_WAIT: Duration = Duration::from_secs(2);
 
-/// How long a new daemon may take: it waits half a minute for the dead one's last I/O, and as long for the kernel,
-/// and reads the image, which may lie on a device that is being recovered meanwhile.
+/// How long a new daemon may take: it waits half a minute for the dead one's last I/O, and as long for the
+/// kernel, and reads the image, which may lie on a device that is being recovered meanwhile.
 const READY_DEADLINE: Duration = Duration::from_secs(120);
 
 /// Go on serving devices whose daemon was killed.
@@ -78,16 +79,17 @@ impl Recover {
 
     fn targets(&self) -> Result<Vec<Result<Listed>>> {
         if self.all {
-            return Ok(holders::devices()?.into_iter().filter(Listed::is_abandoned).map(Ok).collect());
+            return Ok(claims::devices()?.into_iter().filter(Listed::is_abandoned).map(Ok).collect());
         }
         let find = |text: &OsString| {
             let target = Target::parse(text);
-            holders::find(&target).map_err(|error| nothing_to_recover(error, &target))
+            claims::find(&target).map_err(|error| nothing_to_recover(error, &target))
         };
         Ok(self.target.iter().map(find).collect())
     }
 
-    /// Recovers all `devices` at once: the image of one may lie on another, and cannot be read before that is back.
+    /// Recovers all `devices` at once: the image of one may lie on another, and cannot be read before that is
+    /// back.
     fn recover_all(&self, devices: &[Listed]) -> Vec<Result<()>> {
         thread::scope(|scope| {
             let threads: Vec<_> =
@@ -101,7 +103,7 @@ impl Recover {
     fn recover(&self, listed: &Listed, all: &[Listed]) -> Result<()> {
         await_end(listed);
         refuse_served(listed)?;
-        if let Some(registry) = holders::registry()?
+        if let Some(registry) = claims::registry()?
             && let Some(below) = stop::waits_below(&registry, &listed.entry)?
             && !all.iter().any(|other| other.entry.mark == below.entry.mark)
         {
@@ -116,7 +118,7 @@ impl Recover {
 
     fn serve(&self, ready: impl FnOnce(&Ready) -> Result<()>) -> Result<()> {
         let [text] = &self.target[..] else { return Err(Error::new(Kind::Usage, "one device per daemon")) };
-        let listed = holders::find(&Target::parse(text))?;
+        let listed = claims::find(&Target::parse(text))?;
         refuse_served(&listed)?;
         let entry = &listed.entry;
         let parents = Parents::of_device(entry, |path| add::open_locked(path, Access::ReadOnly));
@@ -140,8 +142,9 @@ impl Recover {
 }
 
 impl Recover {
-    /// Opens and locks the device's image, which must be the file it was. Another mount of its file system may have
-    /// changed the device's number: its session, or its FileWriteGuid, tells then, unless the user wants neither.
+    /// Opens and locks the device's image, which must be the file it was. Another mount of its file system
+    /// may have changed the device's number: its session, or its FileWriteGuid, tells then, unless the user
+    /// wants neither.
     fn open(&self, entry: &Entry, access: Access) -> Result<ImageFile> {
         let file = match add::open_locked(&entry.image, access) {
             Err(error) if error.kind() == Kind::InUse && access == Access::ReadWrite => {
@@ -202,8 +205,8 @@ fn nothing_to_recover(error: Error, target: &Target) -> Error {
         .remedy(format!("after a restart of the machine, `vhdx-ublk add {image}` serves the image again"))
 }
 
-/// Opens the image although it is locked, if only by those who read it: whoever may read it could keep the device waiting
-/// for ever. The device had the image before they came; they see it change.
+/// Opens the image although it is locked, if only by those who read it: whoever may read it could keep the
+/// device waiting for ever. The device had the image before they came; they see it change.
 fn open_past_readers(entry: &Entry, refused: Error) -> Result<ImageFile> {
     let Some(readers) = usage::only_readers(entry.image_file) else { return Err(refused) };
     let Ok(file) = ImageFile::open_past_readers(&entry.image) else { return Err(refused) };
@@ -214,7 +217,7 @@ fn open_past_readers(entry: &Entry, refused: Error) -> Result<ImageFile> {
 
 /// Between the look at the device and the lock on its image a snapshot may have changed that.
 fn refuse_changed(entry: &Entry) -> Result<()> {
-    let now = holders::find(&Target::Id(entry.id))?.entry;
+    let now = claims::find(&Target::Id(entry.id))?.entry;
     if now.image_file == entry.image_file && now.mark == entry.mark {
         return Ok(());
     }

@@ -5,11 +5,13 @@ use std::path::PathBuf;
 use anyhow::Result;
 use serde::Serialize;
 
+use vhdx_ublk::device::claims;
 use vhdx_ublk::device::registry::Listed;
 use vhdx_ublk::device::session::{self, Kept, KeptState};
 use vhdx_ublk::error::{Error, Kind};
+use vhdx_ublk::printable::human_size;
 
-use super::{holders, output, size};
+use super::output;
 
 /// List or discard sessions: the memory that outlives a killed daemon.
 ///
@@ -125,7 +127,7 @@ impl Sessions {
 
 fn rows() -> Result<Vec<Row>> {
     // Who may not look is told so.
-    let devices = holders::devices()?;
+    let devices = claims::devices()?;
     Ok(session::kept()?.into_iter().map(|kept| Row::of(kept, &devices)).collect())
 }
 
@@ -150,7 +152,7 @@ fn cells(row: &Row) -> Result<[String; 5]> {
         row.name.clone(),
         output::word(&row.state)?,
         or_none(device),
-        size::human(row.memory),
+        human_size(row.memory),
         or_none(row.image.clone()),
     ])
 }

@@ -112,25 +112,6 @@ pub fn parse_log(text: &str) -> Result<u32, String> {
     size.ok_or_else(|| "a log is a multiple of 1M, at most 1G".into())
 }
 
-/// A size for people: `10 GiB`, `1.5 MiB`, `512 bytes`.
-pub fn human(size: u64) -> String {
-    let power = (size.max(1).ilog2() / 10).min(6);
-    if power == 0 {
-        return format!("{size} bytes");
-    }
-    let unit = UNITS[power as usize - 1];
-    let tenths = (u128::from(size) * 10) >> (10 * power);
-    match (tenths / 10, tenths % 10) {
-        (whole, 0) => format!("{whole} {unit}iB"),
-        (whole, tenth) => format!("{whole}.{tenth} {unit}iB"),
-    }
-}
-
-/// A size both ways: `10737418240 (10 GiB)`.
-pub fn both(size: u64) -> String {
-    if size < 1024 { size.to_string() } else { format!("{size} ({})", human(size)) }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -197,18 +178,5 @@ mod tests {
         assert!(["512K", "3M", "512M", "4G", "8G"].iter().all(|text| parse_block(text).is_err()));
         assert_eq!((parse_log("1M"), parse_log("1G")), (Ok(1 << 20), Ok(1 << 30)));
         assert!(["0", "1K", "1025M", "4G", "5G"].iter().all(|text| parse_log(text).is_err()));
-    }
-
-    #[test]
-    fn people_read_sizes_in_the_largest_unit() {
-        assert_eq!(human(0), "0 bytes");
-        assert_eq!(human(1023), "1023 bytes");
-        assert_eq!(human(1024), "1 KiB");
-        assert_eq!(human(1536), "1.5 KiB");
-        assert_eq!(human((10 << 30) - 1), "9.9 GiB", "never more than it is");
-        assert_eq!(human(64 << 40), "64 TiB");
-        assert_eq!(human(u64::MAX), "15.9 EiB");
-        assert_eq!(both(10 << 30), "10737418240 (10 GiB)");
-        assert_eq!(both(512), "512");
     }
 }

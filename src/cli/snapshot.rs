@@ -4,17 +4,19 @@ use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use vhdx_ublk::device::claims;
 use vhdx_ublk::device::socket;
 use vhdx_ublk::device::stop::{self, Target};
 use vhdx_ublk::disk::folder_of;
 use vhdx_ublk::error::{Doing, Error, Kind, Locate, Result};
 
-use super::{holders, output};
+use super::output;
 
 /// Freeze the image of a device as the parent of a new one, which is served from then on.
 ///
-/// File systems that are mounted go on; requests wait for some milliseconds. The frozen image is what the device held
-/// at that moment, closed cleanly, and does not change any more: copy it, check it, or go back to it.
+/// File systems that are mounted go on; requests wait for some milliseconds. The frozen image is what the
+/// device held at that moment, closed cleanly, and does not change any more: copy it, check it, or go back to
+/// it.
 #[derive(clap::Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct Snapshot {
@@ -42,7 +44,7 @@ impl Snapshot {
     /// Runs the command.
     pub fn run(&self) -> Result<()> {
         let target = Target::parse(&self.target);
-        let registry = holders::registry()?.ok_or_else(|| holders::nothing_serves(&target))?;
+        let registry = claims::registry()?.ok_or_else(|| claims::no_devices(&target))?;
         let entry = stop::find(&registry, &target)?.entry;
         let device = entry.device.display();
         if !entry.daemon.is_alive() {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::registry::Entry;
 use super::session;
-use crate::chain::{self, Search};
+use crate::chain::{self, Member, Search};
 use crate::disk::{ImageFile, PayloadIo, Reactor, UringDisk};
 use crate::engine::Parent;
 use crate::error::{Error, Kind, Locate, Result};
@@ -21,38 +21,6 @@ pub struct Parents {
     pub open: fn(&Path) -> Result<ImageFile>,
 }
 
-/// A layer that is only read.
-pub(super) struct ReadLayer {
-    pub(super) file: Arc<ImageFile>,
-    pub(super) image: ReadImage,
-}
-
-/// A child whose parents are to be found.
-struct Child<'a> {
-    image: &'a Image,
-    path: &'a Path,
-}
-
-impl chain::Layer for Child<'_> {
-    fn image(&self) -> &Image {
-        self.image
-    }
-
-    fn path(&self) -> &Path {
-        self.path
-    }
-}
-
-impl chain::Layer for ReadLayer {
-    fn image(&self) -> &Image {
-        &self.image
-    }
-
-    fn path(&self) -> &Path {
-        self.file.path()
-    }
-}
-
 impl Parents {
     /// The parents of a device's image, where its first daemon found them.
     pub fn of_device(entry: &Entry, open: fn(&Path) -> Result<ImageFile>) -> Self {
@@ -63,44 +31,39 @@ impl Parents {
     ///
     /// # Errors
     ///
-    /// Those of [`chain::open_parents`] and of [`ReadLayer::open`].
-    pub(super) fn of(&self, image: &Image, path: &Path, reactor: &Reactor) -> Result<Vec<ReadLayer>> {
-        let open = |path: &Path| ReadLayer::open(reactor, Arc::new((self.open)(path)?));
-        chain::open_parents(&Child { image, path }, &self.search, open)
+    /// Those of [`chain::open_parents`] and of [`read`].
+    pub(super) fn of(&self, image: &Image, path: &Path, reactor: &Reactor) -> Result<Vec<Member>> {
+        let open = |path: &Path| read(reactor, Arc::new((self.open)(path)?));
+        chain::open_parents(&(image, path), &self.search, open)
     }
 }
 
-impl ReadLayer {
-    /// Reads the image in `file`, a dirty log in memory.
-    ///
-    /// # Errors
-    ///
-    /// Whatever is wrong with it; [`crate::error::Kind::InUse`] if a killed daemon left a session of it.
-    pub(super) fn open(reactor: &Reactor, file: Arc<ImageFile>) -> Result<Self> {
-        let disk = reactor.disk(file.clone());
-        let read = async {
-            let image = read_image(&disk).await?;
-            image.read_bitmaps(&disk).await?;
-            Ok(image)
-        };
-        let image = reactor.block_on(read).file(file.path())?;
-        session::refuse_orphan(&file, Some(&image))?;
-        Ok(Self { file, image })
-    }
+/// Reads the image in `file`, a dirty log in memory, and its sector bitmaps.
+///
+/// # Errors
+///
+/// Whatever is wrong with it; [`Kind::InUse`] if a killed daemon left a session of it.
+pub(super) fn read(reactor: &Reactor, file: Arc<ImageFile>) -> Result<Member> {
+    let member = Member::read(reactor, file)?;
+    let Member { file, image } = &member;
+    refuse_empty(image).file(file.path())?;
+    reactor.block_on(image.read_bitmaps(&reactor.disk(file.clone()))).file(file.path())?;
+    session::refuse_orphan(file, Some(image))?;
+    Ok(member)
+}
 
-    /// Where its content is. Its file is for payload I/O from now on.
-    pub(super) fn into_map(self) -> Result<(Arc<ImageFile>, BlockMap)> {
-        choose_payload_io(&self.file, &self.image.metadata)?;
-        Ok((self.file, self.image.into_map()))
-    }
+/// Where the content of `member` is. Its file is for payload I/O from now on.
+pub(super) fn into_map(member: Member) -> Result<(Arc<ImageFile>, BlockMap)> {
+    choose_payload_io(&member.file, &member.image.metadata)?;
+    Ok((member.file, member.image.into_map()))
 }
 
 /// What the engine needs of the parents, and the files that keep them locked.
 pub(super) type EngineParents = (Vec<Parent<UringDisk>>, Arc<[Arc<ImageFile>]>);
 
 /// The parents as an engine on `reactor` reads them.
-pub(super) fn for_engine(reactor: &Reactor, parents: Vec<ReadLayer>) -> Result<EngineParents> {
-    let layers = parents.into_iter().map(ReadLayer::into_map).collect::<Result<Vec<_>>>()?;
+pub(super) fn for_engine(reactor: &Reactor, parents: Vec<Member>) -> Result<EngineParents> {
+    let layers = parents.into_iter().map(into_map).collect::<Result<Vec<_>>>()?;
     let files = layers.iter().map(|(file, _)| file.clone()).collect();
     let parents = layers.into_iter().map(|(file, map)| Parent { disk: reactor.disk(file), map: map.into() });
     Ok((parents.collect(), files))
@@ -109,11 +72,16 @@ pub(super) fn for_engine(reactor: &Reactor, parents: Vec<ReadLayer>) -> Result<E
 /// Reads and checks the image on `disk`, and replays a dirty log in memory.
 pub(super) async fn read_image(disk: &UringDisk) -> Result<ReadImage> {
     let image = Image::read(disk).await?;
-    if image.metadata.virtual_size == 0 {
-        let message = "the virtual disk is empty, and the kernel has no such devices";
-        return Err(Error::new(Kind::Unsupported, message).in_structure("metadata"));
-    }
+    refuse_empty(&image)?;
     Ok(image)
+}
+
+fn refuse_empty(image: &Image) -> Result<()> {
+    if image.metadata.virtual_size > 0 {
+        return Ok(());
+    }
+    let message = "the virtual disk is empty, and the kernel has no such devices";
+    Err(Error::new(Kind::Unsupported, message).in_structure("metadata"))
 }
 
 /// Uses direct I/O for the payload where the host has it. Otherwise warns and returns `true`.

@@ -7,13 +7,14 @@ use std::sync::Arc;
 use uuid::Uuid;
 
 use super::control::Control;
-use super::layers::{Parents, ReadLayer};
+use super::layers::{self, Parents};
 use super::leaf_handover::LeafHandover;
 use super::mailbox::EngineEnds;
 use super::options::Parameters;
 use super::order::Order;
 use super::registry::FileId;
 use super::spec::{DeviceSpec, EngineHandle};
+use crate::chain::Member;
 use crate::disk::{ImageFile, Reactor};
 use crate::engine::shared::Shared;
 use crate::error::{Doing, Error, Kind, Locate, Result};
@@ -44,14 +45,14 @@ impl OpenImage {
     pub fn read_only(file: Arc<ImageFile>, parents: &Parents) -> Result<Self> {
         let reactor = Reactor::new()?;
         file.read_anew();
-        let leaf = ReadLayer::open(&reactor, file)?;
+        let leaf = layers::read(&reactor, file)?;
         let parents = parents.of(&leaf.image, leaf.file.path(), &reactor)?;
         Control::open()?;
         let fixed = leaf.image.metadata.kind() == DiskType::Fixed;
         let parameters = parameters(&leaf.file, &leaf.image.metadata, true, &parents)?;
         let file_write_guid = leaf.image.header.header.file_write_guid;
-        let (_, leaf) = leaf.into_map()?;
-        let parents = parents.into_iter().map(ReadLayer::into_map).collect::<Result<Vec<_>>>()?;
+        let (_, leaf) = layers::into_map(leaf)?;
+        let parents = parents.into_iter().map(layers::into_map).collect::<Result<Vec<_>>>()?;
         let (parents, maps): (Vec<_>, Vec<_>) = parents.into_iter().unzip();
         let maps = maps.into_iter().map(Arc::new).collect();
         let shared = Arc::new(Shared::of_chain(leaf.into(), maps, true, fixed));
@@ -95,7 +96,7 @@ pub(super) fn parameters(
     file: &ImageFile,
     metadata: &Metadata,
     read_only: bool,
-    parents: &[ReadLayer],
+    parents: &[Member],
 ) -> Result<Parameters> {
     let files = std::iter::once(file).chain(parents.iter().map(|parent| parent.file.as_ref()));
     let alignments = files.map(|file| file.memory_alignment(metadata.logical_sector_size));

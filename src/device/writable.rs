@@ -8,10 +8,10 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
-use super::layers::{Parents, ReadLayer, choose_payload_io, read_image};
+use super::layers::{Parents, choose_payload_io, read_image};
 use super::registry::RUN_DIRECTORY;
 use super::session::{self, Plan, SessionFile, Sessions};
-use crate::chain;
+use crate::chain::{self, Member};
 use crate::disk::{Disk, ImageFile, Reactor, UringDisk};
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::format::metadata::Metadata;
@@ -48,7 +48,7 @@ pub(super) struct WritableChain {
     pub(super) image: WritableImage,
     pub(super) session: Option<SessionFile>,
     /// Its parents, nearest first.
-    pub(super) parents: Vec<ReadLayer>,
+    pub(super) parents: Vec<Member>,
 }
 
 impl WritableOpener {
@@ -131,7 +131,7 @@ impl WritableOpener {
         &self,
         disk: &UringDisk,
         image: WritableImage,
-        parent: Option<&ReadLayer>,
+        parent: Option<&Member>,
     ) -> Result<WritableImage> {
         let (Some(parent), Some(locator)) = (parent, &image.metadata.parent_locator) else {
             return Ok(image);

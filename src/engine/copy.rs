@@ -1,8 +1,8 @@
 //! Copying what children have into the image they were made of.
 //!
-//! Whatever is copied, a child above has, so to who reads the chain nothing changes. Blocks of a child that are
-//! zero, or that say nothing, become zero here: skipped, they would show what is here. A child ends where its own
-//! disk ends: what a layer above shows there is zero too.
+//! Whatever is copied, a child above has, so to who reads the chain nothing changes. Blocks of a child that
+//! are zero, or that say nothing, become zero here: skipped, they would show what is here. A child ends where
+//! its own disk ends: what a layer above shows there is zero too.
 
 use std::rc::Rc;
 
@@ -25,8 +25,8 @@ enum Content {
 }
 
 impl<D: Disk + 'static> Engine<D> {
-    /// Copies into the image what `layers` have in `0..end`, the first before the second and so on. Calls `copied`
-    /// with the number of bytes that are done. The session must be open.
+    /// Copies into the image what `layers` have in `0..end`, the first before the second and so on. Calls
+    /// `copied` with the number of bytes that are done. The session must be open.
     ///
     /// # Errors
     /// A positive `errno`; the uppermost layer still reads as before.
@@ -100,8 +100,8 @@ impl<D: Disk + 'static> Engine<D> {
         Ok(())
     }
 
-    /// Writes `bytes`, which are in one block, at virtual offset `at`. Nobody else writes meanwhile: sectors that
-    /// share their page are written again as they are.
+    /// Writes `bytes`, which are in one block, at virtual offset `at`. Nobody else writes meanwhile: sectors
+    /// that share their page are written again as they are.
     async fn put(self: &Rc<Self>, at: u64, bytes: &[u8]) -> Outcome {
         let geometry = self.shared.geometry();
         let block = geometry.block_of_offset(at);

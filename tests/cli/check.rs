@@ -519,8 +519,8 @@ fn what_qemu_finds_is_found() {
     assert!(refused > 5, "QEMU found {refused} faults only");
 }
 
-/// A file that lost its end has one remedy, which is true: no command opens it. Made longer again by hand, it is sound
-/// in structure, and what may be lost is said.
+/// A file that lost its end has one remedy, which is true: no command opens it. Made longer again by hand, it
+/// is sound in structure, and what may be lost is said.
 #[test]
 fn a_file_that_was_cut_short_is_not_called_whole() {
     let bench = Bench::new();

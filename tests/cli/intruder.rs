@@ -1,5 +1,5 @@
-//! Root works in folders of others, on images of others: whatever they put there, and whenever they swap it, nothing
-//! is opened, told, changed or removed but what the user has named.
+//! Root works in folders of others, on images of others: whatever they put there, and whenever they swap it,
+//! nothing is opened, told, changed or removed but what the user has named.
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::ffi::OsStrExt;
@@ -134,8 +134,8 @@ fn a_merge_removes_its_own_child_and_not_one_behind_a_link() {
     assert!(status.success() && !bench.path("moved/child.vhdx").exists(), "{status}");
 }
 
-/// The base and a link to a copy of it elsewhere change places all the time: the copy has the very identity that the
-/// child looks for, and was not named.
+/// The base and a link to a copy of it elsewhere change places all the time: the copy has the very identity
+/// that the child looks for, and was not named.
 #[test]
 fn a_merge_writes_to_what_it_has_examined_and_to_no_copy_elsewhere() {
     const ROUNDS: usize = 60;
@@ -196,7 +196,8 @@ fn intruders(bench: &Bench) -> Vec<(PathBuf, &'static str)> {
     intruders
 }
 
-/// A child leads to what never answers, acts, or is secret: every command says what it is, and nothing of what is in it.
+/// A child leads to what never answers, acts, or is secret: every command says what it is, and nothing of
+/// what is in it.
 #[test]
 fn a_parent_that_is_no_file_on_a_disk_is_refused_at_once() {
     let bench = Bench::new();

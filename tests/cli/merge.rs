@@ -172,7 +172,8 @@ fn images_that_need_what_goes_are_named() {
     assert!(printed.contains("sibling.vhdx") && message.contains("DataWriteGuid"), "{message}");
 }
 
-/// Cut after all is copied and before anything is removed, a merge is done again: second names keep the files.
+/// Cut after all is copied and before anything is removed, a merge is done again: second names keep the
+/// files.
 #[test]
 fn a_merge_that_was_cut_in_the_end_is_done_again() {
     let bench = Bench::new();
@@ -222,7 +223,8 @@ fn what_cannot_be_merged_is_left_alone() {
     of_child.assert_kept(&child);
 }
 
-/// A child may name a parent anywhere: what is in other folders is written and removed only if the user has named it.
+/// A child may name a parent anywhere: what is in other folders is written and removed only if the user has
+/// named it.
 #[test]
 fn what_is_in_another_folder_has_to_be_named() {
     let bench = Bench::new();

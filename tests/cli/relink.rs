@@ -54,7 +54,8 @@ fn a_child_names_its_parent_where_it_is_now() {
     before.assert_kept(&child);
 }
 
-/// Another image, or one that was written since, is refused with both GUIDs, and taken if that is insisted upon.
+/// Another image, or one that was written since, is refused with both GUIDs, and taken if that is insisted
+/// upon.
 #[test]
 fn another_parent_is_taken_only_if_that_is_insisted_upon() {
     let bench = Bench::new();

@@ -1,6 +1,6 @@
-//! Promise defended here: merging layers into an image below them changes nothing for who reads the chain, wherever
-//! the power is cut in it, and a merge that was cut is done again and ends; what is left is the disk that the
-//! uppermost layer was.
+//! Promise defended here: merging layers into an image below them changes nothing for who reads the chain,
+//! wherever the power is cut in it, and a merge that was cut is done again and ends; what is left is the disk
+//! that the uppermost layer was.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -320,7 +320,8 @@ fn says(chain: &[Opened], sector: u64) -> u64 {
     0
 }
 
-/// What is left of the chain reads as `disk`, which was the first of `names`, or the target's if that is gone.
+/// What is left of the chain reads as `disk`, which was the first of `names`, or the target's if that is
+/// gone.
 fn judge(stores: &BTreeMap<PathBuf, Store>, merge: &Merge, disk: &BTreeMap<u64, u64>, size: u64) {
     let leaf = merge.layers.iter().take(1).find(|leaf| stores.contains_key(*leaf));
     let (_, chain) = open_chain(stores, leaf.unwrap_or(&merge.target));
@@ -443,8 +444,8 @@ fn a_merged_chain_is_the_disk_that_it_was() {
     assert!(merged > 100 && refused > 0, "{merged} merged, {refused} refused");
 }
 
-/// Cuts everywhere in a merge of `count` layers; returns how many states were judged, and after how many of them
-/// the merge was done again.
+/// Cuts everywhere in a merge of `count` layers; returns how many states were judged, and after how many of
+/// them the merge was done again.
 fn cut_everywhere(seed: u64, shapes: &[Shape], count: usize) -> (usize, usize) {
     let mut rng = Rng::with_seed(seed);
     let chain = Chain::new(&mut rng, shapes);

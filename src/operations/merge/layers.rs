@@ -1,19 +1,20 @@
 //! Merging layers of a chain into an image below them, the *target*, which takes their content over.
 //!
-//! To who reads the chain nothing changes, wherever it is cut: whatever is written to the target, a layer above
-//! has, until the layers are gone. The chain opens all the time, as the layer directly above the target knows both
-//! GUIDs that the target may carry. Each step is durable before the next:
+//! To who reads the chain nothing changes, wherever it is cut: whatever is written to the target, a layer
+//! above has, until the layers are gone. The chain opens all the time, as the layer directly above the target
+//! knows both GUIDs that the target may carry. Each step is durable before the next:
 //!
-//! 1. that layer gets the target's DataWriteGuid of now and, as its second linkage, the one to come (the first is
-//!    renewed for a merge that was cut before, after which the target may carry the second);
+//! 1. that layer gets the target's DataWriteGuid of now and, as its second linkage, the one to come (the
+//!    first is renewed for a merge that was cut before, after which the target may carry the second);
 //! 2. a target that is smaller grows: what comes into it is zero, as it is to who reads the chain;
 //! 3. the target's session opens under the new DataWriteGuid; the content is copied; the target is closed;
 //! 4. it takes the disk's size, if it was larger, and what else describes the disk;
-//! 5. from the target upwards, each layer's child is made the target's own child, then the layer is removed: what
-//!    the child does not have is in the target by now. At last the uppermost layer is removed.
+//! 5. from the target upwards, each layer's child is made the target's own child, then the layer is removed:
+//!    what the child does not have is in the target by now. At last the uppermost layer is removed.
 //!
-//! A merge that was cut finds the chain as it is by then, and does all of it again. Only between the two parts of
-//! step 5 is there a layer that belongs to no chain any more; it knows the target by its second linkage.
+//! A merge that was cut finds the chain as it is by then, and does all of it again. Only between the two
+//! parts of step 5 is there a layer that belongs to no chain any more; it knows the target by its second
+//! linkage.
 //!
 //! [Rule 106](crate::design::vhdx_rules#rule-106).
 
@@ -91,8 +92,8 @@ impl Merge {
     /// Merges; see the module's head. The target's tasks run on `tasks`.
     ///
     /// # Errors
-    /// Those of opening the images and of [`check`], before anything but their logs is written; I/O errors, no space
-    /// included, after which the chain reads as before and the merge can be done again.
+    /// Those of opening the images and of [`check`], before anything but their logs is written; I/O errors,
+    /// no space included, after which the chain reads as before and the merge can be done again.
     pub async fn run<F: Files>(
         &self,
         files: &F,

@@ -78,7 +78,12 @@ fn read(bytes: &[u8]) -> &'static str {
     let Ok(text) = std::str::from_utf8(bytes) else { return "nobody's" };
     if let Ok(bytes) = size::parse(text) {
         assert_eq!(size::parse(&bytes.to_string()), Ok(bytes));
-        let _ = (size::parse_disk(text), size::parse_block(text), size::parse_log(text), size::both(bytes));
+        let _ = (
+            size::parse_disk(text),
+            size::parse_block(text),
+            size::parse_log(text),
+            vhdx_ublk::printable::both_sizes(bytes),
+        );
         return "a size";
     }
     if text.parse::<PathMap>().is_ok() { "a map" } else { "nobody's" }

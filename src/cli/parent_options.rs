@@ -9,7 +9,8 @@ use vhdx_ublk::error::{Error, Kind, Result};
 /// Options of the commands that open whole chains.
 #[derive(clap::Args)]
 pub struct ParentOptions {
-    /// A differencing image's parent, where it is not where the image says; again for that one's parent, and so on
+    /// A differencing image's parent, where it is not where the image says; again for that one's parent, and
+    /// so on
     #[arg(long, value_name = "FILE", allow_hyphen_values = true)]
     parent: Vec<PathBuf>,
     /// Where a Windows drive, volume or share is on this machine, as in 'C:\=/mnt/c'; may be repeated
@@ -21,11 +22,6 @@ impl ParentOptions {
     /// Where to look for parents.
     pub fn search(&self) -> Search {
         Search { parents: self.parent.clone(), maps: self.parent_map.clone() }
-    }
-
-    /// The parents that the user has named.
-    pub fn named(&self) -> &[PathBuf] {
-        &self.parent
     }
 
     /// Refuses these options where no parent is looked for, for want of `option`.

@@ -1,5 +1,5 @@
-//! What `create --force` may replace: the image that the user has named, and nothing that another user or a slip of the
-//! hand leads to.
+//! What `create --force` may replace: the image that the user has named, and nothing that another user or a
+//! slip of the hand leads to.
 
 use std::fs::OpenOptions;
 use std::os::fd::AsFd;
@@ -10,11 +10,10 @@ use nix::fcntl::readlinkat;
 use nix::sys::stat::fstat;
 use nix::unistd::geteuid;
 
-use vhdx_ublk::disk::{ImageFile, folder_of};
-use vhdx_ublk::error::{Doing, Error, Kind, Locate, Result};
-use vhdx_ublk::printable::shell;
-
-use super::look;
+use super::inspect::identify_locked;
+use crate::disk::{ImageFile, folder_of};
+use crate::error::{Doing, Error, Kind, Locate, Result};
+use crate::printable::shell;
 
 /// The most links that Linux follows on one path.
 const MAX_LINKS: usize = 40;
@@ -23,9 +22,9 @@ const MAX_LINKS: usize = 40;
 ///
 /// # Errors
 ///
-/// [`Kind::Permission`] if a link of another user leads to it; [`Kind::NotVhdx`] if it is neither an image nor empty;
-/// [`Kind::InUse`] if the name has come to lead elsewhere; what the operating system says.
-pub fn require(named: &Path, old: &ImageFile) -> Result<()> {
+/// [`Kind::Permission`] if a link of another user leads to it; [`Kind::NotVhdx`] if it is neither an image
+/// nor empty; [`Kind::InUse`] if the name has come to lead elsewhere; what the operating system says.
+pub(super) fn require(named: &Path, old: &ImageFile) -> Result<()> {
     refuse_foreign_links(named, old)?;
     refuse_other_files(old)
 }
@@ -33,9 +32,9 @@ pub fn require(named: &Path, old: &ImageFile) -> Result<()> {
 /// What fails where a link cannot be read.
 const FOLLOWING: &str = "following the links to the file";
 
-/// The owner of a folder can lead the name of an image to any file of root's. A link counts as the user's word if it is
-/// the user's own, or if its owner could replace the file without help. Each link is opened before it is examined: its
-/// name may be given to another at any moment.
+/// The owner of a folder can lead the name of an image to any file of root's. A link counts as the user's
+/// word if it is the user's own, or if its owner could replace the file without help. Each link is opened
+/// before it is examined: its name may be given to another at any moment.
 fn refuse_foreign_links(named: &Path, old: &ImageFile) -> Result<()> {
     let owner = fstat(old.as_fd()).doing(FOLLOWING).file(named)?.st_uid;
     let mut path = named.to_owned();
@@ -67,7 +66,7 @@ fn refuse_foreign_links(named: &Path, old: &ImageFile) -> Result<()> {
 fn refuse_other_files(old: &ImageFile) -> Result<()> {
     let remedy = "choose another name, or remove the file yourself";
     let length = old.length().doing("looking at the file").file(old.path())?;
-    match look::identify_locked(old) {
+    match identify_locked(old) {
         _ if length == 0 => Ok(()),
         Err(error) if error.kind() == Kind::NotVhdx => {
             let message = "it is not a VHDX image, and --force replaces nothing else";

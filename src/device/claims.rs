@@ -1,0 +1,138 @@
+//! Which of the machine's devices have an image, or a claim to one.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use super::registry::{Entry, FileId, Listed, RUN_DIRECTORY, Registry, State};
+use super::stop::{self, Target};
+use super::{session, usage};
+use crate::disk::{Access, ImageFile};
+use crate::error::{Error, Kind, Result};
+use crate::image::Image;
+use crate::operations::Devices;
+use crate::printable::shell;
+
+/// The registry, if there is one. Nothing is changed.
+///
+/// # Errors
+///
+/// When the caller may not read it.
+pub fn registry() -> Result<Option<Registry>> {
+    if !Path::new(RUN_DIRECTORY).exists() {
+        return Ok(None);
+    }
+    if !nix::unistd::geteuid().is_root() {
+        return Err(Error::new(Kind::Permission, "only root sees the devices").remedy("run it as root"));
+    }
+    Registry::open().map(Some)
+}
+
+/// The devices that have an entry, in the order of their numbers. Nothing is changed.
+///
+/// # Errors
+///
+/// When the caller may not read the registry, or it cannot be read.
+pub fn devices() -> Result<Vec<Listed>> {
+    registry()?.map_or(Ok(Vec::new()), |registry| Ok(registry.survey()?.devices))
+}
+
+/// The device that `target` names.
+///
+/// # Errors
+///
+/// As [`stop::find`], and when the caller may not read the registry.
+pub fn find(target: &Target) -> Result<Listed> {
+    let registry = registry()?.ok_or_else(|| no_devices(target))?;
+    stop::find(&registry, target)
+}
+
+/// The error of a command that names `target` on a machine without devices.
+pub fn no_devices(target: &Target) -> Error {
+    Error::new(Kind::NotFound, format!("{target}: there are no devices of this program"))
+        .remedy("vhdx-ublk list")
+}
+
+/// The device that serves the file at `path` and is not being removed.
+pub fn device_of(path: &Path) -> Option<PathBuf> {
+    let stays = |state| !matches!(state, State::Stopping | State::Dead | State::Failed);
+    device_with(path, |listed, file| listed.entry.image_file == file && stays(listed.state))
+}
+
+/// The first device that has to do with the file at `path`.
+fn device_with(path: &Path, is_it: impl Fn(&Listed, FileId) -> bool) -> Option<PathBuf> {
+    let file = FileId::of(&fs::metadata(path).ok()?);
+    let listed = devices().ok()?.into_iter().find(|listed| is_it(listed, file))?;
+    Some(listed.entry.device)
+}
+
+/// Which processes have the file at `path` open: `open in fio (pid 123)`. Only root sees all of them.
+pub fn processes(path: &Path) -> Vec<String> {
+    fs::metadata(path).map(|found| usage::of_file(FileId::of(&found))).unwrap_or_default()
+}
+
+/// The devices that the registry knows of.
+pub struct Claims;
+
+impl Devices for Claims {
+    fn serve(&self, path: &Path) -> bool {
+        device_with(path, |Listed { entry, state }, file| {
+            entry.reads(file) && *state == State::Live && entry.daemon.is_alive()
+        })
+        .is_some()
+    }
+
+    fn children(&self, path: &Path) -> Vec<PathBuf> {
+        let child_in = |Entry { image, parents, .. }: Entry| {
+            let parent = parents.iter().position(|parent| parent == path)?;
+            Some(if parent == 0 { image } else { parents[parent - 1].clone() })
+        };
+        devices().unwrap_or_default().into_iter().filter_map(|listed| child_in(listed.entry)).collect()
+    }
+
+    fn refuse_abandoned(&self, image: &ImageFile, access: Access) -> Result<()> {
+        // The path may name another file by now.
+        let file = FileId::of_image(image);
+        let both_read = |listed: &Listed| listed.entry.read_only && access == Access::ReadOnly;
+        let concerns =
+            |listed: &Listed| listed.may_be_abandoned() && !both_read(listed) && listed.entry.reads(file);
+        let Some(listed) = devices()?.into_iter().find(concerns) else { return Ok(()) };
+        let device = listed.entry.device.display();
+        let remedy =
+            format!("`vhdx-ublk recover {device}` goes on with it, `vhdx-ublk del {device}` takes it away");
+        let message = if listed.is_abandoned() {
+            format!("the image belongs to {device}, whose daemon was killed")
+        } else {
+            format!("the image belongs to {device}, and whether that is served cannot be seen from here")
+        };
+        Err(Error::new(Kind::InUse, message).file(image.path()).remedy(remedy))
+    }
+
+    fn refuse_orphan(&self, file: &ImageFile, image: Option<&Image>) -> Result<()> {
+        session::refuse_orphan(file, image)
+    }
+
+    fn with_holder(&self, error: Error, path: &Path) -> Error {
+        if error.kind() != Kind::InUse || error.remedy_text().is_some() {
+            return error;
+        }
+        // A device that waits for its daemon holds nothing.
+        if self.serve(path) {
+            if let Some(device) = device_of(path) {
+                let device = device.display();
+                return error
+                    .remedy(format!("it is {device} already; `vhdx-ublk del {device}` takes that away"));
+            }
+            if let Some(device) = device_with(path, |listed, file| listed.entry.reads(file)) {
+                let device = device.display();
+                return error.remedy(format!(
+                    "{device} reads it, as a parent of its image; `vhdx-ublk del {device}` takes that away"
+                ));
+            }
+        }
+        let processes = processes(path);
+        if processes.is_empty() {
+            return error.remedy(format!("find out who has it: lslocks, or fuser -v {}", shell(path)));
+        }
+        error.remedy(format!("end its use first: it is {}", processes.join(", ")))
+    }
+}

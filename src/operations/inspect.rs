@@ -1,0 +1,176 @@
+//! Inspecting an image: plain reads, nothing is written, and no trace is left.
+//!
+//! Beside readers the image is locked like any reader's. While a writer has it, it is read without a lock:
+//! what is read then may be stale, or torn between two states, so a contradiction counts only if it is found
+//! every time.
+
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
+
+use super::Devices;
+use crate::chain::{FileIdentity, Known, Layer};
+use crate::disk::{Access, ImageFile, Links, PlainDisk};
+use crate::error::{Doing, Kind, Locate, Result};
+use crate::format::header::Other;
+use crate::format::region::Copies;
+use crate::image::{Identity, Image, ReadImage};
+
+/// How often an image is read that a writer keeps changing.
+const ATTEMPTS: u32 = 3;
+
+/// The pause between two of them: more than a commit of metadata takes.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// The longest log that is replayed to identify one of many images: several times what programs make by
+/// default, and a folder full of them is read in seconds.
+const MAX_IDENTIFIED_LOG_BYTES: u64 = 8 << 20;
+
+/// The unit of `st_blocks`, whatever the file system's own block size.
+const STAT_BLOCK_BYTES: u64 = 512;
+
+/// An image as it was at one moment.
+pub struct Inspected {
+    /// The image, its log replayed in memory.
+    pub image: ReadImage,
+    /// The file, as an absolute path without symbolic links.
+    pub path: PathBuf,
+    /// What tells this file from another that takes its name later.
+    pub file: FileIdentity,
+    /// The file's length, bytes.
+    pub file_size: u64,
+    /// The space the file takes on its host, bytes.
+    pub host_bytes: u64,
+    /// A writer had the image: the figures may be stale.
+    pub in_use: bool,
+}
+
+impl Layer for Inspected {
+    fn image(&self) -> &Image {
+        &self.image
+    }
+
+    fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Inspected {
+    /// What is odd about the image and hinders nobody.
+    pub fn warnings(&self) -> Vec<&'static str> {
+        let mut warnings = Vec::new();
+        match (self.image.header.other, self.image.header.slot) {
+            (Other::Invalid, 0) => warnings.push("header 2 is damaged; header 1 is used"),
+            (Other::Invalid, _) => warnings.push("header 1 is damaged; header 2 is used"),
+            (Other::Older | Other::Identical, _) => {}
+        }
+        match self.image.regions.copies {
+            Copies::Equal => {}
+            Copies::Different => warnings.push("the two region tables differ; the first is used"),
+            Copies::FirstInvalid => warnings.push("region table 1 is damaged; region table 2 is used"),
+            Copies::SecondInvalid => warnings.push("region table 2 is damaged; region table 1 is used"),
+        }
+        warnings
+    }
+}
+
+/// Inspects the image at `path`.
+///
+/// # Errors
+///
+/// Whatever is wrong with the file or the image. A contradiction in an image that is in use counts only if it
+/// is there every time.
+pub fn inspect(path: &Path) -> Result<Inspected> {
+    match lock_for_reading(path) {
+        Ok((disk, lock)) => read(&disk, lock.path(), false).file(path),
+        Err(error) if error.kind() == Kind::InUse => inspect_unlocked(path),
+        Err(error) => Err(error),
+    }
+}
+
+/// Inspects the image at `path`, which nobody writes to while the second value lives.
+///
+/// # Errors
+///
+/// As [`inspect`]; [`Kind::InUse`] if somebody writes to it, or a killed daemon has left something to be
+/// written.
+pub fn inspect_locked(path: &Path, devices: &dyn Devices) -> Result<(Inspected, ImageFile)> {
+    let (disk, lock) = lock_for_reading(path).map_err(|error| devices.with_holder(error, path))?;
+    let inspected = read(&disk, lock.path(), false)?;
+    devices.refuse_abandoned(&lock, Access::ReadWrite)?;
+    devices.refuse_orphan(&lock, Some(&inspected.image))?;
+    Ok((inspected, lock))
+}
+
+/// Identifies the image at `path` without its lock, as it is at this moment. It never takes long, whatever
+/// the file is.
+///
+/// # Errors
+///
+/// Those of [`PlainDisk::open`] and [`Identity::read`].
+pub fn identify(path: &Path) -> Result<Known> {
+    identify_found(path, Links::Follow)
+}
+
+/// As [`identify`], for a file that was found in a folder and that nobody has named: a symbolic link is no
+/// image.
+///
+/// # Errors
+///
+/// As [`identify`].
+pub fn identify_neighbour(path: &Path) -> Result<Known> {
+    identify_found(path, Links::Refuse)
+}
+
+/// Identifies the image in `locked`, which the caller has opened.
+///
+/// # Errors
+///
+/// Those of [`Identity::read`].
+pub fn identify_locked(locked: &ImageFile) -> Result<Identity> {
+    smol::future::block_on(Identity::read(&PlainDisk::of(locked)?, MAX_IDENTIFIED_LOG_BYTES))
+}
+
+/// The image at `path`, which nobody writes to while the second value lives.
+///
+/// # Errors
+///
+/// As [`ImageFile::open`].
+pub(super) fn lock_for_reading(path: &Path) -> Result<(PlainDisk, ImageFile)> {
+    let locked = ImageFile::open(path, Access::ReadOnly, Duration::ZERO)?;
+    Ok((PlainDisk::of(&locked)?, locked))
+}
+
+fn identify_found(path: &Path, links: Links) -> Result<Known> {
+    let (disk, path) = PlainDisk::open(path, links)?;
+    let identity = smol::future::block_on(Identity::read(&disk, MAX_IDENTIFIED_LOG_BYTES)).file(&path)?;
+    Ok(Known { identity, path })
+}
+
+fn inspect_unlocked(path: &Path) -> Result<Inspected> {
+    let mut left = ATTEMPTS;
+    loop {
+        let (disk, path) = PlainDisk::open(path, Links::Follow)?;
+        left -= 1;
+        match read(&disk, &path, true) {
+            Err(error) if left > 0 && is_contradiction(error.kind()) => thread::sleep(PAUSE),
+            outcome => {
+                return outcome.map_err(|error| error.remedy("the image is in use: inspect it again later"));
+            }
+        }
+    }
+}
+
+fn is_contradiction(kind: Kind) -> bool {
+    matches!(kind, Kind::Corrupt | Kind::Truncated | Kind::Unsupported)
+}
+
+/// Reads the image in `disk`, which was found at `path`.
+fn read(disk: &PlainDisk, path: &Path, in_use: bool) -> Result<Inspected> {
+    let image = smol::future::block_on(Image::read(disk)).file(path)?;
+    let found = disk.file().metadata().doing("looking at the image").file(path)?;
+    let (path, file) = (path.to_owned(), (found.dev(), found.ino()));
+    let (file_size, host_bytes) = (found.len(), found.blocks() * STAT_BLOCK_BYTES);
+    Ok(Inspected { image, path, file, file_size, host_bytes, in_use })
+}

@@ -1,0 +1,100 @@
+//! The images beside a chain, which a merge would cost their parent or its content.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use super::LockedChain;
+use crate::chain::{self, Known, Layer, Search};
+use crate::disk::folder_of;
+use crate::error::{Error, Kind, Result};
+use crate::format::locator::ParentLocator;
+use crate::format::metadata::Metadata;
+use crate::operations::inspect::identify_neighbour;
+use crate::printable::shell;
+
+/// Looks for images that would lose their parent, or that would be over changed content unless `force` allows
+/// it.
+pub(super) fn refuse_relatives(chain: &LockedChain, force: bool) -> Result<()> {
+    let search = Search::default();
+    let (layers, target) = (&chain.layers, &chain.target);
+    let all = || layers.iter().chain([target]).chain(&chain.below);
+    let changed = layers.iter().chain([target]);
+    let folders: BTreeSet<&Path> = changed.map(|member| folder_of(member.path())).collect();
+    for path in folders.into_iter().flat_map(images_in) {
+        if all().any(|member| chain::same_file(member.path(), &path)) {
+            continue;
+        }
+        let Some(other) = identify(&path, force)? else { continue };
+        if let Some(layer) = layers.iter().find(|layer| chain::is_child(&other, *layer, &search)) {
+            return Err(loses_its_parent(&path, layer.path()));
+        }
+        if !chain::is_child(&other, target, &search) {
+            continue;
+        }
+        if is_left_over(chain, &other) {
+            tracing::warn!(
+                "{}: it is left of a merge that was cut short, has nothing that {} has not, and may be removed",
+                path.display(),
+                target.path().display()
+            );
+        } else if !force {
+            return Err(over_changed_content(&path, target.path()));
+        }
+    }
+    Ok(())
+}
+
+/// Whether `other` took part in a merge that has come to its last steps, as this chain did: both are known to
+/// the target by the second linkage that only a merge gives, and several are only when all is copied.
+fn is_left_over(chain: &LockedChain, other: &Known) -> bool {
+    let merged = Some(chain.target.image.header.header.data_write_guid);
+    let linkage2 = |metadata: &Metadata| metadata.parent_locator.as_ref().and_then(ParentLocator::linkage2);
+    let lowest = chain.layers.last().expect("a merge has a layer");
+    linkage2(&lowest.image.metadata) == merged && linkage2(&other.identity.metadata) == merged
+}
+
+/// The files in `folder` that may be images, in the order of their names.
+fn images_in(folder: &Path) -> Vec<PathBuf> {
+    let entries = match fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) => {
+            tracing::warn!("{}: not searched for other children: {error}", folder.display());
+            return Vec::new();
+        }
+    };
+    let is_file = |entry: &fs::DirEntry| entry.file_type().is_ok_and(|kind| kind.is_file());
+    let files = entries.filter_map(std::result::Result::ok).filter(is_file).map(|entry| entry.path());
+    let mut files: Vec<PathBuf> = files.collect();
+    files.sort();
+    files
+}
+
+/// The image at `path`, if it is one. What cannot be read may be a child that would be lost: it is refused,
+/// unless `force`.
+fn identify(path: &Path, force: bool) -> Result<Option<Known>> {
+    match identify_neighbour(path) {
+        Ok(known) => Ok(Some(known)),
+        Err(error) if matches!(error.kind(), Kind::NotVhdx | Kind::Truncated) => Ok(None),
+        Err(error) if !force && matches!(error.kind(), Kind::Permission | Kind::Io) => Err(error.remedy(
+            "it may be a child of an image that is merged: make it readable, move it away, or merge with --force",
+        )),
+        Err(error) => {
+            tracing::warn!("it is not known whether this is a child of an image that is merged: {error:#}");
+            Ok(None)
+        }
+    }
+}
+
+fn loses_its_parent(path: &Path, parent: &Path) -> Error {
+    let message = format!("its parent is {}, which the merge would remove", parent.display());
+    let remedy = format!("merge it first: vhdx-ublk merge {}; or relink it, or move it away", shell(path));
+    Error::new(Kind::InUse, message).file(path).remedy(remedy)
+}
+
+fn over_changed_content(path: &Path, parent: &Path) -> Error {
+    let message = format!("its parent is {}, which the merge would change", parent.display());
+    let remedy = "only one child can be merged: give the others a parent of their own first (copy the parent, and \
+                  relink them to the copy); --force merges, and they do not open any more";
+    Error::new(Kind::InUse, message).file(path).remedy(remedy)
+}

@@ -1,0 +1,65 @@
+//! Relinking: a child names another file as its parent.
+
+use std::path::Path;
+
+use uuid::Uuid;
+
+use super::{Devices, inspect, locked};
+use crate::chain::{self, Layer, Member, Search};
+use crate::disk::{Access, Reactor};
+use crate::error::{Error, Kind, Locate, Result};
+use crate::format::metadata::Metadata;
+use crate::image::Image;
+
+/// Has the image at `child` name the image at `parent` as its parent. Only the child's metadata changes, as a
+/// whole or not at all; a child that names the file already does not change. With `ignore_mismatch` the
+/// parent may be another image than the child was made of.
+///
+/// # Errors
+///
+/// [`Kind::Usage`] if the child would be its own ancestor; [`Kind::Mismatch`] if `parent` is another image,
+/// or was written since; those of locking, reading and amending the images.
+pub fn relink(child: &Path, parent: &Path, ignore_mismatch: bool, devices: &dyn Devices) -> Result<()> {
+    let reactor = Reactor::new()?;
+    let child = locked::open(&reactor, child, Access::ReadWrite, devices)?;
+    // The child's lock would keep this process itself out.
+    if chain::same_file(child.path(), parent) {
+        return Err(own_ancestor(&child));
+    }
+    let parent = locked::open(&reactor, parent, Access::ReadOnly, devices)?;
+    child.image.check_writable().file(child.path())?;
+    let locator = chain::relinked(&child, &parent, ignore_mismatch)?;
+    refuse_cycle(&child, &parent)?;
+    if child.image.metadata.parent_locator.as_ref() == Some(&locator) {
+        return Ok(());
+    }
+    let disk = reactor.disk(child.file.clone());
+    let change = async {
+        let image = Image::open_for_writing(&disk, Uuid::new_v4).await?;
+        let metadata = Metadata { parent_locator: Some(locator), ..image.metadata.clone() };
+        image.amend(&disk, &metadata, Uuid::new_v4).await
+    };
+    reactor.block_on(change).map(drop).file(child.path())
+}
+
+/// Refuses a parent whose own chain leads to the child. A chain that ends early may be what is being mended.
+fn refuse_cycle(child: &Member, parent: &Member) -> Result<()> {
+    let mut returns = false;
+    let open = |path: &Path| {
+        returns |= chain::same_file(child.path(), path);
+        inspect::inspect(path)
+    };
+    let opened = chain::open_parents(parent, &Search::default(), open).map(drop);
+    if returns {
+        return Err(own_ancestor(child));
+    }
+    if let Err(error) = opened {
+        tracing::warn!("the parent's own chain does not open: {error:#}");
+    }
+    Ok(())
+}
+
+fn own_ancestor(child: &Member) -> Error {
+    let message = "it would be its own ancestor: the chain would never end";
+    Error::new(Kind::Usage, message).file(child.path()).remedy("name the image that the child was made of")
+}
