@@ -17,6 +17,24 @@ pub struct PieceId {
     pub piece: u8,
 }
 
+/// The right to complete one request. A front has it while it serves the request and gives it up with the completion,
+/// so it cannot complete a request twice.
+#[derive(Debug)]
+#[must_use = "a request that is not completed waits for ever"]
+pub struct Ticket(u16);
+
+impl Ticket {
+    /// For the request of `tag`, which begins.
+    pub(super) fn of(tag: u16) -> Self {
+        Self(tag)
+    }
+
+    /// The request's tag.
+    pub fn tag(&self) -> u16 {
+        self.0
+    }
+}
+
 /// The layer that is served itself; the others are its parents, each the parent of the one before it.
 pub const LEAF: u8 = 0;
 
@@ -71,6 +89,6 @@ pub trait Port {
     /// now on is on its images.
     fn change_leaf(&mut self) -> Option<Arc<Shared>>;
 
-    /// Ends the request of `tag`: bytes done, 0, or a negative `errno`. Exactly once per request.
-    fn complete(&mut self, tag: u16, result: i32);
+    /// Ends the request of `ticket`: bytes done, 0, or a negative `errno`.
+    fn complete(&mut self, ticket: Ticket, result: i32);
 }

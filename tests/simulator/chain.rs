@@ -11,7 +11,7 @@ use uuid::Uuid;
 use vhdx_ublk::chain::{self, Layer as _, MAX_DEPTH, MAX_NEIGHBOURS, Search};
 use vhdx_ublk::engine::front::{Front, MAX_PIECES, Op, Request};
 use vhdx_ublk::engine::message::ToEngine;
-use vhdx_ublk::engine::port::{FileIo, FileOp, PieceId, Port};
+use vhdx_ublk::engine::port::{FileIo, FileOp, PieceId, Port, Ticket};
 use vhdx_ublk::engine::shared::Shared;
 use vhdx_ublk::error::{Error, Kind, Result};
 use vhdx_ublk::format::bat::{BatEntry, Geometry};
@@ -165,7 +165,7 @@ impl Port for Files<'_> {
         panic!("a read asks the engine nothing: {message:?}");
     }
 
-    fn complete(&mut self, _: u16, result: i32) {
+    fn complete(&mut self, _: Ticket, result: i32) {
         assert!(self.result.replace(result).is_none(), "completed once");
     }
 }

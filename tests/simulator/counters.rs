@@ -7,7 +7,7 @@ use std::sync::Arc;
 use fastrand::Rng;
 use vhdx_ublk::engine::front::{Front, Op, Request};
 use vhdx_ublk::engine::message::{Ask, ToEngine};
-use vhdx_ublk::engine::port::{FileIo, PieceId, Port};
+use vhdx_ublk::engine::port::{FileIo, PieceId, Port, Ticket};
 use vhdx_ublk::engine::shared::{Session, Shared};
 use vhdx_ublk::format::bat::{BatEntry, Geometry};
 use vhdx_ublk::image::BlockMap;
@@ -129,8 +129,8 @@ impl Port for Overheard {
         None
     }
 
-    fn complete(&mut self, tag: u16, result: i32) {
-        self.completed.push((tag, result));
+    fn complete(&mut self, ticket: Ticket, result: i32) {
+        self.completed.push((ticket.tag(), result));
     }
 }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use vhdx_ublk::engine::front::{Front, MAX_PIECES, Request};
 use vhdx_ublk::engine::message::ToEngine;
-use vhdx_ublk::engine::port::{FileIo, FileOp, PieceId, Port};
+use vhdx_ublk::engine::port::{FileIo, FileOp, PieceId, Port, Ticket};
 use vhdx_ublk::engine::shared::Shared;
 use vhdx_ublk::format::bat::{BatEntry, Geometry};
 use vhdx_ublk::image::BlockMap;
@@ -53,7 +53,7 @@ impl Port for Ends {
         panic!("a hit asks the engine nothing: {message:?}");
     }
 
-    fn complete(&mut self, _tag: u16, result: i32) {
+    fn complete(&mut self, _: Ticket, result: i32) {
         assert!(self.result.replace(result).is_none(), "a request is completed once");
     }
 }

@@ -34,7 +34,7 @@ use crate::device::region::Region;
 use crate::disk::PAGE_BYTES;
 use crate::engine::front::{MAX_PIECES, Request};
 use crate::engine::message::ToEngine;
-use crate::engine::port::{FileIo, FileOp, LEAF, MAX_WRITE_ZEROS, PieceId, Port};
+use crate::engine::port::{FileIo, FileOp, LEAF, MAX_WRITE_ZEROS, PieceId, Port, Ticket};
 use crate::engine::shared::Shared;
 use crate::error::{Doing, Error, Result};
 
@@ -261,6 +261,23 @@ impl QueueRing {
     pub(super) fn queue(&self) -> u16 {
         self.setup.queue
     }
+    /// Fails a request that no front can begin, with a positive `errno`.
+    pub(super) fn refuse(&mut self, tag: u16, errno: i32) {
+        self.end(tag, -errno);
+    }
+
+    fn end(&mut self, tag: u16, result: i32) {
+        let before = std::mem::replace(&mut self.holders[usize::from(tag)], Holder::Kernel);
+        let Holder::Front { by_command } = before else {
+            panic!("a request is completed exactly once (tag {tag}, {before:?})")
+        };
+        if by_command {
+            // Before the offer, and executed in order: the index is free when the next request needs it.
+            let entry = self.command(tag, sys::UBLK_U_IO_UNREGISTER_IO_BUF, 0, u64::from(tag)).build();
+            self.push(entry.flags(squeue::Flags::SKIP_SUCCESS), Token::Unregister { tag });
+        }
+        self.push_offer(tag, sys::UBLK_U_IO_COMMIT_AND_FETCH_REQ, result);
+    }
 
     fn take_back(&mut self, tag: u16, result: i32) -> Option<Event> {
         let holder = &mut self.holders[usize::from(tag)];
@@ -388,17 +405,8 @@ impl Port for QueueRing {
         self.setup.sender.send(message);
     }
 
-    fn complete(&mut self, tag: u16, result: i32) {
-        let before = std::mem::replace(&mut self.holders[usize::from(tag)], Holder::Kernel);
-        let Holder::Front { by_command } = before else {
-            panic!("a request is completed exactly once (tag {tag}, {before:?})")
-        };
-        if by_command {
-            // Before the offer, and executed in order: the index is free when the next request needs it.
-            let entry = self.command(tag, sys::UBLK_U_IO_UNREGISTER_IO_BUF, 0, u64::from(tag)).build();
-            self.push(entry.flags(squeue::Flags::SKIP_SUCCESS), Token::Unregister { tag });
-        }
-        self.push_offer(tag, sys::UBLK_U_IO_COMMIT_AND_FETCH_REQ, result);
+    fn complete(&mut self, ticket: Ticket, result: i32) {
+        self.end(ticket.tag(), result);
     }
 }
 

@@ -20,7 +20,6 @@ use crate::device::mailbox::{Receiver, wake_up};
 use crate::device::sys;
 use crate::engine::front::Front;
 use crate::engine::message::ToFront;
-use crate::engine::port::Port;
 use crate::error::{Doing, Error, Kind, Result};
 
 /// What a queue is made of.
@@ -151,7 +150,7 @@ impl Server {
     fn handle(&mut self, event: Event) -> Result<()> {
         match event {
             Event::Request { tag, request: Ok(request) } => self.front.start(tag, request, &mut self.ring),
-            Event::Request { tag, request: Err(errno) } => self.ring.complete(tag, -errno),
+            Event::Request { tag, request: Err(errno) } => self.ring.refuse(tag, errno),
             Event::Io { piece, result } => self.front.io_done(piece, result, &mut self.ring),
             Event::Wake => self.receive(),
             Event::Ended { result, .. } if result == UBLK_IO_RES_ABORT => {}

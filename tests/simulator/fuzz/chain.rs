@@ -9,7 +9,7 @@ use std::sync::Arc;
 use fastrand::Rng;
 use vhdx_ublk::engine::front::{Front, Op, Request};
 use vhdx_ublk::engine::message::ToEngine;
-use vhdx_ublk::engine::port::{FileIo, FileOp, PieceId, Port};
+use vhdx_ublk::engine::port::{FileIo, FileOp, PieceId, Port, Ticket};
 use vhdx_ublk::engine::shared::Shared;
 use vhdx_ublk::image::{Image, ReadImage};
 
@@ -116,7 +116,7 @@ impl Port for Files {
         panic!("a read asks the engine nothing: {message:?}");
     }
 
-    fn complete(&mut self, _: u16, result: i32) {
+    fn complete(&mut self, _: Ticket, result: i32) {
         assert!(self.result.replace(result).is_none(), "completed once");
     }
 }

@@ -14,7 +14,7 @@ use fastrand::Rng;
 use uuid::Uuid;
 use vhdx_ublk::engine::front::{Front, Op, Request};
 use vhdx_ublk::engine::message::{ToEngine, ToFront};
-use vhdx_ublk::engine::port::{FileIo, FileOp, LEAF, PieceId, Port};
+use vhdx_ublk::engine::port::{FileIo, FileOp, LEAF, PieceId, Port, Ticket};
 use vhdx_ublk::engine::shared::{Session, Shared};
 use vhdx_ublk::engine::{Counters, Engine, Fronts, Parent, Setup};
 use vhdx_ublk::format::bat::{BatEntry, PayloadState};
@@ -251,8 +251,8 @@ impl Port for SimPort<'_> {
         self.to_engine.push_back(message);
     }
 
-    fn complete(&mut self, tag: u16, result: i32) {
-        self.completed.push((tag, result));
+    fn complete(&mut self, ticket: Ticket, result: i32) {
+        self.completed.push((ticket.tag(), result));
     }
 }
 

@@ -1,0 +1,406 @@
+//! The hot path: one front per queue turns requests into file I/O.
+//!
+//! A plain synchronous state machine: no lock, no future, no heap use per request. It splits a request at
+//! block borders, looks each piece up in the block map and starts file I/O on what is there. What is not
+//! there it asks of the engine, and looks up again. It does all payload I/O, also into blocks just granted.
+//!
+//! Invariants:
+//!
+//! * a request is completed exactly once, when its last piece has ended and no ask is outstanding, with its
+//!   full length or its first error;
+//! * a piece counts for the barrier from its *lookup* to its end, in one of two counters by barrier parity;
+//! * a write is submitted only in an open session and reported as done only in an unpoisoned one;
+//! * a durable write into a block whose mapping is not durable is an ordinary write that joins a flush, and so is one
+//!   for which the host has no room: the sync of that flush fails if the host has lost anything else by then;
+//! * a durable write in flight is known to the engine, until its end has been seen and, if it failed, has poisoned;
+//! * a sector of a partially present block is marked as present when its data is, and before the request is done.
+
+mod slot;
+mod steps;
+mod verdict;
+
+use std::sync::Arc;
+
+use self::slot::{Piece, Slots};
+use self::steps::Step;
+use self::verdict::{Verdict, judge};
+use super::drain::Drain;
+use super::message::{Ask, ToEngine, ToFront};
+use super::port::{FileIo, FileOp, LEAF, MAX_WRITE_ZEROS, PieceId, Port, Ticket};
+use super::run::{Run, Source};
+use super::shared::{Session, Shared};
+use super::{is_refusal, told};
+use crate::simulation::{Plant, planted};
+
+/// Pieces of one request in flight at a time: a request of 1 MiB crosses few blocks, a chain splits finer.
+pub const MAX_PIECES: usize = 8;
+
+/// Parts of blocks below this size are not punched (each `fallocate` drains all direct I/O on the file):
+/// an advisory discard is acknowledged without work, zeros are written.
+pub const MIN_PUNCH_BYTES: u64 = 64 << 10;
+
+/// Entries of block maps that a front looks at for one request before it leaves the search to the engine, which lets
+/// others have their turn: about 50 microseconds. The longest discard of a single image needs fewer.
+pub const MAX_LOOKS: u32 = 16 << 10;
+
+/// A request as the kernel made it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Request {
+    /// What is asked.
+    pub op: Op,
+    /// Virtual offset, bytes.
+    pub offset: u64,
+    /// Length, bytes.
+    pub length: u64,
+}
+
+/// The kinds of request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Op {
+    /// Read into the tag's buffer.
+    Read,
+    /// Write from the tag's buffer.
+    Write {
+        /// Force unit access: durable before it completes.
+        durable: bool,
+    },
+    /// Make every acknowledged write durable.
+    Flush,
+    /// The content is no longer needed; advisory.
+    Discard,
+    /// The range reads as zero afterwards.
+    WriteZeroes {
+        /// Keep the space (`NOUNMAP`).
+        keep_space: bool,
+    },
+}
+
+/// The state machine of one queue.
+pub struct Front {
+    shared: Arc<Shared>,
+    slots: Slots,
+    active: u32,
+    /// Pieces, from their lookup on, for the barrier.
+    looked_up: Drain,
+    /// Durable writes in flight, for the fence.
+    durable: Drain,
+    /// No request is begun.
+    held: bool,
+    hold_owed: bool,
+    /// Requests that came meanwhile.
+    parked: Vec<(u16, Request)>,
+}
+
+impl Front {
+    /// A front for `depth` tags.
+    pub fn new(shared: Arc<Shared>, depth: u16) -> Self {
+        Self {
+            shared,
+            slots: Slots::new(depth),
+            active: 0,
+            looked_up: Drain::default(),
+            durable: Drain::default(),
+            held: false,
+            hold_owed: false,
+            parked: Vec::with_capacity(usize::from(depth)),
+        }
+    }
+
+    /// No request is active, and no barrier or fence is owed.
+    pub fn is_idle(&self) -> bool {
+        self.active == 0 && !self.looked_up.is_owed() && !self.durable.is_owed() && self.parked.is_empty()
+    }
+
+    /// Takes a request; `tag` is idle.
+    pub fn start<P: Port>(&mut self, tag: u16, request: Request, port: &mut P) {
+        if self.held {
+            return self.parked.push((tag, request));
+        }
+        self.slots[tag].begin(request, Ticket::of(tag));
+        self.active += 1;
+        if let Err(errno) = self.admit(request) {
+            self.slots[tag].fail(errno);
+        }
+        self.advance(tag, port);
+        self.slots[tag].check();
+    }
+
+    /// Takes the end of a piece: bytes done, or a negative `errno`.
+    pub fn io_done<P: Port>(&mut self, id: PieceId, result: i32, port: &mut P) {
+        let piece = *self.slots.piece(id);
+        match judge(&piece, result, self.shared.geometry().logical_sector_size()) {
+            Verdict::Done => self.end_piece(id, 0, port),
+            Verdict::Failed(errno) if self.can_flush_instead(piece, errno) => self.flush_instead(id, port),
+            Verdict::Failed(errno) => self.end_piece(id, errno, port),
+            Verdict::Continue(rest) => self.resubmit(id, rest, port),
+            Verdict::EndOfFile(done) => self.fill_past_end(id, done, port),
+            Verdict::Unsupported => self.zero_without_support(id, port),
+        }
+        self.slots[id.tag].check();
+    }
+
+    /// Where in its tag's buffer the data of a live piece goes, bytes.
+    pub fn buffer_place(&self, id: PieceId) -> usize {
+        self.slots.piece(id).rest.buffer_offset as usize
+    }
+
+    /// Takes a message from the engine.
+    pub fn receive<P: Port>(&mut self, message: ToFront, port: &mut P) {
+        match message {
+            ToFront::Reply { tag, result } => {
+                let slot = &mut self.slots[tag];
+                slot.answered();
+                if let Err(errno) = result {
+                    slot.fail(errno);
+                }
+                self.advance(tag, port);
+                self.slots[tag].check();
+            }
+            ToFront::Barrier => {
+                self.looked_up.ask();
+                self.answer_barrier(port);
+            }
+            ToFront::Fence => {
+                self.durable.ask();
+                self.answer_fence(port);
+            }
+            ToFront::Hold => {
+                assert!(!self.held, "one hold at a time");
+                self.held = true;
+                self.hold_owed = true;
+                self.answer_hold(port);
+            }
+            ToFront::Release => self.release(port),
+        }
+    }
+
+    fn answer_hold<P: Port>(&mut self, port: &mut P) {
+        if self.hold_owed && (self.active == 0 || planted(Plant::EarlyHeld)) {
+            self.hold_owed = false;
+            port.send(ToEngine::Held);
+        }
+    }
+
+    fn release<P: Port>(&mut self, port: &mut P) {
+        assert!(self.held && !self.hold_owed, "a hold that was answered is released, once");
+        self.held = false;
+        if let Some(shared) = port.change_leaf() {
+            self.shared = shared;
+        }
+        let mut parked = std::mem::take(&mut self.parked);
+        for (tag, request) in parked.drain(..) {
+            self.start(tag, request, port);
+        }
+        // With its room, for the next hold.
+        self.parked = parked;
+    }
+
+    fn admit(&self, request: Request) -> Result<(), i32> {
+        let sector = u64::from(self.shared.geometry().logical_sector_size());
+        let end = request.offset.checked_add(request.length).ok_or(libc::EIO)?;
+        let aligned = request.offset.is_multiple_of(sector) && request.length.is_multiple_of(sector);
+        if !aligned || end > self.shared.geometry().virtual_size() {
+            return Err(libc::EIO);
+        }
+        match request.op {
+            Op::Write { .. } | Op::Discard | Op::WriteZeroes { .. } if self.shared.read_only => {
+                Err(libc::EROFS)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Starts whatever the request can start now, and completes it when nothing is left.
+    fn advance<P: Port>(&mut self, tag: u16, port: &mut P) {
+        loop {
+            let slot = &self.slots[tag];
+            if slot.is_waiting() {
+                return;
+            }
+            if slot.error() != 0 || (slot.cursor == slot.past() && slot.request().op != Op::Flush) {
+                break;
+            }
+            if slot.live_pieces() == MAX_PIECES {
+                return;
+            }
+            if let Step::Wait = self.step(tag, port) {
+                return;
+            }
+        }
+        if self.slots[tag].live_pieces() == 0 {
+            self.finish(tag, port);
+        }
+    }
+
+    fn finish<P: Port>(&mut self, tag: u16, port: &mut P) {
+        let slot = &mut self.slots[tag];
+        let request = *slot.request();
+        let reads_only = matches!(request.op, Op::Read) || self.shared.read_only;
+        if slot.error() == 0 && !reads_only && self.shared.session() == Session::Poisoned {
+            slot.fail(libc::EIO);
+        }
+        if slot.error() == 0 && std::mem::take(&mut slot.flush_at_end) {
+            return self.ask(tag, Ask::Flush, port);
+        }
+        let result = match request.op {
+            _ if slot.error() != 0 => -slot.error(),
+            Op::Read | Op::Write { .. } => i32::try_from(request.length).expect("at most 1 MiB"),
+            Op::Flush | Op::Discard | Op::WriteZeroes { .. } => 0,
+        };
+        let ticket = slot.end();
+        self.active -= 1;
+        port.complete(ticket, result);
+        self.answer_hold(port);
+    }
+
+    /// Starts `op` on the file that `run` lies in; the number of its piece is in use from now on.
+    #[inline]
+    fn start_piece<P: Port>(&mut self, tag: u16, run: &Run, op: FileOp, advisory: bool, port: &mut P) {
+        let Source::File(layer, file_offset) = run.source else {
+            panic!("file I/O goes to blocks that are there")
+        };
+        assert!(layer == LEAF || op == FileOp::Read, "parents are only read");
+        let io =
+            FileIo { op, layer, file_offset, buffer_offset: self.buffer_offset(tag), length: run.length };
+        let from = self.slots[tag].cursor;
+        let id = self.claim_piece(tag, io);
+        self.slots.piece_mut(id).advisory = advisory;
+        if op == (FileOp::Write { durable: true }) {
+            self.durable_write_begins(id);
+        }
+        if run.partial && !advisory && op != FileOp::Read {
+            self.slots.piece_mut(id).written = Some((from, from + u64::from(run.length)));
+            if planted(Plant::BitsBeforeData) {
+                self.shared.mark_written(from, from + u64::from(run.length));
+            }
+        }
+        submit(id, io, port);
+    }
+
+    /// Takes a free place for a piece, counts it for the barrier and moves the cursor past it.
+    #[inline]
+    fn claim_piece(&mut self, tag: u16, io: FileIo) -> PieceId {
+        let slot = &mut self.slots[tag];
+        let piece = slot.add(Piece {
+            rest: io,
+            retries: 0,
+            parity: self.looked_up.enter(),
+            durable_parity: None,
+            advisory: false,
+            written: None,
+        });
+        slot.cursor += u64::from(io.length);
+        slot.asks = 0;
+        PieceId { tag, piece }
+    }
+
+    /// Whether a durable write that failed may be done as an ordinary one that joins a flush.
+    fn can_flush_instead(&self, piece: Piece, errno: i32) -> bool {
+        piece.rest.op == (FileOp::Write { durable: true })
+            && is_refusal(errno)
+            && !planted(Plant::RefusalPoisons)
+            && self.shared.session() == Session::Open
+    }
+
+    fn flush_instead<P: Port>(&mut self, id: PieceId, port: &mut P) {
+        self.slots[id.tag].flush_at_end = true;
+        self.durable_write_ended(id, port);
+        let rest = self.slots.piece(id).rest;
+        self.resubmit(id, FileIo { op: FileOp::Write { durable: false }, ..rest }, port);
+    }
+
+    fn durable_write_begins(&mut self, id: PieceId) {
+        self.shared.durable_write_begins();
+        let parity = self.durable.enter();
+        let before = self.slots.piece_mut(id).durable_parity.replace(parity);
+        debug_assert_eq!(before, None, "a durable write begins once");
+    }
+
+    /// The end of a durable write has been seen, and has poisoned if it must.
+    fn durable_write_ended<P: Port>(&mut self, id: PieceId, port: &mut P) {
+        if let Some(parity) = self.slots.piece_mut(id).durable_parity.take() {
+            self.shared.durable_write_ended();
+            self.durable.leave(parity);
+            self.answer_fence(port);
+        }
+    }
+
+    fn resubmit<P: Port>(&mut self, id: PieceId, rest: FileIo, port: &mut P) {
+        let piece = self.slots.piece_mut(id);
+        piece.retries = if piece.rest == rest { piece.retries + 1 } else { 0 };
+        piece.rest = rest;
+        if planted(Plant::LateCount) {
+            let counted = piece.parity;
+            self.looked_up.leave(counted);
+            self.slots.piece_mut(id).parity = self.looked_up.enter();
+            self.answer_barrier(port);
+        }
+        submit(id, rest, port);
+    }
+
+    /// The file ends before the end of what is read. What it never had reads as zero: fixed images by QEMU end inside
+    /// their last block. What it had when it was opened, another program has cut off.
+    fn fill_past_end<P: Port>(&mut self, id: PieceId, done: u32, port: &mut P) {
+        let rest = self.slots.piece(id).rest;
+        if self.shared.has_lost(rest.layer, rest.file_offset + u64::from(done)) {
+            return self.end_piece(id, libc::EIO, port);
+        }
+        let rest = FileIo {
+            op: FileOp::FillZero,
+            layer: LEAF,
+            file_offset: 0,
+            buffer_offset: rest.buffer_offset + done,
+            length: rest.length - done,
+        };
+        self.resubmit(id, rest, port);
+    }
+
+    /// The host does not know this kind of `fallocate`: another way, from now on. What is advisory is left undone.
+    fn zero_without_support<P: Port>(&mut self, id: PieceId, port: &mut P) {
+        let Piece { rest, advisory, .. } = *self.slots.piece(id);
+        if rest.op == FileOp::PunchHole {
+            self.shared.forget_punch();
+        } else {
+            self.shared.forget_zero_range();
+        }
+        if advisory {
+            return self.end_piece(id, 0, port);
+        }
+        self.resubmit(id, FileIo { op: self.zeroing_op(rest.length, true), ..rest }, port);
+    }
+
+    fn end_piece<P: Port>(&mut self, id: PieceId, errno: i32, port: &mut P) {
+        let must_not_fail = errno != 0 && self.slots.piece(id).rest.op == (FileOp::Write { durable: true });
+        if must_not_fail && !planted(Plant::NoPoison) && self.shared.poison() {
+            tracing::error!("a durable write failed with errno {errno}: no write or flush will succeed");
+        }
+        self.durable_write_ended(id, port);
+        let piece = self.slots[id.tag].remove(id.piece);
+        self.looked_up.leave(piece.parity);
+        if errno != 0 {
+            self.shared.troubles().note("reading or writing the image", errno);
+            self.slots[id.tag].fail(told(errno));
+        } else if let Some((from, to)) = piece.written {
+            self.shared.mark_written(from, to);
+        }
+        self.answer_barrier(port);
+        self.advance(id.tag, port);
+    }
+
+    fn answer_fence<P: Port>(&mut self, port: &mut P) {
+        if self.durable.answer() {
+            port.send(ToEngine::Fenced);
+        }
+    }
+
+    fn answer_barrier<P: Port>(&mut self, port: &mut P) {
+        if self.looked_up.answer() {
+            port.send(ToEngine::BarrierDone);
+        }
+    }
+}
+
+fn submit<P: Port>(id: PieceId, rest: FileIo, port: &mut P) {
+    let length = if rest.op == FileOp::WriteZeros { rest.length.min(MAX_WRITE_ZEROS) } else { rest.length };
+    port.submit(id, FileIo { length, ..rest });
+}

@@ -1,0 +1,129 @@
+//! What the end of a piece of file I/O means. Nothing here changes anything.
+
+use super::slot::Piece;
+use crate::engine::port::{FileIo, FileOp};
+
+/// How often one piece is repeated that the host has not begun, or has no memory for.
+const MAX_RETRIES: u8 = 16;
+
+/// What the host says of an operation that it has not begun, or has not ended and can be asked for again.
+const NOT_BEGUN: [i32; 4] = [libc::EAGAIN, libc::EINTR, libc::ENOMEM, libc::ECANCELED];
+
+/// See the module's head.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Verdict {
+    /// The piece has ended well.
+    Done,
+    /// It has failed, with a positive `errno`.
+    Failed(i32),
+    /// This is still to be done.
+    Continue(FileIo),
+    /// The file ends after so many bytes of a read.
+    EndOfFile(u32),
+    /// The host does not know this kind of `fallocate`.
+    Unsupported,
+}
+
+/// What `result`, bytes done or a negative `errno`, means for `piece` on a disk with sectors of `sector` bytes.
+#[inline]
+pub(super) fn judge(piece: &Piece, result: i32, sector: u32) -> Verdict {
+    let rest = piece.rest;
+    if NOT_BEGUN.contains(&-result) {
+        return if piece.retries < MAX_RETRIES { Verdict::Continue(rest) } else { Verdict::Failed(-result) };
+    }
+    match rest.op {
+        FileOp::PunchHole | FileOp::ZeroRange => match result {
+            0.. => Verdict::Done,
+            refused if [libc::EOPNOTSUPP, libc::ENOSYS].contains(&-refused) => Verdict::Unsupported,
+            _ if piece.advisory => Verdict::Done,
+            _ => Verdict::Failed(-result),
+        },
+        FileOp::Read | FileOp::FillZero | FileOp::Write { .. } | FileOp::WriteZeros => {
+            u32::try_from(result).map_or(Verdict::Failed(-result), |done| judge_transfer(rest, done, sector))
+        }
+    }
+}
+
+fn judge_transfer(rest: FileIo, done: u32, sector: u32) -> Verdict {
+    assert!(done <= rest.length, "more was done than asked");
+    if done == rest.length {
+        return Verdict::Done;
+    }
+    // Direct I/O can only go on at a sector border; what a short transfer did beyond it is done again.
+    let whole = done - done % sector;
+    if rest.op == FileOp::Read && (done == 0 || whole != done) {
+        return Verdict::EndOfFile(done);
+    }
+    if whole == 0 {
+        return Verdict::Failed(libc::EIO);
+    }
+    let advance = if rest.op == FileOp::WriteZeros { 0 } else { whole };
+    Verdict::Continue(FileIo {
+        file_offset: rest.file_offset + u64::from(whole),
+        buffer_offset: rest.buffer_offset + advance,
+        length: rest.length - whole,
+        ..rest
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::engine::port::LEAF;
+
+    fn piece(op: FileOp, length: u32) -> Piece {
+        let rest = FileIo { op, layer: LEAF, file_offset: 8 << 20, buffer_offset: 4096, length };
+        Piece { rest, retries: 0, parity: 0, durable_parity: None, advisory: false, written: None }
+    }
+
+    #[test]
+    fn an_operation_that_was_not_begun_is_repeated_so_many_times() {
+        for errno in NOT_BEGUN {
+            let mut again = piece(FileOp::Write { durable: true }, 4096);
+            assert_eq!(judge(&again, -errno, 512), Verdict::Continue(again.rest));
+            again.retries = MAX_RETRIES;
+            assert_eq!(judge(&again, -errno, 512), Verdict::Failed(errno));
+        }
+    }
+
+    #[test]
+    fn a_host_that_cannot_give_space_back_fails_no_advice() {
+        for op in [FileOp::PunchHole, FileOp::ZeroRange] {
+            let mut hole = piece(op, 1 << 20);
+            assert_eq!(judge(&hole, 0, 512), Verdict::Done);
+            assert_eq!(judge(&hole, -libc::EOPNOTSUPP, 512), Verdict::Unsupported);
+            assert_eq!(judge(&hole, -libc::EIO, 512), Verdict::Failed(libc::EIO));
+            hole.advisory = true;
+            assert_eq!(judge(&hole, -libc::EIO, 512), Verdict::Done);
+        }
+    }
+
+    /// A transfer that ends short goes on where it ended, at a sector border, until all of it is done.
+    #[test]
+    fn short_transfers_add_up() {
+        for op in [FileOp::Read, FileOp::Write { durable: false }, FileOp::WriteZeros] {
+            let mut left = piece(op, 64 << 10);
+            let mut steps = 0;
+            while let Verdict::Continue(rest) = judge(&left, 4096.min(left.rest.length).cast_signed(), 4096) {
+                assert_eq!(rest.file_offset + u64::from(rest.length), (8 << 20) + (64 << 10));
+                let kept = op == FileOp::WriteZeros;
+                assert_eq!(rest.buffer_offset, if kept { 4096 } else { left.rest.buffer_offset + 4096 });
+                left.rest = rest;
+                steps += 1;
+            }
+            assert_eq!(steps, 15);
+        }
+    }
+
+    proptest! {
+        /// Only a read ends at the end of a file, and a write that did less than a sector has failed.
+        #[test]
+        fn a_short_end_is_the_end_of_a_file_or_a_failure(done in 0..4096_u32, reads in any::<bool>()) {
+            let op = if reads { FileOp::Read } else { FileOp::Write { durable: false } };
+            let found = judge(&piece(op, 8192), done.cast_signed(), 4096);
+            prop_assert_eq!(found, if reads { Verdict::EndOfFile(done) } else { Verdict::Failed(libc::EIO) });
+        }
+    }
+}
