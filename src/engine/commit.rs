@@ -22,8 +22,9 @@ use super::log::{LogSpace, Placement, cycle_threshold, round_pages};
 use super::round::{PageCopy, Round};
 use super::{Engine, Outcome};
 use crate::disk::{Buffer, Disk, PAGE_BYTES};
+use crate::format::bat::BITMAP_BLOCK_SIZE;
 use crate::format::log::{Change, NewEntry};
-use crate::image::Page;
+use crate::image::{Extent, Page};
 use crate::simulation::{Plant, planted};
 
 impl<D: Disk + 'static> Engine<D> {
@@ -105,10 +106,9 @@ impl<D: Disk + 'static> Engine<D> {
             self.log_round(&round).await?;
             let logged = self.durability.epoch();
             next = self.copy_round(&mut set);
-            if planted(Plant::ApplyBeforeLog) {
-                self.write_in_place(&round).await?;
+            if !planted(Plant::ApplyBeforeLog) {
+                self.sync().await?;
             }
-            self.sync().await?;
             assert!(self.durability.is_durable(logged), "pages go in place once their entry is durable");
             self.round_is_durable(&round);
             self.start_applying(round);
@@ -170,6 +170,11 @@ impl<D: Disk + 'static> Engine<D> {
     /// Places the round's entries and writes them. Not before the sync of the round before this one has
     /// completed: only then is the space that this round may take known to be free.
     async fn write_entries(self: &Rc<Self>, round: &Round) -> Outcome {
+        assert!(
+            self.durability.covers_payload(round.relies_on),
+            "an entry names payload that is not durable"
+        );
+        assert!(self.durability.covers_length(round.relies_on), "an entry names space past a stable length");
         let (tail, placements) = self.journal.active(|log| (log.tail(), log.place_round(round.pages.len())));
         let mut pages = round.pages.iter();
         for placement in &placements {
@@ -260,12 +265,15 @@ impl<D: Disk + 'static> Engine<D> {
 
     /// Where a page lies in the file.
     fn page_place(&self, page: Page) -> u64 {
-        let (start, page) = match page {
-            Page::Bat(page) => (self.layout.bat.offset, page),
+        let (region, page) = match page {
+            Page::Bat(page) => (self.layout.bat, page),
             Page::Bitmap { chunk, page } => {
-                (self.shared.map.bitmap_place(chunk).expect("blocks rely on it"), page)
+                let offset = self.shared.map.bitmap_place(chunk).expect("blocks rely on it");
+                (Extent { offset, length: BITMAP_BLOCK_SIZE }, page)
             }
         };
-        start + page * PAGE_BYTES as u64
+        let place = region.offset + page * PAGE_BYTES as u64;
+        assert!(place + PAGE_BYTES as u64 <= region.end(), "a page lies in the BAT or in a bitmap");
+        place
     }
 }

@@ -17,7 +17,6 @@ use std::collections::VecDeque;
 use uuid::Uuid;
 
 use crate::format::log::{SECTOR, max_descriptors_written};
-use crate::simulation::{Plant, planted};
 
 /// Sectors at the end that stay free; see the module's head.
 const FREE_SECTORS: u64 = 2;
@@ -48,6 +47,7 @@ struct Round {
     start: u64,
     first_sequence: u64,
     tail: u64,
+    synced: bool,
     applied: bool,
 }
 
@@ -67,7 +67,7 @@ impl LogSpace {
     pub fn after_initial_entry(guid: Uuid, offset: u64, length: u64) -> Self {
         let sector = SECTOR as u64;
         assert!(length >= 8 * sector && length.is_multiple_of(sector), "a log of {length} bytes");
-        let first = Round { id: 0, start: 0, first_sequence: 1, tail: 0, applied: true };
+        let first = Round { id: 0, start: 0, first_sequence: 1, tail: 0, synced: true, applied: true };
         let live = VecDeque::from([first]);
         Self { guid, offset, length, head: sector, next_sequence: 2, stable_tail: 0, live, next_round: 1 }
     }
@@ -90,6 +90,7 @@ impl LogSpace {
         assert!((1..=round_pages(self.length)).contains(&pages), "{pages} pages are no round");
         assert!(self.fits(pages), "a round of {pages} pages leaves the log");
         assert!(self.live.len() <= 1, "one round at most is not durable in place when the next is placed");
+        assert!(self.live.iter().all(|round| round.synced), "the round before is durable in the log");
         let (start, first_sequence, tail) = (self.head, self.next_sequence, self.tail());
         let mut left = pages;
         let mut placements = Vec::new();
@@ -100,8 +101,10 @@ impl LogSpace {
             self.head += (1 + pages as u64) * SECTOR as u64;
             left -= pages;
         }
-        self.live.push_back(Round { id: self.next_round, start, first_sequence, tail, applied: false });
+        let id = self.next_round;
+        self.live.push_back(Round { id, start, first_sequence, tail, synced: false, applied: false });
         self.next_round += 1;
+        self.check();
         placements
     }
 
@@ -109,21 +112,26 @@ impl LogSpace {
     /// next round overwrites, which is at least as long: its pages are among that one's.
     pub fn withdraw_round(&mut self) {
         let round = self.live.pop_back().expect("a round was placed");
-        assert!(!round.applied, "what is in place was synced before");
+        assert!(!round.synced && !round.applied, "what is durable in the log is not given up");
         (self.head, self.next_sequence) = (round.start, round.first_sequence);
+        self.check();
     }
 
     /// The newest round and with it its Tail are durable.
     pub fn round_synced(&mut self) {
-        self.stable_tail = self.live.back().expect("a round was placed").tail;
+        let round = self.live.back_mut().expect("a round was placed");
+        assert!(!std::mem::replace(&mut round.synced, true), "a round becomes durable once");
+        assert!(self.stable_tail <= round.tail, "the Tail goes forward");
+        self.stable_tail = round.tail;
+        self.check();
     }
 
     /// The newest synced round has been written in place, not yet synced there.
     pub fn round_applied(&mut self) {
-        match self.live.iter_mut().find(|round| !round.applied) {
-            Some(round) => round.applied = true,
-            None => assert!(planted(Plant::StartAgainEarly), "a round was placed"),
-        }
+        let round = self.live.iter_mut().find(|round| !round.applied).expect("a round was placed");
+        assert!(round.synced, "pages go in place once their entry is durable");
+        round.applied = true;
+        self.check();
     }
 
     /// The newest round that is in place now, all older ones included; a sync issued now confirms them.
@@ -137,6 +145,21 @@ impl LogSpace {
             let round = self.live.pop_front().expect("just seen");
             assert!(round.applied, "only rounds in place are confirmed");
         }
+        self.check();
+    }
+
+    /// What holds whenever the log has changed.
+    fn check(&self) {
+        let sector = SECTOR as u64;
+        assert!(self.head.is_multiple_of(sector) && self.head <= self.length - FREE_SECTORS * sector);
+        assert!(self.stable_tail <= self.tail() && self.tail() <= self.head, "the Tail lies in the log");
+        let mut newer = (self.next_round, self.head, self.next_sequence);
+        for round in self.live.iter().rev() {
+            assert!(round.id < newer.0 && round.start < newer.1 && round.first_sequence < newer.2);
+            assert!(round.tail <= round.start, "a round's Tail is no newer than the round");
+            newer = (round.id, round.start, round.first_sequence);
+        }
+        assert!(self.live.iter().is_sorted_by_key(|round| !round.applied), "older rounds get there first");
     }
 
     /// Whether the newest synced entry can do without the first sector, where the next log begins: until a header
@@ -218,6 +241,7 @@ mod tests {
     fn a_round_is_not_placed_before_the_last_one_is_settled() {
         let mut log = LogSpace::after_initial_entry(Uuid::from_u128(1), 1 << 20, 1 << 20);
         log.place_round(80);
+        log.round_synced();
         log.place_round(80);
     }
 

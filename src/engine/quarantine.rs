@@ -11,6 +11,9 @@ use std::collections::VecDeque;
 use crate::image::Extent;
 use crate::simulation::{Plant, planted};
 
+/// What is wrong when a batch has left before a cycle has ended that logs it.
+const NOT_DURABLE: &str = "space stays in quarantine until its unmapping is durable";
+
 /// The batches and their two conditions; see the module's head.
 #[derive(Debug, Default)]
 pub struct Quarantine {
@@ -60,20 +63,22 @@ impl Quarantine {
         let id = self.next_id;
         self.next_id += 1;
         let extents = std::mem::take(&mut self.fresh);
-        self.batches.push_back(Batch { id, extents, durable: false, fence: Fence::Wanted });
+        let durable = planted(Plant::ReuseBeforeDurable);
+        self.batches.push_back(Batch { id, extents, durable, fence: Fence::Wanted });
         Some(id)
     }
 
     /// The entries that unmap batch `id` were not written: the next cycle logs its unmappings with later ones.
     pub fn reopen_batch(&mut self, id: u64) {
-        let place = self.batches.iter().position(|batch| batch.id == id).expect("the batch was closed");
+        let place = self.batches.iter().position(|batch| batch.id == id).expect(NOT_DURABLE);
         let batch = self.batches.remove(place).expect("just found");
+        assert!(!batch.durable, "a batch whose unmappings are durable does not come back");
         self.fresh.extend(batch.extents);
     }
 
     /// The entries that unmap batch `id` are durable.
     pub fn batch_durable(&mut self, id: u64) {
-        let batch = self.batches.iter_mut().find(|batch| batch.id == id).expect("the batch was closed");
+        let batch = self.batches.iter_mut().find(|batch| batch.id == id).expect(NOT_DURABLE);
         batch.durable = true;
     }
 
@@ -95,7 +100,7 @@ impl Quarantine {
 
     /// One front has answered the outstanding barrier.
     pub fn barrier_answered(&mut self) {
-        assert!(self.owed > 0, "nobody owed an answer");
+        assert!(self.owed > 0, "a front answers a barrier once");
         self.owed -= 1;
         if self.owed == 0 {
             for batch in self.batches.iter_mut().filter(|batch| batch.fence == Fence::Sent) {
@@ -108,12 +113,12 @@ impl Quarantine {
     pub fn release(&mut self) -> Vec<Extent> {
         let mut released = Vec::new();
         self.batches.retain_mut(|batch| {
-            let durable = batch.durable || planted(Plant::ReuseBeforeDurable);
             let fenced = batch.fence == Fence::Answered || planted(Plant::SkipBarrier);
-            if durable && fenced {
+            let leaves = batch.durable && fenced;
+            if leaves {
                 released.append(&mut batch.extents);
             }
-            !(batch.durable && fenced)
+            !leaves
         });
         merge(released)
     }
@@ -124,7 +129,10 @@ fn merge(mut extents: Vec<Extent>) -> Vec<Extent> {
     let mut merged: Vec<Extent> = Vec::with_capacity(extents.len());
     for extent in extents {
         match merged.last_mut() {
-            Some(last) if last.end() == extent.offset => last.length += extent.length,
+            Some(last) if last.end() >= extent.offset => {
+                assert_eq!(last.end(), extent.offset, "space is in quarantine once");
+                last.length += extent.length;
+            }
             _ => merged.push(extent),
         }
     }

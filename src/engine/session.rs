@@ -122,7 +122,7 @@ impl<D: Disk + 'static> Engine<D> {
         }
         self.write_metadata("writing the first log entry", self.layout.log.offset, bytes).await?;
         self.sync().await?;
-        assert!(self.journal.is_settled() || planted(Plant::StartAgainEarly), "a log that is still needed");
+        assert!(self.journal.is_settled(), "the log starts again while it is needed");
         self.update_headers(|header| header.log_guid = guid).await?;
         self.count(|counters| counters.logs += 1);
         let log = LogSpace::after_initial_entry(guid, self.layout.log.offset, self.layout.log.length);
