@@ -17,6 +17,7 @@ const MAX_GROW_STEP_BYTES: u64 = 1024 * MIB;
 impl<D: Disk + 'static> Engine<D> {
     /// Gives every block of `first..first + count` space; an allocation in progress is joined.
     pub(super) async fn allocate(self: &Rc<Self>, first: u64, count: u64) -> Outcome {
+        self.check_range(first, count);
         for block in first..first + count {
             self.turns.blocks.exclusively(block, self.allocate_block(block)).await?;
         }
@@ -82,12 +83,36 @@ impl<D: Disk + 'static> Engine<D> {
     /// old entry names goes to quarantine.
     pub(super) fn remap(self: &Rc<Self>, block: u64, new: BatEntry) {
         let old = self.shared.map.load(block).entry;
+        self.check_change(old, new);
         self.shared.map.publish(block, new);
         self.dirty.mark(Page::Bat(self.shared.map.page_of(block)));
         if let Some(extent) = self.space_of(old) {
             self.count(|counters| counters.unmapped += 1);
             self.reclaim.lost(extent);
         }
+    }
+
+    /// What every change of a mapping must satisfy. The new space is in use, so that no grant can hand it out again;
+    /// and a block becomes partially present from absent only, with clear bits: old bits would show old data.
+    fn check_change(&self, old: BatEntry, new: BatEntry) {
+        let (state, before) = (new.payload_state(), self.space_of(old));
+        if let Some(extent) = self.space_of(new) {
+            let space = self.space.borrow();
+            assert!(space.is_used(extent.offset..extent.end()), "a block gets space that is taken for it");
+            let file = self.durability.file_length().next_multiple_of(MIB);
+            assert!(extent.end() <= file, "a block gets space that the file has");
+            assert_ne!(before, Some(extent), "a mapping that keeps its space needs no change");
+        }
+        if state == Some(PayloadState::PartiallyPresent) {
+            assert!(self.shared.geometry().is_differencing(), "only a child's blocks are partially present");
+            assert!(before.is_none(), "a block becomes partially present from absent only");
+        }
+    }
+
+    /// The range that a message names was admitted by a front.
+    pub(super) fn check_range(&self, first: u64, count: u64) {
+        let blocks = self.shared.geometry().block_count();
+        assert!(first + count <= blocks, "blocks {first} and {count} more are not on the disk");
     }
 
     /// The space that an entry occupies: a present block's, or the old contents that an undefined or unmapped

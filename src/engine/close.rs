@@ -67,12 +67,14 @@ impl<D: Disk + 'static> Engine<D> {
             self.update_headers(|header| header.log_guid = uuid::Uuid::nil()).await?;
             self.journal.end();
         }
+        assert!(!self.commits.has_waiters(), "no task waits for a cycle of a closed image");
         Ok(())
     }
 
     /// Gives unused space back. The log is empty, and durably so: no replay misses the length, or what was there.
     async fn trim(self: &Rc<Self>) -> Outcome {
         let punched = !planted(Plant::KeepLeaks) && self.give_leaks_back().await;
+        assert!(!self.journal.is_active(), "the file is shortened once no log needs it");
         let end = self.space.borrow().used_end();
         let longer = end < self.durability.file_length();
         if longer {

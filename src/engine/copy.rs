@@ -105,6 +105,8 @@ impl<D: Disk + 'static> Engine<D> {
     async fn put(self: &Rc<Self>, at: u64, bytes: &[u8]) -> Outcome {
         let geometry = self.shared.geometry();
         let block = geometry.block_of_offset(at);
+        let last = geometry.block_of_offset(at + bytes.len() as u64 - 1);
+        assert_eq!(block, last, "what is written at once is in one block");
         self.allocate(block, 1).await?;
         let place = self.shared.map.load(block).entry.offset() + geometry.offset_in_block(at);
         let before = index(place % PAGE_BYTES as u64);

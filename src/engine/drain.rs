@@ -21,6 +21,7 @@ impl Drain {
     /// What is in this counter ends.
     #[inline]
     pub(super) fn leave(&mut self, parity: usize) {
+        debug_assert!(self.under_way[parity] > 0, "what ends has begun");
         self.under_way[parity] -= 1;
     }
 
@@ -38,6 +39,7 @@ impl Drain {
     }
 
     /// Whether who waits is to be answered now, once.
+    #[inline]
     #[must_use]
     pub(super) fn answer(&mut self) -> bool {
         let due = self.owed && self.under_way[self.parity ^ 1] == 0;

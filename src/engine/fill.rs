@@ -23,6 +23,11 @@ impl<D: Disk + 'static> Engine<D> {
 
     /// Puts the content of `block` into `space`, which reads as zero. Nothing changes `block` meanwhile.
     pub(super) async fn fill(self: &Rc<Self>, block: u64, space: Extent) -> Outcome {
+        assert_eq!(
+            space.length,
+            self.shared.geometry().block_size(),
+            "a block is filled in space of its size"
+        );
         let start = block * space.length;
         let end = (start + space.length).min(self.shared.geometry().virtual_size());
         for from in (start..end).step_by(usize::try_from(MIB).expect("1 MiB")) {

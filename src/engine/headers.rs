@@ -24,6 +24,8 @@ impl<D: Disk + 'static> Engine<D> {
     async fn write_headers(self: &Rc<Self>, change: impl FnOnce(&mut Header)) -> Outcome {
         let unchanged = self.headers.borrow().clone();
         self.headers.borrow_mut().change(change);
+        let changed = self.headers.borrow().current().file_write_guid;
+        assert!(!changed.is_nil(), "a header has a FileWriteGuid");
         for slot in 1..=Headers::SLOTS {
             self.check_poison()?;
             let before = self.headers.borrow().clone();

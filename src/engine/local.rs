@@ -57,6 +57,7 @@ pub struct Pass<'a>(&'a Turnstile);
 impl Drop for Pass<'_> {
     fn drop(&mut self) {
         let next = self.0.serving.get() + 1;
+        assert!(next <= self.0.next_ticket.get(), "a pass was handed out");
         self.0.serving.set(next);
         let mut waiting = self.0.waiting.borrow_mut();
         if let Some(place) = waiting.iter().position(|(ticket, _)| *ticket == next) {

@@ -57,6 +57,8 @@ impl Marks {
     /// The data of `sectors` of `block`, which is partially present, is in the file.
     pub(super) fn set(&self, map: &BlockMap, block: u64, sectors: Range<u64>) {
         let geometry = map.geometry();
+        let in_block = geometry.block_size() / u64::from(geometry.logical_sector_size());
+        assert!(!sectors.is_empty() && sectors.end <= in_block, "{sectors:?} of a block");
         let (chunk, bitmaps) = (geometry.chunk_of_block(block), map.bitmaps());
         let first = geometry.bitmap_slice(block).start * 8;
         for page in (first + sectors.start) / SECTORS_PER_PAGE..=(first + sectors.end - 1) / SECTORS_PER_PAGE
@@ -101,7 +103,8 @@ impl Marks {
                 taken.extend((0..PAGES_PER_CHUNK).filter(marked).map(|page| Page::Bitmap { chunk, page }));
             }
         }
-        self.count.fetch_sub(taken.len(), Ordering::AcqRel);
+        let before = self.count.fetch_sub(taken.len(), Ordering::AcqRel);
+        assert!(before >= taken.len(), "a mark is counted before it can be taken");
         taken
     }
 

@@ -224,13 +224,15 @@ impl<D: Disk + 'static> Engine<D> {
 
     /// Takes a message from `front`.
     pub fn receive(self: &Rc<Self>, front: usize, message: ToEngine) {
+        assert!(front < self.fronts.count(), "a message of front {front}, which there is not");
         match message {
             ToEngine::Ask { tag, ask } => {
                 self.open_tasks.update(|count| count + 1);
                 self.start(move |engine| async move {
                     let result = engine.serve(ask).await;
                     engine.fronts.send(front, ToFront::Reply { tag, result });
-                    engine.open_tasks.update(|count| count - 1);
+                    let open = engine.open_tasks.get().checked_sub(1).expect("an ask ends once");
+                    engine.open_tasks.set(open);
                 });
             }
             ToEngine::BarrierDone => {

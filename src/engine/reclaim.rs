@@ -99,6 +99,8 @@ impl<D: Disk + 'static> Engine<D> {
 
     /// Punches space that belongs to nothing and is not free yet, and frees it.
     pub(super) async fn give_back(self: &Rc<Self>, extent: Extent) {
+        let in_use = self.space.borrow().is_used(extent.offset..extent.end());
+        assert!(in_use, "space is not granted to a block while it is punched");
         let punched = if self.shared.can_punch() {
             self.disk.punch(extent.offset, extent.length).await
         } else {

@@ -58,6 +58,7 @@ impl<D: Disk + 'static> Engine<D> {
             self.opening.set(None);
             self.complete_last_unit().await?;
             self.shared.open_session();
+            assert_ne!(self.shared.session(), Session::Idle, "a session goes from idle to open or poisoned");
         }
         drop(turn);
         self.check_poison()
@@ -71,6 +72,12 @@ impl<D: Disk + 'static> Engine<D> {
             (file_write, data_write_guid.unwrap_or_else(|| self.new_guid()))
         });
         self.opening.set(Some(guids));
+        assert!(data_write_guid.is_none_or(|wanted| wanted == guids.1), "a session opens under one GUID");
+        assert_ne!(
+            guids.0,
+            self.headers.borrow().current().file_write_guid,
+            "a session has a GUID of its own"
+        );
         guids
     }
 
@@ -106,8 +113,10 @@ impl<D: Disk + 'static> Engine<D> {
     /// durable before the headers name it, and with it everything that an older log held, which is in place. The
     /// file never has a LogGuid without a valid entry.
     pub(super) async fn begin_log(self: &Rc<Self>) -> Outcome {
+        assert_ne!(self.shared.session(), Session::Idle, "a log belongs to a session");
         assert!(self.journal.spares_first_sector(), "the first sector is still needed");
         let guid = self.new_guid();
+        assert_ne!(guid, self.headers.borrow().current().log_guid, "entries of two logs are told apart");
         let entry = NewEntry {
             sequence_number: 1,
             tail: 0,

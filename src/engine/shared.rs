@@ -78,6 +78,7 @@ impl Shared {
     pub fn mark_written(&self, from: u64, to: u64) {
         let geometry = self.geometry();
         let sector = u64::from(geometry.logical_sector_size());
+        assert!(from < to, "something was written");
         let mut at = from;
         while at < to {
             let block = geometry.block_of_offset(at);

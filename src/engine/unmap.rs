@@ -42,6 +42,7 @@ impl<D: Disk + 'static> Engine<D> {
         count: u64,
         to_zero: impl Fn(&Self, u64) -> bool,
     ) -> Outcome {
+        self.check_range(first, count);
         for block in first..first + count {
             if to_zero(self, block) {
                 let change = async {
