@@ -1,10 +1,10 @@
 //! The image that is served, with its engine and its session.
 
-use std::io;
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use nix::errno::Errno;
 use uuid::Uuid;
 
 use super::fronts::Mailboxes;
@@ -67,7 +67,7 @@ impl ServedImage {
 }
 
 /// The error of an engine that has failed while `doing` something.
-pub(super) fn unclean(doing: &str, errno: i32, poisoned: bool, path: &Path) -> Error {
+pub(super) fn unclean(doing: &str, errno: Errno, poisoned: bool, path: &Path) -> Error {
     if poisoned {
         let message =
             "an earlier failure has stopped all writes, and the image was not closed; flushed data is safe";
@@ -75,5 +75,5 @@ pub(super) fn unclean(doing: &str, errno: i32, poisoned: bool, path: &Path) -> E
             "look for the cause (dmesg, free space); the next `vhdx-ublk add` replays the image's log",
         );
     }
-    Error::io(doing, io::Error::from_raw_os_error(errno)).file(path)
+    Error::io(doing, errno.into()).file(path)
 }

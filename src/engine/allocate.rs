@@ -2,7 +2,9 @@
 
 use std::rc::Rc;
 
-use super::{Engine, Outcome, errno, told};
+use nix::errno::Errno;
+
+use super::{Engine, Outcome, errno, for_guest};
 use crate::disk::Disk;
 use crate::format::MIB;
 use crate::format::bat::{BatEntry, PayloadState};
@@ -75,7 +77,7 @@ impl<D: Disk + 'static> Engine<D> {
     async fn zero_grant(self: &Rc<Self>, extent: Extent) -> Outcome {
         self.disk.zero(extent.offset, extent.length).await.map_err(|error| {
             self.space.borrow_mut().free(extent, false);
-            told(errno(&error))
+            for_guest(errno(&error))
         })
     }
 
@@ -132,12 +134,12 @@ impl<D: Disk + 'static> Engine<D> {
             return Ok(grant);
         }
         if let Err(error) = self.grow_for(length).await {
-            if error != libc::ENOSPC {
+            if error != Errno::ENOSPC {
                 return Err(error);
             }
             self.reclaim().await?;
         }
-        let grant = self.take_space(length).ok_or(libc::ENOSPC);
+        let grant = self.take_space(length).ok_or(Errno::ENOSPC);
         drop(turn);
         grant
     }
@@ -151,7 +153,7 @@ impl<D: Disk + 'static> Engine<D> {
         let end = self.durability.file_length().next_multiple_of(MIB);
         let step = (end / 8).clamp(MIN_GROW_STEP_BYTES, MAX_GROW_STEP_BYTES).next_multiple_of(MIB);
         match self.grow_to(end + length.max(step)).await {
-            Err(libc::ENOSPC) if length < step => self.grow_to(end + length).await,
+            Err(Errno::ENOSPC) if length < step => self.grow_to(end + length).await,
             outcome => outcome,
         }
     }
@@ -160,11 +162,11 @@ impl<D: Disk + 'static> Engine<D> {
     pub(super) async fn grow_to(self: &Rc<Self>, length: u64) -> Outcome {
         assert!(length.is_multiple_of(MIB), "growing to {length}");
         if length > crate::image::MAX_FILE_BYTES {
-            return Err(libc::ENOSPC);
+            return Err(Errno::ENOSPC);
         }
         self.disk.grow(length).await.map_err(|error| match errno(&error) {
-            libc::EFBIG => libc::ENOSPC,
-            other => told(other),
+            Errno::EFBIG => Errno::ENOSPC,
+            other => for_guest(other),
         })?;
         self.count(|counters| counters.grows += 1);
         self.durability.grown(length);

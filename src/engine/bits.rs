@@ -15,6 +15,8 @@
 
 use std::rc::Rc;
 
+use nix::errno::Errno;
+
 use super::{Engine, Outcome, errno};
 use crate::disk::{Disk, PAGE_BYTES};
 use crate::format::bat::{BITMAP_BLOCK_SIZE, BatEntry, PayloadState};
@@ -45,7 +47,7 @@ impl<D: Disk + 'static> Engine<D> {
             let extent = self.find_zeros(BITMAP_BLOCK_SIZE).await?;
             // Once it is named its pages are written in place, for flushes that need no room.
             if !planted(Plant::UnreservedBitmap) {
-                let free = |_: &i32| self.space.borrow_mut().free(extent, false);
+                let free = |_: &Errno| self.space.borrow_mut().free(extent, false);
                 self.reserve(extent).await.inspect_err(free)?;
             }
             self.check_poison()?;

@@ -5,6 +5,8 @@
 
 use std::rc::Rc;
 
+use nix::errno::Errno;
+
 use super::shared::Session;
 use super::{Engine, Outcome, errno};
 use crate::disk::Disk;
@@ -40,7 +42,7 @@ impl<D: Disk + 'static> Engine<D> {
         match self.shared.session() {
             Session::Idle => Ok(()),
             Session::Open => self.close_session().await,
-            Session::Poisoned => Err(libc::EIO),
+            Session::Poisoned => Err(Errno::EIO),
         }
     }
 

@@ -6,8 +6,10 @@
 
 use std::rc::Rc;
 
+use nix::errno::Errno;
+
 use super::run::{Run, Source};
-use super::{Engine, Outcome, errno, told};
+use super::{Engine, Outcome, errno, for_guest};
 use crate::disk::{Buffer, Disk, PAGE_BYTES, ReadDisk};
 use crate::format::MIB;
 use crate::format::bat::{BatEntry, PayloadState};
@@ -34,7 +36,7 @@ impl<D: Disk + 'static> Engine<D> {
             self.check_poison()?;
             if let Some(bytes) = self.content(from, end.min(from + MIB)).await? {
                 let place = space.offset + (from - start);
-                self.disk.write(place, bytes).await.map_err(|error| told(errno(&error)))?;
+                self.disk.write(place, bytes).await.map_err(|error| for_guest(errno(&error)))?;
             }
         }
         Ok(())
@@ -68,7 +70,7 @@ impl<D: Disk + 'static> Engine<D> {
         let end = offset + target.len() as u64;
         let length = disk.length().await.map_err(|error| errno(&error))?;
         if length < end && self.shared.has_lost(layer, length) {
-            return Err(libc::EIO);
+            return Err(Errno::EIO);
         }
         read_sectors(disk, offset, target).await
     }

@@ -4,6 +4,8 @@
 //! one reply; ranges, not blocks, are asked for. With one barrier, one fence and one hold outstanding at most,
 //! `depth + 3` places are enough in either direction, so a push cannot fail and nobody waits for room.
 
+use super::Outcome;
+
 /// From a front to the engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ToEngine {
@@ -65,8 +67,8 @@ pub enum ToFront {
     Reply {
         /// The tag that asked.
         tag: u16,
-        /// `Err` holds a positive `errno`.
-        result: Result<(), i32>,
+        /// What has become of it.
+        result: Outcome,
     },
     /// Answer with [`ToEngine::BarrierDone`] once every piece looked up before this message has ended.
     Barrier,

@@ -52,9 +52,11 @@ mod troubles;
 mod unmap;
 
 use std::cell::{Cell, RefCell};
+use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use nix::errno::Errno;
 use uuid::Uuid;
 
 use crate::disk::{Buffer, Disk};
@@ -71,8 +73,8 @@ use queue::CommitQueue;
 use reclaim::Reclaim;
 use shared::{Session, Shared};
 
-/// What an operation that failed tells its requester: a positive `errno`.
-pub type Outcome<T = ()> = std::result::Result<T, i32>;
+/// What the requester of an operation gets.
+pub type Outcome<T = ()> = std::result::Result<T, Errno>;
 
 /// Where the engine's messages to the fronts go.
 pub trait Fronts {
@@ -265,7 +267,7 @@ impl<D: Disk + 'static> Engine<D> {
         let outcome = self.obey(ask).await;
         match outcome {
             Ok(()) if needs_room => self.shared.troubles().found_room(),
-            Err(errno @ (libc::ENOSPC | libc::EDQUOT)) => {
+            Err(errno @ (Errno::ENOSPC | Errno::EDQUOT)) => {
                 self.shared.troubles().note("making room in the image", errno);
             }
             _ => {}
@@ -291,16 +293,16 @@ impl<D: Disk + 'static> Engine<D> {
     }
 
     fn check_poison(&self) -> Outcome {
-        if self.shared.session() == Session::Poisoned { Err(libc::EIO) } else { Ok(()) }
+        if self.shared.session() == Session::Poisoned { Err(Errno::EIO) } else { Ok(()) }
     }
 
     /// What must not fail has failed. Says so once; from now on every write and flush fails.
-    fn poison(&self, doing: &str, error: &std::io::Error) -> i32 {
+    fn poison(&self, doing: &str, error: &io::Error) -> Errno {
         if self.shared.poison() {
-            self.shared.troubles().note(doing, error.raw_os_error().unwrap_or(libc::EIO));
+            self.shared.troubles().note(doing, errno(error));
             tracing::error!("{doing} failed: {error}; no write or flush will succeed, reads go on");
         }
-        libc::EIO
+        Errno::EIO
     }
 
     /// Writes metadata. A host that refuses it fails whoever waits for it, and nothing else; any other failure
@@ -310,7 +312,7 @@ impl<D: Disk + 'static> Engine<D> {
             Ok(()) => Ok(()),
             Err(error) if is_refusal(errno(&error)) => {
                 self.shared.troubles().note(doing, errno(&error));
-                Err(told(errno(&error)))
+                Err(for_guest(errno(&error)))
             }
             Err(error) => Err(self.poison(doing, &error)),
         }
@@ -331,16 +333,17 @@ impl<D: Disk + 'static> Engine<D> {
 
 /// Whether a host that answers an operation with this `errno` has no room or memory for it, or has not begun it.
 /// Nothing that was written before is lost then. It says nothing of a sync, which is never tried again.
-fn is_refusal(errno: i32) -> bool {
-    [libc::ENOSPC, libc::EDQUOT, libc::ENOMEM, libc::ECANCELED, libc::EAGAIN, libc::EINTR].contains(&errno)
+fn is_refusal(errno: Errno) -> bool {
+    use Errno::{EAGAIN, ECANCELED, EDQUOT, EINTR, ENOMEM, ENOSPC};
+    [ENOSPC, EDQUOT, ENOMEM, ECANCELED, EAGAIN, EINTR].contains(&errno)
 }
 
-/// What the guest is told: its kernel knows no quotas.
-fn told(errno: i32) -> i32 {
-    if errno == libc::EDQUOT { libc::ENOSPC } else { errno }
+/// What a guest gets for it, whose kernel knows no quotas.
+fn for_guest(errno: Errno) -> Errno {
+    if errno == Errno::EDQUOT { Errno::ENOSPC } else { errno }
 }
 
 /// The `errno` of a host error; EIO where it has none.
-fn errno(error: &std::io::Error) -> i32 {
-    error.raw_os_error().unwrap_or(libc::EIO)
+fn errno(error: &io::Error) -> Errno {
+    error.raw_os_error().map_or(Errno::EIO, port::errno)
 }

@@ -5,6 +5,9 @@
 
 use std::sync::Arc;
 
+use nix::errno::Errno;
+
+use super::Outcome;
 use super::message::ToEngine;
 use super::shared::Shared;
 
@@ -77,6 +80,14 @@ pub enum FileOp {
 /// Longest [`FileOp::WriteZeros`]: the size of the loop's one zero buffer.
 pub const MAX_WRITE_ZEROS: u32 = 1 << 20;
 
+/// The `errno` of this number. One that only the kernel knows is EIO: it must not become 0, which is success.
+pub fn errno(number: i32) -> Errno {
+    match Errno::from_raw(number) {
+        Errno::UnknownErrno => Errno::EIO,
+        known => known,
+    }
+}
+
 /// The loop that hosts a front.
 pub trait Port {
     /// Starts file I/O; its end comes back through [`super::front::Front::io_done`], exactly once.
@@ -89,6 +100,6 @@ pub trait Port {
     /// now on is on its images.
     fn change_leaf(&mut self) -> Option<Arc<Shared>>;
 
-    /// Ends the request of `ticket`: bytes done, 0, or a negative `errno`.
-    fn complete(&mut self, ticket: Ticket, result: i32);
+    /// Ends the request of `ticket`: bytes read or written, 0 for other requests, or why it has failed.
+    fn complete(&mut self, ticket: Ticket, result: Outcome<u32>);
 }

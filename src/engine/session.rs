@@ -9,7 +9,7 @@ use uuid::Uuid;
 
 use super::log::LogSpace;
 use super::shared::Session;
-use super::{Engine, Outcome, errno, told};
+use super::{Engine, Outcome, errno, for_guest};
 use crate::disk::{Buffer, Disk, PAGE_BYTES};
 use crate::format::MIB;
 use crate::format::bat::BITMAP_BLOCK_SIZE;
@@ -99,7 +99,7 @@ impl<D: Disk + 'static> Engine<D> {
     /// Has the host fill the holes of `extent`.
     pub(super) async fn reserve(&self, extent: Extent) -> Outcome {
         let reserved = self.disk.reserve(extent.offset, extent.length).await;
-        reserved.map_err(|error| told(errno(&error)))
+        reserved.map_err(|error| for_guest(errno(&error)))
     }
 
     /// A file that does not end on a 1 MiB border, or ends inside its last block, is grown to what its

@@ -6,6 +6,8 @@ use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
+use nix::errno::Errno;
+
 /// See the module's head.
 #[derive(Debug, Default)]
 pub struct Troubles {
@@ -14,10 +16,10 @@ pub struct Troubles {
 }
 
 impl Troubles {
-    /// `doing` has failed with a positive `errno`. That the host is full is logged when that begins.
-    pub fn note(&self, doing: &str, errno: i32) {
-        let error = io::Error::from_raw_os_error(errno);
-        let is_full = matches!(errno, libc::ENOSPC | libc::EDQUOT);
+    /// `doing` has failed with `errno`. That the host is full is logged when that begins.
+    pub fn note(&self, doing: &str, errno: Errno) {
+        let error = io::Error::from(errno);
+        let is_full = matches!(errno, Errno::ENOSPC | Errno::EDQUOT);
         if is_full && !self.host_full.swap(true, Ordering::Relaxed) {
             tracing::warn!("{doing} failed: {error}; writes that need room fail until the host has some");
         }
@@ -50,12 +52,12 @@ mod tests {
     fn a_full_host_is_remembered_until_there_is_room_and_its_error_longer() {
         let troubles = Troubles::default();
         assert!(!troubles.is_host_full() && troubles.last().is_none());
-        troubles.note("growing the image", libc::ENOSPC);
+        troubles.note("growing the image", Errno::ENOSPC);
         assert!(troubles.is_host_full());
         troubles.found_room();
         assert!(!troubles.is_host_full());
         assert!(troubles.last().is_some_and(|text| text.starts_with("growing the image: ")));
-        troubles.note("reading", libc::EIO);
+        troubles.note("reading", Errno::EIO);
         assert!(
             !troubles.is_host_full() && troubles.last().is_some_and(|text| text.starts_with("reading: "))
         );

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use fastrand::Rng;
 use uuid::Uuid;
 use vhdx_ublk::chain::{self, Layer as _, MAX_DEPTH, MAX_NEIGHBOURS, Search};
+use vhdx_ublk::engine::Outcome;
 use vhdx_ublk::engine::front::{Front, MAX_PIECES, Op, Request};
 use vhdx_ublk::engine::message::ToEngine;
 use vhdx_ublk::engine::port::{FileIo, FileOp, PieceId, Port, Ticket};
@@ -165,7 +166,8 @@ impl Port for Files<'_> {
         panic!("a read asks the engine nothing: {message:?}");
     }
 
-    fn complete(&mut self, _: Ticket, result: i32) {
+    fn complete(&mut self, _: Ticket, result: Outcome<u32>) {
+        let result = result.map_or_else(|errno| -(errno as i32), u32::cast_signed);
         assert!(self.result.replace(result).is_none(), "completed once");
     }
 }

@@ -5,6 +5,7 @@
 use std::sync::Arc;
 
 use fastrand::Rng;
+use vhdx_ublk::engine::Outcome;
 use vhdx_ublk::engine::front::{Front, Op, Request};
 use vhdx_ublk::engine::message::{Ask, ToEngine};
 use vhdx_ublk::engine::port::{FileIo, PieceId, Port, Ticket};
@@ -129,7 +130,8 @@ impl Port for Overheard {
         None
     }
 
-    fn complete(&mut self, ticket: Ticket, result: i32) {
+    fn complete(&mut self, ticket: Ticket, result: Outcome<u32>) {
+        let result = result.map_or_else(|errno| -(errno as i32), u32::cast_signed);
         self.completed.push((ticket.tag(), result));
     }
 }

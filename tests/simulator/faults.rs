@@ -6,6 +6,7 @@
 use std::ops::RangeInclusive;
 
 use fastrand::Rng;
+use nix::errno::Errno;
 use vhdx_ublk::engine::front::Op;
 use vhdx_ublk::engine::shared::Session;
 
@@ -159,7 +160,7 @@ impl Run {
         assert_eq!(self.try_one(Op::WriteZeroes { keep_space: false }, 1 << 20), libc::EIO);
         assert_eq!(self.try_one(Op::Read, 4096), 0, "reads go on");
         self.check_cuts();
-        assert_eq!(self.world.try_close(), Err(libc::EIO), "a poisoned image is never closed clean");
+        assert_eq!(self.world.try_close(), Err(Errno::EIO), "a poisoned image is never closed clean");
         self.check_cuts();
     }
 

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use vhdx_ublk::engine::Outcome;
 use vhdx_ublk::engine::front::{Front, MAX_PIECES, Request};
 use vhdx_ublk::engine::message::ToEngine;
 use vhdx_ublk::engine::port::{FileIo, FileOp, PieceId, Port, Ticket};
@@ -53,7 +54,8 @@ impl Port for Ends {
         panic!("a hit asks the engine nothing: {message:?}");
     }
 
-    fn complete(&mut self, _: Ticket, result: i32) {
+    fn complete(&mut self, _: Ticket, result: Outcome<u32>) {
+        let result = result.map_or_else(|errno| -(errno as i32), u32::cast_signed);
         assert!(self.result.replace(result).is_none(), "a request is completed once");
     }
 }

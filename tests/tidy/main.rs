@@ -54,7 +54,7 @@ const UNSAFE: [&str; 8] = [
 
 /// Plants that the simulator asks for, not the program, and plants that are still asked for in several places.
 const PLANTS_OF_THE_SIMULATOR: [&str; 3] = ["LongEntry", "NoFence", "SharedDescription"];
-const PLANTS_IN_PLACES: [(&str, usize); 2] = [("StartAgainEarly", 3), ("TrustKilled", 3)];
+const PLANTS_IN_PLACES: [(&str, usize); 1] = [("TrustKilled", 3)];
 
 /// Words that are not plain English in a manual, and how many are left.
 const BANNED: [&str; 15] = [

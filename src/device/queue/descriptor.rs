@@ -1,18 +1,20 @@
 //! A request as the kernel describes it, turned into a request to the front.
 
 use libublk::sys;
+use nix::errno::Errno;
 
 use crate::device::options::KERNEL_SECTOR_SHIFT;
+use crate::engine::Outcome;
 use crate::engine::front::{Op, Request};
 
 /// The operation's bits in `op_flags`; the bits of the flags are absolute.
 const OP_MASK: u32 = 0xff;
 
-/// The request of a tag. An `Err` is the positive `errno` to complete it with.
+/// The request of a tag. An `Err` is what it is completed with.
 ///
 /// What memory safety needs is checked here: the data fits the tag's buffer. The front checks the range on
 /// the disk.
-pub(super) fn request(descriptor: &sys::ublksrv_io_desc, request_bytes: u32) -> Result<Request, i32> {
+pub(super) fn request(descriptor: &sys::ublksrv_io_desc, request_bytes: u32) -> Outcome<Request> {
     let flag = |bit: u32| descriptor.op_flags & bit != 0;
     let op = match descriptor.op_flags & OP_MASK {
         sys::UBLK_IO_OP_READ => Op::Read,
@@ -21,13 +23,13 @@ pub(super) fn request(descriptor: &sys::ublksrv_io_desc, request_bytes: u32) -> 
         sys::UBLK_IO_OP_FLUSH => return Ok(Request { op: Op::Flush, offset: 0, length: 0 }),
         sys::UBLK_IO_OP_DISCARD => Op::Discard,
         sys::UBLK_IO_OP_WRITE_ZEROES => Op::WriteZeroes { keep_space: flag(sys::UBLK_IO_F_NOUNMAP) },
-        _ => return Err(libc::EOPNOTSUPP),
+        _ => return Err(Errno::EOPNOTSUPP),
     };
-    let offset = descriptor.start_sector.checked_mul(1 << KERNEL_SECTOR_SHIFT).ok_or(libc::EIO)?;
+    let offset = descriptor.start_sector.checked_mul(1 << KERNEL_SECTOR_SHIFT).ok_or(Errno::EIO)?;
     let length = u64::from(descriptor.nr_sectors) << KERNEL_SECTOR_SHIFT;
     let carries_data = matches!(op, Op::Read | Op::Write { .. });
     if length == 0 || carries_data && length > u64::from(request_bytes) {
-        return Err(libc::EIO);
+        return Err(Errno::EIO);
     }
     Ok(Request { op, offset, length })
 }
@@ -40,7 +42,7 @@ mod tests {
         sys::ublksrv_io_desc { op_flags, nr_sectors, start_sector, addr: 0 }
     }
 
-    fn decode(op_flags: u32, start_sector: u64, nr_sectors: u32) -> Result<Request, i32> {
+    fn decode(op_flags: u32, start_sector: u64, nr_sectors: u32) -> Outcome<Request> {
         request(&descriptor(op_flags, start_sector, nr_sectors), 512 << 10)
     }
 
@@ -71,11 +73,11 @@ mod tests {
     fn what_cannot_be_served_is_an_error_and_not_a_panic() {
         for op in [sys::UBLK_IO_OP_WRITE_SAME, sys::UBLK_IO_OP_ZONE_OPEN, sys::UBLK_IO_OP_REPORT_ZONES, 0xff]
         {
-            assert_eq!(decode(op, 0, 1), Err(libc::EOPNOTSUPP));
+            assert_eq!(decode(op, 0, 1), Err(Errno::EOPNOTSUPP));
         }
-        assert_eq!(decode(sys::UBLK_IO_OP_READ, 0, 0), Err(libc::EIO));
-        assert_eq!(decode(sys::UBLK_IO_OP_READ, 1 << 60, 1), Err(libc::EIO));
-        assert_eq!(decode(sys::UBLK_IO_OP_WRITE, 0, 1025), Err(libc::EIO));
+        assert_eq!(decode(sys::UBLK_IO_OP_READ, 0, 0), Err(Errno::EIO));
+        assert_eq!(decode(sys::UBLK_IO_OP_READ, 1 << 60, 1), Err(Errno::EIO));
+        assert_eq!(decode(sys::UBLK_IO_OP_WRITE, 0, 1025), Err(Errno::EIO));
         assert!(decode(sys::UBLK_IO_OP_DISCARD, 0, u32::MAX).is_ok());
     }
 }

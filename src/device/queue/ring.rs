@@ -21,6 +21,7 @@ use std::time::Duration;
 use io_uring::types::{Fd, Fixed};
 use io_uring::{IoUring, opcode, squeue};
 use libublk::sys;
+use nix::errno::Errno;
 use nix::sys::eventfd::EventFd;
 
 use super::buffers::{RequestBuffers, Transfer};
@@ -32,9 +33,10 @@ use crate::device::leaf_handover::LeafHandover;
 use crate::device::mailbox::Sender;
 use crate::device::region::Region;
 use crate::disk::PAGE_BYTES;
+use crate::engine::Outcome;
 use crate::engine::front::{MAX_PIECES, Request};
 use crate::engine::message::ToEngine;
-use crate::engine::port::{FileIo, FileOp, LEAF, MAX_WRITE_ZEROS, PieceId, Port, Ticket};
+use crate::engine::port::{FileIo, FileOp, LEAF, MAX_WRITE_ZEROS, PieceId, Port, Ticket, errno};
 use crate::engine::shared::Shared;
 use crate::error::{Doing, Error, Result};
 
@@ -102,12 +104,12 @@ enum Holder {
 /// What came out of the ring.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Event {
-    /// A request; `Err` is the positive `errno` to complete it with.
+    /// A request; `Err` is what it is completed with.
     Request {
         /// The tag it came for.
         tag: u16,
         /// What the kernel requests.
-        request: std::result::Result<Request, i32>,
+        request: Outcome<Request>,
     },
     /// The tag's command came back without a request, or a command that must not fail did, with this negative
     /// `errno`: there will be no more.
@@ -261,12 +263,12 @@ impl QueueRing {
     pub(super) fn queue(&self) -> u16 {
         self.setup.queue
     }
-    /// Fails a request that no front can begin, with a positive `errno`.
-    pub(super) fn refuse(&mut self, tag: u16, errno: i32) {
-        self.end(tag, -errno);
+    /// Fails a request that no front can begin.
+    pub(super) fn refuse(&mut self, tag: u16, errno: Errno) {
+        self.end(tag, Err(errno));
     }
 
-    fn end(&mut self, tag: u16, result: i32) {
+    fn end(&mut self, tag: u16, result: Outcome<u32>) {
         let before = std::mem::replace(&mut self.holders[usize::from(tag)], Holder::Kernel);
         let Holder::Front { by_command } = before else {
             panic!("a request is completed exactly once (tag {tag}, {before:?})")
@@ -276,6 +278,7 @@ impl QueueRing {
             let entry = self.command(tag, sys::UBLK_U_IO_UNREGISTER_IO_BUF, 0, u64::from(tag)).build();
             self.push(entry.flags(squeue::Flags::SKIP_SUCCESS), Token::Unregister { tag });
         }
+        let result = result.map_or_else(|errno| -(errno as i32), u32::cast_signed);
         self.push_offer(tag, sys::UBLK_U_IO_COMMIT_AND_FETCH_REQ, result);
     }
 
@@ -307,7 +310,7 @@ impl QueueRing {
             let descriptor = self.descriptors.descriptor(usize::from(tag));
             self.request(tag, &descriptor)
         } else {
-            Event::Request { tag, request: Err(-result) }
+            Event::Request { tag, request: Err(errno(-result)) }
         }
     }
 
@@ -405,7 +408,7 @@ impl Port for QueueRing {
         self.setup.sender.send(message);
     }
 
-    fn complete(&mut self, ticket: Ticket, result: i32) {
+    fn complete(&mut self, ticket: Ticket, result: Outcome<u32>) {
         self.end(ticket.tag(), result);
     }
 }

@@ -21,6 +21,8 @@ mod verdict;
 
 use std::sync::Arc;
 
+use nix::errno::Errno;
+
 use self::slot::{Piece, Slots};
 use self::steps::Step;
 use self::verdict::{Verdict, judge};
@@ -29,7 +31,7 @@ use super::message::{Ask, ToEngine, ToFront};
 use super::port::{FileIo, FileOp, LEAF, MAX_WRITE_ZEROS, PieceId, Port, Ticket};
 use super::run::{Run, Source};
 use super::shared::{Session, Shared};
-use super::{is_refusal, told};
+use super::{Outcome, for_guest, is_refusal};
 use crate::simulation::{Plant, planted};
 
 /// Pieces of one request in flight at a time: a request of 1 MiB crosses few blocks, a chain splits finer.
@@ -129,9 +131,9 @@ impl Front {
     pub fn io_done<P: Port>(&mut self, id: PieceId, result: i32, port: &mut P) {
         let piece = *self.slots.piece(id);
         match judge(&piece, result, self.shared.geometry().logical_sector_size()) {
-            Verdict::Done => self.end_piece(id, 0, port),
+            Verdict::Done => self.end_piece(id, Ok(()), port),
             Verdict::Failed(errno) if self.can_flush_instead(piece, errno) => self.flush_instead(id, port),
-            Verdict::Failed(errno) => self.end_piece(id, errno, port),
+            Verdict::Failed(errno) => self.end_piece(id, Err(errno), port),
             Verdict::Continue(rest) => self.resubmit(id, rest, port),
             Verdict::EndOfFile(done) => self.fill_past_end(id, done, port),
             Verdict::Unsupported => self.zero_without_support(id, port),
@@ -195,16 +197,16 @@ impl Front {
         self.parked = parked;
     }
 
-    fn admit(&self, request: Request) -> Result<(), i32> {
+    fn admit(&self, request: Request) -> Outcome {
         let sector = u64::from(self.shared.geometry().logical_sector_size());
-        let end = request.offset.checked_add(request.length).ok_or(libc::EIO)?;
+        let end = request.offset.checked_add(request.length).ok_or(Errno::EIO)?;
         let aligned = request.offset.is_multiple_of(sector) && request.length.is_multiple_of(sector);
         if !aligned || end > self.shared.geometry().virtual_size() {
-            return Err(libc::EIO);
+            return Err(Errno::EIO);
         }
         match request.op {
             Op::Write { .. } | Op::Discard | Op::WriteZeroes { .. } if self.shared.read_only => {
-                Err(libc::EROFS)
+                Err(Errno::EROFS)
             }
             _ => Ok(()),
         }
@@ -217,7 +219,7 @@ impl Front {
             if slot.is_waiting() {
                 return;
             }
-            if slot.error() != 0 || (slot.cursor == slot.past() && slot.request().op != Op::Flush) {
+            if slot.error().is_some() || (slot.cursor == slot.past() && slot.request().op != Op::Flush) {
                 break;
             }
             if slot.live_pieces() == MAX_PIECES {
@@ -236,16 +238,19 @@ impl Front {
         let slot = &mut self.slots[tag];
         let request = *slot.request();
         let reads_only = matches!(request.op, Op::Read) || self.shared.read_only;
-        if slot.error() == 0 && !reads_only && self.shared.session() == Session::Poisoned {
-            slot.fail(libc::EIO);
+        if !reads_only && self.shared.session() == Session::Poisoned {
+            slot.fail(Errno::EIO);
         }
-        if slot.error() == 0 && std::mem::take(&mut slot.flush_at_end) {
+        if slot.error().is_none() && std::mem::take(&mut slot.flush_at_end) {
             return self.ask(tag, Ask::Flush, port);
         }
-        let result = match request.op {
-            _ if slot.error() != 0 => -slot.error(),
-            Op::Read | Op::Write { .. } => i32::try_from(request.length).expect("at most 1 MiB"),
+        let bytes = match request.op {
+            Op::Read | Op::Write { .. } => request.length,
             Op::Flush | Op::Discard | Op::WriteZeroes { .. } => 0,
+        };
+        let result = match slot.error() {
+            None => Ok(u32::try_from(bytes).expect("at most 1 MiB")),
+            Some(errno) => Err(errno),
         };
         let ticket = slot.end();
         self.active -= 1;
@@ -295,7 +300,7 @@ impl Front {
     }
 
     /// Whether a durable write that failed may be done as an ordinary one that joins a flush.
-    fn can_flush_instead(&self, piece: Piece, errno: i32) -> bool {
+    fn can_flush_instead(&self, piece: Piece, errno: Errno) -> bool {
         piece.rest.op == (FileOp::Write { durable: true })
             && is_refusal(errno)
             && !planted(Plant::RefusalPoisons)
@@ -343,7 +348,7 @@ impl Front {
     fn fill_past_end<P: Port>(&mut self, id: PieceId, done: u32, port: &mut P) {
         let rest = self.slots.piece(id).rest;
         if self.shared.has_lost(rest.layer, rest.file_offset + u64::from(done)) {
-            return self.end_piece(id, libc::EIO, port);
+            return self.end_piece(id, Err(Errno::EIO), port);
         }
         let rest = FileIo {
             op: FileOp::FillZero,
@@ -364,22 +369,25 @@ impl Front {
             self.shared.forget_zero_range();
         }
         if advisory {
-            return self.end_piece(id, 0, port);
+            return self.end_piece(id, Ok(()), port);
         }
         self.resubmit(id, FileIo { op: self.zeroing_op(rest.length, true), ..rest }, port);
     }
 
-    fn end_piece<P: Port>(&mut self, id: PieceId, errno: i32, port: &mut P) {
-        let must_not_fail = errno != 0 && self.slots.piece(id).rest.op == (FileOp::Write { durable: true });
-        if must_not_fail && !planted(Plant::NoPoison) && self.shared.poison() {
-            tracing::error!("a durable write failed with errno {errno}: no write or flush will succeed");
+    fn end_piece<P: Port>(&mut self, id: PieceId, outcome: Outcome, port: &mut P) {
+        if let Err(errno) = outcome
+            && self.slots.piece(id).rest.op == (FileOp::Write { durable: true })
+            && !planted(Plant::NoPoison)
+            && self.shared.poison()
+        {
+            tracing::error!("a durable write failed: {errno}; no write or flush will succeed");
         }
         self.durable_write_ended(id, port);
         let piece = self.slots[id.tag].remove(id.piece);
         self.looked_up.leave(piece.parity);
-        if errno != 0 {
+        if let Err(errno) = outcome {
             self.shared.troubles().note("reading or writing the image", errno);
-            self.slots[id.tag].fail(told(errno));
+            self.slots[id.tag].fail(for_guest(errno));
         } else if let Some((from, to)) = piece.written {
             self.shared.mark_written(from, to);
         }

@@ -2,6 +2,8 @@
 
 use std::ops::{Index, IndexMut};
 
+use nix::errno::Errno;
+
 use super::{MAX_PIECES, Request};
 use crate::engine::port::{FileIo, PieceId, Ticket};
 
@@ -15,8 +17,8 @@ pub(super) struct Slot {
     live_pieces: usize,
     /// An ask is outstanding.
     waiting: bool,
-    /// First error, a positive `errno`; 0 while there is none.
-    error: i32,
+    /// The first error.
+    error: Option<Errno>,
     /// The request is done once a flush is.
     pub(super) flush_at_end: bool,
     /// Asks since the request got on.
@@ -47,7 +49,7 @@ impl Slot {
         pieces: [None; MAX_PIECES],
         live_pieces: 0,
         waiting: false,
-        error: 0,
+        error: None,
         flush_at_end: false,
         asks: 0,
     };
@@ -57,7 +59,7 @@ impl Slot {
         assert!(self.begun.is_none() && self.live_pieces == 0 && !self.waiting, "the tag is busy");
         self.begun = Some((request, ticket));
         self.cursor = request.offset;
-        self.error = 0;
+        self.error = None;
         self.flush_at_end = false;
         self.asks = 0;
     }
@@ -78,15 +80,14 @@ impl Slot {
         self.request().offset + self.request().length
     }
 
-    /// Remembers a positive `errno`, if it is the request's first.
-    pub(super) fn fail(&mut self, errno: i32) {
-        assert!(errno > 0, "errors are positive numbers here");
-        if self.error == 0 {
-            self.error = errno;
-        }
+    /// The request has failed; its first error is the one that counts.
+    pub(super) fn fail(&mut self, errno: Errno) {
+        self.error.get_or_insert(errno);
     }
 
-    pub(super) fn error(&self) -> i32 {
+    /// Why the request has failed.
+    #[inline]
+    pub(super) fn error(&self) -> Option<Errno> {
         self.error
     }
 
@@ -132,7 +133,7 @@ impl Slot {
             None => debug_assert!(self.live_pieces == 0 && !self.waiting, "nothing is done for no request"),
             Some((request, _)) => {
                 debug_assert!(self.live_pieces > 0 || self.waiting, "a request waits for something");
-                debug_assert!(self.error != 0 || (request.offset..=self.past()).contains(&self.cursor));
+                debug_assert!(self.error.is_some() || (request.offset..=self.past()).contains(&self.cursor));
                 let inside = |piece: &Piece| u64::from(piece.rest.length) <= request.length;
                 debug_assert!(self.pieces.iter().flatten().all(inside), "a piece is part of its request");
             }

@@ -3,6 +3,8 @@
 
 use std::ops::Range;
 
+use nix::errno::Errno;
+
 use super::{Front, MAX_LOOKS, MIN_PUNCH_BYTES, Op, submit};
 use crate::engine::message::{Ask, ToEngine};
 use crate::engine::port::{FileIo, FileOp, LEAF, Port};
@@ -173,7 +175,7 @@ impl Front {
             Session::Open => None,
             Session::Idle => Some(self.ask_again(tag, Ask::OpenSession, port)),
             Session::Poisoned => {
-                self.slots[tag].fail(libc::EIO);
+                self.slots[tag].fail(Errno::EIO);
                 Some(Step::Again)
             }
         }
@@ -189,7 +191,7 @@ impl Front {
         let slot = &mut self.slots[tag];
         slot.asks += 1;
         if slot.asks > MAX_ASKS_AGAIN {
-            slot.fail(libc::EIO);
+            slot.fail(Errno::EIO);
             return Step::Again;
         }
         self.ask(tag, ask, port);

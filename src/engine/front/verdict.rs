@@ -1,21 +1,23 @@
 //! What the end of a piece of file I/O means. Nothing here changes anything.
 
+use nix::errno::Errno;
+
 use super::slot::Piece;
-use crate::engine::port::{FileIo, FileOp};
+use crate::engine::port::{FileIo, FileOp, errno};
 
 /// How often one piece is repeated that the host has not begun, or has no memory for.
 const MAX_RETRIES: u8 = 16;
 
 /// What the host says of an operation that it has not begun, or has not ended and can be asked for again.
-const NOT_BEGUN: [i32; 4] = [libc::EAGAIN, libc::EINTR, libc::ENOMEM, libc::ECANCELED];
+const NOT_BEGUN: [Errno; 4] = [Errno::EAGAIN, Errno::EINTR, Errno::ENOMEM, Errno::ECANCELED];
 
 /// See the module's head.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Verdict {
     /// The piece has ended well.
     Done,
-    /// It has failed, with a positive `errno`.
-    Failed(i32),
+    /// It has failed.
+    Failed(Errno),
     /// This is still to be done.
     Continue(FileIo),
     /// The file ends after so many bytes of a read.
@@ -27,20 +29,15 @@ pub(super) enum Verdict {
 /// What `result`, bytes done or a negative `errno`, means for `piece` on a disk with sectors of `sector` bytes.
 #[inline]
 pub(super) fn judge(piece: &Piece, result: i32, sector: u32) -> Verdict {
-    let rest = piece.rest;
-    if NOT_BEGUN.contains(&-result) {
-        return if piece.retries < MAX_RETRIES { Verdict::Continue(rest) } else { Verdict::Failed(-result) };
-    }
-    match rest.op {
-        FileOp::PunchHole | FileOp::ZeroRange => match result {
-            0.. => Verdict::Done,
-            refused if [libc::EOPNOTSUPP, libc::ENOSYS].contains(&-refused) => Verdict::Unsupported,
-            _ if piece.advisory => Verdict::Done,
-            _ => Verdict::Failed(-result),
-        },
-        FileOp::Read | FileOp::FillZero | FileOp::Write { .. } | FileOp::WriteZeros => {
-            u32::try_from(result).map_or(Verdict::Failed(-result), |done| judge_transfer(rest, done, sector))
-        }
+    let (rest, zeroes) = (piece.rest, matches!(piece.rest.op, FileOp::PunchHole | FileOp::ZeroRange));
+    match u32::try_from(result).map_err(|_| errno(-result)) {
+        Ok(_) if zeroes => Verdict::Done,
+        Ok(done) => judge_transfer(rest, done, sector),
+        Err(errno) if NOT_BEGUN.contains(&errno) && piece.retries < MAX_RETRIES => Verdict::Continue(rest),
+        Err(errno) if NOT_BEGUN.contains(&errno) => Verdict::Failed(errno),
+        Err(Errno::EOPNOTSUPP | Errno::ENOSYS) if zeroes => Verdict::Unsupported,
+        Err(_) if piece.advisory => Verdict::Done,
+        Err(errno) => Verdict::Failed(errno),
     }
 }
 
@@ -55,7 +52,7 @@ fn judge_transfer(rest: FileIo, done: u32, sector: u32) -> Verdict {
         return Verdict::EndOfFile(done);
     }
     if whole == 0 {
-        return Verdict::Failed(libc::EIO);
+        return Verdict::Failed(Errno::EIO);
     }
     let advance = if rest.op == FileOp::WriteZeros { 0 } else { whole };
     Verdict::Continue(FileIo {
@@ -82,9 +79,9 @@ mod tests {
     fn an_operation_that_was_not_begun_is_repeated_so_many_times() {
         for errno in NOT_BEGUN {
             let mut again = piece(FileOp::Write { durable: true }, 4096);
-            assert_eq!(judge(&again, -errno, 512), Verdict::Continue(again.rest));
+            assert_eq!(judge(&again, -(errno as i32), 512), Verdict::Continue(again.rest));
             again.retries = MAX_RETRIES;
-            assert_eq!(judge(&again, -errno, 512), Verdict::Failed(errno));
+            assert_eq!(judge(&again, -(errno as i32), 512), Verdict::Failed(errno));
         }
     }
 
@@ -94,7 +91,8 @@ mod tests {
             let mut hole = piece(op, 1 << 20);
             assert_eq!(judge(&hole, 0, 512), Verdict::Done);
             assert_eq!(judge(&hole, -libc::EOPNOTSUPP, 512), Verdict::Unsupported);
-            assert_eq!(judge(&hole, -libc::EIO, 512), Verdict::Failed(libc::EIO));
+            assert_eq!(judge(&hole, -libc::EIO, 512), Verdict::Failed(Errno::EIO));
+            assert_eq!(judge(&hole, -524, 512), Verdict::Failed(Errno::EIO), "a number of the kernel's own");
             hole.advisory = true;
             assert_eq!(judge(&hole, -libc::EIO, 512), Verdict::Done);
         }
@@ -123,7 +121,7 @@ mod tests {
         fn a_short_end_is_the_end_of_a_file_or_a_failure(done in 0..4096_u32, reads in any::<bool>()) {
             let op = if reads { FileOp::Read } else { FileOp::Write { durable: false } };
             let found = judge(&piece(op, 8192), done.cast_signed(), 4096);
-            prop_assert_eq!(found, if reads { Verdict::EndOfFile(done) } else { Verdict::Failed(libc::EIO) });
+            prop_assert_eq!(found, if reads { Verdict::EndOfFile(done) } else { Verdict::Failed(Errno::EIO) });
         }
     }
 }

@@ -283,5 +283,5 @@ async fn parents<F: Files>(
 }
 
 fn told(doing: &str, outcome: Outcome) -> Result<()> {
-    outcome.map_err(std::io::Error::from_raw_os_error).doing(doing)
+    outcome.map_err(std::io::Error::from).doing(doing)
 }

@@ -116,7 +116,8 @@ impl Port for Files {
         panic!("a read asks the engine nothing: {message:?}");
     }
 
-    fn complete(&mut self, _: Ticket, result: i32) {
+    fn complete(&mut self, _: Ticket, result: vhdx_ublk::engine::Outcome<u32>) {
+        let result = result.map_or_else(|errno| -(errno as i32), u32::cast_signed);
         assert!(self.result.replace(result).is_none(), "completed once");
     }
 }

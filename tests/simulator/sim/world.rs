@@ -16,7 +16,7 @@ use vhdx_ublk::engine::front::{Front, Op, Request};
 use vhdx_ublk::engine::message::{ToEngine, ToFront};
 use vhdx_ublk::engine::port::{FileIo, FileOp, LEAF, PieceId, Port, Ticket};
 use vhdx_ublk::engine::shared::{Session, Shared};
-use vhdx_ublk::engine::{Counters, Engine, Fronts, Parent, Setup};
+use vhdx_ublk::engine::{Counters, Engine, Fronts, Outcome, Parent, Setup};
 use vhdx_ublk::format::bat::{BatEntry, PayloadState};
 use vhdx_ublk::image::{
     BlockMap, FoundLog, Image, InitialState, Layout, NewImage, SessionMemory, WritableImage, check,
@@ -251,7 +251,8 @@ impl Port for SimPort<'_> {
         self.to_engine.push_back(message);
     }
 
-    fn complete(&mut self, ticket: Ticket, result: i32) {
+    fn complete(&mut self, ticket: Ticket, result: Outcome<u32>) {
+        let result = result.map_or_else(|errno| -(errno as i32), u32::cast_signed);
         self.completed.push((ticket.tag(), result));
     }
 }
@@ -648,7 +649,7 @@ impl World {
     }
 
     /// Closes the image, clean or not.
-    pub fn try_close(&mut self) -> Result<(), i32> {
+    pub fn try_close(&mut self) -> Outcome {
         self.config.requests = 0;
         self.drain();
         loop {
