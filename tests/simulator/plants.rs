@@ -41,18 +41,17 @@ enum Catch {
 
 /// What catches `planted`.
 fn catch_for(planted: Plant) -> Catch {
+    use Catch::{Assertion, Scenario, Test};
     match planted {
-        Plant::SkipRecyclingSync => {
-            Catch::Assertion("no-punch", "an entry names payload that is not durable")
-        }
+        Plant::SkipRecyclingSync => Assertion("no-punch", "an entry names payload that is not durable"),
         Plant::ReuseBeforeDurable => {
-            Catch::Assertion("no-punch", "space stays in quarantine until its unmapping is durable")
+            Assertion("no-punch", "space stays in quarantine until its unmapping is durable")
         }
-        Plant::SkipGrowthSync => Catch::Assertion("growing", "an entry names space past a stable length"),
-        Plant::ApplyBeforeLog => Catch::Assertion("growing", "pages go in place once their entry is durable"),
-        Plant::StartAgainEarly => Catch::Assertion("flushes", "the log starts again while it is needed"),
-        Plant::SkipBarrier | Plant::SkipZeroFill | Plant::LogLivePage => Catch::Scenario("no-punch"),
-        Plant::UnstableLength => Catch::Scenario("growing"),
+        Plant::SkipGrowthSync => Assertion("growing", "an entry names space past a stable length"),
+        Plant::ApplyBeforeLog => Assertion("growing", "pages go in place once their entry is durable"),
+        Plant::StartAgainEarly => Assertion("flushes", "the log starts again while it is needed"),
+        Plant::SkipBarrier | Plant::SkipZeroFill | Plant::LogLivePage => Scenario("no-punch"),
+        Plant::UnstableLength => Scenario("growing"),
         Plant::EarlyFlush
         | Plant::HeaderBeforeEntry
         | Plant::IgnoreFua
@@ -61,44 +60,44 @@ fn catch_for(planted: Plant) -> Catch {
         | Plant::LateMark
         | Plant::SkipPresent
         | Plant::KeepLeaks
-        | Plant::TrustTail => Catch::Scenario("dynamic"),
-        Plant::KeepLaterEntries | Plant::TailBeforeSync => Catch::Scenario("chunk-border"),
-        Plant::LateCount => Catch::Scenario("again"),
+        | Plant::TrustTail => Scenario("dynamic"),
+        Plant::KeepLaterEntries | Plant::TailBeforeSync => Scenario("chunk-border"),
+        Plant::LateCount => Scenario("again"),
         Plant::NoFence
         | Plant::LateAnnouncement
         | Plant::LateSettlement
         | Plant::TrustKilled
-        | Plant::ForgetPending => Catch::Scenario("killed"),
-        Plant::ForgetUnmapped => Catch::Scenario("killed-no-punch"),
-        Plant::ForgetParents | Plant::SkipFillSync => Catch::Scenario("child-filled"),
+        | Plant::ForgetPending => Scenario("killed"),
+        Plant::ForgetUnmapped => Scenario("killed-no-punch"),
+        Plant::ForgetParents | Plant::SkipFillSync => Scenario("child-filled"),
         Plant::RevealParents
         | Plant::KeepParents
         | Plant::SkipBitsSync
         | Plant::BitsBeforeData
         | Plant::ForgetBits
         | Plant::KeepStaleBits
-        | Plant::EarlyPromotion => Catch::Scenario("child"),
-        Plant::EarlyReliance => Catch::Scenario("child-new"),
-        Plant::EarlyHeld => Catch::Scenario("snapshot"),
-        Plant::ForgetResumedBits => Catch::Scenario("child-killed"),
-        Plant::NoPoison => Catch::Scenario("failed-durable-write"),
-        Plant::TrustHost => Catch::Scenario("killed-and-lost"),
-        Plant::IgnoreBoot => Catch::Test(a_session_from_before_a_power_cut_is_not_taken_over),
-        Plant::IgnoreVersion => Catch::Test(a_session_of_another_layout_is_told_apart),
-        Plant::IgnoreChecksum => Catch::Test(a_damaged_session_is_told_apart),
-        Plant::TrustFirstLook => Catch::Test(a_first_write_survives_zeros_beside_it),
-        Plant::SharedDescription => Catch::Scenario("lost-writes"),
-        Plant::UnseenFailure => Catch::Scenario("lost-cache"),
-        Plant::RefusalPoisons => Catch::Scenario("full"),
-        Plant::UnreservedBitmap => Catch::Scenario("full-child-new"),
+        | Plant::EarlyPromotion => Scenario("child"),
+        Plant::EarlyReliance => Scenario("child-new"),
+        Plant::EarlyHeld => Scenario("snapshot"),
+        Plant::ForgetResumedBits => Scenario("child-killed"),
+        Plant::NoPoison => Scenario("failed-durable-write"),
+        Plant::TrustHost => Scenario("killed-and-lost"),
+        Plant::IgnoreBoot => Test(a_session_from_before_a_power_cut_is_not_taken_over),
+        Plant::IgnoreVersion => Test(a_session_of_another_layout_is_told_apart),
+        Plant::IgnoreChecksum => Test(a_damaged_session_is_told_apart),
+        Plant::TrustFirstLook => Test(a_first_write_survives_zeros_beside_it),
+        Plant::SharedDescription => Scenario("lost-writes"),
+        Plant::UnseenFailure => Scenario("lost-cache"),
+        Plant::RefusalPoisons => Scenario("full"),
+        Plant::UnreservedBitmap => Scenario("full-child-new"),
         Plant::ForgetRefusedPages | Plant::ForgetRefusedRound | Plant::TrustRefusal => {
-            Catch::Scenario("full-copying")
+            Scenario("full-copying")
         }
-        Plant::SkipRefusedSlot => Catch::Scenario("full-copying-flushes"),
-        Plant::NoFlushedOffset => Catch::Test(a_file_that_lost_its_durable_end_is_refused),
-        Plant::NoExtension => Catch::Test(a_length_that_the_log_asks_for_is_restored),
-        Plant::LongEntry => Catch::Test(others_can_read_every_entry),
-        Plant::ReplayBeforeTail => Catch::Test(entries_before_the_tail_are_not_replayed),
+        Plant::SkipRefusedSlot => Scenario("full-copying-flushes"),
+        Plant::NoFlushedOffset => Test(a_file_that_lost_its_durable_end_is_refused),
+        Plant::NoExtension => Test(a_length_that_the_log_asks_for_is_restored),
+        Plant::LongEntry => Test(others_can_read_every_entry),
+        Plant::ReplayBeforeTail => Test(entries_before_the_tail_are_not_replayed),
     }
 }
 
