@@ -179,6 +179,7 @@ impl<E: EngineHandle> Device<E> {
         start_engine: impl FnOnce(EngineEnds) -> Result<E>,
         beginning: Beginning,
     ) -> Result<()> {
+        assert!(self.engine.is_none() && self.cdev.is_none(), "a device comes up once");
         let path = format!("/dev/ublkc{}", self.info.id);
         let cdev = Arc::new(await_node(Path::new(&path), Node::Character)?);
         self.cdev = Some(cdev.clone());

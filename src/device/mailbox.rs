@@ -99,6 +99,7 @@ pub struct EngineEnds {
 ///
 /// If the process has no file descriptor left.
 pub fn mailboxes(queues: u16, depth: u16) -> Result<(EngineEnds, Vec<FrontEnds>)> {
+    assert!(queues > 0 && depth > 0, "{queues} queues of depth {depth}");
     let engine_wake = new_eventfd()?;
     let mut engine = EngineEnds { fronts: Vec::new(), wake: engine_wake.clone() };
     let mut fronts = Vec::new();

@@ -29,7 +29,7 @@ use super::order::{Call, Snapped};
 use super::path;
 use super::reply::{is_connected, reply_to};
 use super::wire::Failure;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Doing, Error, Kind, Locate, Result};
 
 /// The version of the protocol.
 const VERSION: u32 = 1;
@@ -96,12 +96,12 @@ pub(super) fn listen(
     status: impl Fn() -> Status + Clone + Send + 'static,
     pass_on: impl Fn(Call) + Clone + Send + 'static,
 ) -> Result<()> {
-    let failed = |error| Error::io("making the control socket", error).file(path);
+    const FAILED: &str = "making the control socket";
     match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
-        _ => {}
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        removed => removed.doing(FAILED).file(path)?,
     }
-    let listener = UnixListener::bind(path).map_err(failed)?;
+    let listener = UnixListener::bind(path).doing(FAILED).file(path)?;
     let serve = move || {
         confine::become_(Role::Plain);
         let clients = Arc::new(());
@@ -115,7 +115,7 @@ pub(super) fn listen(
             }
         }
     };
-    thread::Builder::new().name("ublk-control".into()).spawn(serve).map(drop).map_err(failed)
+    thread::Builder::new().name("ublk-control".into()).spawn(serve).map(drop).doing(FAILED).file(path)
 }
 
 /// Serves a client on its own thread. Each thread holds one of `clients`.
@@ -186,7 +186,7 @@ fn snapshot_for(stream: &UnixStream, image: PathBuf, pass_on: &impl Fn(Call)) {
 
 fn take_snapshot(stream: &UnixStream, image: PathBuf, pass_on: &impl Fn(Call)) -> Result<Snapped> {
     let path = image.clone();
-    let (reply, awaited) = reply_to(stream).map_err(|error| Error::io("duplicating a descriptor", error))?;
+    let (reply, awaited) = reply_to(stream).doing("duplicating a descriptor")?;
     pass_on(Call { image, reply });
     let gone = |_| {
         Error::new(Kind::Io, "the device was removed, or did not answer in time")
@@ -211,12 +211,11 @@ fn write_answer(stream: &UnixStream, outcome: Result<serde_json::Value>) -> io::
 }
 
 fn json(answer: &impl Serialize) -> Result<serde_json::Value> {
-    serde_json::to_value(answer).map_err(|error| Error::io("writing the answer", error.into()))
+    serde_json::to_value(answer).doing("writing the answer")
 }
 
 fn read_command(stream: &UnixStream) -> Result<Command> {
-    let peer = getsockopt(stream, sockopt::PeerCredentials);
-    let peer = peer.map_err(|errno| Error::io("reading the caller's user", errno.into()))?;
+    let peer = getsockopt(stream, sockopt::PeerCredentials).doing("reading the caller's user")?;
     if peer.uid() != 0 {
         return Err(Error::new(Kind::Permission, "only root may command a daemon"));
     }
@@ -248,7 +247,6 @@ fn parse(line: &str) -> Result<Command> {
 /// Reads a line, up to its end or the end of the stream.
 fn read_line(mut stream: &UnixStream, deadline: Duration) -> Result<String> {
     let until = Instant::now() + deadline;
-    let failed = |error| Error::io("reading from the control socket", error);
     let (mut line, mut part) = (Vec::new(), [0; 4096]);
     while !line.contains(&b'\n') {
         let left = until.saturating_duration_since(Instant::now());
@@ -256,12 +254,12 @@ fn read_line(mut stream: &UnixStream, deadline: Duration) -> Result<String> {
             let message = format!("the other side has not sent a whole line within {} s", deadline.as_secs());
             return Err(Error::new(Kind::Io, message));
         }
-        stream.set_read_timeout(Some(left)).map_err(failed)?;
+        stream.set_read_timeout(Some(left)).doing("reading from the control socket")?;
         match stream.read(&mut part) {
             Ok(0) => break,
             Ok(count) => line.extend_from_slice(&part[..count]),
             Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
-            Err(error) => return Err(failed(error)),
+            Err(error) => return Err(error).doing("reading from the control socket"),
         }
         if line.len() > MAX_LINE_BYTES {
             let message = format!("the line is longer than {MAX_LINE_BYTES} bytes");
@@ -304,16 +302,16 @@ pub fn status(path: &Path) -> Result<Status> {
 }
 
 fn send<T: DeserializeOwned>(path: &Path, command: &Command, patience: Duration) -> Result<T> {
-    let failed = |error| Error::io("talking to the daemon", error).file(path);
-    let stream = connect(path, patience).map_err(failed)?;
-    let command = serde_json::to_value(command).map_err(|error| failed(error.into()))?;
-    write_line(&stream, &Request { version: VERSION, command }).map_err(failed)?;
-    let answer = read_line(&stream, patience).map_err(|error| error.file(path))?;
+    const FAILED: &str = "talking to the daemon";
+    let stream = connect(path, patience).doing(FAILED).file(path)?;
+    let command = serde_json::to_value(command).doing(FAILED)?;
+    write_line(&stream, &Request { version: VERSION, command }).doing(FAILED).file(path)?;
+    let answer = read_line(&stream, patience).file(path)?;
     if answer.is_empty() {
         return Err(Error::new(Kind::Io, "the daemon has ended without an answer").file(path));
     }
-    match serde_json::from_str(&answer).map_err(|error| failed(error.into()))? {
-        Answer::Done(done) => serde_json::from_value(done).map_err(|error| failed(error.into())),
+    match serde_json::from_str(&answer).doing(FAILED).file(path)? {
+        Answer::Done(done) => serde_json::from_value(done).doing(FAILED).file(path),
         Answer::Error(failure) => Err(failure.into()),
     }
 }

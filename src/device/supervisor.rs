@@ -182,6 +182,9 @@ impl Supervisor {
             Err(RecvTimeoutError::Timeout) => return None,
             Err(RecvTimeoutError::Disconnected) => unreachable!("a sender is held here"),
         };
+        if let Event::Queue(queue, Report::Ready | Report::Unready(_)) = &event {
+            assert!(self.starting > 0, "queue {queue} has begun before");
+        }
         match event {
             Event::Queue(_, Report::Ready) => self.starting -= 1,
             Event::Queue(_, Report::Unready(_)) => {

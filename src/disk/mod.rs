@@ -19,6 +19,7 @@ mod place;
 mod plain;
 mod reactor;
 mod ring;
+mod transfer;
 mod unfinished;
 mod uring;
 

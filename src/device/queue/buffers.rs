@@ -126,6 +126,7 @@ impl RequestBuffers {
             }
             Self::InPlace { index, .. } => {
                 let index = if *index == BufferIndex::Tag { tag } else { NO_INDEX };
+                assert!(tag < NO_INDEX, "tag {tag} is no index");
                 let flags = u64::from(sys::UBLK_AUTO_BUF_REG_FALLBACK);
                 (0, Some(u64::from(index) | flags << u16::BITS))
             }

@@ -153,6 +153,7 @@ pub(super) struct QueueRing {
 impl QueueRing {
     /// Makes the ring and its memory. Nothing is submitted yet.
     pub(super) fn new(setup: RingSetup) -> Result<Self> {
+        assert!((1..=MAX_LAYERS).contains(&setup.images.len()), "{} images", setup.images.len());
         let doing = |what: &str| format!("queue {}: {what}", setup.queue);
         let uring = build_ring(setup.depth).doing(doing("making its ring"))?;
         let buffers = RequestBuffers::new(setup.transfer, setup.depth, setup.request_bytes);
@@ -229,10 +230,12 @@ impl QueueRing {
                 Event::Ended { tag, result }
             }
             Token::FileIo(piece) => {
+                assert!(self.file_io_in_flight > 0, "{piece:?} has ended before it was submitted");
                 self.file_io_in_flight -= 1;
                 Event::Io { piece, result }
             }
             Token::Wake => {
+                assert!(self.wake_armed, "the eventfd was read twice");
                 assert_eq!(result, 8, "reading an eventfd that blocks gives its count");
                 self.wake_armed = false;
                 Event::Wake
@@ -373,6 +376,7 @@ impl Port for QueueRing {
     fn submit(&mut self, piece: PieceId, io: FileIo) {
         let FileIo { op, file_offset, length, .. } = io;
         assert!(length > 0, "{piece:?}: I/O of nothing");
+        assert!(usize::from(piece.piece) < MAX_PIECES, "{piece:?} of a request of {MAX_PIECES} pieces");
         self.assert_served(piece.tag);
         let entry = match op {
             FileOp::Read => self.buffers.read(self.image(io.layer), piece.tag, io),
@@ -392,11 +396,14 @@ impl Port for QueueRing {
             FileOp::PunchHole => fallocate(self.image(LEAF), libc::FALLOC_FL_PUNCH_HOLE, file_offset, length),
         };
         self.file_io_in_flight += 1;
+        // Otherwise completions could overflow, see `build_ring`.
+        assert!(self.file_io_in_flight <= self.holders.len() * MAX_PIECES, "a piece is submitted twice");
         self.push(entry, Token::FileIo(piece));
     }
 
     fn change_leaf(&mut self) -> Option<Arc<Shared>> {
         let leaf = self.setup.handover.newer_than(self.layers)?;
+        assert!(self.layers < MAX_LAYERS, "a snapshot of a chain with as many layers as there are slots");
         let slot = FIRST_IMAGE + u32::try_from(self.layers).expect("at most 256");
         let updated = self.uring.submitter().register_files_update(slot, &[leaf.file.as_fd().as_raw_fd()]);
         assert!(matches!(updated, Ok(1)), "a reserved slot takes a file: {updated:?}");

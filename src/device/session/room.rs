@@ -68,12 +68,14 @@ pub(super) struct Reserved {
 impl Reserved {
     /// Maps the first `count` words of the file.
     pub(super) fn map(self, count: usize) -> io::Result<SessionMemory> {
+        assert!(count >= HEADER_WORDS, "a session of {count} words");
         let words = shared_words(&self.file, count)?;
         Ok(SessionMemory::shared(words, Arc::new(move |range| self.reserve(range))))
     }
 
     /// Reserves room for a range of words.
     pub(super) fn reserve(&self, words: Range<usize>) -> io::Result<()> {
+        assert!(words.start < words.end, "no room is asked for");
         let bytes = |words: usize| (words * size_of::<AtomicU64>()) as u64;
         if let Some(left) = self.left_free()?
             && left < bytes(words.len())

@@ -41,7 +41,7 @@ use crate::disk::Reactor;
 use crate::engine::Outcome;
 use crate::engine::Parent;
 use crate::engine::shared::Session;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Locate, Result};
 use crate::image::{DEFAULT_BLOCK_SIZE, DEFAULT_LOG_LENGTH, InitialState, NewImage};
 use maker::{Child, ChildRequest};
 
@@ -109,7 +109,7 @@ impl Snapshotter<'_> {
         let Child { file, mut image, memory_alignment, place } = child;
         let (reactor, disk) = (self.reactor, self.reactor.disk(file.clone()));
         let session = reactor.block_on(self.opener.begin(&disk, &place, &mut image));
-        let session = session.map_err(|error| error.file(file.path()))?;
+        let session = session.file(file.path())?;
         let parents: Vec<Arc<_>> =
             std::iter::once(&served.file).chain(served.opened.parents.iter()).cloned().collect();
         let layers = parents.iter().zip(served.engine.shared().layers());
@@ -148,6 +148,8 @@ impl Snapshotter<'_> {
             return Err(error);
         }
         let parent = std::mem::replace(served, child);
+        let layers = |image: &ServedImage| image.engine.shared().layers().count();
+        assert_eq!(layers(served), layers(&parent) + 1, "the child lies on what was served");
         let snapped =
             Snapped { image: served.file.path().into(), parent: parent.file.path().into(), pause_us };
         self.retire(parent);
