@@ -1,4 +1,7 @@
-"""beat.py DEVICE STOP: writes 4 KiB past the cache every 50 ms until the file STOP is there; prints the longest time, ms."""
+"""beat.py DEVICE STOP: writes 4 KiB past the cache every 50 ms until the file STOP is there.
+
+Prints the longest time that a write took, ms.
+"""
 
 import mmap
 import os

@@ -1,10 +1,10 @@
 """Talks to a daemon's control socket, in good ways and in bad ones, and prints what it answers.
 
-    control.py SOCKET --say LINE      says a line
-    control.py SOCKET --half LINE     says a line, and that there will be no other
-    control.py SOCKET --silent SECONDS
-    control.py SOCKET --drip          a byte every half second, until the daemon has enough of it (40 s at most)
-    control.py SOCKET --long          a line without an end, until the daemon has enough of it
+control.py SOCKET --say LINE      says a line
+control.py SOCKET --half LINE     says a line, and that there will be no other
+control.py SOCKET --silent SECONDS
+control.py SOCKET --drip          a byte every half second, until the daemon has enough of it (40 s at most)
+control.py SOCKET --long          a line without an end, until the daemon has enough of it
 """
 
 import socket

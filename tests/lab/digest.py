@@ -9,6 +9,7 @@ says. dissect is helped; libvhdi is not: it is wrong where a chunk has no sector
 import hashlib
 import sys
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pyvhdi
@@ -48,7 +49,7 @@ def by_libvhdi(windows: str, paths: list[str]) -> str:
         layer = pyvhdi.file()
         layer.open(path)
         layers.append(layer)
-    for child, parent in zip(layers, layers[1:]):
+    for child, parent in pairwise(layers):
         child.set_parent(parent)
     digest = hashlib.sha256()
     for offset in places(windows, MIB):

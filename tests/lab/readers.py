@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pyvhdi
-from digest import in_whole_bytes
 from dissect.hypervisor.disk.vhdx import VHDX
+
+from digest import in_whole_bytes
 
 MIB = 1 << 20
 SECTOR = 512
@@ -73,7 +74,7 @@ def by_helped_dissect(path: Path, offset: int, length: int) -> bytes:
 def by_libvhdi(path: Path, parent: Path, length: int) -> bytes:
     """At once, and sector by sector, which is the same."""
     layers = [pyvhdi.file(), pyvhdi.file()]
-    for layer, file in zip(layers, (path, parent)):
+    for layer, file in zip(layers, (path, parent), strict=True):
         layer.open(str(file))
     layers[0].set_parent(layers[1])
     found = layers[0].read_buffer_at_offset(length, 0)
@@ -88,7 +89,7 @@ def difference(found: bytes, expected: bytes) -> str | None:
         return None
     if len(found) != len(expected):
         return f"{len(found)} bytes instead of {len(expected)}"
-    equal = next(at for at, (one, other) in enumerate(zip(found, expected)) if one != other)
+    equal = next(at for at, (one, other) in enumerate(zip(found, expected, strict=True)) if one != other)
     return f"{found[equal : equal + 1]!r} instead of {expected[equal : equal + 1]!r} from byte {equal} on"
 
 
@@ -157,7 +158,7 @@ def partly(tool: str, folder: Path) -> None:
     of_middle = [b"B" if owners[b"B"](sector) else b"A" for sector in range(BLOCK_SECTORS)]
     of_leaf = [b"C" if owners[b"C"](sector) else below for sector, below in enumerate(of_middle)]
     middle, leaf = sectors(of_middle), sectors(of_leaf)
-    for path, expected in zip(layers[1:], (middle, leaf)):
+    for path, expected in zip(layers[1:], (middle, leaf), strict=True):
         path.with_suffix(".raw").write_bytes(expected)
     assert by_dissect(layers[1], 0, MIB) == middle, "one partial layer alone it reads right"
     found = by_dissect(layers[2], 0, MIB)

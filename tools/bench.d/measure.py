@@ -83,9 +83,20 @@ def fill(device: Device, region: Region, filled: Filled = Filled.WHOLLY) -> None
     if filled is Filled.EVERY_OTHER_4K:
         how = ["--rw=write:4k", "--bs=4k", "--iodepth=32", f"--io_size={region.length // 2}"]
     run(
-        ["fio", "--name=fill", f"--filename={device.path}", "--ioengine=io_uring", "--direct=1", *how,
-         f"--offset={region.offset}", f"--size={region.length}", "--randseed=1",
-         "--refill_buffers", "--end_fsync=1", "--output=/dev/null"],
+        [
+            "fio",
+            "--name=fill",
+            f"--filename={device.path}",
+            "--ioengine=io_uring",
+            "--direct=1",
+            *how,
+            f"--offset={region.offset}",
+            f"--size={region.length}",
+            "--randseed=1",
+            "--refill_buffers",
+            "--end_fsync=1",
+            "--output=/dev/null",
+        ],
         FILL_TIMEOUT_S,
     )
 
@@ -111,9 +122,17 @@ def fio_arguments(
 ) -> tuple[list[str], float]:
     """fio's command line, and the seconds after which something is wrong."""
     arguments = [
-        f"--name={workload.name}", "--ioengine=io_uring", "--direct=1", f"--rw={workload.pattern}",
-        f"--bs={workload.request}", f"--iodepth={workload.depth}", f"--numjobs={workload.jobs}", "--thread",
-        "--group_reporting", "--percentile_list=50:99", *workload.arguments,
+        f"--name={workload.name}",
+        "--ioengine=io_uring",
+        "--direct=1",
+        f"--rw={workload.pattern}",
+        f"--bs={workload.request}",
+        f"--iodepth={workload.depth}",
+        f"--numjobs={workload.jobs}",
+        "--thread",
+        "--group_reporting",
+        "--percentile_list=50:99",
+        *workload.arguments,
     ]
     if workload.first_writes:
         arguments += [f"--read_iolog={write_logs(workload, device, folder)}", "--replay_no_stall=1"]

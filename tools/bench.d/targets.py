@@ -83,9 +83,7 @@ SYNCS = [
 ]
 
 # A second queue never costs anything.
-QUEUES = [
-    Target(f"4jobs-4k-rand{operation}-qd16", OURS_2Q, (OURS,), at_least=1.0) for operation in ("read", "write")
-]
+QUEUES = [Target(f"4jobs-4k-rand{operation}-qd16", OURS_2Q, (OURS,), at_least=1.0) for operation in ("read", "write")]
 
 # An image that has nothing of a block, or not all of it, is nearly as good as none.
 CHAINS = [

@@ -82,18 +82,38 @@ def hits() -> list[Workload]:
     for operation, verb in (("read", "read"), ("write", "overwrite")):
         for depth in (1, 32):
             found.append(
-                Workload(f"4k-rand{operation}-qd{depth}", f"4 KiB random {verb}, QD {depth}",
-                         f"rand{operation}", 4 * KIB, depth, MAIN)
+                Workload(
+                    f"4k-rand{operation}-qd{depth}",
+                    f"4 KiB random {verb}, QD {depth}",
+                    f"rand{operation}",
+                    4 * KIB,
+                    depth,
+                    MAIN,
+                )
             )
     found.append(
-        Workload("64k-randrw-qd16", "64 KiB random read and overwrite 50:50, QD 16", "randrw", 64 * KIB, 16, MAIN,
-                 arguments=("--rwmixread=50", "--unified_rw_reporting=mixed"))
+        Workload(
+            "64k-randrw-qd16",
+            "64 KiB random read and overwrite 50:50, QD 16",
+            "randrw",
+            64 * KIB,
+            16,
+            MAIN,
+            arguments=("--rwmixread=50", "--unified_rw_reporting=mixed"),
+        )
     )
     for size, text, depth in ((128 * KIB, "128k", 8), (MIB, "1m", 4)):
         for operation, verb in (("read", "read"), ("write", "overwrite")):
             found.append(
-                Workload(f"{text}-seq{operation}-qd{depth}", f"{label(size)} sequential {verb}, QD {depth}",
-                         operation, size, depth, MAIN, unit="MB/s")
+                Workload(
+                    f"{text}-seq{operation}-qd{depth}",
+                    f"{label(size)} sequential {verb}, QD {depth}",
+                    operation,
+                    size,
+                    depth,
+                    MAIN,
+                    unit="MB/s",
+                )
             )
     return found
 
@@ -107,12 +127,31 @@ def empty() -> list[Workload]:
     small, large = Shape(8 * GIB, MIB), Shape(64 * GIB, 32 * MIB)
     common = {"pattern": "randwrite", "request": 4 * KIB, "depth": 32, "measured": MAIN}
     return [
-        Workload("fill", "1 MiB sequential fill of an empty disk, QD 4", "write", MIB, 4, MAIN,
-                 unit="MB/s", amount="region", fresh=Fresh(STANDING)),
-        Workload("first-1m", "4 KiB random first write, blocks of 1 MiB, QD 32",
-                 fresh=Fresh(small), first_writes=FirstWrites(4096), **common),
-        Workload("first-32m", "4 KiB random first write, blocks of 32 MiB, QD 32",
-                 fresh=Fresh(large), first_writes=FirstWrites(2048), **common),
+        Workload(
+            "fill",
+            "1 MiB sequential fill of an empty disk, QD 4",
+            "write",
+            MIB,
+            4,
+            MAIN,
+            unit="MB/s",
+            amount="region",
+            fresh=Fresh(STANDING),
+        ),
+        Workload(
+            "first-1m",
+            "4 KiB random first write, blocks of 1 MiB, QD 32",
+            fresh=Fresh(small),
+            first_writes=FirstWrites(4096),
+            **common,
+        ),
+        Workload(
+            "first-32m",
+            "4 KiB random first write, blocks of 32 MiB, QD 32",
+            fresh=Fresh(large),
+            first_writes=FirstWrites(2048),
+            **common,
+        ),
     ]
 
 
@@ -121,29 +160,55 @@ def synced() -> list[Workload]:
     fresh = Fresh(Shape(8 * GIB, MIB))
     found = []
     for jobs in (1, 16):
-        common = {"pattern": "randwrite", "request": 4 * KIB, "depth": 1, "jobs": jobs, "synced": True,
-                  "measured": systems.COPYING}
+        common = {
+            "pattern": "randwrite",
+            "request": 4 * KIB,
+            "depth": 1,
+            "jobs": jobs,
+            "synced": True,
+            "measured": systems.COPYING,
+        }
         text = f"{jobs} job{'s' if jobs > 1 else ''}"
         found += [
             Workload(f"sync-hit-{jobs}j", f"4 KiB random overwrite + fdatasync, {text}", **common),
-            Workload(f"sync-first-{jobs}j", f"4 KiB random first write + fdatasync, blocks of 1 MiB, {text}",
-                     fresh=fresh, first_writes=FirstWrites(2048 // jobs, synced=True), **common),
+            Workload(
+                f"sync-first-{jobs}j",
+                f"4 KiB random first write + fdatasync, blocks of 1 MiB, {text}",
+                fresh=fresh,
+                first_writes=FirstWrites(2048 // jobs, synced=True),
+                **common,
+            ),
         ]
     return found
 
 
 def trims() -> list[Workload]:
     return [
-        Workload("trim-1m", "1 MiB random trim of written blocks, QD 1", "randtrim", MIB, 1, TRIMMING,
-                 amount="region", fresh=Fresh(STANDING, filled=True))
+        Workload(
+            "trim-1m",
+            "1 MiB random trim of written blocks, QD 1",
+            "randtrim",
+            MIB,
+            1,
+            TRIMMING,
+            amount="region",
+            fresh=Fresh(STANDING, filled=True),
+        )
     ]
 
 
 def queues() -> list[Workload]:
     """Four jobs, because one submitter reaches one queue."""
     return [
-        Workload(f"4jobs-4k-rand{operation}-qd16", f"4 KiB random {verb}, 4 jobs of QD 16", f"rand{operation}",
-                 4 * KIB, 16, QUEUES, jobs=4)
+        Workload(
+            f"4jobs-4k-rand{operation}-qd16",
+            f"4 KiB random {verb}, 4 jobs of QD 16",
+            f"rand{operation}",
+            4 * KIB,
+            16,
+            QUEUES,
+            jobs=4,
+        )
         for operation, verb in (("read", "read"), ("write", "overwrite"))
     ]
 
@@ -151,9 +216,15 @@ def queues() -> list[Workload]:
 def growth() -> list[Workload]:
     """The same requests on images of very different sizes."""
     return [
-        Workload(f"growth-4k-rand{operation}-qd{depth}-{region}",
-                 f"4 KiB random {verb}, QD {depth}, at the disk's {region}",
-                 f"rand{operation}", 4 * KIB, depth, systems.GROWTH, region=region)
+        Workload(
+            f"growth-4k-rand{operation}-qd{depth}-{region}",
+            f"4 KiB random {verb}, QD {depth}, at the disk's {region}",
+            f"rand{operation}",
+            4 * KIB,
+            depth,
+            systems.GROWTH,
+            region=region,
+        )
         for region in ("start", "end")
         for operation, verb in (("read", "read"), ("write", "overwrite"))
         for depth in (1, 32)
@@ -169,11 +240,23 @@ def chains() -> list[Workload]:
     """
     common = {"request": 4 * KIB, "depth": 32}
     return [
-        Workload("chain-4k-randread-qd32", "4 KiB random read through a chain, QD 32", "randread",
-                 measured=(systems.OURS, systems.CHAIN_1, systems.CHAIN_2, systems.CHAIN_5), **common),
-        Workload("chain-4k-randwrite-qd32", "4 KiB random write to half written blocks, QD 32", "randwrite",
-                 measured=(systems.OURS_HALF, systems.CHILD_HALF), amount="region", small=True,
-                 fresh=Fresh(STANDING, filled=True), **common),
+        Workload(
+            "chain-4k-randread-qd32",
+            "4 KiB random read through a chain, QD 32",
+            "randread",
+            measured=(systems.OURS, systems.CHAIN_1, systems.CHAIN_2, systems.CHAIN_5),
+            **common,
+        ),
+        Workload(
+            "chain-4k-randwrite-qd32",
+            "4 KiB random write to half written blocks, QD 32",
+            "randwrite",
+            measured=(systems.OURS_HALF, systems.CHILD_HALF),
+            amount="region",
+            small=True,
+            fresh=Fresh(STANDING, filled=True),
+            **common,
+        ),
     ]
 
 
