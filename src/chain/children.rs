@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use super::path::same_file;
 use super::relative::{Relative, is_made_of};
 use super::search::Search;
+use crate::disk::folder_of;
 use crate::error::Result;
 
 /// The most images of a folder that are looked at: as many as the longest chain has. Each costs a few hundred KiB of
@@ -41,7 +42,7 @@ fn leads_to(child: &dyn Relative, search: &Search, parent: &Path) -> bool {
 
 /// The other files in the folder of `image` that are called as images are, in the order of their names.
 fn neighbours(image: &Path) -> Vec<PathBuf> {
-    let folder = image.parent().unwrap_or(Path::new("."));
+    let folder = folder_of(image);
     let Ok(entries) = fs::read_dir(folder) else { return Vec::new() };
     let is_called_so = |path: &PathBuf| {
         let extension = path.extension().and_then(|extension| extension.to_str());

@@ -7,6 +7,7 @@ use uuid::Uuid;
 use super::open::{recognise, same_sectors};
 use super::relative::Layer;
 use super::search::{Search, is_direct};
+use crate::disk::folder_of;
 use crate::error::{Error, Kind, Result};
 use crate::format::guid;
 use crate::format::locator::{
@@ -52,8 +53,7 @@ pub fn descent_of(path: &Path, data_write_guid: Uuid, disk_id: Uuid, folder: &Pa
 ///
 /// [`Kind::Unsupported`] if the path cannot be told in UTF-16.
 pub fn direct(locator: &mut ParentLocator, child: &Path, parent: &Path) -> Result<()> {
-    let folder = child.parent().unwrap_or(Path::new("/"));
-    locator.set(RELATIVE_PATH, way(folder, parent)?);
+    locator.set(RELATIVE_PATH, way(folder_of(child), parent)?);
     locator.remove(ABSOLUTE_WIN32_PATH);
     locator.remove(VOLUME_PATH);
     Ok(())
@@ -75,7 +75,7 @@ pub fn redirected(
         return Ok(None);
     }
     let mut redirected = locator.clone();
-    redirected.set(RELATIVE_PATH, way(child.parent().unwrap_or(Path::new("/")), parent)?);
+    redirected.set(RELATIVE_PATH, way(folder_of(child), parent)?);
     for key in [ABSOLUTE_WIN32_PATH, VOLUME_PATH] {
         if locator.get(key).is_some_and(|text| search.misleads(text, parent)) {
             redirected.remove(key);

@@ -16,6 +16,6 @@ pub use children::{MAX_NEIGHBOURS, children_beside, is_child};
 pub use kinship::{descent, descent_of, direct, redirected, relinked};
 pub use member::Member;
 pub use open::{MAX_CHAIN_BYTES, MAX_DEPTH, follow_parents, open_parents};
-pub use path::{FileIdentity, PathMap, identity, same_file};
+pub use path::{PathMap, same_file};
 pub use relative::{Known, Layer, Relative, is_made_of};
 pub use search::Search;

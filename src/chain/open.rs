@@ -5,6 +5,7 @@ use std::path::Path;
 use super::path;
 use super::relative::{Relative, is_made_of};
 use super::search::{Candidate, Search};
+use crate::disk::HostFile;
 use crate::error::{Error, Kind, Result};
 use crate::format::guid;
 use crate::format::locator::ParentLocator;
@@ -124,7 +125,7 @@ fn first_fitting<R: Relative>(
 /// An image that is open already would have to be locked against itself.
 fn refuse_cycle(path: &Path, used: &[&Path]) -> Result<()> {
     let identity =
-        |path: &Path| path::identity(path).map_err(|error| Error::io("finding the parent", error).file(path));
+        |path: &Path| HostFile::at(path).map_err(|error| Error::io("finding the parent", error).file(path));
     let found = identity(path)?;
     let used = used.iter().map(|path| identity(path)).collect::<Result<Vec<_>>>()?;
     if used.contains(&found) {

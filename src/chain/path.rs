@@ -1,12 +1,12 @@
 //! Paths that Windows wrote, on this machine.
 
 use std::fs;
-use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use unicode_normalization::UnicodeNormalization;
+
+use crate::disk::HostFile;
 
 /// Where something that Windows knows under a drive letter, a volume or a share is mounted here.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -69,21 +69,9 @@ pub(super) fn name(path: &str) -> Option<String> {
     (!name.is_empty() && name != "." && name != "..").then(|| name.to_owned())
 }
 
-/// What tells one file from another, whatever its names: the device that holds it, and its number there.
-pub type FileIdentity = (u64, u64);
-
-/// The file that `path` leads to now.
-///
-/// # Errors
-///
-/// What the operating system says.
-pub fn identity(path: &Path) -> io::Result<FileIdentity> {
-    fs::metadata(path).map(|found| (found.dev(), found.ino()))
-}
-
 /// Whether both paths lead to one file.
 pub fn same_file(one: &Path, other: &Path) -> bool {
-    matches!((identity(one), identity(other)), (Ok(one), Ok(other)) if one == other)
+    matches!((HostFile::at(one), HostFile::at(other)), (Ok(one), Ok(other)) if one == other)
 }
 
 /// `path`, or what differs from it only in what Windows or another host does not tell apart: the case of letters, and

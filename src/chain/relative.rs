@@ -62,16 +62,18 @@ impl<L: Layer> Relative for L {
     }
 }
 
-/// An image of which only the identity is known.
+/// An image of which only the identity is known; `lock` keeps others from writing it, if it is locked at all.
 #[derive(Clone, Debug)]
-pub struct Known {
+pub struct Known<L = ()> {
     /// What it is.
     pub identity: Identity,
     /// Its file, as an absolute path without symbolic links.
     pub path: PathBuf,
+    /// What keeps it as it is.
+    pub lock: L,
 }
 
-impl Relative for Known {
+impl<L> Relative for Known<L> {
     fn metadata(&self) -> &Metadata {
         &self.identity.metadata
     }

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::path::{self, PathMap};
+use crate::disk::folder_of;
 use crate::format::locator::{ABSOLUTE_WIN32_PATH, ParentLocator, RELATIVE_PATH, VOLUME_PATH};
 
 /// What the user says about where parents are.
@@ -17,7 +18,7 @@ pub struct Search {
 impl Search {
     /// The files that may be the parent that `locator` names, of the child at `child`, likeliest first.
     pub(super) fn candidates(&self, child: &Path, locator: &ParentLocator) -> Vec<Candidate> {
-        let folder = child.parent().unwrap_or(Path::new("."));
+        let folder = folder_of(child);
         let relative = locator.get(RELATIVE_PATH).map(|text| path::join(folder, text));
         let absolute = ABSOLUTE_KEYS.into_iter().filter_map(|key| locator.get(key));
         let absolute = absolute.flat_map(|text| self.mapped(text));
@@ -74,7 +75,7 @@ pub(super) struct Candidate {
 
 /// Whether the relative path in `locator` leads from `child` to `parent`.
 pub(super) fn is_direct(child: &Path, locator: &ParentLocator, parent: &Path) -> bool {
-    let folder = child.parent().unwrap_or(Path::new("."));
+    let folder = folder_of(child);
     let found = locator.get(RELATIVE_PATH).and_then(|text| path::existing(&path::join(folder, text)));
     found.is_some_and(|found| path::same_file(&found, parent))
 }

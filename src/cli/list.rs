@@ -200,7 +200,8 @@ fn row(device: &Row) -> Result<[String; 9]> {
 
 #[cfg(test)]
 mod tests {
-    use vhdx_ublk::device::registry::{Entry, FileId, ProcessId};
+    use vhdx_ublk::device::registry::{Entry, ProcessId};
+    use vhdx_ublk::disk::HostFile;
     use vhdx_ublk::error::{Error, Kind};
 
     use super::*;
@@ -213,7 +214,7 @@ mod tests {
             parents: Vec::new(),
             parent_files: Vec::new(),
             mount_namespace: 0,
-            image_file: FileId { device: 1, inode: 2 },
+            image_file: HostFile { device: 1, inode: 2 },
             daemon: ProcessId { pid: 1234, start_time: 5678, namespace: 0 },
             queues: 2,
             depth: 64,

@@ -11,7 +11,7 @@ use vhdx_ublk::device::engine_thread::EngineThread;
 use vhdx_ublk::device::launch;
 use vhdx_ublk::device::layers::Parents;
 use vhdx_ublk::device::open_image::{NoEngine, OpenImage};
-use vhdx_ublk::device::registry::{Entry, FileId, Listed, State};
+use vhdx_ublk::device::registry::{Entry, Listed, State};
 use vhdx_ublk::device::session::Plan;
 use vhdx_ublk::device::spec::Ready;
 use vhdx_ublk::device::stop::{self, Target};
@@ -152,7 +152,7 @@ impl Recover {
             }
             outcome => outcome.map_err(|error| entry.explain(error))?,
         };
-        let (found, known) = (FileId::of_image(&file), entry.image_file);
+        let (found, known) = (file.identity(), entry.image_file);
         if found == known || found.inode == known.inode && !self.accept_loss {
             return Ok(file);
         }

@@ -3,10 +3,10 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::registry::{Entry, FileId, Listed, RUN_DIRECTORY, Registry, State};
+use super::registry::{Entry, Listed, RUN_DIRECTORY, Registry, State};
 use super::stop::{self, Target};
 use super::{session, usage};
-use crate::disk::{Access, ImageFile};
+use crate::disk::{Access, HostFile, ImageFile};
 use crate::error::{Error, Kind, Result};
 use crate::image::Image;
 use crate::operations::Devices;
@@ -59,15 +59,15 @@ pub fn device_of(path: &Path) -> Option<PathBuf> {
 }
 
 /// The first device that has to do with the file at `path`.
-fn device_with(path: &Path, is_it: impl Fn(&Listed, FileId) -> bool) -> Option<PathBuf> {
-    let file = FileId::of(&fs::metadata(path).ok()?);
+fn device_with(path: &Path, is_it: impl Fn(&Listed, HostFile) -> bool) -> Option<PathBuf> {
+    let file = HostFile::at(path).ok()?;
     let listed = devices().ok()?.into_iter().find(|listed| is_it(listed, file))?;
     Some(listed.entry.device)
 }
 
 /// Which processes have the file at `path` open: `open in fio (pid 123)`. Only root sees all of them.
 pub fn processes(path: &Path) -> Vec<String> {
-    fs::metadata(path).map(|found| usage::of_file(FileId::of(&found))).unwrap_or_default()
+    fs::metadata(path).map(|found| usage::of_file(HostFile::of(&found))).unwrap_or_default()
 }
 
 /// The devices that the registry knows of.
@@ -91,7 +91,7 @@ impl Devices for Claims {
 
     fn refuse_abandoned(&self, image: &ImageFile, access: Access) -> Result<()> {
         // The path may name another file by now.
-        let file = FileId::of_image(image);
+        let file = image.identity();
         let both_read = |listed: &Listed| listed.entry.read_only && access == Access::ReadOnly;
         let concerns =
             |listed: &Listed| listed.may_be_abandoned() && !both_read(listed) && listed.entry.reads(file);

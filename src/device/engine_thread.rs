@@ -243,12 +243,11 @@ mod tests {
     use uuid::Uuid;
 
     use super::super::mailbox::mailboxes;
-    use super::super::registry::FileId;
     use super::super::session::place_of;
     use super::super::testing::{Bench, answered, receive};
     use super::*;
     use crate::chain::Search;
-    use crate::disk::Access;
+    use crate::disk::{Access, HostFile};
     use crate::engine::message::{Ask, ToEngine};
     use crate::error::{Error, Kind};
     use crate::format::locator::{
@@ -454,7 +453,7 @@ mod tests {
         assert_eq!(locator.get(VOLUME_PATH), Some(r"\\?\Volume{1}\disk.vhdx"));
         assert_eq!(locator.get(ABSOLUTE_WIN32_PATH), None, "it is mapped, and leads elsewhere");
         let again = open(Search::default(), || Ok(())).expect("it finds its parent");
-        let parent_id = FileId::of(&fs::metadata(&parent).expect("there"));
+        let parent_id = HostFile::at(&parent).expect("there");
         fs::rename(&parent, parent.with_extension("served")).expect("free");
         fs::write(&parent, "another file").expect("room");
         assert_eq!(again.opened().parent_files(), [parent_id], "what was opened");

@@ -12,10 +12,9 @@ use super::leaf_handover::LeafHandover;
 use super::mailbox::EngineEnds;
 use super::options::Parameters;
 use super::order::Order;
-use super::registry::FileId;
 use super::spec::{DeviceSpec, EngineHandle};
 use crate::chain::Member;
-use crate::disk::{ImageFile, Reactor};
+use crate::disk::{HostFile, ImageFile, Reactor};
 use crate::engine::shared::Shared;
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::format::metadata::{DiskType, Metadata};
@@ -60,8 +59,8 @@ impl OpenImage {
     }
 
     /// The parents as they were opened: another file may have such a path by now.
-    pub(super) fn parent_files(&self) -> Vec<FileId> {
-        self.parents.iter().map(|parent| FileId::of_image(parent)).collect()
+    pub(super) fn parent_files(&self) -> Vec<HostFile> {
+        self.parents.iter().map(|parent| parent.identity()).collect()
     }
 
     /// What [`super::daemon::serve`] needs.
@@ -74,7 +73,7 @@ impl OpenImage {
         Ok(DeviceSpec {
             path: file.path().to_owned(),
             images: files.map(same_description).collect::<Result<_>>()?,
-            image_file: FileId::of_image(file),
+            image_file: file.identity(),
             parents: self.parents.iter().map(|parent| parent.path().to_owned()).collect(),
             parent_files: self.parent_files(),
             shared: self.shared.clone(),

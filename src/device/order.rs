@@ -6,8 +6,8 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::path;
-use super::registry::FileId;
 use super::reply::Reply;
+use crate::disk::HostFile;
 use crate::error::Result;
 
 /// A snapshot that was taken.
@@ -28,11 +28,11 @@ pub struct NewLeaf {
     /// Its path, absolute, without symbolic links.
     pub image: PathBuf,
     /// The same file, independent of its path.
-    pub image_file: FileId,
+    pub image_file: HostFile,
     /// The paths of its parents, nearest first.
     pub parents: Vec<PathBuf>,
     /// The same files, independent of their paths.
-    pub parent_files: Vec<FileId>,
+    pub parent_files: Vec<HostFile>,
     /// Its FileWriteGuid.
     pub file_write_guid: Uuid,
 }

@@ -4,8 +4,8 @@ use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::registry::FileId;
 use super::sysfs::names_in;
+use crate::disk::HostFile;
 
 /// A process.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -67,11 +67,11 @@ impl OpenFile {
 
     /// Whether it is `file`. Since Linux 5.14, `fdinfo` has the inode: no file system is asked that has
     /// nothing to do with the file, and might hang.
-    pub(super) fn is(&self, file: FileId) -> bool {
+    pub(super) fn is(&self, file: HostFile) -> bool {
         // A socket, a pipe and the like have no absolute path.
         self.path().is_some_and(|path| path.is_absolute())
             && self.info("ino:").is_none_or(|inode| inode.parse() == Ok(file.inode))
-            && self.metadata().is_some_and(|found| FileId::of(&found) == file)
+            && self.metadata().is_some_and(|found| HostFile::of(&found) == file)
     }
 }
 
@@ -86,7 +86,7 @@ mod tests {
     fn an_open_file_is_recognised_by_inode_through_any_path() {
         let file = tempfile::NamedTempFile::new().expect("a file");
         let other = tempfile::NamedTempFile::new().expect("a file");
-        let id = |file: &File| FileId::of(&file.metadata().expect("open"));
+        let id = |file: &File| HostFile::of(&file.metadata().expect("open"));
         let this = std::process::id();
         let fd = file.as_file().as_raw_fd().to_string();
         let open = open_files(this).find(|open| open.link.ends_with(&fd)).expect("it is open");

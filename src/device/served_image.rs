@@ -11,9 +11,8 @@ use super::fronts::Mailboxes;
 use super::layers::EngineParents;
 use super::open_image::OpenImage;
 use super::options::Parameters;
-use super::registry::FileId;
 use super::session::SessionFile;
-use crate::disk::{ImageFile, Reactor, UringDisk};
+use crate::disk::{HostFile, ImageFile, Reactor, UringDisk};
 use crate::engine::local::Spawn;
 use crate::engine::shared::Session;
 use crate::engine::{Engine, Setup};
@@ -51,8 +50,8 @@ pub(super) fn open_served(
 
 impl ServedImage {
     /// The image, independent of its path.
-    pub(super) fn image_file(&self) -> FileId {
-        FileId::of_image(&self.file)
+    pub(super) fn image_file(&self) -> HostFile {
+        self.file.identity()
     }
 
     /// Ends the engine before it was started. A session of a killed daemon stays, and so does the image: the

@@ -10,7 +10,7 @@ use uuid::Uuid;
 use super::leaf_handover::LeafHandover;
 use super::options::Parameters;
 use super::order::Order;
-use super::registry::FileId;
+use crate::disk::HostFile;
 use crate::engine::shared::Shared;
 use crate::error::Result;
 
@@ -22,11 +22,11 @@ pub struct DeviceSpec {
     /// use them.
     pub images: Arc<[File]>,
     /// The image, independent of its path.
-    pub image_file: FileId,
+    pub image_file: HostFile,
     /// The parents' paths, absolute, without symbolic links, nearest first.
     pub parents: Vec<PathBuf>,
     /// The same files, independent of their paths.
-    pub parent_files: Vec<FileId>,
+    pub parent_files: Vec<HostFile>,
     /// What the fronts and the engine share.
     pub shared: Arc<Shared>,
     /// The disk as the kernel sees it.

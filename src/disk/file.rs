@@ -26,7 +26,7 @@ use nix::unistd::{Gid, Uid, Whence, fchown, lseek};
 
 use super::open::{Links, Opened, open_again, open_regular};
 use super::ring::{DirectAlignment, direct_alignment};
-use super::{Access, Buffer, lock};
+use super::{Access, Buffer, HostFile, lock};
 use crate::error::{Error, Kind, Result};
 
 /// File systems that write to a new place what is overwritten, by the numbers in their `statfs` (ZFS and bcachefs are
@@ -56,15 +56,14 @@ pub struct ImageFile {
     keeps_errors_by_handle: bool,
     path: PathBuf,
     access: Access,
-    device: u64,
-    inode: u64,
+    identity: HostFile,
 }
 
-/// Another description of the locked `file`, which is `id`, with its lock.
-fn open_to_sync(file: &File, id: (u64, u64)) -> Result<File> {
+/// Another description of the locked `file`, with its lock.
+fn open_to_sync(file: &File, identity: HostFile) -> Result<File> {
     let other = open_again(file, Access::ReadWrite)?;
     let found = other.metadata().map_err(|error| Error::io("looking at the image", error))?;
-    if (found.dev(), found.ino()) != id {
+    if HostFile::of(&found) != identity {
         return Err(
             Error::new(Kind::Io, "/proc/self/fd leads to another file").remedy("mount -t proc proc /proc")
         );
@@ -161,20 +160,19 @@ impl ImageFile {
     /// The file, which is locked, if `path` still names it.
     fn named(file: File, path: &Path, access: Access) -> Result<Self> {
         let looking = |error| Error::io("looking at the image", error);
-        let (ours, named) = (file.metadata().map_err(looking)?, fs::metadata(path).map_err(looking)?);
-        let (device, inode) = (ours.dev(), ours.ino());
-        if (device, inode) != (named.dev(), named.ino()) {
+        let identity = HostFile::of(&file.metadata().map_err(looking)?);
+        if identity != HostFile::at(path).map_err(looking)? {
             let message = "another file has taken its place while it was being opened";
             return Err(Error::new(Kind::InUse, message).remedy("run the command again"));
         }
         // Now, so that it is told of whatever is lost from now on, and before owner and mode change.
         let syncing = match access {
             Access::ReadOnly => None,
-            Access::ReadWrite => Some(open_to_sync(&file, (device, inode))?),
+            Access::ReadWrite => Some(open_to_sync(&file, identity)?),
         };
         let host = fstatfs(&file).map_err(|errno| looking(errno.into()))?.filesystem_type();
         let keeps_errors_by_handle = HOSTS_WITH_HANDLES.contains(&host);
-        Ok(Self { file, syncing, keeps_errors_by_handle, path: path.to_owned(), access, device, inode })
+        Ok(Self { file, syncing, keeps_errors_by_handle, path: path.to_owned(), access, identity })
     }
 
     /// Whether a sync of the writers' own description has to come before that of the other one.
@@ -319,14 +317,9 @@ impl ImageFile {
         self.access
     }
 
-    /// The number of the host device that holds the file; with [`Self::inode`] the file's identity.
-    pub fn device(&self) -> u64 {
-        self.device
-    }
-
-    /// The file's number on its device.
-    pub fn inode(&self) -> u64 {
-        self.inode
+    /// Which file it is, whatever its names.
+    pub fn identity(&self) -> HostFile {
+        self.identity
     }
 
     /// The file's length in bytes.
@@ -496,7 +489,7 @@ mod tests {
         assert_eq!(image.path(), fs::canonicalize(&path).expect("exists"));
         assert_eq!(image.access(), Access::ReadOnly);
         let metadata = fs::metadata(&path).expect("exists");
-        assert_eq!((image.device(), image.inode()), (metadata.dev(), metadata.ino()));
+        assert_eq!(image.identity(), HostFile::of(&metadata));
         assert_eq!(image.length().expect("open"), 10_000);
         assert_eq!(image.host_bytes().expect("open"), metadata.blocks() * 512);
         image.host_room().expect("the file system tells");

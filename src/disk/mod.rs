@@ -13,6 +13,7 @@
 
 mod buffer;
 mod file;
+mod host_file;
 mod lock;
 mod open;
 mod place;
@@ -25,6 +26,7 @@ mod uring;
 
 pub use buffer::{Buffer, PAGE_BYTES};
 pub use file::{HostRoom, ImageFile, PayloadIo, folder_of};
+pub use host_file::HostFile;
 pub use lock::Access;
 pub use open::{Links, Opened, open_regular};
 pub use place::Place;

@@ -17,7 +17,7 @@ use nix::fcntl::{AtFlags, OFlag, openat, renameat};
 use nix::sys::stat::{Mode, fstatat};
 use nix::unistd::{UnlinkatFlags, unlinkat};
 
-use super::{Access, ImageFile, folder_of};
+use super::{Access, HostFile, ImageFile, folder_of};
 use crate::error::{Error, Kind, Result};
 
 /// A name in a folder.
@@ -94,7 +94,9 @@ impl Place {
     /// [`Kind::InUse`] if it is not; what the operating system says.
     pub fn require(&self, file: &ImageFile) -> Result<()> {
         let message = match fstatat(&self.folder, &*self.name, AtFlags::AT_SYMLINK_NOFOLLOW) {
-            Ok(found) if (found.st_dev, found.st_ino) == (file.device(), file.inode()) => return Ok(()),
+            Ok(found) if HostFile { device: found.st_dev, inode: found.st_ino } == file.identity() => {
+                return Ok(());
+            }
             Ok(_) => "another file has taken its place",
             Err(Errno::ENOENT) => "it is not in its folder any longer",
             Err(errno) => return Err(Error::io("looking for the file", errno.into()).file(&self.path)),

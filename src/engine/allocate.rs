@@ -8,7 +8,7 @@ use super::{Engine, Outcome, errno, for_guest};
 use crate::disk::Disk;
 use crate::format::MIB;
 use crate::format::bat::{BatEntry, PayloadState};
-use crate::image::{Extent, Grant, Page};
+use crate::image::{Content, Extent, Grant, Page};
 use crate::simulation::{Plant, planted};
 
 /// How far the file is extended beyond what is needed: an eighth of its length, within these bounds. Each step
@@ -41,7 +41,9 @@ impl<D: Disk + 'static> Engine<D> {
         };
         if !by_sectors && self.needs_parents(old) {
             self.count(|counters| counters.fills += 1);
-            self.fill(block, extent).await.inspect_err(|_| self.space.borrow_mut().free(extent, false))?;
+            self.fill(block, extent)
+                .await
+                .inspect_err(|_| self.space.borrow_mut().free(extent, Content::Recycled))?;
             if !planted(Plant::SkipFillSync) {
                 self.durability.payload_written();
             }
@@ -64,7 +66,7 @@ impl<D: Disk + 'static> Engine<D> {
     /// Space that reads as zero, durably so before an entry names it.
     pub(super) async fn find_zeros(self: &Rc<Self>, length: u64) -> Outcome<Extent> {
         let grant = self.find_space(length).await?;
-        if grant.recycled {
+        if grant.content == Content::Recycled {
             self.count(|counters| counters.recycled_grants += 1);
             if !planted(Plant::SkipZeroFill) {
                 self.zero_grant(grant.extent).await?;
@@ -76,7 +78,7 @@ impl<D: Disk + 'static> Engine<D> {
 
     async fn zero_grant(self: &Rc<Self>, extent: Extent) -> Outcome {
         self.disk.zero(extent.offset, extent.length).await.map_err(|error| {
-            self.space.borrow_mut().free(extent, false);
+            self.space.borrow_mut().free(extent, Content::Recycled);
             for_guest(errno(&error))
         })
     }

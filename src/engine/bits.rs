@@ -20,7 +20,8 @@ use nix::errno::Errno;
 use super::{Engine, Outcome, errno};
 use crate::disk::{Disk, PAGE_BYTES};
 use crate::format::bat::{BITMAP_BLOCK_SIZE, BatEntry, PayloadState};
-use crate::image::{Page, SectorBitmaps};
+use crate::format::index;
+use crate::image::{Content, Page, SectorBitmaps};
 use crate::simulation::{Plant, planted};
 
 impl<D: Disk + 'static> Engine<D> {
@@ -47,7 +48,7 @@ impl<D: Disk + 'static> Engine<D> {
             let extent = self.find_zeros(BITMAP_BLOCK_SIZE).await?;
             // Once it is named its pages are written in place, for flushes that need no room.
             if !planted(Plant::UnreservedBitmap) {
-                let free = |_: &Errno| self.space.borrow_mut().free(extent, false);
+                let free = |_: &Errno| self.space.borrow_mut().free(extent, Content::Recycled);
                 self.reserve(extent).await.inspect_err(free)?;
             }
             self.check_poison()?;
@@ -72,7 +73,6 @@ impl<D: Disk + 'static> Engine<D> {
         let place = place.expect("the chunk has a bitmap");
         let pages = SectorBitmaps::pages(geometry, block);
         let start = pages.start * PAGE_BYTES as u64;
-        let index = |bytes: u64| usize::try_from(bytes).expect("64-bit hosts only");
         let length = index(pages.end - pages.start) * PAGE_BYTES;
         let bytes = self.disk.read(place + start, length).await.map_err(|error| errno(&error))?;
         let slice = geometry.bitmap_slice(block);

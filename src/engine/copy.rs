@@ -10,8 +10,8 @@ use super::fill::read_sectors;
 use super::run::{Place, look};
 use super::{Engine, Outcome, Parent, errno};
 use crate::disk::{Buffer, Disk, PAGE_BYTES};
-use crate::format::MIB;
 use crate::format::bat::PayloadState;
+use crate::format::{MIB, index};
 
 /// Where the bytes of a range are.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -165,8 +165,4 @@ fn locate<D>(layers: &[Parent<D>], from: u64, end: u64) -> (Content, u64) {
         }
     }
     (Content::Below, end)
-}
-
-fn index(bytes: u64) -> usize {
-    usize::try_from(bytes).expect("64-bit hosts only")
 }

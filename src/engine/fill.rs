@@ -11,8 +11,8 @@ use nix::errno::Errno;
 use super::run::{Run, Source};
 use super::{Engine, Outcome, errno, for_guest};
 use crate::disk::{Buffer, Disk, PAGE_BYTES, ReadDisk};
-use crate::format::MIB;
 use crate::format::bat::{BatEntry, PayloadState};
+use crate::format::{MIB, index};
 use crate::image::Extent;
 use crate::simulation::{Plant, planted};
 
@@ -83,8 +83,4 @@ pub(super) async fn read_sectors<D: ReadDisk>(disk: &D, offset: u64, target: &mu
     let pages = disk.read(offset - before, length).await.map_err(|error| errno(&error))?;
     target.copy_from_slice(&pages[index(before)..][..target.len()]);
     Ok(())
-}
-
-fn index(bytes: u64) -> usize {
-    usize::try_from(bytes).expect("64-bit hosts only")
 }

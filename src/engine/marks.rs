@@ -13,7 +13,8 @@ use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
 use crate::disk::PAGE_BYTES;
 use crate::format::bat::Geometry;
-use crate::image::{BlockMap, PAGES_PER_CHUNK, Page};
+use crate::format::index;
+use crate::image::{BlockMap, PAGES_PER_CHUNK, Page, WORD_BITS};
 use crate::simulation::{Plant, planted};
 
 /// The page has changed.
@@ -21,8 +22,6 @@ const MARKED: u32 = 1;
 
 /// One front is about to change the page and has not marked it yet.
 const INSIDE: u32 = 2;
-
-const WORD_BITS: u64 = 64;
 
 /// Sectors whose bits are in one page.
 const SECTORS_PER_PAGE: u64 = 8 * PAGE_BYTES as u64;
@@ -111,10 +110,6 @@ impl Marks {
     fn page(&self, chunk: u64, page: u64) -> &AtomicU32 {
         &self.pages[index(chunk * PAGES_PER_CHUNK + page)]
     }
-}
-
-fn index(count: u64) -> usize {
-    usize::try_from(count).expect("64-bit hosts only")
 }
 
 #[cfg(test)]

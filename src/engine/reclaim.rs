@@ -8,7 +8,7 @@ use super::message::ToFront;
 use super::quarantine::Quarantine;
 use super::{Engine, Outcome};
 use crate::disk::Disk;
-use crate::image::Extent;
+use crate::image::{Content, Extent};
 
 /// Space that blocks have lost, and the work of giving it back.
 #[derive(Default)]
@@ -110,12 +110,12 @@ impl<D: Disk + 'static> Engine<D> {
             Ok(true) => self.durability.punched(extent),
             Ok(false) => {
                 self.shared.forget_punch();
-                self.space.borrow_mut().free(extent, false);
+                self.space.borrow_mut().free(extent, Content::Recycled);
             }
             // The space stays what it is: free, with old bytes in it.
             Err(error) => {
                 tracing::warn!("giving space back to the host failed: {error}");
-                self.space.borrow_mut().free(extent, false);
+                self.space.borrow_mut().free(extent, Content::Recycled);
             }
         }
     }

@@ -9,6 +9,7 @@ use std::rc::Rc;
 use super::message::ToFront;
 use super::{Engine, Outcome};
 use crate::disk::Disk;
+use crate::image::Content;
 use crate::simulation::{Plant, planted};
 
 impl<D: Disk + 'static> Engine<D> {
@@ -24,7 +25,7 @@ impl<D: Disk + 'static> Engine<D> {
         self.await_durable_writes().await;
         self.check_poison()?;
         for extent in self.durability.completed(issued) {
-            self.space.borrow_mut().free(extent, true);
+            self.space.borrow_mut().free(extent, Content::KnownZero);
         }
         self.journal.confirm_applied(applied);
         Ok(())

@@ -57,6 +57,15 @@ pub const MAX_ITEM_LENGTH: u32 = 1 << 20;
 /// anything below 2^64; past this limit it can be nothing but damage.
 pub const MAX_FILE_OFFSET: u64 = u64::MAX >> 1;
 
+const _: () = assert!(usize::BITS == 64, "every offset in a file can be one in memory");
+
+/// A count or an offset as an index into memory.
+#[inline]
+#[expect(clippy::cast_possible_truncation, reason = "asserted above: hosts have 64 bits")]
+pub const fn index(value: u64) -> usize {
+    value as usize
+}
+
 /// Where `length` bytes at `offset` end, unless no file can be that long.
 pub fn range_end(offset: u64, length: u64) -> Option<u64> {
     offset.checked_add(length).filter(|&end| end <= MAX_FILE_OFFSET)

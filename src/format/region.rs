@@ -16,7 +16,7 @@ use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::checksum::{self, Damage};
-use super::{HEADER_SECTION, MIB, first_overlap, guid, range_end};
+use super::{HEADER_SECTION, MIB, first_overlap, guid, index, range_end};
 use crate::error::{Error, Kind, Result};
 
 /// Where the two copies lie in the file, in bytes.
@@ -222,7 +222,7 @@ impl RegionTable {
         assert_eq!(bytes.len(), SIZE, "a copy is read whole");
         let place = |error: Error, at: usize| error.in_structure(NAMES[copy]).at(OFFSETS[copy] + at as u64);
         let (head, rest) = RawTable::ref_from_prefix(bytes).expect("SIZE bytes hold the head");
-        let count = usize::try_from(head.entry_count.get()).unwrap_or(usize::MAX);
+        let count = index(head.entry_count.get().into());
         if count > MAX_ENTRIES {
             let message = format!("{count} regions, at most {MAX_ENTRIES} expected");
             return Err(place(Error::new(Kind::Corrupt, message), 8));
@@ -294,7 +294,7 @@ pub fn without_reserved(copy: &[u8]) -> Option<Vec<u8>> {
     let mut bytes = intact(copy).expect("the copy was accepted").to_vec();
     let (head, rest) = RawTable::mut_from_prefix(&mut bytes).expect("SIZE bytes hold the head");
     head.reserved = U32::new(0);
-    let count = usize::try_from(head.entry_count.get()).expect("64-bit hosts only");
+    let count = index(head.entry_count.get().into());
     let (entries, _) = <[RawEntry]>::mut_from_prefix_with_elems(rest, count).expect("2047 entries fit");
     for entry in entries {
         entry.required = U32::new(entry.required.get() & REQUIRED);

@@ -17,18 +17,13 @@ use uuid::Uuid;
 
 use super::edit::Edit;
 use super::headers::Headers;
-use super::open::{Image, WritableImage, payload_extent, read_table};
-use super::replay;
-use super::view::View;
+use super::open::{BAT_CHUNK_BYTES, Image, WritableImage, payload_extent, read_table};
+use super::view::{View, sync};
 use crate::disk::{Buffer, Disk, PAGE_BYTES, ReadDisk};
 use crate::error::{Error, Kind, Result};
-use crate::format::MIB;
 use crate::format::bat::{BatEntry, ENTRY_SIZE, Geometry};
 use crate::format::log::MAX_DESCRIPTORS_WRITTEN;
 use crate::format::metadata::Metadata;
-
-/// How much of the BAT is written at a time.
-const BAT_CHUNK_BYTES: u64 = MIB;
 
 impl WritableImage {
     /// Gives the image on `disk`, which was not written since it was opened, this `metadata`; opens it
@@ -67,9 +62,9 @@ impl WritableImage {
                 .remedy("copy the image into a new one"));
         }
         let mut headers = Headers::new(&self.header)?;
-        replay::sync(disk).await?;
+        sync(disk).await?;
         let file_write = new_guid();
-        replay::update(disk, &mut headers, |header| header.file_write_guid = file_write).await?;
+        headers.update(disk, |header| header.file_write_guid = file_write).await?;
         for extent in [self.layout.log, self.layout.metadata] {
             let reserved = disk.reserve(extent.offset, extent.length).await;
             reserved.map_err(|error| Error::io("making room for the change", error).at(extent.offset))?;

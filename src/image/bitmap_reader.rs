@@ -9,6 +9,7 @@ use super::view::View;
 use crate::disk::{Buffer, ReadDisk};
 use crate::error::{Error, Kind, Result};
 use crate::format::bat::{PayloadState, Role};
+use crate::format::index;
 
 /// Reads the bits of every partially present block of `map` in its `stored` slots into its bitmaps.
 pub(super) async fn read_bitmaps<D: ReadDisk>(
@@ -72,8 +73,4 @@ fn no_room(error: io::Error) -> Error {
     }
     let message = format!("its sector bitmaps take more than {MAX_BITMAP_BYTES} bytes of memory");
     Error::new(Kind::Unsupported, message).in_structure("BAT").remedy("merge it into its parent")
-}
-
-fn index(count: u64) -> usize {
-    usize::try_from(count).expect("64-bit hosts only")
 }

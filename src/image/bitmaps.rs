@@ -11,9 +11,10 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use zerocopy::FromZeros;
 
-use super::words::Shared;
+use super::words::{Shared, WORD_BITS};
 use crate::disk::PAGE_BYTES;
 use crate::format::bat::{BITMAP_BLOCK_SIZE, Geometry};
+use crate::format::index;
 
 /// The most memory that the bitmaps of one image may take, bytes: a bit per sector of every chunk that has
 /// partially present blocks, so 32 TiB in 512-byte sectors.
@@ -24,8 +25,6 @@ const PAGE: u64 = PAGE_BYTES as u64;
 
 /// Pages of a chunk's bitmap.
 pub const PAGES_PER_CHUNK: u64 = BITMAP_BLOCK_SIZE / PAGE;
-
-const WORD_BITS: u64 = 64;
 
 /// Words of a chunk's bitmap.
 pub(super) const WORDS_PER_CHUNK: usize = (BITMAP_BLOCK_SIZE * 8 / WORD_BITS) as usize;
@@ -196,10 +195,6 @@ impl SectorBitmaps {
 
 fn words_of(bits: &[u8]) -> impl Iterator<Item = u64> {
     bits.as_chunks().0.iter().map(|bytes| u64::from_le_bytes(*bytes))
-}
-
-fn index(count: u64) -> usize {
-    usize::try_from(count).expect("64-bit hosts only")
 }
 
 #[cfg(test)]

@@ -14,6 +14,7 @@ use super::bitmaps::SectorBitmaps;
 use super::memory::SessionMemory;
 use crate::disk::PAGE_BYTES;
 use crate::format::bat::{BatEntry, BitmapState, ENTRY_SIZE, Geometry, Role};
+use crate::format::index;
 
 /// Slots in one 4096-byte BAT page.
 pub const SLOTS_PER_PAGE: u64 = (PAGE_BYTES / size_of::<u64>()) as u64;
@@ -237,12 +238,6 @@ impl BlockMap {
         let word = self.memory.slots()[index(slot)].load(Ordering::Relaxed);
         if self.geometry.is_bitmap_slot(slot) { word } else { word & !DURABLE }
     }
-}
-
-/// A slot number as an index: the map exists, so every slot fits.
-#[inline]
-fn index(slot: u64) -> usize {
-    usize::try_from(slot).expect("64-bit hosts only")
 }
 
 #[cfg(test)]

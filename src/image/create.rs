@@ -7,7 +7,9 @@
 
 use uuid::Uuid;
 
+use super::open::BAT_CHUNK_BYTES;
 use super::space::Extent;
+use super::view::sync;
 use crate::disk::{Buffer, Disk, PAGE_BYTES};
 use crate::error::{Error, Kind, Result};
 use crate::format::bat::{BatEntry, ENTRY_SIZE, Geometry};
@@ -18,9 +20,6 @@ use crate::format::metadata::Metadata;
 use crate::format::region::{self, Region, RegionTable};
 use crate::format::{MAX_VIRTUAL_SIZE, MIB, guid};
 use crate::simulation::log_unit;
-
-/// How much of the BAT is built and written at a time.
-const BAT_CHUNK_BYTES: u64 = MIB;
 
 /// The size of a block of a new image, bytes, where nobody says otherwise: file systems stay small in it.
 pub const DEFAULT_BLOCK_SIZE: u32 = 2 << 20;
@@ -220,8 +219,4 @@ async fn write<D: Disk>(disk: &D, offset: u64, bytes: &[u8]) -> Result<()> {
     let mut buffer = Buffer::zeroed(bytes.len().next_multiple_of(PAGE_BYTES));
     buffer[..bytes.len()].copy_from_slice(bytes);
     disk.write(offset, buffer).await.map_err(|error| Error::io("writing the new image", error).at(offset))
-}
-
-async fn sync<D: Disk>(disk: &D) -> Result<()> {
-    disk.sync().await.map_err(|error| Error::io("syncing the new image", error))
 }

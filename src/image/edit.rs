@@ -10,7 +10,7 @@ use uuid::Uuid;
 
 use super::headers::Headers;
 use super::replay;
-use super::view::file_length;
+use super::view::{file_length, sync};
 use crate::disk::{Buffer, Disk, PAGE_BYTES, ReadDisk};
 use crate::error::{Error, Result};
 use crate::format::MIB;
@@ -61,7 +61,7 @@ impl Edit {
         assert!(!headers.current().needs_replay(), "the log is empty");
         let log_guid = new_guid();
         let length = file_length(disk).await?;
-        replay::sync(disk).await?; // the entry promises this length
+        sync(disk).await?; // the entry promises this length
         let changes: Vec<Change> =
             self.pages.into_iter().map(|(file_offset, page)| Change::Data { file_offset, page }).collect();
         let entry = NewEntry {
@@ -76,7 +76,7 @@ impl Edit {
         let at = headers.current().log_offset;
         let written = disk.write(at, Buffer::copy_of(&entry.encode())).await;
         written.map_err(|error| Error::io("writing a log entry", error).at(at))?;
-        replay::sync(disk).await?;
+        sync(disk).await?;
         headers.change(|header| header.log_guid = log_guid);
         replay::in_place(disk, headers, &[0], new_guid()).await
     }

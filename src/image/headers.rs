@@ -1,7 +1,8 @@
 //! The two headers and the steps of their update.
 
-use crate::disk::Buffer;
-use crate::error::{Error, Result};
+use super::view::sync;
+use crate::disk::{Buffer, Disk};
+use crate::error::{Doing, Error, Locate, Result};
 use crate::format::header::{Current, Header, OFFSETS};
 
 /// Sequence numbers a session may use up: an image beyond this comes from no writer that counts by one.
@@ -51,6 +52,17 @@ impl Headers {
     /// The header as of the last change.
     pub fn current(&self) -> &Header {
         &self.current
+    }
+
+    /// Changes both headers on `disk`, one after the other, each durable before the next.
+    pub(super) async fn update<D: Disk>(&mut self, disk: &D, change: impl FnOnce(&mut Header)) -> Result<()> {
+        self.change(change);
+        for _ in 0..Self::SLOTS {
+            let (offset, page) = self.next_slot();
+            disk.write(offset, page).await.doing("writing a header").at(offset)?;
+            sync(disk).await?;
+        }
+        Ok(())
     }
 
     /// Changes the header in memory.

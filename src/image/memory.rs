@@ -42,6 +42,7 @@ use super::bitmaps::{MAX_BITMAP_BYTES, SectorBitmaps, WORDS_PER_CHUNK};
 use super::words::{Reserve, Shared};
 use crate::disk::PAGE_BYTES;
 use crate::format::bat::Geometry;
+use crate::format::index;
 use crate::simulation::{Plant, planted};
 
 /// Words before the first slot: a page.
@@ -436,10 +437,6 @@ fn check_of(guid: Uuid) -> u64 {
 /// The word with which the sector bitmaps begin.
 fn bitmaps_place(geometry: &Geometry) -> usize {
     SessionMemory::reserved_words(geometry).next_multiple_of(HEADER_WORDS)
-}
-
-fn index(count: u64) -> usize {
-    usize::try_from(count).expect("64-bit hosts only")
 }
 
 #[cfg(test)]

@@ -34,5 +34,5 @@ pub use overlay::Overlay;
 pub use page::Page;
 pub use pending::Pending;
 pub use repair::{Repair, repair};
-pub use space::{Extent, Grant, MAX_FILE_BYTES, Space};
-pub use words::Reserve;
+pub use space::{Content, Extent, Grant, MAX_FILE_BYTES, Space};
+pub use words::{Reserve, WORD_BITS};

@@ -433,8 +433,8 @@ pub(super) async fn read_item<D: ReadDisk>(
     Ok(bytes[within..length].to_vec())
 }
 
-/// How much of the BAT is read at a time.
-pub(super) const BAT_CHUNK_BYTES: u64 = 1 << 20;
+/// How much of the BAT is read or written at a time, bytes.
+pub(super) const BAT_CHUNK_BYTES: u64 = MIB;
 
 async fn read_bat<D: ReadDisk>(
     file: &View<'_, D>,

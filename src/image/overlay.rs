@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use crate::format::log::Change;
-use crate::format::{MIB, PAGE};
+use crate::format::{MIB, PAGE, index};
 
 /// Pages and zeros that lie over the file.
 #[derive(Debug, Default)]
@@ -102,10 +102,6 @@ impl Piece {
             Self::Zero { end } => *end,
         }
     }
-}
-
-fn index(offset: u64) -> usize {
-    usize::try_from(offset).expect("inside a buffer")
 }
 
 #[cfg(test)]

@@ -17,6 +17,7 @@ use super::Headers;
 use super::check::{Examination, MAX_PATCHES, Report, check, examine};
 use super::edit::Edit;
 use super::replay;
+use super::view::sync;
 use crate::disk::{Disk, PAGE_BYTES};
 use crate::error::{Error, Kind, Result};
 use crate::format::bat::ENTRY_SIZE;
@@ -99,7 +100,7 @@ async fn restore_signature<D: Disk>(disk: &D) -> Result<()> {
     let mut page = disk.read(0, PAGE_BYTES).await.map_err(failed)?;
     FileId::restore(&mut page);
     disk.write(0, page).await.map_err(failed)?;
-    replay::sync(disk).await
+    sync(disk).await
 }
 
 /// Gives back what nothing names. The log is empty, and durably so: no replay misses it.
@@ -118,5 +119,5 @@ async fn reclaim<D: Disk>(disk: &D, mended: &Examination) -> Result<()> {
         let cut = disk.truncate(length).await;
         cut.map_err(|error| Error::io(format!("shortening the file to {length} bytes"), error))?;
     }
-    replay::sync(disk).await
+    sync(disk).await
 }

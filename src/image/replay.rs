@@ -11,7 +11,7 @@ use super::headers::Headers;
 use super::log_scan::Log;
 use super::overlay::Overlay;
 use super::space::MAX_FILE_BYTES;
-use super::view::file_length;
+use super::view::{file_length, sync};
 use crate::disk::{Buffer, Disk, ReadDisk};
 use crate::error::{Error, Result};
 use crate::format::MIB;
@@ -55,7 +55,7 @@ pub async fn in_place<D: Disk>(
     if !planted(Plant::TrustKilled) {
         sync(disk).await?;
     }
-    update(disk, headers, |header| header.file_write_guid = file_write_guid).await?;
+    headers.update(disk, |header| header.file_write_guid = file_write_guid).await?;
     let header = headers.current().clone();
     let log = Log::new(disk, &header);
     let mut length = file_length(disk).await?;
@@ -71,7 +71,7 @@ pub async fn in_place<D: Disk>(
         }
     }
     sync(disk).await?;
-    update(disk, headers, |header| header.log_guid = uuid::Uuid::nil()).await
+    headers.update(disk, |header| header.log_guid = uuid::Uuid::nil()).await
 }
 
 async fn apply<D: Disk>(disk: &D, entry: &Entry, length: &mut u64) -> Result<()> {
@@ -110,24 +110,4 @@ fn checked_length(length: u64) -> Result<u64> {
         return Err(Error::corrupt("log entry", message));
     }
     Ok(length.next_multiple_of(MIB))
-}
-
-/// Changes both headers, one after the other, each durable before the next.
-pub(super) async fn update<D: Disk>(
-    disk: &D,
-    headers: &mut Headers,
-    change: impl FnOnce(&mut Header),
-) -> Result<()> {
-    headers.change(change);
-    for _ in 0..Headers::SLOTS {
-        let (offset, page) = headers.next_slot();
-        let result = disk.write(offset, page).await;
-        result.map_err(|error| Error::io("writing a header", error).at(offset))?;
-        sync(disk).await?;
-    }
-    Ok(())
-}
-
-pub(super) async fn sync<D: Disk>(disk: &D) -> Result<()> {
-    disk.sync().await.map_err(|error| Error::io("syncing the image", error))
 }

@@ -16,7 +16,7 @@ use super::block_map::{BlockMap, SLOTS_PER_PAGE};
 use super::memory::{Owner, Place, Session, SessionMemory};
 use super::open::{Image, WritableImage, checked_payload, payload_extent};
 use super::page::Page;
-use super::space::Extent;
+use super::space::{Content, Extent};
 use super::view::View;
 use crate::disk::{Disk, ReadDisk};
 use crate::error::{Error, Kind, Result};
@@ -156,7 +156,7 @@ impl WritableImage {
                 self.space.occupy(extent, "payload block of the session")?;
             }
             match old {
-                Some(extent) if planted(Plant::ForgetUnmapped) => self.space.free(extent, false),
+                Some(extent) if planted(Plant::ForgetUnmapped) => self.space.free(extent, Content::Recycled),
                 old => self.pending.unmapped.extend(old),
             }
         }

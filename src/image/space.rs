@@ -8,8 +8,12 @@
 //! * everything else that is free is *recycled*: it must be zeroed before it is granted, and that zeroing must
 //!   be durable before any log entry names it.
 
+use std::ops::Range;
+
+use fixedbitset::FixedBitSet;
+
 use crate::error::{Error, Kind, Result};
-use crate::format::MIB;
+use crate::format::{MIB, index};
 use crate::simulation::{Plant, planted};
 
 /// The longest file whose space is mapped: twice the largest virtual disk, 2 bits per MiB, 32 MiB of memory.
@@ -30,13 +34,25 @@ impl Extent {
         self.offset + self.length
     }
 
-    fn units(&self) -> std::ops::Range<u64> {
-        assert!(
-            self.offset.is_multiple_of(MIB) && self.length.is_multiple_of(MIB),
-            "{self:?} is not whole MiB"
-        );
-        self.offset / MIB..self.end() / MIB
+    fn units(&self) -> Range<usize> {
+        assert!(self.offset.is_multiple_of(MIB), "{self:?} starts on a MiB");
+        assert!(self.length.is_multiple_of(MIB), "{self:?} is whole MiB long");
+        index(self.offset / MIB)..index(self.end() / MIB)
     }
+
+    fn of_units(units: Range<usize>) -> Self {
+        assert!(units.start <= units.end, "{units:?} runs forward");
+        Self { offset: units.start as u64 * MIB, length: units.len() as u64 * MIB }
+    }
+}
+
+/// What free space reads as after a power cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Content {
+    /// Zeros.
+    KnownZero,
+    /// Anything: it must be zeroed first, and that must be synced before an entry names it.
+    Recycled,
 }
 
 /// Space handed out.
@@ -44,19 +60,20 @@ impl Extent {
 pub struct Grant {
     /// Where.
     pub extent: Extent,
-    /// Not known to be zero: zero it first, and sync before an entry names it.
-    pub recycled: bool,
+    /// What it reads as.
+    pub content: Content,
 }
 
 /// The map; see the module's head.
 #[derive(Clone, Debug)]
 pub struct Space {
-    used: Bits,
-    known_zero: Bits,
+    used: FixedBitSet,
+    /// Free MiB that read as zero after a power cut: never a used one. As long as `used`.
+    known_zero: FixedBitSet,
     /// MiB the file holds, a partial last one included.
-    units: u64,
+    units: usize,
     /// No unit below is free.
-    lowest_free: u64,
+    lowest_free: usize,
 }
 
 impl Space {
@@ -69,11 +86,12 @@ impl Space {
             let message = format!("the file is {file_length} bytes long, this program maps {MAX_FILE_BYTES}");
             return Err(Error::new(Kind::Unsupported, message));
         }
-        let units = file_length.div_ceil(MIB).max(1);
-        let mut space = Self { used: Bits::new(units), known_zero: Bits::new(units), units, lowest_free: 1 };
-        space.used.set(0, true);
+        let units = index(file_length.div_ceil(MIB).max(1));
+        let bits = FixedBitSet::with_capacity(units);
+        let mut space = Self { used: bits.clone(), known_zero: bits, units, lowest_free: 1 };
+        space.used.insert(0);
         if planted(Plant::TrustTail) {
-            (1..units).for_each(|unit| space.known_zero.set(unit, true));
+            space.known_zero.insert_range(1..units);
         }
         Ok(space)
     }
@@ -90,183 +108,145 @@ impl Space {
         if extent.offset.checked_add(extent.length).is_none_or(|end| end > MAX_FILE_BYTES) {
             return Err(Error::corrupt(what, "lies beyond any file this program maps").at(extent.offset));
         }
-        for unit in extent.units() {
-            if self.used.get(unit) {
-                return Err(shared(what, unit, extent));
-            }
-            self.used.set(unit, true);
+        match self.claim(extent) {
+            None => Ok(()),
+            Some(offset) => Err(shared(what, offset, extent)),
         }
-        Ok(())
     }
 
     /// Marks all of `extent` as used, whatever was there; returns the first byte that was used already.
     /// It starts in the file: past the map's limit it reaches by a block at most.
+    #[inline]
     pub fn claim(&mut self, extent: Extent) -> Option<u64> {
-        assert!(extent.offset <= MAX_FILE_BYTES, "the file was measured before");
-        let mut shared = None;
-        for unit in extent.units() {
-            if self.used.get(unit) {
-                shared.get_or_insert(unit * MIB);
-            }
-            self.used.set(unit, true);
-        }
-        shared
+        assert!(extent.offset <= MAX_FILE_BYTES, "{extent:?} starts in the file");
+        let units = extent.units();
+        self.reach(units.end);
+        let shared = self.next(units.clone(), true);
+        self.used.insert_range(units.clone());
+        self.known_zero.remove_range(units);
+        shared.map(|unit| unit as u64 * MIB)
     }
 
     /// The runs of free MiB between used ones, ascending.
     pub fn free_runs(&self) -> impl Iterator<Item = Extent> {
-        let end = self.used_end() / MIB;
+        let end = index(self.used_end() / MIB);
         let mut from = 1;
         std::iter::from_fn(move || {
-            let start = self.used.next_clear(from, end)?;
-            from = self.used.next_set(start)?;
-            Some(Extent { offset: start * MIB, length: (from - start) * MIB })
+            let start = self.next(from..end, false)?;
+            from = self.next(start..end, true).expect("the last MiB below the end is used");
+            Some(Extent::of_units(start..from))
         })
     }
 
     /// Those of the free runs that may hold something: not all of them is known to be zero.
     pub fn unknown_runs(&self) -> impl Iterator<Item = Extent> {
-        self.free_runs().filter(|run| !run.units().all(|unit| self.known_zero.get(unit)))
+        self.free_runs().filter(|run| !self.known_zero.contains_all_in_range(run.units()))
     }
 
-    /// Takes the lowest free run of `length` bytes, if the file has one.
+    /// Takes the lowest free run of `length` bytes, if the file has one: space is used from its start, so that the
+    /// unused end can be cut off.
     pub fn take(&mut self, length: u64) -> Option<Grant> {
-        let count = length / MIB;
-        assert!(count > 0 && length.is_multiple_of(MIB), "space is granted in whole MiB");
+        assert!(length > 0 && length.is_multiple_of(MIB), "{length} bytes are granted in whole MiB");
+        let count = index(length / MIB);
         let first = self.find_run(count)?;
-        let recycled = (first..first + count).any(|unit| !self.known_zero.get(unit));
-        for unit in first..first + count {
-            self.used.set(unit, true);
-            self.known_zero.set(unit, false);
-        }
+        let units = first..first + count;
+        assert!(first > 0 && units.end <= self.units, "{units:?} lies in the file, behind its headers");
+        let known_zero = self.known_zero.contains_all_in_range(units.clone());
+        self.used.insert_range(units.clone());
+        self.known_zero.remove_range(units.clone());
         if first == self.lowest_free {
-            self.lowest_free = first + count;
+            self.lowest_free = units.end;
         }
-        Some(Grant { extent: Extent { offset: first * MIB, length }, recycled })
+        let content = if known_zero { Content::KnownZero } else { Content::Recycled };
+        Some(Grant { extent: Extent::of_units(units), content })
     }
 
-    /// Gives `extent` back; `known_zero` only if it reads as zero after any power cut from now on.
-    pub fn free(&mut self, extent: Extent, known_zero: bool) {
-        for unit in extent.units() {
-            assert!(self.used.get(unit), "MiB {unit} was free already");
-            self.used.set(unit, false);
-            self.known_zero.set(unit, known_zero);
-        }
-        self.lowest_free = self.lowest_free.min(extent.offset / MIB);
+    /// Gives `extent` back; its content is known zero only if it reads as zero after any power cut from now on.
+    pub fn free(&mut self, extent: Extent, content: Content) {
+        let units = extent.units();
+        assert!(units.start > 0, "the header section is always used");
+        assert!(self.used.contains_all_in_range(units.clone()), "{extent:?} is freed once");
+        assert!(!self.known_zero.contains_any_in_range(units.clone()), "used space is not known zero");
+        self.used.remove_range(units.clone());
+        self.known_zero.set_range(units.clone(), content == Content::KnownZero);
+        self.lowest_free = self.lowest_free.min(units.start);
     }
 
     /// The file has been extended to `file_length` bytes by this process; the new part is known zero.
     pub fn extend(&mut self, file_length: u64) {
-        assert!(file_length.is_multiple_of(MIB), "files grow in whole MiB");
-        let units = file_length / MIB;
+        assert!(file_length.is_multiple_of(MIB), "files grow in whole MiB, not to {file_length} bytes");
+        let units = index(file_length / MIB);
+        self.reach(units);
         for unit in self.units..units {
             // A tolerated partial last block is used beyond the end of the file it was found in.
-            if !self.used.get(unit) {
-                self.known_zero.set(unit, true);
-            }
+            self.known_zero.set(unit, !self.used.contains(unit));
         }
         self.units = self.units.max(units);
+        debug_assert!(self.used.is_disjoint(&self.known_zero), "used space is not known zero");
     }
 
     /// End of the last used MiB, bytes.
     pub fn used_end(&self) -> u64 {
-        self.used.last_set().map_or(MIB, |unit| (unit + 1) * MIB)
+        let last = self.used.maximum().expect("the header section is used");
+        (last as u64 + 1) * MIB
     }
 
     /// Used bytes, the header section included.
     pub fn used_bytes(&self) -> u64 {
-        self.used.count() * MIB
+        self.used.count_ones(..) as u64 * MIB
     }
 
     /// Whether any MiB of `range` (bytes) is used.
-    pub fn is_used(&self, range: std::ops::Range<u64>) -> bool {
-        (range.start / MIB..range.end.div_ceil(MIB)).any(|unit| self.used.get(unit))
+    pub fn is_used(&self, range: Range<u64>) -> bool {
+        let end = index(range.end.div_ceil(MIB)).min(self.used.len());
+        self.next(index(range.start / MIB)..end, true).is_some()
     }
 
-    fn find_run(&mut self, count: u64) -> Option<u64> {
-        let mut start = self.used.next_clear(self.lowest_free, self.units)?;
+    /// Makes the map long enough for units below `end`.
+    fn reach(&mut self, end: usize) {
+        assert_eq!(self.used.len(), self.known_zero.len(), "both maps have one length");
+        if end > self.used.len() {
+            self.used.grow(end);
+            self.known_zero.grow(end);
+        }
+    }
+
+    /// The first of `units` that is used, or that is free; what was never reached is free.
+    #[inline]
+    fn next(&self, units: Range<usize>, used: bool) -> Option<usize> {
+        const BITS: usize = usize::BITS as usize;
+        let mut unit = units.start;
+        while unit < units.end {
+            let word = self.used.as_slice().get(unit / BITS).copied().unwrap_or(0);
+            let wanted = if used { word } else { !word } >> (unit % BITS);
+            if wanted != 0 {
+                let found = unit + wanted.trailing_zeros() as usize;
+                return (found < units.end).then_some(found);
+            }
+            unit = (unit / BITS + 1) * BITS;
+        }
+        None
+    }
+
+    fn find_run(&mut self, count: usize) -> Option<usize> {
+        let mut start = self.next(self.lowest_free..self.units, false)?;
         self.lowest_free = start;
-        loop {
-            if start + count > self.units {
-                return None;
-            }
-            match (start..start + count).rev().find(|&unit| self.used.get(unit)) {
+        while start + count <= self.units {
+            match self.next(start..start + count, true) {
                 None => return Some(start),
-                Some(blocker) => start = self.used.next_clear(blocker + 1, self.units)?,
+                Some(blocker) => start = self.next(blocker + 1..self.units, false)?,
             }
-        }
-    }
-}
-
-#[cold]
-fn shared(what: &'static str, unit: u64, extent: Extent) -> Error {
-    let message = format!("shares the MiB at byte {} with another structure", unit * MIB);
-    Error::corrupt(what, message).at(extent.offset).remedy(
-        "two structures claim the same bytes: do not write to this image; restore it from a backup, or copy its data out with `add --read-only` of an undamaged copy",
-    )
-}
-
-/// A growing set of bits; what was never reached is clear.
-#[derive(Clone, Debug)]
-struct Bits(Vec<u64>);
-
-impl Bits {
-    fn new(count: u64) -> Self {
-        Self(vec![0; word_of(count + 63)])
-    }
-
-    #[inline]
-    fn get(&self, bit: u64) -> bool {
-        self.0.get(word_of(bit)).is_some_and(|word| word >> (bit % 64) & 1 == 1)
-    }
-
-    #[inline]
-    fn set(&mut self, bit: u64, value: bool) {
-        let (index, mask) = (word_of(bit), 1 << (bit % 64));
-        if index >= self.0.len() {
-            self.0.resize(index + 1, 0);
-        }
-        let word = &mut self.0[index];
-        *word = if value { *word | mask } else { *word & !mask };
-    }
-
-    fn count(&self) -> u64 {
-        self.0.iter().map(|word| u64::from(word.count_ones())).sum()
-    }
-
-    fn last_set(&self) -> Option<u64> {
-        let word = self.0.iter().rposition(|word| *word != 0)?;
-        Some(word as u64 * 64 + 63 - u64::from(self.0[word].leading_zeros()))
-    }
-
-    /// The first set bit at `from` or behind it.
-    fn next_set(&self, from: u64) -> Option<u64> {
-        let first = *self.0.get(word_of(from))? >> (from % 64);
-        if first != 0 {
-            return Some(from + u64::from(first.trailing_zeros()));
-        }
-        let behind = word_of(from) + 1;
-        let word = behind + self.0.get(behind..)?.iter().position(|word| *word != 0)?;
-        Some(word as u64 * 64 + u64::from(self.0[word].trailing_zeros()))
-    }
-
-    /// The first clear bit in `from..end`.
-    fn next_clear(&self, from: u64, end: u64) -> Option<u64> {
-        let mut bit = from;
-        while bit < end {
-            let inverted = !self.0.get(word_of(bit)).copied().unwrap_or(0) >> (bit % 64);
-            if inverted != 0 {
-                let found = bit + u64::from(inverted.trailing_zeros());
-                return (found < end).then_some(found);
-            }
-            bit = (bit / 64 + 1) * 64;
         }
         None
     }
 }
 
-fn word_of(bit: u64) -> usize {
-    usize::try_from(bit / 64).expect("64-bit hosts only")
+#[cold]
+fn shared(what: &'static str, offset: u64, extent: Extent) -> Error {
+    let message = format!("shares the MiB at byte {offset} with another structure");
+    Error::corrupt(what, message).at(extent.offset).remedy(
+        "two structures claim the same bytes: do not write to this image; restore it from a backup, or copy its data out with `add --read-only` of an undamaged copy",
+    )
 }
 
 #[cfg(test)]
@@ -281,29 +261,29 @@ mod tests {
     fn freed_space_comes_first_and_a_tail_found_at_open_is_recycled() {
         let mut space = Space::new(8 * MIB).expect("small");
         space.occupy(extent(1, 3), "region").expect("free");
-        assert_eq!(space.take(2 * MIB), Some(Grant { extent: extent(4, 2), recycled: true }));
+        assert_eq!(space.take(2 * MIB), Some(Grant { extent: extent(4, 2), content: Content::Recycled }));
         space.extend(12 * MIB);
         assert_eq!(
             space.take(4 * MIB),
-            Some(Grant { extent: extent(6, 4), recycled: true }),
+            Some(Grant { extent: extent(6, 4), content: Content::Recycled }),
             "half of it is old"
         );
-        assert_eq!(space.take(2 * MIB), Some(Grant { extent: extent(10, 2), recycled: false }));
+        assert_eq!(space.take(2 * MIB), Some(Grant { extent: extent(10, 2), content: Content::KnownZero }));
         assert_eq!(space.take(MIB), None);
-        space.free(extent(4, 2), true);
-        assert_eq!(space.take(MIB), Some(Grant { extent: extent(4, 1), recycled: false }));
-        space.free(extent(7, 1), false);
-        assert_eq!(space.take(MIB), Some(Grant { extent: extent(5, 1), recycled: false }));
-        assert_eq!(space.take(MIB), Some(Grant { extent: extent(7, 1), recycled: true }));
+        space.free(extent(4, 2), Content::KnownZero);
+        assert_eq!(space.take(MIB), Some(Grant { extent: extent(4, 1), content: Content::KnownZero }));
+        space.free(extent(7, 1), Content::Recycled);
+        assert_eq!(space.take(MIB), Some(Grant { extent: extent(5, 1), content: Content::KnownZero }));
+        assert_eq!(space.take(MIB), Some(Grant { extent: extent(7, 1), content: Content::Recycled }));
     }
 
     #[test]
     fn known_zero_is_lost_by_a_grant() {
         let mut space = Space::new(MIB).expect("small");
         space.extend(2 * MIB);
-        assert!(!space.take(MIB).expect("room").recycled);
-        space.free(extent(1, 1), false);
-        assert!(space.take(MIB).expect("room").recycled);
+        assert_eq!(space.take(MIB).expect("room").content, Content::KnownZero);
+        space.free(extent(1, 1), Content::Recycled);
+        assert_eq!(space.take(MIB).expect("room").content, Content::Recycled);
     }
 
     #[test]
@@ -336,10 +316,10 @@ mod tests {
         }
         let found: Vec<Extent> = space.free_runs().collect();
         assert_eq!(found, [extent(1, 2), extent(63, 1), extent(65, 575)]);
-        for (run, known_zero) in [(extent(3, 1), true), (extent(640, 1), false)] {
-            space.free(run, known_zero);
+        for (run, content) in [(extent(3, 1), Content::KnownZero), (extent(640, 1), Content::Recycled)] {
+            space.free(run, content);
         }
-        space.free(extent(641, 1), true);
+        space.free(extent(641, 1), Content::KnownZero);
         assert_eq!(space.claim(extent(999, 1)), None);
         let unknown: Vec<Extent> = space.unknown_runs().collect();
         assert_eq!(unknown, [extent(1, 3), extent(63, 1), extent(65, 934)]);
@@ -350,6 +330,6 @@ mod tests {
         let mut space = Space::new(70 * MIB).expect("small");
         space.occupy(extent(1, 66), "region").expect("free");
         assert_eq!(space.take(4 * MIB), None, "3 MiB are left");
-        assert_eq!(space.take(3 * MIB), Some(Grant { extent: extent(67, 3), recycled: true }));
+        assert_eq!(space.take(3 * MIB), Some(Grant { extent: extent(67, 3), content: Content::Recycled }));
     }
 }

@@ -1,8 +1,8 @@
 //! A file as the readers of its structures see it: under the log that was replayed in memory, if there is one.
 
 use super::overlay::Overlay;
-use crate::disk::{Buffer, PAGE_BYTES, ReadDisk};
-use crate::error::{Error, Result};
+use crate::disk::{Buffer, Disk, PAGE_BYTES, ReadDisk};
+use crate::error::{Doing, Locate, Result};
 
 /// A file, and the replayed log over it.
 pub(super) struct View<'a, D> {
@@ -12,9 +12,8 @@ pub(super) struct View<'a, D> {
 
 impl<D: ReadDisk> View<'_, D> {
     pub(super) async fn read(&self, structure: &'static str, offset: u64, length: usize) -> Result<Buffer> {
-        let result = self.disk.read(offset, length).await;
-        let mut bytes =
-            result.map_err(|error| Error::io("reading", error).in_structure(structure).at(offset))?;
+        let bytes = self.disk.read(offset, length).await;
+        let mut bytes = bytes.doing("reading").in_structure(structure).at(offset)?;
         if let Some(overlay) = self.overlay {
             overlay.patch(offset, &mut bytes);
         }
@@ -34,15 +33,19 @@ impl<D: ReadDisk> View<'_, D> {
         if self.overlay.is_some() {
             return Ok(Some(offset));
         }
-        let found = self.disk.next_data(offset).await;
-        let found = found.map_err(|error| Error::io("looking for holes", error).at(offset))?;
+        let found = self.disk.next_data(offset).await.doing("looking for holes").at(offset)?;
         Ok(found.map(|found| found - found % PAGE_BYTES as u64))
     }
 }
 
 /// The file's length, bytes.
 pub(super) async fn file_length<D: ReadDisk>(disk: &D) -> Result<u64> {
-    disk.length().await.map_err(|error| Error::io("asking for the file's length", error))
+    disk.length().await.doing("asking for the file's length")
+}
+
+/// Makes everything durable that was written before.
+pub(super) async fn sync<D: Disk>(disk: &D) -> Result<()> {
+    disk.sync().await.doing("syncing the image")
 }
 
 /// How many of `wanted` bytes at `offset` a file of `file_length` bytes has.

@@ -5,6 +5,9 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
+/// Bits of a word.
+pub const WORD_BITS: u64 = u64::BITS as u64;
+
 /// Makes room for a range of shared memory, in words: touching memory without room would kill the process.
 pub type Reserve = Arc<dyn Fn(Range<usize>) -> io::Result<()> + Send + Sync>;
 

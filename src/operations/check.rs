@@ -6,10 +6,9 @@ use std::sync::Arc;
 use uuid::Uuid;
 
 use super::{Devices, inspect, locked};
-use crate::chain::{self, Known, Relative, Search};
+use crate::chain::{self, Known, Search};
 use crate::disk::{Access, ImageFile, PlainDisk, Reactor, ReadDisk};
 use crate::error::{Error, Kind, Locate, Result};
-use crate::format::metadata::Metadata;
 use crate::image::{self, Identity, Repair, Report, Severity};
 use crate::printable::shell;
 
@@ -94,58 +93,35 @@ fn no_takeover(file: &ImageFile) -> Error {
 /// The image as its parents' child, unless it is beyond reading: its own report says so then.
 async fn identify<D: ReadDisk>(disk: &D, path: &Path) -> Result<Option<Known>> {
     match Identity::read(disk, u64::MAX).await {
-        Ok(identity) => Ok(Some(Known { identity, path: path.to_owned() })),
+        Ok(identity) => Ok(Some(Known { identity, path: path.to_owned(), lock: () })),
         Err(error) if matches!(error.kind(), Kind::Corrupt | Kind::Truncated) => Ok(None),
         Err(error) => Err(error.file(path)),
     }
 }
 
-/// A parent that is recognised by its identity, and then examined. Nobody writes to it while this lives.
-struct LockedParent {
-    known: Known,
-    disk: PlainDisk,
-    _lock: ImageFile,
-}
-
-impl LockedParent {
-    /// The image at `path`, whatever its blocks are like.
-    fn open(path: &Path) -> Result<Self> {
-        let (disk, lock) = inspect::lock_for_reading(path)?;
-        let identity = smol::future::block_on(Identity::read(&disk, u64::MAX)).file(path)?;
-        Ok(Self { known: Known { identity, path: lock.path().to_owned() }, disk, _lock: lock })
-    }
-}
-
-impl Relative for LockedParent {
-    fn metadata(&self) -> &Metadata {
-        self.known.metadata()
-    }
-
-    fn data_write_guid(&self) -> Uuid {
-        self.known.data_write_guid()
-    }
-
-    fn path(&self) -> &Path {
-        self.known.path()
-    }
+/// Identifies the parent at `path`, whatever its blocks are like. It is locked for reading, and there to be examined.
+fn lock_parent(path: &Path) -> Result<Known<(PlainDisk, ImageFile)>> {
+    let (disk, lock) = inspect::lock_for_reading(path)?;
+    let identity = smol::future::block_on(Identity::read(&disk, u64::MAX)).file(path)?;
+    Ok(Known { identity, path: lock.path().to_owned(), lock: (disk, lock) })
 }
 
 /// Checks the parents of `leaf`, if it could be read at all. They are locked meanwhile.
 fn check_parents(leaf: Option<&Known>, search: &Search, devices: &dyn Devices) -> Result<CheckedChain> {
     let Some(leaf) = leaf else { return Ok(CheckedChain::default()) };
     let mut found = Vec::new();
-    let open = |path: &Path| LockedParent::open(path).map_err(|error| devices.with_holder(error, path));
+    let open = |path: &Path| lock_parent(path).map_err(|error| devices.with_holder(error, path));
     let fault = match chain::follow_parents(leaf, search, &mut found, open) {
         Err(error) if error.kind() == Kind::Usage => return Err(error),
         outcome => outcome.err(),
     };
     let mut chain = CheckedChain { parents: Vec::new(), fault };
-    for LockedParent { known, disk, .. } in &found {
+    for Known { path, lock: (disk, _), .. } in &found {
         match smol::future::block_on(image::check(disk)) {
-            Ok(report) => chain.parents.push((known.path.clone(), report)),
+            Ok(report) => chain.parents.push((path.clone(), report)),
             Err(error) => {
                 // What lies behind is no chain of this image while this is not known.
-                chain.fault = Some(error.file(&known.path));
+                chain.fault = Some(error.file(path));
                 break;
             }
         }

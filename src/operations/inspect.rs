@@ -10,8 +10,8 @@ use std::thread;
 use std::time::Duration;
 
 use super::Devices;
-use crate::chain::{FileIdentity, Known, Layer};
-use crate::disk::{Access, ImageFile, Links, PlainDisk};
+use crate::chain::{Known, Layer};
+use crate::disk::{Access, HostFile, ImageFile, Links, PlainDisk};
 use crate::error::{Doing, Kind, Locate, Result};
 use crate::format::header::Other;
 use crate::format::region::Copies;
@@ -37,7 +37,7 @@ pub struct Inspected {
     /// The file, as an absolute path without symbolic links.
     pub path: PathBuf,
     /// What tells this file from another that takes its name later.
-    pub file: FileIdentity,
+    pub file: HostFile,
     /// The file's length, bytes.
     pub file_size: u64,
     /// The space the file takes on its host, bytes.
@@ -145,7 +145,7 @@ pub(super) fn lock_for_reading(path: &Path) -> Result<(PlainDisk, ImageFile)> {
 fn identify_found(path: &Path, links: Links) -> Result<Known> {
     let (disk, path) = PlainDisk::open(path, links)?;
     let identity = smol::future::block_on(Identity::read(&disk, MAX_IDENTIFIED_LOG_BYTES)).file(&path)?;
-    Ok(Known { identity, path })
+    Ok(Known { identity, path, lock: () })
 }
 
 fn inspect_unlocked(path: &Path) -> Result<Inspected> {
@@ -170,7 +170,7 @@ fn is_contradiction(kind: Kind) -> bool {
 fn read(disk: &PlainDisk, path: &Path, in_use: bool) -> Result<Inspected> {
     let image = smol::future::block_on(Image::read(disk)).file(path)?;
     let found = disk.file().metadata().doing("looking at the image").file(path)?;
-    let (path, file) = (path.to_owned(), (found.dev(), found.ino()));
+    let (path, file) = (path.to_owned(), HostFile::of(&found));
     let (file_size, host_bytes) = (found.len(), found.blocks() * STAT_BLOCK_BYTES);
     Ok(Inspected { image, path, file, file_size, host_bytes, in_use })
 }

@@ -11,7 +11,7 @@ use nix::sys::stat::fstat;
 use nix::unistd::geteuid;
 
 use super::inspect::identify_locked;
-use crate::disk::{ImageFile, folder_of};
+use crate::disk::{HostFile, ImageFile, folder_of};
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::printable::shell;
 
@@ -43,7 +43,7 @@ fn refuse_foreign_links(named: &Path, old: &ImageFile) -> Result<()> {
         let found =
             OpenOptions::new().read(true).custom_flags(flags).open(&path).doing(FOLLOWING).file(named)?;
         let what = found.metadata().doing(FOLLOWING).file(named)?;
-        if (what.dev(), what.ino()) == (old.device(), old.inode()) {
+        if HostFile::of(&what) == old.identity() {
             return Ok(());
         }
         if !what.is_symlink() {

@@ -10,7 +10,7 @@ use uuid::Uuid;
 use crate::device::options::Recovery;
 use crate::device::path;
 use crate::device::process::ProcessId;
-use crate::disk::ImageFile;
+use crate::disk::HostFile;
 use crate::error::{Error, Kind};
 
 /// One device.
@@ -24,13 +24,13 @@ pub struct Entry {
     #[serde(with = "path::one")]
     pub image: PathBuf,
     /// The image's device and inode, which a rename does not change.
-    pub image_file: FileId,
+    pub image_file: HostFile,
     /// The paths of the image's parents, nearest first.
     #[serde(default, with = "path::many")]
     pub parents: Vec<PathBuf>,
     /// The parents' devices and inodes, in the same order.
     #[serde(default)]
-    pub parent_files: Vec<FileId>,
+    pub parent_files: Vec<HostFile>,
     /// The mount namespace in which the paths lead to these files; 0 if it was not recorded.
     #[serde(default)]
     pub mount_namespace: u64,
@@ -66,7 +66,7 @@ impl Entry {
     ///
     /// No path is followed: it may lie on a device that waits for its daemon, and the caller would wait as
     /// well.
-    pub fn reads(&self, file: FileId) -> bool {
+    pub fn reads(&self, file: HostFile) -> bool {
         self.image_file == file || self.parent_files.contains(&file)
     }
 
@@ -89,27 +89,6 @@ pub(in crate::device) fn mount_namespace() -> u64 {
     fs::metadata("/proc/self/ns/mnt").map_or(0, |found| found.ino())
 }
 
-/// A file, independent of its path.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct FileId {
-    /// Its file system (`st_dev`).
-    pub device: u64,
-    /// Its inode.
-    pub inode: u64,
-}
-
-impl FileId {
-    /// The file of `metadata`.
-    pub fn of(metadata: &fs::Metadata) -> Self {
-        Self { device: metadata.dev(), inode: metadata.ino() }
-    }
-
-    /// The file of an open image.
-    pub fn of_image(image: &ImageFile) -> Self {
-        Self { device: image.device(), inode: image.inode() }
-    }
-}
-
 #[cfg(test)]
 pub(in crate::device) mod tests {
     use super::*;
@@ -122,7 +101,7 @@ pub(in crate::device) mod tests {
             parents: Vec::new(),
             parent_files: Vec::new(),
             mount_namespace: 0,
-            image_file: FileId { device: 1, inode: 2 },
+            image_file: HostFile { device: 1, inode: 2 },
             daemon: ProcessId { pid: 1234, start_time: 5678, namespace: 0 },
             queues: 2,
             depth: 64,
@@ -140,10 +119,10 @@ pub(in crate::device) mod tests {
 
     #[test]
     fn a_parent_is_known_by_its_inode_and_no_path_is_followed() {
-        let parent = FileId { device: 1, inode: 7 };
+        let parent = HostFile { device: 1, inode: 7 };
         let child = Entry { parents: vec!["/".into()], parent_files: vec![parent], ..entry(1) };
         assert!(child.reads(parent) && child.reads(child.image_file));
-        assert!(!child.reads(FileId::of(&fs::metadata("/").expect("there"))));
+        assert!(!child.reads(HostFile::at("/".as_ref()).expect("there")));
     }
 
     #[test]

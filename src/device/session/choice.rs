@@ -13,8 +13,8 @@ use uuid::Uuid;
 use super::file::{Found, FoundSession, SessionFile, Sessions};
 use super::obstacle::Obstacle;
 use super::origin::place_of;
-use crate::device::registry::{FileId, Listed};
-use crate::disk::ImageFile;
+use crate::device::registry::Listed;
+use crate::disk::{HostFile, ImageFile};
 use crate::error::{Error, Kind, Locate, Result};
 use crate::image::{Image, Mismatch, Place, Session};
 use crate::printable::shell;
@@ -113,7 +113,7 @@ pub(in crate::device) fn choose(
 /// number, which a new mount of its file system has changed.
 fn refuse_waiting(plan: Plan, sessions: &Sessions, session: &SessionFile, place: &Place) -> Result<()> {
     let Some(name) = session.name().filter(|name| name.device != place.device) else { return Ok(()) };
-    let was = FileId { device: name.device, inode: name.inode };
+    let was = HostFile { device: name.device, inode: name.inode };
     let waits = |listed: &Listed| listed.entry.image_file == was && listed.may_be_abandoned();
     if !matches!(plan, Plan::Fresh { .. }) {
         return Ok(());

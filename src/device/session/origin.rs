@@ -22,8 +22,8 @@ pub(in crate::device) fn place_of(file: &ImageFile) -> Result<Place> {
     let found = fstatvfs(file).doing("looking at the image's file system").file(file.path())?;
     Ok(Place {
         boot: boot_id()?,
-        inode: file.inode(),
-        device: file.device(),
+        inode: file.identity().inode,
+        device: file.identity().device,
         file_system: found.filesystem_id(),
         path: file.path().to_owned(),
     })

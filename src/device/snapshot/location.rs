@@ -53,7 +53,7 @@ pub(super) fn refuse_on_itself(path: &Path, served: &ImageFile, id: u32) -> Resu
 
 fn is_beside(folder: &Path, served: &ImageFile) -> Result<bool> {
     let found = fs::metadata(folder).doing("looking at the folder").file(folder)?;
-    Ok(found.dev() == served.device())
+    Ok(found.dev() == served.identity().device)
 }
 
 /// The image of this program's device `id`, and its parents.

@@ -6,7 +6,6 @@
 //! cannot be ended, like everything that waits for a dead disk; when it returns, it removes what it has made.
 //! There are at most [`MAX_MAKERS`] of them.
 
-use std::fs;
 use std::future::Future;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -24,10 +23,9 @@ use crate::device::control::POLL_INTERVAL;
 use crate::device::layers::choose_payload_io;
 use crate::device::mailbox::wake_up;
 use crate::device::order::Snapped;
-use crate::device::registry::FileId;
 use crate::device::reply::Reply;
 use crate::device::session;
-use crate::disk::{ImageFile, Place, Reactor, Unfinished};
+use crate::disk::{HostFile, ImageFile, Place, Reactor, Unfinished, folder_of};
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::image::{self, Image, NewImage, WritableImage};
 
@@ -175,7 +173,7 @@ fn make(request: &ChildRequest, unfinished: &Unfinished) -> Result<Child> {
     location::refuse_on_itself(&request.path, &request.parent, request.device)?;
     refuse_moved(&request.parent)?;
     let file = unfinished.create(Place::of(&request.path)?)?;
-    let folder = file.path().parent().expect("a file has a folder");
+    let folder = folder_of(file.path());
     let (parent, guid) = (request.parent.path(), request.data_write_guid);
     let descent = chain::descent_of(parent, guid, request.disk_id, folder)?;
     let new = NewImage { parent: Some(descent), ..request.image.clone() };
@@ -194,8 +192,8 @@ fn make(request: &ChildRequest, unfinished: &Unfinished) -> Result<Child> {
 
 /// The child will look for its parent under the path that it has now.
 fn refuse_moved(file: &ImageFile) -> Result<()> {
-    let named = fs::metadata(file.path()).ok().map(|found| FileId::of(&found));
-    if named == Some(FileId::of_image(file)) {
+    let named = HostFile::at(file.path()).ok();
+    if named == Some(file.identity()) {
         return Ok(());
     }
     let message = "the served image was moved or renamed; a child could not find it";

@@ -6,10 +6,10 @@ use std::time::Duration;
 
 use crate::device::engine_thread::EngineThread;
 use crate::device::layers::Parents;
-use crate::device::registry::{Entry, FileId, Listed, Registry};
+use crate::device::registry::{Entry, Listed, Registry};
 use crate::device::session::{Found, Plan, Sessions};
 use crate::device::spec::EngineHandle;
-use crate::disk::{Access, ImageFile};
+use crate::disk::{Access, HostFile, ImageFile};
 use crate::error::{Error, Kind, Result};
 use crate::image::Session;
 use crate::printable::shell;
@@ -33,7 +33,7 @@ pub(super) fn close_image(registry: &Registry, entry: &Entry) -> Result<Closed> 
     if entry.read_only || registry.list()?.into_iter().any(served) {
         return Ok(Closed::Untouched);
     }
-    let FileId { device, inode } = entry.image_file;
+    let HostFile { device, inode } = entry.image_file;
     match Sessions::of_machine().of_file(device, inode)? {
         Some(Found::Free(session, memory))
             if memory.check_layout().is_ok() && memory.session() == Session::Poisoned =>
@@ -50,7 +50,7 @@ pub(super) fn close_image(registry: &Registry, entry: &Entry) -> Result<Closed> 
     let closed = file.and_then(|file| {
         // A new mount of its file system may have changed the device's number; the session identifies the
         // image.
-        if file.inode() != entry.image_file.inode {
+        if file.identity().inode != entry.image_file.inode {
             return Err(Error::new(Kind::NotFound, "another file has its path").file(&entry.image));
         }
         let parents =

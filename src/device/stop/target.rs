@@ -7,9 +7,9 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use crate::device::DeviceInfo;
-use crate::device::registry::{Entry, FileId, Listed, Registry, Survey};
+use crate::device::registry::{Entry, Listed, Registry, Survey};
 use crate::device::sysfs::device_number;
-use crate::disk::folder_of;
+use crate::disk::{HostFile, folder_of};
 use crate::error::{Error, Kind, Result};
 
 /// How a user names a device.
@@ -42,7 +42,7 @@ impl Target {
         match self {
             Self::Id(id) => entry.id == *id,
             Self::Image(path) => match fs::metadata(path) {
-                Ok(found) => FileId::of(&found) == entry.image_file,
+                Ok(found) => HostFile::of(&found) == entry.image_file,
                 Err(_) => *path == entry.image,
             },
         }
@@ -178,7 +178,7 @@ mod tests {
         let place = tempfile::tempdir().expect("a directory");
         let (before, after) = (place.path().join("a.vhdx"), place.path().join("b.vhdx"));
         fs::write(&before, "").expect("written");
-        let image_file = FileId::of(&fs::metadata(&before).expect("there"));
+        let image_file = HostFile::at(&before).expect("there");
         let served = Entry { image: before.clone(), image_file, ..entry(0) };
         assert!(Target::Image(before.clone()).names(&served));
         fs::rename(&before, &after).expect("renamed");

@@ -19,8 +19,8 @@ pub(super) use stack::file_system_is_on;
 
 use super::mounts::{Kinds, Mount, Mounts, unescape};
 use super::processes::{self, OpenFile, Process};
-use super::registry::FileId;
 use super::sysfs::{device_number, names_in};
+use crate::disk::HostFile;
 
 /// A disk or one of its partitions.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -99,7 +99,7 @@ pub fn has_device_open(pid: u32, device: &Path) -> bool {
 }
 
 /// The processes, except for this one, that have the file open: `open in qemu-system-x86 (pid 123)`.
-pub fn of_file(file: FileId) -> Vec<String> {
+pub fn of_file(file: HostFile) -> Vec<String> {
     describe(&openers(|open| open.is(file)))
 }
 

@@ -1,12 +1,12 @@
 //! The processes that only read a file.
 
 use crate::device::processes::{self, OpenFile};
-use crate::device::registry::FileId;
+use crate::disk::HostFile;
 
 /// The processes, except for this one, that have `file` open, none of them for writing: `cat (pid 123)`.
 /// `None` if one can write it, or if none is seen: then the processes that lock it cannot be seen from here,
 /// and may do anything.
-pub fn only_readers(file: FileId) -> Option<Vec<String>> {
+pub fn only_readers(file: HostFile) -> Option<Vec<String>> {
     let accesses =
         |pid| processes::open_files(pid).filter(|open| open.is(file)).filter_map(|open| access(&open));
     let users = processes::others(|pid| accesses(pid).next().is_some());
@@ -33,7 +33,7 @@ fn access(open: &OpenFile) -> Option<Access> {
 
 #[cfg(test)]
 mod tests {
-    use std::fs::{self, File};
+    use std::fs::File;
     use std::process::{Child, Command, Stdio};
 
     use super::*;
@@ -52,7 +52,7 @@ mod tests {
     fn readers_are_named_and_a_writer_is_not_one() {
         let image = tempfile::NamedTempFile::new().expect("a temporary file");
         let path = image.path().to_owned();
-        let file = FileId::of(&fs::metadata(&path).expect("there"));
+        let file = HostFile::at(&path).expect("there");
         assert_eq!(only_readers(file), None, "none is seen");
         let reader = holder(File::open(&path).expect("there"));
         let found = only_readers(file).expect("a reader");

@@ -15,8 +15,8 @@ use uuid::Uuid;
 
 use super::inspect::{Inspected, inspect};
 use super::{Devices, locked};
-use crate::chain::{self, FileIdentity, Layer, Member, Search};
-use crate::disk::{Access, ImageFile, Place, Reactor, UringDisk, folder_of};
+use crate::chain::{self, Layer, Member, Search};
+use crate::disk::{Access, HostFile, ImageFile, Place, Reactor, UringDisk, folder_of};
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::printable::{both_sizes, shell};
 
@@ -64,7 +64,7 @@ pub struct LockedChain {
 /// one, at any moment: what is written and removed must be what was examined.
 struct Found {
     path: PathBuf,
-    file: FileIdentity,
+    file: HostFile,
 }
 
 impl From<&Inspected> for Found {
@@ -75,14 +75,14 @@ impl From<&Inspected> for Found {
 
 impl From<&Member> for Found {
     fn from(image: &Member) -> Self {
-        Self { path: image.path().to_owned(), file: (image.file.device(), image.file.inode()) }
+        Self { path: image.path().to_owned(), file: image.file.identity() }
     }
 }
 
 impl Found {
     /// Fails unless `opened` is this file.
     fn require(&self, opened: &ImageFile) -> Result<()> {
-        if self.file == (opened.device(), opened.inode()) {
+        if self.file == opened.identity() {
             return Ok(());
         }
         let error = Error::new(Kind::InUse, "it was replaced while it was being opened").file(&self.path);
@@ -96,7 +96,7 @@ impl Request {
         let leaf = inspect(&self.child)?;
         let into = self.into.as_ref();
         let into =
-            into.map(|into| chain::identity(into).doing("finding the ancestor").file(into)).transpose()?;
+            into.map(|into| HostFile::at(into).doing("finding the ancestor").file(into)).transpose()?;
         let parents = chain::open_parents(&leaf, &self.search, inspect)?;
         let found: Vec<Found> = std::iter::once(&leaf).chain(&parents).map(Found::from).collect();
         if parents.is_empty() {
@@ -124,7 +124,7 @@ impl Request {
         let is_named = |image: &Found| {
             let mut named = self.into.iter().chain(&self.search.parents);
             folder_of(&image.path) == folder_of(leaf)
-                || named.any(|named| chain::identity(named).is_ok_and(|named| named == image.file))
+                || named.any(|named| HostFile::at(named).is_ok_and(|named| named == image.file))
         };
         let Some(number) = changed.iter().position(|image| !is_named(image)) else { return Ok(()) };
         let (target, path) = (number + 1 == changed.len(), &changed[number].path);

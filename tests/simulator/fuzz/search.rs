@@ -78,7 +78,7 @@ fn known(path: PathBuf, locator: Option<ParentLocator>, guid: Uuid) -> Known {
         physical_sector_size: 4096,
         parent_locator: locator,
     };
-    Known { identity: Identity { metadata, data_write_guid: guid }, path }
+    Known { identity: Identity { metadata, data_write_guid: guid }, path, lock: () }
 }
 
 fn run(bytes: &[u8]) -> Outcome {
