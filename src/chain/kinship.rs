@@ -94,7 +94,7 @@ pub fn redirected(
 pub fn relinked(child: &impl Layer, parent: &impl Layer, ignore_mismatch: bool) -> Result<ParentLocator> {
     let Some(locator) = &child.image().metadata.parent_locator else {
         let message = "it is no differencing image: it has no parent, and takes none";
-        let remedy = format!("`vhdx-ublk info {}` tells what it is", shell(child.path()));
+        let remedy = format!("`vhdx-ublk info {}` shows what it is", shell(child.path()));
         let error = Error::new(Kind::Unsupported, message).file(child.path()).in_structure("metadata");
         return Err(error.remedy(remedy));
     };

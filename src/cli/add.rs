@@ -59,7 +59,7 @@ pub struct Add {
     /// Refuse all writes; not one byte of the file is changed
     #[arg(short, long)]
     read_only: bool,
-    /// Allow writes to an image although others were made of it, which cannot be read any more then
+    /// Allow writes to an image that has children; they can no longer be read then
     #[arg(long, conflicts_with = "read_only")]
     force: bool,
     /// The N of /dev/ublkbN [default: the first free one]
@@ -79,7 +79,7 @@ pub struct Add {
     #[arg(long, value_enum, value_name = "HOW")]
     recovery: Option<Recovery>,
     /// Leave data in the pages of the requests (`on`, Linux 6.16 or newer), or copy it once between the
-    /// kernel and the daemon (`off`); `auto` copies, as the other was not measured to be faster
+    /// kernel and the daemon (`off`); `auto` copies, because zero copy was not measured to be faster
     #[arg(long, value_enum, value_name = "WHEN", default_value = "auto")]
     zero_copy: ZeroCopy,
     #[command(flatten)]
@@ -99,14 +99,14 @@ Examples:
   vhdx-ublk add --fd 3 3<>disk.vhdx
 
 If the daemon is killed, nothing that was acknowledged is lost: I/O waits until `vhdx-ublk
-recover`. For that a writable device takes 8 bytes per block of memory under /run, and of a
-child a bit per sector where blocks are partially present (`vhdx-ublk info` tells how much at
-most). A quarter of /run stays free of bits, an eighth of new sessions; without room, or where
-/run is no tmpfs, the device works and cannot be recovered, which is said.
+recover`. For that a writable device needs memory under /run: 8 bytes for each block, and in a
+child one bit for each sector of partially present blocks (`vhdx-ublk info` shows the most). New
+sessions leave an eighth of /run free, growing ones a quarter. Without room, or if /run is not a
+tmpfs, the device works but cannot be recovered, and `add` says so.
 Warnings of a running device go to /run/vhdx-ublk/N.log.
-An image that others were made of is served read-only, or with --force: one write, and these
-cannot be read any more. They are found where devices have them as children, and among the first
-256 images of its own folder.
+An image that has children is served only with --read-only or --force: after one write they can
+no longer be read. Children are found among the images of devices, and among the first 256
+images of the image's own folder.
 Exit status: 0 the device can be used, 1 failure (and nothing is left behind), 2 wrong usage.";
 
 impl Add {
@@ -226,7 +226,10 @@ fn take_away(ready: &Ready) {
         stop::stop(&registry, &found.entry, &How { force: true, timeout: stop::DEFAULT_TIMEOUT })
     });
     if let Err(error) = stopped {
-        tracing::warn!("{} is there, but nobody may know of it: {error:#}", ready.device.display());
+        tracing::warn!(
+            "{} was made, and could neither be announced nor removed: {error:#}",
+            ready.device.display()
+        );
     }
 }
 

@@ -17,8 +17,8 @@ use super::parent_options::ParentOptions;
 /// Examine the structure of an image: every header, table, log entry and block; of a differencing image its
 /// parents' too.
 ///
-/// Nothing is changed, not even a time, unless --repair is given. A dirty log is no fault: everything else is
-/// examined as if it had been replayed.
+/// Nothing is changed, not even a time, unless --repair is given. A dirty log is no fault: the rest is
+/// examined as if the log had been replayed.
 #[derive(clap::Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct Check {
@@ -41,10 +41,10 @@ Examples:
   vhdx-ublk check --repair disk.vhdx    mend it
 
 A corruption contradicts the format: data may be lost. A leak is room on the host that nothing
-names: no data is in danger, and writers use it in the end. A note is no fault. Two blocks in
+names: no data is in danger, and writers use it eventually. A note is no fault. Two blocks in
 one place, reserved states and what lies behind the end of the file are never repaired: what
-they should say cannot be told.
-A chain is broken where a parent is nowhere, is another image or was written since its child was
+they should be is unknown.
+A chain is broken if a parent is missing, is another image, was written since its child was
 made, has other sectors, or is its own ancestor.
 
 JSON: offsets and sizes are bytes. Keys: image, complete (everything could be examined),
@@ -54,7 +54,7 @@ blocks, allocated_blocks, free_bytes, leaked_bytes, unused_tail_bytes, findings 
 structure, offset, what, remedy, repairable}] (at most 1000 of each severity), before (null, or
 the same as it was before --repair), parents (a list of the same, the image's own parent first,
 as far as the chain leads), chain_fault (null, or as an error: why it leads no further).
-Exit status: 0 sound, 1 it cannot be told (not readable, no VHDX, in use; wrong usage too), or
+Exit status: 0 sound, 1 unknown (not readable, no VHDX, in use; also wrong usage), or
 the image is sound and a parent has corruptions or the chain is broken, 2 corruptions, 3 leaks
 and no corruption. After --repair it is that of the image as it is then.";
 

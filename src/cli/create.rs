@@ -30,11 +30,11 @@ pub struct Create {
     #[arg(short, long, value_parser = size::parse_disk)]
     #[arg(allow_negative_numbers = true)]
     size: Option<u64>,
-    /// Whether blocks get space when they are written (dynamic), now, all of them (fixed), or when they come
-    /// to differ from the parent's (differencing) [default: dynamic; with --parent differencing]
+    /// When blocks get space: when they are first written (dynamic), all of them now (fixed), or when they
+    /// first differ from the parent's (differencing) [default: dynamic; with --parent differencing]
     #[arg(short = 't', long = "type", value_enum, value_name = "TYPE")]
     disk_type: Option<DiskType>,
-    /// The image that a differencing one is the child of. It must not be written any more
+    /// The parent of a differencing image. It must not be written from then on
     #[arg(short, long, value_name = "FILE", conflicts_with_all = ["size", "logical_sector_size", "block_state"])]
     #[arg(conflicts_with = "physical_sector_size")]
     parent: Option<PathBuf>,

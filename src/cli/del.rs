@@ -43,7 +43,7 @@ Examples:
 
 A device is in use while it is mounted, is swap, has a loop device, a mapper or an array on it,
 is exported by the kernel (nvmet, LIO), or is open. A daemon that --force had to kill leaves its
-session: what it acknowledged is put into the image as after any other death.
+session: what it acknowledged is written to the image, as after any other death.
 Exit status: 0 all of them are gone, 1 some are still there or their image could not be closed
 cleanly, 2 wrong usage.";
 

@@ -21,8 +21,8 @@ use super::parent_options::ParentOptions;
 
 /// Show what an image is like, without changing it.
 ///
-/// A dirty log is replayed in memory only. An image that somebody writes to is shown as it was at some recent
-/// moment, and said to be in use.
+/// A dirty log is replayed in memory only. An image that is being written is shown as it was at some recent
+/// moment, and reported to be in use.
 #[derive(clap::Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct Info {

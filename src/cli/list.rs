@@ -20,7 +20,7 @@ pub struct List {
     /// As JSON: an array of objects, errors too
     #[arg(long)]
     pub json: bool,
-    /// Tell by the exit status whether all is well
+    /// Report by the exit status whether all is well
     #[arg(long)]
     check: bool,
 }
@@ -32,11 +32,11 @@ const AFTER_HELP: &str = "\
 States: live (served), starting, stopping, quiesced (its daemon was killed: I/O waits for
 `recover`), fail-io (the same, but I/O fails until then), dead (its daemon was killed, and its
 I/O has failed: `del` removes it), failed (it is gone, but its image could not be closed
-cleanly: `del` tells why), unknown (the driver cannot be reached from here, or the entry of the
+cleanly: `del` says why), unknown (the driver cannot be reached from here, or the entry of the
 device cannot be read).
 
 Health: ok, host-full (writes that need room fail), poisoned (a sync or metadata write failed:
-no write succeeds until the device is added anew), waiting (for `recover`), stopped (its daemon
+no write succeeds until the device is added again), waiting (for `recover`), stopped (its daemon
 was stopped by a signal), no-answer (its daemon has not answered within a second), dead,
 unknown.
 
@@ -46,7 +46,7 @@ be closed, or the entry not be read). All but id, device, state, health are null
 kernel knows of the device. A path that is not UTF-8 is an object: lossy (a text), hex (its
 bytes).
 Exit status: 0 success, 1 failure, 2 wrong usage. With --check: 0 all is well, 1 some device is
-not, or it cannot be told, 2 some device is dead.";
+degraded or cannot be examined, 2 some device is dead.";
 
 /// A device as it is shown.
 #[derive(Serialize)]
@@ -116,7 +116,7 @@ impl Row {
             KernelState::FailIo => (State::FailIo, Health::Waiting),
             KernelState::Unknown => (State::Unknown, Health::Unknown),
         };
-        let unknown = Self::unknown(info.id, "no entry tells which image it serves".into());
+        let unknown = Self::unknown(info.id, "no entry says which image it serves".into());
         Self {
             pid: info.server,
             state,

@@ -15,9 +15,9 @@ use super::parent_options::ParentOptions;
 
 /// Merge a differencing image into its parent, or into an image further down its chain, and remove it.
 ///
-/// What the child has, and the layers between, is copied into that image, which holds the child's disk then.
+/// What the child and the layers between have is copied into that image, which then holds the child's disk.
 /// The power may be cut at any moment: the child reads as before until it is removed, and a merge that was
-/// cut short is done again.
+/// cut short is repeated by the same command.
 #[derive(clap::Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct Merge {
@@ -26,7 +26,7 @@ pub struct Merge {
     /// The image that takes it over, with all layers between [default: the child's parent]
     #[arg(long, value_name = "ANCESTOR")]
     into: Option<PathBuf>,
-    /// Merge even if other images have the ancestor as their parent: they do not open any more
+    /// Merge even if other images have the ancestor as their parent: they can no longer be opened
     #[arg(long)]
     force: bool,
     /// Merge even if the child's disk is smaller than the ancestor's: what lies behind its end is lost
@@ -42,9 +42,8 @@ Examples:
   vhdx-ublk merge newest.avhdx --into disk.vhdx   and every checkpoint between
 
 Prints the files that it removes, when they are gone. Images that have one of them as their
-parent are looked for in the folders of the chain, and the merge is refused while there are any,
-or while an image there cannot be read; those in other folders are not found.
-A merge that was cut short is done again by the same command.
+parent are searched for in the folders of the chain and nowhere else; the merge is refused while
+there are any, or while an image there cannot be read.
 A child may name images anywhere: those in other folders than its own are written only if they are
 named by --into, and removed only if they are named by --parent.
 The ancestor takes the child's size: one that is smaller needs room in its block allocation

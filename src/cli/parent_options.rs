@@ -1,4 +1,4 @@
-//! What the user says about a differencing image's parents.
+//! The options that say where a differencing image's parents are.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -9,8 +9,8 @@ use vhdx_ublk::error::{Error, Kind, Result};
 /// Options of the commands that open whole chains.
 #[derive(clap::Args)]
 pub struct ParentOptions {
-    /// A differencing image's parent, where it is not where the image says; again for that one's parent, and
-    /// so on
+    /// A differencing image's parent, if it is not where the image says; repeat it for the parent's parent,
+    /// and so on
     #[arg(long, value_name = "FILE", allow_hyphen_values = true)]
     parent: Vec<PathBuf>,
     /// Where a Windows drive, volume or share is on this machine, as in 'C:\=/mnt/c'; may be repeated
@@ -24,7 +24,7 @@ impl ParentOptions {
         Search { parents: self.parent.clone(), maps: self.parent_map.clone() }
     }
 
-    /// Refuses these options where no parent is looked for, for want of `option`.
+    /// Refuses these options if no parent is searched for, because `option` is missing.
     ///
     /// # Errors
     ///
@@ -33,7 +33,7 @@ impl ParentOptions {
         if self.parent.is_empty() && self.parent_map.is_empty() {
             return Ok(());
         }
-        Err(Error::new(Kind::Usage, format!("parents are only looked for with {option}")))
+        Err(Error::new(Kind::Usage, format!("parents are searched for only with {option}")))
     }
 
     /// The same options again.

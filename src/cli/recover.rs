@@ -1,4 +1,4 @@
-//! `recover`: goes on serving devices whose daemon was killed.
+//! `recover`: serves devices again whose daemon was killed.
 
 use std::ffi::OsString;
 use std::sync::Arc;
@@ -29,10 +29,10 @@ const END_WAIT: Duration = Duration::from_secs(2);
 /// kernel, and reads the image, which may lie on a device that is being recovered meanwhile.
 const READY_DEADLINE: Duration = Duration::from_secs(120);
 
-/// Go on serving devices whose daemon was killed.
+/// Serve devices again whose daemon was killed.
 ///
-/// Everything that was acknowledged is there, flushed or not, and the I/O that waited goes on. Prints the
-/// devices' paths.
+/// Everything that was acknowledged is there, flushed or not, and waiting I/O continues. Prints the devices'
+/// paths.
 #[derive(clap::Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct Recover {
@@ -42,8 +42,8 @@ pub struct Recover {
     /// All devices of this program whose daemon was killed
     #[arg(short, long)]
     all: bool,
-    /// If what the daemon left does not fit the image, go on with what was flushed: a mounted file system may
-    /// be damaged by that
+    /// If what the daemon left does not fit the image, continue with what was flushed; this may damage a
+    /// mounted file system
     #[arg(long)]
     accept_loss: bool,
     /// This is the child
@@ -56,8 +56,8 @@ Examples:
   vhdx-ublk recover /dev/ublkb0
   vhdx-ublk recover --all
 
-Devices are recovered at once: the image of one may lie on another.
-Exit status: 0 all of them are served again, 1 some are not (they wait on), 2 wrong usage.";
+Devices are recovered in parallel, because the image of one may lie on another.
+Exit status: 0 all of them are served again, 1 some are not (they keep waiting), 2 wrong usage.";
 
 impl Recover {
     /// Runs the command. Every target is tried; the last failure is returned, earlier ones are told at once.
@@ -186,7 +186,7 @@ fn refuse_served(listed: &Listed) -> Result<()> {
                 .remedy("run it where /dev/ublk-control is, outside of the container")
         }
         _ => Error::new(Kind::InUse, format!("{device} is served: there is nothing to recover"))
-            .remedy("`vhdx-ublk list` tells where it stands"),
+            .remedy("`vhdx-ublk list` shows its state"),
     };
     Err(error)
 }

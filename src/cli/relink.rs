@@ -8,17 +8,17 @@ use vhdx_ublk::operations::relink::relink;
 
 /// Have a differencing image name another file as its parent, after either was moved or renamed.
 ///
-/// The file has to be what the child was made of, which its DataWriteGuid tells. Only the child's metadata
+/// The file must be the one that the child was made of: its DataWriteGuid decides. Only the child's metadata
 /// changes, as a whole or not at all; a child that names the file already is not changed by one byte.
 #[derive(clap::Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct Relink {
     /// The differencing image
     child: PathBuf,
-    /// What it shall name as its parent
+    /// The parent that it is to name
     parent: PathBuf,
     /// Take the parent even if it is another image than the child was made of, or was written since: what the
-    /// child does not have itself is then what this parent has, and file systems may be damaged by that
+    /// child does not have itself is then what this parent has, which may damage file systems
     #[arg(long)]
     ignore_mismatch: bool,
 }

@@ -15,8 +15,8 @@ use super::output;
 
 /// List or discard sessions: the memory that outlives a killed daemon.
 ///
-/// A session holds what was acknowledged and is not in the image yet. It goes away when its device is taken
-/// away cleanly, and with the machine's power.
+/// A session holds what was acknowledged and is not in the image yet. It is removed when its device is taken
+/// away cleanly, and lost when the machine is switched off.
 #[derive(clap::Args)]
 pub struct Sessions {
     #[command(subcommand)]
@@ -55,7 +55,7 @@ struct Discard {
     /// The sessions' names, as `vhdx-ublk session list` prints them
     #[arg(required = true)]
     names: Vec<String>,
-    /// Also sessions of devices that are served or wait: these cannot be recovered then
+    /// Also sessions of devices that are served or wait, which can then no longer be recovered
     #[arg(short, long)]
     force: bool,
     /// As JSON: an array of the names that are gone, errors too

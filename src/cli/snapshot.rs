@@ -14,15 +14,14 @@ use super::output;
 
 /// Freeze the image of a device as the parent of a new one, which is served from then on.
 ///
-/// File systems that are mounted go on; requests wait for some milliseconds. The frozen image is what the
-/// device held at that moment, closed cleanly, and does not change any more: copy it, check it, or go back to
-/// it.
+/// Mounted file systems continue; requests wait for some milliseconds. The frozen image is what the device
+/// held at that moment, closed cleanly, and no longer changes: copy it, check it, or go back to it.
 #[derive(clap::Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct Snapshot {
     /// The device: its number, /dev/ublkbN, or the path of its image
     target: OsString,
-    /// The new image; there must be nothing yet
+    /// The new image; the file must not exist
     image: PathBuf,
     /// Answer as JSON
     #[arg(long)]
@@ -37,7 +36,7 @@ Examples:
 The new image finds its parent by its path: move both, or none. What a file system has not
 written yet is not in the frozen image: `sync` first, or freeze it (fsfreeze) for files that
 are whole.
-Exit status: 0 the new image is served, 1 failure (`vhdx-ublk list` tells what is served then),
+Exit status: 0 the new image is served, 1 failure (`vhdx-ublk list` shows what is served then),
 2 wrong usage.";
 
 impl Snapshot {

@@ -98,7 +98,7 @@ impl Devices for Claims {
         let Some(listed) = devices()?.into_iter().find(concerns) else { return Ok(()) };
         let device = listed.entry.device.display();
         let remedy =
-            format!("`vhdx-ublk recover {device}` goes on with it, `vhdx-ublk del {device}` takes it away");
+            format!("`vhdx-ublk recover {device}` serves it again, `vhdx-ublk del {device}` takes it away");
         let message = if listed.is_abandoned() {
             format!("the image belongs to {device}, whose daemon was killed")
         } else {

@@ -205,7 +205,7 @@ impl fmt::Display for Rejected {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Header => write!(f, "no entry of this log starts here"),
-            Self::Length => write!(f, "the entry has not the length it says"),
+            Self::Length => write!(f, "the entry's length field does not match its size"),
             Self::Checksum => write!(f, "the checksum does not match"),
             Self::Descriptor(index) => write!(f, "descriptor {index} is not one of this entry"),
             Self::Target(index) => write!(f, "descriptor {index} would change what the log must not"),

@@ -64,7 +64,7 @@ pub(super) fn partial_blocks(map: &BlockMap, slots: Range<u64>) -> impl Iterator
 
 pub(super) fn missing(chunk: u64) -> Error {
     let message = format!("chunk {chunk} has partially present blocks and no sector bitmap");
-    Error::corrupt("BAT", message).remedy("`vhdx-ublk check` tells what else is wrong")
+    Error::corrupt("BAT", message).remedy("`vhdx-ublk check` shows what else is wrong")
 }
 
 fn no_room(error: io::Error) -> Error {

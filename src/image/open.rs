@@ -345,7 +345,7 @@ async fn without_signature<D: ReadDisk>(file: &View<'_, D>, length: u64) -> Resu
         let message =
             format!("the signature is missing, but {left}: a VHDX whose first bytes were overwritten");
         let remedy =
-            "`vhdx-ublk check FILE` tells what is left, and whether --repair can put the signature back";
+            "`vhdx-ublk check FILE` shows what is left, and whether --repair can restore the signature";
         return Ok(Error::corrupt(FILE_ID, message).at(0).remedy(remedy));
     }
     let front = file.read(FILE_ID, 0, file_id::PROBED_FRONT).await?;

@@ -144,7 +144,7 @@ impl WritableImage {
         let block = match role {
             Role::Block(block) => block,
             Role::Bitmap(chunk) => return self.reconcile_bitmap_slot(slot, chunk, live.entry, map),
-            Role::Nothing => return wrong("is nobody's"),
+            Role::Nothing => return wrong("belongs to no block"),
         };
         let new = checked_payload(live.entry, block, map.geometry())?;
         let old = payload_extent(in_file, map.geometry());

@@ -113,7 +113,9 @@ impl Creation {
                 "the new image would descend from the one that it replaces".to_owned()
             }
             [] => return Ok(()),
-            [child, ..] => format!("it is the parent of {}, which would not open any more", child.display()),
+            [child, ..] => {
+                format!("it is the parent of {}, which could no longer be opened", child.display())
+            }
         };
         let remedy = "choose another name; or remove it yourself, if what was made of it may be lost";
         Err(Error::new(Kind::InUse, message).file(&old.path).remedy(remedy))

@@ -385,7 +385,7 @@ fn a_suggested_command_takes_any_name_for_a_name() {
     let image = bench.image("a;$(touch ran) it's b.vhdx", &["--size", "16M", "--block-size", "2M"]);
     let message = ended_on("merge", &image, &[]).failed(1);
     let (_, command) = message.split_once("try: `vhdx-ublk ").expect("a command is suggested");
-    let (command, _) = command.split_once("` tells").expect("the command ends");
+    let (command, _) = command.split_once("` shows").expect("the command ends");
     let line = format!("exec '{}' {command}", env!("CARGO_BIN_EXE_vhdx-ublk"));
     let mut shell = Command::new("sh");
     shell.arg("-c").arg(&line).current_dir(bench.0.path());

@@ -95,6 +95,6 @@ fn loses_its_parent(path: &Path, parent: &Path) -> Error {
 fn over_changed_content(path: &Path, parent: &Path) -> Error {
     let message = format!("its parent is {}, which the merge would change", parent.display());
     let remedy = "only one child can be merged: give the others a parent of their own first (copy the parent, and \
-                  relink them to the copy); --force merges, and they do not open any more";
+                  relink them to the copy); --force merges, and they can no longer be opened";
     Error::new(Kind::InUse, message).file(path).remedy(remedy)
 }
