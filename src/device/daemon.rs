@@ -13,20 +13,18 @@
 //! * signals that request something are blocked in every thread and taken by one, so that no call is
 //!   interrupted.
 
-use std::fs::{File, OpenOptions};
-use std::io;
-use std::os::unix::fs::FileTypeExt;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::confine::{self, Role};
-use super::control::{self, Control, DeviceInfo, NewDevice, POLL_INTERVAL};
+use super::control::{self, Control, DeviceInfo, NewDevice};
 use super::ending::{Ending, INSISTENCE, Step};
 use super::features;
 use super::launch;
 use super::mailbox::{EngineEnds, FrontEnds, mailboxes};
+use super::node::{Node, await_node};
 use super::options::{Options, Recovery, ZeroCopy};
 use super::order::{Call, NewLeaf, Order};
 use super::queue::{BufferIndex, QueueSetup, RingSetup, Transfer};
@@ -39,9 +37,6 @@ use super::usage;
 use crate::engine::front::Front;
 use crate::engine::shared::{Session, Shared};
 use crate::error::{Error, Kind, Result};
-
-/// How long a device node may take to appear: none in devtmpfs, longer where a program makes it.
-const NODE_DEADLINE: Duration = Duration::from_secs(5);
 
 /// Serves an image as a block device until a termination signal comes or another process stops the device.
 ///
@@ -431,40 +426,4 @@ fn check_granted(new: &NewDevice, info: &DeviceInfo) -> Result<()> {
         return Err(Error::new(Kind::Unsupported, message));
     }
     Ok(())
-}
-
-/// A kind of device node.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Node {
-    Character,
-    Block,
-}
-
-/// Opens a device node as soon as it can be opened: a character device for the server, to write; a block
-/// device only to check that others can open it.
-fn await_node(path: &Path, node: Node) -> Result<File> {
-    let until = Instant::now() + NODE_DEADLINE;
-    loop {
-        let error = match open_node(path, node) {
-            Ok(file) => return Ok(file),
-            Err(error) => error,
-        };
-        if Instant::now() >= until {
-            let seconds = NODE_DEADLINE.as_secs();
-            return Err(Error::io(format!("opening the device node for {seconds} s"), error)
-                .file(path)
-                .remedy("check that /dev is a devtmpfs, or that udev is running"));
-        }
-        thread::sleep(POLL_INTERVAL);
-    }
-}
-
-fn open_node(path: &Path, node: Node) -> io::Result<File> {
-    let file = OpenOptions::new().read(true).write(node == Node::Character).open(path)?;
-    let kind = file.metadata()?.file_type();
-    let is_right = match node {
-        Node::Character => kind.is_char_device(),
-        Node::Block => kind.is_block_device(),
-    };
-    if is_right { Ok(file) } else { Err(io::Error::other("it is no device of the right kind")) }
 }

@@ -33,6 +33,7 @@ pub mod layers;
 mod leaf_handover;
 pub mod mailbox;
 mod mounts;
+mod node;
 pub mod open_image;
 mod options;
 pub mod order;

@@ -15,17 +15,15 @@ mod kernel;
 mod nesting;
 mod target;
 
-use std::fs;
-use std::os::unix::fs::FileTypeExt;
-use std::path::{Path, PathBuf};
-use std::thread;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 pub use kernel::{Openers, stop_here};
 pub use nesting::{lies_on, lies_on_waiting, nested_first, waits_below};
 pub use target::{Target, find};
 
-use super::control::{Control, DeviceInfo, POLL_INTERVAL};
+use super::control::{Control, DeviceInfo};
+use super::node::await_node_gone;
 use super::registry::{Entry, Registry, Sight, State};
 use super::sys::ProcessHandle;
 use super::usage;
@@ -38,9 +36,6 @@ use target::{find_in, unknown_image};
 
 /// How long a daemon may take by default: it writes back file systems and closes the image.
 pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(60);
-
-/// How long the device node may stay after the device has gone.
-const NODE_DEADLINE: Duration = Duration::from_secs(5);
 
 /// How devices are removed.
 #[derive(Clone, Copy, Debug)]
@@ -181,19 +176,4 @@ fn remove_remains(control: &Control, entry: &Entry) -> Result<()> {
         }
         _ => Ok(()),
     }
-}
-
-fn await_node_gone(entry: &Entry) -> Result<()> {
-    let until = Instant::now() + NODE_DEADLINE;
-    let block = PathBuf::from(format!("/sys/class/block/ublkb{}", entry.id));
-    // A device with the same number may be made at any moment: then the kernel has one, and this one is gone.
-    let is_there = || fs::metadata(&entry.device).is_ok_and(|found| found.file_type().is_block_device());
-    while is_there() && !block.exists() {
-        if Instant::now() >= until {
-            let message = format!("{} is still there, though the device is gone", entry.device.display());
-            return Err(Error::new(Kind::Io, message).remedy(format!("rm {}", entry.device.display())));
-        }
-        thread::sleep(POLL_INTERVAL);
-    }
-    Ok(())
 }

@@ -1,0 +1,86 @@
+//! The side of other processes.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, socket};
+use serde::de::DeserializeOwned;
+
+use super::{
+    ANSWER_DEADLINE, Answer, Command, LINE_DEADLINE, Request, Status, VERSION, read_line, write_line,
+};
+use crate::device::order::Snapped;
+use crate::error::{Doing, Error, Kind, Locate, Result};
+
+/// How long a daemon may take to report its status, which is in memory.
+const STATUS_DEADLINE: Duration = Duration::from_secs(1);
+
+/// Requests a snapshot from the daemon that listens at `path`, and waits until it is taken.
+///
+/// # Errors
+///
+/// The daemon's; [`Kind::Io`] if it does not listen or does not answer. Once this has returned, a daemon that
+/// has not answered takes the snapshot only if it had already claimed it: its log and the device's entry show
+/// that.
+pub fn snapshot(path: &Path, image: PathBuf) -> Result<Snapped> {
+    let snapped = send(path, &Command::Snapshot { image }, 2 * ANSWER_DEADLINE + LINE_DEADLINE);
+    snapped.map_err(|error| match error.kind() {
+        Kind::Io if error.remedy_text().is_none() => error.remedy(
+            "`vhdx-ublk list` shows which image is served now, and the log beside the socket what was done",
+        ),
+        _ => error,
+    })
+}
+
+/// Requests the status of its device from the daemon that listens at `path`.
+///
+/// # Errors
+///
+/// As [`snapshot`], within a second.
+pub fn status(path: &Path) -> Result<Status> {
+    send(path, &Command::Status, STATUS_DEADLINE)
+}
+
+fn send<T: DeserializeOwned>(path: &Path, command: &Command, patience: Duration) -> Result<T> {
+    const FAILED: &str = "talking to the daemon";
+    let stream = connect(path, patience).doing(FAILED).file(path)?;
+    let command = serde_json::to_value(command).doing(FAILED)?;
+    write_line(&stream, &Request { version: VERSION, command }).doing(FAILED).file(path)?;
+    let answer = read_line(&stream, patience).file(path)?;
+    if answer.is_empty() {
+        return Err(Error::new(Kind::Io, "the daemon has ended without an answer").file(path));
+    }
+    match serde_json::from_str(&answer).doing(FAILED).file(path)? {
+        Answer::Done(done) => serde_json::from_value(done).doing(FAILED).file(path),
+        Answer::Error(failure) => Err(failure.into()),
+    }
+}
+
+/// A connection on which nothing waits longer than `patience`, not even for a daemon that accepts no more
+/// clients.
+fn connect(path: &Path, patience: Duration) -> io::Result<UnixStream> {
+    let socket = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    let stream = UnixStream::from(socket);
+    stream.set_read_timeout(Some(patience))?;
+    stream.set_write_timeout(Some(patience))?;
+    nix::sys::socket::connect(stream.as_raw_fd(), &UnixAddr::new(path)?)?;
+    Ok(stream)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    #[test]
+    fn a_daemon_that_does_not_answer_is_not_waited_for() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let path = folder.path().join("7.sock");
+        let _silent = UnixListener::bind(&path).expect("free");
+        assert!(status(&path).is_err());
+    }
+}
