@@ -91,7 +91,7 @@ pub fn recover<E: EngineHandle>(
     device.take_down(outcome)
 }
 
-/// A failure here costs safety when memory runs out, and the device is spec.
+/// A failure here costs safety when memory runs out, and the device is served.
 fn prepare_process() {
     if let Err(error) = sys::keep_in_memory() {
         tracing::warn!("the daemon may be swapped out: {error}");

@@ -1,5 +1,6 @@
 //! Processes and their open files, from `/proc`, as far as it may be read.
 
+use std::cell::OnceCell;
 use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -14,38 +15,47 @@ pub(super) struct Process {
     pub(super) name: String,
 }
 
+impl Process {
+    /// The process `pid`.
+    pub(super) fn of(pid: u32) -> Self {
+        let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        Self { pid, name: name.trim_end().to_owned() }
+    }
+}
+
 impl fmt::Display for Process {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} (pid {})", self.name, self.pid)
     }
 }
 
-/// The processes, except for this one, for which `wanted` holds, by their numbers.
-pub(super) fn others(wanted: impl Fn(u32) -> bool) -> Vec<Process> {
+/// The numbers of all processes except for this one, sorted.
+pub(super) fn others() -> Vec<u32> {
     let this = std::process::id();
     let names = names_in(Path::new("/proc"));
     let mut pids: Vec<u32> = names.iter().filter_map(|name| name.parse().ok()).collect();
     pids.sort_unstable();
-    let pids = pids.into_iter().filter(|&pid| pid != this && wanted(pid));
-    pids.map(|pid| {
-        let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-        Process { pid, name: name.trim_end().to_owned() }
-    })
-    .collect()
+    pids.retain(|&pid| pid != this);
+    pids
 }
 
 /// The open files of the process `pid`.
 pub(super) fn open_files(pid: u32) -> impl Iterator<Item = OpenFile> {
     let process = PathBuf::from(format!("/proc/{pid}"));
     let names = names_in(&process.join("fd")).into_iter();
-    names
-        .map(move |fd| OpenFile { link: process.join("fd").join(&fd), info: process.join("fdinfo").join(fd) })
+    names.map(move |fd| OpenFile {
+        link: process.join("fd").join(&fd),
+        info_path: process.join("fdinfo").join(fd),
+        info: OnceCell::new(),
+    })
 }
 
 /// An open file of a process.
 pub(super) struct OpenFile {
     link: PathBuf,
-    info: PathBuf,
+    info_path: PathBuf,
+    /// Read once: the descriptor may come to mean another file.
+    info: OnceCell<String>,
 }
 
 impl OpenFile {
@@ -61,7 +71,7 @@ impl OpenFile {
 
     /// A field of its `fdinfo`, like `ino:`; not every kernel has every field.
     pub(super) fn info(&self, field: &str) -> Option<String> {
-        let info = fs::read_to_string(&self.info).ok()?;
+        let info = self.info.get_or_init(|| fs::read_to_string(&self.info_path).unwrap_or_default());
         info.lines().find_map(|line| line.strip_prefix(field)).map(|value| value.trim().to_owned())
     }
 
@@ -91,6 +101,6 @@ mod tests {
         let fd = file.as_file().as_raw_fd().to_string();
         let open = open_files(this).find(|open| open.link.ends_with(&fd)).expect("it is open");
         assert!(open.is(id(file.as_file())) && !open.is(id(other.as_file())));
-        assert!(others(|pid| pid == this).is_empty(), "this process does not count");
+        assert!(!others().contains(&this), "this process does not count");
     }
 }

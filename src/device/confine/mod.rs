@@ -197,6 +197,8 @@ mod tests {
     use std::thread;
 
     use super::*;
+    use crate::device::registry::{Registry, entry};
+    use crate::device::testing::Bench;
 
     fn permitted() -> CapsHashSet {
         caps::read(None, CapSet::Permitted).expect("every thread has a set")
@@ -231,14 +233,19 @@ mod tests {
 
     /// A filter without TSYNC binds the thread that installs it, and no other test.
     #[test]
-    fn under_the_filter_threads_can_be_made_and_programs_cannot_be_run() {
-        thread::spawn(|| {
+    fn under_the_filter_a_daemon_works_and_programs_cannot_be_run() {
+        let (bench, folder) = (Bench::new(), tempfile::tempdir().expect("a temporary folder"));
+        thread::spawn(move || {
             prctl::set_no_new_privs().expect("any process may");
             for program in filter::programs().expect("this machine is known") {
                 seccompiler::apply_filter(&program).expect("the kernel takes it");
             }
             let other = thread::spawn(|| fs::read_to_string("/proc/self/comm").is_ok());
             assert!(other.join().expect("it does not panic"), "a thread reads a file");
+            let registry = Registry::at(&folder.path().join("run")).expect("a directory is made");
+            registry.write(&entry(1)).expect("an entry is written");
+            registry.write(&entry(1)).expect("an entry is replaced");
+            bench.file().memory_alignment(512).expect("a file is examined");
             let child = std::process::Command::new("/proc/self/exe").spawn();
             let refused = child.expect_err("no process is made").raw_os_error();
             assert_eq!(refused, Some(libc::EPERM));

@@ -2,7 +2,7 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -223,10 +223,10 @@ impl Locked<'_> {
 
     /// Half of an entry is removed when this fails.
     fn replace(&self, path: &Path, text: &str) -> io::Result<()> {
-        let mut temporary = tempfile::Builder::new()
-            .prefix(".entry.")
-            .permissions(fs::Permissions::from_mode(FILE_MODE))
-            .tempfile_in(&self.registry.directory)?;
+        // Opened here, so that an error keeps its number.
+        let open = |path: &Path| OpenOptions::new().write(true).create_new(true).mode(FILE_MODE).open(path);
+        let mut temporary =
+            tempfile::Builder::new().prefix(".entry.").make_in(&self.registry.directory, open)?;
         writeln!(temporary.as_file_mut(), "{text}")?;
         Ok(temporary.persist(path).map(drop)?)
     }
@@ -250,9 +250,16 @@ impl Locked<'_> {
 #[cfg(test)]
 mod tests {
     use std::os::unix::ffi::OsStringExt;
+    use std::os::unix::fs::PermissionsExt;
 
     use super::super::entry::tests::entry;
     use super::*;
+
+    /// A lock that keeps nothing out.
+    fn locked(directory: &Path) -> Flock<File> {
+        let file = File::create(directory.join("lock")).expect("room");
+        Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| errno).expect("free")
+    }
 
     fn read(registry: &Registry) -> Vec<Entry> {
         let (entries, unreadable) = registry.entries().expect("read");
@@ -289,8 +296,12 @@ mod tests {
         fs::create_dir(registry.entry_path(7)).expect("made");
         let error = registry.write(&entry(7)).expect_err("a directory has its path");
         assert!(error.to_string().contains("7.json"), "{error}");
+        assert_eq!(error.os_error(), Some(libc::EISDIR), "{error:?}");
         let names: Vec<_> = fs::read_dir(&registry.directory).expect("readable").flatten().collect();
         assert_eq!(names.len(), 2, "the directory and the lock: {names:?}");
+        let registry = Registry { directory: place.path().join("gone") };
+        let error = Locked { registry: &registry, _lock: locked(place.path()) }.write(&entry(7));
+        assert_eq!(error.expect_err("no directory").os_error(), Some(libc::ENOENT));
     }
 
     #[test]

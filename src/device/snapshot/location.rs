@@ -9,7 +9,7 @@
 //! one.
 
 use std::ffi::OsStr;
-use std::fs::{self, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
@@ -95,8 +95,9 @@ struct Host<'a> {
 
 impl Host<'_> {
     fn of_folder(&self, folder: &Path, depth: usize) -> Location {
-        let id = mount_id(folder).and_then(|id| Ok((id, Mounts::of_this_process()?)));
-        let (id, mounts) = match id {
+        // Held until the mounts are read: the number of a mount that is gone is used again.
+        let found = mount_id(folder).and_then(|(held, id)| Ok((held, id, Mounts::of_this_process()?)));
+        let (_held, id, mounts) = match found {
             Ok(found) => found,
             Err(error) => return Location::Unknown(format!("{}: {error}", folder.display())),
         };
@@ -197,11 +198,12 @@ fn is_ram(name: &Path) -> bool {
     rest.is_some_and(|rest| !rest.is_empty() && rest.bytes().all(|byte| byte.is_ascii_digit()))
 }
 
-/// The number of the mount that `path` is in, if the kernel reports it.
-fn mount_id(path: &Path) -> io::Result<Option<String>> {
+/// `path`, open without access to its data, and the number of the mount that it is in, if the kernel reports it.
+fn mount_id(path: &Path) -> io::Result<(File, Option<String>)> {
     let file = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(path)?;
     let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", file.as_raw_fd()))?;
-    Ok(info.lines().find_map(|line| line.strip_prefix("mnt_id:")).map(|id| id.trim().to_owned()))
+    let id = info.lines().find_map(|line| line.strip_prefix("mnt_id:")).map(|id| id.trim().to_owned());
+    Ok((file, id))
 }
 
 #[cfg(test)]
@@ -316,7 +318,7 @@ mod tests {
     #[test]
     fn a_folder_is_in_a_mount() {
         let folder = tempfile::tempdir().expect("a temporary folder");
-        assert!(mount_id(folder.path()).expect("/proc").is_some());
+        assert!(mount_id(folder.path()).expect("/proc").1.is_some());
         assert!(mount_id(&folder.path().join("gone")).is_err());
     }
 }

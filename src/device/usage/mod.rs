@@ -104,7 +104,8 @@ pub fn of_file(file: HostFile) -> Vec<String> {
 }
 
 fn openers(wanted: impl Fn(&OpenFile) -> bool) -> Vec<Process> {
-    processes::others(|pid| processes::open_files(pid).any(|file| wanted(&file)))
+    let has_it = |&pid: &u32| processes::open_files(pid).any(|file| wanted(&file));
+    processes::others().into_iter().filter(has_it).map(Process::of).collect()
 }
 
 fn describe(openers: &[Process]) -> Vec<String> {

@@ -1,18 +1,25 @@
 //! The processes that only read a file.
 
-use crate::device::processes::{self, OpenFile};
+use crate::device::processes::{self, OpenFile, Process};
 use crate::disk::HostFile;
 
 /// The processes, except for this one, that have `file` open, none of them for writing: `cat (pid 123)`.
 /// `None` if one can write it, or if none is seen: then the processes that lock it cannot be seen from here,
 /// and may do anything.
 pub fn only_readers(file: HostFile) -> Option<Vec<String>> {
-    let accesses =
-        |pid| processes::open_files(pid).filter(|open| open.is(file)).filter_map(|open| access(&open));
-    let users = processes::others(|pid| accesses(pid).next().is_some());
-    let can_write = users.iter().any(|user| accesses(user.pid).any(|access| access == Access::Writes));
-    let readers: Vec<String> = users.iter().map(ToString::to_string).collect();
-    (!can_write && !readers.is_empty()).then_some(readers)
+    let mut readers = Vec::new();
+    for pid in processes::others() {
+        // Each descriptor is judged once: a writer may end, or pass its descriptor on, at any moment.
+        let open = processes::open_files(pid).filter(|open| open.is(file));
+        let accesses: Vec<Access> = open.filter_map(|open| access(&open)).collect();
+        if accesses.contains(&Access::Writes) {
+            return None;
+        }
+        if !accesses.is_empty() {
+            readers.push(Process::of(pid).to_string());
+        }
+    }
+    (!readers.is_empty()).then_some(readers)
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
