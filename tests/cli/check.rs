@@ -386,7 +386,7 @@ fn a_repair_keeps_the_data() {
     assert_eq!(after[BAT + 40..BAT + 48], ((7 * MIB) | PRESENT).to_le_bytes());
     assert!(after[6 << 20..7 << 20].iter().all(|&byte| byte == 0), "the leak is a hole");
     if !has("qemu-img") || !has("qemu-io") {
-        return skipped("qemu-img is not installed: nobody else has judged a repair");
+        return skipped("qemu-img is not installed: no other program has judged a repair");
     }
     qemu(&["check", "-q", "-f", "vhdx"], &image);
     let commands = ["-c", "read -P 0x55 5M 1M", "-c", "read -P 0x66 6M 1M", "-c", "read -P 0 7M 57M"];
@@ -622,7 +622,7 @@ fn a_broken_chain_is_told_with_its_reason() {
             let lower = message.to_lowercase();
             assert!(
                 lower.contains(&of_base) && !lower.contains(&there),
-                "what was not named tells: {message}"
+                "the message says what was not named: {message}"
             );
             let named =
                 ["--parent", middle.to_str().expect("UTF-8"), "--parent", base.to_str().expect("UTF-8")];
@@ -649,7 +649,7 @@ fn other_sectors(bench: &Bench, base: &Path) {
     fs::rename(other, base).expect("one folder");
 }
 
-/// Who is told where the parents are looks there; an image is no ancestor of itself.
+/// The search for parents follows the options; an image is not its own ancestor.
 #[test]
 fn parents_are_looked_for_where_they_are_said_to_be() {
     let bench = Bench::new();

@@ -19,8 +19,8 @@ use super::{Bench, MIB, Ran, create, info, on, program};
 /// How long a command may take that must not hang: many times what any of these takes.
 const NO_HANG: Duration = Duration::from_secs(60);
 
-/// Nobody, as most systems call it.
-const NOBODY: u32 = 65534;
+/// An account without privileges.
+const UNPRIVILEGED: u32 = 65534;
 
 /// Runs `command`, and fails if it hangs.
 fn ended(mut command: Command) -> Ran {
@@ -68,7 +68,7 @@ fn a_link_in_place_of_the_unfinished_image_gives_nothing_away() {
     let victim = secret(&bench);
     fs::create_dir(bench.path("home")).expect("room");
     let image = bench.image("home/a.vhdx", &["--size", "1G"]);
-    chown(&image, Some(NOBODY), Some(NOBODY)).expect("root may");
+    chown(&image, Some(UNPRIVILEGED), Some(UNPRIVILEGED)).expect("root may");
     fs::set_permissions(&image, fs::Permissions::from_mode(0o666)).expect("ours");
     let (before, old) = (state(&victim), state(&image));
     let (done, swaps) = (AtomicBool::new(false), AtomicBool::new(false));
@@ -217,7 +217,7 @@ fn a_parent_that_is_no_file_on_a_disk_is_refused_at_once() {
             let Ran { status, stdout, stderr } = ended_on(command, path, options);
             let said = stdout + &stderr;
             assert!(status == Some(1) && said.contains(what), "{command} {}: {said}", intruder.display());
-            assert!(!said.contains("TOP"), "{command} tells what is in a file that nobody named: {said}");
+            assert!(!said.contains("TOP"), "{command} shows the content of a file that was not named: {said}");
         }
         fs::remove_file(&parent).expect("ours");
     }
@@ -236,7 +236,7 @@ fn a_link_of_another_user_does_not_say_what_is_replaced() {
     let victim = bench.image("victim.vhdx", &["--size", "1G"]);
     let (foreign, ours) = (bench.path("home/foreign"), bench.path("home/ours"));
     symlink("../victim.vhdx", &foreign).expect("free");
-    lchown(&foreign, Some(NOBODY), Some(NOBODY)).expect("root may");
+    lchown(&foreign, Some(UNPRIVILEGED), Some(UNPRIVILEGED)).expect("root may");
     symlink("foreign", &ours).expect("free");
     let before = state(&victim);
     let target = victim.canonicalize().expect("there");
@@ -247,7 +247,7 @@ fn a_link_of_another_user_does_not_say_what_is_replaced() {
         assert!(state(&victim) == before, "the file behind the link was changed");
     }
     // Who owns the file as well needs no link to replace it.
-    chown(&victim, Some(NOBODY), Some(NOBODY)).expect("root may");
+    chown(&victim, Some(UNPRIVILEGED), Some(UNPRIVILEGED)).expect("root may");
     create(&ours, &["--size", "2G", "--force"]).succeeded();
     assert_eq!(info(&victim)["virtual_size"], 2048 * MIB);
 }
@@ -295,7 +295,7 @@ fn watched<T>(fifo: &Path, action: impl FnOnce() -> T) -> (bool, T) {
     })
 }
 
-/// Neither a link beside the image nor what is no file is opened, when its children are looked for.
+/// The search for an image.s children opens no link and nothing but regular files.
 #[test]
 fn neighbours_that_are_no_files_are_not_opened() {
     let bench = Bench::new();

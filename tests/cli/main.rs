@@ -165,7 +165,7 @@ impl Snapshot {
     }
 }
 
-/// What `create` was told, `info` says.
+/// `info` shows the options that `create` was given.
 #[test]
 fn what_create_makes_info_shows() {
     let bench = Bench::new();
@@ -262,7 +262,7 @@ fn info_changes_nothing() {
 #[test]
 fn qemu_accepts_what_create_makes() {
     if !has("qemu-img") {
-        return skipped("qemu-img is not installed: nobody else has read the images that create makes");
+        return skipped("qemu-img is not installed: no other program has read the images that create makes");
     }
     let bench = Bench::new();
     let image = bench.path("a.vhdx");
@@ -620,12 +620,12 @@ fn what_may_not_be_read_is_not_served() {
     fs::set_permissions(bench.0.path(), fs::Permissions::from_mode(0o755)).expect("ours");
     let before = Snapshot::of(&image);
     let as_nobody = |command: &str, options: &[&str]| {
-        let mut nobody = program();
-        nobody.arg(command).args(options).arg(&image);
+        let mut program = program();
+        program.arg(command).args(options).arg(&image);
         if nix::unistd::geteuid().is_root() {
-            nobody.uid(65534).gid(65534);
+            program.uid(65534).gid(65534);
         }
-        nobody.output().map(Ran::from)
+        program.output().map(Ran::from)
     };
     fs::set_permissions(&image, fs::Permissions::from_mode(0o000)).expect("ours");
     let Ok(read) = as_nobody("info", &[]) else {
@@ -664,7 +664,7 @@ fn add_without_a_driver_says_so_and_changes_nothing() {
         );
     }
     before.assert_kept(&image);
-    ImageFile::open(&image, Access::ReadWrite, Duration::ZERO).expect("nobody holds it any more");
+    ImageFile::open(&image, Access::ReadWrite, Duration::ZERO).expect("it is held no longer");
     assert_eq!(run(&["features", "--json"]).failed_as_json()["kind"], "no-driver");
     assert!(run(&["features"]).failed(1).contains("modprobe"));
     assert_eq!(run(&["list", "--json"]).succeeded(), "[]\n");

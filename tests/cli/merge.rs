@@ -60,7 +60,7 @@ impl Layer<'_> {
         self.of_disk(block).fill(fill);
     }
 
-    /// Every third sector is here; the others hold what nobody may read.
+    /// Every third sector is here; the others hold what must not be read.
     fn part(&mut self, block: u64, fill: u8) {
         let mut bitmap = vec![0; 1 << 20];
         let mut bytes = vec![0xee; 1 << 20];
@@ -115,7 +115,7 @@ fn chain(bench: &Bench) -> ([PathBuf; 3], Vec<u8>) {
 #[test]
 fn a_merged_disk_is_read_by_others() {
     if !has("qemu-img") || !has("qemu-io") {
-        return skipped("qemu-img or qemu-io is missing: nobody else has read what was merged");
+        return skipped("qemu-img or qemu-io is missing: no other program has read what was merged");
     }
     for at_once in [true, false] {
         let bench = Bench::new();

@@ -119,7 +119,7 @@ fn a_child_that_is_called_as_its_lost_parent_is_not_its_own_ancestor() {
     assert_eq!(chain_of(&leaf).len(), 3);
 }
 
-/// A slip in the drive's name is told, not left to be wondered about.
+/// A mistake in the drive's name is an error that names it.
 #[test]
 fn a_map_that_matches_nothing_is_told() {
     let bench = Bench::new();

@@ -31,7 +31,7 @@ test_chain_zero_copy() {
     zero_copy=fallback child_reads fat-parent.vhdx
 }
 
-# Where Windows' paths lead nowhere, the user tells where the parent is.
+# Where Windows' paths lead nowhere, an option says where the parent is.
 test_chain_parent_elsewhere() {
     unpack fat-parent fat-differential
     mkdir -p 'elsewhere/Test_Data'
@@ -42,7 +42,7 @@ test_chain_parent_elsewhere() {
     child_reads elsewhere/Test_Data/FAT-Parent.vhdx --parent-map 'c:\projects\dfvfs=elsewhere'
 }
 
-# A child is told where its parent is, or finds it beside itself and says so from then on; nothing that is served is
+# A child's parent is named, or found beside the child, which names it from then on; nothing that is served is
 # changed.
 test_chain_parent_moved() {
     unpack fat-parent fat-differential
@@ -81,7 +81,7 @@ test_chain_wrong_parent_is_refused() {
     [ "$(ublk list --json)" = "[]" ]
 }
 
-# Nobody writes to a parent that is being read; nobody serves the child of a parent that is being written.
+# A parent that is being read cannot be written; the child of a parent that is being written is not served.
 test_chain_parent_is_locked() {
     unpack fat-parent fat-differential
     local device
@@ -91,7 +91,7 @@ test_chain_parent_is_locked() {
     ublk del "$device"
     device=$(ublk add --force fat-parent.vhdx)
     ! ublk add --read-only fat-differential.vhdx 2>said || fail "the parent is being written"
-    grep -q "$device" said || fail "nobody says who has it: $(cat said)"
+    grep -q "$device" said || fail "the holder is not named: $(cat said)"
     ublk del "$device"
 }
 

@@ -3,7 +3,7 @@
 
 log_state() { ublk info --json "$1" | tr -d ' \n' | grep -o '"log":{[^}]*}' | grep -o '"state":"[a-z]*"' | cut -d'"' -f4; }
 
-# Asked to end, the daemon closes the image by itself: nobody else has to.
+# Asked to end, the daemon closes the image itself.
 test_death_on_request_closes_the_image() {
     local device pid
     ublk create disk.vhdx --size 1G

@@ -32,7 +32,7 @@ kill_again_and_again() {
 test_recovery_reissue_loses_nothing() { kill_again_and_again reissue "$(cycles)"; }
 test_recovery_queue_loses_nothing() { kill_again_and_again queue "$(cycles)" --errors; }
 
-# What was acknowledged and never flushed is in the image even if nobody recovers the device.
+# What was acknowledged and never flushed is in the image even if the device is never recovered.
 test_recovery_by_deleting_and_adding() {
     local device
     ublk create disk.vhdx --size 1G

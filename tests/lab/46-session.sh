@@ -30,7 +30,7 @@ nothing = ctypes.c_long(0)
 sys.exit(ctypes.CDLL(None).sync_file_range(file, nothing, nothing, WRITE))' "$1"
 }
 
-# The host's disk fails while a killed daemon's fdatasync is under way: the kernel tells the dead process. The
+# The host's disk fails while a killed daemon's fdatasync is under way: the kernel reports it to the dead process. The
 # successor must not acknowledge the guest's flush, and what is read afterwards is what is on the disk.
 test_session_flush_that_a_death_cuts_short() {
     local loop sectors good bad device pid guest
@@ -78,7 +78,7 @@ test_session_flush_that_a_death_cuts_short() {
     ublk del "$device"
 }
 
-# After a death on such a host in which nothing was lost, everything goes on; also if another file of the file system
+# After a death on such a host in which nothing was lost, everything works; also if another file of the file system
 # was lost before the device was there.
 test_session_where_the_page_cache_is_used() {
     local loop device
@@ -231,7 +231,7 @@ test_session_after_another_mount() {
     umount bad
 }
 
-# Without room the device works; how much it may take is told, and a part of /run stays free.
+# Without room the device works; `info` says how much it may take, and a part of /run stays free.
 test_session_without_room() {
     local device
     run_in -t tmpfs -o size=512k tmpfs

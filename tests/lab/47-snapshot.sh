@@ -1,4 +1,4 @@
-# Snapshots of devices in use: what is frozen is the device at one moment, and what is served goes on.
+# Snapshots of devices in use: what is frozen is the device at one moment, and the device stays in use.
 # shellcheck shell=bash
 
 stamper() { "${VHDX_STAMPER:-$(dirname "$VHDX_UBLK")/examples/stamper}" "$@"; }
@@ -131,7 +131,7 @@ test_snapshot_refusals() {
     check_stamps "$device" 10 20 3
     ublk del "$device"
     device=$(ublk add --read-only 0.vhdx)
-    ! ublk snapshot "$device" new.vhdx 2>said || fail "nobody writes to it"
+    ! ublk snapshot "$device" new.vhdx 2>said || fail "it cannot be written"
     grep -q 'read-only' said || fail "$(cat said)"
     [ ! -e new.vhdx ] || fail "something was left behind"
     ublk del "$device"

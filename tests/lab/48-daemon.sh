@@ -88,13 +88,13 @@ test_daemon_has_no_right_that_it_does_not_use() {
     chmod 700 theirs
     mv disk.vhdx theirs/
     chmod 600 theirs/disk.vhdx
-    chown -R nobody theirs
+    chown -R 65534 theirs
     device=$(ublk add theirs/disk.vhdx)
     write_stamps "$device" 10 20 5
     ublk snapshot "$device" theirs/next.vhdx
     write_stamps "$device" 15 2 6
     check_stamps "$device" 15 2 6
-    [ "$(stat -c '%U %a' theirs/next.vhdx)" = "nobody 600" ] || fail "$(stat -c '%U %a' theirs/next.vhdx)"
+    [ "$(stat -c '%u %a' theirs/next.vhdx)" = "65534 600" ] || fail "$(stat -c '%u %a' theirs/next.vhdx)"
     ublk del "$device"
     ublk check theirs/next.vhdx >/dev/null
 }
@@ -170,7 +170,7 @@ test_daemon_is_deaf_to_what_concerns_it_not() {
     ublk del "$device"
 }
 
-# HUP opens the log anew, for who rotates it; recover adds to the log of the daemon that was killed.
+# HUP opens the log anew, for rotation; recover adds to the log of the daemon that was killed.
 test_daemon_log_is_kept_and_opened_anew() {
     local device pid
     ublk create disk.vhdx --size 1G
@@ -194,7 +194,7 @@ test_daemon_log_is_kept_and_opened_anew() {
     rm /run/vhdx-ublk/0.log
 }
 
-# A starter that is killed leaves no server behind that nobody knows of.
+# A starter that is killed leaves no unknown server behind.
 test_daemon_dies_with_its_starter() {
     local starter daemon holder
     ublk create disk.vhdx --size 1G
@@ -212,7 +212,7 @@ test_daemon_dies_with_its_starter() {
     await 3 is_gone "$daemon" || status=1
     kill "$holder"
     wait || true
-    [ -z "${status:-}" ] || fail "the daemon of a starter that was killed goes on"
+    [ -z "${status:-}" ] || fail "the daemon of a starter that was killed still runs"
     has_no_device
 }
 
@@ -287,7 +287,7 @@ test_daemon_takes_no_relative_path_and_no_endless_line() {
     ublk del "$device"
 }
 
-# The daemon is stopped; who asks loses patience; the daemon goes on: nothing is done behind anybody's back.
+# The daemon is stopped, the caller stops waiting, the daemon continues: a snapshot that was given up is not taken.
 test_daemon_does_nothing_for_a_caller_that_has_left() {
     local device pid
     ublk create disk.vhdx --size 1G

@@ -96,14 +96,14 @@ test_living_an_image_that_others_do_not_see() {
     write_stamps "$device" 1 4 7
     expect_field "$device" health ok
     kill_and_wait "$(pid_of "$device")"
-    ublk recover "$device" 2>said && fail "a file that nobody sees was served"
+    ublk recover "$device" 2>said && fail "a file that cannot be seen was served"
     said "another mount namespace"
-    ublk del "$device" 2>said && fail "a file that nobody sees was closed"
+    ublk del "$device" 2>said && fail "a file that cannot be seen was closed"
     said "is gone, but not everything"
     rm -f "$registry"/*.session
 }
 
-# Nobody brings the outer one back: all of it is taken away, and what could not be closed is said.
+# The outer one does not come back: all is removed, and the message lists what could not be closed.
 test_living_devices_upon_devices_are_given_up() {
     local outer inner
     ublk create outer.vhdx --size 512M
@@ -114,7 +114,7 @@ test_living_devices_upon_devices_are_given_up() {
     inner=$(ublk add "$mnt/inner.vhdx" --id 7 --recovery queue)
     write_stamps "$inner" 1 4 7
     kill_and_wait "$(pid_of "$outer")" "$(pid_of "$inner")"
-    timeout 200 "$VHDX_UBLK" del --all --force 2>said && fail "an image that nobody could read was closed"
+    timeout 200 "$VHDX_UBLK" del --all --force 2>said && fail "an image that could not be read was closed"
     said "$inner is gone, but not everything that was acknowledged is in its image"
     [ ! -e "$inner" ] || fail "$inner is still there"
     [ ! -e "$outer" ] || fail "$outer is still there"
@@ -153,7 +153,7 @@ test_living_an_entry_that_cannot_be_read() {
     ublk del "$other"
     ublk del "$damaged" 2>said && fail "a device of unknown use was taken away"
     said "del --force"
-    ! grep -q "rm /" said || fail "somebody is told to remove a file"
+    ! grep -q "rm /" said || fail "the message says to remove a file"
     ublk del --force "$damaged"
     [ ! -e "$damaged" ] || fail "$damaged is still there"
     damaged=$(ublk add --read-only one.vhdx)
@@ -177,7 +177,7 @@ test_living_a_hung_daemon() {
     said "kill -CONT $pid"
     timeout 60 "$VHDX_UBLK" del --force --timeout 3 "$device" 2>said || { cat said; fail "the device stays"; }
     said "was killed"
-    wait "$writer" && fail "a write that nobody did has succeeded"
+    wait "$writer" && fail "a write that was not served has succeeded"
     [ ! -e "$device" ] || fail "$device is still there"
     has_ended "$pid" || fail "the daemon is still there"
     qemu-img check -q disk.vhdx
@@ -320,7 +320,7 @@ take_down() {
 
 test_living_a_failed_sync_is_told() {
     local device loop size status=0
-    command -v dmsetup >/dev/null || { [ -z "${CI:-}" ] || fail "no dmsetup"; echo "SKIPPED: no dmsetup"; exit 0; }
+    command -v dmsetup >/dev/null || { skipped "no dmsetup"; exit 0; }
     truncate -s 256M host
     loop=$(losetup -f --show host)
     size=$(blockdev --getsz "$loop")
@@ -336,12 +336,12 @@ test_living_a_failed_sync_is_told() {
     dmsetup resume lab-living
     dd if=/dev/zero of="$device" bs=4k count=1 oflag=direct conv=fsync 2>/dev/null && fail "the host works"
     expect_field "$device" health poisoned
-    [ "$(field "$device" last_error)" != None ] || fail "no error is told"
+    [ "$(field "$device" last_error)" != None ] || fail "no error is shown"
     ublk list --check >/dev/null || status=$?
     [ "$status" -eq 1 ] || fail "list --check says $status of a poisoned device"
     timeout 120 "$VHDX_UBLK" del "$device" 2>said && fail "it was closed cleanly"
     ublk list --check >/dev/null || status=$?
-    ublk del --all || true # which tells the failure
+    ublk del --all || true # which reports the failure
 }
 
 test_living_every_name_of_a_device() {
@@ -383,7 +383,7 @@ test_living_recovery_fail() {
     write_stamps "$device" 1 4 7
     kill_and_wait "$(pid_of "$device")"
     await is "$device" state fail-io
-    timeout 20 dd if="$device" of=/dev/null bs=4k count=1 iflag=direct 2>/dev/null && fail "nobody served that"
+    timeout 20 dd if="$device" of=/dev/null bs=4k count=1 iflag=direct 2>/dev/null && fail "a device without a daemon answered"
     ublk recover "$device"
     check_stamps "$device" 1 4 7
     ublk del "$device"

@@ -101,7 +101,7 @@ test_refusals() {
     [ "$(ublk list --json)" = "[]" ]
 }
 
-# No room on the host: the write fails, the device goes on, what was flushed is there.
+# No room on the host: the write fails, the device stays usable, what was flushed is there.
 test_limit_no_space() {
     local device
     truncate -s 96M small.img

@@ -1,4 +1,4 @@
-# A host without room: what needs room fails, nothing is poisoned, and when there is room everything goes on.
+# A host without room: what needs room fails, nothing is poisoned, and everything works again when there is room.
 # shellcheck shell=bash
 
 # full_host FSTYPE SIZE: a small file system of that kind, mounted on full/.
@@ -6,8 +6,7 @@ full_host() {
     local fstype=$1
     grep -qw "$fstype" /proc/filesystems || modprobe "$fstype" 2>/dev/null || true
     if ! grep -qw "$fstype" /proc/filesystems || ! command -v "mkfs.$fstype" >/dev/null; then
-        [ -z "${CI:-}" ] || fail "no $fstype here: neither skipped nor tested under CI"
-        echo "SKIPPED: this kernel or machine has no $fstype"
+        skipped "this kernel or machine has no $fstype"
         exit 0
     fi
     truncate -s "$2" full.img

@@ -9,7 +9,7 @@ switches() {
 }
 field_kb() { sed -n "s/^$2:[[:space:]]*\([0-9]*\) kB/\1/p" "/proc/$1/status"; }
 
-# Whether it was only read, written, or written and flushed: nobody wakes up.
+# Whether it was only read, written, or written and flushed: no thread wakes up.
 test_idle_device_never_wakes_up() {
     local device pid before after
     ublk create disk.vhdx --size 1G --block-size 1M

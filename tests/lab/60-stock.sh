@@ -25,7 +25,7 @@ test_stock_kernel_main_job() {
     cmp before after || fail "files differ"
 }
 
-# Without the feature, data is copied, and who insists is told.
+# Without the feature, data is copied; `--zero-copy on` is an error.
 test_stock_kernel_copies() {
     [[ ${VHDX_LAB_KERNEL:-} == debian-6.12* ]] || { note "only a kernel without the feature can say so"; return 0; }
     local device before

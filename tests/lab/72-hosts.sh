@@ -86,7 +86,7 @@ fault_suspend() {
     ublk recover "$device" >>recovered 2>&1 || true
 }
 
-# No room: what needs some fails, nothing else; with room again everything goes on, also under a daemon that was
+# No room: what needs some fails, nothing else; with room again everything works, also under a daemon that was
 # killed meanwhile.
 fault_full() {
     local free

@@ -19,7 +19,7 @@ fail() { echo "$*" >&2; return 1; }
 
 # skipped WHAT: says that a part of a test is left out, for want of something. Under CI nothing may be missing.
 skipped() {
-    [ "${CI:-0}" = 0 ] || fail "CI is set, and this is skipped: $*"
+    [ "${CI:-0}" = 0 ] || { echo "CI is set, and this is skipped: $*" >&2; exit 1; }
     echo "SKIPPED: $*"
 }
 

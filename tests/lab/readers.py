@@ -100,7 +100,7 @@ def report(reader: str, what: str, found: bytes, expected: bytes) -> None:
 
 def crossing(tool: str, folder: Path) -> None:
     """Two blocks that lie in the file in the other order, and a read from within the first into the second. Behind the
-    first lies what belongs to nobody."""
+    first lies space that no block names."""
     path = create(tool, folder / "crossing.vhdx", "--size", "2M", "--block-size", "1M")
     lay_out(path, {0: (END + MIB) | PRESENT, 1: END | PRESENT}, [b"B" * MIB, b"A" * MIB, b"?" * MIB])
     expected = b"A" * MIB + b"B" * MIB
@@ -108,7 +108,7 @@ def crossing(tool: str, folder: Path) -> None:
     part = slice(MIB // 2, MIB + MIB // 2)
     assert by_dissect(path, 0, 2 * MIB) == expected, "block by block it reads right"
     found = by_dissect(path, part.start, part.stop - part.start)
-    report("dissect", "a read that begins within a block and goes on into the next", found, expected[part])
+    report("dissect", "a read that begins within a block and continues in the next", found, expected[part])
     assert by_helped_dissect(path, part.start, part.stop - part.start) == expected[part], "digest.py helps it"
 
 

@@ -1,10 +1,10 @@
-//! Writes stamps to a block device until it is told to stop, remembers what was acknowledged, and reads it back.
+//! Writes stamps to a block device until the stop file exists, remembers what was acknowledged, and reads it back.
 //!
 //! `stamper DEVICE STOP-FILE [--errors] [--flushed] [--ledger FILE]`: several threads write, zero, flush and
 //! verify, each its own areas, which lie side by side in the same blocks of the image. Every sector carries its
-//! number and the write's, so a lost, torn or misplaced one is told apart. With `--errors` a request may fail;
+//! number and the write's, so a lost, torn or misplaced one is recognised. With `--errors` a request may fail;
 //! what it was to write may be there then, or not. With `--flushed` only an acknowledged flush protects a write:
-//! for hosts whose disk fails. Ends when the stop file exists: everything is read back, and a line tells what
+//! for hosts whose disk fails. Ends when the stop file exists: everything is read back, and a line says what
 //! was done.
 //!
 //! `stamper DEVICE --verify FILE` reads back what a ledger says: of every unit, what the last acknowledged flush

@@ -323,11 +323,11 @@ fn a_parent_written_since_is_refused_and_its_guid_is_told_only_if_it_was_named()
         folder.add("base.vhdx", image(found, None));
         let leaf = folder.add("leaf.vhdx", image(OTHER, Some(locator(LINKAGE, Uuid::nil(), r".\base.vhdx"))));
         let given = Search { parents: vec![folder.path("base.vhdx")], ..Search::default() };
-        for (search, tells) in [(Search::default(), false), (given, true)] {
+        for (search, given) in [(Search::default(), false), (given, true)] {
             let (kind, text) = folder.refusal(&leaf, &search);
             assert_eq!(kind, Kind::Mismatch, "{text}");
             let has = |guid: Uuid| text.to_lowercase().contains(&guid.to_string());
-            assert_eq!((has(LINKAGE), has(found)), (true, tells), "{text}");
+            assert_eq!((has(LINKAGE), has(found)), (true, given), "{text}");
         }
     }
 }
@@ -395,7 +395,7 @@ fn the_children_beside_an_image_are_found() {
     assert_eq!(found, [merging, one]);
 }
 
-/// An image is told by what its log makes of it, unless that is too long to be read; what its blocks are like is all
+/// An image is identified by what its log makes of it, unless that is too long to be read; what its blocks are like is all
 /// one.
 #[test]
 fn an_identity_is_that_of_the_replayed_image() {

@@ -110,7 +110,7 @@ fn a_flush_after_each_first_write_costs_one_sync() {
     assert!(syncs * 100 <= WRITES * 105, "{syncs} syncs");
 }
 
-/// A front's messages, which nobody reads: what it asked, and the requests it has completed.
+/// A front's messages, which are not answered: what it asked, and the requests it has completed.
 #[derive(Default)]
 struct Overheard {
     asked: Vec<ToEngine>,

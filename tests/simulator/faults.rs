@@ -341,7 +341,8 @@ fn flush_beside_unseen_failure(fail: impl Fn(&mut World), seed: u64) {
     Run { world, rng }.check_cuts();
 }
 
-/// Linux tells of a lost write once per open file description: a durable write may be the one that is told.
+/// Linux reports a lost write once per open file description, and a durable write may be the one that gets the
+/// error.
 #[test]
 fn no_flush_succeeds_after_another_was_told_of_lost_data() {
     for (seed, errno) in (0..20).flat_map(|seed| [libc::EIO, libc::ENOSPC].map(|errno| (seed, errno))) {

@@ -155,7 +155,7 @@ fn a_bad_descriptor_makes_an_entry_invalid_and_not_the_image() {
     }
 }
 
-/// QEMU `vhdx_validate_log_entry`: after a bad entry the search goes on behind the length that it claims.
+/// QEMU `vhdx_validate_log_entry`: after a bad entry the search continues behind the length that it claims.
 #[test]
 fn an_entry_inside_the_claimed_length_of_a_torn_one_is_found() {
     let pages: Vec<Change> = (2..42).map(|number| spare_page(number, b'x')).collect();

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use crate::fuzz::hunt::Hunt;
 use crate::fuzz::target::{Case, TARGETS, Target, named};
 
-/// Seconds of looking when nobody asks for more.
+/// Seconds of looking by default.
 const SECONDS: u64 = 8;
 
 /// Trials at least of each target, on a machine however slow.

@@ -265,7 +265,7 @@ impl Table {
     }
 }
 
-/// What one player leaves, dirty or clean, the other goes on with: nothing is lost and nothing appears.
+/// What one player leaves, dirty or clean, the other continues: nothing is lost and nothing appears.
 #[test]
 fn we_and_qemu_take_turns_on_one_image() {
     if !qemu::is_here() {

@@ -1,4 +1,4 @@
-//! Promise defended here: merging layers into an image below them changes nothing for who reads the chain,
+//! Promise defended here: merging layers into an image below them changes nothing for readers of the chain,
 //! wherever the power is cut in it, and a merge that was cut is done again and ends; what is left is the disk
 //! that the uppermost layer was.
 
@@ -243,7 +243,7 @@ fn fill(mut store: Store, rng: &mut Rng, number: usize, shape: Shape, differenci
                 Some(PayloadState::NotPresent) if differencing => None,
                 _ => Some(0),
             };
-            // What is not there may be there all the same: nobody may read it.
+            // A sector that is not there may have content in the file, which must not be read.
             if entry.offset() != 0 {
                 let stored = if says.is_some() { value } else { u64::MAX };
                 store.write(entry.offset() + within * 512, &stored.to_le_bytes());

@@ -261,7 +261,7 @@ fn a_session_from_before_a_power_cut_is_not_taken_over() {
         return;
     }
     let resumed = block_on(WritableImage::resume(&disk, memory, carried, || Uuid::from_u128(8)));
-    let entry = resumed.expect("nothing else tells that it is too old").map.load(2).entry;
+    let entry = resumed.expect("nothing else shows that it is too old").map.load(2).entry;
     let mut bytes = vec![0; 512];
     disk.content().read(entry.offset(), &mut bytes);
     violated(format!("the guest reads {:?} where it never wrote", decode(2 << 11, &bytes)));
@@ -307,7 +307,7 @@ struct NewPage {
     first_word: u64,
 }
 
-/// A new image with a log of `entries`, which are told where the BAT is and how long the file; they ask for 1
+/// A new image with a log of `entries`, which get the BAT's offset and the file's length; they ask for 1
 /// MiB more.
 fn with_log(entries: impl FnOnce(u64, u64) -> Vec<NewPage>) -> (Config, Store, u64) {
     let mut config = tiny();

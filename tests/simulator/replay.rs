@@ -108,7 +108,7 @@ fn all_replay_to(image: &Craft, changed: &[(u64, Option<u8>)]) {
     });
 }
 
-/// Nobody opens it, for this reason; it stays as it is.
+/// No reader opens it, for this reason; it stays as it is.
 fn is_refused(image: &Craft, kind: Kind) {
     for error in [image.open_read_only().err(), image.open_writable().err()] {
         let error = error.expect("it must not open");

@@ -231,7 +231,7 @@ class Rublk(System):
         return Device(Path(f"/dev/ublkb{number[1]}"), file, int(pid[1]))
 
     def add(self, tools: Tools, file: Path, options: list[str]) -> str:
-        """On a kernel with one CPU it panics at times, and works when it is told again."""
+        """On a kernel with one CPU it panics at times, and works when the command is repeated."""
         for left in reversed(range(ATTEMPTS)):
             try:
                 return run([tools.rublk, "add", "loop", "--file", file, *options])
@@ -297,7 +297,7 @@ class QemuNbd(System):
 
 
 def free_nbd() -> Path:
-    """The first NBD device that nobody serves."""
+    """The first NBD device that is not served."""
     if not Path("/sys/block/nbd0").exists():
         run(["modprobe", "nbd"])
     for number in range(16):

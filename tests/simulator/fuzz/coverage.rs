@@ -24,7 +24,7 @@ pub struct Coverage {
 
 impl Coverage {
     pub fn new() -> Self {
-        let counters = COUNTERS.lock().expect("nobody panics with it");
+        let counters = COUNTERS.lock().expect("no panic holds it");
         Self { seen: counters.iter().map(|&(_, length)| vec![0; length]).collect() }
     }
 
@@ -63,7 +63,7 @@ impl Coverage {
 }
 
 fn each(mut act: impl FnMut(usize, &mut [u8])) {
-    for (index, &(start, length)) in COUNTERS.lock().expect("nobody panics with it").iter().enumerate() {
+    for (index, &(start, length)) in COUNTERS.lock().expect("no panic holds it").iter().enumerate() {
         // SAFETY: the object said that its counters are these bytes; they live as long as the program, and no
         // code but the counting itself, which is plain increments on this thread, touches them.
         act(index, unsafe { std::slice::from_raw_parts_mut(start as *mut u8, length) });

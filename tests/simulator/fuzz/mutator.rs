@@ -34,7 +34,7 @@ const ENTRY_FIELDS: [(usize, usize); 15] = [
 /// A region entry's, a metadata entry's.
 const TABLE_FIELDS: [(usize, usize); 5] = [(0, 16), (16, 4), (20, 4), (24, 4), (28, 4)];
 
-/// Where an image says that its structures lie, believed only as far as it harms nobody.
+/// Where an image says that its structures lie, believed only as far as that is harmless.
 struct Places {
     log: (u64, u64),
     bat: u64,

@@ -48,7 +48,7 @@ fn seeds() -> Vec<Case> {
     paths.into_iter().map(|paths| Case { files: Vec::new(), bytes: text(paths) }).collect()
 }
 
-/// A file, a folder, a pipe that nobody writes, links that lead round and nowhere.
+/// A file, a folder, a pipe without a writer, links that lead round and nowhere.
 fn folder() -> &'static Path {
     static FOLDER: OnceLock<tempfile::TempDir> = OnceLock::new();
     FOLDER

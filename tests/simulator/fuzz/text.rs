@@ -20,7 +20,7 @@ pub const TARGET: Target = Target {
     seeds,
     change_bytes: any_bytes,
     run: |case, _| run(&case.bytes),
-    endings: &["nobody's", "a locator", "an entry", "a command", "a size", "a map"],
+    endings: &["nothing", "a locator", "an entry", "a command", "a size", "a map"],
 };
 
 /// Memory that a reader takes beyond a multiple of what it reads, bytes.
@@ -75,7 +75,7 @@ fn read(bytes: &[u8]) -> &'static str {
         assert_eq!(serde_json::from_slice::<Command>(&text).expect("what was written can be read"), command);
         return "a command";
     }
-    let Ok(text) = std::str::from_utf8(bytes) else { return "nobody's" };
+    let Ok(text) = std::str::from_utf8(bytes) else { return "nothing" };
     if let Ok(bytes) = size::parse(text) {
         assert_eq!(size::parse(&bytes.to_string()), Ok(bytes));
         let _ = (
@@ -86,5 +86,5 @@ fn read(bytes: &[u8]) -> &'static str {
         );
         return "a size";
     }
-    if text.parse::<PathMap>().is_ok() { "a map" } else { "nobody's" }
+    if text.parse::<PathMap>().is_ok() { "a map" } else { "nothing" }
 }

@@ -593,7 +593,7 @@ impl Campaign {
         Self { scenarios, effort: Effort::TEST, seed: 0, images: None, at_most: None, done: 0 }
     }
 
-    /// Runs it on all cores; `progress` is told whenever a run has ended.
+    /// Runs it on all cores; `progress` is called whenever a run has ended.
     ///
     /// # Panics
     /// If a promise is broken, with the command that repeats it.

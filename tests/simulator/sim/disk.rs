@@ -6,7 +6,7 @@
 //! * After a cut, the medium holds what was durable and any subset of what was at risk, sector by sector; of
 //!   two writes to one sector either may have come last if neither was durable. The length is any length the
 //!   file has passed through since the last sync, independently of the data.
-//! * Writes that have completed may be lost before they are durable; who is told of it, and when, see `errors`.
+//! * Writes that have completed may be lost before they are durable; which sync reports it, and when, see `errors`.
 //! * There may be no room for a write: see `room`. Of one that is refused a part may be there all the same.
 
 use std::cell::{Cell, RefCell};
@@ -98,7 +98,7 @@ struct Op {
     effect: Effect,
     /// For a sync: everything that had completed when it was issued has a smaller number.
     covers: u64,
-    /// Of a sync: whom the host tells of what it has lost.
+    /// Of a sync: the description to which the host reports what it has lost.
     through: Through,
     /// Ends long after others: what was looked up before it may be gone by then.
     slow: bool,
@@ -116,7 +116,7 @@ pub struct AtRisk {
 }
 
 impl Effect {
-    /// A number that tells operations apart.
+    /// The operation's own number.
     pub fn digest(&self) -> u64 {
         let fold = |hash: u64, word: u64| (hash ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(23);
         match self {
@@ -286,7 +286,7 @@ impl SimDisk {
     }
 
     /// From now on a sync or a durable write of a process that was killed may fail: what it should have made
-    /// durable is lost, and only that process is told so.
+    /// durable is lost, and only that process gets the error.
     pub fn lose_what_dies(&self) {
         self.state.borrow_mut().host.loses = true;
     }
@@ -375,13 +375,13 @@ impl SimDisk {
     }
 
     /// A durable write, the `index`-th operation, fails as the device's cache cannot be flushed: what was there is
-    /// gone, and nobody else is told.
+    /// gone, and no other process gets an error.
     pub fn lose_device_cache(&self, index: usize) -> FrontDone {
         self.state.borrow_mut().at_risk.retain(AtRisk::stays);
         self.fail(index, EIO)
     }
 
-    /// Writing back some of what has completed fails; whoever syncs next by whichever description is told `errno`.
+    /// Writing back some of what has completed fails; the next sync by each description fails with `errno`.
     /// Whether there was anything.
     pub fn lose(&self, errno: i32, rng: &mut Rng) -> bool {
         let mut state = self.state.borrow_mut();
@@ -555,7 +555,7 @@ impl SimDisk {
         store
     }
 
-    /// The process has died: nobody waits for the operations in flight any more. They are returned, to land
+    /// The process has died: nothing waits for the operations in flight. They are returned, to land
     /// while the lock is still held.
     pub fn abandon(&self) -> Vec<Abandoned> {
         let mut state = self.state.borrow_mut();
@@ -571,8 +571,8 @@ impl SimDisk {
     pub fn land(&self, Abandoned(op): Abandoned, rng: &mut Rng) {
         let mut state = self.state.borrow_mut();
         state.trace = state.trace.rotate_left(5) ^ op.id.wrapping_mul(0x1_0003);
-        let tells = matches!(op.effect, Effect::Sync | Effect::Write { durable: true, .. });
-        if tells && state.host.loses && rng.bool() {
+        let reports = matches!(op.effect, Effect::Sync | Effect::Write { durable: true, .. });
+        if reports && state.host.loses && rng.bool() {
             state.at_risk.retain(|change| change.op != op.id);
             state.host = Host { lost: true, doubtful: true, loses: false, ..state.host };
             return state.lose(op.covers, rng);
@@ -742,11 +742,11 @@ impl State {
         Some(ENOSPC)
     }
 
-    /// What `op` is told of writes that were lost, if it is a sync or a durable write. It has done nothing durable
+    /// The error by which `op` learns of lost writes, if it is a sync or a durable write. It has done nothing durable
     /// then.
     fn tell(&mut self, op: &Op) -> Option<i32> {
-        let tells = matches!(op.effect, Effect::Sync | Effect::Write { durable: true, .. });
-        let errno = if tells { self.descriptions.tell(op.through) } else { None };
+        let reports = matches!(op.effect, Effect::Sync | Effect::Write { durable: true, .. });
+        let errno = if reports { self.descriptions.tell(op.through) } else { None };
         if errno.is_some()
             && let Effect::Write { offset, bytes, .. } = &op.effect
         {

@@ -1,5 +1,5 @@
-//! What a host knows of writes that it has accepted and lost, and who was told: once per open file description, as
-//! Linux does it (`errseq_t`). Who opens the file later is told of what nobody was told of before, and of nothing else.
+//! What a host knows of writes that it has accepted and lost. As in Linux (`errseq_t`), each open file description
+//! gets the error once; a description that is opened later gets it only if no other has.
 
 /// Lost writes of one file.
 #[derive(Clone, Copy, Debug, Default)]
@@ -24,7 +24,7 @@ impl Lost {
         Cursor(if self.told { self.count } else { self.count.saturating_sub(1) })
     }
 
-    /// What a sync by the description with this cursor is told.
+    /// The error of a sync by the description with this cursor.
     pub fn tell(&mut self, cursor: &mut Cursor) -> Option<i32> {
         if cursor.0 == self.count {
             return None;
@@ -35,7 +35,7 @@ impl Lost {
     }
 }
 
-/// What a file's lost writes are told to.
+/// The descriptions to which a file's lost writes are reported.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Descriptions {
     file: Lost,
@@ -63,7 +63,7 @@ impl Descriptions {
         (self.shared, self.own) = (self.file.open(), self.file.open());
     }
 
-    /// What a sync is told.
+    /// The error of a sync.
     pub fn tell(&mut self, through: Through) -> Option<i32> {
         match through {
             Through::Shared => self.file.tell(&mut self.shared),

@@ -113,7 +113,7 @@ impl Images {
         }
     }
 
-    /// A number that tells images apart.
+    /// The image's own number.
     pub fn hash(&self, choice: &Choice) -> u64 {
         let (length, digits) = choice.split_last().expect("a length is chosen");
         let start = self.base_hash ^ mix(self.lengths[*length]);

@@ -2,7 +2,7 @@
 //!
 //! The parent has other blocks than its child, is smaller, and lacks every third of its blocks. Some of the child's
 //! blocks are partially present from the start, by runs of three sectors; what lies in its file under the others is
-//! nobody's. Of the blocks behind these the bitmap has bits, which mean nothing: they are not there.
+//! noise. Of the blocks behind these the bitmap has bits, which mean nothing: they are not there.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -94,7 +94,7 @@ impl Lineage {
         if is_here { CHILD } else { self.parents(sector) }
     }
 
-    /// What `sector` holds under `entry`, if not what the child's file has there; `here` tells what the bitmap says.
+    /// What `sector` holds under `entry`, if not what the child's file has there; `here` is what the bitmap says.
     pub fn elsewhere(&self, entry: BatEntry, sector: u64, here: impl FnOnce() -> bool) -> Option<Value> {
         match entry.payload_state() {
             Some(PayloadState::FullyPresent) => None,

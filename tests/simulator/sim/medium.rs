@@ -1,6 +1,6 @@
 //! The disk that recovery runs on: the metadata of a crash image, every operation at once, all of them kept.
 //!
-//! Recovery does one operation at a time, so what it did tells every state in which a second power cut can
+//! Recovery does one operation at a time, so what it did gives every state in which a second power cut can
 //! find it. It has no business with payload: a read there is a violation, and that is what makes payload
 //! sectors independent of each other.
 

@@ -1,7 +1,7 @@
 //! What each virtual sector may hold, now and after a power cut.
 //!
 //! Every sector written carries a stamp: its own number, the write's id and a checksum. So a wrong sector
-//! tells which promise it broke: lost (an older id than the flush allows), teleported (another sector's
+//! shows which promise it broke: lost (an older id than the flush allows), teleported (another sector's
 //! number), torn (checksum), stale (an id never issued here).
 
 use std::collections::BTreeMap;

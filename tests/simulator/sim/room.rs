@@ -6,7 +6,7 @@ use std::ops::Range;
 
 const PAGE: u64 = 4096;
 
-/// What of the file has its place on the host; everything, while nobody asks.
+/// What of the file has its place on the host; everything, until it is watched.
 #[derive(Clone, Debug, Default)]
 pub struct Room {
     stored: Option<BTreeSet<u64>>,

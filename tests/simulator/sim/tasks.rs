@@ -60,7 +60,7 @@ impl SimTasks {
         }
     }
 
-    /// The process has died: no task goes on.
+    /// The process has died: no task continues.
     pub fn die(&self) {
         let tasks = std::mem::take(&mut *self.tasks.borrow_mut());
         drop(tasks);

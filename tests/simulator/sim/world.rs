@@ -73,7 +73,7 @@ pub enum Beginning {
 #[derive(Clone, Copy, Debug)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a fault of its own")]
 pub struct Faults {
-    /// One front I/O in so many is told to try again; 0 for none.
+    /// One front I/O in so many must be tried again; 0 for none.
     pub again: u32,
     /// One sync fails.
     pub sync: bool,
@@ -87,7 +87,7 @@ pub struct Faults {
     pub death: u32,
     /// A snapshot is taken at one step in so many; 0 for never.
     pub snapshot: u32,
-    /// The first sync or durable write that a death cuts short may fail, and the host tells nobody else.
+    /// The first sync or durable write that a death cuts short may fail, and no later sync gets the error.
     pub lost_with_death: bool,
     /// One end of a front's I/O in so many is posted, and its thread sees it long after; 0 for none.
     pub unseen: u32,
@@ -99,12 +99,12 @@ pub struct Faults {
     pub host: HostKind,
 }
 
-/// What is lost, and who is told.
+/// What is lost, and which process gets the error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Loss {
-    /// Writes that the host has accepted; who syncs next is told.
+    /// Writes that the host has accepted; the next sync fails.
     Writes,
-    /// The device's cache, as a durable write fails; nobody else is told.
+    /// The device's cache, as a durable write fails; nothing else gets the error.
     Cache,
 }
 
@@ -198,7 +198,7 @@ struct Active {
 
 struct Host {
     front: Front,
-    /// What it goes on with after a hold.
+    /// What it continues with after a hold.
     next: Option<Arc<Shared>>,
     to_engine: VecDeque<ToEngine>,
     buffers: Vec<Vec<u8>>,
@@ -318,7 +318,7 @@ pub struct World {
     trace: u64,
     layout: Layout,
     judge: Option<Judge>,
-    /// What the guest was told when something had failed for good: the time of the first such answer.
+    /// When the guest got the first answer that something has failed for good.
     failed_at: Option<u64>,
     /// A fault was injected that must poison the device.
     injected: bool,
@@ -668,7 +668,7 @@ impl World {
         &self.memory
     }
 
-    /// The host loses what it has accepted and not made durable, and tells `errno` to who syncs next.
+    /// The host loses what it has accepted and not made durable, and the next sync fails with `errno`.
     pub fn lose(&mut self, errno: i32) {
         let mut rng = self.rng.fork();
         while !self.disk.lose(errno, &mut rng) {}
@@ -1004,7 +1004,7 @@ impl World {
                     if self.foreign && readable.contains(&self.lineage.original(number)) {
                         continue;
                     }
-                    // A short write ends inside a sector, and goes on: in between the sector is neither.
+                    // A short write ends inside a sector, and continues: in between the sector is neither.
                     let torn = self.disk.struck().is_some()
                         && (readable.len() > 1 || self.oracle.is_being_written(number));
                     let found = match decode(number, bytes) {

@@ -23,7 +23,7 @@ pub(super) const MAX_SNAPSHOTS: usize = 3;
 const MAX_STEPS: usize = 1_000_000;
 
 impl World {
-    /// Freezes the image and goes on with a child of it, in the steps of the device's. Killed in between, its successor
+    /// Freezes the image and continues with a child of it, in the steps of the device's. Killed in between, its successor
     /// serves the image that was served then, and holds no front.
     pub(super) fn snapshot(&mut self) {
         self.marks.hit("snapshots");
@@ -138,7 +138,7 @@ impl World {
             .unwrap_or_else(|why| violated(format!("a frozen image: {why}")))
     }
 
-    /// Goes on with a child of the frozen image, which holds `values`.
+    /// Continues with a child of the frozen image, which holds `values`.
     fn descend(&mut self, values: BTreeMap<u64, Value>) {
         self.lineage = Lineage::frozen(values, self.lineage.clone());
         self.config.image.parent = Some(descent());
