@@ -1,5 +1,5 @@
-//! What a whole request costs in the front, from its start to its completion, without the I/O: the front's file
-//! I/O ends at once.
+//! What a whole request costs in the front, from its start to its completion, without the I/O: the front's
+//! file I/O ends at once.
 
 #[path = "../tests/simulator/loopback.rs"]
 mod loopback;

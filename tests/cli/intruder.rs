@@ -217,7 +217,7 @@ fn a_parent_that_is_no_file_on_a_disk_is_refused_at_once() {
             let Ran { status, stdout, stderr } = ended_on(command, path, options);
             let said = stdout + &stderr;
             assert!(status == Some(1) && said.contains(what), "{command} {}: {said}", intruder.display());
-            assert!(!said.contains("TOP"), "{command} shows the content of a file that was not named: {said}");
+            assert!(!said.contains("TOP"), "{command} shows another file's content: {said}");
         }
         fs::remove_file(&parent).expect("ours");
     }
@@ -295,7 +295,7 @@ fn watched<T>(fifo: &Path, action: impl FnOnce() -> T) -> (bool, T) {
     })
 }
 
-/// The search for an image.s children opens no link and nothing but regular files.
+/// The search for an image's children opens no link and nothing but regular files.
 #[test]
 fn neighbours_that_are_no_files_are_not_opened() {
     let bench = Bench::new();

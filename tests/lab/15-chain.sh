@@ -60,7 +60,8 @@ test_chain_parent_moved() {
     grep -q "$device" said || fail "$(cat said)"
     ublk del "$device"
     ublk info --json fat-differential.vhdx | grep -q '"relative_path": ".*fat-parent.vhdx"'
-    ublk info --json fat-differential.vhdx | grep 'relative_path' | grep -qv elsewhere || fail "the path was not renewed"
+    ublk info --json fat-differential.vhdx | grep 'relative_path' | grep -qv elsewhere ||
+        fail "the path was not renewed"
     [ "$(sha fat-parent.vhdx)" = "$before" ] || fail "the parent was changed"
     child_reads fat-parent.vhdx
     device=$(ublk add --read-only fat-parent.vhdx)
@@ -145,7 +146,8 @@ scribbled_chain() {
         same_content "$device" "layer $number: it differs after a recovery"
         ublk del "$device"
         ublk check "$name" >checked || fail "$(cat checked)"
-        [ -z "$before" ] || [ "$(sha "layer-$((number - 1)).vhdx")" = "$before" ] || fail "layer $number changed its parent"
+        [ -z "$before" ] || [ "$(sha "layer-$((number - 1)).vhdx")" = "$before" ] ||
+            fail "layer $number changed its parent"
         before=$(sha "$name")
         chain="$name $chain"
         number=$((number + 1))
@@ -240,8 +242,9 @@ test_chain_verify() {
     ublk del "$device"
     ublk create child.vhdx --parent base.vhdx --block-size 1M
     device=$(ublk add child.vhdx --queues 2)
-    fio --name=verify --filename="$device" --direct=1 --ioengine=io_uring --iodepth=16 --rw=randwrite --bsrange=512-256k \
-        --blockalign=512 --size=1g --io_size=256m --verify=crc32c --verify_fatal=1 --serialize_overlap=1 --fsync=64 \
+    fio --name=verify --filename="$device" --direct=1 --ioengine=io_uring --iodepth=16 --rw=randwrite \
+        --bsrange=512-256k --blockalign=512 --size=1g --io_size=256m --verify=crc32c --verify_fatal=1 \
+        --serialize_overlap=1 --fsync=64 \
         --minimal >fio.log 2>&1 || fail "$(cut -c1-300 fio.log)"
     ublk del "$device"
     ublk check child.vhdx >checked || fail "$(cat checked)"

@@ -6,7 +6,8 @@ verify_job() {
     local device=$1 sector=$2
     fio --name=verify --filename="$device" --direct=1 --ioengine=io_uring --iodepth=32 --numjobs=4 \
         --rw=randrw --bsrange="$sector"-1m --blockalign="$sector" --verify=crc32c --verify_fatal=1 --size=192m \
-        --offset_increment=256m --serialize_overlap=1 --group_reporting --minimal >fio.log 2>&1 || fail "$(cut -c1-300 fio.log)"
+        --offset_increment=256m --serialize_overlap=1 --group_reporting --minimal >fio.log 2>&1 ||
+        fail "$(cut -c1-300 fio.log)"
 }
 
 test_verify_mixed_sizes_two_queues() {

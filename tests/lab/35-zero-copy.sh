@@ -37,7 +37,8 @@ test_zero_copy_reads_zeros() {
         cmp <(dd if="$device" bs=1M skip=6 count=64 iflag=direct status=none) <(head -c 64M /dev/zero)
         ublk del "$device"
         device=$(ublk add --read-only fixed.vhdx)
-        cmp <(dd if="$device" bs=256k skip=128 count=2 iflag=direct status=none) <(head -c 512K /dev/zero | tr '\0' '\7')
+        cmp <(dd if="$device" bs=256k skip=128 count=2 iflag=direct status=none) \
+            <(head -c 512K /dev/zero | tr '\0' '\7')
         cmp <(dd if="$device" bs=256k skip=130 iflag=direct status=none) <(head -c 512K /dev/zero)
         ublk del "$device"
     done

@@ -1,7 +1,9 @@
 # The daemon dies and leaves nothing but the file, which is replayed by us and by QEMU, and both agree.
 # shellcheck shell=bash
 
-log_state() { ublk info --json "$1" | tr -d ' \n' | grep -o '"log":{[^}]*}' | grep -o '"state":"[a-z]*"' | cut -d'"' -f4; }
+log_state() {
+    ublk info --json "$1" | tr -d ' \n' | grep -o '"log":{[^}]*}' | grep -o '"state":"[a-z]*"' | cut -d'"' -f4
+}
 
 # Asked to end, the daemon closes the image itself.
 test_death_on_request_closes_the_image() {

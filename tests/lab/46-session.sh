@@ -245,7 +245,8 @@ test_session_without_room() {
     umount /run/vhdx-ublk
 }
 
-# No other command could find a device without an entry: where not even that has room, `add` refuses and says what to do.
+# No other command could find a device without an entry: where not even that has room, `add` refuses and
+# says what to do.
 test_session_without_room_for_an_entry() {
     local device digest
     ublk create disk.vhdx --size 1G

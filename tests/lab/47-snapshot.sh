@@ -70,7 +70,8 @@ test_snapshot_under_fio() {
     ublk create 0.vhdx --size 1G
     device=$(ublk add 0.vhdx --queues 2)
     fio --name=verify --filename="$device" --direct=1 --ioengine=io_uring --iodepth=16 --rw=randrw --bsrange=4k-256k \
-        --blockalign=4k --size=512m --io_size=1500m --verify=crc32c --verify_fatal=1 --verify_backlog=64 --minimal >fio.log 2>&1 &
+        --blockalign=4k --size=512m --io_size=1500m --verify=crc32c --verify_fatal=1 --verify_backlog=64 \
+        --minimal >fio.log 2>&1 &
     fio=$!
     rm -f pauses
     for number in $(seq 20); do

@@ -54,7 +54,8 @@ test_daemon_keeps_nothing_of_its_callers() {
     [ "$soft" -ge 4096 ] || fail "$soft descriptors"
     grep -q '^Max core file size *0 ' "/proc/$pid/limits" || fail "a core would hold the disk's data"
     note "limits: $(awk '/open files|locked|core|file size/ { printf "%s; ", $0 }' "/proc/$pid/limits" | tr -s ' ')"
-    note "descriptors: $(for fd in /proc/"$pid"/fd/*; do readlink "$fd"; done | sort | uniq -c | awk '{ printf "%s %s, ", $1, $2 }')"
+    note "descriptors: $(for fd in /proc/"$pid"/fd/*; do readlink "$fd"; done | sort | uniq -c |
+        awk '{ printf "%s %s, ", $1, $2 }')"
     # The caller's deafness is not the daemon's.
     kill -TERM "$pid"
     await 10 is_gone "$pid" || fail "it does not hear SIGTERM, as its caller did not"
@@ -69,12 +70,14 @@ test_daemon_has_no_right_that_it_does_not_use() {
     pid=$(daemon_pid)
     for thread in /proc/"$pid"/task/*; do
         thread=${thread##*/}
-        note "$(cat "/proc/$pid/task/$thread/comm"): $(grep -E '^(Cap|NoNewPrivs|Seccomp:)' "/proc/$pid/task/$thread/status" | tr -s '\t\n' ' ')"
+        note "$(cat "/proc/$pid/task/$thread/comm"):" \
+            "$(grep -E '^(Cap|NoNewPrivs|Seccomp:)' "/proc/$pid/task/$thread/status" | tr -s '\t\n' ' ')"
         [ "$(status_of "$thread" NoNewPrivs)" = 1 ] || fail "thread $thread may gain privileges"
         [ "$(status_of "$thread" Seccomp)" = 2 ] || fail "thread $thread may make every system call"
         [ "$(status_of "$thread" CapInh)" = 0000000000000000 ] || fail "inheritable capabilities"
         [ "$(status_of "$thread" CapAmb)" = 0000000000000000 ] || fail "ambient capabilities"
-        # Bits: 0 chown, 1 dac_override, 3 fowner, 14 ipc_lock, 19 sys_ptrace, 21 sys_admin, 23 sys_nice, 24 sys_resource.
+        # Bits: 0 chown, 1 dac_override, 3 fowner, 14 ipc_lock, 19 sys_ptrace, 21 sys_admin, 23 sys_nice,
+        # 24 sys_resource.
         [ $((0x$(status_of "$thread" CapBnd) & ~0x1A8400B)) -eq 0 ] || fail "bounding $(status_of "$thread" CapBnd)"
         case $(cat "/proc/$pid/task/$thread/comm") in
         vhdx-ublk) [ "$(status_of "$thread" CapPrm)" = 0000000001284002 ] ;;
@@ -158,7 +161,8 @@ test_daemon_is_deaf_to_what_concerns_it_not() {
     pid=$(daemon_pid)
     mkfs.ext4 -q "$device"
     mount "$device" "$mnt"
-    for signal in HUP USR1 USR2 ALRM QUIT XCPU XFSZ VTALRM PROF PIPE IO PWR WINCH TSTP TTIN TTOU STKFLT RTMIN RTMAX-1; do
+    for signal in HUP USR1 USR2 ALRM QUIT XCPU XFSZ VTALRM PROF PIPE IO PWR WINCH TSTP TTIN TTOU STKFLT \
+        RTMIN RTMAX-1; do
         kill -s "$signal" "$pid"
         sleep 0.05
         [ "$(status_of "$pid" State | cut -c1)" != T ] || fail "SIG$signal stops it"
@@ -179,7 +183,8 @@ test_daemon_log_is_kept_and_opened_anew() {
     exec 8<"$device"
     kill -TERM "$pid"
     await 10 logged 'in use' || fail "it says nothing"
-    grep -q "vhdx-ublk [0-9.]*\[$pid\]: warning: asked to end" /run/vhdx-ublk/0.log || fail "$(cat /run/vhdx-ublk/0.log)"
+    grep -q "vhdx-ublk [0-9.]*\[$pid\]: warning: asked to end" /run/vhdx-ublk/0.log ||
+        fail "$(cat /run/vhdx-ublk/0.log)"
     mv /run/vhdx-ublk/0.log old.log
     kill -HUP "$pid"
     await 10 test -e /run/vhdx-ublk/0.log || fail "the log was not opened anew"
@@ -187,7 +192,8 @@ test_daemon_log_is_kept_and_opened_anew() {
     echo evidence >>/run/vhdx-ublk/0.log
     ublk recover "$device"
     head -n 1 /run/vhdx-ublk/0.log | grep -q evidence || fail "the dead daemon's log is gone"
-    grep -q "\[$(daemon_pid)\]: warning: the daemon before this one was killed" /run/vhdx-ublk/0.log || fail "$(cat /run/vhdx-ublk/0.log)"
+    grep -q "\[$(daemon_pid)\]: warning: the daemon before this one was killed" /run/vhdx-ublk/0.log ||
+        fail "$(cat /run/vhdx-ublk/0.log)"
     exec 8<&-
     ublk del "$device"
     grep -q evidence /run/vhdx-ublk/0.log || fail "the log was removed"

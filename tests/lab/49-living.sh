@@ -4,7 +4,10 @@
 
 registry=/run/vhdx-ublk
 
-field() { ublk list --json | python3 -c 'import json,sys; print(next(d for d in json.load(sys.stdin) if d["device"] == sys.argv[1])[sys.argv[2]])' "$@"; }
+field() {
+    ublk list --json | python3 -c 'import json, sys
+print(next(d for d in json.load(sys.stdin) if d["device"] == sys.argv[1])[sys.argv[2]])' "$@"
+}
 pid_of() { field "$1" pid; }
 is() { [ "$(field "$1" "$2")" = "$3" ]; }
 expect_field() { is "$@" || { ublk list --json; fail "$1: $2 is not $3"; }; }
@@ -367,7 +370,8 @@ test_living_any_path() {
     device=$(ublk add "$name" --recovery queue)
     write_stamps "$device" 1 4 7
     [ "$(field "$device" image | tr -d "'" | grep -o 'hex: [0-9a-f]*' | cut -d' ' -f2)" = \
-        "$(printf %s "$PWD/$name" | od -An -v -tx1 | tr -d ' \n')" ] || { ublk list --json; fail "another name is listed"; }
+        "$(printf %s "$PWD/$name" | od -An -v -tx1 | tr -d ' \n')" ] ||
+        { ublk list --json; fail "another name is listed"; }
     kill_and_wait "$(pid_of "$device")"
     ublk recover "$name"
     check_stamps "$device" 1 4 7
@@ -383,7 +387,8 @@ test_living_recovery_fail() {
     write_stamps "$device" 1 4 7
     kill_and_wait "$(pid_of "$device")"
     await is "$device" state fail-io
-    timeout 20 dd if="$device" of=/dev/null bs=4k count=1 iflag=direct 2>/dev/null && fail "a device without a daemon answered"
+    timeout 20 dd if="$device" of=/dev/null bs=4k count=1 iflag=direct 2>/dev/null &&
+        fail "a device without a daemon answered"
     ublk recover "$device"
     check_stamps "$device" 1 4 7
     ublk del "$device"

@@ -112,7 +112,8 @@ test_limit_no_space() {
     device=$(ublk add small/disk.vhdx)
     write_stamps "$device" 0 8 5
     sync "$device"
-    ! dd if=/dev/zero of="$device" bs=1M seek=16 count=512 oflag=direct status=none 2>/dev/null || fail "1 GiB fits in 96 MiB"
+    ! dd if=/dev/zero of="$device" bs=1M seek=16 count=512 oflag=direct status=none 2>/dev/null ||
+        fail "1 GiB fits in 96 MiB"
     check_stamps "$device" 0 8 5
     blkdiscard -o $((16 << 20)) -l $((512 << 20)) "$device"
     sync "$device"

@@ -147,7 +147,8 @@ tally() {
     line=$(grep -h 'flushes acknowledged' stamper.log | head -n 1)
     writes=$(sed -n 's/^\([0-9]*\) writes.*/\1/p' <<<"$line")
     flushes=$(sed -n 's/.* \([0-9]*\) flushes acknowledged.*/\1/p' <<<"$line")
-    lost=$(sed -n 's/.*; \([0-9]*\) sectors lost or torn.*/\1/p' stamper.log | awk '{ sum += $1 } END { print sum + 0 }')
+    lost=$(sed -n 's/.*; \([0-9]*\) sectors lost or torn.*/\1/p' stamper.log |
+        awk '{ sum += $1 } END { print sum + 0 }')
     cells=$((cells + 1)) all_writes=$((all_writes + ${writes:-0})) all_flushes=$((all_flushes + ${flushes:-0}))
     all_lost=$((all_lost + lost))
     note "${*:2}: ${writes:-no} writes, ${flushes:-no} flushes acknowledged, $lost sectors lost"

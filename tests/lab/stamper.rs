@@ -1,14 +1,15 @@
-//! Writes stamps to a block device until the stop file exists, remembers what was acknowledged, and reads it back.
+//! Writes stamps to a block device until the stop file exists, remembers what was acknowledged, and reads it
+//! back.
 //!
 //! `stamper DEVICE STOP-FILE [--errors] [--flushed] [--ledger FILE]`: several threads write, zero, flush and
-//! verify, each its own areas, which lie side by side in the same blocks of the image. Every sector carries its
-//! number and the write's, so a lost, torn or misplaced one is recognised. With `--errors` a request may fail;
-//! what it was to write may be there then, or not. With `--flushed` only an acknowledged flush protects a write:
-//! for hosts whose disk fails. Ends when the stop file exists: everything is read back, and a line says what
-//! was done.
+//! verify, each its own areas, which lie side by side in the same blocks of the image. Every sector carries
+//! its number and the write's, so a lost, torn or misplaced one is recognised. With `--errors` a request may
+//! fail; what it was to write may be there then, or not. With `--flushed` only an acknowledged flush protects
+//! a write: for hosts whose disk fails. Ends when the stop file exists: everything is read back, and a line
+//! says what was done.
 //!
-//! `stamper DEVICE --verify FILE` reads back what a ledger says: of every unit, what the last acknowledged flush
-//! covered, or something that was written since.
+//! `stamper DEVICE --verify FILE` reads back what a ledger says: of every unit, what the last acknowledged
+//! flush covered, or something that was written since.
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -52,8 +53,8 @@ impl Unit {
         }
     }
 
-    /// It is durable as it is: a flush was acknowledged that was submitted after every write so far had ended, or
-    /// the last write was durable itself.
+    /// It is durable as it is: a flush was acknowledged that was submitted after every write so far had
+    /// ended, or the last write was durable itself.
     fn flush(&mut self) {
         self.flushed = self.value;
         self.since.clone_from(&self.uncertain);
@@ -219,8 +220,8 @@ impl Writer {
             {
                 self.judge(&self.units[first + index].clone(), number, sector);
             }
-            // A unit that was written in part, by a request that failed, stays uncertain; so does everything on a
-            // disk that may lose what was not flushed.
+            // A unit that was written in part, by a request that failed, stays uncertain; so does everything
+            // on a disk that may lose what was not flushed.
             let values: Vec<_> = found.chunks_exact(SECTOR).map(value_of).collect();
             if !self.rules.flushed_only && values.windows(2).all(|pair| pair[0] == pair[1]) {
                 let unit = &mut self.units[first + index];
@@ -238,8 +239,8 @@ impl Writer {
             self.count.bad += 1;
             let torn = if sector == expected { "lost" } else { "torn" };
             println!(
-                "sector {number} is {torn}: it holds write {value}, acknowledged was {}, uncertain {:?}, flushed {}, \
-                 written since {:?}",
+                "sector {number} is {torn}: it holds write {value}, acknowledged was {}, uncertain {:?}, \
+                 flushed {}, written since {:?}",
                 unit.value, unit.uncertain, unit.flushed, unit.since
             );
         }
@@ -347,8 +348,8 @@ fn main() -> ExitCode {
         total.bad += count.bad;
     }
     println!(
-        "{} writes, {} of them durable, {} zeroed ranges, {} flushes acknowledged, {} reads, {} requests failed; {} \
-         sectors lost or torn",
+        "{} writes, {} of them durable, {} zeroed ranges, {} flushes acknowledged, {} reads, \
+         {} requests failed; {} sectors lost or torn",
         total.writes, total.durable, total.zeroes, total.flushes, total.reads, total.errors, total.bad
     );
     if total.bad == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }

@@ -1,5 +1,5 @@
-//! Promise defended here: what an image's metadata says is changed as a whole or not at all, wherever the power
-//! is cut in it, and nothing else changes; a disk that grows is zero behind its old end.
+//! Promise defended here: what an image's metadata says is changed as a whole or not at all, wherever the
+//! power is cut in it, and nothing else changes; a disk that grows is zero behind its old end.
 
 use fastrand::Rng;
 use uuid::Uuid;
@@ -65,7 +65,8 @@ fn opened(store: &Store) -> Result<WritableImage> {
     block_on(Image::open_for_writing(&disk, || Uuid::from_u128(7)))
 }
 
-/// Amends the image in `before` step by step and cuts the power at each one; `judge` sees what each cut leaves.
+/// Amends the image in `before` step by step and cuts the power at each one; `judge` sees what each cut
+/// leaves.
 fn cut_everywhere(
     before: &Store,
     change: impl FnOnce(&mut Metadata) + 'static,

@@ -1,5 +1,5 @@
-//! Chains: what a front reads through layers of every shape is what a sector-by-sector model says; a chain that is
-//! not one is refused.
+//! Chains: what a front reads through layers of every shape is what a sector-by-sector model says; a chain
+//! that is not one is refused.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -395,8 +395,8 @@ fn the_children_beside_an_image_are_found() {
     assert_eq!(found, [merging, one]);
 }
 
-/// An image is identified by what its log makes of it, unless that is too long to be read; what its blocks are like is all
-/// one.
+/// An image is identified by what its log makes of it, unless that is too long to be read; what its blocks
+/// are like is all one.
 #[test]
 fn an_identity_is_that_of_the_replayed_image() {
     let mut child = image(OTHER, Some(locator(LINKAGE, Uuid::nil(), r".\base.vhdx")));

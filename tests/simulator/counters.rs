@@ -1,6 +1,6 @@
 //! Promises defended here: a first write costs no sync; a flush costs one sync when metadata is clean, and at
-//! most one more than the rounds its dirty pages need. A discard of space that is not there asks the engine nothing,
-//! and zeros take no space where there is none.
+//! most one more than the rounds its dirty pages need. A discard of space that is not there asks the engine
+//! nothing, and zeros take no space where there is none.
 
 use std::sync::Arc;
 
@@ -73,7 +73,8 @@ fn random_first_writes_flush_within_the_formula() {
     let (pages, rounds_of) = (after.pages - before.pages, 83);
     let total = after.syncs - before.syncs;
     println!(
-        "{WRITES} random first writes on 1 TiB: {pages} pages logged in {} commits, {total} syncs in all, {flushed} of them in the flush",
+        "{WRITES} random first writes on 1 TiB: {pages} pages logged in {} commits, {total} syncs in all, \
+         {flushed} of them in the flush",
         after.commits - before.commits
     );
     // Cycles start by themselves at a quarter of the log: what is left for the flush is less than one round.
@@ -86,8 +87,8 @@ fn random_first_writes_flush_within_the_formula() {
 }
 
 /// One flush after another, each behind one first write: one sync each, which is what openvmm needs and a
-/// seventh of what QEMU needs. A log of 1 MiB holds 126 of them, then it starts again for three more; and when the
-/// file has grown, which it does in ever longer steps, its length is synced first.
+/// seventh of what QEMU needs. A log of 1 MiB holds 126 of them, then it starts again for three more; and
+/// when the file has grown, which it does in ever longer steps, its length is synced first.
 #[test]
 fn a_flush_after_each_first_write_costs_one_sync() {
     let mut world = warmed_up();
@@ -104,7 +105,8 @@ fn a_flush_after_each_first_write_costs_one_sync() {
     let (syncs, grows, logs) =
         (before.syncs - first.syncs, before.grows - first.grows, before.logs - first.logs);
     println!(
-        "{WRITES} flushes: {syncs} syncs; the file has grown {grows} times, the log started again {logs} times"
+        "{WRITES} flushes: {syncs} syncs; the file has grown {grows} times, the log started again \
+         {logs} times"
     );
     assert_eq!(logs, (WRITES + 1) / 126, "a log holds 126 of them");
     assert!(syncs * 100 <= WRITES * 105, "{syncs} syncs");
@@ -175,8 +177,8 @@ fn zeros_are_asked_for_where_there_are_none_yet() {
     assert_eq!(port.asked, [ToEngine::Ask { tag: 0, ask: rest }]);
 }
 
-/// Zeros over all of a fresh child: no block takes space, whether the space is to be kept or not, and the parent's
-/// content is gone.
+/// Zeros over all of a fresh child: no block takes space, whether the space is to be kept or not, and the
+/// parent's content is gone.
 #[test]
 fn zeros_take_no_space_in_a_child() {
     for keep_space in [false, true] {

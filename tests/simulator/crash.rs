@@ -13,7 +13,8 @@ use crate::sim::campaign::{Campaign, Report, Scenario, run, scenario, scenarios}
 use crate::sim::judge::Effort;
 use crate::sim::world::{Config, World, new_image};
 
-/// Crash images between the moment at which a snapshot holds the fronts and the one at which it is taken, at least.
+/// Crash images between the moment at which a snapshot holds the fronts and the one at which it is taken, at
+/// least.
 const IMAGES_IN_SNAPSHOTS: u64 = 10_000;
 
 /// Distinct images that a test run recovers and judges, at least.
@@ -88,7 +89,8 @@ fn tell(report: &Report) {
         println!("  {distinct:>12}  distinct images in {busy:>8.1?}: {name}");
     }
     println!(
-        "{} images, {} distinct ones recovered and judged in {} runs, {:.0} distinct ones per second and core",
+        "{} images, {} distinct ones recovered and judged in {} runs, {:.0} distinct ones per second \
+         and core",
         report.marks.count("images") + report.marks.count("cuts in a recovery"),
         report.distinct,
         report.runs,

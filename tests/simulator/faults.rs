@@ -1,7 +1,8 @@
-//! Promises defended here, as the contract makes them: every request ends once, whatever fails beneath it; a failed sync
-//! ends all writing, and so does a durable write or one of metadata that fails for anything but want of room or memory;
-//! nothing else does; no space on the host fails that write and nothing else, and when there is room again everything
-//! works; what was acknowledged as flushed before a failure is there after it.
+//! Promises defended here, as the contract makes them: every request ends once, whatever fails beneath it; a
+//! failed sync ends all writing, and so does a durable write or one of metadata that fails for anything but
+//! want of room or memory; nothing else does; no space on the host fails that write and nothing else, and
+//! when there is room again everything works; what was acknowledged as flushed before a failure is there
+//! after it.
 
 use std::ops::RangeInclusive;
 
@@ -64,7 +65,8 @@ fn space(_: Owner, effect: &Effect) -> bool {
     matches!(effect, Effect::Resize(_) | Effect::Reserve { .. })
 }
 
-/// Where the metadata of the images ends, bytes: header section, log, metadata region and BAT have 1 MiB each.
+/// Where the metadata of the images ends, bytes: header section, log, metadata region and BAT have 1 MiB
+/// each.
 const METADATA_END: u64 = 4 << 20;
 
 /// What an operation that fails with `errno` may do.
@@ -275,8 +277,9 @@ fn sparse_and_copying(config: &Config) -> [Config; 2] {
     })
 }
 
-/// The host is full for a while, with holes where data and metadata go: in that time writes fail, and on a host that
-/// copies on write flushes, too. Nothing is poisoned, and once there is room all of it works, also what was refused.
+/// The host is full for a while, with holes where data and metadata go: in that time writes fail, and on a
+/// host that copies on write flushes, too. Nothing is poisoned, and once there is room all of it works, also
+/// what was refused.
 #[test]
 fn a_full_host_fails_writes_while_it_is_full_and_harms_nothing() {
     let (mut refusals, mut worked) = (0, 0);
@@ -341,8 +344,8 @@ fn flush_beside_unseen_failure(fail: impl Fn(&mut World), seed: u64) {
     Run { world, rng }.check_cuts();
 }
 
-/// Linux reports a lost write once per open file description, and a durable write may be the one that gets the
-/// error.
+/// Linux reports a lost write once per open file description, and a durable write may be the one that gets
+/// the error.
 #[test]
 fn no_flush_succeeds_after_another_was_told_of_lost_data() {
     for (seed, errno) in (0..20).flat_map(|seed| [libc::EIO, libc::ENOSPC].map(|errno| (seed, errno))) {

@@ -1,5 +1,5 @@
-//! A museum of public bugs: what corrupted or refused images elsewhere must never happen here. Each test names
-//! its exhibit. Bugs in reading a log are shown in `replay.rs`.
+//! A museum of public bugs: what corrupted or refused images elsewhere must never happen here. Each test
+//! names its exhibit. Bugs in reading a log are shown in `replay.rs`.
 
 use fastrand::Rng;
 use uuid::Uuid;
@@ -178,7 +178,8 @@ fn no_cut_leaves_a_log_that_is_named_and_empty() {
     }
 }
 
-/// QEMU `vhdx_log_flush` gives a new DataWriteGuid, which cuts off every child; openvmm leaves the FileWriteGuid.
+/// QEMU `vhdx_log_flush` gives a new DataWriteGuid, which cuts off every child; openvmm leaves the
+/// FileWriteGuid.
 #[test]
 fn a_replay_announces_itself_and_leaves_the_children_their_link() {
     let image = image_with_block(&[(0, LogEntry::new(1, 0, &[spare_page(1, b'a')]))]);

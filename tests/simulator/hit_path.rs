@@ -1,4 +1,5 @@
-//! Promise defended here: an overwrite costs what the raw file costs. The path that serves it takes no memory.
+//! Promise defended here: an overwrite costs what the raw file costs. The path that serves it takes no
+//! memory.
 
 use fastrand::Rng;
 use vhdx_ublk::engine::front::{Op, Request};
@@ -11,8 +12,8 @@ const BLOCKS: u64 = 1024;
 const TAGS: u16 = 64;
 const OPS: [Op; 3] = [Op::Read, Op::Write { durable: false }, Op::Write { durable: true }];
 
-/// A request of 4 KiB inside a block or, one time in eight, across the border to the next block; and the pieces
-/// it takes: blocks of the disk's first half lie apart, those of the second one behind the other.
+/// A request of 4 KiB inside a block or, one time in eight, across the border to the next block; and the
+/// pieces it takes: blocks of the disk's first half lie apart, those of the second one behind the other.
 fn hit(rng: &mut Rng) -> (Request, u64) {
     let across = rng.u64(..8) == 0;
     let block = rng.u64(..BLOCKS - 1);

@@ -1,9 +1,9 @@
-//! Promise defended here: no input, however hostile, makes the program panic, hang, or use memory beyond a stated
-//! bound; and an image that opens for writing is served by the same contract as any other.
+//! Promise defended here: no input, however hostile, makes the program panic, hang, or use memory beyond a
+//! stated bound; and an image that opens for writing is served by the same contract as any other.
 //!
 //! A fuzzer in one process, without an outside tool, and a target for each way in (`fuzz::target`).
-//! `VHDX_FUZZ_SECONDS` says how long all of them together look, `VHDX_FUZZ_SEED` where they start; `tools/fuzz`
-//! runs them with the compiler's edge counters.
+//! `VHDX_FUZZ_SECONDS` says how long all of them together look, `VHDX_FUZZ_SEED` where they start;
+//! `tools/fuzz` runs them with the compiler's edge counters.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -34,8 +34,8 @@ fn hunt(target: &'static Target, share: u32) {
     }
 }
 
-/// The one that `VHDX_FUZZ_TARGET` names, or all of them: one after the other, for the coverage of one trial must
-/// not be another's.
+/// The one that `VHDX_FUZZ_TARGET` names, or all of them: one after the other, for the coverage of one trial
+/// must not be another's.
 #[test]
 fn nothing_breaks_a_promise() {
     if let Ok(name) = std::env::var("VHDX_FUZZ_TARGET") {
@@ -47,7 +47,8 @@ fn nothing_breaks_a_promise() {
     }
 }
 
-/// Sees a case again that broke a promise: `VHDX_FUZZ_INPUT` names its folder, `VHDX_FUZZ_OPS` is its trial's seed.
+/// Sees a case again that broke a promise: `VHDX_FUZZ_INPUT` names its folder, `VHDX_FUZZ_OPS` is its trial's
+/// seed.
 #[test]
 fn one_case() {
     let Ok(folder) = std::env::var("VHDX_FUZZ_INPUT") else { return };

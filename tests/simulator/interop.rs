@@ -1,6 +1,6 @@
-//! Promise defended here: the image is always a valid VHDX for others, crashed or clean. QEMU, which shares no
-//! code with us, replays the logs that power cuts leave and reads what they may hold; and we replay what QEMU
-//! leaves when it dies.
+//! Promise defended here: the image is always a valid VHDX for others, crashed or clean. QEMU, which shares
+//! no code with us, replays the logs that power cuts leave and reads what they may hold; and we replay what
+//! QEMU leaves when it dies.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -174,8 +174,9 @@ fn qemu_replays_what_power_cuts_leave_while_the_file_grows() {
     judge_crash_states(&config);
 }
 
-/// A log that is nearly full, and one that has started again. QEMU loses an entry of a log that is exactly full,
-/// searches one that has a single free sector for ever, and misreads one that wraps: ours never is any of these.
+/// A log that is nearly full, and one that has started again. QEMU loses an entry of a log that is exactly
+/// full, searches one that has a single free sector for ever, and misreads one that wraps: ours never is any
+/// of these.
 #[test]
 fn qemu_replays_what_power_cuts_leave_when_the_log_is_full() {
     let full = Config { requests: 3000, weights: [40, 5, 0, 60, 25, 5], ..Config::small() };

@@ -1,6 +1,6 @@
-//! What can be tested without a device. Most of it runs the engine on a simulated disk (`sim`), under a guest that
-//! is made from a seed; a module's head names the promise that it defends. It is one program, so that the simulator
-//! is compiled once.
+//! What can be tested without a device. Most of it runs the engine on a simulated disk (`sim`), under a guest
+//! that is made from a seed; a module's head names the promise that it defends. It is one program, so that
+//! the simulator is compiled once.
 #![cfg_attr(
     not(feature = "simulation"),
     allow(dead_code, reason = "the crash tests need the rest of the simulator")

@@ -1,4 +1,5 @@
-//! What a thread asks of the allocator while it does something: the most bytes it holds, and how often it asks.
+//! What a thread asks of the allocator while it does something: the most bytes it holds, and how often it
+//! asks.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
@@ -28,8 +29,8 @@ fn signed(bytes: usize) -> isize {
     isize::try_from(bytes).expect("a layout has at most isize::MAX bytes")
 }
 
-// SAFETY: every call goes to the system's allocator unchanged, which keeps the contract; counting touches three
-// cells that are initialised without allocating and never unwinds.
+// SAFETY: every call goes to the system's allocator unchanged, which keeps the contract; counting touches
+// three cells that are initialised without allocating and never unwinds.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         count();

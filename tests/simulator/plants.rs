@@ -1,6 +1,6 @@
-//! Promise defended here: the crash tests see what they are for. Every bug planted in the program is caught by
-//! a broken promise or by the assertion that stands guard, in the scenario or the test that names it, and never by
-//! chance.
+//! Promise defended here: the crash tests see what they are for. Every bug planted in the program is caught
+//! by a broken promise or by the assertion that stands guard, in the scenario or the test that names it, and
+//! never by chance.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;

@@ -1,5 +1,5 @@
-//! Promise defended here: a repair never loses or changes data, wherever the power is cut in it; an image that
-//! opened before opens at every such moment; and repairing again ends what was begun.
+//! Promise defended here: a repair never loses or changes data, wherever the power is cut in it; an image
+//! that opened before opens at every such moment; and repairing again ends what was begun.
 
 use fastrand::Rng;
 use uuid::Uuid;
@@ -312,8 +312,8 @@ fn any_entry(rng: &mut Rng) -> u64 {
     (rng.u64(..20) * MIB) | (rng.u64(..4) / 3 * RESERVED) | rng.u64(..8)
 }
 
-/// Whatever a file holds: neither an examination nor a repair panics; what is called sound opens; and a repair
-/// leaves an image that opened with the data it had.
+/// Whatever a file holds: neither an examination nor a repair panics; what is called sound opens; and a
+/// repair leaves an image that opened with the data it had.
 #[test]
 fn what_is_called_sound_opens_and_a_repair_keeps_what_opened() {
     let (mut sound, mut opened, mut mended) = (0, 0, 0);

@@ -26,8 +26,8 @@ impl Imports {
         imports
     }
 
-    /// Under the path of each folder, which of its files (or folders) uses which. A folder's `mod.rs` ties its files
-    /// together and is none of them.
+    /// Under the path of each folder, which of its files (or folders) uses which. A folder's `mod.rs` ties
+    /// its files together and is none of them.
     pub fn uses(&self) -> BTreeMap<String, BTreeSet<(String, String)>> {
         let mut uses: BTreeMap<_, BTreeSet<_>> = BTreeMap::new();
         for (from, path) in &self.paths {
@@ -58,8 +58,8 @@ impl Imports {
         path
     }
 
-    /// Notes the paths of one file: those in `use`, and those in the code that begin with `crate`, `super` or the
-    /// library's name.
+    /// Notes the paths of one file: those in `use`, and those in the code that begin with `crate`, `super` or
+    /// the library's name.
     fn scan(&mut self, file: &Module, tokens: &[Token]) {
         // The modules inside the file, each with the depth of its braces.
         let mut inner: Vec<(String, usize)> = Vec::new();

@@ -1,5 +1,5 @@
-//! Promises defended here: the folders of `src` show the architecture, and what the project says of its own style is
-//! true. `cargo test --test tidy -- --nocapture figures` prints what can be counted.
+//! Promises defended here: the folders of `src` show the architecture, and what the project says of its own
+//! style is true. `cargo test --test tidy -- --nocapture figures` prints what can be counted.
 
 mod figures;
 mod imports;
@@ -27,8 +27,8 @@ const ORDER: [&str; 12] = [
     "main",
 ];
 
-/// Circles that are still to be opened: the folder, and the files in it that use each other. A circle that has become
-/// smaller is still this one.
+/// Circles that are still to be opened: the folder, and the files in it that use each other. A circle that
+/// has become smaller is still this one.
 const OPEN: [(&str, &[&str]); 1] = [("engine", &["port", "shared"])];
 
 /// The most lines of a function, and the functions that are still longer.
@@ -38,7 +38,7 @@ const LONG_FUNCTIONS: [(&str, &str); 1] = [("tests/simulator/merge.rs", "fill")]
 /// The most columns of a line of Rust and of a script, and how many lines are still longer.
 const MAX_COLUMNS: usize = 110;
 const MAX_SCRIPT_COLUMNS: usize = 120;
-const LONG_LINES: [(&str, usize); 4] = [("src", 300), ("tests", 200), ("benches", 1), ("tools", 9)];
+const LONG_LINES: [(&str, usize); 1] = [("src", 260)];
 
 /// The only files that have `unsafe` in them.
 const UNSAFE: [&str; 8] = [
@@ -52,7 +52,8 @@ const UNSAFE: [&str; 8] = [
     "tests/simulator/memory.rs",
 ];
 
-/// Plants that the simulator asks for, not the program, and plants that are still asked for in several places.
+/// Plants that the simulator asks for, not the program, and plants that are still asked for in several
+/// places.
 const PLANTS_OF_THE_SIMULATOR: [&str; 3] = ["LongEntry", "NoFence", "SharedDescription"];
 const PLANTS_IN_PLACES: [(&str, usize); 1] = [("TrustKilled", 3)];
 

@@ -1,5 +1,5 @@
-//! Which code an input has reached: the compiler's edge counters, where the build has them (`tools/fuzz`), and
-//! otherwise nothing, so that only the outcome of a trial says what is new.
+//! Which code an input has reached: the compiler's edge counters, where the build has them (`tools/fuzz`),
+//! and otherwise nothing, so that only the outcome of a trial says what is new.
 
 use std::sync::Mutex;
 

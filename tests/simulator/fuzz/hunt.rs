@@ -1,4 +1,5 @@
-//! Looks for a case that breaks a promise: keeps those that went a way of their own, and makes others from them.
+//! Looks for a case that breaks a promise: keeps those that went a way of their own, and makes others from
+//! them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -107,8 +108,8 @@ fn report(target: &Target, case: &Case, seed: u64) {
         Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("hostile-{}-{seed:016x}", target.name));
     match case.save(&folder) {
         Ok(()) => eprintln!(
-            "see it again: VHDX_FUZZ_TARGET={} VHDX_FUZZ_INPUT={} VHDX_FUZZ_OPS={seed} cargo test --test simulator hostile:: \
-             one_case -- --nocapture",
+            "see it again: VHDX_FUZZ_TARGET={} VHDX_FUZZ_INPUT={} VHDX_FUZZ_OPS={seed} cargo test \
+             --test simulator hostile::one_case -- --nocapture",
             target.name,
             folder.display()
         ),

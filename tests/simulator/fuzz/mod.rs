@@ -1,5 +1,6 @@
-//! Hostile input: made from good input by mutators that know the structures, and judged by what the program does
-//! with it. One target per way in; `target` says what one is, `hunt` looks for input that breaks a promise.
+//! Hostile input: made from good input by mutators that know the structures, and judged by what the program
+//! does with it. One target per way in; `target` says what one is, `hunt` looks for input that breaks a
+//! promise.
 
 pub mod chain;
 pub mod corpus;

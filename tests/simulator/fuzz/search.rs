@@ -1,6 +1,7 @@
 //! A hostile locator, searched for in a folder of files that are no images.
 //!
-//! * The search ends after a bounded number of looks, in a chain or an error, and the error is some lines at most.
+//! * The search ends after a bounded number of looks, in a chain or an error, and the error is some lines at
+//!   most.
 
 use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};

@@ -1,6 +1,7 @@
 //! Damaged session memory, beside an image that a killed daemon left.
 //!
-//! * Whatever the memory says, taking it over ends in an image or an error, and touches nothing outside of it.
+//! * Whatever the memory says, taking it over ends in an image or an error, and touches nothing outside of
+//!   it.
 //! * What the memory's checks refuse is not taken over.
 
 use std::hash::{DefaultHasher, Hash, Hasher};

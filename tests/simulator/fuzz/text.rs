@@ -1,5 +1,5 @@
-//! Bytes that readers of small things get: locators, registry entries, lines of the control socket, sizes, maps of
-//! drives.
+//! Bytes that readers of small things get: locators, registry entries, lines of the control socket, sizes,
+//! maps of drives.
 //!
 //! * They are understood or refused, in memory that is bounded by their own length.
 //! * What is understood is written as it was read.
@@ -33,10 +33,11 @@ fn seeds() -> Vec<Case> {
     let mut locator = ParentLocator::default();
     locator.set(PARENT_LINKAGE, "{00000000-0000-0000-0000-000000000006}");
     locator.set(RELATIVE_PATH, ".\\parent.vhdx");
-    let entry = r#"{"id":0,"device":"/dev/ublkb0","image":"/a.vhdx","image_file":{"device":1,"inode":2},"parents":[],
-        "daemon":{"pid":1,"start_time":2},"queues":1,"depth":64,"size_bytes":1048576,"read_only":false,
-        "recovery":"reissue","zero_copy":false,"file_write_guid":"00000000-0000-0000-0000-000000000006","mark":7,
-        "version":"0.1.0","started":true,"failure":null}"#;
+    let entry = r#"{"id":0,"device":"/dev/ublkb0","image":"/a.vhdx","image_file":{"device":1,"inode":2},
+        "parents":[],"daemon":{"pid":1,"start_time":2},"queues":1,"depth":64,
+        "size_bytes":1048576,"read_only":false,"recovery":"reissue","zero_copy":false,
+        "file_write_guid":"00000000-0000-0000-0000-000000000006","mark":7,"version":"0.1.0",
+        "started":true,"failure":null}"#;
     let texts = [
         locator.encode(),
         entry.into(),

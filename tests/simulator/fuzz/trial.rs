@@ -54,8 +54,9 @@ fn log_length(image: &Craft) -> u64 {
     longest(image, HEADERS.into_iter().map(|header| header + 68)).min(LONGEST_LOG)
 }
 
-/// The stated bound: 64 MiB (the space map takes half of that for the longest file), the longest region (a BAT
-/// has 513 MiB at most), and three times the log; once more for what the simulated disk keeps of the replay.
+/// The stated bound: 64 MiB (the space map takes half of that for the longest file), the longest region (a
+/// BAT has 513 MiB at most), and three times the log; once more for what the simulated disk keeps of the
+/// replay.
 fn memory_bound(image: &Craft) -> u64 {
     // The mutator changes the first few entries only.
     let lengths =

@@ -674,9 +674,9 @@ fn tell(scenario: &Scenario, seed: u64, effort: Effort, why: &str) -> String {
     }
     let depth = if effort == Effort::TEST { String::new() } else { format!("VHDX_DEPTH={} ", effort.depth) };
     format!(
-        "{why}\n\nscenario {name}, seed {seed}, {requests} requests per life; to repeat:\n  VHDX_SCENARIO={name} \
-         VHDX_SEED={seed} VHDX_REQUESTS={requests} {depth}cargo test --locked --features simulation --test simulator crash::one_seed \
-         -- --nocapture\n",
+        "{why}\n\nscenario {name}, seed {seed}, {requests} requests per life; to repeat:\n  \
+         VHDX_SCENARIO={name} VHDX_SEED={seed} VHDX_REQUESTS={requests} {depth}cargo test --locked \
+         --features simulation --test simulator crash::one_seed -- --nocapture\n",
         name = scenario.name
     )
 }

@@ -6,7 +6,8 @@
 //! * After a cut, the medium holds what was durable and any subset of what was at risk, sector by sector; of
 //!   two writes to one sector either may have come last if neither was durable. The length is any length the
 //!   file has passed through since the last sync, independently of the data.
-//! * Writes that have completed may be lost before they are durable; which sync reports it, and when, see `errors`.
+//! * Writes that have completed may be lost before they are durable; which sync reports it, and when, see
+//!   `errors`.
 //! * There may be no room for a write: see `room`. Of one that is refused a part may be there all the same.
 
 use std::cell::{Cell, RefCell};
@@ -374,8 +375,8 @@ impl SimDisk {
         }
     }
 
-    /// A durable write, the `index`-th operation, fails as the device's cache cannot be flushed: what was there is
-    /// gone, and no other process gets an error.
+    /// A durable write, the `index`-th operation, fails as the device's cache cannot be flushed: what was
+    /// there is gone, and no other process gets an error.
     pub fn lose_device_cache(&self, index: usize) -> FrontDone {
         self.state.borrow_mut().at_risk.retain(AtRisk::stays);
         self.fail(index, EIO)
@@ -715,7 +716,8 @@ impl State {
         None
     }
 
-    /// Refuses `op` if the host has no room for it. What does not need any may be there all the same, in part.
+    /// Refuses `op` if the host has no room for it. What does not need any may be there all the same, in
+    /// part.
     fn refuse(&mut self, op: &Op, sector: u32) -> Option<i32> {
         let found = match &op.effect {
             Effect::Write { offset, bytes, .. } => self.room.take(*offset, bytes.len() as u64, true),
@@ -742,8 +744,8 @@ impl State {
         Some(ENOSPC)
     }
 
-    /// The error by which `op` learns of lost writes, if it is a sync or a durable write. It has done nothing durable
-    /// then.
+    /// The error by which `op` learns of lost writes, if it is a sync or a durable write. It has done nothing
+    /// durable then.
     fn tell(&mut self, op: &Op) -> Option<i32> {
         let reports = matches!(op.effect, Effect::Sync | Effect::Write { durable: true, .. });
         let errno = if reports { self.descriptions.tell(op.through) } else { None };

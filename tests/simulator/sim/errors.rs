@@ -1,5 +1,5 @@
-//! What a host knows of writes that it has accepted and lost. As in Linux (`errseq_t`), each open file description
-//! gets the error once; a description that is opened later gets it only if no other has.
+//! What a host knows of writes that it has accepted and lost. As in Linux (`errseq_t`), each open file
+//! description gets the error once; a description that is opened later gets it only if no other has.
 
 /// Lost writes of one file.
 #[derive(Clone, Copy, Debug, Default)]

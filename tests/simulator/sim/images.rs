@@ -4,8 +4,8 @@
 //! and of a length. Reductions, all sound:
 //!
 //! * a sector that a write does not change is no choice;
-//! * payload is left out: recovery never reads it (see [`super::medium`]), so each of its sectors is judged by
-//!   itself;
+//! * payload is left out: recovery never reads it (see [`super::medium`]), so each of its sectors is judged
+//!   by itself;
 //! * only when the choices multiply beyond the limit are the sectors of one log entry taken together, as
 //!   nothing, all of them, or random parts of them: any part of an entry is a broken entry;
 //! * beyond that, the boundary cases and a uniform sample stand for the rest.

@@ -1,8 +1,8 @@
 //! Recovers every file that a power cut may leave at a moment, and holds what is found against the promises.
 //!
-//! An image is recovered by the program's own open and replay, once per distinct image; what recovery found is
-//! its *outcome*: the mapping of every block and the file's length. Whatever led to it, an outcome is judged
-//! once per moment: each sector under it, with each value that the sector's own fate allows.
+//! An image is recovered by the program's own open and replay, once per distinct image; what recovery found
+//! is its *outcome*: the mapping of every block and the file's length. Whatever led to it, an outcome is
+//! judged once per moment: each sector under it, with each value that the sector's own fate allows.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
@@ -187,8 +187,8 @@ impl Judge {
     }
 
     /// The changes of metadata. A write in flight may leave torn sectors: log entries are protected by their
-    /// checksum, headers by their twin, the BAT and sector bitmaps by the log, which has every page before it is
-    /// written in place.
+    /// checksum, headers by their twin, the BAT and sector bitmaps by the log, which has every page before it
+    /// is written in place.
     fn risks<'a>(&self, changes: &'a [AtRisk]) -> Vec<Risk<'a>> {
         let inside =
             changes.iter().filter(|change| change.start().is_some_and(|start| self.places.has(start)));

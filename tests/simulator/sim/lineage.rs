@@ -1,8 +1,9 @@
 //! A parent below the image, and what its child begins with.
 //!
-//! The parent has other blocks than its child, is smaller, and lacks every third of its blocks. Some of the child's
-//! blocks are partially present from the start, by runs of three sectors; what lies in its file under the others is
-//! noise. Of the blocks behind these the bitmap has bits, which mean nothing: they are not there.
+//! The parent has other blocks than its child, is smaller, and lacks every third of its blocks. Some of the
+//! child's blocks are partially present from the start, by runs of three sectors; what lies in its file under
+//! the others is noise. Of the blocks behind these the bitmap has bits, which mean nothing: they are not
+//! there.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -94,7 +95,8 @@ impl Lineage {
         if is_here { CHILD } else { self.parents(sector) }
     }
 
-    /// What `sector` holds under `entry`, if not what the child's file has there; `here` is what the bitmap says.
+    /// What `sector` holds under `entry`, if not what the child's file has there; `here` is what the bitmap
+    /// says.
     pub fn elsewhere(&self, entry: BatEntry, sector: u64, here: impl FnOnce() -> bool) -> Option<Value> {
         match entry.payload_state() {
             Some(PayloadState::FullyPresent) => None,

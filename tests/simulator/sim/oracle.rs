@@ -114,9 +114,9 @@ impl Oracle {
         self.change(first, count, value, |_, _| supersedes);
     }
 
-    /// A discard of sectors `first..first + count` is issued. Those `in_whole_blocks` read as zeros when it is
-    /// acknowledged, unless a write to them is under way, which may come before it or after it; of the others it may
-    /// leave what was there.
+    /// A discard of sectors `first..first + count` is issued. Those `in_whole_blocks` read as zeros when it
+    /// is acknowledged, unless a write to them is under way, which may come before it or after it; of the
+    /// others it may leave what was there.
     pub fn discard(&mut self, first: u64, count: u64, in_whole_blocks: Range<u64>) {
         self.change(first, count, 0, |sector, history| {
             in_whole_blocks.contains(&sector) && history.iter().all(|entry| entry.acknowledged.is_some())

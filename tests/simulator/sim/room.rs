@@ -1,5 +1,5 @@
-//! The room that a host has for a file with holes. While it has none left, what would fill a hole is refused; on a
-//! host that copies on write, an overwrite is, too.
+//! The room that a host has for a file with holes. While it has none left, what would fill a hole is refused;
+//! on a host that copies on write, an overwrite is, too.
 
 use std::collections::BTreeSet;
 use std::ops::Range;

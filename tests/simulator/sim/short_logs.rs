@@ -5,8 +5,8 @@ use vhdx_ublk::simulation::{set_descriptors_per_entry, set_log_unit};
 /// The unit of a short log's length, bytes.
 pub const LOG_UNIT: u64 = 4096;
 
-/// While this lives, the logs of its thread are short. Tests that run in one thread, one after the other, do not see
-/// what an earlier one has set.
+/// While this lives, the logs of its thread are short. Tests that run in one thread, one after the other, do
+/// not see what an earlier one has set.
 #[must_use]
 pub struct ShortLogs(());
 

@@ -1,5 +1,5 @@
-//! How a broken promise ends a run: by a panic of its own kind, told apart from every other panic, and without
-//! a backtrace, which would name the harness.
+//! How a broken promise ends a run: by a panic of its own kind, told apart from every other panic, and
+//! without a backtrace, which would name the harness.
 
 use std::any::Any;
 

@@ -634,8 +634,8 @@ impl World {
         self.disk.content()
     }
 
-    /// Whatever power cuts have left behind, an image that was written and closed takes no room on the host that
-    /// nothing names.
+    /// Whatever power cuts have left behind, an image that was written and closed takes no room on the host
+    /// that nothing names.
     fn look_for_leaks(&mut self) {
         if !self.config.can_punch || self.disk.struck().is_some() || self.session() == Session::Idle {
             return;
@@ -725,8 +725,8 @@ impl World {
         self.engine.counters()
     }
 
-    /// Cuts the power `count` times at this moment, recovers each file and checks it; returns one of them with
-    /// the oracle that has seen it.
+    /// Cuts the power `count` times at this moment, recovers each file and checks it; returns one of them
+    /// with the oracle that has seen it.
     pub fn cut(&mut self, count: usize) -> Option<(Store, Oracle)> {
         let mut chosen = None;
         for _ in 0..count {
@@ -874,7 +874,8 @@ impl World {
         self.with_front(index, |front, port| front.start(tag, request, port));
     }
 
-    /// The sectors of the blocks that `request`, a discard, takes as a whole: those read as zeros when it is done.
+    /// The sectors of the blocks that `request`, a discard, takes as a whole: those read as zeros when it is
+    /// done.
     fn discarded_blocks(&self, request: &Request) -> Range<u64> {
         let NewImage { block_size, virtual_size, logical_sector_size, fixed, .. } = self.config.image;
         let block = u64::from(block_size);
@@ -1036,8 +1037,8 @@ impl Host {
     }
 }
 
-/// Opens `content` as the next process would and compares every sector with the oracle, which afterwards knows
-/// what was found. Returns the recovered file.
+/// Opens `content` as the next process would and compares every sector with the oracle, which afterwards
+/// knows what was found. Returns the recovered file.
 pub fn check_recovery(
     config: &Config,
     content: &Store,

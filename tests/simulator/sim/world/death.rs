@@ -1,8 +1,8 @@
 //! The daemon is killed, and a successor takes over.
 //!
-//! What survives: the session's memory, and the file as the host's cache has it. I/O in flight may still land,
-//! in whole or in part, until the lock is granted. Nothing else survives; the guest's requests in flight are
-//! repeated to the successor, or fail.
+//! What survives: the session's memory, and the file as the host's cache has it. I/O in flight may still
+//! land, in whole or in part, until the lock is granted. Nothing else survives; the guest's requests in
+//! flight are repeated to the successor, or fail.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -27,8 +27,8 @@ pub fn place(boot: u128) -> Place {
 /// How many daemons are killed before one serves again, at most.
 const DEATHS_IN_A_ROW: u32 = 5;
 
-/// Moves the block map of `image` into memory that outlives the daemon. Where what a death cuts short is lost, the
-/// data goes through the host's page cache.
+/// Moves the block map of `image` into memory that outlives the daemon. Where what a death cuts short is
+/// lost, the data goes through the host's page cache.
 pub(super) fn start_session(image: &mut WritableImage, faults: Faults) -> SessionMemory {
     let memory = SessionMemory::private(image.map.geometry());
     image.start_session(memory.clone(), &image.owner(place(1))).expect("there is memory");

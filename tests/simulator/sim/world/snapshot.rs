@@ -23,8 +23,8 @@ pub(super) const MAX_SNAPSHOTS: usize = 3;
 const MAX_STEPS: usize = 1_000_000;
 
 impl World {
-    /// Freezes the image and continues with a child of it, in the steps of the device's. Killed in between, its successor
-    /// serves the image that was served then, and holds no front.
+    /// Freezes the image and continues with a child of it, in the steps of the device's. Killed in between,
+    /// its successor serves the image that was served then, and holds no front.
     pub(super) fn snapshot(&mut self) {
         self.marks.hit("snapshots");
         let before = self.images_judged();
