@@ -93,7 +93,7 @@ pub fn redirected(
 /// `parent` is not what it was made of; corrupt if their sectors differ.
 pub fn relinked(child: &impl Layer, parent: &impl Layer, ignore_mismatch: bool) -> Result<ParentLocator> {
     let Some(locator) = &child.image().metadata.parent_locator else {
-        let message = "it is no differencing image: it has no parent, and takes none";
+        let message = "it is not a differencing image: it has no parent, and takes none";
         let remedy = format!("`vhdx-ublk info {}` shows what it is", shell(child.path()));
         let error = Error::new(Kind::Unsupported, message).file(child.path()).in_structure("metadata");
         return Err(error.remedy(remedy));
@@ -121,7 +121,7 @@ const MISMATCH_REMEDY: &str = "find the right file; `--ignore-mismatch` takes th
 /// The way from `folder` to `file` as a child names it.
 fn way(folder: &Path, file: &Path) -> Result<String> {
     relative_path(folder, file).ok_or_else(|| {
-        let message = "its path is no UTF-8, or a name in it has a backslash: a child could not tell it";
+        let message = "its path is not UTF-8, or a name in it has a backslash: a child cannot record it";
         Error::new(Kind::Unsupported, message).file(file).remedy("rename it")
     })
 }

@@ -226,7 +226,7 @@ fn refuse_changed(entry: &Entry) -> Result<()> {
 }
 
 fn changed(entry: &Entry) -> Error {
-    let message = "somebody has written the image since the daemon was killed";
+    let message = "another program has written the image since the daemon was killed";
     Error::new(Kind::NotFound, message).file(&entry.image).remedy(
         "`vhdx-ublk del` takes the device away; `vhdx-ublk recover --accept-loss` serves the image as it is now",
     )

@@ -84,7 +84,7 @@ pub fn parse_disk(text: &str) -> Result<u64, String> {
 pub fn misplaced(text: &str) -> Result<u64, String> {
     match parse(text) {
         Ok(_) => Err(format!("the size of a disk is an option: --size {text}")),
-        Err(_) => Err("one image is made at a time; what else there is to say are options: --help".into()),
+        Err(_) => Err("one image is made at a time; everything else is an option: see --help".into()),
     }
 }
 

@@ -31,7 +31,7 @@ impl Written {
             Self::Text(text) => Ok(text.into()),
             Self::Bytes { hex, .. } => bytes(&hex)
                 .map(|bytes| OsString::from_vec(bytes).into())
-                .ok_or("a path's bytes are no hex digits"),
+                .ok_or("a path's bytes are not hex digits"),
         }
     }
 }

@@ -229,7 +229,7 @@ fn read_pair(item: &[u8], pair: &RawPair) -> std::result::Result<(String, String
         Ok(units)
     };
     let key = String::from_utf16(&units("key", pair.key_offset, pair.key_length)?)
-        .map_err(|_| "its key is no UTF-16".to_string())?;
+        .map_err(|_| "its key is not UTF-16".to_string())?;
     let value = String::from_utf16_lossy(&units("value", pair.value_offset, pair.value_length)?);
     Ok((key, value))
 }
@@ -388,7 +388,7 @@ mod tests {
     fn half_a_surrogate_pair_is_tolerated_in_a_value_and_refused_in_a_key() {
         let locator = ParentLocator::parse(&patched(38, &[0, 0xd8])).expect("an odd file name");
         assert_eq!(locator.get("key"), Some("\u{fffd}alue"));
-        assert!(refusal(&patched(32, &[0, 0xd8])).1.contains("no UTF-16"));
+        assert!(refusal(&patched(32, &[0, 0xd8])).1.contains("not UTF-16"));
     }
 
     #[test]

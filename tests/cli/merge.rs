@@ -203,7 +203,7 @@ fn what_cannot_be_merged_is_left_alone() {
     let parent = base(&bench, "base.vhdx");
     let child = child_of(&bench, &parent, "child.vhdx");
     let before = [&parent, &child].map(|path| Snapshot::of(path));
-    assert!(on("merge", &parent, &[]).failed(1).contains("no differencing image"));
+    assert!(on("merge", &parent, &[]).failed(1).contains("not a differencing image"));
     let into = child.to_str().expect("UTF-8");
     assert!(on("merge", &child, &["--into", into]).failed(2).contains("not among its parents"));
     let nowhere = bench.path("nowhere.vhdx");

@@ -89,7 +89,7 @@ fn what_is_no_parent_is_refused() {
         assert!(message.contains("its own ancestor"), "{message}");
     }
     assert!(with("relink", &child, &[&large], &insist).failed(1).contains("sectors of 4096 bytes"));
-    assert!(with("relink", &parent, &[&child], &insist).failed(1).contains("no differencing image"));
+    assert!(with("relink", &parent, &[&child], &insist).failed(1).contains("not a differencing image"));
     let holder = format!("(pid {})", std::process::id());
     for (path, access) in [(&child, Access::ReadOnly), (&parent, Access::ReadWrite)] {
         let held = ImageFile::open(path, access, Duration::ZERO).expect("free");

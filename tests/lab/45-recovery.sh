@@ -126,6 +126,6 @@ test_recovery_of_a_read_only_device() {
     kill_daemon disk.vhdx
     qemu-io -f vhdx -c 'write -P 1 100M 4k' disk.vhdx >/dev/null
     ublk recover "$device" 2>said && fail "another disk was put under the device's users"
-    grep -q "somebody has written the image" said
+    grep -q "another program has written the image" said
     ublk del --force "$device"
 }

@@ -54,7 +54,7 @@ pub(super) fn refuse_lasting(directory: &File) -> Result<()> {
     if is_memory {
         return Ok(());
     }
-    let message = "it is no tmpfs: a session file in it would survive a power cut";
+    let message = "it is not a tmpfs: a session file in it would survive a power cut";
     Err(Error::new(Kind::Unsupported, message).remedy("mount a tmpfs on /run"))
 }
 

@@ -112,7 +112,8 @@ pub(super) fn find_in(survey: Survey, target: &Target) -> Result<Listed> {
     if let Some(orphan) = orphans.iter().find(|orphan| orphan.id == *id) {
         return Err(unknown_image(orphan));
     }
-    Err(Error::new(Kind::NotFound, format!("{target} is no device of this program")).remedy("vhdx-ublk list"))
+    Err(Error::new(Kind::NotFound, format!("{target} is not a device of this program"))
+        .remedy("vhdx-ublk list"))
 }
 
 /// The image of a device without an entry is not known.

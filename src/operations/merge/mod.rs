@@ -100,7 +100,7 @@ impl Request {
         let parents = chain::open_parents(&leaf, &self.search, inspect)?;
         let found: Vec<Found> = std::iter::once(&leaf).chain(&parents).map(Found::from).collect();
         if parents.is_empty() {
-            let message = "it is no differencing image: there is nothing to merge it into";
+            let message = "it is not a differencing image: there is nothing to merge it into";
             let remedy = format!("`vhdx-ublk info {}` shows what it is", shell(&leaf.path));
             let error = Error::new(Kind::Unsupported, message).file(&leaf.path).in_structure("metadata");
             return Err(error.remedy(remedy));
