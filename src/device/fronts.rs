@@ -33,7 +33,7 @@ pub(super) struct FrontInbox {
 }
 
 impl FrontInbox {
-    /// An inbox that gives what arrives to `engine`. Whoever sets `called` writes the eventfd of `ends`
+    /// An inbox that gives what arrives to `engine`. A thread that sets `called` writes the eventfd `wake`
     /// afterwards.
     pub(super) fn new(
         wake: Arc<EventFd>,

@@ -1,6 +1,6 @@
 //! ublk: control commands, queue loops, the daemon's life.
 //!
-//! One device, in the process that serves it, each using only what comes before it:
+//! One device, in the process that serves it, from the kernel to the daemon:
 //!
 //! * `control`, `options`, [`features`]: the driver's commands, and the choices for a device;
 //! * [`mailbox`], `leaf_handover`: what joins the queues to the engine;
@@ -14,7 +14,7 @@
 //!
 //! What other processes see and do: [`registry`], [`usage`], [`stop`], [`health`], [`claims`]; how data travels
 //! between processes: [`path`], `wire`; what the kernel reports of the machine: `process`, `processes`, `mounts`,
-//! `sysfs`.
+//! `sysfs`; and the nodes in `/dev`: `node`. No two files use each other.
 //!
 //! Unsafe code is in `control`, `queue::ring`, `queue::buffers`, `region` and `sys` only. `libublk` gives the
 //! kernel's structures and numbers.

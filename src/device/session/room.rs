@@ -75,7 +75,7 @@ impl Reserved {
 
     /// Reserves room for a range of words.
     pub(super) fn reserve(&self, words: Range<usize>) -> io::Result<()> {
-        assert!(words.start < words.end, "no room is asked for");
+        assert!(words.start < words.end, "no words are reserved");
         let bytes = |words: usize| (words * size_of::<AtomicU64>()) as u64;
         if let Some(left) = self.left_free()?
             && left < bytes(words.len())
