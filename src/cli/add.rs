@@ -1,6 +1,7 @@
 //! `add`: serves an image as a block device.
 //!
-//! Without `--foreground` the program runs itself again: the child serves, the parent waits for its word.
+//! Without `--foreground` the program runs itself again: the child serves, and the parent waits for its
+//! report.
 
 use std::ffi::OsString;
 use std::fs;
@@ -42,9 +43,9 @@ const DEFAULT_QUEUES: usize = 4;
 
 /// Serve an image as a block device.
 ///
-/// Prints the device's path, alone, on standard output as soon as the device can be used. A daemon serves it
-/// from then on; `vhdx-ublk del` takes it away and closes the image. An image that was not closed cleanly is
-/// repaired from its own log first.
+/// Prints the path of the device on standard output as soon as it can be used. A daemon then serves the
+/// device; `vhdx-ublk del` removes it and closes the image. If the image was not closed cleanly, its log is
+/// replayed first.
 #[derive(clap::Args)]
 #[command(after_help = AFTER_HELP)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a flag of its own on the command line")]
@@ -52,23 +53,22 @@ pub struct Add {
     /// The VHDX file
     #[arg(required_unless_present = "fd", conflicts_with = "fd")]
     image: Option<PathBuf>,
-    /// Serve the file behind this open descriptor instead of one that a path names; read-only unless it is
-    /// open for writing
+    /// Serve the file of this open descriptor; read-only unless it is open for writing
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(3..))]
     fd: Option<RawFd>,
-    /// Refuse all writes; not one byte of the file is changed
+    /// Refuse all writes; the file is not changed
     #[arg(short, long)]
     read_only: bool,
-    /// Allow writes to an image that has children; they can no longer be read then
+    /// Allow writes to an image that has children; the first write makes them unreadable
     #[arg(long, conflicts_with = "read_only")]
     force: bool,
-    /// The N of /dev/ublkbN [default: the first free one]
+    /// The N of /dev/ublkbN [default: the first free number]
     #[arg(long, value_name = "N")]
     id: Option<u32>,
-    /// Queues, 1 to 64; at most one per CPU is used [default: the number of CPUs, at most 4]
+    /// Number of queues, 1 to 64; at most one per CPU is used [default: the number of CPUs, at most 4]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_QUEUES)))]
     queues: Option<u16>,
-    /// Requests in flight per queue, 1 to 4096
+    /// Number of requests in flight per queue, 1 to 4096
     #[arg(long, value_name = "N", default_value_t = 64)]
     #[arg(value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_DEPTH)))]
     depth: u16,
@@ -84,10 +84,10 @@ pub struct Add {
     zero_copy: ZeroCopy,
     #[command(flatten)]
     parents: ParentOptions,
-    /// Serve from this process, until it is interrupted (Ctrl-C)
+    /// Serve from this process until it is interrupted (Ctrl-C)
     #[arg(short, long)]
     foreground: bool,
-    /// This is the child
+    /// This process is the daemon
     #[arg(long, hide = true, conflicts_with = "foreground")]
     serve: bool,
 }
@@ -98,16 +98,16 @@ Examples:
   lsblk $(vhdx-ublk add --read-only disk.vhdx)
   vhdx-ublk add --fd 3 3<>disk.vhdx
 
-If the daemon is killed, nothing that was acknowledged is lost: I/O waits until `vhdx-ublk
-recover`. For that a writable device needs memory under /run: 8 bytes for each block, and in a
-child one bit for each sector of partially present blocks (`vhdx-ublk info` shows the most). New
-sessions leave an eighth of /run free, growing ones a quarter. Without room, or if /run is not a
-tmpfs, the device works but cannot be recovered, and `add` says so.
+If the daemon is killed, no acknowledged write is lost: I/O waits until `vhdx-ublk recover`. For
+this, a writable device uses memory under /run: 8 bytes per block, and for a child one bit per
+sector of its partially present blocks (`vhdx-ublk info` shows the maximum). Sessions leave an
+eighth of /run free, their bits a quarter. If there is no room, or /run is not a tmpfs, the
+device works but cannot be recovered, and `add` warns about it.
 Warnings of a running device go to /run/vhdx-ublk/N.log.
-An image that has children is served only with --read-only or --force: after one write they can
-no longer be read. Children are found among the images of devices, and among the first 256
-images of the image's own folder.
-Exit status: 0 the device can be used, 1 failure (and nothing is left behind), 2 wrong usage.";
+Writing to a parent invalidates its children. `add` refuses if it finds any, and lists them; use
+--read-only or --force. It finds children that devices use, and those among the first 256 images
+of the folder.
+Exit status: 0 the device can be used, 1 failure (nothing is left behind), 2 wrong usage.";
 
 impl Add {
     /// Runs the command.
@@ -122,7 +122,7 @@ impl Add {
             return detached::run(self.fd, |ready| self.serve(&options, ready));
         }
         let ready = launch::launch(self.child_arguments(&options))?;
-        output::print(&ready.device.display().to_string()).inspect_err(|_| take_away(&ready))
+        output::print(&ready.device.display().to_string()).inspect_err(|_| remove(&ready))
     }
 
     fn options(&self) -> Options {
@@ -135,7 +135,7 @@ impl Add {
         Options { id, queues, depth, request_bytes, recovery, zero_copy }
     }
 
-    /// The command line of the process that serves.
+    /// The command line of the daemon.
     fn child_arguments(&self, options: &Options) -> Vec<OsString> {
         let mut arguments: Vec<OsString> = vec!["add".into(), "--serve".into()];
         arguments.extend(
@@ -166,13 +166,13 @@ impl Add {
         let found = fs::metadata(&path)
             .and_then(|found| Ok((found, fs::read_to_string(format!("/proc/self/fdinfo/{fd}"))?)));
         let (found, info) = found.map_err(|error| {
-            Error::io(format!("looking at descriptor {fd}"), error)
-                .remedy(format!("hand it over open: `vhdx-ublk add --fd {fd} {fd}<>disk.vhdx`"))
+            Error::io(format!("examining descriptor {fd}"), error)
+                .remedy(format!("pass an open descriptor: `vhdx-ublk add --fd {fd} {fd}<>disk.vhdx`"))
         })?;
         if found.is_file() && found.nlink() == 0 {
             let message =
-                format!("the file of descriptor {fd} has no name, and its device could not be recovered");
-            return Err(Error::new(Kind::NotFound, message).remedy("hand over a file that is in a folder"));
+                format!("the file of descriptor {fd} has no name, so that its device could not be recovered");
+            return Err(Error::new(Kind::NotFound, message).remedy("pass a file that has a name in a folder"));
         }
         let may_write = match open_mode(&info) {
             Some(libc::O_RDWR) => true,
@@ -185,7 +185,7 @@ impl Add {
         Ok((path, access(may_write && !self.read_only)))
     }
 
-    /// Opens what is to be served, and closes the caller's descriptor: the file has one of its own.
+    /// Opens the image, and closes the caller's descriptor: the file has its own.
     fn open(&self) -> Result<(Arc<ImageFile>, Access)> {
         let (path, access) = self.source()?;
         let file = open(&path, access)?;
@@ -219,15 +219,15 @@ fn open_mode(info: &str) -> Option<i32> {
     (flags & libc::O_PATH == 0).then_some(flags & libc::O_ACCMODE)
 }
 
-/// Takes away a device of which the user was never told.
-fn take_away(ready: &Ready) {
+/// Removes a device whose path could not be printed.
+fn remove(ready: &Ready) {
     let stopped = Registry::open().and_then(|registry| {
         let found = stop::find(&registry, &Target::Id(ready.id))?;
         stop::stop(&registry, &found.entry, &How { force: true, timeout: stop::DEFAULT_TIMEOUT })
     });
     if let Err(error) = stopped {
         tracing::warn!(
-            "{} was made, and could neither be announced nor removed: {error:#}",
+            "{} was created but could neither be announced nor removed: {error:#}",
             ready.device.display()
         );
     }
@@ -258,7 +258,7 @@ fn refused_by_host(error: Error, access: Access) -> Error {
             error.remedy("the file system is read-only: `--read-only` serves the image as it is")
         }
         Some(libc::EPERM) if access == Access::ReadWrite => error.remedy(
-            "the file may be immutable: `lsattr` shows it, `chattr -i` ends it; `--read-only` serves the image as it is",
+            "the file may be immutable: see `lsattr`, `chattr -i`; `--read-only` serves the image as it is",
         ),
         _ => error,
     }

@@ -1,4 +1,4 @@
-//! `check`: whether an image is sound, and the chain it is in.
+//! `check`: checks an image and its chain.
 
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
@@ -14,18 +14,17 @@ use vhdx_ublk::printable::{human_size, printable, shell};
 use super::output::{self, Failure};
 use super::parent_options::ParentOptions;
 
-/// Examine the structure of an image: every header, table, log entry and block; of a differencing image its
-/// parents' too.
+/// Check the structure of an image: every header, table, log entry and block; for a differencing image, those
+/// of its parents too.
 ///
-/// Nothing is changed, not even a time, unless --repair is given. A dirty log is no fault: the rest is
-/// examined as if the log had been replayed.
+/// Without --repair, nothing is changed, not even a timestamp. A dirty log is not a fault: everything else is
+/// checked as if the log had been replayed.
 #[derive(clap::Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct Check {
     /// The VHDX file
     image: PathBuf,
-    /// Replay the log, and mend what can be mended without guessing; data is never guessed at, and parents
-    /// are never changed
+    /// Replay the log, and repair what can be repaired without guessing. Parents are never changed
     #[arg(long)]
     repair: bool,
     #[command(flatten)]
@@ -37,26 +36,26 @@ pub struct Check {
 
 const AFTER_HELP: &str = "\
 Examples:
-  vhdx-ublk check disk.vhdx             examine it; says what --repair would mend
-  vhdx-ublk check --repair disk.vhdx    mend it
+  vhdx-ublk check disk.vhdx             check it, and show what --repair would repair
+  vhdx-ublk check --repair disk.vhdx    repair it
 
-A corruption contradicts the format: data may be lost. A leak is room on the host that nothing
-names: no data is in danger, and writers use it eventually. A note is no fault. Two blocks in
-one place, reserved states and what lies behind the end of the file are never repaired: what
-they should be is unknown.
+A corruption contradicts the format: data may be lost. A leak is space on the host that no block
+uses: no data is in danger, and later writes may use it. A note is not a fault. Blocks that
+overlap, reserved states and blocks beyond the end of the file are never repaired: their correct
+values are unknown.
 A chain is broken if a parent is missing, is another image, was written since its child was
-made, has other sectors, or is its own ancestor.
+created, has another sector size, or is its own ancestor.
 
-JSON: offsets and sizes are bytes. Keys: image, complete (everything could be examined),
-corruptions, leaks, notes, beyond_repair (corruptions that --repair does not mend), repairable
-(findings that it does), log (clean, dirty, virgin, torn, unknown), log_entries (to replay),
+JSON: offsets and sizes are bytes. Keys: image, complete (everything could be checked),
+corruptions, leaks, notes, beyond_repair (corruptions that --repair cannot repair), repairable
+(findings that it can repair), log (clean, dirty, virgin, torn, unknown), log_entries (to replay),
 blocks, allocated_blocks, free_bytes, leaked_bytes, unused_tail_bytes, findings [{severity,
 structure, offset, what, remedy, repairable}] (at most 1000 of each severity), before (null, or
-the same as it was before --repair), parents (a list of the same, the image's own parent first,
-as far as the chain leads), chain_fault (null, or as an error: why it leads no further).
-Exit status: 0 sound, 1 unknown (not readable, no VHDX, in use; also wrong usage), or
-the image is sound and a parent has corruptions or the chain is broken, 2 corruptions, 3 leaks
-and no corruption. After --repair it is that of the image as it is then.";
+the same before --repair), parents (a list of the same: parents, nearest first, up to the first
+broken link), chain_fault (null, or the error of that link).
+Exit status: 0 sound, 1 unknown (not readable, not a VHDX image, in use; wrong usage too), or the
+image is sound but a parent has corruptions or the chain is broken, 2 corruptions, 3 leaks and no
+corruption. After --repair, the exit status describes the repaired image.";
 
 /// Exit statuses, as the help text states them.
 const SOUND: u8 = 0;
@@ -137,19 +136,19 @@ fn text(Checked { path, report, before, chain }: &Checked) -> String {
     text + &parents(chain, repaired)
 }
 
-/// What `--repair` is good for.
+/// What `--repair` would do.
 fn mendable(report: &Report, image: &str) -> String {
     if report.repairable == 0 || report.verdict().is_none() {
         return String::new();
     }
     format!(
-        "\n\n{} of these can be mended: vhdx-ublk check --repair {}",
+        "\n\n{} of these can be repaired: vhdx-ublk check --repair {}",
         report.repairable,
         shell(image.as_ref())
     )
 }
 
-/// The parents, and where their chain breaks off.
+/// The parents, and the first broken link.
 fn parents(chain: &CheckedChain, repaired: bool) -> String {
     let mut text = String::new();
     for (path, report) in &chain.parents {
@@ -162,7 +161,7 @@ fn parents(chain: &CheckedChain, repaired: bool) -> String {
         let _ = write!(text, "\n\nthe chain is broken: {}", with_advice(fault));
     }
     if repaired && !text.is_empty() {
-        text += "\n\nOnly the image itself was to be repaired: parents are never changed.";
+        text += "\n\nOnly the image itself was repaired: `check` never changes parents.";
     }
     text
 }
@@ -188,15 +187,15 @@ fn summary(report: &Report) -> String {
         let _ = write!(text, "; the log is dirty ({} entries to replay)", report.log_entries);
     }
     if report.leaked_bytes > 0 {
-        let _ = write!(text, "; {} of free space taken on the host", human_size(report.leaked_bytes));
+        let _ = write!(text, "; {} of free space allocated on the host", human_size(report.leaked_bytes));
     }
     if !report.complete {
-        text += "; what lies behind could not be examined";
+        text += "; the rest could not be checked";
     }
     text
 }
 
-/// The findings by structure, in the order of the examination; `mended` ones say what was done.
+/// The findings by structure, in the order of the examination; `mended` ones show what was done.
 fn findings(report: &Report, mended: bool) -> String {
     let mut text = String::new();
     for group in report.findings.chunk_by(|a, b| a.structure == b.structure) {

@@ -10,7 +10,7 @@ use vhdx_ublk::error::{Error, Kind, Result};
 
 use super::output;
 
-/// Take devices away and close their images.
+/// Remove devices and close their images.
 ///
 /// Everything that was written to the device is in the image when the command returns.
 #[derive(clap::Args)]
@@ -19,17 +19,18 @@ pub struct Del {
     /// The device: its number, /dev/ublkbN or a partition of it, or the path of its image
     #[arg(required_unless_present = "all", conflicts_with = "all")]
     target: Vec<OsString>,
-    /// All devices of this program, those that lie on others first
+    /// Remove all devices of this program, those on top of others first
     #[arg(short, long)]
     all: bool,
-    /// Also devices in use: what uses them sees I/O errors. A daemon that does not end in time is killed
+    /// Remove devices that are in use too: their users get I/O errors. A daemon that does not end in time is
+    /// killed
     #[arg(short, long)]
     force: bool,
-    /// How long each daemon may take to close its image, seconds
+    /// How long to wait for each daemon to close its image, seconds
     #[arg(long, value_name = "SECONDS", default_value_t = stop::DEFAULT_TIMEOUT.as_secs())]
     #[arg(value_parser = clap::value_parser!(u64).range(1..=86_400))]
     timeout: u64,
-    /// This is the child that waits in the kernel; the number is the device's mark
+    /// This process is the child that waits in the kernel; the number is the device's mark
     #[arg(long, hide = true, conflicts_with = "all")]
     stop_device: Option<u64>,
 }
@@ -39,15 +40,15 @@ Examples:
   vhdx-ublk del 0
   vhdx-ublk del /dev/ublkb0 disk.vhdx
   vhdx-ublk del --all
-  vhdx-ublk del --force --timeout 10 0    take it away even if its daemon hangs
+  vhdx-ublk del --force --timeout 10 0    remove it even if its daemon hangs
 
-A device is in use while it is mounted, is swap, has a loop device, a mapper or an array on it,
-is exported by the kernel (nvmet, LIO), or is open. A daemon that --force had to kill leaves its
-session: what it acknowledged is written to the image, as after any other death.
-Exit status: 0 all of them are gone, 1 some are still there or their image could not be closed
-cleanly, 2 wrong usage.";
+A device is in use while it is mounted, used as swap, open, exported by the kernel (nvmet, LIO),
+or has a loop device, a mapper or an array on it. If --force kills a daemon, its session remains,
+and `del` writes what was acknowledged from it to the image.
+Exit status: 0 all devices are removed, 1 some remain or their image could not be closed cleanly,
+2 wrong usage.";
 
-/// One to be taken away.
+/// A device that is to be removed.
 enum Doomed {
     Known(Box<Listed>),
     Orphan(DeviceInfo),
@@ -70,7 +71,8 @@ impl Doomed {
 }
 
 impl Del {
-    /// Runs the command. Every target is tried; the last failure is returned, earlier ones are told at once.
+    /// Runs the command. Every target is tried; the last failure is returned, earlier ones are reported at
+    /// once.
     pub fn run(self) -> Result<()> {
         if let Some(mark) = self.stop_device {
             return self.stop_device(mark);
@@ -78,7 +80,7 @@ impl Del {
         let registry = claims::registry()?;
         let outcomes = match &registry {
             Some(registry) => {
-                // Where there is no driver there is nothing to sweep by.
+                // Without the driver it is unknown which entries are stale.
                 Control::open().map_or(Ok(()), |control| registry.sweep(&control))?;
                 if self.all { self.all(registry)? } else { self.named(registry) }
             }
@@ -97,7 +99,8 @@ impl Del {
         self.target.iter().map(take).collect()
     }
 
-    /// Takes all devices away. One that fails is tried again when another has gone: it may have lain on that.
+    /// Removes all devices. A device in use is tried again after another has been removed, which may have
+    /// lain on it.
     fn all(&self, registry: &Registry) -> Result<Vec<Result<()>>> {
         let survey = registry.survey()?;
         let known = survey.devices.into_iter().map(|listed| Doomed::Known(listed.into()));
@@ -107,7 +110,7 @@ impl Del {
             let (count, mut failures, mut again) = (left.len(), Vec::new(), Vec::new());
             for doomed in left {
                 if let Err(error) = doomed.take_away(registry, &self.how()) {
-                    // Of any other kind it is gone, and its image is the trouble.
+                    // With any other error the device is removed, and the fault is its image's.
                     if error.kind() == Kind::InUse {
                         again.push(doomed);
                     }
@@ -123,11 +126,13 @@ impl Del {
         }
     }
 
-    /// In the child that may wait in the kernel for long.
+    /// Runs in the child, which may wait in the kernel for long.
     fn stop_device(&self, mark: u64) -> Result<()> {
-        let [text] = &self.target[..] else { return Err(Error::new(Kind::Usage, "one device per process")) };
+        let [text] = &self.target[..] else {
+            return Err(Error::new(Kind::Usage, "a child process removes one device"));
+        };
         let Target::Id(id) = Target::parse(text) else {
-            return Err(Error::new(Kind::Usage, "the device is given by its number"));
+            return Err(Error::new(Kind::Usage, "a child process needs the device's number"));
         };
         let openers = if self.force { Openers::Any } else { Openers::None };
         launch::report_stopped(&stop::stop_here(id, mark, openers))

@@ -1,4 +1,4 @@
-//! A command's second process: a daemon that tells its parent how it went, and only then detaches.
+//! The second process of a command: a daemon that reports to its parent, and only then detaches.
 
 use std::cell::Cell;
 use std::os::fd::RawFd;
@@ -9,8 +9,8 @@ use vhdx_ublk::error::Result;
 
 use super::{FAILURE, logging, output};
 
-/// Runs `serve`, which gets what to call when the device can be used, and the caller's descriptor `kept`.
-/// Ends the process where the parent has been told of a failure: it tells the user.
+/// Runs `serve`, passing it a function to call when the device can be used; the descriptor `kept` of the
+/// caller stays open. If it fails before, the parent reports the failure, and this process ends.
 pub fn run(
     kept: Option<RawFd>,
     serve: impl FnOnce(&dyn Fn(&Ready) -> Result<()>) -> Result<()>,

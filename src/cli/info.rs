@@ -1,4 +1,4 @@
-//! `info`: what an image is like.
+//! `info`: shows the properties of an image.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -19,16 +19,16 @@ use vhdx_ublk::printable::{both_sizes, human_size};
 use super::output::{self, Fields};
 use super::parent_options::ParentOptions;
 
-/// Show what an image is like, without changing it.
+/// Show the properties of an image, without changing it.
 ///
-/// A dirty log is replayed in memory only. An image that is being written is shown as it was at some recent
-/// moment, and reported to be in use.
+/// A dirty log is replayed in memory only. If another process is writing to the image, `info` shows a recent
+/// state of it, and that it is in use.
 #[derive(clap::Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct Info {
     /// The VHDX file
     image: PathBuf,
-    /// Show a differencing image's parents too, its own first
+    /// Show the parents of a differencing image too, nearest first
     #[arg(short, long)]
     chain: bool,
     #[command(flatten)]
@@ -39,16 +39,16 @@ pub struct Info {
 }
 
 const AFTER_HELP: &str = "\
-Fragmentation is the share of allocated blocks, in percent, that do not follow their predecessor
+Fragmentation is the percentage of allocated blocks that do not directly follow the previous one
 in the file.
 
 JSON: sizes and offsets are bytes, GUIDs lower case. Keys: format, type, virtual_size,
 block_size, logical_sector_size, physical_sector_size, disk_id, file_write_guid,
 data_write_guid, creator, header_sequence, log {state, size, offset, entries}, blocks {total,
 allocated, partial, zero, not_present, undefined, unmapped}, fragmentation, regions [{name,
-guid, offset, size, required}], file_size, host_bytes (space taken on the host), parent (null,
-or the parent locator's entries), attached (null, or the device), in_use, used_by,
-session_bytes (the most memory under /run that a writable device of it takes), warnings.
+guid, offset, size, required}], file_size, host_bytes (space used on the host), parent (null, or
+the entries of the parent locator), attached (null, or the device), in_use, used_by,
+session_bytes (the most memory under /run that a writable device of the image uses), warnings.
 With --chain: chain, a list of such objects.
 Exit status: 0 success, 1 failure, 2 wrong usage.";
 
@@ -92,7 +92,7 @@ struct Log {
     state: &'static str,
     size: u64,
     offset: u64,
-    /// To be replayed.
+    /// The entries to replay.
     entries: usize,
 }
 
@@ -121,7 +121,7 @@ impl Info {
             followed?;
             return output::print_json(&chain);
         }
-        // As far as it leads: what is wrong with it follows.
+        // The parents that were found come first, then the error.
         output::print(&chain.to_string())?;
         followed
     }
@@ -196,7 +196,7 @@ impl std::fmt::Display for Report {
         fields.add("virtual size", both_sizes(self.virtual_size));
         fields.add(
             "file size",
-            format!("{}, takes {} on its host", both_sizes(self.file_size), human_size(self.host_bytes)),
+            format!("{}, uses {} on its host", both_sizes(self.file_size), human_size(self.host_bytes)),
         );
         fields.add("block size", both_sizes(self.block_size.into()));
         fields.add(
@@ -212,7 +212,7 @@ impl std::fmt::Display for Report {
                 format!("{}, {} at byte {}", region.name, both_sizes(region.size.into()), region.offset),
             );
         }
-        fields.add("session", format!("takes up to {} of memory under /run", human_size(self.session_bytes)));
+        fields.add("session", format!("uses up to {} of memory under /run", human_size(self.session_bytes)));
         fields.add("header sequence", self.header_sequence.to_string());
         fields.add("disk id", self.disk_id.as_str());
         fields.add("file write guid", self.file_write_guid.as_str());
@@ -244,7 +244,7 @@ impl Report {
         let users = self.used_by.join(", ");
         if self.in_use {
             let by = if users.is_empty() { String::new() } else { format!(" ({users})") };
-            fields.add("in use", format!("by a writer{by}; figures may be stale"));
+            fields.add("in use", format!("by a writer{by}; the figures may be out of date"));
         } else if !users.is_empty() {
             fields.add("in use", users);
         }
@@ -255,7 +255,7 @@ impl std::fmt::Display for Log {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let state = match (self.state, self.entries) {
             ("dirty", entries) => format!("dirty, {entries} entries to replay"),
-            ("virgin", _) => "announced and never written".into(),
+            ("virgin", _) => "announced but never written".into(),
             (state, _) => state.into(),
         };
         write!(f, "{state}; {} at byte {}", both_sizes(self.size), self.offset)

@@ -20,33 +20,30 @@ pub struct List {
     /// As JSON: an array of objects, errors too
     #[arg(long)]
     pub json: bool,
-    /// Report by the exit status whether all is well
+    /// Show by the exit status whether all devices are healthy
     #[arg(long)]
     check: bool,
 }
 
-/// With `--check`: a device serves nothing any more.
+/// With `--check`: a device is dead.
 const DEAD: u8 = 2;
 
 const AFTER_HELP: &str = "\
-States: live (served), starting, stopping, quiesced (its daemon was killed: I/O waits for
-`recover`), fail-io (the same, but I/O fails until then), dead (its daemon was killed, and its
-I/O has failed: `del` removes it), failed (it is gone, but its image could not be closed
-cleanly: `del` says why), unknown (the driver cannot be reached from here, or the entry of the
-device cannot be read).
+States: live (served), starting, stopping, quiesced (the daemon was killed: I/O waits for
+`recover`), fail-io (the same, but I/O fails until `recover`), dead (the daemon was killed, and
+I/O fails: `del` removes the device), failed (the device is removed, but its image could not be
+closed cleanly: `del` shows why), unknown (the driver or the entry of the device cannot be read).
 
 Health: ok, host-full (writes that need room fail), poisoned (a sync or metadata write failed:
-no write succeeds until the device is added again), waiting (for `recover`), stopped (its daemon
-was stopped by a signal), no-answer (its daemon has not answered within a second), dead,
-unknown.
+writes fail until the device is removed and added again), waiting (for `recover`), stopped (a
+signal stopped the daemon), no-answer (the daemon did not answer within a second), dead, unknown.
 
 JSON: id, device, image, pid, state, health, last_error (null or a text), queues, depth,
-read_only, zero_copy, recovery, size (bytes), failure (null or a text: why the image could not
-be closed, or the entry not be read). All but id, device, state, health are null where only the
-kernel knows of the device. A path that is not UTF-8 is an object: lossy (a text), hex (its
-bytes).
-Exit status: 0 success, 1 failure, 2 wrong usage. With --check: 0 all is well, 1 some device is
-degraded or cannot be examined, 2 some device is dead.";
+read_only, zero_copy, recovery, size (bytes), failure (null, or why the image could not be
+closed or the entry could not be read). If only the kernel knows the device, all but id, device,
+state, health are null. A path that is not UTF-8 is an object: lossy (a text), hex (its bytes).
+Exit status: 0 success, 1 failure, 2 wrong usage. With --check: 0 all devices are healthy, 1 some
+are not, or it is unknown, 2 some are dead.";
 
 /// A device as it is shown.
 #[derive(Serialize)]
@@ -116,7 +113,7 @@ impl Row {
             KernelState::FailIo => (State::FailIo, Health::Waiting),
             KernelState::Unknown => (State::Unknown, Health::Unknown),
         };
-        let unknown = Self::unknown(info.id, "no entry says which image it serves".into());
+        let unknown = Self::unknown(info.id, "no entry names its image".into());
         Self {
             pid: info.server,
             state,
@@ -129,7 +126,7 @@ impl Row {
 }
 
 impl List {
-    /// Runs the command; what it returns is the exit status.
+    /// Runs the command; returns the exit status.
     pub fn run(self) -> Result<u8> {
         let devices = match claims::registry()? {
             Some(registry) => rows(&registry, registry.survey()?),

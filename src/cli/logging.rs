@@ -14,18 +14,18 @@ use tracing_subscriber::util::SubscriberInitExt;
 
 use vhdx_ublk::printable::Printable;
 
-/// Set once standard error is a log that nobody watches.
+/// Set once standard error is a log.
 static DETACHED: AtomicBool = AtomicBool::new(false);
 
-/// Starts it. `RUST_LOG` chooses what is told; without it, everything from news upwards on a terminal, from
-/// warnings upwards in a log.
+/// Starts it. `RUST_LOG` chooses what is shown; without it, informational messages and above on a terminal,
+/// from warnings upwards in a log.
 pub fn start() {
     let lines = tracing_subscriber::fmt::layer().event_format(Lines).with_writer(std::io::stderr);
     let registry = tracing_subscriber::registry();
     match EnvFilter::try_from_default_env() {
         Ok(filter) => registry.with(lines.with_filter(filter)).init(),
         Err(_) => {
-            registry.with(lines.with_filter(dynamic_filter_fn(|event, _| is_told(*event.level())))).init();
+            registry.with(lines.with_filter(dynamic_filter_fn(|event, _| is_shown(*event.level())))).init();
         }
     }
 }
@@ -35,7 +35,7 @@ pub fn detached() {
     DETACHED.store(true, Ordering::Relaxed);
 }
 
-fn is_told(level: Level) -> bool {
+fn is_shown(level: Level) -> bool {
     level <= if DETACHED.load(Ordering::Relaxed) { Level::WARN } else { Level::INFO }
 }
 

@@ -1,4 +1,4 @@
-//! `merge`: puts what a child has into the image it was made of, and removes the child.
+//! `merge`: merges a child into its parent and removes the child.
 
 use std::cell::Cell;
 use std::path::{Path, PathBuf};
@@ -15,21 +15,21 @@ use super::parent_options::ParentOptions;
 
 /// Merge a differencing image into its parent, or into an image further down its chain, and remove it.
 ///
-/// What the child and the layers between have is copied into that image, which then holds the child's disk.
-/// The power may be cut at any moment: the child reads as before until it is removed, and a merge that was
-/// cut short is repeated by the same command.
+/// Copies the content of the child, and of the layers between, into that image. After a power cut the child
+/// still reads as before; run the command again to finish the merge.
 #[derive(clap::Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct Merge {
-    /// The differencing image; it is removed in the end
+    /// The differencing image, which is removed at the end
     child: PathBuf,
-    /// The image that takes it over, with all layers between [default: the child's parent]
+    /// The image to merge into, with all layers between [default: the parent of the child]
     #[arg(long, value_name = "ANCESTOR")]
     into: Option<PathBuf>,
-    /// Merge even if other images have the ancestor as their parent: they can no longer be opened
+    /// Merge even if the ancestor has other children, which become unreadable
     #[arg(long)]
     force: bool,
-    /// Merge even if the child's disk is smaller than the ancestor's: what lies behind its end is lost
+    /// Merge even if the disk of the child is smaller than that of the ancestor: the data beyond its end is
+    /// lost
     #[arg(long)]
     shrink: bool,
     #[command(flatten)]
@@ -41,13 +41,13 @@ Examples:
   vhdx-ublk merge child.vhdx                      into its parent
   vhdx-ublk merge newest.avhdx --into disk.vhdx   and every checkpoint between
 
-Prints the files that it removes, when they are gone. Images that have one of them as their
-parent are searched for in the folders of the chain and nowhere else; the merge is refused while
-there are any, or while an image there cannot be read.
-A child may name images anywhere: those in other folders than its own are written only if they are
-named by --into, and removed only if they are named by --parent.
-The ancestor takes the child's size: one that is smaller needs room in its block allocation
-table, one that is larger loses what lies behind (--shrink).
+Prints each file after removing it. The merge is refused if an image in the folders of the chain
+is a child of an image that would be changed or removed, or cannot be read; children in other
+folders are not found.
+An image in another folder than the child is written only if --into names it, and removed only if
+--parent names it.
+The ancestor gets the size of the child: a smaller ancestor needs room in its block allocation
+table, a larger one loses the data beyond the end (--shrink).
 Exit status: 0 merged, 1 failure (the child reads as before), 2 wrong usage.";
 
 impl Merge {
@@ -57,7 +57,7 @@ impl Merge {
         let request = Request { child, into, search: parents.search(), force, shrink };
         let reactor = Reactor::new()?;
         let chain = LockedChain::open(&request, &reactor, &Claims)?;
-        tracing::info!("{} is merged into {}", chain.child().display(), chain.target().display());
+        tracing::info!("merging {} into {}", chain.child().display(), chain.target().display());
         let shown = Shown { bar: progress_bar(chain.disk_bytes()), copied: Cell::new(0) };
         let merged = chain.merge(&reactor, &shown);
         shown.bar.finish_and_clear();

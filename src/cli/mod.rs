@@ -47,12 +47,12 @@ struct Cli {
 
 const AFTER_HELP: &str = "\
 Examples:
-  vhdx-ublk create disk.vhdx --size 10G      make an empty disk of 10 GiB
-  vhdx-ublk add disk.vhdx                    serve it; prints its name: /dev/ublkb0
-  vhdx-ublk del /dev/ublkb0                  take the device away and close the image
+  vhdx-ublk create disk.vhdx --size 10G      create an empty disk of 10 GiB
+  vhdx-ublk add disk.vhdx                    serve it; prints the device: /dev/ublkb0
+  vhdx-ublk del /dev/ublkb0                  remove the device and close its image
   vhdx-ublk check disk.vhdx                  examine the image's structure
 
-Exit status: 0 success, 1 failure, 2 wrong usage; check has its own.";
+Exit status: 0 success, 1 failure, 2 wrong usage; `check` has its own.";
 
 #[derive(Subcommand)]
 enum Command {
@@ -88,7 +88,7 @@ impl Command {
         }
     }
 
-    /// Runs the command; what it returns is the exit status.
+    /// Runs the command; returns the exit status.
     fn run(self) -> Result<u8> {
         match self {
             Self::Add(add) => add.run()?,
@@ -110,8 +110,8 @@ impl Command {
 
 /// The whole program.
 pub fn main() -> ExitCode {
-    // A file that may not grow (`ulimit -f`) is then an error like others, instead of the program's end in
-    // the middle of its work. Where this fails, it is that end.
+    // A write beyond the file size limit (`ulimit -f`) then fails with an error. Otherwise the signal kills
+    // the program in the middle of its work.
     let _ = signal_hook::flag::register(signal_hook::consts::SIGXFSZ, Arc::new(AtomicBool::new(false)));
     let command = match Cli::try_parse() {
         Ok(cli) => cli.command,
@@ -129,10 +129,10 @@ pub fn main() -> ExitCode {
     ExitCode::from(if output::kind(error.as_ref()) == Kind::Usage { misuse } else { FAILURE })
 }
 
-/// Prints the help asked for, or what is wrong with the command line. To scripts that run `check`, 2 means
-/// corruption: its wrong usage is a plain failure.
+/// Prints the help that was asked for, or what is wrong with the command line. The exit status 2 of `check`
+/// means corruption, so its wrong usage is a plain failure.
 fn misused(error: &clap::Error) -> ExitCode {
-    // Where it cannot be printed, the exit status still says it.
+    // If it cannot be printed, the exit status still shows the failure.
     let _ = error.print();
     match (error.use_stderr(), std::env::args_os().nth(1)) {
         (false, _) => ExitCode::SUCCESS,

@@ -69,9 +69,9 @@ pub fn word(value: &impl Serialize) -> anyhow::Result<String> {
     Ok(value.as_str().unwrap_or_default().to_owned())
 }
 
-/// Tells the user what went wrong, and what to do about it.
+/// Prints what went wrong, and what to do about it.
 pub fn report(error: &(dyn StdError + 'static), json: bool) {
-    // Where the report cannot be written, the exit status still says it.
+    // If it cannot be written, the exit status still shows the failure.
     if json {
         let _ = print_json(&Report { error: Failure::of(error) });
         return;
@@ -83,7 +83,7 @@ pub fn report(error: &(dyn StdError + 'static), json: bool) {
     }
 }
 
-/// The last failure of all `outcomes`, each of which is asked for; earlier ones are told at once.
+/// The last failure of all `outcomes`, each of which is asked for; earlier ones are reported at once.
 ///
 /// # Errors
 ///
@@ -152,7 +152,7 @@ pub fn kind(error: &(dyn StdError + 'static)) -> Kind {
     known(error).map_or_else(by_system, Error::kind)
 }
 
-/// The error with advice, where there is any: for an error whose parts do not all travel.
+/// The error with advice, if there is any: for an error that is sent to another process.
 pub fn advised(error: Error) -> Error {
     match remedy(&error).map(str::to_owned) {
         Some(remedy) => error.remedy(remedy),
@@ -160,37 +160,37 @@ pub fn advised(error: Error) -> Error {
     }
 }
 
-/// What can be done: the error's own advice, or what helps with most errors of its kind.
+/// What can be done: the advice of the error itself, or what helps with most errors of its kind.
 pub fn remedy<'a>(error: &'a (dyn StdError + 'static)) -> Option<&'a str> {
     let known = known(error);
     let number = os_error(error).and_then(io::Error::raw_os_error);
     known.and_then(Error::remedy_text).filter(|text| !text.is_empty()).or(match kind(error) {
-        _ if number == Some(libc::EFBIG) => Some(
-            "let files be larger (`ulimit -f`), or choose a file system that holds larger ones: FAT ends at 4 GiB",
-        ),
+        _ if number == Some(libc::EFBIG) => {
+            Some("raise the file size limit (`ulimit -f`), or leave file systems that end at 4 GiB (FAT)")
+        }
         _ if matches!(number, Some(libc::EMFILE | libc::ENFILE)) => {
-            Some("let processes open more files (`ulimit -n`): every image of a chain takes a few")
+            Some("raise the limit of open files (`ulimit -n`): each image of a chain needs a few")
         }
         Kind::NotVhdx => {
-            Some("check the file's name; `file` and `qemu-img info` recognise many other formats")
+            Some("check the name of the file; `file` and `qemu-img info` recognise many other formats")
         }
         Kind::Corrupt => {
             Some("do not write to the image: restore it from a backup, or copy it again from its source")
         }
-        Kind::Truncated => Some("the file was cut short: copy it again from its source"),
-        Kind::NoSpace => Some("make room on the file system that holds the file"),
+        Kind::Truncated => Some("the file is truncated: copy it again from its source"),
+        Kind::NoSpace => Some("free space on the file system of the file"),
         _ if number == Some(libc::EROFS) => {
-            Some("the file system is read-only: remount it for writing, or choose another place")
+            Some("the file system is read-only: remount it for writing, or use another one")
         }
-        Kind::Permission if nix::unistd::geteuid().is_root() => Some(
-            "root is not enough: see `lsattr` (immutable?), the file system (NFS?), or the container's limits",
-        ),
-        Kind::Permission => Some("run it as root, or as a user who may access the file"),
+        Kind::Permission if nix::unistd::geteuid().is_root() => {
+            Some("check `lsattr` (immutable?), the file system (NFS?), and the limits of the container")
+        }
+        Kind::Permission => Some("run the command as root, or as a user with access to the file"),
         Kind::Exists => Some("choose another name"),
         Kind::NotFound => Some("check the spelling of the path"),
         Kind::Usage => Some("vhdx-ublk --help"),
         Kind::Unsupported if known.is_some_and(|error| error.structure().is_some()) => {
-            Some("a newer vhdx-ublk may handle it, and so may the program that made the image")
+            Some("try a newer vhdx-ublk, or the program that created the image")
         }
         Kind::Unsupported | Kind::InUse | Kind::Mismatch | Kind::NoDriver | Kind::Poisoned | Kind::Io => None,
     })

@@ -1,4 +1,4 @@
-//! The options that say where a differencing image's parents are.
+//! The options that say where the parents of a differencing image are.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -9,11 +9,11 @@ use vhdx_ublk::error::{Error, Kind, Result};
 /// Options of the commands that open whole chains.
 #[derive(clap::Args)]
 pub struct ParentOptions {
-    /// A differencing image's parent, if it is not where the image says; repeat it for the parent's parent,
-    /// and so on
+    /// The parent of a differencing image, if it is not where the image says; repeat for the parent of the
+    /// parent, and so on
     #[arg(long, value_name = "FILE", allow_hyphen_values = true)]
     parent: Vec<PathBuf>,
-    /// Where a Windows drive, volume or share is on this machine, as in 'C:\=/mnt/c'; may be repeated
+    /// Where a Windows drive, volume or share is on this machine, as in 'C:\=/mnt/c'; can be repeated
     #[arg(long, value_name = "FROM=TO")]
     parent_map: Vec<PathMap>,
 }
@@ -24,7 +24,7 @@ impl ParentOptions {
         Search { parents: self.parent.clone(), maps: self.parent_map.clone() }
     }
 
-    /// Refuses these options if no parent is searched for, because `option` is missing.
+    /// Refuses these options without `option`, which makes the command open parents.
     ///
     /// # Errors
     ///
@@ -33,7 +33,7 @@ impl ParentOptions {
         if self.parent.is_empty() && self.parent_map.is_empty() {
             return Ok(());
         }
-        Err(Error::new(Kind::Usage, format!("parents are searched for only with {option}")))
+        Err(Error::new(Kind::Usage, format!("--parent and --parent-map require {option}")))
     }
 
     /// The same options again.

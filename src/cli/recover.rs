@@ -31,22 +31,20 @@ const READY_DEADLINE: Duration = Duration::from_secs(120);
 
 /// Serve devices again whose daemon was killed.
 ///
-/// Everything that was acknowledged is there, flushed or not, and waiting I/O continues. Prints the devices'
-/// paths.
+/// No acknowledged write is lost, flushed or not, and waiting I/O continues. Prints the paths of the devices.
 #[derive(clap::Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct Recover {
     /// The device: its number, /dev/ublkbN or a partition of it, or the path of its image
     #[arg(required_unless_present = "all", conflicts_with = "all")]
     target: Vec<OsString>,
-    /// All devices of this program whose daemon was killed
+    /// Recover all devices of this program whose daemon was killed
     #[arg(short, long)]
     all: bool,
-    /// If what the daemon left does not fit the image, continue with what was flushed; this may damage a
-    /// mounted file system
+    /// If the session does not match the image, serve what was flushed: this may damage a mounted file system
     #[arg(long)]
     accept_loss: bool,
-    /// This is the child
+    /// This process is the daemon
     #[arg(long, hide = true, conflicts_with = "all")]
     serve: bool,
 }
@@ -56,11 +54,13 @@ Examples:
   vhdx-ublk recover /dev/ublkb0
   vhdx-ublk recover --all
 
-Devices are recovered in parallel, because the image of one may lie on another.
-Exit status: 0 all of them are served again, 1 some are not (they keep waiting), 2 wrong usage.";
+All devices are recovered at the same time, because the image of one may lie on another.
+Exit status: 0 all devices are served again, 1 some are not (their I/O still waits), 2 wrong
+usage.";
 
 impl Recover {
-    /// Runs the command. Every target is tried; the last failure is returned, earlier ones are told at once.
+    /// Runs the command. Every target is tried; the last failure is returned, earlier ones are reported at
+    /// once.
     pub fn run(self) -> Result<()> {
         if self.serve {
             return detached::run(None, |ready| self.serve(ready));
@@ -117,7 +117,9 @@ impl Recover {
     }
 
     fn serve(&self, ready: impl FnOnce(&Ready) -> Result<()>) -> Result<()> {
-        let [text] = &self.target[..] else { return Err(Error::new(Kind::Usage, "one device per daemon")) };
+        let [text] = &self.target[..] else {
+            return Err(Error::new(Kind::Usage, "a daemon serves one device"));
+        };
         let listed = claims::find(&Target::parse(text))?;
         refuse_served(&listed)?;
         let entry = &listed.entry;
@@ -143,7 +145,7 @@ impl Recover {
 
 impl Recover {
     /// Opens and locks the device's image, which must be the file it was. Another mount of its file system
-    /// may have changed the device's number: its session, or its FileWriteGuid, tells then, unless the user
+    /// may have changed the device's number: its session, or its FileWriteGuid, decides then, unless the user
     /// wants neither.
     fn open(&self, entry: &Entry, access: Access) -> Result<ImageFile> {
         let file = match add::open_locked(&entry.image, access) {
@@ -156,9 +158,9 @@ impl Recover {
         if found == known || found.inode == known.inode && !self.accept_loss {
             return Ok(file);
         }
-        let message = format!("this is not the file that {} was made of", entry.device.display());
+        let message = format!("this is not the file that {} serves", entry.device.display());
         let error = Error::new(Kind::NotFound, message).file(&entry.image);
-        Err(entry.explain(error).remedy("move the image back to its place"))
+        Err(entry.explain(error).remedy("move the image back"))
     }
 }
 
@@ -178,12 +180,12 @@ fn refuse_served(listed: &Listed) -> Result<()> {
     let error = match listed.state {
         State::Dead | State::Failed => {
             let image = shell(&listed.entry.image);
-            Error::new(Kind::Unsupported, format!("{device} cannot be recovered: its I/O has failed already"))
+            Error::new(Kind::Unsupported, format!("{device} cannot be recovered: its I/O has failed"))
                 .remedy(format!("`vhdx-ublk del {device}`, then `vhdx-ublk add {image}`"))
         }
         State::Unknown => {
-            Error::new(Kind::NoDriver, format!("whether {device} has a daemon cannot be seen from here"))
-                .remedy("run it where /dev/ublk-control is, outside of the container")
+            Error::new(Kind::NoDriver, format!("{device} may have a daemon that is not visible here"))
+                .remedy("run the command outside of the container, where /dev/ublk-control exists")
         }
         _ => Error::new(Kind::InUse, format!("{device} is served: there is nothing to recover"))
             .remedy("`vhdx-ublk list` shows its state"),
@@ -191,7 +193,7 @@ fn refuse_served(listed: &Listed) -> Result<()> {
     Err(error)
 }
 
-/// There is no such device, as after every start of the machine.
+/// There is no such device, as after a reboot.
 fn nothing_to_recover(error: Error, target: &Target) -> Error {
     if error.kind() != Kind::NotFound {
         return error;
@@ -202,7 +204,7 @@ fn nothing_to_recover(error: Error, target: &Target) -> Error {
         Target::Image(path) => shell(path),
     };
     Error::new(Kind::NotFound, message)
-        .remedy(format!("after a restart of the machine, `vhdx-ublk add {image}` serves the image again"))
+        .remedy(format!("after a reboot, `vhdx-ublk add {image}` serves the image again"))
 }
 
 /// Opens the image although it is locked, if only by those who read it: whoever may read it could keep the
@@ -211,7 +213,7 @@ fn open_past_readers(entry: &Entry, refused: Error) -> Result<ImageFile> {
     let Some(readers) = usage::only_readers(entry.image_file) else { return Err(refused) };
     let Ok(file) = ImageFile::open_past_readers(&entry.image) else { return Err(refused) };
     let (image, readers) = (entry.image.display(), readers.join(", "));
-    tracing::warn!("{image}: locked by {readers}, which only reads it, and sees it change from now on");
+    tracing::warn!("{image}: locked by readers, which will see it change: {readers}");
     Ok(file)
 }
 
@@ -221,13 +223,13 @@ fn refuse_changed(entry: &Entry) -> Result<()> {
     if now.image_file == entry.image_file && now.mark == entry.mark {
         return Ok(());
     }
-    let message = format!("another image is served as {} since a moment ago", entry.device.display());
+    let message = format!("the image of {} has changed while it was being recovered", entry.device.display());
     Err(Error::new(Kind::InUse, message).remedy("run the command again"))
 }
 
 fn changed(entry: &Entry) -> Error {
     let message = "another program has written the image since the daemon was killed";
     Error::new(Kind::NotFound, message).file(&entry.image).remedy(
-        "`vhdx-ublk del` takes the device away; `vhdx-ublk recover --accept-loss` serves the image as it is now",
+        "`vhdx-ublk del` removes the device; `vhdx-ublk recover --accept-loss` serves the image as it is",
     )
 }

@@ -1,4 +1,4 @@
-//! `relink`: tells a child where its parent is.
+//! `relink`: makes a child name the present place of its parent.
 
 use std::path::PathBuf;
 
@@ -6,19 +6,19 @@ use vhdx_ublk::device::claims::Claims;
 use vhdx_ublk::error::Result;
 use vhdx_ublk::operations::relink::relink;
 
-/// Have a differencing image name another file as its parent, after either was moved or renamed.
+/// Make a differencing image name another file as its parent, after either was moved or renamed.
 ///
-/// The file must be the one that the child was made of: its DataWriteGuid decides. Only the child's metadata
-/// changes, as a whole or not at all; a child that names the file already is not changed by one byte.
+/// The file must be the image that the child was created from, with the same DataWriteGuid. Only the metadata
+/// of the child changes, as a whole or not at all; a child that already names the file is not changed.
 #[derive(clap::Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct Relink {
     /// The differencing image
     child: PathBuf,
-    /// The parent that it is to name
+    /// The new path of its parent
     parent: PathBuf,
-    /// Take the parent even if it is another image than the child was made of, or was written since: what the
-    /// child does not have itself is then what this parent has, which may damage file systems
+    /// Accept a parent that is another image, or was written since the child was created. The disk is then a
+    /// mix of two: file systems on it may be damaged
     #[arg(long)]
     ignore_mismatch: bool,
 }
@@ -26,11 +26,11 @@ pub struct Relink {
 const AFTER_HELP: &str = "\
 Examples:
   vhdx-ublk relink child.vhdx moved/base.vhdx
-  vhdx-ublk info --chain child.vhdx               the chain as it is now
+  vhdx-ublk info --chain child.vhdx               show the chain
 
-The child names its parent by the path from its own folder; paths of Windows that led to the old
-place are dropped.
-Exit status: 0 the child names the parent, 1 failure (the child is as it was), 2 wrong usage.";
+The child names its parent by a path relative to its own folder; Windows paths to the old place
+are removed.
+Exit status: 0 the child names the parent, 1 failure (the child is unchanged), 2 wrong usage.";
 
 impl Relink {
     /// Runs the command.

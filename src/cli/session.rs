@@ -1,4 +1,4 @@
-//! `session`: the session files that killed daemons have left, and those of living ones.
+//! `session`: the session files of killed and of living daemons.
 
 use std::path::PathBuf;
 
@@ -15,8 +15,8 @@ use super::output;
 
 /// List or discard sessions: the memory that outlives a killed daemon.
 ///
-/// A session holds what was acknowledged and is not in the image yet. It is removed when its device is taken
-/// away cleanly, and lost when the machine is switched off.
+/// A session holds acknowledged writes that are not in the image yet. It is removed when its device is
+/// removed cleanly, and is lost when the machine loses power.
 #[derive(clap::Args)]
 pub struct Sessions {
     #[command(subcommand)]
@@ -40,33 +40,33 @@ struct List {
 
 const LIST_HELP: &str = "\
 States: live (a daemon uses it), waiting (its device waits for `recover`), orphan (its device is
-gone: `add` takes it over), idle (the image has everything), poisoned (writing had failed),
-outdated (from before the machine was started), incomplete, other-version (another vhdx-ublk
-made it), damaged.
+removed: `add` takes it over), idle (the image has everything), poisoned (a write failed),
+outdated (from before the last boot), incomplete, other-version (created by another version of
+vhdx-ublk), damaged.
 
 JSON: name, state, device (null, or the device that uses it or waits), image (null, or its path
-when the session was made), memory (bytes), version (null, or the layout's version).
+when the session was created), memory (bytes), version (null, or the version of the layout).
 Exit status: 0 success, 1 failure, 2 wrong usage.";
 
-/// Discard sessions: what was acknowledged and not flushed is given up.
+/// Discard sessions: acknowledged writes that were not flushed are lost.
 #[derive(clap::Args)]
 #[command(after_help = DISCARD_HELP)]
 struct Discard {
-    /// The sessions' names, as `vhdx-ublk session list` prints them
+    /// The names of the sessions, as `vhdx-ublk session list` prints them
     #[arg(required = true)]
     names: Vec<String>,
-    /// Also sessions of devices that are served or wait, which can then no longer be recovered
+    /// Discard sessions of devices that are served or wait: these cannot be recovered then
     #[arg(short, long)]
     force: bool,
-    /// As JSON: an array of the names that are gone, errors too
+    /// As JSON: an array of the discarded names, errors too
     #[arg(long)]
     json: bool,
 }
 
 const DISCARD_HELP: &str = "\
-What was flushed is in the image and stays. Discard a session that is damaged, or of an image
-that is gone; one of another version is better taken over by the vhdx-ublk that made it.
-Exit status: 0 all of them are gone, 1 some are still there, 2 wrong usage.";
+Flushed writes are in the image and stay there. Discard a session that is damaged, or whose image
+was deleted. If another version of vhdx-ublk created the session, use that version to take it over.
+Exit status: 0 all sessions are discarded, 1 some remain, 2 wrong usage.";
 
 /// A session as it is shown.
 #[derive(Debug, PartialEq, Eq, Serialize)]
@@ -126,7 +126,7 @@ impl Sessions {
 }
 
 fn rows() -> Result<Vec<Row>> {
-    // Who may not look is told so.
+    // Fails for a caller that may not read the registry.
     let devices = claims::devices()?;
     Ok(session::kept()?.into_iter().map(|kept| Row::of(kept, &devices)).collect())
 }
@@ -179,7 +179,8 @@ impl Discard {
             let whose = row.device.as_ref().map_or("a daemon".into(), |device| device.display().to_string());
             let message = format!("{whose} needs the session {name}");
             return Err(Error::new(Kind::InUse, message).remedy(
-                "`vhdx-ublk del` takes the device away and closes its image; `session discard --force` insists, and the device cannot be recovered then",
+                "`vhdx-ublk del` removes the device and closes its image; with --force the session is discarded, \
+                 and the device cannot be recovered",
             ));
         }
         session::discard(name)

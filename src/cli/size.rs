@@ -14,7 +14,7 @@ pub fn parse(text: &str) -> Result<u64, String> {
     let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();
     let (number, unit) = text.split_at(digits);
     if number.is_empty() {
-        return Err("a size is a whole number with an optional unit: 512, 64K, 10G, 1TiB".into());
+        return Err("a size must be a whole number with an optional unit: 512, 64K, 10G, 1TiB".into());
     }
     if let Some(rest) = unit.strip_prefix(['.', ',']) {
         return Err(no_fraction(number, rest));
@@ -38,10 +38,9 @@ fn no_fraction(number: &str, rest: &str) -> String {
         scaled.is_multiple_of(one).then(|| format!("{}{letter}", scaled / one))
     };
     match smaller() {
-        Some(instead) => format!("a size is a whole number: write {instead}"),
-        None => {
-            "a size is a whole number: write it in a smaller unit, as in 1536M for one and a half G".into()
-        }
+        Some(instead) => format!("a size must be a whole number: write {instead}"),
+        None => "a size must be a whole number: write it in a smaller unit, as in 1536M for one and a half G"
+            .into(),
     }
 }
 
@@ -70,8 +69,8 @@ fn power_of(unit: &str) -> Result<u32, String> {
 /// Says what is wrong with the text.
 pub fn parse_disk(text: &str) -> Result<u64, String> {
     match parse(text)? {
-        0 => Err("a disk has at least one sector".into()),
-        size if size > MAX_VIRTUAL_SIZE => Err("the format ends at 64T".into()),
+        0 => Err("a disk must have at least one sector".into()),
+        size if size > MAX_VIRTUAL_SIZE => Err("a disk cannot be larger than 64T".into()),
         size => Ok(size),
     }
 }
@@ -83,8 +82,10 @@ pub fn parse_disk(text: &str) -> Result<u64, String> {
 /// Always: says where the size goes.
 pub fn misplaced(text: &str) -> Result<u64, String> {
     match parse(text) {
-        Ok(_) => Err(format!("the size of a disk is an option: --size {text}")),
-        Err(_) => Err("one image is made at a time; everything else is an option: see --help".into()),
+        Ok(_) => Err(format!("give the size of the disk with --size {text}")),
+        Err(_) => {
+            Err("only one image can be created at a time; everything else is an option: see --help".into())
+        }
     }
 }
 
@@ -97,7 +98,7 @@ pub fn parse_block(text: &str) -> Result<u32, String> {
     let blocks = MIN_BLOCK_SIZE..=MAX_BLOCK_SIZE;
     let size =
         u32::try_from(parse(text)?).ok().filter(|size| size.is_power_of_two() && blocks.contains(size));
-    size.ok_or_else(|| "a block is a power of two from 1M to 256M".into())
+    size.ok_or_else(|| "a block size must be a power of two from 1M to 256M".into())
 }
 
 /// Reads the size of a log.
@@ -109,7 +110,7 @@ pub fn parse_log(text: &str) -> Result<u32, String> {
     let size = u32::try_from(parse(text)?).ok();
     let size = size.filter(|&size| (1..=header::MAX_LOG_LENGTH).contains(&size));
     let size = size.filter(|&size| u64::from(size).is_multiple_of(MIB));
-    size.ok_or_else(|| "a log is a multiple of 1M, at most 1G".into())
+    size.ok_or_else(|| "a log size must be a multiple of 1M, at most 1G".into())
 }
 
 #[cfg(test)]

@@ -12,10 +12,11 @@ use vhdx_ublk::error::{Doing, Error, Kind, Locate, Result};
 
 use super::output;
 
-/// Freeze the image of a device as the parent of a new one, which is served from then on.
+/// Freeze the image of a device as the parent of a new image, which is served from then on.
 ///
-/// Mounted file systems continue; requests wait for some milliseconds. The frozen image is what the device
-/// held at that moment, closed cleanly, and no longer changes: copy it, check it, or go back to it.
+/// Mounted file systems stay mounted; requests wait for some milliseconds. The frozen image holds what the
+/// device held at that moment, is closed cleanly, and no longer changes: it can be copied, checked, or served
+/// again.
 #[derive(clap::Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct Snapshot {
@@ -23,7 +24,7 @@ pub struct Snapshot {
     target: OsString,
     /// The new image; the file must not exist
     image: PathBuf,
-    /// Answer as JSON
+    /// As JSON: one object, errors too
     #[arg(long)]
     pub json: bool,
 }
@@ -33,11 +34,10 @@ Examples:
   vhdx-ublk snapshot 0 monday.vhdx
   vhdx-ublk snapshot disk.vhdx /snapshots/monday.vhdx --json
 
-The new image finds its parent by its path: move both, or none. What a file system has not
-written yet is not in the frozen image: `sync` first, or freeze it (fsfreeze) for files that
-are whole.
-Exit status: 0 the new image is served, 1 failure (`vhdx-ublk list` shows what is served then),
-2 wrong usage.";
+The new image names its parent by a relative path: move both or neither. The frozen image lacks
+what the file system has not written yet: run `sync` first, or `fsfreeze` for consistent files.
+Exit status: 0 the new image is served, 1 failure (`vhdx-ublk list` shows what is served), 2
+wrong usage.";
 
 impl Snapshot {
     /// Runs the command.
@@ -47,7 +47,7 @@ impl Snapshot {
         let entry = stop::find(&registry, &target)?.entry;
         let device = entry.device.display();
         if !entry.daemon.is_alive() {
-            let message = format!("the daemon of {device} is gone");
+            let message = format!("the daemon of {device} is not running");
             return Err(Error::new(Kind::NotFound, message).remedy(format!("vhdx-ublk recover {}", entry.id)));
         }
         let image = absolute(&self.image)?;
@@ -58,15 +58,16 @@ impl Snapshot {
         let (image, parent) = (snapped.image.display(), snapped.parent.display());
         let pause = snapped.pause_us.div_ceil(1000);
         output::print_line(&format!(
-            "{image} is served as {device} now; {parent} is its parent (pause: {pause} ms)"
+            "{device} now serves {image}; its parent is {parent} (pause: {pause} ms)"
         ))
     }
 }
 
-/// The path of a file that is not there yet, from the root.
+/// The absolute path of a file that does not exist yet.
 fn absolute(path: &Path) -> Result<PathBuf> {
     let folder = fs::canonicalize(folder_of(path)).doing("finding the folder").file(path)?;
-    let name =
-        path.file_name().ok_or_else(|| Error::new(Kind::Usage, "the new image has no name").file(path))?;
+    let name = path.file_name().ok_or_else(|| {
+        Error::new(Kind::Usage, "the path of the new image ends in no file name").file(path)
+    })?;
     Ok(folder.join(name))
 }

@@ -22,7 +22,9 @@ pub fn registry() -> Result<Option<Registry>> {
         return Ok(None);
     }
     if !nix::unistd::geteuid().is_root() {
-        return Err(Error::new(Kind::Permission, "only root sees the devices").remedy("run it as root"));
+        return Err(
+            Error::new(Kind::Permission, "only root can list the devices").remedy("run the command as root")
+        );
     }
     Registry::open().map(Some)
 }
@@ -48,8 +50,7 @@ pub fn find(target: &Target) -> Result<Listed> {
 
 /// The error of a command that names `target` on a machine without devices.
 pub fn no_devices(target: &Target) -> Error {
-    Error::new(Kind::NotFound, format!("{target}: there are no devices of this program"))
-        .remedy("vhdx-ublk list")
+    Error::new(Kind::NotFound, format!("{target}: this program has no devices")).remedy("vhdx-ublk list")
 }
 
 /// The device that serves the file at `path` and is not being removed.
@@ -98,11 +99,11 @@ impl Devices for Claims {
         let Some(listed) = devices()?.into_iter().find(concerns) else { return Ok(()) };
         let device = listed.entry.device.display();
         let remedy =
-            format!("`vhdx-ublk recover {device}` serves it again, `vhdx-ublk del {device}` takes it away");
+            format!("`vhdx-ublk recover {device}` serves it again, `vhdx-ublk del {device}` removes it");
         let message = if listed.is_abandoned() {
             format!("the image belongs to {device}, whose daemon was killed")
         } else {
-            format!("the image belongs to {device}, and whether that is served cannot be seen from here")
+            format!("the image belongs to {device}, whose daemon is not visible here")
         };
         Err(Error::new(Kind::InUse, message).file(image.path()).remedy(remedy))
     }
@@ -120,19 +121,20 @@ impl Devices for Claims {
             if let Some(device) = device_of(path) {
                 let device = device.display();
                 return error
-                    .remedy(format!("it is {device} already; `vhdx-ublk del {device}` takes that away"));
+                    .remedy(format!("{device} serves it; `vhdx-ublk del {device}` removes the device"));
             }
             if let Some(device) = device_with(path, |listed, file| listed.entry.reads(file)) {
                 let device = device.display();
                 return error.remedy(format!(
-                    "{device} reads it, as a parent of its image; `vhdx-ublk del {device}` takes that away"
+                    "{device} reads it as a parent of its image; `vhdx-ublk del {device}` removes the device"
                 ));
             }
         }
         let processes = processes(path);
         if processes.is_empty() {
-            return error.remedy(format!("find out who has it: lslocks, or fuser -v {}", shell(path)));
+            return error
+                .remedy(format!("find the process that has it open: lslocks, or fuser -v {}", shell(path)));
         }
-        error.remedy(format!("end its use first: it is {}", processes.join(", ")))
+        error.remedy(format!("first end its use: it is {}", processes.join(", ")))
     }
 }

@@ -34,7 +34,7 @@ pub struct CheckedChain {
 }
 
 impl CheckedChain {
-    /// Whether the image reads from its parents what it should, as far as their structure tells.
+    /// Whether the image reads from its parents what it should, as far as their structure shows.
     pub fn is_sound(&self) -> bool {
         self.fault.is_none() && !self.has(Severity::Corruption)
     }
@@ -78,14 +78,14 @@ pub fn repair(path: &Path, search: &Search, devices: &dyn Devices) -> Result<Che
     Ok(Checked { path: file.path().to_owned(), report: after, before: Some(before), chain })
 }
 
-/// A killed daemon's session is there, and `add`, which takes it over, refuses the image.
+/// A killed daemon left a session, and `add`, which would take it over, refuses the image.
 fn no_takeover(file: &ImageFile) -> Error {
     let path = shell(file.path());
-    let message = "a daemon was killed, not everything it acknowledged is in the image, and the image is damaged, so \
-                   that no command takes over what is missing";
+    let message = "a killed daemon left acknowledged writes in its session, and the image is too damaged \
+                   to take them";
     let remedy = format!(
-        "`vhdx-ublk check {path}` names the damage; take the device away with `vhdx-ublk del {path}`, if it is still \
-         there, and restore the image from a backup"
+        "`vhdx-ublk check {path}` shows the damage; remove the device with `vhdx-ublk del {path}`, if it \
+         still exists, and restore the image from a backup"
     );
     Error::new(Kind::InUse, message).file(file.path()).remedy(remedy)
 }
@@ -99,7 +99,7 @@ async fn identify<D: ReadDisk>(disk: &D, path: &Path) -> Result<Option<Known>> {
     }
 }
 
-/// Identifies the parent at `path`, whatever its blocks are like. It is locked for reading, and there to be examined.
+/// Identifies the parent at `path`, whatever its blocks are like, and locks it for reading.
 fn lock_parent(path: &Path) -> Result<Known<(PlainDisk, ImageFile)>> {
     let (disk, lock) = inspect::lock_for_reading(path)?;
     let identity = smol::future::block_on(Identity::read(&disk, u64::MAX)).file(path)?;
@@ -120,7 +120,7 @@ fn check_parents(leaf: Option<&Known>, search: &Search, devices: &dyn Devices) -
         match smol::future::block_on(image::check(disk)) {
             Ok(report) => chain.parents.push((path.clone(), report)),
             Err(error) => {
-                // What lies behind is no chain of this image while this is not known.
+                // Parents beyond it may not belong to this chain.
                 chain.fault = Some(error.file(path));
                 break;
             }

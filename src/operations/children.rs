@@ -36,14 +36,14 @@ pub fn refuse_parent(path: &Path, search: &Search, force: bool, devices: &dyn De
     let children = children.join(", ");
     if force {
         tracing::warn!(
-            "{}: it is the parent of {children}: the first write makes that unreadable",
+            "{}: it is the parent of {children}: the first write makes its children unreadable",
             path.display()
         );
         return Ok(());
     }
-    let message = format!("it is the parent of {children}: writing to it would make that unreadable");
+    let message = format!("it is the parent of {children}: writing to it would make its children unreadable");
     let remedy = format!(
-        "add a child instead (`vhdx-ublk create --parent {0} CHILD.vhdx`), add it with --read-only, or with --force",
+        "add a child of it (`vhdx-ublk create --parent {0} CHILD.vhdx`), or use --read-only or --force",
         shell(path)
     );
     Err(Error::new(Kind::InUse, message).file(path).remedy(remedy))

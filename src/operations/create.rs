@@ -22,7 +22,7 @@ use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::image::NewImage;
 use crate::printable::human_size;
 
-/// Permissions by default: who may read an image may lock it, and keep a device from it.
+/// Permissions by default: a user who may read an image may lock it, and keep a device from it.
 const PRIVATE: u32 = 0o600;
 
 /// All permissions that a file has.
@@ -76,7 +76,7 @@ impl Creation {
             return unfinished.replace(&place, old);
         }
         let file = unfinished.create(place).map_err(|error| match error.kind() {
-            Kind::Exists => error.remedy("choose another name, or let --force replace it"),
+            Kind::Exists => error.remedy("choose another name, or replace the file with --force"),
             _ => error,
         })?;
         write(&new, &reactor, &file).file(&image)?;
@@ -86,7 +86,7 @@ impl Creation {
         Ok(())
     }
 
-    /// Locks the file that is to be replaced, if there is one: nobody uses it, and nobody can begin to.
+    /// Locks the file that is to be replaced, if there is one: no process uses it or can begin to.
     fn lock_old(&self, devices: &dyn Devices) -> Result<Option<ImageFile>> {
         self.refuse_relatives(devices)?;
         match ImageFile::open(&self.image, Access::ReadWrite, Duration::ZERO) {
@@ -110,14 +110,12 @@ impl Creation {
         let children = children(&old, &search, devices);
         let message = match &children[..] {
             _ if parents.iter().any(|parent| chain::same_file(&parent.path, &old.path)) => {
-                "the new image would descend from the one that it replaces".to_owned()
+                "the new image would be a descendant of the image that it replaces".to_owned()
             }
             [] => return Ok(()),
-            [child, ..] => {
-                format!("it is the parent of {}, which could no longer be opened", child.display())
-            }
+            [child, ..] => format!("it is the parent of {}, which would become unreadable", child.display()),
         };
-        let remedy = "choose another name; or remove it yourself, if what was made of it may be lost";
+        let remedy = "choose another name, or remove the file yourself if its children may be lost";
         Err(Error::new(Kind::InUse, message).file(&old.path).remedy(remedy))
     }
 }
@@ -126,7 +124,7 @@ impl Creation {
 fn child_of(parent: &Inspected, new: &NewImage, place: &Place) -> Result<NewImage> {
     let followed = chain::follow_parents(parent, &Search::default(), &mut Vec::new(), identify);
     if let Err(error) = followed {
-        tracing::warn!("the parent cannot be opened as things are, and so the new image cannot: {error:#}");
+        tracing::warn!("the chain of the parent is broken, and so is that of the new image: {error:#}");
     }
     let metadata = &parent.image.metadata;
     Ok(NewImage {
@@ -148,7 +146,7 @@ fn write(new: &NewImage, reactor: &Reactor, file: &Arc<ImageFile>) -> Result<()>
 
 /// Refuses what cannot succeed before it fills the file system.
 fn check_room(new: &NewImage, file: &ImageFile) -> Result<()> {
-    let room = file.host_room().doing("asking for the room on the file system")?;
+    let room = file.host_room().doing("reading the free space of the file system")?;
     let reserved = if nix::unistd::geteuid().is_root() { room.reserved_bytes } else { 0 };
     let available = room.available_bytes.saturating_add(reserved);
     // Some file systems do not say; making the file will.
@@ -156,9 +154,9 @@ fn check_room(new: &NewImage, file: &ImageFile) -> Result<()> {
         return Ok(());
     }
     let message = format!(
-        "a fixed image takes all of its {} now, and the file system has {} left",
+        "a fixed image of {} needs all its space now, and the file system has {} free",
         human_size(new.virtual_size),
         human_size(available)
     );
-    Err(Error::new(Kind::NoSpace, message).remedy("make room, or choose --type dynamic"))
+    Err(Error::new(Kind::NoSpace, message).remedy("free space, or use --type dynamic"))
 }

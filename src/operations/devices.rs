@@ -33,7 +33,7 @@ pub trait Devices {
     /// [`Kind::InUse`](crate::error::Kind::InUse) if there is a session, or one that cannot be read.
     fn refuse_orphan(&self, file: &ImageFile, image: Option<&Image>) -> Result<()>;
 
-    /// Adds to `error` who has the image at `path`, if that is what is wrong.
+    /// Adds to `error` which device or process has the image at `path`, if it is in use.
     fn with_holder(&self, error: Error, path: &Path) -> Error;
 }
 

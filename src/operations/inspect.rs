@@ -36,7 +36,7 @@ pub struct Inspected {
     pub image: ReadImage,
     /// The file, as an absolute path without symbolic links.
     pub path: PathBuf,
-    /// What tells this file from another that takes its name later.
+    /// Distinguishes this file from another that gets its name later.
     pub file: HostFile,
     /// The file's length, bytes.
     pub file_size: u64,
@@ -57,7 +57,7 @@ impl Layer for Inspected {
 }
 
 impl Inspected {
-    /// What is odd about the image and hinders nobody.
+    /// What is wrong with the image without preventing its use.
     pub fn warnings(&self) -> Vec<&'static str> {
         let mut warnings = Vec::new();
         match (self.image.header.other, self.image.header.slot) {
@@ -89,12 +89,12 @@ pub fn inspect(path: &Path) -> Result<Inspected> {
     }
 }
 
-/// Inspects the image at `path`, which nobody writes to while the second value lives.
+/// Inspects the image at `path`. No other process writes to it while the second value lives.
 ///
 /// # Errors
 ///
-/// As [`inspect`]; [`Kind::InUse`] if somebody writes to it, or a killed daemon has left something to be
-/// written.
+/// As [`inspect`]; [`Kind::InUse`] if another process writes to it, or a killed daemon has left something to
+/// be written.
 pub fn inspect_locked(path: &Path, devices: &dyn Devices) -> Result<(Inspected, ImageFile)> {
     let (disk, lock) = lock_for_reading(path).map_err(|error| devices.with_holder(error, path))?;
     let inspected = read(&disk, lock.path(), false)?;
@@ -113,8 +113,8 @@ pub fn identify(path: &Path) -> Result<Known> {
     identify_found(path, Links::Follow)
 }
 
-/// As [`identify`], for a file that was found in a folder and that nobody has named: a symbolic link is no
-/// image.
+/// As [`identify`], for a file that was found in a folder and that the user has not named: a symbolic link is
+/// refused.
 ///
 /// # Errors
 ///
@@ -132,7 +132,7 @@ pub fn identify_locked(locked: &ImageFile) -> Result<Identity> {
     smol::future::block_on(Identity::read(&PlainDisk::of(locked)?, MAX_IDENTIFIED_LOG_BYTES))
 }
 
-/// The image at `path`, which nobody writes to while the second value lives.
+/// The image at `path`. No other process writes to it while the second value lives.
 ///
 /// # Errors
 ///
@@ -156,7 +156,7 @@ fn inspect_unlocked(path: &Path) -> Result<Inspected> {
         match read(&disk, &path, true) {
             Err(error) if left > 0 && is_contradiction(error.kind()) => thread::sleep(PAUSE),
             outcome => {
-                return outcome.map_err(|error| error.remedy("the image is in use: inspect it again later"));
+                return outcome.map_err(|error| error.remedy("the image is in use: try again later"));
             }
         }
     }
@@ -169,7 +169,7 @@ fn is_contradiction(kind: Kind) -> bool {
 /// Reads the image in `disk`, which was found at `path`.
 fn read(disk: &PlainDisk, path: &Path, in_use: bool) -> Result<Inspected> {
     let image = smol::future::block_on(Image::read(disk)).file(path)?;
-    let found = disk.file().metadata().doing("looking at the image").file(path)?;
+    let found = disk.file().metadata().doing("reading the attributes of the image").file(path)?;
     let (path, file) = (path.to_owned(), HostFile::of(&found));
     let (file_size, host_bytes) = (found.len(), found.blocks() * STAT_BLOCK_BYTES);
     Ok(Inspected { image, path, file, file_size, host_bytes, in_use })

@@ -65,7 +65,7 @@ mod tests {
         }
     }
 
-    /// An image that others are made of is replaced by nobody, and a chain that was moved is mended and
+    /// An image with children is not replaced, and a chain that was moved is mended and
     /// merged.
     #[test]
     fn a_chain_is_created_broken_relinked_and_merged() {

@@ -54,12 +54,14 @@ fn refuse_cycle(child: &Member, parent: &Member) -> Result<()> {
         return Err(own_ancestor(child));
     }
     if let Err(error) = opened {
-        tracing::warn!("the parent's own chain does not open: {error:#}");
+        tracing::warn!("the chain of the parent is broken: {error:#}");
     }
     Ok(())
 }
 
 fn own_ancestor(child: &Member) -> Error {
-    let message = "it would be its own ancestor: the chain would never end";
-    Error::new(Kind::Usage, message).file(child.path()).remedy("name the image that the child was made of")
+    let message = "the image would be its own ancestor";
+    Error::new(Kind::Usage, message)
+        .file(child.path())
+        .remedy("name the image that the child was created from")
 }

@@ -51,25 +51,25 @@ fn refuse_foreign_links(named: &Path, old: &ImageFile) -> Result<()> {
         }
         if ![geteuid().as_raw(), owner].contains(&what.uid()) {
             let target = old.path().display();
-            let message = format!("it is a link of another user (uid {}), and leads to {target}", what.uid());
-            let remedy = format!("if that is the file to replace, name it: {}", shell(old.path()));
+            let message = format!("it is a symbolic link of another user (uid {}) to {target}", what.uid());
+            let remedy = format!("to replace that file, name it: {}", shell(old.path()));
             return Err(Error::new(Kind::Permission, message).file(&path).remedy(remedy));
         }
         let target = readlinkat(&found, "").doing(FOLLOWING).file(named)?;
         path = folder_of(&path).join(target);
     }
     let error = Error::new(Kind::InUse, "it was replaced while it was being opened").file(named);
-    Err(error.remedy("find out who changes the folder, and run the command again"))
+    Err(error.remedy("find out what changes the folder, and run the command again"))
 }
 
 /// A damaged image is one all the same.
 fn refuse_other_files(old: &ImageFile) -> Result<()> {
     let remedy = "choose another name, or remove the file yourself";
-    let length = old.length().doing("looking at the file").file(old.path())?;
+    let length = old.length().doing("reading the size of the file").file(old.path())?;
     match identify_locked(old) {
         _ if length == 0 => Ok(()),
         Err(error) if error.kind() == Kind::NotVhdx => {
-            let message = "it is not a VHDX image, and --force replaces nothing else";
+            let message = "it is neither a VHDX image nor empty, and --force replaces no other file";
             Err(Error::new(Kind::NotVhdx, message).file(old.path()).remedy(remedy))
         }
         Err(error) if error.kind() == Kind::Io => Err(error.file(old.path()).remedy(remedy)),

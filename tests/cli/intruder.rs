@@ -243,7 +243,10 @@ fn a_link_of_another_user_does_not_say_what_is_replaced() {
     for link in [&foreign, &ours] {
         let message = create(link, &["--size", "2G", "--force"]).failed(1);
         let remedy = format!("name it: {}", target.display());
-        assert!(message.contains("a link of another user") && message.contains(&remedy), "{message}");
+        assert!(
+            message.contains("a symbolic link of another user") && message.contains(&remedy),
+            "{message}"
+        );
         assert!(state(&victim) == before, "the file behind the link was changed");
     }
     // Who owns the file as well needs no link to replace it.
@@ -260,7 +263,10 @@ fn force_replaces_images_and_empty_files_only() {
     for content in [&b"all of my notes"[..], &[0; 4096], b"QFI\xfb\0\0\0\x03"] {
         fs::write(&file, content).expect("room");
         let message = create(&file, &["--size", "1G", "--force"]).failed(1);
-        assert!(message.contains("not a VHDX") && message.contains("remove the file yourself"), "{message}");
+        assert!(
+            message.contains("neither a VHDX image") && message.contains("remove the file yourself"),
+            "{message}"
+        );
         assert_eq!(fs::read(&file).expect("readable"), content);
     }
     fs::write(&file, "").expect("room");

@@ -440,7 +440,7 @@ fn force_replaces_nobodys_parent() {
     let before = [&base, &middle].map(|path| Snapshot::of(path));
     for (image, parent) in [(&base, &leaf), (&middle, &leaf), (&base, &middle), (&base, &base)] {
         let message = create(image, &["--parent", &text(parent), "--force"]).failed(1);
-        assert!(message.contains("descend from the one that it replaces"), "{message}");
+        assert!(message.contains("a descendant of the image that it replaces"), "{message}");
     }
     let message = create(&base, &["--size", "1G", "--force"]).failed(1);
     assert!(message.contains("it is the parent of") && message.contains("middle.vhdx"), "{message}");

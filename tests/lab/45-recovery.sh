@@ -100,7 +100,7 @@ test_recovery_goes_past_readers() {
     wait $! || true
     hold rb
     ublk recover "$device" 2>said
-    grep -q "(pid $!), which only reads it" said
+    grep -q "locked by readers, which will see it change: .*(pid $!)" said
     check_stamps "$device" 10 4 7
     write_stamps "$device" 20 4 8
     # The next daemon must still be told from the reader.

@@ -246,7 +246,7 @@ test_daemon_serves_a_descriptor() {
     ublk add --fd 9 9>>moved.vhdx 2>said && fail "served without being read"
     grep -q 'not open for reading' said || fail "$(cat said)"
     ublk add --fd 9 2>said && fail "served without a descriptor"
-    grep -q 'hand it over open' said || fail "$(cat said)"
+    grep -q 'pass an open descriptor' said || fail "$(cat said)"
     ublk add --fd 9 9<. 2>said && fail "a folder was served"
     exec 8<>moved.vhdx
     rm moved.vhdx

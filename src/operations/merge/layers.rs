@@ -1,19 +1,19 @@
 //! Merging layers of a chain into an image below them, the *target*, which takes their content over.
 //!
-//! To who reads the chain nothing changes, wherever it is cut: whatever is written to the target, a layer
-//! above has, until the layers are gone. The chain opens all the time, as the layer directly above the target
-//! knows both GUIDs that the target may carry. Each step is durable before the next:
+//! A reader of the chain sees no change, wherever the merge is cut: whatever is written to the target, a
+//! layer above has, until the layers are gone. The chain opens all the time, as the layer directly above the
+//! target knows both GUIDs that the target may carry. Each step is durable before the next:
 //!
 //! 1. that layer gets the target's DataWriteGuid of now and, as its second linkage, the one to come (the
 //!    first is renewed for a merge that was cut before, after which the target may carry the second);
-//! 2. a target that is smaller grows: what comes into it is zero, as it is to who reads the chain;
+//! 2. a target that is smaller grows: the new part is zero, as a reader of the chain sees it;
 //! 3. the target's session opens under the new DataWriteGuid; the content is copied; the target is closed;
 //! 4. it takes the disk's size, if it was larger, and what else describes the disk;
 //! 5. from the target upwards, each layer's child is made the target's own child, then the layer is removed:
 //!    what the child does not have is in the target by now. At last the uppermost layer is removed.
 //!
 //! A merge that was cut finds the chain as it is by then, and does all of it again. Only between the two
-//! parts of step 5 is there a layer that belongs to no chain any more; it knows the target by its second
+//! parts of step 5 is there a layer that no longer belongs to a chain; it knows the target by its second
 //! linkage.
 //!
 //! [Rule 106](crate::design::vhdx_rules#rule-106).
@@ -27,14 +27,14 @@ use crate::chain;
 use crate::disk::Disk;
 use crate::engine::local::Spawn;
 use crate::engine::message::ToFront;
-use crate::engine::{Engine, Fronts, Outcome, Parent, Setup};
+use crate::engine::{Engine, Fronts, Parent, Setup};
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::format::guid;
 use crate::format::locator::{PARENT_LINKAGE, PARENT_LINKAGE2};
 use crate::format::metadata::{DiskType, Metadata};
 use crate::image::{Image, ReadImage, WritableImage, repair};
 
-/// The files of a merge, by absolute paths. Each is one image of a chain, and nobody else has it.
+/// The files of a merge, by absolute paths. Each is one image of a chain, which no other process has open.
 pub struct Merge {
     /// What is merged, the uppermost layer first.
     pub layers: Vec<PathBuf>,
@@ -75,15 +75,19 @@ pub fn check(leaf: &Image, target: &Image, parent: Option<&Image>) -> Result<()>
     target.check_writable()?;
     target.check_growth(wanted)?;
     if wanted < found && target.metadata.kind() == DiskType::Fixed {
-        let message = format!("a fixed image of {found} bytes does not shrink to the child's {wanted}");
+        let message =
+            format!("a fixed image of {found} bytes cannot shrink to the {wanted} bytes of the child");
         return refuse(message, "create an image of the child's size and copy the disk into it");
     }
     if let Some(parent) = parent.filter(|parent| wanted > found && parent.metadata.virtual_size > found) {
         let larger = parent.metadata.virtual_size;
         let message = format!(
-            "a disk of {found} bytes over one of {larger} would show more of that if it grew to {wanted}"
+            "a disk of {found} bytes over one of {larger} that grew to {wanted} would show more of its parent"
         );
-        return refuse(message, "merge it into its own parent first, or name an image below it with --into");
+        return refuse(
+            message,
+            "first merge that image into its own parent, or name an image below it with --into",
+        );
     }
     Ok(())
 }
@@ -187,8 +191,8 @@ impl Merge {
             engine.absorb(layers, size, &|bytes| files.copied(bytes)).await?;
             engine.unmap_beyond(size).await
         };
-        let copied = told("copying into the image", copying.await);
-        let closed = told("closing the image", engine.close().await);
+        let copied = copying.await.doing("copying into the image");
+        let closed = engine.close().await.doing("closing the image");
         copied.and(closed).file(&self.target)
     }
 
@@ -209,7 +213,7 @@ impl Merge {
         };
         amend(files, &self.target, target, &metadata, &mut new_guid).await?;
         if shrinks {
-            // What nothing names any more goes back to the host.
+            // The space that no block uses now goes back to the host.
             repair(&files.disk(&self.target), new_guid).await.file(&self.target)?;
         }
         Ok(())
@@ -236,7 +240,7 @@ impl Merge {
     }
 }
 
-/// Nobody asks the engine for anything but this module.
+/// The engine of a merge serves no fronts.
 struct NoFronts;
 
 impl Fronts for NoFronts {
@@ -280,8 +284,4 @@ async fn parents<F: Files>(
         parents.push(Parent { disk, map: image.into_map().into() });
     }
     Ok(parents)
-}
-
-fn told(doing: &str, outcome: Outcome) -> Result<()> {
-    outcome.map_err(std::io::Error::from).doing(doing)
 }

@@ -36,7 +36,7 @@ pub struct Request {
     pub shrink: bool,
 }
 
-/// Who watches a merge.
+/// Watches a merge.
 pub trait Progress {
     /// The first `bytes` of the disk are copied.
     fn copied(&self, bytes: u64);
@@ -85,8 +85,9 @@ impl Found {
         if self.file == opened.identity() {
             return Ok(());
         }
-        let error = Error::new(Kind::InUse, "it was replaced while it was being opened").file(&self.path);
-        Err(error.remedy("find out who changes the folder, and merge again; nothing is changed"))
+        let error =
+            Error::new(Kind::InUse, "the file was replaced while it was being opened").file(&self.path);
+        Err(error.remedy("find out what changes the folder, and merge again; nothing has been changed"))
     }
 }
 
@@ -95,20 +96,21 @@ impl Request {
     fn find(&self) -> Result<(Vec<Found>, usize)> {
         let leaf = inspect(&self.child)?;
         let into = self.into.as_ref();
-        let into =
-            into.map(|into| HostFile::at(into).doing("finding the ancestor").file(into)).transpose()?;
+        let into = into
+            .map(|into| HostFile::at(into).doing("finding the image to merge into").file(into))
+            .transpose()?;
         let parents = chain::open_parents(&leaf, &self.search, inspect)?;
         let found: Vec<Found> = std::iter::once(&leaf).chain(&parents).map(Found::from).collect();
         if parents.is_empty() {
-            let message = "it is not a differencing image: there is nothing to merge it into";
-            let remedy = format!("`vhdx-ublk info {}` shows what it is", shell(&leaf.path));
+            let message = "it is not a differencing image, and has no parent to merge into";
+            let remedy = format!("`vhdx-ublk info {}` shows its type", shell(&leaf.path));
             let error = Error::new(Kind::Unsupported, message).file(&leaf.path).in_structure("metadata");
             return Err(error.remedy(remedy));
         }
         let is_target = |parent: &Found| into.is_none_or(|into| into == parent.file);
         let Some(target) = found.iter().skip(1).position(is_target) else {
             let into = self.into.as_deref().unwrap_or(Path::new("")).display();
-            let message = format!("{into} is not among its parents");
+            let message = format!("{into} is not one of its parents");
             let remedy = format!("vhdx-ublk info --chain {}", shell(&leaf.path));
             return Err(Error::new(Kind::Usage, message).file(&leaf.path).remedy(remedy));
         };
@@ -130,11 +132,13 @@ impl Request {
         let (target, path) = (number + 1 == changed.len(), &changed[number].path);
         let change = if target { "write to" } else { "remove" };
         let option = if target { "--into" } else { "--parent" };
-        let message =
-            format!("the merge would {change} {}, in another folder, which was not named", path.display());
+        let message = format!(
+            "the merge would {change} {}, which is in another folder and was not named",
+            path.display()
+        );
         Err(Error::new(Kind::Usage, message)
             .file(leaf)
-            .remedy(format!("name it, if it is yours: {option} {}", shell(path))))
+            .remedy(format!("if that is intended, name it: {option} {}", shell(path))))
     }
 }
 
@@ -202,8 +206,8 @@ impl LockedChain {
             return Ok(());
         }
         let (found, wanted) = (both_sizes(found), both_sizes(wanted));
-        let message = format!("its disk of {found} bytes would shrink to the child's {wanted}");
-        let remedy = "--shrink merges, and what lies behind the end of the child's disk is lost";
+        let message = format!("its disk would shrink from {found} to {wanted} bytes, the size of the child");
+        let remedy = "merge with --shrink if the data beyond the end of the child's disk may be lost";
         Err(Error::new(Kind::Unsupported, message).file(self.target.path()).remedy(remedy))
     }
 
@@ -227,13 +231,11 @@ impl LockedChain {
 /// A merge that failed is done again.
 fn with_remedy(error: Error) -> Error {
     match error.kind() {
-        Kind::NoSpace => {
-            error.remedy(
-                "make room on the file system that holds it, or let files grow (`ulimit -f`; FAT ends at 4 GiB), and \
-                 merge again; nothing is lost",
-            )
-        }
-        Kind::Io => error.remedy("the child reads as before; look for the cause (dmesg), and merge again"),
+        Kind::NoSpace => error.remedy(
+            "free space on the file system, or raise the file size limit (`ulimit -f`; FAT ends at 4 GiB), \
+                 and merge again; nothing is lost",
+        ),
+        Kind::Io => error.remedy("the child reads as before: find the cause (dmesg), and merge again"),
         _ => error,
     }
 }

@@ -34,7 +34,7 @@ pub(super) fn refuse_relatives(chain: &LockedChain, force: bool) -> Result<()> {
         }
         if is_left_over(chain, &other) {
             tracing::warn!(
-                "{}: it is left of a merge that was cut short, has nothing that {} has not, and may be removed",
+                "{}: it is left over from an interrupted merge into {}, and can be removed",
                 path.display(),
                 target.path().display()
             );
@@ -59,7 +59,7 @@ fn images_in(folder: &Path) -> Vec<PathBuf> {
     let entries = match fs::read_dir(folder) {
         Ok(entries) => entries,
         Err(error) => {
-            tracing::warn!("{}: not searched for other children: {error}", folder.display());
+            tracing::warn!("{}: cannot be searched for other children: {error}", folder.display());
             return Vec::new();
         }
     };
@@ -76,11 +76,10 @@ fn identify(path: &Path, force: bool) -> Result<Option<Known>> {
     match identify_neighbour(path) {
         Ok(known) => Ok(Some(known)),
         Err(error) if matches!(error.kind(), Kind::NotVhdx | Kind::Truncated) => Ok(None),
-        Err(error) if !force && matches!(error.kind(), Kind::Permission | Kind::Io) => Err(error.remedy(
-            "it may be a child of an image that is merged: make it readable, move it away, or merge with --force",
-        )),
+        Err(error) if !force && matches!(error.kind(), Kind::Permission | Kind::Io) => Err(error
+            .remedy("it may be a child of a merged image: make it readable, move it away, or use --force")),
         Err(error) => {
-            tracing::warn!("it is not known whether this is a child of an image that is merged: {error:#}");
+            tracing::warn!("this may be a child of a merged image, and cannot be read: {error:#}");
             Ok(None)
         }
     }
@@ -88,13 +87,16 @@ fn identify(path: &Path, force: bool) -> Result<Option<Known>> {
 
 fn loses_its_parent(path: &Path, parent: &Path) -> Error {
     let message = format!("its parent is {}, which the merge would remove", parent.display());
-    let remedy = format!("merge it first: vhdx-ublk merge {}; or relink it, or move it away", shell(path));
+    let remedy = format!(
+        "first merge it (`vhdx-ublk merge {}`), relink it, or move it to another folder",
+        shell(path)
+    );
     Error::new(Kind::InUse, message).file(path).remedy(remedy)
 }
 
 fn over_changed_content(path: &Path, parent: &Path) -> Error {
     let message = format!("its parent is {}, which the merge would change", parent.display());
-    let remedy = "only one child can be merged: give the others a parent of their own first (copy the parent, and \
-                  relink them to the copy); --force merges, and they can no longer be opened";
+    let remedy = "first give the other children a parent of their own (copy the parent, and relink them to \
+                  the copy); with --force they become unreadable";
     Error::new(Kind::InUse, message).file(path).remedy(remedy)
 }
