@@ -82,7 +82,8 @@ pub(super) fn next_data(file: &File, offset: u64) -> io::Result<Option<u64>> {
     let from = i64::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
     // Every other access to the file names its offset: the position this moves means nothing.
     match lseek(file, from, Whence::SeekData) {
-        Ok(found) => Ok(Some(u64::try_from(found).map_err(|_| io::ErrorKind::InvalidData)?)),
+        Ok(found) if found >= from => Ok(Some(found.cast_unsigned())),
+        Ok(_) => Err(io::ErrorKind::InvalidData.into()),
         Err(Errno::ENXIO) => Ok(None),
         Err(Errno::EINVAL | Errno::EOPNOTSUPP) => Ok(Some(offset)),
         Err(errno) => Err(errno.into()),

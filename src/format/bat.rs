@@ -28,6 +28,11 @@ const STATE_MASK: u64 = 0b111;
 const OFFSET_MASK: u64 = !(MIB - 1);
 const RESERVED_MASK: u64 = !(STATE_MASK | OFFSET_MASK);
 
+const _: () = assert!(STATE_MASK & OFFSET_MASK == 0, "state and offset share no bit");
+const _: () = assert!(SECTORS_PER_CHUNK.is_power_of_two(), "chunks are found by shifting");
+const _: () =
+    assert!(SECTORS_PER_CHUNK * SECTOR_SIZES[0] as u64 > MAX_BLOCK_SIZE as u64, "chunks hold blocks");
+
 /// What an entry says about its payload block (MS-VHDX 2.5.1.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -309,6 +314,7 @@ impl Geometry {
     pub fn bitmap_slice(&self, block: u64) -> Range<u64> {
         let length = BITMAP_BLOCK_SIZE >> self.ratio_shift;
         let start = (block & (self.chunk_ratio() - 1)) * length;
+        debug_assert!(start + length <= BITMAP_BLOCK_SIZE, "a block's bits lie in its chunk's bitmap");
         start..start + length
     }
 }

@@ -47,6 +47,7 @@ pub(super) fn compute(bytes: &[u8]) -> u32 {
 pub(super) fn seal(bytes: &mut [u8]) {
     let crc = compute(bytes);
     bytes[FIELD].copy_from_slice(&crc.to_le_bytes());
+    debug_assert_eq!(compute(bytes), crc, "the seal does not cover itself");
 }
 
 /// The first `size` bytes of `bytes`, if they are a sealed structure with this signature.

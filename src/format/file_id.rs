@@ -17,6 +17,8 @@ const CREATOR_BYTES: usize = 512;
 /// Bytes of the identifier that have a meaning; the rest of the slot is reserved.
 const MEANINGFUL: usize = SIGNATURE.len() + CREATOR_BYTES;
 
+const _: () = assert!(MEANINGFUL <= FileId::SIZE && CREATOR_BYTES.is_multiple_of(2));
+
 /// What the file says about itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FileId {
@@ -52,6 +54,7 @@ impl FileId {
     /// # Panics
     /// If `front` is shorter than the signature.
     pub fn restore(front: &mut [u8]) {
+        assert!(front.len() >= SIGNATURE.len(), "there is room for the signature");
         front[..SIGNATURE.len()].copy_from_slice(SIGNATURE);
     }
 
@@ -69,7 +72,9 @@ impl FileId {
             slot.extend(units.iter().flat_map(|unit| unit.to_le_bytes()));
         }
         assert!(slot.len() < MEANINGFUL, "the text and its NUL fit the field");
+        assert!(slot.len().is_multiple_of(2), "the text is whole UTF-16 units");
         slot.resize(Self::SIZE, 0);
+        debug_assert!(Self::parse(&slot).is_ok(), "what is written reads back");
         slot
     }
 }

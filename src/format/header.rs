@@ -52,6 +52,8 @@ struct Raw {
 }
 
 const _: () = assert!(size_of::<Raw>() == SIZE);
+const _: () = assert!(OFFSETS[1] + SIZE as u64 <= HEADER_SECTION, "both slots lie in the section");
+const _: () = assert!((MAX_LOG_LENGTH as u64).is_multiple_of(MIB), "the longest log is whole MiB");
 
 /// One header.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -108,6 +110,7 @@ impl Header {
         };
         let mut bytes: [u8; SIZE] = zerocopy::transmute!(raw);
         checksum::seal(&mut bytes);
+        debug_assert_eq!(Self::parse(&bytes).as_ref().ok(), Some(self), "what is written reads back");
         bytes
     }
 

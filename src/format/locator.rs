@@ -135,6 +135,8 @@ impl ParentLocator {
         }
         let bytes = [head.as_bytes(), pairs.as_bytes(), &text].concat();
         assert!(bytes.len() <= MAX_ITEM_LENGTH as usize, "a locator fits an item");
+        assert_eq!(text_start, bytes.len() - text.len(), "strings lie where the pairs say");
+        debug_assert!(Self::parse(&bytes).is_ok_and(|read| read == *self), "what is written reads back");
         bytes
     }
 

@@ -302,6 +302,7 @@ fn read_changes(
         }
         changes.push(change);
     }
+    assert!(used <= data.len() && changes.len() <= descriptors.len(), "each change has its descriptor");
     if used == data.len() { Ok(changes) } else { Err(Rejected::DataCount) }
 }
 
@@ -411,7 +412,9 @@ impl NewEntry<'_> {
             }
         }
         assert_eq!(bytes.len(), entry_length as usize, "an entry has the length it says");
+        assert!(bytes.len().is_multiple_of(SECTOR), "an entry is whole sectors");
         checksum::seal(&mut bytes);
+        debug_assert!(EntryHeader::peek(&bytes, self.log_guid, u32::MAX).is_some(), "it reads back");
         bytes
     }
 
@@ -440,6 +443,7 @@ impl NewEntry<'_> {
     /// hold.
     fn put_data(&self, bytes: &mut Vec<u8>, page: &[u8; PAGE]) {
         let sequence = self.sequence_number.to_le_bytes();
+        assert!(bytes.len().is_multiple_of(SECTOR), "data sectors follow the descriptors'");
         bytes.extend_from_slice(&DATA_SECTOR);
         bytes.extend_from_slice(&sequence[4..]);
         bytes.extend_from_slice(&page[LEADING..PAGE - TRAILING]);

@@ -281,6 +281,8 @@ impl Table {
     /// Where in the region `length` bytes of item `item_id`, which is listed, have room, what the item takes now
     /// counted as free: where it is if possible. Nothing if there is no room.
     pub fn place_for(&self, item_id: Uuid, length: u32, region_length: u32) -> Option<u32> {
+        assert!(length > 0 && length <= MAX_ITEM_LENGTH, "an item of {length} bytes");
+        assert!(region_length >= TABLE_BYTES, "the region holds its table");
         let old = self.find(item_id).expect("the item is listed");
         let others = self.entries.iter().filter(|entry| *entry != old && entry.length > 0);
         let mut taken: Vec<(u32, u32)> = others.map(|entry| (entry.offset, entry.length)).collect();
@@ -304,6 +306,7 @@ impl Table {
     pub fn place_field(&self, item_id: Uuid) -> u64 {
         let index = self.entries.iter().position(|entry| !entry.is_user && entry.item_id == item_id);
         let index = index.expect("the item is listed");
+        assert!(index < MAX_ENTRIES, "a table is checked when it is made");
         (size_of::<RawTable>() + index * size_of::<RawEntry>() + OFFSET_FIELD) as u64
     }
 
@@ -326,6 +329,7 @@ impl Table {
         for entry in &self.entries {
             bytes.extend_from_slice(entry.to_raw().as_bytes());
         }
+        assert!(self.entries.len() <= MAX_ENTRIES, "a table is checked when it is made");
         assert!(bytes.len() <= TABLE_SIZE, "2047 entries fit");
         bytes.resize(TABLE_SIZE, 0);
         bytes
@@ -527,7 +531,9 @@ impl Metadata {
         let table = Table::new(entries, region_length).expect("known items, one behind the other, in 1 MiB");
         let mut region = table.encode();
         region.extend(items);
+        assert!(region.len() <= region_length as usize, "the items fit the region");
         region.resize(region_length as usize, 0);
+        debug_assert!(Table::parse(&region, region_length).is_ok_and(|read| read == table), "it reads back");
         region
     }
 

@@ -66,6 +66,9 @@ pub const fn index(value: u64) -> usize {
     value as usize
 }
 
+const _: () = assert!(MIB.is_multiple_of(PAGE as u64), "whole MiB are whole pages");
+const _: () = assert!(MIN_BLOCK_SIZE as u64 == MIB, "the smallest block is the unit of space");
+
 /// Where `length` bytes at `offset` end, unless no file can be that long.
 pub fn range_end(offset: u64, length: u64) -> Option<u64> {
     offset.checked_add(length).filter(|&end| end <= MAX_FILE_OFFSET)

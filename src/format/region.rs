@@ -210,6 +210,7 @@ impl RegionTable {
         assert!(bytes.len() <= SIZE, "2047 entries fit");
         bytes.resize(SIZE, 0);
         checksum::seal(&mut bytes);
+        debug_assert!(Self::parse(&bytes, 0).is_ok_and(|read| read == *self), "what is written reads back");
         bytes
     }
 
@@ -299,6 +300,7 @@ pub fn without_reserved(copy: &[u8]) -> Option<Vec<u8>> {
     for entry in entries {
         entry.required = U32::new(entry.required.get() & REQUIRED);
     }
+    assert_eq!(bytes.len(), SIZE, "a copy has the length of a table");
     if bytes == copy {
         return None;
     }

@@ -23,7 +23,7 @@ use crate::disk::{Buffer, Disk, PAGE_BYTES, ReadDisk};
 use crate::error::{Error, Kind, Result};
 use crate::format::bat::{BatEntry, ENTRY_SIZE, Geometry};
 use crate::format::log::MAX_DESCRIPTORS_WRITTEN;
-use crate::format::metadata::Metadata;
+use crate::format::metadata::{self, Metadata};
 
 impl WritableImage {
     /// Gives the image on `disk`, which was not written since it was opened, this `metadata`; opens it
@@ -56,6 +56,7 @@ impl WritableImage {
         if let Some(growth) = &growth {
             growth.edit_shared_pages(disk, &mut edit).await?;
         }
+        assert!(edit.page_count() > 0, "what differs is in an item");
         if edit.page_count() > MAX_DESCRIPTORS_WRITTEN {
             return Err(Error::new(Kind::Unsupported, "the change is too long for one log entry")
                 .in_structure("metadata")
@@ -95,6 +96,8 @@ impl Image {
                 let error = Error::new(Kind::Unsupported, message).in_structure("metadata");
                 return Err(error.at(region.offset).remedy("copy the image into a new one"));
             };
+            assert!(u64::from(place) >= metadata::TABLE_SIZE as u64, "an item lies behind the table");
+            assert!(place + length <= region.length, "an item lies in the region");
             let field = [place.to_le_bytes(), length.to_le_bytes()].concat();
             edit.lay(disk, region.offset + table.place_field(entry.item_id), &field).await?;
             edit.lay(disk, region.offset + u64::from(place), &item).await?;
@@ -139,7 +142,9 @@ impl Growth<'_> {
     /// The slots of the blocks and bitmaps that come.
     fn new_slots(&self) -> Range<u64> {
         let old = self.image.map.geometry();
-        old.payload_slot(old.block_count())..self.geometry.slot_count()
+        let slots = old.payload_slot(old.block_count())..self.geometry.slot_count();
+        assert!(slots.end >= old.slot_count(), "a disk that grows keeps its slots");
+        slots
     }
 
     /// The slot at which the first page begins that the disk as it was has no slot in.
@@ -177,6 +182,9 @@ impl Growth<'_> {
             let bytes: Vec<u8> = entries.flat_map(BatEntry::write).collect();
             let mut chunk = Buffer::zeroed(bytes.len().next_multiple_of(PAGE_BYTES));
             chunk[..bytes.len()].copy_from_slice(&bytes);
+            let bat = self.image.layout.bat;
+            assert!(self.place(slot).is_multiple_of(PAGE_BYTES as u64), "slot {slot} begins a page");
+            assert!(self.place(slot) + chunk.len() as u64 <= bat.end(), "the pages lie in the BAT");
             let written = disk.write(self.place(slot), chunk).await;
             written.map_err(|error| Error::io("writing the BAT", error).at(self.place(slot)))?;
             slot = past;
@@ -199,6 +207,7 @@ impl Growth<'_> {
             disk.grow(extent.end()).await.map_err(zeroing)?;
         }
         let from = extent.offset + within;
+        assert!(from < extent.end(), "the disk ends in its last block");
         let page = from - from % PAGE_BYTES as u64;
         let mut bytes = disk.read(page, PAGE_BYTES).await.map_err(zeroing)?;
         bytes[usize::try_from(from - page).expect("below a page")..].fill(0);

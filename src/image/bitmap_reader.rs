@@ -8,8 +8,8 @@ use super::block_map::BlockMap;
 use super::view::View;
 use crate::disk::{Buffer, ReadDisk};
 use crate::error::{Error, Kind, Result};
-use crate::format::bat::{PayloadState, Role};
-use crate::format::index;
+use crate::format::bat::{BITMAP_BLOCK_SIZE, PayloadState, Role};
+use crate::format::{MAX_BLOCK_SIZE, MIB, SECTOR_SIZES, index};
 
 /// Reads the bits of every partially present block of `map` in its `stored` slots into its bitmaps.
 pub(super) async fn read_bitmaps<D: ReadDisk>(
@@ -28,6 +28,9 @@ pub(super) async fn read_bitmaps<D: ReadDisk>(
 /// How much of a bitmap is read at a time: as much as the largest block has of it.
 const WINDOW_BYTES: u64 = 64 << 10;
 
+const _: () = assert!(MAX_BLOCK_SIZE as u64 / SECTOR_SIZES[0] as u64 / 8 <= WINDOW_BYTES, "a block fits");
+const _: () = assert!(BITMAP_BLOCK_SIZE.is_multiple_of(WINDOW_BYTES), "windows end with the bitmap");
+
 /// The part of a bitmap that was read last, and where it lies in the file.
 #[derive(Default)]
 pub(super) struct BitmapReader(Option<(u64, Buffer)>);
@@ -42,6 +45,7 @@ impl BitmapReader {
     ) -> Result<&[u8]> {
         let chunk = map.geometry().chunk_of_block(block);
         let place = map.bitmap_place(chunk).ok_or_else(|| missing(chunk))?;
+        assert!(place >= MIB && place.is_multiple_of(MIB), "a bitmap is a block of the file, at {place}");
         let slice = map.geometry().bitmap_slice(block);
         let start = slice.start - slice.start % WINDOW_BYTES;
         if self.0.as_ref().is_none_or(|(read, _)| *read != place + start) {
@@ -49,12 +53,14 @@ impl BitmapReader {
             self.0 = Some((place + start, bytes));
         }
         let (_, bytes) = self.0.as_ref().expect("it was just read");
+        assert!(slice.end - start <= bytes.len() as u64, "the bits of a block lie in one window");
         Ok(&bytes[index(slice.start - start)..index(slice.end - start)])
     }
 }
 
 /// The partially present blocks in `slots`.
 pub(super) fn partial_blocks(map: &BlockMap, slots: Range<u64>) -> impl Iterator<Item = u64> {
+    assert!(slots.end <= map.geometry().slot_count(), "{slots:?} are in the BAT");
     let partial = PayloadState::PartiallyPresent;
     map.geometry().walk(slots).filter_map(move |(_, role)| match role {
         Role::Block(block) if map.load(block).entry.payload_state() == Some(partial) => Some(block),

@@ -26,6 +26,8 @@ const PAGE: u64 = PAGE_BYTES as u64;
 /// Pages of a chunk's bitmap.
 pub const PAGES_PER_CHUNK: u64 = BITMAP_BLOCK_SIZE / PAGE;
 
+const _: () = assert!(BITMAP_BLOCK_SIZE.is_multiple_of(PAGE), "a bitmap is whole pages");
+
 /// Words of a chunk's bitmap.
 pub(super) const WORDS_PER_CHUNK: usize = (BITMAP_BLOCK_SIZE * 8 / WORD_BITS) as usize;
 
@@ -64,6 +66,8 @@ impl SectorBitmaps {
 
     /// Bitmaps in shared memory, from its word `place` on.
     pub(super) fn shared(geometry: &Geometry, memory: Shared, place: usize) -> Self {
+        let words = index(geometry.bitmap_block_count()) * WORDS_PER_CHUNK;
+        assert!(!geometry.is_differencing() || place + words <= memory.words.len(), "all bitmaps have words");
         Self { shared: Some((memory, place)), ..Self::private(geometry) }
     }
 
@@ -72,6 +76,8 @@ impl SectorBitmaps {
     /// # Errors
     /// Out of memory beyond [`MAX_BITMAP_BYTES`]; no space where the memory is shared.
     pub fn make_room(&self, geometry: &Geometry, block: u64) -> io::Result<()> {
+        assert!(geometry.is_differencing(), "only a child has sector bitmaps");
+        assert!(block < geometry.block_count(), "block {block} is on the disk");
         let chunk = index(geometry.chunk_of_block(block));
         if let Some((memory, place)) = &self.shared {
             let slice = geometry.bitmap_slice(block);
@@ -110,6 +116,7 @@ impl SectorBitmaps {
 
     /// Takes over the bits of `block` from `other`.
     pub(super) fn take_over(&self, other: &Self, geometry: &Geometry, block: u64) -> io::Result<()> {
+        assert_eq!(self.chunks.len(), other.chunks.len(), "both are of one disk");
         self.make_room(geometry, block)?;
         let mine = self.slice(geometry, block).into_iter().flatten();
         let others = other.slice(geometry, block).into_iter().flatten();
@@ -121,6 +128,7 @@ impl SectorBitmaps {
     /// they are in the file, and the first sector that differs, `end` at most.
     #[inline]
     pub fn run(&self, geometry: &Geometry, block: u64, from: u64, end: u64) -> (bool, u64) {
+        debug_assert!(from < end && end <= sectors_per_block(geometry), "sectors {from} to {end}");
         let Some(words) = self.slice(geometry, block) else { return (false, end) };
         let word = |sector: u64| words[index(sector / WORD_BITS)].load(Ordering::Acquire);
         let here = word(from) >> (from % WORD_BITS) & 1 == 1;
@@ -143,6 +151,7 @@ impl SectorBitmaps {
 
     /// The data of `sectors` of partially present `block` is in the file.
     pub fn set(&self, geometry: &Geometry, block: u64, sectors: Range<u64>) {
+        assert!(sectors.end <= sectors_per_block(geometry), "{sectors:?} are of one block");
         let words = self.slice(geometry, block).expect("a partially present block has bits");
         let mut sector = sectors.start;
         while sector < sectors.end {
@@ -155,8 +164,7 @@ impl SectorBitmaps {
 
     /// Whether every sector of partially present `block` is in the file.
     pub fn is_full(&self, geometry: &Geometry, block: u64) -> bool {
-        let sectors = geometry.block_size() / u64::from(geometry.logical_sector_size());
-        self.has(geometry, block, 0..sectors)
+        self.has(geometry, block, 0..sectors_per_block(geometry))
     }
 
     /// The pages of the chunk's bitmap that hold bits of `block`.
@@ -167,6 +175,7 @@ impl SectorBitmaps {
 
     /// A copy of page `page` of the bitmap of `chunk` as the file shall have it.
     pub fn copy_page(&self, chunk: u64, page: u64) -> Box<[u8; PAGE_BYTES]> {
+        assert!(page < PAGES_PER_CHUNK, "page {page} is of one chunk");
         let mut bytes = Box::new([0; PAGE_BYTES]);
         if let Some(words) = self.chunks[index(chunk)].get() {
             let words = &words.get()[index(page) * PAGE_BYTES / 8..];
@@ -180,7 +189,9 @@ impl SectorBitmaps {
     /// How the bits of `block` relate to `bits`, which the file has of it: whether they are the same, and whether they
     /// have all that the file has.
     pub(super) fn compare(&self, geometry: &Geometry, block: u64, bits: &[u8]) -> (bool, bool) {
-        let words = self.slice(geometry, block).into_iter().flatten();
+        let words = self.slice(geometry, block).unwrap_or_default();
+        assert!(words.is_empty() || size_of_val(words) == bits.len(), "the bits of one block");
+        let words = words.iter();
         let pairs = words.map(|word| word.load(Ordering::Relaxed)).zip(words_of(bits));
         pairs.fold((true, true), |(same, all), (mine, file)| (same && mine == file, all && file & !mine == 0))
     }
@@ -191,6 +202,10 @@ impl SectorBitmaps {
         let slice = geometry.bitmap_slice(block);
         Some(&words.get()[index(slice.start / 8)..index(slice.end / 8)])
     }
+}
+
+fn sectors_per_block(geometry: &Geometry) -> u64 {
+    geometry.block_size() / u64::from(geometry.logical_sector_size())
 }
 
 fn words_of(bits: &[u8]) -> impl Iterator<Item = u64> {

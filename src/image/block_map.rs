@@ -13,8 +13,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use super::bitmaps::SectorBitmaps;
 use super::memory::SessionMemory;
 use crate::disk::PAGE_BYTES;
-use crate::format::bat::{BatEntry, BitmapState, ENTRY_SIZE, Geometry, Role};
-use crate::format::index;
+use crate::format::bat::{BatEntry, BitmapState, ENTRY_SIZE, Geometry, PayloadState, Role};
+use crate::format::{MIB, index};
+use crate::simulation::{Plant, planted};
 
 /// Slots in one 4096-byte BAT page.
 pub const SLOTS_PER_PAGE: u64 = (PAGE_BYTES / size_of::<u64>()) as u64;
@@ -24,6 +25,9 @@ const PAGES_PER_WORD: usize = u64::BITS as usize;
 
 /// In memory only: the entry that logged this word has been synced.
 const DURABLE: u64 = 1 << 3;
+
+const _: () = assert!(BatEntry(DURABLE).reserved_bits() == DURABLE, "no entry of a file has the bit");
+const _: () = assert!(SLOTS_PER_PAGE * ENTRY_SIZE as u64 == PAGE_BYTES as u64, "slots fill a page");
 
 /// A BAT word as the engine and the fronts see it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -113,6 +117,7 @@ impl BlockMap {
     /// The mapping of payload block `block`.
     #[inline]
     pub fn load(&self, block: u64) -> Mapping {
+        debug_assert!(block < self.geometry.block_count(), "block {block} is on the disk");
         let word = self.memory.slots()[index(self.geometry.payload_slot(block))].load(Ordering::Acquire);
         Mapping { entry: BatEntry(word & !DURABLE), durable: word & DURABLE != 0 }
     }
@@ -129,12 +134,36 @@ impl BlockMap {
 
     /// Publishes a new mapping of payload block `block`, not yet durable. Engine only.
     pub fn publish(&self, block: u64, entry: BatEntry) {
-        assert_eq!(entry.0 & DURABLE, 0, "reserved bits never reach the map");
+        assert_eq!(entry.reserved_bits(), 0, "reserved bits never reach the map");
+        let old = self.load(block).entry;
+        assert!(self.may_become(old, entry), "block {block} goes from {old:?} to {entry:?}");
         self.store(self.geometry.payload_slot(block), entry.0);
+    }
+
+    /// The changes that the engine makes. Space comes and goes as a whole; a block becomes partially present only over
+    /// its parents, and fully present from there only in its place; it never shows its parents again.
+    fn may_become(&self, old: BatEntry, new: BatEntry) -> bool {
+        let differencing = self.geometry.is_differencing();
+        match (old.payload_state(), new.payload_state()) {
+            (Some(PayloadState::PartiallyPresent), Some(PayloadState::FullyPresent)) => {
+                old.offset() == new.offset()
+            }
+            (Some(PayloadState::FullyPresent), Some(PayloadState::FullyPresent)) => false,
+            (Some(_), Some(PayloadState::FullyPresent)) => new.offset() >= MIB,
+            (Some(PayloadState::NotPresent), Some(PayloadState::PartiallyPresent)) => {
+                differencing && new.offset() >= MIB
+            }
+            (Some(_), Some(PayloadState::Zero)) => new.offset() == 0,
+            (_, Some(PayloadState::NotPresent)) => planted(Plant::RevealParents),
+            _ => false,
+        }
     }
 
     /// Publishes where the sector bitmap of `chunk` lies. Engine only.
     pub fn publish_bitmap(&self, chunk: u64, file_offset: u64) {
+        assert!(self.geometry.is_differencing(), "only a child has sector bitmaps");
+        assert!(chunk < self.geometry.bitmap_block_count(), "chunk {chunk} is on the disk");
+        assert_eq!(self.bitmap_place(chunk), None, "a bitmap keeps its place");
         self.store(self.geometry.bitmap_slot(chunk), BatEntry::present(file_offset).0);
     }
 
@@ -146,6 +175,7 @@ impl BlockMap {
 
     /// Any slot, a sector bitmap's included.
     pub(super) fn load_slot(&self, slot: u64) -> Mapping {
+        debug_assert!(slot < self.geometry.slot_count(), "slot {slot} is in the BAT");
         let word = self.memory.slots()[index(slot)].load(Ordering::Acquire);
         if self.geometry.is_bitmap_slot(slot) {
             return Mapping { entry: BatEntry(word), durable: false };
@@ -155,7 +185,9 @@ impl BlockMap {
 
     /// Takes over the slots from `first` on as the file has them, durable by that. For opening only.
     pub fn restore(&self, first: u64, words: &[[u8; ENTRY_SIZE]]) {
-        let roles = self.geometry.walk(first..first + words.len() as u64);
+        let past = first + words.len() as u64;
+        assert!(past <= self.geometry.slot_count(), "slots {first} to {past} are in the BAT");
+        let roles = self.geometry.walk(first..past);
         for (word, (slot, role)) in words.iter().zip(roles) {
             let word = u64::from_le_bytes(*word);
             let durable = if matches!(role, Role::Bitmap(_)) { 0 } else { DURABLE };
@@ -168,6 +200,8 @@ impl BlockMap {
 
     /// Takes over what `other`, a map of the same disk, has in `slots`. For opening only.
     pub(super) fn take_over(&self, other: &Self, slots: Range<u64>) {
+        assert_eq!(self.geometry, other.geometry, "both are maps of one disk");
+        assert!(slots.end <= self.geometry.slot_count(), "{slots:?} are in the BAT");
         for slot in slots {
             let word = other.memory.slots()[index(slot)].load(Ordering::Relaxed);
             if word != 0 {
@@ -183,11 +217,13 @@ impl BlockMap {
 
     /// The BAT page that holds the slot of payload block `block`.
     pub fn page_of(&self, block: u64) -> u64 {
+        debug_assert!(block < self.geometry.block_count(), "block {block} is on the disk");
         self.geometry.payload_slot(block) / SLOTS_PER_PAGE
     }
 
     /// The BAT page that holds the slot of the sector bitmap of `chunk`.
     pub fn page_of_bitmap(&self, chunk: u64) -> u64 {
+        assert!(chunk < self.geometry.bitmap_block_count(), "chunk {chunk} is on the disk");
         self.geometry.bitmap_slot(chunk) / SLOTS_PER_PAGE
     }
 
@@ -205,6 +241,7 @@ impl BlockMap {
     pub fn mark_durable(&self, page: u64, logged: &[u8; PAGE_BYTES]) {
         for (slot, word) in self.page_slots(page).zip(logged.as_chunks::<8>().0) {
             let word = u64::from_le_bytes(*word);
+            assert!(word & DURABLE == 0 || self.geometry.is_bitmap_slot(slot), "the mark is not logged");
             let current = self.memory.slots()[index(slot)].load(Ordering::Relaxed);
             if current == word && !self.geometry.is_bitmap_slot(slot) {
                 self.memory.slots()[index(slot)].store(word | DURABLE, Ordering::Release);

@@ -8,7 +8,7 @@
 use uuid::Uuid;
 
 use super::open::BAT_CHUNK_BYTES;
-use super::space::Extent;
+use super::space::{Extent, MAX_FILE_BYTES};
 use super::view::sync;
 use crate::disk::{Buffer, Disk, PAGE_BYTES};
 use crate::error::{Error, Kind, Result};
@@ -98,6 +98,7 @@ impl NewImage {
         }
         self.write_bat(disk, &plan).await?;
         let metadata = plan.metadata.encode_region();
+        assert_eq!(metadata.len() as u64, METADATA_BYTES, "the metadata fills its region");
         write(disk, plan.regions.metadata().offset, &metadata).await?;
         for offset in region::OFFSETS {
             write(disk, offset, &plan.regions.encode()).await?;
@@ -180,6 +181,11 @@ impl NewImage {
         let payload = bat.end();
         let blocks = if self.fixed { geometry.block_count() } else { 0 };
         let file_length = payload + blocks * geometry.block_size();
+        for offset in [metadata_offset, bat.offset, bat.length, payload, file_length] {
+            assert!(offset.is_multiple_of(MIB), "everything is whole MiB, not {offset}");
+        }
+        assert!(bat.length >= geometry.bat_length(), "every slot has its place");
+        assert!(file_length <= MAX_FILE_BYTES, "the largest image is one that can be opened");
         Ok(Plan { geometry, metadata, header, regions, bat, payload, file_length })
     }
 
@@ -195,6 +201,7 @@ impl NewImage {
             for (slot, word) in (first..).zip(chunk.as_chunks_mut::<ENTRY_SIZE>().0) {
                 *word = self.initial_entry(plan, slot).write();
             }
+            assert!(done + length <= plan.bat.length, "the BAT ends in its region");
             write(disk, plan.bat.offset + done, &chunk).await?;
             done += length;
         }
@@ -216,6 +223,7 @@ fn required(guid: Uuid, extent: Extent) -> Region {
 }
 
 async fn write<D: Disk>(disk: &D, offset: u64, bytes: &[u8]) -> Result<()> {
+    assert!(offset.is_multiple_of(PAGE_BYTES as u64), "pages are written, at {offset}");
     let mut buffer = Buffer::zeroed(bytes.len().next_multiple_of(PAGE_BYTES));
     buffer[..bytes.len()].copy_from_slice(bytes);
     disk.write(offset, buffer).await.map_err(|error| Error::io("writing the new image", error).at(offset))

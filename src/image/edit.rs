@@ -14,7 +14,7 @@ use super::view::{file_length, sync};
 use crate::disk::{Buffer, Disk, PAGE_BYTES, ReadDisk};
 use crate::error::{Error, Result};
 use crate::format::MIB;
-use crate::format::log::{Change, NewEntry};
+use crate::format::log::{Change, LOWEST_TARGET, MAX_DESCRIPTORS_WRITTEN, NewEntry};
 
 /// Pages as they shall be, by their place in the file.
 #[derive(Default)]
@@ -35,6 +35,7 @@ impl Edit {
         while !left.is_empty() {
             let within = usize::try_from(at % PAGE_BYTES as u64).expect("below a page");
             let page = at - within as u64;
+            assert!(page >= LOWEST_TARGET, "the log does not change the headers, at {page}");
             let (here, rest) = left.split_at(left.len().min(PAGE_BYTES - within));
             let target = match self.pages.entry(page) {
                 Entry::Occupied(laid) => laid.into_mut(),
@@ -59,6 +60,12 @@ impl Edit {
         new_guid: &mut impl FnMut() -> Uuid,
     ) -> Result<()> {
         assert!(!headers.current().needs_replay(), "the log is empty");
+        assert!(!self.pages.is_empty(), "there is something to change");
+        assert!(
+            self.pages.len() <= MAX_DESCRIPTORS_WRITTEN,
+            "one entry holds all {} pages",
+            self.pages.len()
+        );
         let log_guid = new_guid();
         let length = file_length(disk).await?;
         sync(disk).await?; // the entry promises this length
@@ -78,6 +85,8 @@ impl Edit {
         written.map_err(|error| Error::io("writing a log entry", error).at(at))?;
         sync(disk).await?;
         headers.change(|header| header.log_guid = log_guid);
-        replay::in_place(disk, headers, &[0], new_guid()).await
+        replay::in_place(disk, headers, &[0], new_guid()).await?;
+        assert!(!headers.current().needs_replay(), "the log is empty again");
+        Ok(())
     }
 }

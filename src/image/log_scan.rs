@@ -11,8 +11,10 @@ use std::collections::BTreeMap;
 
 use crate::disk::{Buffer, ReadDisk};
 use crate::error::{Error, Kind, Result};
-use crate::format::header::Header;
+use crate::format::MIB;
+use crate::format::header::{Header, MAX_LOG_LENGTH};
 use crate::format::log::{self, Entry, EntryHeader, SECTOR};
+use crate::simulation::{Plant, planted};
 
 /// How much of the log is read at a time.
 const CHUNK_BYTES: usize = 1 << 20;
@@ -49,6 +51,8 @@ pub struct Log<'a, D> {
 impl<'a, D: ReadDisk> Log<'a, D> {
     /// The log that `header` describes.
     pub fn new(disk: &'a D, header: &'a Header) -> Self {
+        assert!(header.log_offset.is_multiple_of(MIB), "a parsed header names a log that can be");
+        assert!(header.log_length <= MAX_LOG_LENGTH, "a parsed header names a log that can be");
         Self { disk, header }
     }
 
@@ -73,6 +77,11 @@ impl<'a, D: ReadDisk> Log<'a, D> {
             return if starts.any_with_guid { Err(self.no_sequence()) } else { Ok(LogState::Virgin) };
         };
         let newest = &entries[active.last().expect("a sequence has entries")];
+        let number = |position: &u32| entries[position].sequence_number;
+        let follows = |pair: &[u32]| number(&pair[0]).checked_add(1) == Some(number(&pair[1]));
+        let planted = planted(Plant::KeepLaterEntries) || planted(Plant::ReplayBeforeTail);
+        assert!(planted || active.windows(2).all(follows), "a sequence counts by one");
+        assert!(planted || newest.tail == active[0], "a sequence begins at its tail");
         if file_length < newest.flushed_file_offset {
             let message = format!(
                 "the file has {file_length} bytes, its newest log entry was written when it had {}",
@@ -90,6 +99,8 @@ impl<'a, D: ReadDisk> Log<'a, D> {
     /// # Errors
     /// Corrupt if it is valid no longer: somebody else writes to the file.
     pub async fn entry(&self, position: u32) -> Result<Entry> {
+        assert!((position as usize).is_multiple_of(SECTOR), "an entry starts on a sector, not at {position}");
+        assert!(position < self.header.log_length, "an entry starts in the log, not at {position}");
         let first = self.read(u64::from(position), SECTOR).await?;
         let header = EntryHeader::peek(&first, self.header.log_guid, self.header.log_length);
         let length = header.map_or(SECTOR, |header| header.entry_length as usize);
@@ -119,6 +130,7 @@ impl<'a, D: ReadDisk> Log<'a, D> {
             }
             position += CHUNK_BYTES as u64;
         }
+        assert!(starts.entries.is_sorted_by_key(|start| start.position), "starts are in ring order");
         Ok(starts)
     }
 
@@ -132,6 +144,7 @@ impl<'a, D: ReadDisk> Log<'a, D> {
     }
 
     async fn read_wrapped(&self, position: u32, length: usize) -> Result<Vec<u8>> {
+        assert!(length <= self.header.log_length as usize, "an entry of {length} bytes fits the log");
         let to_end = (self.header.log_length - position) as usize;
         let mut bytes = self.read(u64::from(position), length.min(to_end)).await?.to_vec();
         if length > to_end {
@@ -141,6 +154,7 @@ impl<'a, D: ReadDisk> Log<'a, D> {
     }
 
     async fn read(&self, position: u64, length: usize) -> Result<Buffer> {
+        assert!(position + length as u64 <= self.header.log_length.into(), "reads stay in the log");
         let offset = self.header.log_offset + position;
         let result = self.disk.read(offset, length).await;
         result.map_err(|error| Error::io("reading the log", error).at(offset))
@@ -170,7 +184,10 @@ impl Starts {
     fn reach(&self, index: usize, log_length: u32) -> u32 {
         let here = self.entries[index].position;
         match self.entries.get(index + 1) {
-            Some(next) => next.position - here,
+            Some(next) => {
+                assert!(next.position > here, "starts are in ring order");
+                next.position - here
+            }
             None => log_length - here + self.entries[0].position,
         }
     }

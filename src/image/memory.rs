@@ -68,6 +68,12 @@ const NEXT_PLACE: usize = 20;
 const CACHE_PLACE: usize = 23;
 const PATH_PLACE: usize = 32;
 
+const _: () = assert!(BOOT_PLACE == CHECKSUM_PLACE + 1 && FILE_PLACE == BOOT_PLACE + 2);
+const _: () = assert!(DISK_PLACE == FILE_PLACE + 3 && SHAPE_PLACE == DISK_PLACE + 2);
+const _: () = assert!(SHAPE_PLACE + 3 <= STATE_PLACE, "what is constant comes first");
+const _: () = assert!(CURRENT_PLACE == STATE_PLACE + 1 && NEXT_PLACE == CURRENT_PLACE + 3);
+const _: () = assert!(CACHE_PLACE == NEXT_PLACE + 3 && CACHE_PLACE < PATH_PLACE);
+
 /// The longest path that is kept, bytes; of a longer one nothing is.
 const MAX_PATH_BYTES: usize = (HEADER_WORDS - PATH_PLACE - 1) * size_of::<u64>();
 
@@ -242,13 +248,16 @@ impl SessionMemory {
     /// Idle becomes open; poison stays.
     pub fn open(&self) {
         let word = &self.words()[STATE_PLACE];
-        let _ = word.compare_exchange(IDLE, OPEN, Ordering::AcqRel, Ordering::Acquire);
+        let found = word.compare_exchange(IDLE, OPEN, Ordering::AcqRel, Ordering::Acquire);
+        assert!(matches!(found, Ok(IDLE) | Err(OPEN | POISONED)), "the word was checked: {found:?}");
+        assert_ne!(self.session(), Session::Idle, "an open session has not begun to rest");
     }
 
     /// Open becomes idle: the file has everything, durably. Poison stays.
     pub fn rest(&self) {
         let word = &self.words()[STATE_PLACE];
-        let _ = word.compare_exchange(OPEN, IDLE, Ordering::AcqRel, Ordering::Acquire);
+        let found = word.compare_exchange(OPEN, IDLE, Ordering::AcqRel, Ordering::Acquire);
+        assert!(matches!(found, Ok(OPEN) | Err(IDLE | POISONED)), "the word was checked: {found:?}");
     }
 
     /// From now on no write or flush may succeed. `true` for the one caller that changed it.
@@ -271,6 +280,7 @@ impl SessionMemory {
         self.store(VERSION_PLACE, VERSION);
         self.store(CHECKSUM_PLACE, self.checksum());
         self.store(MAGIC_PLACE, MAGIC);
+        assert_eq!(self.check(owner, current), Ok(()), "what was made can be taken over");
     }
 
     /// Whether this is memory of the layout that this program knows, complete and undamaged.
@@ -363,12 +373,15 @@ impl SessionMemory {
 
     /// A header is about to carry `next`.
     pub fn announce(&self, next: Uuid) {
+        assert!(!next.is_nil(), "a file that was written has a GUID");
         self.store_checked(NEXT_PLACE, next);
+        assert_eq!(self.load_checked(NEXT_PLACE), Some(next), "a successor finds it");
     }
 
     /// Every header that could be found carries `file_write_guid`.
     pub fn settle(&self, file_write_guid: Uuid) {
         self.store_checked(CURRENT_PLACE, file_write_guid);
+        assert_eq!(self.load_checked(CURRENT_PLACE), Some(file_write_guid), "a successor finds it");
     }
 
     fn load(&self, place: usize) -> u64 {
@@ -406,6 +419,7 @@ impl SessionMemory {
     fn store_path(&self, path: &Path) {
         let bytes = path.as_os_str().as_bytes();
         let bytes = if bytes.len() > MAX_PATH_BYTES { &[] } else { bytes };
+        assert!(PATH_PLACE + 1 + bytes.len().div_ceil(size_of::<u64>()) <= HEADER_WORDS, "it fits");
         self.store(PATH_PLACE, bytes.len() as u64);
         for (place, part) in (PATH_PLACE + 1..).zip(bytes.chunks(size_of::<u64>())) {
             let mut word = [0; size_of::<u64>()];

@@ -179,6 +179,7 @@ impl Image {
             metadata: extent_of(regions.table.metadata()),
             file_length: length,
         };
+        assert!(layout.metadata.length >= MIB, "a checked region table has a metadata region");
         let mut space = Space::new(length)?;
         if layout.log.length > 0 {
             // Whole MiB by the format; a simulation's short log takes the rest of its MiB.
@@ -254,7 +255,8 @@ impl ReadImage {
 
     /// The same image for writing, if its log was found clean: there is nothing to be replayed.
     pub fn into_writable(self) -> Option<WritableImage> {
-        let Self { image, .. } = self;
+        let Self { image, overlay } = self;
+        assert!(overlay.is_none() || image.found_log != FoundLog::Clean, "a clean log changes nothing");
         (image.found_log == FoundLog::Clean).then(|| WritableImage { image, pending: Pending::default() })
     }
 }
@@ -460,10 +462,12 @@ async fn read_bat<D: ReadDisk>(
         let bytes = file.read("BAT", layout.bat.offset + done, length).await?;
         let first = done / ENTRY_SIZE as u64;
         let past = (first + (length / ENTRY_SIZE) as u64).min(geometry.slot_count());
+        assert!(past > first && past <= geometry.slot_count(), "slots {first} to {past} are in the BAT");
         let words = &bytes.as_chunks().0[..usize::try_from(past - first).expect("a chunk's")];
         take_words(first, words, &geometry, layout, space)?;
         map.restore(first, words);
         done += length as u64;
+        assert!(stored.last().is_none_or(|last| last.end <= first), "slots are read in order");
         match stored.last_mut() {
             Some(last) if last.end == first => last.end = past,
             _ => stored.push(first..past),

@@ -41,6 +41,9 @@ impl Overlay {
     /// Lays one change over all earlier ones.
     pub fn apply(&mut self, change: Change) {
         let range = change.range();
+        assert!(range.start < range.end, "a parsed change is not empty");
+        assert!(range.start.is_multiple_of(PAGE as u64), "{range:?} starts on a page");
+        assert!(range.end.is_multiple_of(PAGE as u64), "{range:?} ends on a page");
         self.cut(range.start, range.end);
         let piece = match change {
             Change::Data { page, .. } => {
@@ -50,6 +53,8 @@ impl Overlay {
             // What lies past the end reads as zero already: zeros do not lengthen the file.
             Change::Zero { .. } => Piece::Zero { end: range.end },
         };
+        let earlier = self.ranges.range(..range.end).next_back();
+        assert!(earlier.is_none_or(|(&start, piece)| piece.end(start) <= range.start), "ranges overlap");
         self.ranges.insert(range.start, piece);
     }
 
@@ -63,6 +68,7 @@ impl Overlay {
             if from >= until {
                 continue;
             }
+            assert!(until <= piece.end(start) && until <= end, "what is patched was changed and is read");
             let target = &mut bytes[index(from - offset)..index(until - offset)];
             match piece {
                 Piece::Page(page) => target.copy_from_slice(&page[index(from - start)..index(until - start)]),
@@ -87,6 +93,7 @@ impl Overlay {
         }
         while let Some((&start, piece)) = self.ranges.range(from..until).next() {
             let end = piece.end(start);
+            assert!(start < end, "no range is empty");
             self.ranges.remove(&start);
             if end > until {
                 self.ranges.insert(until, Piece::Zero { end });

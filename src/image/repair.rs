@@ -28,6 +28,8 @@ use crate::format::region;
 /// Pages of the longest patch, a region table.
 const LONGEST_PATCH: usize = region::SIZE / PAGE_BYTES;
 
+const _: () = assert!(LONGEST_PATCH < MAX_DESCRIPTORS_WRITTEN, "an entry holds the longest patch");
+
 /// Pages at which a batch is full: one more patch still fits its entry.
 const FULL_BATCH: usize = MAX_DESCRIPTORS_WRITTEN - LONGEST_PATCH;
 
@@ -58,6 +60,7 @@ pub async fn repair<D: Disk>(disk: &D, mut new_guid: impl FnMut() -> Uuid) -> Re
     let mut headers = Headers::new(&header)?;
     replay::in_place(disk, &mut headers, &positions, new_guid()).await?;
     let mended = mend(disk, &mut headers, &mut new_guid).await?;
+    assert!(!headers.current().needs_replay(), "no log is left whose replay could miss what is given back");
     if mended.report.beyond_repair == 0 {
         reclaim(disk, &mended).await?;
     }
@@ -83,6 +86,7 @@ async fn mend<D: Disk>(
         let mut batch = Edit::default();
         for patch in &found.patches {
             batch.lay(disk, patch.offset, &patch.bytes).await?;
+            assert!(batch.page_count() <= MAX_DESCRIPTORS_WRITTEN, "a batch fits its entry");
             if batch.page_count() > FULL_BATCH {
                 std::mem::take(&mut batch).write(disk, headers, new_guid).await?;
             }
@@ -108,6 +112,7 @@ async fn reclaim<D: Disk>(disk: &D, mended: &Examination) -> Result<()> {
     let space = mended.space.as_ref().expect("an image with repairs was examined whole");
     if mended.report.leaks > 0 {
         for run in space.free_runs() {
+            assert!(!space.is_used(run.offset..run.end()), "{run:?} is nobody's");
             let punched = disk.punch(run.offset, run.length).await;
             let punched = punched.map_err(|error| Error::io("giving space back", error).at(run.offset))?;
             if !punched {
@@ -116,6 +121,7 @@ async fn reclaim<D: Disk>(disk: &D, mended: &Examination) -> Result<()> {
         }
     }
     if let Some(length) = mended.trimmed_length {
+        assert!(length >= space.used_end(), "nothing that is used is cut off at {length}");
         let cut = disk.truncate(length).await;
         cut.map_err(|error| Error::io(format!("shortening the file to {length} bytes"), error))?;
     }

@@ -16,7 +16,7 @@ use crate::disk::{Buffer, Disk, ReadDisk};
 use crate::error::{Error, Result};
 use crate::format::MIB;
 use crate::format::header::Header;
-use crate::format::log::{Change, Entry};
+use crate::format::log::{Change, Entry, LOWEST_TARGET};
 use crate::simulation::{Plant, planted};
 
 /// Lays the entries at `positions` over the file, in memory.
@@ -52,6 +52,7 @@ pub async fn in_place<D: Disk>(
     positions: &[u32],
     file_write_guid: uuid::Uuid,
 ) -> Result<()> {
+    assert!(headers.current().needs_replay() || positions.is_empty(), "an empty log has no entries");
     if !planted(Plant::TrustKilled) {
         sync(disk).await?;
     }
@@ -71,12 +72,15 @@ pub async fn in_place<D: Disk>(
         }
     }
     sync(disk).await?;
-    headers.update(disk, |header| header.log_guid = uuid::Uuid::nil()).await
+    headers.update(disk, |header| header.log_guid = uuid::Uuid::nil()).await?;
+    assert!(!headers.current().needs_replay(), "a replayed log is empty");
+    Ok(())
 }
 
 async fn apply<D: Disk>(disk: &D, entry: &Entry, length: &mut u64) -> Result<()> {
     for change in &entry.changes {
         let range = change.range();
+        assert!(range.start >= LOWEST_TARGET, "a parsed change spares the headers, not {range:?}");
         let result = match change {
             Change::Data { file_offset, page } => {
                 reach(disk, length, checked_length(range.end)?).await?;
@@ -93,6 +97,7 @@ async fn apply<D: Disk>(disk: &D, entry: &Entry, length: &mut u64) -> Result<()>
 
 /// Extends the file to at least `needed` bytes.
 async fn reach<D: Disk>(disk: &D, length: &mut u64, needed: u64) -> Result<()> {
+    assert!(needed.is_multiple_of(MIB) && needed <= MAX_FILE_BYTES, "a checked length, not {needed}");
     if needed > *length {
         let result = disk.grow(needed).await;
         result.map_err(|error| {
@@ -100,6 +105,7 @@ async fn reach<D: Disk>(disk: &D, length: &mut u64, needed: u64) -> Result<()> {
         })?;
         *length = needed;
     }
+    assert!(*length >= needed, "the file is as long as the log asks for");
     Ok(())
 }
 

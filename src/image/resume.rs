@@ -16,10 +16,12 @@ use super::block_map::{BlockMap, SLOTS_PER_PAGE};
 use super::memory::{Owner, Place, Session, SessionMemory};
 use super::open::{Image, WritableImage, checked_payload, payload_extent};
 use super::page::Page;
+use super::pending::Pending;
 use super::space::{Content, Extent};
 use super::view::View;
 use crate::disk::{Disk, ReadDisk};
 use crate::error::{Error, Kind, Result};
+use crate::format::MIB;
 use crate::format::bat::{BITMAP_BLOCK_SIZE, BatEntry, BitmapState, PayloadState, Role};
 use crate::simulation::{Plant, planted};
 
@@ -46,6 +48,8 @@ impl WritableImage {
     /// If the memory was made for another disk, or is not fresh.
     pub fn start_session(&mut self, memory: SessionMemory, owner: &Owner) -> io::Result<()> {
         let geometry = *self.map.geometry();
+        assert_eq!(self.pending, Pending::default(), "a fresh session takes nothing over");
+        assert_eq!(owner.disk_id, self.metadata.disk_id, "the memory is this image's");
         let map = BlockMap::over(memory, geometry);
         map.set_file_bytes(self.map.file_bytes());
         for slots in &self.stored_slots {
@@ -55,6 +59,7 @@ impl WritableImage {
             map.bitmaps().take_over(self.map.bitmaps(), &geometry, block)?;
         }
         map.memory().complete(owner, self.header.header.file_write_guid);
+        assert_eq!(map.memory().session(), Session::Idle, "nothing was modified yet");
         self.map = map;
         Ok(())
     }
@@ -119,6 +124,10 @@ impl WritableImage {
         if planted(Plant::ForgetPending) {
             image.pending.pages.clear();
         }
+        let pages = map.page_count();
+        let known = |page: &Page| !matches!(page, Page::Bat(page) if *page >= pages);
+        assert!(image.pending.pages.iter().all(known), "pending pages are in the BAT");
+        assert!(image.pending.unmapped.iter().all(|lost| lost.offset >= MIB), "no header is given back");
         image.pending.resumed = map.memory().session() == Session::Open;
         image.map = map;
         Ok(image)
@@ -150,6 +159,7 @@ impl WritableImage {
         let old = payload_extent(in_file, map.geometry());
         if new != old {
             if let Some(extent) = new {
+                assert!(extent.offset >= MIB, "a checked entry names no header");
                 if extent.offset >= self.layout.file_length {
                     return wrong("names space beyond the end of the file");
                 }

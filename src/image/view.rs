@@ -12,8 +12,11 @@ pub(super) struct View<'a, D> {
 
 impl<D: ReadDisk> View<'_, D> {
     pub(super) async fn read(&self, structure: &'static str, offset: u64, length: usize) -> Result<Buffer> {
+        assert!(offset.is_multiple_of(PAGE_BYTES as u64), "{structure}: pages are read, at {offset}");
+        assert!(length.is_multiple_of(PAGE_BYTES), "{structure}: pages are read, {length} bytes");
         let bytes = self.disk.read(offset, length).await;
         let mut bytes = bytes.doing("reading").in_structure(structure).at(offset)?;
+        assert_eq!(bytes.len(), length, "a read ends whole or fails");
         if let Some(overlay) = self.overlay {
             overlay.patch(offset, &mut bytes);
         }
@@ -30,6 +33,7 @@ impl<D: ReadDisk> View<'_, D> {
 
     /// The first page at `offset` or behind it that may hold anything but zeros.
     pub(super) async fn next_stored(&self, offset: u64) -> Result<Option<u64>> {
+        assert!(offset.is_multiple_of(PAGE_BYTES as u64), "holes are looked for from a page on, at {offset}");
         if self.overlay.is_some() {
             return Ok(Some(offset));
         }

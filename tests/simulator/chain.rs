@@ -100,7 +100,7 @@ impl Model {
                     BatEntry::partially_present(*offset)
                 }
             };
-            map.publish(*block, entry);
+            map.restore(self.geometry.payload_slot(*block), &[entry.write()]);
         }
         map
     }

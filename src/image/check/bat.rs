@@ -90,6 +90,7 @@ impl Walk<'_> {
             }
             let length = (end - done).min(BAT_CHUNK_BYTES).next_multiple_of(PAGE_BYTES as u64);
             let length = usize::try_from(length).expect("at most 1 MiB");
+            assert!(done.is_multiple_of(PAGE_BYTES as u64), "the BAT is read by pages, at {done}");
             let bytes = file.read(BAT, self.start + done, length).await?;
             let first = done / ENTRY_SIZE as u64;
             for (slot, word) in (first..slots).zip(bytes.as_chunks::<ENTRY_SIZE>().0) {
@@ -160,6 +161,7 @@ impl Walk<'_> {
 
     fn bitmap(&mut self, slot: u64, entry: BatEntry) {
         let chunk = slot / (self.geometry.chunk_ratio() + 1);
+        assert_eq!(self.geometry.bitmap_slot(chunk), slot, "slot {slot} is a bitmap's");
         let Some(state) = entry.bitmap_state() else {
             let what = format!("the sector bitmap of chunk {chunk} has a reserved state");
             return self.beyond_repair(slot, what);
@@ -187,6 +189,7 @@ impl Walk<'_> {
     /// something.
     fn place_block(&mut self, slot: u64, who: Owner, extent: Extent, needed: u64) -> bool {
         let Extent { offset, length } = extent;
+        assert!(needed <= length, "a block holds what is needed of it");
         let file_length = self.file_length;
         if offset >= file_length {
             let what = format!("{who} lies at byte {offset}, the file has {file_length} bytes");
@@ -215,6 +218,7 @@ impl Walk<'_> {
     /// Bytes of a block that are bytes of the disk.
     fn needed_bytes(&self, block: u64) -> u64 {
         let start = block * self.geometry.block_size();
+        assert!(start < self.geometry.virtual_size(), "block {block} is on the disk");
         (self.geometry.virtual_size() - start).min(self.geometry.block_size())
     }
 
@@ -248,6 +252,7 @@ impl Walk<'_> {
 
     /// Where the slot lies in the file, bytes.
     fn place(&self, slot: u64) -> u64 {
+        assert!(slot < self.geometry.slot_count(), "slot {slot} is in the BAT");
         self.start + slot * ENTRY_SIZE as u64
     }
 }

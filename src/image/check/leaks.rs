@@ -8,8 +8,8 @@ use super::super::space::{Extent, Space};
 use super::{Examination, Finding};
 use crate::disk::ReadDisk;
 use crate::error::{Error, Result};
-use crate::format::MIB;
 use crate::format::metadata::{DiskType, Metadata};
+use crate::format::{HEADER_SECTION, MIB};
 
 const SPACE: &str = "space";
 
@@ -21,6 +21,7 @@ impl Examination {
         for run in space.free_runs().take_while(|run| run.offset < length) {
             self.report.free_bytes += run.length;
             let leaked = stored_bytes(disk, run).await?;
+            assert!(leaked <= run.length, "the host stores {leaked} of the {} bytes of a run", run.length);
             if leaked == 0 {
                 continue;
             }
@@ -82,6 +83,7 @@ impl Examination {
     /// The unused end of the file. A fixed image keeps what its missing blocks will need.
     pub(super) fn tail(&mut self, metadata: &Metadata, space: &Space, length: u64) {
         let end = space.used_end();
+        assert!(end >= HEADER_SECTION, "the header section is always used");
         if end >= length {
             return;
         }
@@ -105,6 +107,7 @@ async fn first_hollow<D: ReadDisk>(disk: &D, end: u64) -> Result<u64> {
         let found = found.map_err(|error| Error::io("looking for holes", error).at(middle * MIB))?;
         if found.is_some_and(|found| found < end * MIB) { low = middle + 1 } else { high = middle }
     }
+    assert!(low <= end, "the search ends where the file does");
     Ok(low)
 }
 
@@ -115,7 +118,9 @@ async fn stored_bytes<D: ReadDisk>(disk: &D, run: Extent) -> Result<u64> {
         let found = disk.next_data(at).await;
         let found = found.map_err(|error| Error::io("looking for holes", error).at(at))?;
         let Some(found) = found.filter(|found| *found < run.end()) else { break };
-        at = found - found % MIB + MIB;
+        let next = found - found % MIB + MIB;
+        assert!(next > at, "the search goes forward, from {at} to {next}");
+        at = next;
         stored += MIB;
     }
     Ok(stored)

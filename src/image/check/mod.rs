@@ -19,6 +19,7 @@ use crate::disk::ReadDisk;
 use crate::error::{Kind, Result};
 use crate::format::HEADER_SECTION;
 use crate::format::header::Current;
+use crate::format::log::LOWEST_TARGET;
 
 /// The log's name as an owner of space.
 const LOG: &str = "the log";
@@ -78,6 +79,7 @@ impl Examination {
 
     /// `extent` is claimed, and byte `at` of it was another's already: whose?
     fn rival(&mut self, extent: Extent, at: u64) -> &'static str {
+        assert!((extent.offset..extent.end()).contains(&at), "byte {at} is of {extent:?}");
         let meet = |other: &Extent| other.offset < extent.end() && extent.offset < other.end();
         self.log_is_shared |= self.fixtures.iter().any(|(other, name)| *name == LOG && meet(other));
         let has = |other: &Extent| other.offset <= at && at < other.end();
@@ -101,6 +103,8 @@ impl Examination {
     }
 
     fn patch(&mut self, offset: u64, bytes: &[u8]) {
+        assert!(offset >= LOWEST_TARGET, "a patch goes through the log, which spares the headers: {offset}");
+        assert!(!bytes.is_empty(), "a patch changes something");
         if self.patches.len() < MAX_PATCHES {
             self.patches.push(Patch { offset, bytes: bytes.into() });
         }
@@ -115,6 +119,8 @@ pub(super) async fn examine<D: ReadDisk>(disk: &D) -> Result<Examination> {
         found.report.withdraw_repairs();
         found.patches.clear();
     }
+    assert!(found.patches.len() <= MAX_PATCHES, "patches are bounded");
+    assert!(found.report.repairable > 0 || found.patches.is_empty(), "each patch mends a finding");
     Ok(found)
 }
 

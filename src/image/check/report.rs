@@ -149,6 +149,7 @@ impl Report {
         for finding in self.findings.iter_mut().filter(|finding| finding.repairable) {
             (finding.repairable, finding.remedy) = (false, None);
         }
+        assert!(!self.findings.iter().any(|finding| finding.repairable), "nothing is promised any longer");
     }
 
     pub(super) fn add(&mut self, finding: Finding) {
@@ -163,6 +164,8 @@ impl Report {
         if *count <= KEPT_FINDINGS {
             self.findings.push(finding);
         }
+        assert!(self.findings.len() as u64 <= 3 * KEPT_FINDINGS, "findings are bounded");
+        assert!(self.beyond_repair <= self.corruptions, "only a corruption is beyond repair");
     }
 }
 

@@ -12,7 +12,7 @@ use crate::error::{Kind, Result};
 use crate::format::header::{self, Current, Header, Other};
 use crate::format::locator::ParentLocator;
 use crate::format::metadata::{self, DiskType, Metadata};
-use crate::format::region::{self, Copies, CurrentTable, Region, RegionTable};
+use crate::format::region::{self, Copies, CurrentTable, MAX_ENTRIES, Region, RegionTable};
 use crate::format::{HEADER_SECTION, MIB, guid};
 
 const HEADERS: [&str; 2] = ["header 1", "header 2"];
@@ -211,13 +211,16 @@ impl Examination {
             let finding = Finding::corruption("parent locator", at, what);
             self.report
                 .add(finding.mended_by("is taken away, as the format demands: the strings stay the same"));
-            self.patch(at, &mended);
+            // Only lengths before the strings change. All of a long item would not fit a log entry.
+            let last = mended.iter().zip(&item).rposition(|(new, old)| new != old).expect("it differs");
+            self.patch(at, &mended[..=last]);
         }
         Ok(())
     }
 
     /// The space of everything that is no block.
     pub(super) fn fixed_space(&mut self, length: u64) -> Result<Space> {
+        assert!(self.fixtures.len() <= 2 + MAX_ENTRIES, "a log and a table of regions");
         let mut space = Space::new(length)?;
         for (extent, name) in std::mem::take(&mut self.fixtures) {
             if let Some(shared) = space.claim(extent) {
@@ -254,6 +257,7 @@ fn region_name(region: &Region) -> &'static str {
 
 /// Where two structures of one length begin to differ, behind the first `skipped` bytes.
 fn first_difference(a: &[u8], b: &[u8], skipped: usize) -> u64 {
+    assert!(a.len() == b.len() && skipped < a.len(), "both are one structure");
     let equal = a[skipped..].iter().zip(&b[skipped..]).take_while(|(a, b)| a == b).count();
     (skipped + equal) as u64
 }
