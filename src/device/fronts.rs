@@ -8,11 +8,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::sys::eventfd::EventFd;
+use smol::future::yield_now;
 
 use super::mailbox::{Receiver, Sender, wake_up};
 use crate::disk::{Reactor, Ring, UringDisk};
-use crate::engine::local::{Bell, yield_now};
 use crate::engine::message::{ToEngine, ToFront};
+use crate::engine::waiting::Bell;
 use crate::engine::{Engine, Fronts};
 
 /// The messages of all fronts, on their way to the engine.

@@ -92,7 +92,7 @@ impl<D: Disk + 'static> Engine<D> {
         if set.is_empty() {
             return self.sync().await;
         }
-        self.settle_headers().await?;
+        self.resolve_headers_in_doubt().await?;
         if !self.journal.is_active() {
             self.begin_log().await?;
         }

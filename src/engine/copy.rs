@@ -7,22 +7,11 @@
 use std::rc::Rc;
 
 use super::fill::read_sectors;
-use super::run::{Place, look};
+use super::span::{Location, locate};
 use super::{Engine, Outcome, Parent, errno};
 use crate::disk::{Buffer, Disk, PAGE_BYTES};
 use crate::format::bat::PayloadState;
 use crate::format::{MIB, index};
-
-/// Where the bytes of a range are.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Content {
-    /// In the file of this layer, at this offset.
-    File(usize, u64),
-    /// They are zero.
-    Zero,
-    /// Where they were before: no layer has them.
-    Below,
-}
 
 impl<D: Disk + 'static> Engine<D> {
     /// Copies into the image what `layers` have in `0..end`, the first before the second and so on. Calls
@@ -39,11 +28,11 @@ impl<D: Disk + 'static> Engine<D> {
             self.check_poison()?;
             let (content, past) = longest(layers, at, end);
             match content {
-                Content::File(layer, offset) => {
-                    self.copy_in(&layers[layer].disk, offset, at, past).await?;
+                Location::File { layer, offset } => {
+                    self.copy_in(&layers[usize::from(layer)].disk, offset, at, past).await?;
                 }
-                Content::Zero => self.make_zero(at, past, end).await?,
-                Content::Below => {}
+                Location::Zero | Location::Undefined => self.make_zero(at, past, end).await?,
+                Location::Below => {}
             }
             at = past;
             copied(at);
@@ -137,32 +126,30 @@ fn pieces(from: u64, to: u64) -> impl Iterator<Item = (u64, u64)> {
 }
 
 /// Where the bytes from `from` on are, and how far that holds, up to `end`.
-fn longest<D>(layers: &[Parent<D>], from: u64, end: u64) -> (Content, u64) {
-    let (content, mut past) = locate(layers, from, end);
-    while past < end && !matches!(content, Content::File(..)) {
-        let (next, next_past) = locate(layers, past, end);
-        if next != content {
+fn longest<D>(layers: &[Parent<D>], from: u64, end: u64) -> (Location, u64) {
+    let (location, mut past) = first_of(layers, from, end);
+    while past < end && !matches!(location, Location::File { .. }) {
+        let (next, next_past) = first_of(layers, past, end);
+        if next != location {
             break;
         }
         past = next_past;
     }
-    (content, past)
+    (location, past)
 }
 
-/// The same, of the blocks that `from` is in only.
-fn locate<D>(layers: &[Parent<D>], from: u64, end: u64) -> (Content, u64) {
-    let mut end = end;
-    for (number, Parent { map, .. }) in layers.iter().enumerate() {
+/// The same, of the blocks that `from` is in only. What a layer does not define becomes zero.
+fn first_of<D>(layers: &[Parent<D>], from: u64, mut end: u64) -> (Location, u64) {
+    for (layer, Parent { map, .. }) in (0..).zip(layers) {
         let size = map.geometry().virtual_size();
         if from >= size {
-            return (Content::Zero, end);
+            return (Location::Zero, end);
         }
-        let (place, length) = look(map, from, end.min(size));
-        match place {
-            Place::Here(offset) => return (Content::File(number, offset), from + length),
-            Place::Nowhere => return (Content::Zero, from + length),
-            Place::Below => end = from + length,
+        match locate(layer, map, from, end.min(size)) {
+            (Location::Below, length) => end = from + length,
+            (Location::Undefined, length) => return (Location::Zero, from + length),
+            (location, length) => return (location, from + length),
         }
     }
-    (Content::Below, end)
+    (Location::Below, end)
 }

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 
-use super::marks::Marks;
+use super::dirty_bitmap_pages::DirtyBitmapPages;
 use crate::image::Page;
 use crate::simulation::{Plant, planted};
 
@@ -15,18 +15,22 @@ pub(super) struct DirtySet {
     /// Copied by the cycle under way, and not durable yet.
     being_logged: RefCell<BTreeSet<Page>>,
     /// Pages of sector bitmaps that fronts have changed; they belong to the set once they are taken.
-    marks: Arc<Marks>,
+    bitmap_pages: Arc<DirtyBitmapPages>,
     /// Chunks whose sector bitmaps no durable entry names yet.
     begun_bitmaps: RefCell<BTreeSet<u64>>,
 }
 
 impl DirtySet {
-    /// The set of a session that begins with `pages` and `begun_bitmaps` to be logged; fronts mark pages in `marks`.
-    pub(super) fn new(pages: BTreeSet<Page>, begun_bitmaps: BTreeSet<u64>, marks: Arc<Marks>) -> Self {
+    /// The set of a session that begins with `pages` and `begun_bitmaps` to be logged; fronts mark pages in `bitmap_pages`.
+    pub(super) fn new(
+        pages: BTreeSet<Page>,
+        begun_bitmaps: BTreeSet<u64>,
+        bitmap_pages: Arc<DirtyBitmapPages>,
+    ) -> Self {
         Self {
             dirty: RefCell::new(pages),
             being_logged: RefCell::default(),
-            marks,
+            bitmap_pages,
             begun_bitmaps: RefCell::new(begun_bitmaps),
         }
     }
@@ -38,12 +42,12 @@ impl DirtySet {
 
     /// How many pages the next cycle logs, about.
     pub(super) fn count(&self) -> usize {
-        self.dirty.borrow().len() + self.marks.count()
+        self.dirty.borrow().len() + self.bitmap_pages.count()
     }
 
     /// Takes into the set what fronts have marked; returns those pages.
     pub(super) fn take_marked(&self) -> Vec<Page> {
-        let marked = self.marks.take();
+        let marked = self.bitmap_pages.take();
         self.dirty.borrow_mut().extend(&marked);
         marked
     }
@@ -103,8 +107,8 @@ mod tests {
     use crate::format::bat::Geometry;
 
     fn empty() -> DirtySet {
-        let marks = Marks::new(&Geometry::new(1 << 30, 1 << 20, 512, false));
-        DirtySet::new(BTreeSet::new(), BTreeSet::new(), marks.into())
+        let bitmap_pages = DirtyBitmapPages::new(&Geometry::new(1 << 30, 1 << 20, 512, false));
+        DirtySet::new(BTreeSet::new(), BTreeSet::new(), bitmap_pages.into())
     }
 
     proptest! {

@@ -2,7 +2,7 @@
 
 use std::cell::Cell;
 
-use super::local::{Bell, Turnstile};
+use super::waiting::{Bell, Turnstile};
 
 /// One fence at a time goes out to all fronts, and each answers once.
 #[derive(Default)]

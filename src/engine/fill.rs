@@ -1,5 +1,5 @@
 //! Making an absent block of a differencing image whole with what its parents have, where it cannot become partially
-//! present ([`super::bits`]).
+//! present ([`super::partial`]).
 //!
 //! It is filled in new space, which nothing names before all of it is there, and which no entry names before a sync
 //! has covered it. So a block is either as its parents say, or whole.
@@ -8,7 +8,7 @@ use std::rc::Rc;
 
 use nix::errno::Errno;
 
-use super::run::{Run, Source};
+use super::span::{Location, Span};
 use super::{Engine, Outcome, errno, for_guest};
 use crate::disk::{Buffer, Disk, PAGE_BYTES, ReadDisk};
 use crate::format::bat::{BatEntry, PayloadState};
@@ -47,16 +47,16 @@ impl<D: Disk + 'static> Engine<D> {
         let mut bytes: Option<Buffer> = None;
         let mut at = from;
         while at < end {
-            let run = Run::through(&self.shared, at, end);
-            if let Source::File(layer, offset) = run.source
+            let span = Span::in_chain(&self.shared, at, end);
+            if let Location::File { layer, offset } = span.location
                 && !planted(Plant::ForgetParents)
             {
                 let length = index(end - from).next_multiple_of(PAGE_BYTES);
                 let bytes = bytes.get_or_insert_with(|| Buffer::zeroed(length));
-                let target = &mut bytes[index(at - from)..][..run.length as usize];
+                let target = &mut bytes[index(at - from)..][..span.length as usize];
                 self.copy_out(layer, offset, target).await?;
             }
-            at += u64::from(run.length);
+            at += u64::from(span.length);
         }
         Ok(bytes)
     }

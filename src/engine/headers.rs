@@ -50,7 +50,7 @@ impl<D: Disk + 'static> Engine<D> {
 
     /// A header that was refused may be there all the same. Before anything is written that it contradicts, the
     /// one that holds takes its place.
-    pub(super) async fn settle_headers(self: &Rc<Self>) -> Outcome {
+    pub(super) async fn resolve_headers_in_doubt(self: &Rc<Self>) -> Outcome {
         let in_doubt = self.headers.borrow().are_in_doubt();
         if in_doubt && !planted(Plant::TrustRefusal) { self.update_headers(|_| ()).await } else { Ok(()) }
     }

@@ -3,9 +3,9 @@
 use std::cell::RefCell;
 
 use super::Outcome;
-use super::local::Promise;
 use super::log::LogSpace;
 use super::round::Round;
+use super::waiting::Promise;
 
 /// See the module's head.
 pub(super) struct Journal {

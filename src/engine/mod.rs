@@ -10,7 +10,7 @@
 //! 2. an initial empty log entry, before a header names its LogGuid (`begin_log`);
 //! 3. recycled space zeroed and synced, space filled from the parents synced, the data of partially present blocks
 //!    synced whose bits an entry has, and the length of a file that has grown, before that entry is written
-//!    (`commit`); a chunk's sector bitmap named by a durable entry before a block relies on it (`bits`);
+//!    (`commit`); a chunk's sector bitmap named by a durable entry before a block relies on it (`partial`);
 //! 4. a page's log entry synced, before the page is written in place (`commit`);
 //! 5. an unmapping durable and every front past it, before the space is granted again (`quarantine`);
 //! 6. everything logged synced in place, before the log starts again (`begin_log`);
@@ -23,11 +23,11 @@
 //! The crash behind each line is described in [`ordering`](crate::design::ordering).
 
 mod allocate;
-mod bits;
 mod close;
 mod commit;
 mod copy;
 mod dirty;
+mod dirty_bitmap_pages;
 mod drain;
 mod durability;
 mod fences;
@@ -35,21 +35,21 @@ mod fill;
 pub mod front;
 mod headers;
 mod journal;
-pub mod local;
 mod log;
-mod marks;
 pub mod message;
+mod partial;
 pub mod port;
 mod quarantine;
 mod queue;
 mod reclaim;
 mod round;
-mod run;
 mod session;
 pub mod shared;
+mod span;
 mod sync;
 mod troubles;
 mod unmap;
+pub mod waiting;
 
 use std::cell::{Cell, RefCell};
 use std::io;
@@ -67,11 +67,11 @@ use dirty::DirtySet;
 use durability::Durability;
 use fences::Fences;
 use journal::Journal;
-use local::{BlockLocks, Spawn, Turnstile};
 use message::{Ask, ToEngine, ToFront};
 use queue::CommitQueue;
 use reclaim::Reclaim;
 use shared::{Session, Shared};
+use waiting::{BlockLocks, Spawn, Turnstile};
 
 /// What the requester of an operation gets.
 pub type Outcome<T = ()> = std::result::Result<T, Errno>;
@@ -195,7 +195,7 @@ impl<D: Disk + 'static> Engine<D> {
         let (parents, maps): (Vec<_>, Vec<_>) =
             parents.into_iter().map(|parent| (parent.disk, parent.map)).unzip();
         let shared = Arc::new(Shared::of_chain(image.map.into(), maps.into(), false, fixed));
-        let dirty = DirtySet::new(pending.pages, pending.bitmaps, shared.marks.clone());
+        let dirty = DirtySet::new(pending.pages, pending.bitmaps, shared.dirty_bitmap_pages.clone());
         let reclaim = Reclaim::default();
         pending.unmapped.into_iter().for_each(|extent| reclaim.lost(extent));
         let engine = Rc::new(Self {
@@ -264,7 +264,7 @@ impl<D: Disk + 'static> Engine<D> {
     /// Does what is asked, and remembers what that says about the host.
     async fn serve(self: &Rc<Self>, ask: Ask) -> Outcome {
         let needs_room = matches!(ask, Ask::Allocate { .. });
-        let outcome = self.obey(ask).await;
+        let outcome = self.perform(ask).await;
         match outcome {
             Ok(()) if needs_room => self.shared.troubles().found_room(),
             Err(errno @ (Errno::ENOSPC | Errno::EDQUOT)) => {
@@ -275,7 +275,7 @@ impl<D: Disk + 'static> Engine<D> {
         outcome
     }
 
-    async fn obey(self: &Rc<Self>, ask: Ask) -> Outcome {
+    async fn perform(self: &Rc<Self>, ask: Ask) -> Outcome {
         self.check_poison()?;
         let changes = !matches!(ask, Ask::OpenSession | Ask::Flush);
         assert!(!changes || self.shared.session() == Session::Open, "fronts open the session first");

@@ -38,15 +38,12 @@ impl Ticket {
     }
 }
 
-/// The layer that is served itself; the others are its parents, each the parent of the one before it.
-pub const LEAF: u8 = 0;
-
 /// File I/O on an image of the chain, at most `u32::MAX` bytes; offsets and lengths are multiples of the logical sector.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FileIo {
     /// What to do.
     pub op: FileOp,
-    /// Which image's file; only [`LEAF`]'s is ever written. Meaningless for [`FileOp::FillZero`].
+    /// Which image's file; only [`super::shared::LEAF`]'s is ever written. Meaningless for [`FileOp::FillZero`].
     pub layer: u8,
     /// Where in that file, bytes; meaningless for [`FileOp::FillZero`].
     pub file_offset: u64,

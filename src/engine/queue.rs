@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 
 use super::Outcome;
-use super::local::{Bell, Promise};
+use super::waiting::{Bell, Promise};
 
 /// See the module's head.
 #[derive(Default)]

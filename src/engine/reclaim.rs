@@ -3,9 +3,9 @@
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
-use super::local::Bell;
 use super::message::ToFront;
 use super::quarantine::Quarantine;
+use super::waiting::Bell;
 use super::{Engine, Outcome};
 use crate::disk::Disk;
 use crate::image::{Content, Extent};

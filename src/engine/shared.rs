@@ -3,12 +3,14 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
-use super::marks::Marks;
-use super::port::LEAF;
+use super::dirty_bitmap_pages::DirtyBitmapPages;
 use super::troubles::Troubles;
 use crate::format::bat::{Geometry, PayloadState};
 use crate::image::BlockMap;
 pub use crate::image::Session;
+
+/// The layer that is served itself; the others are its parents, each the parent of the one before it.
+pub const LEAF: u8 = 0;
 
 /// The state shared by the fronts and the engine.
 pub struct Shared {
@@ -17,7 +19,7 @@ pub struct Shared {
     /// Of a differencing image the parents, its own first; they are never written.
     parents: Box<[Arc<BlockMap>]>,
     /// Pages of the leaf's sector bitmaps that have changed.
-    pub(super) marks: Arc<Marks>,
+    pub(super) dirty_bitmap_pages: Arc<DirtyBitmapPages>,
     /// Writes are refused before they reach the engine.
     pub read_only: bool,
     /// The image promises provisioned space (LeaveBlocksAllocated): nothing is ever unmapped.
@@ -45,7 +47,7 @@ impl Shared {
         fixed: bool,
     ) -> Self {
         Self {
-            marks: Marks::new(leaf.geometry()).into(),
+            dirty_bitmap_pages: DirtyBitmapPages::new(leaf.geometry()).into(),
             map: leaf,
             parents,
             read_only,
@@ -85,7 +87,7 @@ impl Shared {
             let within = geometry.offset_in_block(at);
             let end = to.min(at - within + geometry.block_size());
             if self.map.load(block).entry.payload_state() == Some(PayloadState::PartiallyPresent) {
-                self.marks.set(&self.map, block, within / sector..(within + end - at) / sector);
+                self.dirty_bitmap_pages.set(&self.map, block, within / sector..(within + end - at) / sector);
             }
             at = end;
         }

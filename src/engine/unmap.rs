@@ -2,9 +2,10 @@
 
 use std::rc::Rc;
 
-use super::local::yield_now;
+use smol::future::yield_now;
+
 use super::log::cycle_threshold;
-use super::run::{shows_parents, to_unmap};
+use super::span::{shows_parents, to_unmap};
 use super::{Engine, Outcome};
 use crate::disk::Disk;
 use crate::format::bat::{BatEntry, PayloadState};

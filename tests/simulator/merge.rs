@@ -8,9 +8,9 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use fastrand::Rng;
+use smol::future::yield_now;
 use uuid::Uuid;
 use vhdx_ublk::chain;
-use vhdx_ublk::engine::local::yield_now;
 use vhdx_ublk::error::{Kind, Result};
 use vhdx_ublk::format::bat::{BITMAP_BLOCK_SIZE, BatEntry, ENTRY_SIZE, Geometry, PayloadState};
 use vhdx_ublk::format::locator::RELATIVE_PATH;

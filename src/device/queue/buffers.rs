@@ -204,7 +204,8 @@ impl Buffers {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::port::{FileOp, LEAF};
+    use crate::engine::port::FileOp;
+    use crate::engine::shared::LEAF;
 
     #[test]
     fn pages_are_registered_with_the_tag_as_index_or_not_at_all() {

@@ -36,8 +36,8 @@ use crate::disk::PAGE_BYTES;
 use crate::engine::Outcome;
 use crate::engine::front::{MAX_PIECES, Request};
 use crate::engine::message::ToEngine;
-use crate::engine::port::{FileIo, FileOp, LEAF, MAX_WRITE_ZEROS, PieceId, Port, Ticket, errno};
-use crate::engine::shared::Shared;
+use crate::engine::port::{FileIo, FileOp, MAX_WRITE_ZEROS, PieceId, Port, Ticket, errno};
+use crate::engine::shared::{LEAF, Shared};
 use crate::error::{Doing, Error, Result};
 
 /// Places in the submission queue: a full one is submitted and filled again, so this bounds memory, not work.

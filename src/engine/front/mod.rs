@@ -28,9 +28,9 @@ use self::steps::Step;
 use self::verdict::{Verdict, judge};
 use super::drain::Drain;
 use super::message::{Ask, ToEngine, ToFront};
-use super::port::{FileIo, FileOp, LEAF, MAX_WRITE_ZEROS, PieceId, Port, Ticket};
-use super::run::{Run, Source};
-use super::shared::{Session, Shared};
+use super::port::{FileIo, FileOp, MAX_WRITE_ZEROS, PieceId, Port, Ticket};
+use super::shared::{LEAF, Session, Shared};
+use super::span::{Location, Span};
 use super::{Outcome, for_guest, is_refusal};
 use crate::simulation::{Plant, planted};
 
@@ -258,25 +258,25 @@ impl Front {
         self.answer_hold(port);
     }
 
-    /// Starts `op` on the file that `run` lies in; the number of its piece is in use from now on.
+    /// Starts `op` on the file that `span` lies in; the number of its piece is in use from now on.
     #[inline]
-    fn start_piece<P: Port>(&mut self, tag: u16, run: &Run, op: FileOp, advisory: bool, port: &mut P) {
-        let Source::File(layer, file_offset) = run.source else {
+    fn start_piece<P: Port>(&mut self, tag: u16, span: &Span, op: FileOp, advisory: bool, port: &mut P) {
+        let Location::File { layer, offset: file_offset } = span.location else {
             panic!("file I/O goes to blocks that are there")
         };
         assert!(layer == LEAF || op == FileOp::Read, "parents are only read");
         let io =
-            FileIo { op, layer, file_offset, buffer_offset: self.buffer_offset(tag), length: run.length };
+            FileIo { op, layer, file_offset, buffer_offset: self.buffer_offset(tag), length: span.length };
         let from = self.slots[tag].cursor;
         let id = self.claim_piece(tag, io);
         self.slots.piece_mut(id).advisory = advisory;
         if op == (FileOp::Write { durable: true }) {
             self.durable_write_begins(id);
         }
-        if run.partial && !advisory && op != FileOp::Read {
-            self.slots.piece_mut(id).written = Some((from, from + u64::from(run.length)));
+        if span.partial && !advisory && op != FileOp::Read {
+            self.slots.piece_mut(id).written = Some((from, from + u64::from(span.length)));
             if planted(Plant::BitsBeforeData) {
-                self.shared.mark_written(from, from + u64::from(run.length));
+                self.shared.mark_written(from, from + u64::from(span.length));
             }
         }
         submit(id, io, port);

@@ -7,9 +7,9 @@ use nix::errno::Errno;
 
 use super::{Front, MAX_LOOKS, MIN_PUNCH_BYTES, Op, submit};
 use crate::engine::message::{Ask, ToEngine};
-use crate::engine::port::{FileIo, FileOp, LEAF, Port};
-use crate::engine::run::{Run, Source, first_to_unmap, shows_parents};
-use crate::engine::shared::{Session, Shared};
+use crate::engine::port::{FileIo, FileOp, Port};
+use crate::engine::shared::{LEAF, Session, Shared};
+use crate::engine::span::{Location, Span, first_to_unmap, shows_parents};
 use crate::simulation::{Plant, planted};
 
 /// How often one request asks again for a block that a discard took away in between.
@@ -34,9 +34,9 @@ impl Front {
     }
 
     fn step_read<P: Port>(&mut self, tag: u16, port: &mut P) -> Step {
-        let run = self.run(tag, Run::through);
-        if run.is_present() {
-            self.start_piece(tag, &run, FileOp::Read, false, port);
+        let span = self.span(tag, Span::in_chain);
+        if span.is_present() {
+            self.start_piece(tag, &span, FileOp::Read, false, port);
             return Step::Again;
         }
         let io = FileIo {
@@ -44,7 +44,7 @@ impl Front {
             layer: LEAF,
             file_offset: 0,
             buffer_offset: self.buffer_offset(tag),
-            length: run.length,
+            length: span.length,
         };
         let id = self.claim_piece(tag, io);
         submit(id, io, port);
@@ -56,15 +56,15 @@ impl Front {
             return step;
         }
         let durable = durable && !planted(Plant::IgnoreFua);
-        let run = self.run(tag, Run::of);
-        if !run.is_present() {
+        let span = self.span(tag, Span::in_leaf);
+        if !span.is_present() {
             let (first, count) = self.blocks_ahead(tag);
             return self.ask_again(tag, Ask::Allocate { first, count }, port);
         }
-        if durable && !run.durable {
+        if durable && !span.durable {
             self.slots[tag].flush_at_end = true;
         }
-        self.start_piece(tag, &run, FileOp::Write { durable: durable && run.durable }, false, port);
+        self.start_piece(tag, &span, FileOp::Write { durable: durable && span.durable }, false, port);
         Step::Again
     }
 
@@ -90,14 +90,14 @@ impl Front {
         if self.shared.map.first_set(block..block + 1) > block {
             return self.pass_over(tag, block + 1);
         }
-        let run = self.part(tag);
-        let punches = run.is_present() && u64::from(run.length) >= MIN_PUNCH_BYTES;
+        let span = self.part(tag);
+        let punches = span.is_present() && u64::from(span.length) >= MIN_PUNCH_BYTES;
         if !punches || !self.shared.can_punch() {
-            self.skip(tag, &run);
+            self.skip(tag, &span);
         } else if let Some(step) = self.await_session(tag, port) {
             return step;
         } else {
-            self.start_piece(tag, &run, FileOp::PunchHole, true, port);
+            self.start_piece(tag, &span, FileOp::PunchHole, true, port);
         }
         Step::Again
     }
@@ -108,29 +108,29 @@ impl Front {
         if let Some(blocks) = whole.clone().filter(|_| !keep_space) {
             return self.unmap(tag, blocks, true, port);
         }
-        let run = self.part(tag);
-        if run.source == Source::Zero {
-            self.skip(tag, &run);
+        let span = self.part(tag);
+        if span.location == Location::Zero {
+            self.skip(tag, &span);
             return Step::Again;
         }
         if let Some(step) = self.await_session(tag, port) {
             return step;
         }
-        if run.is_present() {
-            let op = self.zeroing_op(run.length, keep_space);
-            self.start_piece(tag, &run, op, false, port);
+        if span.is_present() {
+            let op = self.zeroing_op(span.length, keep_space);
+            self.start_piece(tag, &span, op, false, port);
             return Step::Again;
         }
-        let ask = self.zero_absent(tag, &run, whole);
+        let ask = self.zero_absent(tag, &span, whole);
         self.ask_again(tag, ask, port)
     }
 
     /// What makes the absent block at the cursor read as zeros. It takes space only where a part of it has to read
     /// on as the parents say.
-    fn zero_absent(&self, tag: u16, run: &Run, whole: Option<Range<u64>>) -> Ask {
+    fn zero_absent(&self, tag: u16, span: &Span, whole: Option<Range<u64>>) -> Ask {
         let (first, count) = self.blocks_ahead(tag);
         match whole {
-            _ if run.source != Source::Parents => Ask::ZeroAbsent { first, count, whole: false },
+            _ if span.location != Location::Below => Ask::ZeroAbsent { first, count, whole: false },
             Some(blocks) => Ask::ZeroAbsent { first, count: blocks.end - blocks.start, whole: true },
             None if shows_parents(&self.shared, first, &mut { MAX_LOOKS }) => {
                 Ask::Allocate { first, count: 1 }
@@ -198,30 +198,30 @@ impl Front {
         Step::Wait
     }
 
-    /// The longest run from the cursor that one piece of file I/O can serve, over neighbouring blocks too.
+    /// The longest span from the cursor that one piece of file I/O can serve, over neighbouring blocks too.
     #[inline]
-    fn run(&self, tag: u16, look_up: impl Fn(&Shared, u64, u64) -> Run) -> Run {
+    fn span(&self, tag: u16, look_up: impl Fn(&Shared, u64, u64) -> Span) -> Span {
         let slot = &self.slots[tag];
-        let mut run = look_up(&self.shared, slot.cursor, slot.past());
-        let mut next = slot.cursor + u64::from(run.length);
+        let mut span = look_up(&self.shared, slot.cursor, slot.past());
+        let mut next = slot.cursor + u64::from(span.length);
         while next < slot.past() {
             let more = look_up(&self.shared, next, slot.past());
-            if !run.continues_with(&more) {
+            if !span.continues_with(&more) {
                 break;
             }
-            run.length += more.length;
-            run.durable &= more.durable;
-            run.partial |= more.partial;
+            span.length += more.length;
+            span.durable &= more.durable;
+            span.partial |= more.partial;
             next += u64::from(more.length);
         }
-        run
+        span
     }
 
     /// The part of the cursor's block that the request covers.
     #[inline]
-    fn part(&self, tag: u16) -> Run {
+    fn part(&self, tag: u16) -> Span {
         let slot = &self.slots[tag];
-        Run::of(&self.shared, slot.cursor, slot.past())
+        Span::in_leaf(&self.shared, slot.cursor, slot.past())
     }
 
     /// Whole blocks at the cursor. The last block of the disk is whole when the range reaches the end of the disk.
@@ -254,10 +254,10 @@ impl Front {
         Step::Again
     }
 
-    /// Nothing needs doing for `run`.
-    fn skip(&mut self, tag: u16, run: &Run) {
+    /// Nothing needs doing for `span`.
+    fn skip(&mut self, tag: u16, span: &Span) {
         let slot = &mut self.slots[tag];
-        slot.cursor += u64::from(run.length);
+        slot.cursor += u64::from(span.length);
         slot.asks = 0;
     }
 

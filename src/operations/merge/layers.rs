@@ -25,8 +25,8 @@ use uuid::Uuid;
 
 use crate::chain;
 use crate::disk::Disk;
-use crate::engine::local::Spawn;
 use crate::engine::message::ToFront;
+use crate::engine::waiting::Spawn;
 use crate::engine::{Engine, Fronts, Parent, Setup};
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::format::guid;

@@ -8,7 +8,7 @@ use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Wake, Waker};
 
-use vhdx_ublk::engine::local::Spawn;
+use vhdx_ublk::engine::waiting::Spawn;
 
 type Task = Pin<Box<dyn Future<Output = ()>>>;
 

@@ -14,8 +14,8 @@ use fastrand::Rng;
 use uuid::Uuid;
 use vhdx_ublk::engine::front::{Front, Op, Request};
 use vhdx_ublk::engine::message::{ToEngine, ToFront};
-use vhdx_ublk::engine::port::{FileIo, FileOp, LEAF, PieceId, Port, Ticket};
-use vhdx_ublk::engine::shared::{Session, Shared};
+use vhdx_ublk::engine::port::{FileIo, FileOp, PieceId, Port, Ticket};
+use vhdx_ublk::engine::shared::{LEAF, Session, Shared};
 use vhdx_ublk::engine::{Counters, Engine, Fronts, Outcome, Parent, Setup};
 use vhdx_ublk::format::bat::{BatEntry, PayloadState};
 use vhdx_ublk::image::{

@@ -1,7 +1,7 @@
 //! Partially present blocks: a block of a differencing image that has some sectors itself, and the others from its
 //! parents, as the sector bitmap of its chunk says.
 //!
-//! * A front sets a sector's bit when its data is in the file ([`super::marks`]); the commit cycle copies the bitmap's
+//! * A front sets a sector's bit when its data is in the file ([`super::dirty_bitmap_pages`]); the commit cycle copies the bitmap's
 //!   page, syncs, and only then writes the entry that has it. So a durable bit has durable data.
 //! * An absent block becomes partially present with all its bits cleared *in the file*: bits that a power cut has left
 //!   there, logged before the block's entry was, would show what the new space happens to hold.

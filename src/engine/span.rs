@@ -2,104 +2,105 @@
 
 use std::ops::Range;
 
-use super::port::LEAF;
-use super::shared::Shared;
+use super::shared::{LEAF, Shared};
 use crate::format::bat::PayloadState;
 use crate::image::{BlockMap, Mapping, payload_extent};
 use crate::simulation::{Plant, planted};
 
 /// Where bytes are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Source {
+pub(super) enum Location {
     /// In the file of this layer, at this offset.
-    File(u8, u64),
-    /// Nowhere: the leaf's block is ZERO.
+    File {
+        /// The layer.
+        layer: u8,
+        /// Offset in its file, bytes.
+        offset: u64,
+    },
+    /// Nowhere: every reader sees zeros.
     Zero,
-    /// Nowhere: they read as zero, and others may think otherwise.
+    /// Nowhere: they read as zero here, and may read as something else elsewhere.
     Undefined,
-    /// Where the parents say.
-    Parents,
+    /// In the layer below, or nowhere if there is none.
+    Below,
 }
 
 /// Consecutive virtual bytes that one piece can serve.
 #[derive(Clone, Copy)]
-pub(super) struct Run {
-    pub(super) source: Source,
+pub(super) struct Span {
+    pub(super) location: Location,
     pub(super) durable: bool,
     /// A block is partially present: what is written has to be marked.
     pub(super) partial: bool,
     pub(super) length: u32,
 }
 
-impl Run {
+impl Span {
     /// The run from virtual offset `from` to the end of its block or to `end`, as a writer sees it: in the space that
     /// the leaf has for it.
     #[inline]
-    pub(super) fn of(shared: &Shared, from: u64, end: u64) -> Self {
+    pub(super) fn in_leaf(shared: &Shared, from: u64, end: u64) -> Self {
         let geometry = shared.geometry();
         let block = geometry.block_of_offset(from);
         let within = geometry.offset_in_block(from);
         let length = (geometry.block_size() - within).min(end - from);
         let Mapping { entry, durable } = shared.map.load(block);
         let state = entry.payload_state();
-        let source = match state {
-            Some(PayloadState::FullyPresent) => Source::File(LEAF, entry.offset() + within),
-            Some(PayloadState::Zero) => Source::Zero,
-            Some(PayloadState::PartiallyPresent) if geometry.is_differencing() => {
-                Source::File(LEAF, entry.offset() + within)
-            }
-            Some(PayloadState::NotPresent) if geometry.is_differencing() => Source::Parents,
-            _ => Source::Undefined,
+        let here = || Location::File { layer: LEAF, offset: entry.offset() + within };
+        let location = match state {
+            Some(PayloadState::FullyPresent) => here(),
+            Some(PayloadState::Zero) => Location::Zero,
+            Some(PayloadState::PartiallyPresent) if geometry.is_differencing() => here(),
+            Some(PayloadState::NotPresent) if geometry.is_differencing() => Location::Below,
+            _ => Location::Undefined,
         };
         let partial = state == Some(PayloadState::PartiallyPresent);
         let length = u32::try_from(length).expect("a block has at most 256 MiB");
-        Self { source, durable: durable && !partial, partial, length }
+        Self { location, durable: durable && !partial, partial, length }
     }
 
     /// The same for a reader: from the layer that has the content, shorter where a block is spread over several.
     #[inline]
-    pub(super) fn through(shared: &Shared, from: u64, end: u64) -> Self {
-        let run = Self::of(shared, from, end);
-        if run.partial || run.source == Source::Parents {
-            Self::in_chain(shared, from, from + u64::from(run.length))
+    pub(super) fn in_chain(shared: &Shared, from: u64, end: u64) -> Self {
+        let span = Self::in_leaf(shared, from, end);
+        if span.partial || span.location == Location::Below {
+            Self::layer_by_layer(shared, from, from + u64::from(span.length))
         } else {
-            run
+            span
         }
     }
 
     /// Layer by layer, until one has the content.
-    fn in_chain(shared: &Shared, from: u64, mut end: u64) -> Self {
-        let run = |source, length| {
+    fn layer_by_layer(shared: &Shared, from: u64, mut end: u64) -> Self {
+        let span = |location, length| {
             let length = u32::try_from(length).expect("a block has at most 256 MiB");
-            Self { source, durable: false, partial: false, length }
+            Self { location, durable: false, partial: false, length }
         };
         for (layer, map) in std::iter::once((LEAF, shared.map.as_ref())).chain(shared.parents()) {
             // A parent may be smaller than its child: what it does not have reads as zero.
             if from >= map.geometry().virtual_size() {
                 break;
             }
-            let (place, length) = look(map, from, end.min(map.geometry().virtual_size()));
-            match place {
-                Place::Here(file_offset) => return run(Source::File(layer, file_offset), length),
-                Place::Nowhere => return run(Source::Undefined, length),
-                Place::Below => end = from + length,
+            match locate(layer, map, from, end.min(map.geometry().virtual_size())) {
+                (Location::Below, length) => end = from + length,
+                (location, length) => return span(location, length),
             }
         }
-        run(Source::Undefined, end - from)
+        span(Location::Undefined, end - from)
     }
 
     /// Whether the bytes lie in a file.
     pub(super) fn is_present(&self) -> bool {
-        matches!(self.source, Source::File(..))
+        matches!(self.location, Location::File { .. })
     }
 
     /// Whether one piece can serve this run and `next`, which follows it.
     pub(super) fn continues_with(&self, next: &Self) -> bool {
-        match (self.source, next.source) {
-            (Source::File(layer, offset), Source::File(next_layer, next_offset)) => {
-                layer == next_layer && next_offset == offset + u64::from(self.length)
+        match (self.location, next.location) {
+            (Location::File { layer, offset }, next @ Location::File { .. }) => {
+                next == Location::File { layer, offset: offset + u64::from(self.length) }
             }
-            (Source::File(..), _) | (_, Source::File(..)) => false,
+            (Location::File { .. }, _) | (_, Location::File { .. }) => false,
             _ => true,
         }
     }
@@ -154,41 +155,34 @@ pub(super) fn shows_parents(shared: &Shared, block: u64, looks: &mut u32) -> boo
     let end = (at + geometry.block_size()).min(geometry.virtual_size());
     let layers = u32::try_from(shared.layers().count()).expect("at most 256");
     while at < end {
-        let run = Run::through(shared, at, end);
+        let span = Span::in_chain(shared, at, end);
         *looks = looks.saturating_sub(layers);
-        if run.is_present() || *looks == 0 {
+        if span.is_present() || *looks == 0 {
             return true;
         }
-        at += u64::from(run.length);
+        at += u64::from(span.length);
     }
     false
 }
 
-/// Where one layer says that bytes are.
-pub(super) enum Place {
-    /// In its file, at this offset.
-    Here(u64),
-    /// Where its parent says.
-    Below,
-    /// They are zero.
-    Nowhere,
-}
-
-/// What a layer says of the bytes from `from` on, and of how many, up to `end` or the end of its block.
-pub(super) fn look(map: &BlockMap, from: u64, end: u64) -> (Place, u64) {
+/// Where the bytes from `from` on are by what one layer says, and for how many that holds, up to `end` or the end of
+/// its block.
+pub(super) fn locate(layer: u8, map: &BlockMap, from: u64, end: u64) -> (Location, u64) {
     let geometry = map.geometry();
     let block = geometry.block_of_offset(from);
     let within = geometry.offset_in_block(from);
     let length = (geometry.block_size() - within).min(end - from);
     let entry = map.load(block).entry;
+    let here = || Location::File { layer, offset: entry.offset() + within };
     match entry.payload_state() {
-        Some(PayloadState::FullyPresent) => (Place::Here(entry.offset() + within), length),
+        Some(PayloadState::FullyPresent) => (here(), length),
         Some(PayloadState::PartiallyPresent) => {
-            let (here, length) = sectors(map, block, within, length);
-            (if here { Place::Here(entry.offset() + within) } else { Place::Below }, length)
+            let (present, length) = sectors(map, block, within, length);
+            (if present { here() } else { Location::Below }, length)
         }
-        Some(PayloadState::NotPresent) if geometry.is_differencing() => (Place::Below, length),
-        _ => (Place::Nowhere, length),
+        Some(PayloadState::NotPresent) if geometry.is_differencing() => (Location::Below, length),
+        Some(PayloadState::Zero) => (Location::Zero, length),
+        _ => (Location::Undefined, length),
     }
 }
 

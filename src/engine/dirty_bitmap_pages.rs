@@ -27,7 +27,7 @@ const INSIDE: u32 = 2;
 const SECTORS_PER_PAGE: u64 = 8 * PAGE_BYTES as u64;
 
 /// See the module's head.
-pub struct Marks {
+pub struct DirtyBitmapPages {
     /// By page, chunk after chunk.
     pages: Box<[AtomicU32]>,
     /// A bit per chunk with marked pages.
@@ -35,7 +35,7 @@ pub struct Marks {
     count: AtomicUsize,
 }
 
-impl Marks {
+impl DirtyBitmapPages {
     /// No page is marked.
     pub(super) fn new(geometry: &Geometry) -> Self {
         let chunks = if geometry.is_differencing() { geometry.bitmap_block_count() } else { 0 };
@@ -130,7 +130,7 @@ mod tests {
             let map = BlockMap::empty(Geometry::new(1 << 30, 1 << 20, 512, true));
             map.bitmaps().make_room(map.geometry(), 0).expect("memory");
             map.publish(0, BatEntry::partially_present(1 << 20));
-            let (marks, logged) = (Marks::new(map.geometry()), Mutex::new(Vec::new()));
+            let (marks, logged) = (DirtyBitmapPages::new(map.geometry()), Mutex::new(Vec::new()));
             let flush = || {
                 let mut logged = logged.lock().expect("no panic holds it");
                 for page in marks.take() {
