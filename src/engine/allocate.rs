@@ -147,7 +147,9 @@ impl<D: Disk + 'static> Engine<D> {
     }
 
     fn take_space(&self, length: u64) -> Option<Grant> {
-        self.space.borrow_mut().take(length)
+        let grant = self.space.borrow_mut().take(length)?;
+        assert_eq!(grant.extent.length, length, "a grant is as long as it was asked for");
+        Some(grant)
     }
 
     /// Extends the file generously, or at least by `length`.

@@ -79,6 +79,7 @@ impl<D: Disk + 'static> Engine<D> {
         assert!(!self.journal.is_active(), "the file is shortened once no log needs it");
         let end = self.space.borrow().used_end();
         let longer = end < self.durability.file_length();
+        assert!(self.layout.bat.end() <= end, "the BAT is in use to the end");
         if longer {
             self.shared.map.set_file_bytes(end);
             self.disk.truncate(end).await.map_err(|error| errno(&error))?;

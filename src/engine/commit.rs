@@ -66,6 +66,7 @@ impl<D: Disk + 'static> Engine<D> {
 
     async fn cycle(self: &Rc<Self>) -> Outcome {
         let mut waiters = self.commits.take_waiters();
+        let closed = self.durability.epoch();
         self.take_bits();
         let set = self.dirty.close();
         let batch = self.reclaim.close_batch();
@@ -76,6 +77,8 @@ impl<D: Disk + 'static> Engine<D> {
         let outcome = self.commit(set).await;
         if outcome.is_err() {
             self.dirty.give_back();
+        } else {
+            assert!(self.durability.is_durable(closed), "a flush ends in a sync issued after it");
         }
         if self.reclaim.end_batch(batch, outcome.is_ok()) {
             self.start(|engine| async move { engine.release_quarantine().await });
@@ -144,7 +147,9 @@ impl<D: Disk + 'static> Engine<D> {
         if !planted(Plant::StartAgainEarly) {
             self.await_applied().await?;
         }
-        self.begin_log().await
+        self.begin_log().await?;
+        assert!(self.journal.has_room(round.pages.len()), "a new log has room for any round");
+        Ok(())
     }
 
     /// Waits until the newest round is in place. If the host had no room for it, it is tried again, once.

@@ -66,6 +66,7 @@ impl<D: Disk + 'static> Engine<D> {
 
     /// Makes `from..to` zero. A block that reaches behind `end` ends there.
     async fn make_zero(self: &Rc<Self>, from: u64, to: u64, end: u64) -> Outcome {
+        assert!(from < to && to <= end, "bytes {from} to {to} of {end}");
         let size = self.shared.geometry().block_size();
         let past = if to == end { to.div_ceil(size) } else { to / size };
         let first = from.div_ceil(size);

@@ -69,7 +69,8 @@ impl DirtyBitmapPages {
                 word.fetch_add(INSIDE, Ordering::AcqRel);
                 bitmaps.set(geometry, block, part);
                 self.mark(chunk, page);
-                word.fetch_sub(INSIDE, Ordering::AcqRel);
+                let before = word.fetch_sub(INSIDE, Ordering::AcqRel);
+                assert!(before >= INSIDE, "a front leaves a page that it is in");
             } else if word.load(Ordering::Acquire) != 0 {
                 self.mark(chunk, page);
             }
@@ -108,6 +109,7 @@ impl DirtyBitmapPages {
     }
 
     fn page(&self, chunk: u64, page: u64) -> &AtomicU32 {
+        debug_assert!(page < PAGES_PER_CHUNK, "page {page} of a bitmap");
         &self.pages[index(chunk * PAGES_PER_CHUNK + page)]
     }
 }

@@ -16,6 +16,7 @@ pub(super) struct Fences {
 impl Fences {
     /// Sends each of `fronts` fronts a fence with `send`, and waits for all answers.
     pub(super) async fn pass(&self, fronts: usize, send: impl Fn(usize)) {
+        assert!(fronts > 0, "durable writes in flight belong to fronts");
         let turn = self.turn.enter().await;
         assert_eq!(self.owed.replace(fronts), 0, "one fence at a time");
         (0..fronts).for_each(send);

@@ -44,6 +44,7 @@ impl<D: Disk + 'static> Engine<D> {
 
     /// The bytes of `from..end`, which is in one block, up to the next whole page; nothing if all of it is zero.
     async fn content(&self, from: u64, end: u64) -> Outcome<Option<Buffer>> {
+        assert!(from < end && end - from <= MIB, "a piece of a block, from {from} to {end}");
         let mut bytes: Option<Buffer> = None;
         let mut at = from;
         while at < end {
@@ -78,6 +79,7 @@ impl<D: Disk + 'static> Engine<D> {
 
 /// Reads what lies at `offset` of a file, and starts and ends at any sector, in whole pages.
 pub(super) async fn read_sectors<D: ReadDisk>(disk: &D, offset: u64, target: &mut [u8]) -> Outcome {
+    assert!(!target.is_empty(), "something is read");
     let before = offset % PAGE_BYTES as u64;
     let length = (index(before) + target.len()).next_multiple_of(PAGE_BYTES);
     let pages = disk.read(offset - before, length).await.map_err(|error| errno(&error))?;

@@ -45,6 +45,7 @@ impl<D: Disk + 'static> Engine<D> {
                 self.sync().await?;
             }
         }
+        assert!(!self.headers.borrow().are_in_doubt(), "both headers were written");
         Ok(())
     }
 

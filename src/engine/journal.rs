@@ -36,6 +36,7 @@ impl Journal {
 
     /// The headers name `log` from now on, and not the one before it.
     pub(super) fn begin(&self, log: LogSpace) {
+        assert!(self.is_settled(), "the log starts again while it is needed");
         self.log.replace(Some(log));
     }
 
@@ -81,7 +82,8 @@ impl Journal {
     /// A round is on its way to its place from now on; the caller keeps the promise.
     pub(super) fn begin_applying(&self) -> Promise<Outcome> {
         let done = Promise::default();
-        self.applied.replace(done.clone());
+        let before = self.applied.replace(done.clone());
+        assert!(before.is_kept(), "one round at a time is on its way to its place");
         done
     }
 

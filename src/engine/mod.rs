@@ -59,8 +59,9 @@ use std::sync::Arc;
 use nix::errno::Errno;
 use uuid::Uuid;
 
-use crate::disk::{Buffer, Disk};
+use crate::disk::{Buffer, Disk, PAGE_BYTES};
 use crate::error::Result;
+use crate::format::header::OFFSETS;
 use crate::format::metadata::DiskType;
 use crate::image::{BlockMap, FoundLog, Headers, Layout, Space, WritableImage};
 use dirty::DirtySet;
@@ -302,12 +303,15 @@ impl<D: Disk + 'static> Engine<D> {
             self.shared.troubles().note(doing, errno(error));
             tracing::error!("{doing} failed: {error}; no write or flush will succeed, reads go on");
         }
+        assert_eq!(self.shared.session(), Session::Poisoned, "a poisoned session stays poisoned");
         Errno::EIO
     }
 
     /// Writes metadata. A host that refuses it fails whoever waits for it, and nothing else; any other failure
     /// poisons.
     async fn write_metadata(&self, doing: &str, offset: u64, bytes: Buffer) -> Outcome {
+        let page = PAGE_BYTES as u64;
+        assert!(offset >= OFFSETS[0] && offset.is_multiple_of(page), "metadata at byte {offset}");
         match self.disk.write(offset, bytes).await {
             Ok(()) => Ok(()),
             Err(error) if is_refusal(errno(&error)) => {

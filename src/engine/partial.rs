@@ -29,6 +29,7 @@ impl<D: Disk + 'static> Engine<D> {
     /// (Otherwise it is filled.) Its chunk has a bitmap then.
     pub(super) async fn can_be_partial(self: &Rc<Self>, block: u64) -> Outcome<bool> {
         let geometry = self.shared.geometry();
+        assert!(geometry.is_differencing(), "only a child's blocks are partially present");
         if let Err(error) = self.shared.map.bitmaps().make_room(geometry, block) {
             tracing::debug!("no room for the bits of block {block}, it is filled: {error}");
             return Ok(false);
@@ -61,6 +62,7 @@ impl<D: Disk + 'static> Engine<D> {
             self.flush().await?;
             self.dirty.bitmap_named(chunk);
         }
+        assert!(map.bitmap_place(chunk).is_some(), "the chunk has a bitmap from now on");
         drop(turn);
         Ok(begins)
     }
@@ -72,6 +74,7 @@ impl<D: Disk + 'static> Engine<D> {
         let place = self.shared.map.bitmap_place(geometry.chunk_of_block(block));
         let place = place.expect("the chunk has a bitmap");
         let pages = SectorBitmaps::pages(geometry, block);
+        assert!(pages.end * PAGE_BYTES as u64 <= BITMAP_BLOCK_SIZE, "{pages:?} of a bitmap");
         let start = pages.start * PAGE_BYTES as u64;
         let length = index(pages.end - pages.start) * PAGE_BYTES;
         let bytes = self.disk.read(place + start, length).await.map_err(|error| errno(&error))?;

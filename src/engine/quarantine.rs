@@ -42,6 +42,7 @@ enum Fence {
 impl Quarantine {
     /// A block has just lost `extent`.
     pub fn add(&mut self, extent: Extent) {
+        assert!(extent.length > 0, "a block that loses space had some");
         self.fresh.push(extent);
     }
 
@@ -88,6 +89,10 @@ impl Quarantine {
         if self.owed > 0 {
             return false;
         }
+        assert!(
+            self.batches.iter().all(|batch| batch.fence != Fence::Sent),
+            "an answer is owed for a barrier"
+        );
         let answered = if fronts == 0 { Fence::Answered } else { Fence::Sent };
         let mut wanted = false;
         for batch in self.batches.iter_mut().filter(|batch| batch.fence == Fence::Wanted) {

@@ -106,7 +106,11 @@ impl<D: Disk + 'static> Engine<D> {
     /// structures need.
     async fn complete_last_unit(self: &Rc<Self>) -> Outcome {
         let needed = self.space.borrow().used_end().max(self.durability.file_length().next_multiple_of(MIB));
-        if needed > self.durability.file_length() { self.grow_to(needed).await } else { Ok(()) }
+        if needed > self.durability.file_length() {
+            self.grow_to(needed).await?;
+        }
+        assert!(self.durability.file_length().is_multiple_of(MIB), "space is granted in whole MiB");
+        Ok(())
     }
 
     /// Before the first commit, and when the log starts again: an initial empty entry under a new LogGuid,
@@ -151,6 +155,8 @@ impl<D: Disk + 'static> Engine<D> {
 
     /// The least length that holds everything, mappings about to be published included; replay restores it.
     pub(super) fn last_file_offset(&self) -> u64 {
-        self.space.borrow().used_end().max(self.flushed_file_offset())
+        let last = self.space.borrow().used_end().max(self.flushed_file_offset());
+        assert!(last.is_multiple_of(MIB), "an entry has lengths in whole MiB");
+        last
     }
 }

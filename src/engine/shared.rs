@@ -46,6 +46,7 @@ impl Shared {
         read_only: bool,
         fixed: bool,
     ) -> Self {
+        assert!(parents.len() < usize::from(u8::MAX) + 1, "a layer's number has 8 bits");
         Self {
             dirty_bitmap_pages: DirtyBitmapPages::new(leaf.geometry()).into(),
             map: leaf,

@@ -40,6 +40,7 @@ impl Span {
     /// the leaf has for it.
     #[inline]
     pub(super) fn in_leaf(shared: &Shared, from: u64, end: u64) -> Self {
+        debug_assert!(from < end && end <= shared.geometry().virtual_size(), "bytes {from} to {end}");
         let geometry = shared.geometry();
         let block = geometry.block_of_offset(from);
         let within = geometry.offset_in_block(from);
@@ -169,6 +170,7 @@ pub(super) fn shows_parents(shared: &Shared, block: u64, looks: &mut u32) -> boo
 /// its block.
 pub(super) fn locate(layer: u8, map: &BlockMap, from: u64, end: u64) -> (Location, u64) {
     let geometry = map.geometry();
+    debug_assert!(from < end && end <= geometry.virtual_size(), "bytes {from} to {end} of layer {layer}");
     let block = geometry.block_of_offset(from);
     let within = geometry.offset_in_block(from);
     let length = (geometry.block_size() - within).min(end - from);
@@ -192,5 +194,6 @@ fn sectors(map: &BlockMap, block: u64, within: u64, length: u64) -> (bool, u64) 
     let geometry = map.geometry();
     let sector = u64::from(geometry.logical_sector_size());
     let (here, next) = map.bitmaps().run(geometry, block, within / sector, (within + length) / sector);
+    debug_assert!(next * sector > within, "a run of sectors has at least one");
     (here, next * sector - within)
 }

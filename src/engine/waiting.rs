@@ -76,6 +76,7 @@ impl BlockLocks {
     pub async fn exclusively<T>(&self, block: u64, work: impl Future<Output = T>) -> T {
         let turnstile = self.0.borrow_mut().entry(block).or_default().clone();
         let pass = turnstile.enter().await;
+        debug_assert!(self.0.borrow().contains_key(&block), "a turnstile stays while it is in use");
         let result = work.await;
         drop(pass);
         if turnstile.is_idle() {
@@ -119,6 +120,11 @@ impl<T: Clone> Promise<T> {
         let before = self.0.value.borrow_mut().replace(value);
         assert!(before.is_none(), "a promise is kept once");
         self.0.waiting.borrow_mut().drain(..).for_each(Waker::wake);
+    }
+
+    /// Whether the value is there.
+    pub fn is_kept(&self) -> bool {
+        self.0.value.borrow().is_some()
     }
 
     /// Waits for the value.

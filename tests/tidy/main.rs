@@ -29,7 +29,7 @@ const ORDER: [&str; 12] = [
 
 /// Circles that are still to be opened: the folder, and the files in it that use each other. A circle that
 /// has become smaller is still this one.
-const OPEN: [(&str, &[&str]); 1] = [("engine", &["port", "shared"])];
+const OPEN: [(&str, &[&str]); 0] = [];
 
 /// The most lines of a function, and the functions that are still longer.
 const MAX_FUNCTION_LINES: usize = 60;

@@ -253,6 +253,7 @@ impl Front {
             Some(errno) => Err(errno),
         };
         let ticket = slot.end();
+        debug_assert!(self.active > 0, "an active request ends");
         self.active -= 1;
         port.complete(ticket, result);
         self.answer_hold(port);
@@ -268,6 +269,10 @@ impl Front {
         let io =
             FileIo { op, layer, file_offset, buffer_offset: self.buffer_offset(tag), length: span.length };
         let from = self.slots[tag].cursor;
+        debug_assert!(
+            from + u64::from(io.length) <= self.slots[tag].past(),
+            "a piece is part of its request"
+        );
         let id = self.claim_piece(tag, io);
         self.slots.piece_mut(id).advisory = advisory;
         if op == (FileOp::Write { durable: true }) {
@@ -332,6 +337,7 @@ impl Front {
 
     fn resubmit<P: Port>(&mut self, id: PieceId, rest: FileIo, port: &mut P) {
         let piece = self.slots.piece_mut(id);
+        debug_assert!((1..=piece.rest.length).contains(&rest.length), "a piece never gets longer");
         piece.retries = if piece.rest == rest { piece.retries + 1 } else { 0 };
         piece.rest = rest;
         if planted(Plant::LateCount) {

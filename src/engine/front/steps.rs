@@ -128,6 +128,7 @@ impl Front {
     /// What makes the absent block at the cursor read as zeros. It takes space only where a part of it has to read
     /// on as the parents say.
     fn zero_absent(&self, tag: u16, span: &Span, whole: Option<Range<u64>>) -> Ask {
+        debug_assert!(!span.is_present(), "a block with space is zeroed by its front");
         let (first, count) = self.blocks_ahead(tag);
         match whole {
             _ if span.location != Location::Below => Ask::ZeroAbsent { first, count, whole: false },
@@ -143,6 +144,7 @@ impl Front {
     /// engine: what it has published is what every acknowledged request has left. A request still under way may come
     /// before this one or after it.
     fn unmap<P: Port>(&mut self, tag: u16, blocks: Range<u64>, define_absent: bool, port: &mut P) -> Step {
+        debug_assert!(!blocks.is_empty() && !self.shared.fixed, "{blocks:?} give space back");
         let mut looks = MAX_LOOKS;
         let first = first_to_unmap(&self.shared, blocks.clone(), define_absent, &mut looks);
         if first.is_some()
@@ -241,6 +243,7 @@ impl Front {
     /// The blocks from the cursor to the end of the request, as (first, count).
     fn blocks_ahead(&self, tag: u16) -> (u64, u64) {
         let slot = &self.slots[tag];
+        debug_assert!(slot.cursor < slot.past(), "a step begins before the request's end");
         let first = self.shared.geometry().block_of_offset(slot.cursor);
         let last = self.shared.geometry().block_of_offset(slot.past() - 1);
         (first, last - first + 1)

@@ -54,6 +54,7 @@ fn judge_transfer(rest: FileIo, done: u32, sector: u32) -> Verdict {
     if whole == 0 {
         return Verdict::Failed(Errno::EIO);
     }
+    debug_assert!(whole < rest.length, "something is left to do");
     let advance = if rest.op == FileOp::WriteZeros { 0 } else { whole };
     Verdict::Continue(FileIo {
         file_offset: rest.file_offset + u64::from(whole),
