@@ -1,6 +1,6 @@
 //! Switches for the crash tests: bugs planted on purpose, and logs shorter than the format allows.
 //!
-//! A harness is only worth what it catches, so the places where an ordering or a check decides between a
+//! A test harness is worth what it catches, so the places where an ordering or a check decides between a
 //! crash-safe image and a broken one can be broken on purpose, one at a time. Without the cargo feature
 //! `simulation` every question asked here is a constant, and a build without debug assertions refuses the
 //! feature. The switches belong to the thread that sets them.
@@ -33,7 +33,7 @@ pub enum Plant {
     IgnoreFua,
     /// An entry takes 127 descriptors, which others cannot read.
     LongEntry,
-    /// A torn log entry is taken for whole.
+    /// A torn log entry counts as whole.
     SkipChecksum,
     /// Entries before the Tail are replayed too.
     ReplayBeforeTail,
@@ -51,7 +51,7 @@ pub enum Plant {
     LogLivePage,
     /// Log entries say that the file surely is as long as it is now.
     UnstableLength,
-    /// Free space found at open is taken for zeros.
+    /// Free space found at open counts as zeros.
     TrustTail,
     /// A piece that is submitted again counts for the barrier from then on, not from its lookup.
     LateCount,
@@ -61,15 +61,15 @@ pub enum Plant {
     NoFence,
     /// A header carries a FileWriteGuid that the session's memory does not know yet.
     LateAnnouncement,
-    /// A successor forgets what the file carries while it announces what it is to carry.
+    /// A successor forgets the GUID in the file when it announces the next one.
     LateSettlement,
     /// The log starts again while its last pages are on their way to their place.
     StartAgainEarly,
-    /// What a killed process wrote is taken for durable.
+    /// What a killed process wrote counts as durable.
     TrustKilled,
     /// A successor does not commit what the killed process had not logged.
     ForgetPending,
-    /// A successor takes space for free that only the file still names.
+    /// A successor uses space that only the file still names.
     ForgetUnmapped,
     /// A block of a differencing image gets zeros where it has its parent's content.
     ForgetParents,
@@ -93,26 +93,26 @@ pub enum Plant {
     ForgetResumedBits,
     /// A front says that it holds while requests are still under way.
     EarlyHeld,
-    /// A successor takes a sync that succeeds for proof that the killed process's syncs did.
+    /// A successor's sync that succeeds counts as proof that the killed process's syncs did.
     TrustHost,
-    /// A session from before a power cut is taken over.
+    /// A session from before a power cut is adopted.
     IgnoreBoot,
-    /// A session of another layout is read as if it had the one that is known.
+    /// A session of another layout is read as if it had this one.
     IgnoreVersion,
-    /// A session whose header is damaged is believed.
+    /// A session whose header is damaged is used.
     IgnoreChecksum,
-    /// A block with data that is to read as zeros is taken for one that does.
+    /// A block with data that is to read as zeros counts as one that does.
     SkipPresent,
     /// A block of a differencing image that is discarded, and that only its parents have, stays as it is.
     KeepParents,
-    /// A block that had no space when it was looked at becomes ZERO, whatever has become of it since.
+    /// A block that had no space when it was looked up becomes ZERO, even if it has got space since.
     TrustFirstLook,
-    /// What a power cut has left without a name stays with the image when it is closed.
+    /// Space that a power cut has left without an owner stays in the image when it is closed.
     KeepLeaks,
-    /// The engine syncs through the description that the fronts write through, which may have been told of what was
-    /// lost before.
+    /// The engine syncs through the description that the fronts write through, which may have been told of
+    /// what was lost before.
     SharedDescription,
-    /// A sync counts though a durable write may have failed that was in flight.
+    /// A sync counts although a durable write that was in flight may have failed.
     UnseenFailure,
     /// A durable write for which the host has no room poisons the device.
     RefusalPoisons,
@@ -124,7 +124,7 @@ pub enum Plant {
     ForgetRefusedRound,
     /// After a header was refused, the other one is written, which is the only whole one.
     SkipRefusedSlot,
-    /// A header that was refused is taken for one that is not in the file.
+    /// A header that was refused counts as not in the file.
     TrustRefusal,
 }
 
@@ -244,8 +244,8 @@ mod switches {
         DESCRIPTORS.get().unwrap_or(usual) + usize::from(planted(Plant::LongEntry))
     }
 
-    /// Makes entries in this thread as short as `count` descriptors, or as long as usual: a log of few sectors
-    /// then has rounds of several entries.
+    /// Makes entries in this thread as short as `count` descriptors, or as long as usual: a log of few
+    /// sectors then has rounds of several entries.
     pub fn set_descriptors_per_entry(count: Option<usize>) {
         DESCRIPTORS.set(count);
     }

@@ -11,8 +11,8 @@ use crate::format::bat::{BatEntry, PayloadState};
 use crate::image::{Content, Extent, Grant, Page};
 use crate::simulation::{Plant, planted};
 
-/// How far the file is extended beyond what is needed: an eighth of its length, within these bounds. Each step
-/// costs the next commit a sync, so they have to be rare; the tail takes no space and is trimmed at close.
+/// How far the file is extended beyond what is needed: an eighth of its length, within these bounds. Each
+/// step costs the next commit a sync, so steps must be rare. The tail takes no space and is trimmed at close.
 const MIN_GROW_STEP_BYTES: u64 = 32 * MIB;
 const MAX_GROW_STEP_BYTES: u64 = 1024 * MIB;
 
@@ -34,7 +34,7 @@ impl<D: Disk + 'static> Engine<D> {
         }
         let by_sectors = self.needs_parents(old) && self.can_be_partial(block).await?;
         let extent = if by_sectors {
-            // What its sectors hold that are not marked is nobody's business.
+            // Only sectors whose bits are set are read from here: the space need not read as zero.
             self.find_space(self.shared.geometry().block_size()).await?.extent
         } else {
             self.find_zeros(self.shared.geometry().block_size()).await?
@@ -83,8 +83,9 @@ impl<D: Disk + 'static> Engine<D> {
         })
     }
 
-    /// Publishes a mapping and marks its page dirty, in one step: visible means committable. Space that the
-    /// old entry names goes to quarantine.
+    /// Publishes a mapping and marks its page dirty, in one step: visible means committable. (A cycle between
+    /// the two would answer a flush, and a power cut would take what was written there.) Space that the old
+    /// entry names goes to quarantine.
     pub(super) fn remap(self: &Rc<Self>, block: u64, new: BatEntry) {
         let old = self.shared.map.load(block).entry;
         self.check_change(old, new);
@@ -96,8 +97,9 @@ impl<D: Disk + 'static> Engine<D> {
         }
     }
 
-    /// What every change of a mapping must satisfy. The new space is in use, so that no grant can hand it out again;
-    /// and a block becomes partially present from absent only, with clear bits: old bits would show old data.
+    /// What every change of a mapping must satisfy. The new space is in use, so that no grant can hand it out
+    /// again; and a block becomes partially present from absent only, with clear bits: old bits would show
+    /// old data.
     fn check_change(&self, old: BatEntry, new: BatEntry) {
         let (state, before) = (new.payload_state(), self.space_of(old));
         if let Some(extent) = self.space_of(new) {

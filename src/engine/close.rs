@@ -1,7 +1,7 @@
 //! Closing the image: the file that is left needs no replay and has no unused tail.
 //!
-//! Order: everything committed and in place → synced → the headers drop the LogGuid → space that nothing names goes
-//! back to the host, and the tail is cut off.
+//! Order: everything committed and in place → synced → the headers drop the LogGuid → space that nothing
+//! names goes back to the host, and the tail is cut off.
 
 use std::rc::Rc;
 
@@ -14,14 +14,16 @@ use crate::image::Extent;
 use crate::simulation::{Plant, planted};
 
 impl<D: Disk + 'static> Engine<D> {
-    /// Closes the image. Every ask has been answered and no front will ask again; the fronts still answer
-    /// barriers.
+    /// Closes the image. Every request to the engine has been answered and no front makes another; the fronts
+    /// still answer barriers.
     ///
-    /// An image that was not modified, nor recovered, is left untouched. A poisoned one keeps its LogGuid and its length: the
-    /// next open replays what is durable.
+    /// An image that was neither modified nor recovered stays untouched. A poisoned one keeps its LogGuid and
+    /// its length: the next open replays what is durable.
+    ///
+    /// No request may follow, nor any other call: the commit cycles have ended.
     ///
     /// # Errors
-    /// A positive `errno` if the image could not be closed clean; its content is safe in the log.
+    /// If the image could not be closed clean; its content is safe in the log.
     pub async fn close(self: &Rc<Self>) -> Outcome {
         let modified = self.shared.session() != Session::Idle || self.recovered;
         let mut outcome = self.freeze().await;
@@ -32,8 +34,8 @@ impl<D: Disk + 'static> Engine<D> {
         outcome
     }
 
-    /// Makes the image whole on the medium, as [`Self::close`] does, but for its unused space, which stays. It may be
-    /// gone on with: by [`Self::retire`], or by more asks.
+    /// Makes the image whole on the medium, as [`Self::close`] does, except for its unused space, which
+    /// stays. [`Self::retire`] or more requests may follow.
     ///
     /// # Errors
     /// Those of [`Self::close`].
@@ -46,10 +48,12 @@ impl<D: Disk + 'static> Engine<D> {
         }
     }
 
-    /// Ends the engine of a frozen image that nobody will write any more: gives its unused space back.
+    /// Ends the engine of a frozen image that is not written again, and gives the image's unused space back.
+    ///
+    /// Nothing may follow, as after [`Self::close`].
     ///
     /// # Errors
-    /// A positive `errno` if the file keeps its tail, which does no harm.
+    /// If the file keeps its tail, which does no harm.
     pub async fn retire(self: &Rc<Self>) -> Outcome {
         let outcome = self.trim().await;
         self.end().await;
@@ -62,7 +66,7 @@ impl<D: Disk + 'static> Engine<D> {
 
     async fn close_session(self: &Rc<Self>) -> Outcome {
         self.reclaim().await?;
-        assert!(self.dirty.count() == 0, "nobody dirties pages while closing");
+        assert!(self.dirty.count() == 0, "no page changes while the image is closed");
         self.await_applied().await?;
         self.sync().await?;
         if self.journal.is_active() {
@@ -73,7 +77,8 @@ impl<D: Disk + 'static> Engine<D> {
         Ok(())
     }
 
-    /// Gives unused space back. The log is empty, and durably so: no replay misses the length, or what was there.
+    /// Gives unused space back. The log is empty, and durably so: no replay misses the length, or what was
+    /// there.
     async fn trim(self: &Rc<Self>) -> Outcome {
         let punched = !planted(Plant::KeepLeaks) && self.give_leaks_back().await;
         assert!(!self.journal.is_active(), "the file is shortened once no log needs it");
@@ -88,8 +93,8 @@ impl<D: Disk + 'static> Engine<D> {
         if punched || longer { self.sync().await } else { Ok(()) }
     }
 
-    /// Gives the host what a power cut has left without a name: space that was granted and never logged, or unmapped
-    /// and not punched yet. Whether there was any.
+    /// Gives the host the space that a power cut has left without an owner: granted and never logged, or
+    /// unmapped and not punched yet. Returns whether there was any.
     async fn give_leaks_back(self: &Rc<Self>) -> bool {
         let runs: Vec<Extent> = self.space.borrow().unknown_runs().collect();
         let mut any = false;
@@ -103,7 +108,8 @@ impl<D: Disk + 'static> Engine<D> {
                     return any;
                 }
                 any = true;
-                // In nobody's hands while it is punched.
+                // In use while it is punched, so that no block gets it: the punch would zero what is written
+                // there.
                 let shared = self.space.borrow_mut().claim(run);
                 assert_eq!(shared, None, "a free run is free");
                 self.give_back(run).await;

@@ -4,16 +4,18 @@
 //! ends in a sync, dirty or not. Per round:
 //!
 //! 1. clear the pages' dirty marks, then copy the pages: the copy is what is logged and what is applied;
-//! 2. if recycled space was granted since the last sync, or space by which the file has grown since, or if sectors of
-//!    partially present blocks were written, sync: zeros, length and data must be durable before an entry names them.
-//!    Later rounds are copied before the sync of the round before them, which serves them as this one;
+//! 2. if recycled space was granted since the last sync, or space by which the file has grown since, or if
+//!    sectors of partially present blocks were written, sync: zeros, length and data must be durable before
+//!    an entry names them. Later rounds are copied before the sync of the round before them, which serves
+//!    them as this one;
 //! 3. write the round's entries; a log without room for them starts again first;
 //! 4. sync. The last round's sync makes durable everything acknowledged before the cycle closed its set;
-//! 5. write the copies in place, in the background, one round at a time, so that no older copy ever overwrites
-//!    a newer one. The next round's sync confirms them.
+//! 5. write the copies in place, in the background, one round at a time, so that no older copy ever
+//!    overwrites a newer one. The next round's sync confirms them.
 //!
-//! A host without room for an entry, or for a page in its place, fails whoever waits for the cycle and nothing else:
-//! the pages get their marks back, the round its place in the log, and the next cycle does all of it again.
+//! A host without room for an entry, or for a page in its place, fails the requests that wait for the cycle
+//! and nothing else: the pages get their marks back, the round gives its place in the log back, and the next
+//! cycle does all of it again.
 
 use std::collections::VecDeque;
 use std::rc::Rc;
@@ -31,7 +33,7 @@ impl<D: Disk + 'static> Engine<D> {
     /// Makes everything acknowledged before this call durable.
     ///
     /// # Errors
-    /// A positive `errno`; the device is poisoned then.
+    /// If the host has failed or refused a write. Unless it has refused one, the device is poisoned then.
     pub async fn flush(self: &Rc<Self>) -> Outcome {
         self.commits.join().wait().await
     }
@@ -47,15 +49,16 @@ impl<D: Disk + 'static> Engine<D> {
         self.dirty.count() >= cycle_threshold(self.layout.log.length)
     }
 
-    /// Runs cycles whenever somebody waits for one or one is due, until the engine closes.
+    /// Runs a cycle whenever a task waits for one or one is due, until the engine closes.
     pub(super) async fn commit_loop(self: Rc<Self>) {
         loop {
-            // A cycle that nobody waits for and that failed is not repeated before somebody rings again.
-            let mut going_on = true;
+            // A failed cycle that no task waits for is not repeated before the next ring: it would fail again
+            // at once.
+            let mut succeeds = true;
             while self.commits.has_waiters()
-                || (going_on && self.cycle_is_due() && self.check_poison().is_ok())
+                || (succeeds && self.cycle_is_due() && self.check_poison().is_ok())
             {
-                going_on = self.cycle().await.is_ok();
+                succeeds = self.cycle().await.is_ok();
             }
             if let Some(ended) = self.commits.closing() {
                 return ended.keep(());
@@ -131,8 +134,8 @@ impl<D: Disk + 'static> Engine<D> {
         (!pages.is_empty()).then_some(Round { pages, relies_on })
     }
 
-    /// Whether the round's entries would name what a power cut may take: old bytes would show in a block, or the file
-    /// would end before it.
+    /// Whether the round's entries would name what a power cut may take: old bytes would show in a block, or
+    /// the file would end before it.
     fn must_sync_before(&self, round: &Round) -> bool {
         let payload = self.durability.covers_payload(round.relies_on) || planted(Plant::SkipRecyclingSync);
         let length = self.durability.covers_length(round.relies_on) || planted(Plant::SkipGrowthSync);
@@ -144,6 +147,9 @@ impl<D: Disk + 'static> Engine<D> {
         if self.journal.has_room(round.pages.len()) {
             return Ok(());
         }
+        // The sync in `begin_log` confirms only what is in place when it is issued. A power cut after the
+        // headers name the new log would lose a page that was still on its way: the log that has it is not
+        // read again.
         if !planted(Plant::StartAgainEarly) {
             self.await_applied().await?;
         }
@@ -160,7 +166,9 @@ impl<D: Disk + 'static> Engine<D> {
         self.journal.applied().await
     }
 
-    /// Writes the round's entries, and waits until the round before it is in place, which the next sync confirms.
+    /// Writes the round's entries, and waits until the round before it is in place, which the next sync
+    /// confirms. (Two rounds on their way at once could leave the older copy of a page on top of the newer
+    /// one.)
     async fn log_round(self: &Rc<Self>, round: &Round) -> Outcome {
         let mut outcome = self.write_entries(round).await;
         if outcome.is_ok() {
@@ -172,8 +180,8 @@ impl<D: Disk + 'static> Engine<D> {
         outcome
     }
 
-    /// Places the round's entries and writes them. Not before the sync of the round before this one has
-    /// completed: only then is the space that this round may take known to be free.
+    /// Places the round's entries and writes them. Only after the sync of the round before it has completed
+    /// is the space that this round may take known to be free.
     async fn write_entries(self: &Rc<Self>, round: &Round) -> Outcome {
         assert!(
             self.durability.covers_payload(round.relies_on),

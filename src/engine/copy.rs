@@ -1,6 +1,6 @@
 //! Copying what children have into the image they were made of.
 //!
-//! Whatever is copied, a child above has, so to who reads the chain nothing changes. Blocks of a child that
+//! A child above has whatever is copied, so the content of the chain stays the same. Blocks of a child that
 //! are zero, or that say nothing, become zero here: skipped, they would show what is here. A child ends where
 //! its own disk ends: what a layer above shows there is zero too.
 
@@ -90,8 +90,8 @@ impl<D: Disk + 'static> Engine<D> {
         Ok(())
     }
 
-    /// Writes `bytes`, which are in one block, at virtual offset `at`. Nobody else writes meanwhile: sectors
-    /// that share their page are written again as they are.
+    /// Writes `bytes`, which are in one block, at virtual offset `at`. No other task writes meanwhile:
+    /// sectors that share their page are written again as they are.
     async fn put(self: &Rc<Self>, at: u64, bytes: &[u8]) -> Outcome {
         let geometry = self.shared.geometry();
         let block = geometry.block_of_offset(at);

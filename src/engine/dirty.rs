@@ -8,7 +8,8 @@ use super::dirty_bitmap_pages::DirtyBitmapPages;
 use crate::image::Page;
 use crate::simulation::{Plant, planted};
 
-/// See the module's head. A page is in the set from the moment it changes until its copy is durable in the log.
+/// See the module's head. A page is in the set from the moment it changes until its copy is durable in the
+/// log.
 pub(super) struct DirtySet {
     /// Changed since they were last copied.
     dirty: RefCell<BTreeSet<Page>>,
@@ -21,7 +22,8 @@ pub(super) struct DirtySet {
 }
 
 impl DirtySet {
-    /// The set of a session that begins with `pages` and `begun_bitmaps` to be logged; fronts mark pages in `bitmap_pages`.
+    /// The set of a session that begins with `pages` and `begun_bitmaps` to be logged; fronts mark pages in
+    /// `bitmap_pages`.
     pub(super) fn new(
         pages: BTreeSet<Page>,
         begun_bitmaps: BTreeSet<u64>,
@@ -112,11 +114,14 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever changes while cycles log, fail and succeed: the next cycle has every page that has changed since
-        /// its last durable copy was made, and no other.
+        /// Whatever changes while cycles log, fail and succeed: the next cycle has every page that has
+        /// changed since its last durable copy was made, and no other.
         #[test]
         fn a_page_stays_until_a_copy_of_its_last_change_is_durable(
-            cycles in prop::collection::vec((prop::collection::vec(0..6_u64, 0..8), 0..8_usize, any::<bool>()), 0..8)
+            cycles in prop::collection::vec(
+                (prop::collection::vec(0..6_u64, 0..8), 0..8_usize, any::<bool>()),
+                0..8,
+            )
         ) {
             let (set, mut expected) = (empty(), BTreeSet::new());
             for (changes, copied, succeeds) in cycles {

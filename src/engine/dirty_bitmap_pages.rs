@@ -1,12 +1,13 @@
 //! Which pages of the leaf's sector bitmaps have changed since they were last copied for the log.
 //!
-//! Fronts set bits and mark; the engine takes the marks when a commit cycle closes its set, and copies the pages
-//! then. Whoever has been told that a write is done, and flushes, must find its bits in that copy:
+//! Fronts set bits and mark; the engine takes the marks when a commit cycle closes its set, and copies the
+//! pages then. A flush that follows the completion of a write must find the write's bits in that copy:
 //!
 //! * a front marks *after* it has set the bits, and before it reports the write as done;
-//! * who finds the bits set already, by another front, cannot know whether that one has marked yet. So a front counts
-//!   itself into the page before it sets bits, and out after it has marked: who finds the bits set, and the page
-//!   neither marked nor anybody in it, knows that a copy has them. Otherwise it marks the page itself.
+//! * a front that finds the bits set already, by another front, cannot know whether that one has marked yet.
+//!   So a front counts itself into the page before it sets bits, and out after it has marked. Bits that are
+//!   set in a page without a mark and without a front in it are in a copy. Otherwise the front marks the page
+//!   itself.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
@@ -81,7 +82,7 @@ impl DirtyBitmapPages {
         if planted(Plant::ForgetBits) {
             return;
         }
-        // Counted first, so that whoever takes the mark finds it counted.
+        // Counted first: the count must never be less than the marks that can be taken.
         self.count.fetch_add(1, Ordering::AcqRel);
         if self.page(chunk, page).fetch_or(MARKED, Ordering::AcqRel) & MARKED != 0 {
             self.count.fetch_sub(1, Ordering::AcqRel);
@@ -124,10 +125,10 @@ mod tests {
 
     const SECTORS: u64 = 64;
 
-    /// Threads set the same bits of one page while others take the marks. Whoever has set a bit, or has found it set,
-    /// finds it in the copies that are made afterwards.
+    /// Threads set the same bits of one page while others take the marks. A thread that has set a bit, or has
+    /// found it set, finds it in the copies that are made afterwards.
     #[test]
-    fn who_has_set_a_bit_or_found_it_set_finds_it_in_the_next_copy() {
+    fn a_bit_that_was_set_or_found_set_is_in_the_next_copy() {
         for _round in 0..300 {
             let map = BlockMap::empty(Geometry::new(1 << 30, 1 << 20, 512, true));
             map.bitmaps().make_room(map.geometry(), 0).expect("memory");

@@ -1,7 +1,7 @@
-//! Waiting for what is under way now, while more of it comes: what begins is counted in one of two counters, and who
-//! waits has the other one used from then on.
+//! Waiting for the operations that are under way now, while others begin: each is counted in one of two
+//! counters, and a wait makes new ones use the other counter.
 
-/// Two counters, and whether somebody waits for one of them to come to zero. One waits at a time.
+/// Two counters, and whether an answer is owed once one of them is zero. One wait at a time.
 #[derive(Debug, Default)]
 pub(super) struct Drain {
     /// The counter that is used now.
@@ -25,20 +25,20 @@ impl Drain {
         self.under_way[parity] -= 1;
     }
 
-    /// Somebody waits for all that is under way.
+    /// An answer is owed once all that is under way has ended.
     pub(super) fn ask(&mut self) {
-        assert!(!self.owed, "one waits at a time");
+        assert!(!self.owed, "one wait at a time");
         self.parity ^= 1;
-        assert_eq!(self.under_way[self.parity], 0, "who waited last saw this counter at zero");
+        assert_eq!(self.under_way[self.parity], 0, "the last wait ended when this counter was zero");
         self.owed = true;
     }
 
-    /// Somebody waits.
+    /// An answer is owed.
     pub(super) fn is_owed(&self) -> bool {
         self.owed
     }
 
-    /// Whether who waits is to be answered now, once.
+    /// Whether the answer that is owed is due now. It is given once.
     #[inline]
     #[must_use]
     pub(super) fn answer(&mut self) -> bool {

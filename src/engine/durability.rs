@@ -1,12 +1,12 @@
 //! What completed syncs prove.
 //!
-//! A sync proves something only of what had completed when it was *issued*: the length of the file, the bytes that
-//! were written, the space that was punched. [`Durability::issue`] notes these before the sync,
-//! [`Durability::completed`] takes them for durable after it. The note of a sync that failed is dropped: such a sync
-//! proves nothing, and is never repeated.
+//! A sync proves something only of what had completed when it was *issued*: the length of the file, the bytes
+//! that were written, the space that was punched. [`Durability::issue`] notes these before the sync,
+//! [`Durability::completed`] takes them for durable after it. The note of a sync that failed is dropped: such
+//! a sync proves nothing, and is never repeated.
 //!
-//! Each issue ends an *epoch*. What was written in an epoch is durable once a sync that ended it, or a later one, has
-//! completed.
+//! Each issue ends an *epoch*. What was written in an epoch is durable once a sync that ended it, or a later
+//! one, has completed.
 
 use std::cell::{Cell, RefCell};
 
@@ -21,13 +21,15 @@ pub(super) struct Durability {
     stable_length: Cell<u64>,
     /// The present epoch; the first one is 1.
     epoch: Cell<u64>,
-    /// The newest epoch in which payload was written that a log entry relies on: zeroed or filled space, sectors whose
-    /// bits go to the log. 0 if there was none.
+    /// The newest epoch in which payload was written that a log entry relies on: zeroed or filled space,
+    /// sectors whose bits go to the log. 0 if there was none.
     payload_epoch: Cell<u64>,
     /// The newest epoch of which everything is durable.
     synced_epoch: Cell<u64>,
     /// Space that reads as zero after every power cut, once a sync has covered it.
     punched_unsynced: RefCell<Vec<Extent>>,
+    /// Syncs that were issued and have not completed; one that has failed never does.
+    under_way: Cell<usize>,
 }
 
 /// What a sync under way proves when it completes.
@@ -47,8 +49,8 @@ pub(super) struct Reliance {
 }
 
 impl Durability {
-    /// Of a file found `length` bytes long. No sync has proved anything yet. With `unsynced_payload`, an earlier
-    /// process may have written payload that no sync covers.
+    /// Of a file found `length` bytes long. No sync has proved anything yet. With `unsynced_payload`, an
+    /// earlier process may have written payload that no sync covers.
     pub(super) fn found(length: u64, unsynced_payload: bool) -> Self {
         Self {
             file_length: Cell::new(length),
@@ -57,6 +59,7 @@ impl Durability {
             payload_epoch: Cell::new(u64::from(unsynced_payload)),
             synced_epoch: Cell::new(0),
             punched_unsynced: RefCell::default(),
+            under_way: Cell::default(),
         }
     }
 
@@ -79,6 +82,7 @@ impl Durability {
     /// The file has been shortened to `length`. No sync is under way.
     pub(super) fn shortened(&self, length: u64) {
         assert!(length < self.file_length.get(), "a file is shortened to {length} bytes");
+        assert_eq!(self.under_way.get(), 0, "a sync under way would prove a length that is gone");
         self.file_length.set(length);
         self.stable_length.update(|stable| stable.min(length));
     }
@@ -105,7 +109,8 @@ impl Durability {
 
     /// What pages copied now rely on; `used_end` is the end of the space in use.
     pub(super) fn reliance(&self, used_end: u64) -> Reliance {
-        // A tolerated last block may reach past the end of the file: a length that never was cannot be stable.
+        // A tolerated last block may reach past the end of the file: a length that never was cannot be
+        // stable.
         Reliance { epoch: self.payload_epoch.get(), length: used_end.min(self.file_length.get()) }
     }
 
@@ -123,11 +128,13 @@ impl Durability {
     pub(super) fn issue(&self) -> Issued {
         let epoch = self.epoch.get();
         self.epoch.set(epoch + 1);
+        self.under_way.update(|count| count + 1);
         Issued { length: self.file_length.get(), epoch, punched: self.punched_unsynced.take() }
     }
 
     /// The sync has completed. Returns the space that is known to read as zero from now on.
     pub(super) fn completed(&self, issued: Issued) -> Vec<Extent> {
+        self.under_way.update(|count| count - 1);
         // Syncs may complete in another order than they were issued in: what is proved stays proved.
         self.stable_length.update(|stable| stable.max(issued.length));
         self.synced_epoch.update(|synced| synced.max(issued.epoch));
@@ -144,10 +151,12 @@ mod tests {
     use super::*;
 
     proptest! {
-        /// Whatever happens in whatever order, pages are covered exactly when a completed sync was issued after the
-        /// last change that they rely on.
+        /// Whatever happens in whatever order, pages are covered exactly when a completed sync was issued
+        /// after the last change that they rely on.
         #[test]
-        fn only_a_sync_issued_later_covers_a_change(steps in prop::collection::vec((0..5_u8, any::<u8>()), 0..60)) {
+        fn only_a_sync_issued_later_covers_a_change(
+            steps in prop::collection::vec((0..5_u8, any::<u8>()), 0..60)
+        ) {
             let durability = Durability::found(1, false);
             let (mut wrote, mut grew, mut synced) = (0, 1, 0);
             let (mut under_way, mut copies) = (Vec::new(), Vec::new());
@@ -157,7 +166,8 @@ mod tests {
                     1 => (durability.grown(durability.file_length() + 1), grew = now).0,
                     2 => under_way.push((now, durability.issue())),
                     3 if !under_way.is_empty() => {
-                        let (issued_at, issued) = under_way.swap_remove(usize::from(choice) % under_way.len());
+                        let one = usize::from(choice) % under_way.len();
+                        let (issued_at, issued) = under_way.swap_remove(one);
                         synced = synced.max(issued_at);
                         durability.completed(issued);
                     }

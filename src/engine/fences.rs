@@ -2,6 +2,8 @@
 
 use std::cell::Cell;
 
+use super::Fronts;
+use super::message::ToFront;
 use super::waiting::{Bell, Turnstile};
 
 /// One fence at a time goes out to all fronts, and each answers once.
@@ -14,12 +16,13 @@ pub(super) struct Fences {
 }
 
 impl Fences {
-    /// Sends each of `fronts` fronts a fence with `send`, and waits for all answers.
-    pub(super) async fn pass(&self, fronts: usize, send: impl Fn(usize)) {
-        assert!(fronts > 0, "durable writes in flight belong to fronts");
+    /// Sends each of `fronts` a fence, and waits for all answers.
+    pub(super) async fn pass(&self, fronts: &dyn Fronts) {
         let turn = self.turn.enter().await;
-        assert_eq!(self.owed.replace(fronts), 0, "one fence at a time");
-        (0..fronts).for_each(send);
+        let count = fronts.count();
+        assert!(count > 0, "durable writes in flight belong to fronts");
+        assert_eq!(self.owed.replace(count), 0, "one fence at a time");
+        (0..count).for_each(|front| fronts.send(front, ToFront::Fence));
         while self.owed.get() > 0 {
             self.complete.wait().await;
         }

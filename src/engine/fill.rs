@@ -1,8 +1,8 @@
-//! Making an absent block of a differencing image whole with what its parents have, where it cannot become partially
-//! present ([`super::partial`]).
+//! Making an absent block of a differencing image whole with what its parents have, where it cannot become
+//! partially present ([`super::partial`]).
 //!
-//! It is filled in new space, which nothing names before all of it is there, and which no entry names before a sync
-//! has covered it. So a block is either as its parents say, or whole.
+//! It is filled in new space, which nothing names before all of it is there, and which no entry names before
+//! a sync has covered it. So a block is either as its parents say, or whole.
 
 use std::rc::Rc;
 
@@ -42,7 +42,8 @@ impl<D: Disk + 'static> Engine<D> {
         Ok(())
     }
 
-    /// The bytes of `from..end`, which is in one block, up to the next whole page; nothing if all of it is zero.
+    /// The bytes of `from..end`, which is in one block, up to the next whole page; nothing if all of it is
+    /// zero.
     async fn content(&self, from: u64, end: u64) -> Outcome<Option<Buffer>> {
         assert!(from < end && end - from <= MIB, "a piece of a block, from {from} to {end}");
         let mut bytes: Option<Buffer> = None;

@@ -11,9 +11,9 @@ use crate::simulation::{Plant, planted};
 impl<D: Disk + 'static> Engine<D> {
     /// Changes both headers, one after the other, each durable before the next.
     ///
-    /// A host without room refuses one. If that is the first, nothing has changed; if it is the second, the change is
-    /// durable in the other. Either way the slot that was refused may be torn, and is written first the next time:
-    /// never is the other one, which is whole, at risk before that.
+    /// A host without room refuses one. If that is the first, nothing has changed; if it is the second, the
+    /// change is durable in the other. Either way the slot that was refused may be torn, and is written first
+    /// the next time: never is the other one, which is whole, at risk before that.
     pub(super) async fn update_headers(self: &Rc<Self>, change: impl FnOnce(&mut Header)) -> Outcome {
         let turn = self.turns.headers.enter().await;
         let outcome = self.write_headers(change).await;
@@ -49,8 +49,8 @@ impl<D: Disk + 'static> Engine<D> {
         Ok(())
     }
 
-    /// A header that was refused may be there all the same. Before anything is written that it contradicts, the
-    /// one that holds takes its place.
+    /// A header that was refused may be there all the same. Before anything is written that it contradicts,
+    /// the one that holds takes its place.
     pub(super) async fn resolve_headers_in_doubt(self: &Rc<Self>) -> Outcome {
         let in_doubt = self.headers.borrow().are_in_doubt();
         if in_doubt && !planted(Plant::TrustRefusal) { self.update_headers(|_| ()).await } else { Ok(()) }

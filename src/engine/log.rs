@@ -2,11 +2,11 @@
 //!
 //! A *round* is what one sync makes durable: some entries, one after the other, all carrying the same Tail.
 //!
-//! * The log is filled from its start towards its end and never wraps. When a round does not fit any more, it
-//!   starts again from the beginning under a new LogGuid, once everything in it is durable in place. (Readers
-//!   must accept logs that wrap. QEMU reads some of them wrongly, without a word, and never ends with others.)
-//! * Its last two sectors stay free: QEMU loses the first entry of a log that is exactly full, and searches one
-//!   that is full but for one sector for ever.
+//! * The log is filled from its start towards its end and never wraps. When a round no longer fits, it starts
+//!   again from the beginning under a new LogGuid, once everything in it is durable in place. (Readers must
+//!   accept logs that wrap. QEMU reads some of them wrongly, without a word, and never ends with others.)
+//! * Its last two sectors stay free: QEMU loses the first entry of a log that is exactly full, and searches
+//!   one that is full but for one sector for ever.
 //! * A round's Tail is the start of the oldest round whose pages are not known to be durable in place.
 //! * A round takes at most a third of the log, so that three of them, and the first entry, fit.
 //!
@@ -108,8 +108,8 @@ impl LogSpace {
         placements
     }
 
-    /// The round placed last, of which no sync has made anything durable, is given up. What of it is in the file the
-    /// next round overwrites, which is at least as long: its pages are among that one's.
+    /// The round placed last, of which no sync has made anything durable, is given up. The next round
+    /// overwrites what the file has of it: its pages are among that round's, so that one is at least as long.
     pub fn withdraw_round(&mut self) {
         let round = self.live.pop_back().expect("a round was placed");
         assert!(!round.synced && !round.applied, "what is durable in the log is not given up");
@@ -162,8 +162,8 @@ impl LogSpace {
         assert!(self.live.iter().is_sorted_by_key(|round| !round.applied), "older rounds get there first");
     }
 
-    /// Whether the newest synced entry can do without the first sector, where the next log begins: until a header
-    /// names that one, a power cut brings this one back.
+    /// Whether the newest synced entry can do without the first sector, where the next log begins: until a
+    /// header names that one, a power cut brings this one back.
     pub fn spares_first_sector(&self) -> bool {
         self.stable_tail > 0
     }
@@ -191,8 +191,8 @@ pub fn cycle_threshold(log_length: u64) -> usize {
 mod tests {
     use super::*;
 
-    /// Whatever the rounds' sizes, three fit, entries follow each other without a gap and stay inside the log,
-    /// and when no more fit the log may start again.
+    /// Whatever the rounds' sizes, three fit, entries follow each other without a gap and stay inside the
+    /// log, and when no more fit the log may start again.
     #[test]
     fn rounds_of_any_size_follow_each_other_until_the_log_starts_again() {
         for length in [1_u64 << 20, 3 << 20, 32 << 20] {

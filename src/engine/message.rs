@@ -1,8 +1,8 @@
-//! What fronts and the engine say to each other.
+//! The messages between the fronts and the engine.
 //!
 //! Two FIFO queues join each front to the engine. A tag has at most one request outstanding and gets exactly
-//! one reply; ranges, not blocks, are asked for. With one barrier, one fence and one hold outstanding at most,
-//! `depth + 3` places are enough in either direction, so a push cannot fail and nobody waits for room.
+//! one reply; ranges, not blocks, are asked for. With one barrier, one fence and one hold outstanding at
+//! most, `depth + 3` places are enough in either direction, so a push cannot fail and never waits for room.
 
 use super::Outcome;
 
@@ -24,7 +24,7 @@ pub enum ToEngine {
     Held,
 }
 
-/// What a tag may ask of the engine. Blocks are counted from the start of the virtual disk.
+/// What the engine can do for a tag. Blocks are counted from the start of the virtual disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ask {
     /// Open the session: the first modification of any kind waits for it.
@@ -36,8 +36,8 @@ pub enum Ask {
         /// Number of blocks.
         count: u64,
     },
-    /// Make whole blocks `first..first + count` read as zero and give their space back. Blocks that read as zero
-    /// already stay as they are.
+    /// Make whole blocks `first..first + count` read as zero and give their space back. Blocks that read as
+    /// zero already stay as they are.
     Unmap {
         /// First block.
         first: u64,
@@ -46,8 +46,8 @@ pub enum Ask {
         /// Blocks that have no space become ZERO too, so that every reader sees zeros, not only this one.
         define_absent: bool,
     },
-    /// Make those of blocks `first..first + count` ZERO that have no space and no parent's content; the others
-    /// stay as they are.
+    /// Make those of blocks `first..first + count` ZERO that have no space and no parent's content; the
+    /// others stay as they are.
     ZeroAbsent {
         /// First block.
         first: u64,
@@ -76,6 +76,6 @@ pub enum ToFront {
     Fence,
     /// Begin no more requests, and answer with [`ToEngine::Held`] once those begun have ended.
     Hold,
-    /// Go on, with the image that is served now.
+    /// Begin requests again, on the image that is served from now on.
     Release,
 }

@@ -8,9 +8,10 @@
 //! 0. whatever a killed process wrote, before a header is (`open_session`);
 //! 1. new FileWriteGuid and DataWriteGuid in both headers, before any other modification (`open_session`);
 //! 2. an initial empty log entry, before a header names its LogGuid (`begin_log`);
-//! 3. recycled space zeroed and synced, space filled from the parents synced, the data of partially present blocks
-//!    synced whose bits an entry has, and the length of a file that has grown, before that entry is written
-//!    (`commit`); a chunk's sector bitmap named by a durable entry before a block relies on it (`partial`);
+//! 3. recycled space zeroed and synced, space filled from the parents synced, the data of partially present
+//!    blocks synced whose bits an entry has, and the length of a file that has grown, before that entry is
+//!    written (`commit`); a chunk's sector bitmap named by a durable entry before a block relies on it
+//!    (`partial`);
 //! 4. a page's log entry synced, before the page is written in place (`commit`);
 //! 5. an unmapping durable and every front past it, before the space is granted again (`quarantine`);
 //! 6. everything logged synced in place, before the log starts again (`begin_log`);
@@ -243,7 +244,7 @@ impl<D: Disk + 'static> Engine<D> {
                 self.start(|engine| async move { engine.release_quarantine().await });
             }
             ToEngine::Fenced => self.fences.answered(),
-            ToEngine::Held => panic!("who holds the fronts listens to them"),
+            ToEngine::Held => panic!("the task that holds the fronts takes their answers"),
         }
     }
 
@@ -262,7 +263,7 @@ impl<D: Disk + 'static> Engine<D> {
         &self.shared
     }
 
-    /// Does what is asked, and remembers what that says about the host.
+    /// Serves a request, and notes what the outcome says about the host.
     async fn serve(self: &Rc<Self>, ask: Ask) -> Outcome {
         let needs_room = matches!(ask, Ask::Allocate { .. });
         let outcome = self.perform(ask).await;
@@ -301,14 +302,14 @@ impl<D: Disk + 'static> Engine<D> {
     fn poison(&self, doing: &str, error: &io::Error) -> Errno {
         if self.shared.poison() {
             self.shared.troubles().note(doing, errno(error));
-            tracing::error!("{doing} failed: {error}; no write or flush will succeed, reads go on");
+            tracing::error!("{doing} failed: {error}; no write or flush will succeed, reads still work");
         }
         assert_eq!(self.shared.session(), Session::Poisoned, "a poisoned session stays poisoned");
         Errno::EIO
     }
 
-    /// Writes metadata. A host that refuses it fails whoever waits for it, and nothing else; any other failure
-    /// poisons.
+    /// Writes metadata. A host that refuses it fails the requests that wait for it, and nothing else; any
+    /// other failure poisons.
     async fn write_metadata(&self, doing: &str, offset: u64, bytes: Buffer) -> Outcome {
         let page = PAGE_BYTES as u64;
         assert!(offset >= OFFSETS[0] && offset.is_multiple_of(page), "metadata at byte {offset}");
@@ -335,8 +336,8 @@ impl<D: Disk + 'static> Engine<D> {
     }
 }
 
-/// Whether a host that answers an operation with this `errno` has no room or memory for it, or has not begun it.
-/// Nothing that was written before is lost then. It says nothing of a sync, which is never tried again.
+/// Whether a host that answers an operation with this `errno` has no room or memory for it, or has not begun
+/// it. Nothing that was written before is lost then. It says nothing of a sync, which is never tried again.
 fn is_refusal(errno: Errno) -> bool {
     use Errno::{EAGAIN, ECANCELED, EDQUOT, EINTR, ENOMEM, ENOSPC};
     [ENOSPC, EDQUOT, ENOMEM, ECANCELED, EAGAIN, EINTR].contains(&errno)

@@ -1,15 +1,17 @@
-//! Partially present blocks: a block of a differencing image that has some sectors itself, and the others from its
-//! parents, as the sector bitmap of its chunk says.
+//! Partially present blocks: a block of a differencing image that has some sectors itself, and the others
+//! from its parents, as the sector bitmap of its chunk says.
 //!
-//! * A front sets a sector's bit when its data is in the file ([`super::dirty_bitmap_pages`]); the commit cycle copies the bitmap's
-//!   page, syncs, and only then writes the entry that has it. So a durable bit has durable data.
-//! * An absent block becomes partially present with all its bits cleared *in the file*: bits that a power cut has left
-//!   there, logged before the block's entry was, would show what the new space happens to hold.
-//! * A chunk's bitmap is named by a durable entry before any of the chunk's blocks becomes partially present: their
-//!   entries may be in other pages, which a power cut may keep without it.
+//! * A front sets a sector's bit when its data is in the file ([`super::dirty_bitmap_pages`]); the commit
+//!   cycle copies the bitmap's page, syncs, and only then writes the entry that has it. So a durable bit has
+//!   durable data.
+//! * An absent block becomes partially present with all its bits cleared *in the file*: bits that a power cut
+//!   has left there, logged before the block's entry was, would show what the new space happens to hold.
+//! * A chunk's bitmap is named by a durable entry before any of the chunk's blocks becomes partially present:
+//!   their entries may be in other pages, which a power cut may keep without it.
 //!
-//! With these three, pages may be logged in any order. A block becomes partially present from absent only, and never
-//! twice: discarded it is ZERO, written again it is whole. A block with all its bits set becomes fully present.
+//! With these three, pages may be logged in any order. A block becomes partially present from absent only,
+//! and never twice: discarded it is ZERO, written again it is whole. A block with all its bits set becomes
+//! fully present.
 //!
 //! [Rules 93 to 96](crate::design::vhdx_rules#rule-93).
 
@@ -25,8 +27,8 @@ use crate::image::{Content, Page, SectorBitmaps};
 use crate::simulation::{Plant, planted};
 
 impl<D: Disk + 'static> Engine<D> {
-    /// Whether absent `block` can become partially present: there is room for its bits, and the file has none of it.
-    /// (Otherwise it is filled.) Its chunk has a bitmap then.
+    /// Whether absent `block` can become partially present: there is room for its bits, and the file has none
+    /// of its bits set. Its chunk has a bitmap then. (Otherwise the block is filled.)
     pub(super) async fn can_be_partial(self: &Rc<Self>, block: u64) -> Outcome<bool> {
         let geometry = self.shared.geometry();
         assert!(geometry.is_differencing(), "only a child's blocks are partially present");
@@ -40,7 +42,7 @@ impl<D: Disk + 'static> Engine<D> {
         self.has_no_bits(block).await
     }
 
-    /// Gives `chunk` a bitmap, all clear, if it has none. Whether it was given one just now.
+    /// Gives `chunk` a bitmap, all clear, if it has none. Returns whether it did.
     async fn begin_bitmap(self: &Rc<Self>, chunk: u64) -> Outcome<bool> {
         let turn = self.turns.bitmaps.enter().await;
         let map = &self.shared.map;
@@ -67,8 +69,8 @@ impl<D: Disk + 'static> Engine<D> {
         Ok(begins)
     }
 
-    /// Whether the file has no bit of absent `block`. What of its chunk's bitmap is logged and not in place yet has
-    /// none of them either: in memory they are clear.
+    /// Whether the file has no bit of absent `block`. What of its chunk's bitmap is logged and not in place
+    /// yet has none of them either: in memory they are clear.
     async fn has_no_bits(self: &Rc<Self>, block: u64) -> Outcome<bool> {
         let geometry = self.shared.geometry();
         let place = self.shared.map.bitmap_place(geometry.chunk_of_block(block));
@@ -82,8 +84,8 @@ impl<D: Disk + 'static> Engine<D> {
         Ok(bytes[index(slice.start - start)..index(slice.end - start)].iter().all(|byte| *byte == 0))
     }
 
-    /// The cycle closes its set: pages whose bits have changed belong to it, and blocks of which all sectors have
-    /// come to be there.
+    /// The cycle closes its set: pages whose bits have changed belong to it, and blocks of which all sectors
+    /// have come to be there.
     pub(super) fn take_bits(&self) {
         for page in self.dirty.take_marked() {
             if let Page::Bitmap { chunk, page } = page {

@@ -20,8 +20,8 @@ pub struct PieceId {
     pub piece: u8,
 }
 
-/// The right to complete one request. A front has it while it serves the request and gives it up with the completion,
-/// so it cannot complete a request twice.
+/// The right to complete one request. A front has it while it serves the request and gives it up with the
+/// completion, so it cannot complete a request twice.
 #[derive(Debug)]
 #[must_use = "a request that is not completed waits for ever"]
 pub struct Ticket(u16);
@@ -38,12 +38,14 @@ impl Ticket {
     }
 }
 
-/// File I/O on an image of the chain, at most `u32::MAX` bytes; offsets and lengths are multiples of the logical sector.
+/// File I/O on an image of the chain, at most `u32::MAX` bytes; offsets and lengths are multiples of the
+/// logical sector.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FileIo {
     /// What to do.
     pub op: FileOp,
-    /// Which image's file; only [`super::shared::LEAF`]'s is ever written. Meaningless for [`FileOp::FillZero`].
+    /// Which image's file; only [`super::shared::LEAF`]'s is ever written. Meaningless for
+    /// [`FileOp::FillZero`].
     pub layer: u8,
     /// Where in that file, bytes; meaningless for [`FileOp::FillZero`].
     pub file_offset: u64,
@@ -93,8 +95,8 @@ pub trait Port {
     /// Sends a message to the engine; there is always room.
     fn send(&mut self, message: ToEngine);
 
-    /// What the fronts of the device go on with after a hold, if it is something else than before: all file I/O from
-    /// now on is on its images.
+    /// What the fronts of the device serve after a hold, if that has changed: all file I/O from now on is on
+    /// its images.
     fn change_leaf(&mut self) -> Option<Arc<Shared>>;
 
     /// Ends the request of `ticket`: bytes read or written, 0 for other requests, or why it has failed.

@@ -1,8 +1,8 @@
 //! Space on its way from a block to the free map.
 //!
 //! Unmapped space may be used again only when (a) the entry that unmaps it is durable, or a power cut would
-//! bring the old mapping back onto another block's data; and (b) every front has answered a barrier sent after
-//! the unmapping, or a piece looked up earlier would still read or write there.
+//! bring the old mapping back onto another block's data; and (b) every front has answered a barrier sent
+//! after the unmapping, or a piece looked up earlier would still read or write there.
 //!
 //! [Rule 100](crate::design::vhdx_rules#rule-100).
 
@@ -69,7 +69,8 @@ impl Quarantine {
         Some(id)
     }
 
-    /// The entries that unmap batch `id` were not written: the next cycle logs its unmappings with later ones.
+    /// The entries that unmap batch `id` were not written: the next cycle logs its unmappings with later
+    /// ones.
     pub fn reopen_batch(&mut self, id: u64) {
         let place = self.batches.iter().position(|batch| batch.id == id).expect(NOT_DURABLE);
         let batch = self.batches.remove(place).expect("just found");
@@ -83,7 +84,7 @@ impl Quarantine {
         batch.durable = true;
     }
 
-    /// Whether a barrier shall go out to `fronts` fronts now: every batch that wants one shares it.
+    /// Whether a barrier is to be sent to `fronts` fronts now. Every batch that needs one shares it.
     #[must_use]
     pub fn start_barrier(&mut self, fronts: usize) -> bool {
         if self.owed > 0 {

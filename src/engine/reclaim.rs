@@ -32,14 +32,13 @@ impl Reclaim {
 
     /// The cycle has ended; `durable` if it has succeeded. Whether there may be something to release.
     pub(super) fn end_batch(&self, batch: Option<u64>, durable: bool) -> bool {
-        let mut quarantine = self.quarantine.borrow_mut();
         match batch {
-            Some(batch) if durable => quarantine.batch_durable(batch),
-            Some(batch) => quarantine.reopen_batch(batch),
+            Some(batch) if durable => self.quarantine.borrow_mut().batch_durable(batch),
+            Some(batch) => self.quarantine.borrow_mut().reopen_batch(batch),
             None => {}
         }
         if !durable {
-            // A task that waits for the batch finds the reason of the failure.
+            // A task that waits for the batch would wait for ever: it looks again, and finds why.
             self.progress.ring();
         }
         durable && batch.is_some()

@@ -4,8 +4,8 @@ use super::durability::Reliance;
 use crate::disk::PAGE_BYTES;
 use crate::image::Page;
 
-/// The copies are what is logged and what is written in place, never the pages themselves: those go on changing, and
-/// what they hold by then may rely on payload that no sync has covered.
+/// The copies are what is logged and what is written in place, never the pages themselves: those keep
+/// changing, and what they hold by then may rely on payload that no sync has covered.
 pub(super) struct Round {
     pub(super) pages: Vec<PageCopy>,
     /// What must be durable before an entry names the pages.

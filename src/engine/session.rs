@@ -25,21 +25,21 @@ impl<D: Disk + 'static> Engine<D> {
     /// The first modification of any kind waits for this.
     ///
     /// # Errors
-    /// A positive `errno`; nothing was modified then, or the device is poisoned.
+    /// If the host has failed: nothing was modified then, or the device is poisoned.
     pub async fn open_session(self: &Rc<Self>) -> Outcome {
         self.open_session_as(None).await
     }
 
-    /// As [`Self::open_session`], with `data_write_guid`, if there is one, as the GUID that children know the new
-    /// content by.
+    /// As [`Self::open_session`], with `data_write_guid`, if there is one, as the GUID that children know the
+    /// new content by.
     ///
     /// # Errors
     /// As [`Self::open_session`].
     pub async fn open_session_as(self: &Rc<Self>, data_write_guid: Option<Uuid>) -> Outcome {
         let turn = self.turns.session.enter().await;
         if self.shared.session() == Session::Idle {
-            // The header found may be a killed process's, and the host may not have it yet: writing the other one
-            // now would put both at risk.
+            // The header found may be a killed process's, and not be durable yet. Writing the other one now
+            // would put both at risk: a power cut could tear the one and lose the other.
             if !planted(Plant::TrustKilled) {
                 self.sync().await?;
             }
@@ -64,8 +64,8 @@ impl<D: Disk + 'static> Engine<D> {
         self.check_poison()
     }
 
-    /// The GUIDs of the session. One that could not be opened for want of room is tried again under the same: a
-    /// header that was refused may be in the file, and a successor has to know it.
+    /// The GUIDs of the session. If it could not be opened for want of room, the next attempt uses the same
+    /// ones: a header that was refused may be in the file, and a successor recognises the image by its GUID.
     fn session_guids(&self, data_write_guid: Option<Uuid>) -> (Uuid, Uuid) {
         let guids = self.opening.get().unwrap_or_else(|| {
             let file_write = self.new_guid();
@@ -81,8 +81,8 @@ impl<D: Disk + 'static> Engine<D> {
         guids
     }
 
-    /// Holes where metadata will be written are filled now: running out of space here fails one write, and leaves
-    /// the image as it was; running out of it later would fail flushes that need none.
+    /// Holes where metadata will be written are filled now: running out of space here fails one write and
+    /// leaves the image as it was. Later it would fail flushes, which need none.
     async fn reserve_metadata(self: &Rc<Self>) -> Outcome {
         let headers = Extent { offset: HEADERS.start, length: HEADERS.end - HEADERS.start };
         for extent in [headers, self.layout.log, self.layout.bat, self.layout.metadata] {
@@ -114,8 +114,8 @@ impl<D: Disk + 'static> Engine<D> {
     }
 
     /// Before the first commit, and when the log starts again: an initial empty entry under a new LogGuid,
-    /// durable before the headers name it, and with it everything that an older log held, which is in place. The
-    /// file never has a LogGuid without a valid entry.
+    /// durable before the headers name it, and with it everything that an older log held, which is in place.
+    /// The file never has a LogGuid without a valid entry.
     pub(super) async fn begin_log(self: &Rc<Self>) -> Outcome {
         assert_ne!(self.shared.session(), Session::Idle, "a log belongs to a session");
         assert!(self.journal.spares_first_sector(), "the first sector is still needed");

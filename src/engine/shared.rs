@@ -1,4 +1,5 @@
-//! What every thread of a device sees: the block maps of the chain, the session word, what the host's file can do.
+//! What every thread of a device sees: the block maps of the chain, the session word, what the host's file
+//! can do.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -27,7 +28,7 @@ pub struct Shared {
     can_zero_range: AtomicBool,
     can_punch: AtomicBool,
     troubles: Troubles,
-    /// That a file has lost its end was said.
+    /// That a file has lost its end was logged.
     cut_was_said: AtomicBool,
     /// Durable writes of all fronts whose end has not been seen.
     durable_writes: AtomicU32,
@@ -76,8 +77,8 @@ impl Shared {
         std::iter::once(&self.map).chain(&self.parents)
     }
 
-    /// Virtual bytes `from..to` have been written into the space that their blocks have. Where a block is partially
-    /// present they are read from there from now on, and committed by the next cycle.
+    /// Virtual bytes `from..to` have been written into the space that their blocks have. Where a block is
+    /// partially present they are read from there from now on, and committed by the next cycle.
     pub fn mark_written(&self, from: u64, to: u64) {
         let geometry = self.geometry();
         let sector = u64::from(geometry.logical_sector_size());
@@ -94,8 +95,8 @@ impl Shared {
         }
     }
 
-    /// Whether byte `offset` of a layer's file was there and cannot be missing: it is read, and the file ends before
-    /// it. Somebody has cut the file, which is said once.
+    /// Whether byte `offset` of a layer's file, which is read and lies past the file's end, was there before.
+    /// Another program has cut the file then, which is logged once.
     pub(super) fn has_lost(&self, layer: u8, offset: u64) -> bool {
         let map = self.layers().nth(usize::from(layer)).expect("a layer of this chain");
         let lost = offset < map.file_bytes();
@@ -103,8 +104,8 @@ impl Shared {
             let whose =
                 if layer == LEAF { "the image's file".into() } else { format!("the file of parent {layer}") };
             tracing::error!(
-                "{whose} had {} bytes and ends before byte {offset}: another program has cut it; blocks that lie \
-                 there cannot be read any longer",
+                "{whose} had {} bytes and ends before byte {offset}: another program has cut it; blocks that \
+                 lie there can no longer be read",
                 map.file_bytes()
             );
         }
@@ -173,7 +174,8 @@ impl Shared {
 mod tests {
     use super::*;
 
-    /// What the file had when it was opened, or has grown by since, must be there; what it never had reads as zeros.
+    /// What the file had when it was opened, or has grown by since, must be there; what it never had reads as
+    /// zeros.
     #[test]
     fn only_what_a_file_had_can_be_lost() {
         let geometry = Geometry::new(8 << 20, 1 << 20, 512, true);

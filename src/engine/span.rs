@@ -36,8 +36,8 @@ pub(super) struct Span {
 }
 
 impl Span {
-    /// The run from virtual offset `from` to the end of its block or to `end`, as a writer sees it: in the space that
-    /// the leaf has for it.
+    /// The span from virtual offset `from` to the end of its block or to `end`, as a writer sees it: in the
+    /// space that the leaf has for it.
     #[inline]
     pub(super) fn in_leaf(shared: &Shared, from: u64, end: u64) -> Self {
         debug_assert!(from < end && end <= shared.geometry().virtual_size(), "bytes {from} to {end}");
@@ -60,7 +60,8 @@ impl Span {
         Self { location, durable: durable && !partial, partial, length }
     }
 
-    /// The same for a reader: from the layer that has the content, shorter where a block is spread over several.
+    /// The same for a reader: from the layer that has the content, shorter where a block is spread over
+    /// several.
     #[inline]
     pub(super) fn in_chain(shared: &Shared, from: u64, end: u64) -> Self {
         let span = Self::in_leaf(shared, from, end);
@@ -95,7 +96,7 @@ impl Span {
         matches!(self.location, Location::File { .. })
     }
 
-    /// Whether one piece can serve this run and `next`, which follows it.
+    /// Whether one piece can serve this span and `next`, which follows it.
     pub(super) fn continues_with(&self, next: &Self) -> bool {
         match (self.location, next.location) {
             (Location::File { layer, offset }, next @ Location::File { .. }) => {
@@ -107,11 +108,11 @@ impl Span {
     }
 }
 
-/// Whether the entry of `block` has to change for all of it to read as zeros: it has space; or, in a child, its
-/// parents have content; or others may read something else (`define_absent`).
+/// Whether the entry of `block` has to change for all of it to read as zeros: it has space; or, in a child,
+/// its parents have content; or other readers may see something else (`define_absent`).
 ///
-/// `looks` is how many entries of the parents may still be looked at; without, it is the parents' content that is
-/// assumed.
+/// `looks` is how many entries of the parents may still be looked at. When none are left, the parents are
+/// assumed to have content.
 pub(super) fn to_unmap(shared: &Shared, block: u64, define_absent: bool, looks: &mut u32) -> bool {
     let entry = shared.map.load(block).entry;
     match entry.payload_state() {
@@ -166,8 +167,8 @@ pub(super) fn shows_parents(shared: &Shared, block: u64, looks: &mut u32) -> boo
     false
 }
 
-/// Where the bytes from `from` on are by what one layer says, and for how many that holds, up to `end` or the end of
-/// its block.
+/// Where the bytes from `from` on are by what one layer says, and for how many that holds, up to `end` or the
+/// end of its block.
 pub(super) fn locate(layer: u8, map: &BlockMap, from: u64, end: u64) -> (Location, u64) {
     let geometry = map.geometry();
     debug_assert!(from < end && end <= geometry.virtual_size(), "bytes {from} to {end} of layer {layer}");
@@ -188,8 +189,8 @@ pub(super) fn locate(layer: u8, map: &BlockMap, from: u64, end: u64) -> (Locatio
     }
 }
 
-/// Whether the sectors from byte `within` of `block` on are in its layer's file, and for how many bytes that holds,
-/// up to `length`.
+/// Whether the sectors from byte `within` of `block` on are in its layer's file, and for how many bytes that
+/// holds, up to `length`.
 fn sectors(map: &BlockMap, block: u64, within: u64, length: u64) -> (bool, u64) {
     let geometry = map.geometry();
     let sector = u64::from(geometry.logical_sector_size());

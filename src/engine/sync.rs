@@ -1,12 +1,12 @@
 //! The one place that syncs the image file.
 //!
-//! A front's durable write is a sync of its own, and its failure may be the only sign of a device that has lost its
-//! cache: a sync right behind it succeeds. That failure may have been posted, and its thread may not have seen it
-//! yet. So a sync proves nothing before the end of every durable write that was in flight at its end has been seen.
+//! A front's durable write is a sync of its own, and its failure may be the only sign of a device that has
+//! lost its cache: a sync right behind it succeeds. That failure may have been posted, and its thread may not
+//! have seen it yet. So a sync proves nothing before the end of every durable write that was in flight at its
+//! end has been seen.
 
 use std::rc::Rc;
 
-use super::message::ToFront;
 use super::{Engine, Outcome};
 use crate::disk::Disk;
 use crate::image::Content;
@@ -31,11 +31,11 @@ impl<D: Disk + 'static> Engine<D> {
         Ok(())
     }
 
-    /// Waits until the end of every durable write that is in flight now has been seen. As a rule there is none, and
-    /// no front is asked.
+    /// Waits until the end of every durable write that is in flight now has been seen. As a rule there is
+    /// none, and no front is asked.
     async fn await_durable_writes(self: &Rc<Self>) {
         if self.shared.durable_writes() > 0 && !planted(Plant::UnseenFailure) {
-            self.fences.pass(self.fronts.count(), |front| self.fronts.send(front, ToFront::Fence)).await;
+            self.fences.pass(&*self.fronts).await;
         }
     }
 }

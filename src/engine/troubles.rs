@@ -1,6 +1,6 @@
-//! What has gone wrong on the host, for whoever asks how the device is.
+//! What has gone wrong on the host, for reports on the device's health.
 //!
-//! It decides nothing, and is only written where something has failed, or room was found again.
+//! Nothing depends on it. It is written where something has failed, and where room was found again.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -15,8 +15,8 @@ use crate::simulation::{Plant, planted};
 const BLOCKS_PER_TURN: u64 = 512;
 
 impl<D: Disk + 'static> Engine<D> {
-    /// Makes whole blocks ZERO that do not read as zero. Those that do change only if `define_absent`: to others an
-    /// absent block's content is undefined.
+    /// Makes whole blocks ZERO that do not read as zero. Those that do change only if `define_absent`: to
+    /// others an absent block's content is undefined.
     pub(super) async fn unmap(self: &Rc<Self>, first: u64, count: u64, define_absent: bool) -> Outcome {
         assert!(!self.shared.fixed, "fixed images keep their space");
         let to_zero =
@@ -24,7 +24,7 @@ impl<D: Disk + 'static> Engine<D> {
         self.change_each(first, count, to_zero).await
     }
 
-    /// Makes those blocks ZERO that have no data, nor, unless the `whole` block is meant, a parent's.
+    /// Makes those blocks ZERO that have no data, and, unless the `whole` block is meant, no parent's data.
     pub(super) async fn zero_absent(self: &Rc<Self>, first: u64, count: u64, whole: bool) -> Outcome {
         let to_zero = |engine: &Self, block| {
             let entry = engine.shared.map.load(block).entry;
@@ -48,7 +48,8 @@ impl<D: Disk + 'static> Engine<D> {
             if to_zero(self, block) {
                 let change = async {
                     self.check_poison()?;
-                    // Whoever had the block until now may have given it space.
+                    // The task that had the block until now may have given it space, and acknowledged data in
+                    // it.
                     if to_zero(self, block) || planted(Plant::TrustFirstLook) {
                         let reveals = planted(Plant::RevealParents);
                         self.remap(block, if reveals { BatEntry::not_present() } else { BatEntry::zero() });

@@ -1,7 +1,8 @@
 //! How the engine's tasks wait for each other, on one thread and in arrival order.
 //!
-//! Everything here is deterministic: who waits first is served first, nothing looks at a clock. Futures are
-//! never dropped before they end: the engine has no timeouts and no `select`.
+//! Everything here is deterministic: tasks are served in the order of their calls, and nothing reads a clock.
+//! (Crates like `async-lock` take the place in the queue at the first poll, which would make it depend on the
+//! executor.) Futures are never dropped before they end: the engine has no timeouts and no `select`.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
@@ -115,7 +116,7 @@ impl<T: Clone> Promise<T> {
         promise
     }
 
-    /// Gives the value to everybody who waits or will wait; once.
+    /// Gives the value to every task that waits or will wait; once.
     pub fn keep(&self, value: T) {
         let before = self.0.value.borrow_mut().replace(value);
         assert!(before.is_none(), "a promise is kept once");

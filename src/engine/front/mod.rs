@@ -1,8 +1,9 @@
 //! The hot path: one front per queue turns requests into file I/O.
 //!
 //! A plain synchronous state machine: no lock, no future, no heap use per request. It splits a request at
-//! block borders, looks each piece up in the block map and starts file I/O on what is there. What is not
-//! there it asks of the engine, and looks up again. It does all payload I/O, also into blocks just granted.
+//! block borders, looks each piece up in the block map and starts file I/O on what is there. For what is not
+//! there it sends a request to the engine, and looks it up again. It does all payload I/O, also into blocks
+//! just granted.
 //!
 //! Invariants:
 //!
@@ -10,10 +11,13 @@
 //!   full length or its first error;
 //! * a piece counts for the barrier from its *lookup* to its end, in one of two counters by barrier parity;
 //! * a write is submitted only in an open session and reported as done only in an unpoisoned one;
-//! * a durable write into a block whose mapping is not durable is an ordinary write that joins a flush, and so is one
-//!   for which the host has no room: the sync of that flush fails if the host has lost anything else by then;
-//! * a durable write in flight is known to the engine, until its end has been seen and, if it failed, has poisoned;
-//! * a sector of a partially present block is marked as present when its data is, and before the request is done.
+//! * a durable write into a block whose mapping is not durable is an ordinary write that joins a flush, and
+//!   so is one for which the host has no room: the sync of that flush fails if the host has lost anything
+//!   else by then;
+//! * a durable write in flight is known to the engine, until its end has been seen and, if it failed, has
+//!   poisoned;
+//! * a sector of a partially present block is marked as present when its data is, and before the request is
+//!   done.
 
 mod slot;
 mod steps;
@@ -41,8 +45,9 @@ pub const MAX_PIECES: usize = 8;
 /// an advisory discard is acknowledged without work, zeros are written.
 pub const MIN_PUNCH_BYTES: u64 = 64 << 10;
 
-/// Entries of block maps that a front looks at for one request before it leaves the search to the engine, which lets
-/// others have their turn: about 50 microseconds. The longest discard of a single image needs fewer.
+/// Entries of block maps that a front looks at for one request before it leaves the search to the engine,
+/// which lets others have their turn: about 50 microseconds. The longest discard of a single image needs
+/// fewer.
 pub const MAX_LOOKS: u32 = 16 << 10;
 
 /// A request as the kernel made it.
@@ -349,8 +354,8 @@ impl Front {
         submit(id, rest, port);
     }
 
-    /// The file ends before the end of what is read. What it never had reads as zero: fixed images by QEMU end inside
-    /// their last block. What it had when it was opened, another program has cut off.
+    /// The file ends before the end of what is read. What it never had reads as zero: fixed images by QEMU
+    /// end inside their last block. What it had when it was opened, another program has cut off.
     fn fill_past_end<P: Port>(&mut self, id: PieceId, done: u32, port: &mut P) {
         let rest = self.slots.piece(id).rest;
         if self.shared.has_lost(rest.layer, rest.file_offset + u64::from(done)) {
@@ -366,7 +371,8 @@ impl Front {
         self.resubmit(id, rest, port);
     }
 
-    /// The host does not know this kind of `fallocate`: another way, from now on. What is advisory is left undone.
+    /// The host does not know this kind of `fallocate`: another way, from now on. What is advisory is left
+    /// undone.
     fn zero_without_support<P: Port>(&mut self, id: PieceId, port: &mut P) {
         let Piece { rest, advisory, .. } = *self.slots.piece(id);
         if rest.op == FileOp::PunchHole {

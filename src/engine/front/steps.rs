@@ -1,5 +1,5 @@
-//! The steps of the requests: each starts one piece of file I/O, asks the engine once, or passes over what needs
-//! nothing.
+//! The steps of the requests: each starts one piece of file I/O, asks the engine once, or passes over what
+//! needs nothing.
 
 use std::ops::Range;
 
@@ -15,7 +15,7 @@ use crate::simulation::{Plant, planted};
 /// How often one request asks again for a block that a discard took away in between.
 const MAX_ASKS_AGAIN: u16 = 1000;
 
-/// Whether a request can go on at once.
+/// Whether another step can follow at once.
 pub(super) enum Step {
     Again,
     Wait,
@@ -125,8 +125,8 @@ impl Front {
         self.ask_again(tag, ask, port)
     }
 
-    /// What makes the absent block at the cursor read as zeros. It takes space only where a part of it has to read
-    /// on as the parents say.
+    /// What makes the absent block at the cursor read as zeros. It takes space only where a part of it has to
+    /// read on as the parents say.
     fn zero_absent(&self, tag: u16, span: &Span, whole: Option<Range<u64>>) -> Ask {
         debug_assert!(!span.is_present(), "a block with space is zeroed by its front");
         let (first, count) = self.blocks_ahead(tag);
@@ -140,9 +140,9 @@ impl Front {
         }
     }
 
-    /// Whole `blocks` at the cursor are to read as zeros. Those that do already are passed over without a word to the
-    /// engine: what it has published is what every acknowledged request has left. A request still under way may come
-    /// before this one or after it.
+    /// Whole `blocks` at the cursor are to read as zeros. Those that do already are passed over without a
+    /// word to the engine: what it has published is what every acknowledged request has left. A request still
+    /// under way may come before this one or after it.
     fn unmap<P: Port>(&mut self, tag: u16, blocks: Range<u64>, define_absent: bool, port: &mut P) -> Step {
         debug_assert!(!blocks.is_empty() && !self.shared.fixed, "{blocks:?} give space back");
         let mut looks = MAX_LOOKS;
@@ -226,7 +226,8 @@ impl Front {
         Span::in_leaf(&self.shared, slot.cursor, slot.past())
     }
 
-    /// Whole blocks at the cursor. The last block of the disk is whole when the range reaches the end of the disk.
+    /// Whole blocks at the cursor. The last block of the disk is whole when the range reaches the end of the
+    /// disk.
     fn whole_blocks(&self, tag: u16) -> Option<Range<u64>> {
         let geometry = self.shared.geometry();
         let slot = &self.slots[tag];

@@ -26,7 +26,8 @@ pub(super) enum Verdict {
     Unsupported,
 }
 
-/// What `result`, bytes done or a negative `errno`, means for `piece` on a disk with sectors of `sector` bytes.
+/// What `result`, bytes done or a negative `errno`, means for `piece` on a disk with sectors of `sector`
+/// bytes.
 #[inline]
 pub(super) fn judge(piece: &Piece, result: i32, sector: u32) -> Verdict {
     let (rest, zeroes) = (piece.rest, matches!(piece.rest.op, FileOp::PunchHole | FileOp::ZeroRange));
@@ -46,7 +47,7 @@ fn judge_transfer(rest: FileIo, done: u32, sector: u32) -> Verdict {
     if done == rest.length {
         return Verdict::Done;
     }
-    // Direct I/O can only go on at a sector border; what a short transfer did beyond it is done again.
+    // Direct I/O can only continue at a sector border; what a short transfer did beyond it is done again.
     let whole = done - done % sector;
     if rest.op == FileOp::Read && (done == 0 || whole != done) {
         return Verdict::EndOfFile(done);
@@ -69,7 +70,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::engine::port::LEAF;
+    use crate::engine::shared::LEAF;
 
     fn piece(op: FileOp, length: u32) -> Piece {
         let rest = FileIo { op, layer: LEAF, file_offset: 8 << 20, buffer_offset: 4096, length };
@@ -99,7 +100,7 @@ mod tests {
         }
     }
 
-    /// A transfer that ends short goes on where it ended, at a sector border, until all of it is done.
+    /// A transfer that ends short continues where it ended, at a sector border, until all of it is done.
     #[test]
     fn short_transfers_add_up() {
         for op in [FileOp::Read, FileOp::Write { durable: false }, FileOp::WriteZeros] {
@@ -122,7 +123,8 @@ mod tests {
         fn a_short_end_is_the_end_of_a_file_or_a_failure(done in 0..4096_u32, reads in any::<bool>()) {
             let op = if reads { FileOp::Read } else { FileOp::Write { durable: false } };
             let found = judge(&piece(op, 8192), done.cast_signed(), 4096);
-            prop_assert_eq!(found, if reads { Verdict::EndOfFile(done) } else { Verdict::Failed(Errno::EIO) });
+            let expected = if reads { Verdict::EndOfFile(done) } else { Verdict::Failed(Errno::EIO) };
+            prop_assert_eq!(found, expected);
         }
     }
 }
