@@ -1,14 +1,14 @@
 //! Text from elsewhere, made fit to be shown.
 //!
-//! Names of files, keys in images and names of processes are chosen by others. Shown as they are they steer terminals,
-//! forge lines of logs, and read in another order than they are written.
+//! Names of files, keys in images and names of processes are chosen by others. Shown as they are they steer
+//! terminals, forge lines of logs, and read in another order than they are written.
 
 use std::borrow::Cow;
 use std::fmt;
 use std::path::Path;
 
-/// Whether a terminal shows the character and does nothing else with it: no control character, line or paragraph
-/// separator, and nothing that changes the direction of others.
+/// Whether a terminal shows the character and does nothing else with it: no control character, line or
+/// paragraph separator, and nothing that changes the direction of others.
 pub fn is_printable(character: char) -> bool {
     let steers = matches!(
         character,
@@ -17,7 +17,8 @@ pub fn is_printable(character: char) -> bool {
     !character.is_control() && !steers
 }
 
-/// `text`, with what is not printable as Rust writes it: `\n`, `\u{9b}`. What was escaped already stays as it is.
+/// `text`, with what is not printable as Rust writes it: `\n`, `\u{9b}`. What was escaped already stays as it
+/// is.
 pub fn printable(text: &str) -> Cow<'_, str> {
     if text.chars().all(is_printable) {
         return text.into();
@@ -27,8 +28,8 @@ pub fn printable(text: &str) -> Cow<'_, str> {
     shown.into()
 }
 
-/// `path` as a word of a command that is suggested, for people to paste: a shell takes all of it for one name, whatever
-/// is in it, and the command for no option.
+/// `path` as a word of a command that is suggested, for people to paste: a shell takes all of it for one
+/// name, whatever is in it, and the command for no option.
 pub fn shell(path: &Path) -> String {
     let text = path.to_string_lossy();
     let text = if text.starts_with('-') { format!("./{text}") } else { text.into_owned() };

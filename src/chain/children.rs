@@ -1,6 +1,6 @@
-//! The children of an image: what nobody could read any more if it were written to.
+//! The children of an image: they become unreadable when it is written to.
 //!
-//! A parent does not know its children. They are looked for where they usually are, beside it.
+//! A parent does not know its children. They are searched for where they usually are, beside it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,15 +11,15 @@ use super::search::Search;
 use crate::disk::folder_of;
 use crate::error::Result;
 
-/// The most images of a folder that are looked at: as many as the longest chain has. Each costs a few hundred KiB of
-/// reading, so that even all of them are found in seconds.
+/// The most images of a folder that are looked at: as many as the longest chain has. Each costs a few hundred
+/// KiB of reading, so that even all of them are found in seconds.
 pub const MAX_NEIGHBOURS: usize = 256;
 
 /// How the names of images end, in small letters.
 const EXTENSIONS: [&str; 2] = ["vhdx", "avhdx"];
 
-/// The images in the folder of `parent` that were made of it, as it is now. `identify` must not wait for anybody;
-/// what it cannot read is nobody's child.
+/// The images in the folder of `parent` that were made of it, as it is now. `identify` must not wait for
+/// anybody; what it cannot read is no child.
 pub fn children_beside<R: Relative>(
     parent: &dyn Relative,
     search: &Search,

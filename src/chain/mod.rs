@@ -1,8 +1,8 @@
 //! Chains: the parents of a differencing image, found, recognised and opened.
 //!
-//! A child knows its parent by paths, which may have gone stale, and by the DataWriteGuid that the parent had when
-//! the child was made, which decides: a parent that was written since would show the child's reader a disk that
-//! never was.
+//! A child knows its parent by paths, which may have gone stale, and by the DataWriteGuid that the parent had
+//! when the child was made, which decides: a parent that was written since would show the child's reader a
+//! disk that never was.
 
 mod children;
 mod kinship;

@@ -13,8 +13,9 @@ use crate::format::locator::ParentLocator;
 /// The most layers of a chain, the leaf included.
 pub const MAX_DEPTH: usize = 256;
 
-/// The most memory that the images of a chain may take together, bytes: the BAT of a full disk of the largest size in
-/// the smallest blocks and all bits of its sectors, twice. All of it is locked, and every layer is made by somebody.
+/// The most memory that the images of a chain may take together, bytes: the BAT of a full disk of the largest
+/// size in the smallest blocks and all bits of its sectors, twice. All of it is locked, and every layer is
+/// made by somebody.
 pub const MAX_CHAIN_BYTES: u64 = 17 << 30;
 
 /// Opens the parents of `leaf`, its own parent first, with `open`.
@@ -36,9 +37,9 @@ pub fn open_parents<R: Relative>(
 ///
 /// # Errors
 ///
-/// [`Kind::NotFound`] if a parent is nowhere; [`Kind::Mismatch`] if what is there is not, or no longer, the image
-/// that the child was made of; corrupt if the chain returns to one of its own; unsupported if it is too long;
-/// those of `open`.
+/// [`Kind::NotFound`] if a parent is nowhere; [`Kind::Mismatch`] if what is there is not, or no longer, the
+/// image that the child was made of; corrupt if the chain returns to one of its own; unsupported if it is too
+/// long; those of `open`.
 pub fn follow_parents<R: Relative>(
     leaf: &dyn Relative,
     search: &Search,
@@ -94,8 +95,8 @@ fn follow<R: Relative>(
     }
 }
 
-/// The first of `places`, which the user has named or not, that is the parent of `child`. If none is, why the likeliest
-/// is not.
+/// The first of `places`, which the user has named or not, that is the parent of `child`. If none is, why the
+/// likeliest is not.
 fn first_fitting<R: Relative>(
     child: &dyn Relative,
     locator: &ParentLocator,
@@ -139,8 +140,8 @@ fn refuse_cycle(path: &Path, used: &[&Path]) -> Result<()> {
 const REMEDY: &str = "name the right file with --parent, or what its drive is here with --parent-map; `vhdx-ublk \
      relink` has the child name it for good";
 
-/// Whether `parent` is what `child`, whose locator is `locator`, was made of. Only of a parent that is named `by_user` is
-/// its own GUID told: who made the child may have it name an image that they must not read.
+/// Whether `parent` is what `child`, whose locator is `locator`, was made of. Only of a parent that is named
+/// `by_user` is its own GUID told: who made the child may have it name an image that they must not read.
 pub(super) fn recognise(
     child: &dyn Relative,
     locator: &ParentLocator,

@@ -74,8 +74,9 @@ pub fn same_file(one: &Path, other: &Path) -> bool {
     matches!((HostFile::at(one), HostFile::at(other)), (Ok(one), Ok(other)) if one == other)
 }
 
-/// `path`, or what differs from it only in what Windows or another host does not tell apart: the case of letters, and
-/// whether an accent is a part of its letter or a character of its own (macOS writes names that way).
+/// `path`, or what differs from it only in what Windows or another host does not tell apart: the case of
+/// letters, and whether an accent is a part of its letter or a character of its own (macOS writes names that
+/// way).
 pub(super) fn existing(path: &Path) -> Option<PathBuf> {
     if path.exists() {
         return Some(path.to_owned());

@@ -16,7 +16,7 @@ pub trait Layer {
     fn path(&self) -> &Path;
 }
 
-/// An image and its file's path, while its parents are looked for.
+/// An image and its file's path, while its parents are searched for.
 impl Layer for (&Image, &Path) {
     fn image(&self) -> &Image {
         self.0
@@ -35,7 +35,8 @@ pub trait Relative {
     /// What its children know it by.
     fn data_write_guid(&self) -> Uuid;
 
-    /// The memory that it takes while it is open, bytes; little, and counted as nothing, if only its identity is known.
+    /// The memory that it takes while it is open, bytes; little, and counted as nothing, if only its identity
+    /// is known.
     fn resident_bytes(&self) -> u64 {
         0
     }

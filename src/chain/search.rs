@@ -9,7 +9,7 @@ use crate::format::locator::{ABSOLUTE_WIN32_PATH, ParentLocator, RELATIVE_PATH, 
 /// What the user says about where parents are.
 #[derive(Clone, Debug, Default)]
 pub struct Search {
-    /// The parents themselves, the leaf's first; they are not looked for.
+    /// The parents themselves, the leaf's first; there is no search.
     pub parents: Vec<PathBuf>,
     /// Where Windows' drives, volumes and shares are.
     pub maps: Vec<PathMap>,
@@ -36,7 +36,8 @@ impl Search {
         found
     }
 
-    /// Says which maps know none of the absolute paths in `locators`: a slip of the pen, or a drive that no image is on.
+    /// Says which maps know none of the absolute paths in `locators`: a slip of the pen, or a drive that no
+    /// image is on.
     pub(super) fn warn_of_idle_maps(&self, locators: &[&ParentLocator]) {
         let keys = |locator: &&ParentLocator| ABSOLUTE_KEYS.map(|key| locator.get(key).map(str::to_owned));
         let texts: Vec<String> = locators.iter().flat_map(keys).flatten().collect();

@@ -3,13 +3,14 @@
 //!
 //! An opener states what it does (permissions held) and what it does not let others do (permissions not
 //! shared). Each statement is a read lock on a byte of its own: `100 + n` for permission `n` held, `200 + n`
-//! for permission `n` not shared. Read locks never exclude each other, so the conflicts are looked for once
+//! for permission `n` not shared. Read locks never exclude each other, so the conflicts are searched for once
 //! all are taken: is there a foreign lock on `200 + n` of something held, or on `100 + n` of something not
 //! shared?
 //!
-//! Whoever may read a file may take any of these locks, and so keep every writer out, or look like one. A writer of
-//! this program therefore locks one byte more, exclusively: that takes a description that can write. Where it is
-//! free no writer of ours is left, dead ones with I/O in flight included, whatever others have locked.
+//! Whoever may read a file may take any of these locks, and so keep every writer out, or look like one. A
+//! writer of this program therefore locks one byte more, exclusively: that takes a description that can
+//! write. Where it is free no writer of ours is left, dead ones with I/O in flight included, whatever others
+//! have locked.
 //!
 //! Invariants:
 //!
@@ -48,7 +49,7 @@ const RESIZE: i64 = 3;
 const HELD_BASE: i64 = 100;
 /// First byte of the permissions not shared.
 const UNSHARED_BASE: i64 = 200;
-/// Room for permission bytes behind each base; nobody has defined more than five.
+/// Room for permission bytes behind each base; no program has defined more than five.
 const PERMISSIONS: i64 = 8;
 
 /// The byte that writers of this program lock exclusively. QEMU has nothing there.
@@ -115,8 +116,8 @@ pub fn lock(file: &File, path: &Path, access: Access, wait: Duration) -> Result<
     }
 }
 
-/// Locks `file` for writing although readers have locked it. The caller knows that none of those who have it open
-/// can write it, apart from this program's writers, dead ones included: these are found here.
+/// Locks `file` for writing although readers have locked it. The caller knows that none of those who have it
+/// open can write it, apart from this program's writers, dead ones included: these are found here.
 ///
 /// # Errors
 ///
@@ -125,10 +126,10 @@ pub fn lock_past_readers(file: &File) -> Result<()> {
     take(file, Access::ReadWrite).inspect_err(|_| unlock(file))
 }
 
-/// Takes on `other`, another description of a locked file, what [`try_lock`] took on the first one and others may take,
-/// too: who looks finds the lock free only when both have ended. The writers' own byte stays with the first, which all
-/// writing goes through: a sync of a dead process that [`lock_past_readers`] does not find writes nothing that its
-/// successor does not see in the file already.
+/// Takes on `other`, another description of a locked file, what [`try_lock`] took on the first one and others
+/// may take, too: who looks finds the lock free only when both have ended. The writers' own byte stays with
+/// the first, which all writing goes through: a sync of a dead process that [`lock_past_readers`] does not
+/// find writes nothing that its successor does not see in the file already.
 ///
 /// # Errors
 ///
@@ -140,7 +141,8 @@ pub fn join(other: &File, access: Access) -> Result<()> {
     set_each(other, access, locks).inspect_err(|_| unlock(other))
 }
 
-/// Gives back whatever [`try_lock`] took. No failure is told: the end of the description gives it back, too.
+/// Gives back whatever [`try_lock`] took. A failure is not reported: the end of the description gives it
+/// back, too.
 pub fn unlock(file: &File) {
     for base in [HELD_BASE, UNSHARED_BASE] {
         let _ = set(file, libc::F_UNLCK, base..base + PERMISSIONS);
@@ -148,7 +150,8 @@ pub fn unlock(file: &File) {
     let _ = set(file, libc::F_UNLCK, WRITER..WRITER + 1);
 }
 
-/// Gives back what only a writer holds, so that the lock is a reader's. No failure is told, as by [`unlock`].
+/// Gives back what only a writer holds, so that the lock is a reader's. A failure is not reported, as in
+/// [`unlock`].
 pub fn share(file: &File) {
     for permission in Access::ReadWrite.held().iter().filter(|held| !Access::ReadOnly.held().contains(held)) {
         let _ = set(file, libc::F_UNLCK, HELD_BASE + permission..HELD_BASE + permission + 1);
@@ -274,7 +277,7 @@ mod tests {
         ] {
             let file = tempfile::NamedTempFile::new().expect("a temporary file");
             let holder = open(file.path(), first);
-            try_lock(&holder, first).expect("nobody else is there");
+            try_lock(&holder, first).expect("no other lock is there");
             let other = open(file.path(), second);
             let outcome = kind_of(try_lock(&other, second));
             assert_eq!(outcome, (!shared).then_some(Kind::InUse), "{second:?} beside {first:?}");
@@ -309,7 +312,7 @@ mod tests {
         let second = open(file.path(), Access::ReadWrite);
         assert_eq!(kind_of(lock_past_readers(&second)), Some(Kind::InUse), "a writer of ours is there");
         share(&writer);
-        lock_past_readers(&second).expect("it does not write any more");
+        lock_past_readers(&second).expect("it no longer writes");
         unlock(&second);
         // A lock on the writers' own byte hides whether there is one.
         set(&reader, libc::F_RDLCK, WRITER..WRITER + 1).expect("a reader may");
@@ -373,7 +376,7 @@ mod tests {
         let file = tempfile::NamedTempFile::new().expect("a temporary file");
         let holder = open(file.path(), Access::ReadWrite);
         let everything = libc::flock { l_len: 0, ..record(libc::F_WRLCK, 0..1) };
-        fcntl(&holder, FcntlArg::F_SETLK(&everything)).expect("nobody holds a lock");
+        fcntl(&holder, FcntlArg::F_SETLK(&everything)).expect("no lock is held");
         let reader = open(file.path(), Access::ReadOnly);
         let error = try_lock(&reader, Access::ReadOnly).expect_err("the whole file is locked");
         assert_eq!(error.kind(), Kind::InUse);

@@ -44,8 +44,8 @@ pub trait ReadDisk {
     /// Reads `length` bytes at `offset`; what lies past the end of the file reads as zero.
     async fn read(&self, offset: u64, length: usize) -> io::Result<Buffer>;
 
-    /// Where the next bytes lie that the host has stored, at `offset` or behind it; from `offset` to there the
-    /// file is a hole and reads as zero. Nothing if there are none. Hosts that do not know say `offset`.
+    /// Where the next bytes lie that the host has stored, at `offset` or behind it; from `offset` to there
+    /// the file is a hole and reads as zero. Nothing if there are none. Hosts that do not know say `offset`.
     async fn next_data(&self, offset: u64) -> io::Result<Option<u64>>;
 
     /// The file's length in bytes.

@@ -1,8 +1,8 @@
 //! Opening a file that may be anybody's.
 //!
-//! Root opens files in folders of others, under paths that images of others tell. Whoever owns the folder or the image
-//! decides what is there: a FIFO that never answers, a device that acts when it is opened, a file of the kernel's
-//! that is used up by reading, a link, and another of them at the next moment.
+//! Root opens files in folders of others, under paths that images of others tell. Whoever owns the folder or
+//! the image decides what is there: a FIFO that never answers, a device that acts when it is opened, a file
+//! of the kernel's that is used up by reading, a link, and another of them at the next moment.
 //!
 //! Order, so that nothing is opened but what was examined:
 //!
@@ -24,13 +24,13 @@ use nix::sys::statfs::{FsType, fstatfs};
 use super::Access;
 use crate::error::{Error, Kind, Result};
 
-/// How long a file system may take to find and open a file. Disks that spin up take less; a server that is gone, or a
-/// file system in a process of another user, may take forever.
+/// How long a file system may take to find and open a file. Disks that spin up take less; a server that is
+/// gone, or a file system in a process of another user, may take forever.
 const OPEN_DEADLINE: Duration = Duration::from_secs(15);
 
-/// File systems whose regular files are answers of the kernel: reading one can wait for ever, use up what is read, or
-/// act. They are listed rather than those that keep files, because the kernel has few of them, under numbers that
-/// never change; those that keep files are many, and some are in processes.
+/// File systems whose regular files are answers of the kernel: reading one can wait for ever, use up what is
+/// read, or act. They are listed rather than those that keep files, because the kernel has few of them, under
+/// numbers that never change; those that keep files are many, and some are in processes.
 const KERNEL_FILE_SYSTEMS: [(FsType, &str); 24] = [
     (FsType(0x9fa0), "procfs"),
     (FsType(0x6265_6572), "sysfs"),
@@ -76,14 +76,14 @@ pub struct Opened {
     pub path: PathBuf,
 }
 
-/// Opens the regular file at `path`; neither a file of another type nor a file system that does not answer holds
-/// the caller. The access time stays as it is where the kernel lets us choose.
+/// Opens the regular file at `path`; neither a file of another type nor a file system that does not answer
+/// holds the caller. The access time stays as it is where the kernel lets us choose.
 ///
 /// # Errors
 ///
-/// [`Kind::Unsupported`] for anything but a regular file on a file system that keeps files; [`Kind::InUse`] if
-/// another program holds a lease on it; [`Kind::Io`] if the file system does not answer; what the operating system
-/// says.
+/// [`Kind::Unsupported`] for anything but a regular file on a file system that keeps files; [`Kind::InUse`]
+/// if another program holds a lease on it; [`Kind::Io`] if the file system does not answer; what the
+/// operating system says.
 pub fn open_regular(path: &Path, access: Access, links: Links) -> Result<Opened> {
     let (answer, answered) = mpsc::channel();
     let wanted = path.to_owned();
@@ -120,7 +120,8 @@ pub(super) fn open_again(file: &File, access: Access) -> Result<File> {
     open_quietly(&link, access).map_err(refused)
 }
 
-/// Opens what `link` in `/proc` leads to, without touching its access time, which only its owner and root may ask for.
+/// Opens what `link` in `/proc` leads to, without touching its access time, which only its owner and root may
+/// ask for.
 fn open_quietly(link: &Path, access: Access) -> io::Result<File> {
     let open = |flags| {
         let write = access == Access::ReadWrite;

@@ -1,9 +1,9 @@
 //! Where a file is: a folder that is held open, and the file's name in it.
 //!
-//! Whoever owns a folder on the way to a file can put another in its place, or a link, between any two calls that name
-//! the path. So a file that was examined is renamed or removed relative to its folder, which was opened with it, and
-//! only while its name there still is that file. What the folder's owner can then still move is in that folder, where
-//! they may remove and rename everything anyhow.
+//! Whoever owns a folder on the way to a file can put another in its place, or a link, between any two calls
+//! that name the path. So a file that was examined is renamed or removed relative to its folder, which was
+//! opened with it, and only while its name there still is that file. What the folder's owner can then still
+//! move is in that folder, where they may remove and rename everything anyhow.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, OpenOptions};
@@ -74,7 +74,8 @@ impl Place {
         &self.path
     }
 
-    /// Makes an empty image file here, where there is none, and locks it for writing. Only its owner may open it.
+    /// Makes an empty image file here, where there is none, and locks it for writing. Only its owner may open
+    /// it.
     ///
     /// # Errors
     ///

@@ -17,8 +17,8 @@ use crate::error::{Doing, Locate, Result};
 pub struct PlainDisk(File);
 
 impl PlainDisk {
-    /// Opens the image at `path` without a lock: it is read as it is at this moment. Its path, absolute and without
-    /// symbolic links.
+    /// Opens the image at `path` without a lock: it is read as it is at this moment. Its path, absolute and
+    /// without symbolic links.
     ///
     /// # Errors
     ///
@@ -45,7 +45,8 @@ impl PlainDisk {
 }
 
 impl Drop for PlainDisk {
-    /// What was read leaves the host's page cache: direct writes of a device to this file would be slower for it.
+    /// What was read leaves the host's page cache: direct writes of a device to this file would be slower for
+    /// it.
     fn drop(&mut self) {
         let _ = posix_fadvise(&self.0, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
     }

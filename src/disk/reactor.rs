@@ -67,8 +67,8 @@ impl Reactor {
     ///
     /// # Panics
     ///
-    /// When everything waits and nothing is in flight, and when the kernel gives up on the ring: nobody could
-    /// ever be answered again.
+    /// When everything waits and nothing is in flight, and when the kernel gives up on the ring: no
+    /// task could ever end.
     pub fn block_on<F: Future>(&self, future: F) -> F::Output {
         let mut future = pin!(future);
         let woken = Arc::new(Woken(AtomicBool::new(true)));
@@ -170,7 +170,7 @@ mod tests {
         let read = || reactor.ring().read_eventfd(Arc::clone(&eventfd));
         reactor.block_on(async {
             for _ in 0..3 {
-                assert!(future::poll_once(read()).await.is_none(), "nobody has written");
+                assert!(future::poll_once(read()).await.is_none(), "nothing was written");
                 drop(read()); // never polled
             }
             let successor = read();

@@ -49,7 +49,7 @@ pub(super) enum Memory {
     None,
     /// Pages of its own.
     Pages(Buffer),
-    /// Pages that several writes share, and nobody changes.
+    /// Pages that several writes share, and that do not change.
     Shared(Rc<Buffer>),
     /// An eventfd's counter.
     Counter(Box<u64>),
@@ -57,7 +57,7 @@ pub(super) enum Memory {
 
 enum State {
     InFlight(Option<Waker>),
-    /// In flight, and nobody waits for it.
+    /// In flight, without a task that waits for it.
     Abandoned,
     Ended(i32),
 }
@@ -194,7 +194,7 @@ impl Ring {
     /// in flight could never be awaited.
     pub(super) fn turn(&self, wait: bool) {
         assert!(!wait || self.in_flight() > 0, "every task waits, and nothing in flight could wake one");
-        self.enter(wait).expect("the kernel goes on taking a ring that it has set up");
+        self.enter(wait).expect("the kernel keeps accepting a ring that it has set up");
         self.reap();
     }
 
@@ -357,7 +357,7 @@ impl Drop for Op {
                 drop(waker);
                 if let Some(datum) = cancelled {
                     self.ring.push(&opcode::AsyncCancel::new(datum).build().user_data(CANCELLATION));
-                    self.ring.turn(false); // at once: a read that nobody waits for takes no later count
+                    self.ring.turn(false); // at once: a read without a waiting task takes no later count
                 }
             }
             State::Ended(_) => {
@@ -403,8 +403,8 @@ fn rings_remedy(errno: Option<i32>, disabled: &str) -> Option<String> {
     }
 }
 
-/// What the host has not begun, or could not begin for want of memory: repeated, it may well succeed. A sync is never
-/// repeated all the same.
+/// What the host has not begun, or could not begin for want of memory: repeated, it may well succeed. A sync
+/// is never repeated all the same.
 pub(super) fn is_not_begun(error: &io::Error) -> bool {
     is_transient(error) || matches!(error.raw_os_error(), Some(libc::ENOMEM | libc::ECANCELED))
 }

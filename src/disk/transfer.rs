@@ -85,7 +85,8 @@ impl Transfer {
         }
     }
 
-    /// Continues after what was moved, at a page border: direct I/O takes no other. Repeating a part is harmless.
+    /// Continues after what was moved, at a page border: direct I/O takes no other. Repeating a part is
+    /// harmless.
     fn advance(&mut self, moved: usize, stuck: io::ErrorKind) -> io::Result<()> {
         let whole = moved - moved % PAGE_BYTES;
         if whole > 0 {

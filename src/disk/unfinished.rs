@@ -1,6 +1,7 @@
 //! A file that is being made, and goes unless it gets finished.
 //!
-//! Until then only its owner may open it. It is removed, kept and renamed only while its name still is this file.
+//! Until then only its owner may open it. It is removed, kept and renamed only while its name still is this
+//! file.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -51,8 +52,8 @@ impl Unfinished {
     ///
     /// # Errors
     ///
-    /// If either has lost its name, or cannot be renamed: the file is removed then, and `old` stays; if the folder
-    /// cannot be synced.
+    /// If either has lost its name, or cannot be renamed: the file is removed then, and `old` stays; if the
+    /// folder cannot be synced.
     pub fn replace(self, place: &Place, old: &ImageFile) -> Result<()> {
         let mut made = lock(&self.0);
         if let Some((beside, file)) = &*made {

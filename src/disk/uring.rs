@@ -2,9 +2,11 @@
 //!
 //! Invariants:
 //!
-//! * an operation ends whole or fails: a short transfer continues, from a page border, where the last one stopped;
+//! * an operation ends whole or fails: a short transfer continues, from a page border, where the last one
+//!   stopped;
 //! * a sync is never repeated: the kernel reports a lost write once per description, so a second sync that
-//!   succeeds says nothing about the data of the first. It goes through the description that nothing else is told by;
+//!   succeeds says nothing about the data of the first. It goes through a description by which no other
+//!   operation could be given the error;
 //! * `write` and `zero` never change the file's length.
 
 use std::cell::{Cell, OnceCell};
@@ -212,7 +214,8 @@ impl Disk for UringDisk {
 
     async fn sync(&self) -> io::Result<()> {
         if self.file.keeps_errors_by_handle() {
-            // A server that acknowledges early and fails later tells only the handle that the write came by.
+            // A server that acknowledges early and fails later reports only to the handle that the write came
+            // by.
             self.count(|counters| counters.syncs += 1);
             self.ring.sync_data(self.file.clone()).await.0?;
         }

@@ -185,6 +185,35 @@ fn empty(rng: &mut Rng, shape: Shape, parent: Option<(PathBuf, Uuid)>) -> Store 
     disk.content()
 }
 
+/// Makes the file longer by `length` bytes; returns where they are.
+fn take(store: &mut Store, length: u64) -> u64 {
+    let at = store.length;
+    store.resize(at + length);
+    at
+}
+
+/// The entry of a block in a random state; `take` gives it space.
+fn random_entry(rng: &mut Rng, differencing: bool, take: impl FnOnce() -> u64) -> BatEntry {
+    match rng.u32(0..if differencing { 9 } else { 6 }) {
+        0 => BatEntry::zero(),
+        1 => BatEntry::unmapped(),
+        2 => BatEntry(1),
+        3 => BatEntry::not_present(),
+        4 | 5 => BatEntry::present(take()),
+        _ => BatEntry::partially_present(take()),
+    }
+}
+
+/// What a sector holds in a block of this state whose bit for it is not set; `None` if the parents have it.
+fn value_under(state: Option<PayloadState>, differencing: bool, value: u64) -> Option<u64> {
+    match state {
+        Some(PayloadState::FullyPresent) => Some(value),
+        Some(PayloadState::PartiallyPresent) => None,
+        Some(PayloadState::NotPresent) if differencing => None,
+        _ => Some(0),
+    }
+}
+
 /// Gives random states to the blocks of an empty image, and content to those that have some.
 fn fill(mut store: Store, rng: &mut Rng, number: usize, shape: Shape, differencing: bool) -> (Store, Layer) {
     let empty = opened(&store).expect("a new image");
@@ -193,26 +222,16 @@ fn fill(mut store: Store, rng: &mut Rng, number: usize, shape: Shape, differenci
     let slot = |store: &mut Store, slot: u64, entry: BatEntry| {
         store.write(bat + slot * ENTRY_SIZE as u64, &entry.write());
     };
-    let take = |store: &mut Store, length: u64| {
-        let at = store.length;
-        store.resize(at + length);
-        at
-    };
     let bitmap = take(&mut store, if differencing { BITMAP_BLOCK_SIZE } else { 0 });
     if differencing {
         slot(&mut store, geometry.bitmap_slot(0), BatEntry::present(bitmap));
     }
     let mut bits = vec![0xa5_u8; usize::try_from(BITMAP_BLOCK_SIZE).expect("1 MiB")];
     for block in 0..geometry.block_count() {
-        let kind = if shape.fixed { 6 } else { rng.u32(0..if differencing { 9 } else { 6 }) };
-        let entry = match kind {
-            0 => BatEntry::zero(),
-            1 => BatEntry::unmapped(),
-            2 => BatEntry(1),
-            3 => BatEntry::not_present(),
-            _ if shape.fixed => empty.map.load(block).entry,
-            4 | 5 => BatEntry::present(take(&mut store, geometry.block_size())),
-            _ => BatEntry::partially_present(take(&mut store, geometry.block_size())),
+        let entry = if shape.fixed {
+            empty.map.load(block).entry
+        } else {
+            random_entry(rng, differencing, || take(&mut store, geometry.block_size()))
         };
         slot(&mut store, geometry.payload_slot(block), entry);
         let slice = geometry.bitmap_slice(block);
@@ -223,10 +242,10 @@ fn fill(mut store: Store, rng: &mut Rng, number: usize, shape: Shape, differenci
         let start = block * geometry.block_size() / 512;
         let sectors = watched(geometry.block_size()).map(|within| (within, start + within));
         for (within, sector) in sectors {
+            let bits = &mut bits[usize::try_from(slice.start + within / 8).expect("small")];
             if sector * 512 >= shape.virtual_size {
                 // Others left something behind the end of the disk.
-                bits[usize::try_from(slice.start + within / 8).expect("small")] |=
-                    rng.u8(0..2) << (within % 8);
+                *bits |= rng.u8(0..2) << (within % 8);
                 if entry.offset() != 0 {
                     store.write(entry.offset() + within * 512, &u64::MAX.to_le_bytes());
                 }
@@ -234,14 +253,11 @@ fn fill(mut store: Store, rng: &mut Rng, number: usize, shape: Shape, differenci
             }
             let value = (number as u64 + 1) << 56 | (sector + 1);
             let says = match entry.payload_state() {
-                Some(PayloadState::FullyPresent) => Some(value),
                 Some(PayloadState::PartiallyPresent) if rng.bool() => {
-                    bits[usize::try_from(slice.start + within / 8).expect("small")] |= 1 << (within % 8);
+                    *bits |= 1 << (within % 8);
                     Some(value)
                 }
-                Some(PayloadState::PartiallyPresent) => None,
-                Some(PayloadState::NotPresent) if differencing => None,
-                _ => Some(0),
+                state => value_under(state, differencing, value),
             };
             // A sector that is not there may have content in the file, which must not be read.
             if entry.offset() != 0 {
