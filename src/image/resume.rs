@@ -84,7 +84,7 @@ impl WritableImage {
         if memory.session() == Session::Poisoned {
             return Err(Error::new(Kind::Poisoned, "writing failed before the process was killed")
                 .in_structure("session")
-                .remedy("what was flushed is safe in the image; take the device away with `vhdx-ublk del`"));
+                .remedy("what was flushed is safe in the image; remove the device with `vhdx-ublk del`"));
         }
         if !planted(Plant::TrustKilled)
             && let Err(error) = disk.sync().await
@@ -239,7 +239,7 @@ async fn ask_host<D: Disk>(disk: &D, memory: &SessionMemory) -> Result<()> {
 
 /// What can be done when it is not known what the host has lost.
 const LOST: &str = "it may be of this image: look for the cause (dmesg); `vhdx-ublk recover --accept-loss` gives up \
-    what was not flushed, `vhdx-ublk del` takes the device away";
+    what was not flushed, `vhdx-ublk del` removes the device";
 
 fn wrong(slot: u64, what: &str) -> Error {
     Error::corrupt("session", format!("slot {slot} {what}"))
