@@ -5,17 +5,17 @@
 //! disk that never was.
 
 mod children;
-mod kinship;
 mod member;
 mod open;
+mod parent_ref;
 mod path;
 mod relative;
 mod search;
 
 pub use children::{MAX_NEIGHBOURS, children_beside, is_child};
-pub use kinship::{descent, descent_of, direct, redirected, relinked};
 pub use member::Member;
 pub use open::{MAX_CHAIN_BYTES, MAX_DEPTH, follow_parents, open_parents};
+pub use parent_ref::{parent_ref, parent_ref_of, point_to, with_found_path, with_parent};
 pub use path::{PathMap, same_file};
 pub use relative::{Known, Layer, Relative, is_made_of};
 pub use search::Search;

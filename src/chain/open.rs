@@ -14,8 +14,8 @@ use crate::format::locator::ParentLocator;
 pub const MAX_DEPTH: usize = 256;
 
 /// The most memory that the images of a chain may take together, bytes: the BAT of a full disk of the largest
-/// size in the smallest blocks and all bits of its sectors, twice. All of it is locked, and every layer is
-/// made by somebody.
+/// size in the smallest blocks and all bits of its sectors, twice. All of it is locked, and any user
+/// can make a layer.
 pub const MAX_CHAIN_BYTES: u64 = 17 << 30;
 
 /// Opens the parents of `leaf`, its own parent first, with `open`.
@@ -141,7 +141,7 @@ const REMEDY: &str = "name the right file with --parent, or what its drive is he
      relink` has the child name it for good";
 
 /// Whether `parent` is what `child`, whose locator is `locator`, was made of. Only of a parent that is named
-/// `by_user` is its own GUID told: who made the child may have it name an image that they must not read.
+/// `by_user` is its own GUID shown: the maker of the child can make it name an image that they may not read.
 pub(super) fn recognise(
     child: &dyn Relative,
     locator: &ParentLocator,

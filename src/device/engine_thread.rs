@@ -253,7 +253,7 @@ mod tests {
     use crate::format::locator::{
         ABSOLUTE_WIN32_PATH, PARENT_LINKAGE, ParentLocator, RELATIVE_PATH, VOLUME_PATH,
     };
-    use crate::image::{Descent, Image, ReadImage};
+    use crate::image::{Image, ParentRef, ReadImage};
 
     /// Opening for writing without writing leaves the file as it was, and its lock free.
     #[test]
@@ -408,7 +408,7 @@ mod tests {
                 (ABSOLUTE_WIN32_PATH.into(), r"C:\disk.vhdx".into()),
             ],
         };
-        let descent = Descent { locator, disk_id: Uuid::from_u128(1) };
+        let descent = ParentRef { locator, disk_id: Uuid::from_u128(1) };
         (Bench::with_parent(Some(descent)), parent)
     }
 

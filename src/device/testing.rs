@@ -18,7 +18,7 @@ use crate::disk::{self, Access, ImageFile, Reactor};
 use crate::engine::message::{Ask, ToEngine, ToFront};
 use crate::error::Result;
 use crate::format::MIB;
-use crate::image::{Descent, InitialState, NewImage};
+use crate::image::{InitialState, NewImage, ParentRef};
 
 /// An image, and a folder for its sessions.
 pub(super) struct Bench {
@@ -34,7 +34,7 @@ impl Bench {
         Self::with_parent(None)
     }
 
-    pub(super) fn with_parent(parent: Option<Descent>) -> Self {
+    pub(super) fn with_parent(parent: Option<ParentRef>) -> Self {
         let directory = tempfile::tempdir().expect("a temporary directory");
         let path = directory.path().join("disk.vhdx");
         Self::make(&path, parent);
@@ -42,7 +42,7 @@ impl Bench {
     }
 
     /// Makes an image, with a new disk id every time.
-    fn make(path: &Path, parent: Option<Descent>) {
+    fn make(path: &Path, parent: Option<ParentRef>) {
         let reactor = Reactor::new().expect("io_uring is there");
         let disk =
             reactor.disk(Arc::new(disk::Place::of(path).and_then(|place| place.create()).expect("free")));

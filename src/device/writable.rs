@@ -140,7 +140,7 @@ impl WritableOpener {
         let warn = |error: &Error| {
             tracing::warn!("{}: it keeps a wrong path to its parent: {error:#}", child.display());
         };
-        let redirected = match chain::redirected(child, locator, parent, &self.parents.search) {
+        let redirected = match chain::with_found_path(child, locator, parent, &self.parents.search) {
             Ok(Some(redirected)) => redirected,
             Ok(None) => return Ok(image),
             Err(error) => {

@@ -1,9 +1,9 @@
 //! An image's file: the open file description that carries its lock and serves every ring, and another one for syncs.
 //!
-//! Linux tells of a write that it has accepted and lost once per description. A durable write of a queue is told by
+//! Linux reports a write that it has accepted and lost once per description. A durable write of a queue is told by
 //! the description of the rings, and a sync by that one right behind it would succeed; so the engine syncs by one that
 //! nothing else uses. It carries the lock, too: while anything of a dead process is under way on either, a sync that
-//! fails included, nobody else has the file.
+//! fails included, no other process has the file.
 //!
 //! Invariants:
 //!
@@ -52,7 +52,7 @@ pub struct ImageFile {
     file: File,
     /// The other description, if it may be written.
     syncing: Option<File>,
-    /// A write may fail on the host and be told to a sync of the description that it went through, and to no other.
+    /// The host may report a failed write only to a sync of the description that the write went through.
     keeps_errors_by_handle: bool,
     path: PathBuf,
     access: Access,
@@ -95,7 +95,7 @@ pub(super) fn next_data(file: &File, offset: u64) -> io::Result<Option<u64>> {
 const PUNCHING: [FsType; 5] =
     [EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC, BTRFS_SUPER_MAGIC, TMPFS_MAGIC, FsType(0xf2f5_2010)];
 
-/// Whether the host surely takes space of `file` back that nobody needs.
+/// Whether the host surely takes back space of `file` that is not needed.
 pub(super) fn takes_space_back(file: &File) -> bool {
     fstatfs(file).is_ok_and(|host| PUNCHING.contains(&host.filesystem_type()))
 }
@@ -127,7 +127,7 @@ impl ImageFile {
     /// # Errors
     ///
     /// [`Kind::NotFound`], [`Kind::Permission`]; [`Kind::Unsupported`] for anything but a regular file;
-    /// [`Kind::InUse`] when somebody else keeps the lock (the caller, who may know the holder, adds the
+    /// [`Kind::InUse`] when another process keeps the lock (the caller, which may know the holder, adds the
     /// remedy) or the path has come to name another file meanwhile; [`Kind::Io`].
     pub fn open(path: &Path, access: Access, lock_wait: Duration) -> Result<Self> {
         let Opened { file, path: found } = open_regular(path, access, Links::Follow)?;
@@ -166,7 +166,7 @@ impl ImageFile {
             let message = "another file has taken its place while it was being opened";
             return Err(Error::new(Kind::InUse, message).remedy("run the command again"));
         }
-        // Now, so that it is told of whatever is lost from now on, and before owner and mode change.
+        // Now, so that later losses are reported to it, and before owner and mode change.
         let syncing = match access {
             Access::ReadOnly => None,
             Access::ReadWrite => Some(open_to_sync(&file, identity)?),
@@ -508,7 +508,7 @@ mod tests {
         drop(ring_reference);
     }
 
-    /// A file that has lost its name while it was waited for is not the image any more.
+    /// A file that has lost its name while it was waited for is no longer the image.
     #[test]
     fn a_replaced_file_is_refused() {
         let directory = tempfile::tempdir().expect("a temporary directory");

@@ -79,7 +79,7 @@ impl Access {
 ///
 /// # Errors
 ///
-/// [`Kind::InUse`] when somebody else holds what `access` excludes, or excludes what it holds; `remedy` is
+/// [`Kind::InUse`] when another process holds what `access` excludes, or excludes what it holds; `remedy` is
 /// left for the caller, who may know the holder. [`Kind::Io`] when the file system has no such locks.
 pub fn try_lock(file: &File, access: Access) -> Result<()> {
     let mut pause = FIRST_PAUSE;
@@ -121,7 +121,7 @@ pub fn lock(file: &File, path: &Path, access: Access, wait: Duration) -> Result<
 ///
 /// # Errors
 ///
-/// [`Kind::InUse`] if there is such a writer, or somebody has locked its byte.
+/// [`Kind::InUse`] if there is such a writer, or another process has locked its byte.
 pub fn lock_past_readers(file: &File) -> Result<()> {
     take(file, Access::ReadWrite).inspect_err(|_| unlock(file))
 }

@@ -65,8 +65,8 @@ pub trait Disk: ReadDisk {
     async fn sync(&self) -> io::Result<()>;
 
     /// Makes durable what the whole file system of the image holds. Fails if the host has lost data of any of
-    /// its files since it was last asked, by any program: an error that this file's sync has told a process
-    /// that is gone is not told twice, and is still found here.
+    /// its files since it was last asked, by any program: an error that this file's sync has
+    /// reported to a dead process is not reported twice, and is still found here.
     async fn sync_host(&self) -> io::Result<()>;
 
     /// Extends the file to `length` bytes; the new bytes read as zero. Never shortens.

@@ -106,7 +106,7 @@ impl Ring {
         self.in_flight.get()
     }
 
-    /// Waits until somebody has added to `eventfd`, and takes its count. Armed at once, not at the first
+    /// Waits until a thread has added to `eventfd`, and takes its count. Armed at once, not at the first
     /// poll.
     ///
     /// Dropping the future disarms it. A count from before the drop may be gone by then: whoever drops it
@@ -378,7 +378,7 @@ pub(super) fn is_transient(error: &io::Error) -> bool {
 /// Which users the kernel gives no rings to: 0 none, 1 those without a right to them, 2 all.
 const RINGS_DISABLED: &str = "/proc/sys/kernel/io_uring_disabled";
 
-/// The kernel gives no ring, while `doing`: the error with the reason, where that can be told.
+/// The kernel gives no ring, while `doing`: the error with the reason, where that is known.
 pub fn ring_refused(doing: &str, error: io::Error) -> Error {
     let disabled = std::fs::read_to_string(RINGS_DISABLED).unwrap_or_default();
     let remedy = rings_remedy(error.raw_os_error(), disabled.trim());

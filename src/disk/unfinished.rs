@@ -41,7 +41,7 @@ impl Unfinished {
     /// # Errors
     ///
     /// Those of [`Place::require`] and [`Place::sync`].
-    pub fn settle(&self) -> Result<()> {
+    pub fn persist(&self) -> Result<()> {
         let made = lock(&self.0);
         let Some((place, file)) = &*made else { return Ok(()) };
         place.require(file)?;
@@ -112,7 +112,7 @@ mod tests {
         assert!(!path.exists());
         let unfinished = Unfinished::default();
         unfinished.create(place()).expect("free");
-        unfinished.settle().expect("it has its name");
+        unfinished.persist().expect("it has its name");
         unfinished.keep();
         assert!(path.exists());
         let second = Unfinished::default();
@@ -122,14 +122,14 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_has_lost_its_name_is_neither_settled_nor_removed() {
+    fn a_file_that_has_lost_its_name_is_neither_persisted_nor_removed() {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let path = folder.path().join("a.vhdx");
         let unfinished = Unfinished::default();
         unfinished.create(Place::of(&path).expect("a folder")).expect("free");
         fs::rename(&path, folder.path().join("moved")).expect("ours");
         fs::write(&path, "another's").expect("room");
-        unfinished.settle().expect_err("another file has its name");
+        unfinished.persist().expect_err("another file has its name");
         drop(unfinished);
         assert_eq!(fs::read_to_string(&path).expect("it stays"), "another's");
     }

@@ -54,7 +54,7 @@ impl<D: Disk + 'static> Engine<D> {
                 header.data_write_guid = data_write;
             })
             .await?;
-            memory.settle(file_write);
+            memory.confirm_guid(file_write);
             self.opening.set(None);
             self.complete_last_unit().await?;
             self.shared.open_session();

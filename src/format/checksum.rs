@@ -15,7 +15,7 @@ const FIELD: Range<usize> = 4..8;
 pub(super) enum Damage {
     /// There are fewer bytes than the structure has.
     Short { found: usize, expected: usize },
-    /// Something else is there. What, is not told: an image may lead root to a file of somebody else's.
+    /// Something else is there. It is not shown: an image may lead root to another user's file.
     Signature { expected: [u8; 4] },
     /// The bytes are not those that were sealed.
     Checksum { stored: u32, computed: u32 },

@@ -121,7 +121,7 @@ const CONVERT_FIXED: &str = "convert it first: qemu-img convert -f vpc -O vhdx O
 const UNPACK: &str = "unpack it first";
 /// The remedy for plain disks.
 const RAW: &str = "attach a raw disk with losetup, or convert it: qemu-img convert -f raw -O vhdx OLD NEW";
-/// The remedy for what nobody knows.
+/// The remedy for an unknown format.
 const UNKNOWN: &str =
     "`blkid -p FILE` may tell what it is; if it is a copy that was cut short, copy it again";
 

@@ -242,7 +242,7 @@ fn newer<'a>(first: &'a Raw, second: &'a Raw) -> Result<(&'a Raw, usize, Other)>
         }
         std::cmp::Ordering::Equal => {
             let message = format!(
-                "both headers have sequence number {} but differ; which one is newer cannot be told",
+                "both headers have sequence number {} but differ: neither is newer",
                 first.sequence_number
             );
             Err(Error::corrupt("headers", message).at(OFFSETS[0]))

@@ -4,7 +4,7 @@
 //!
 //! * No checksum protects this region, so what can be checked is checked: bounds, overlaps, repetitions, and
 //!   every value against the format.
-//! * A [`Table`] holds nothing that must be understood and is not. Items nobody here knows are kept: their
+//! * A [`Table`] holds nothing that must be understood and is not. Unknown items are kept: their
 //!   bytes and table entries stay as they are.
 //! * Items lie anywhere in a region of up to 128 MiB. Reading is therefore two steps: the table says where
 //!   the few known items are ([`Table::system_items`], together at most 1 MiB and 40 bytes), the caller reads

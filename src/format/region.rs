@@ -3,7 +3,7 @@
 //! Invariants:
 //!
 //! * A [`RegionTable`] has exactly one BAT and one metadata region; its regions are aligned, lie behind the
-//!   header section, and do not overlap. Regions nobody here knows are kept: their space is never reused.
+//!   header section, and do not overlap. Unknown regions are kept: their space is never reused.
 //! * The first copy decides. The second is read only if the first is damaged. Both change through the log, in
 //!   one entry, so they differ only in files that others wrote.
 //!

@@ -8,7 +8,7 @@
 //! 3. one [`Edit`]: the items, their entries in the table, and the slots that share a page with those of the
 //!    disk as it was.
 //!
-//! A cut anywhere leaves the metadata as it was or as it shall be, whole. The DataWriteGuid stays: a child
+//! A cut anywhere leaves the old metadata or the new metadata, whole. The DataWriteGuid stays: a child
 //! recognises its parent by it, and a parent with another path, or a longer end, is the same.
 
 use std::ops::Range;
@@ -192,7 +192,7 @@ impl Growth<'_> {
         Ok(())
     }
 
-    /// What the last block holds behind the end of the disk is nobody's, and comes into it.
+    /// What the last block holds behind the end of the disk is not part of the disk yet, and becomes so.
     async fn zero_last_block<D: Disk>(&self, disk: &D) -> Result<()> {
         let old = self.image.map.geometry();
         let within = old.offset_in_block(old.virtual_size());

@@ -124,7 +124,7 @@ impl SectorBitmaps {
         Ok(())
     }
 
-    /// How the sectors of partially present `block` go on from its sector `from`, which lies below `end`: whether
+    /// The run of sectors of partially present `block` from its sector `from`, which lies below `end`: whether
     /// they are in the file, and the first sector that differs, `end` at most.
     #[inline]
     pub fn run(&self, geometry: &Geometry, block: u64, from: u64, end: u64) -> (bool, u64) {
@@ -173,7 +173,7 @@ impl SectorBitmaps {
         slice.start / PAGE..slice.end.div_ceil(PAGE)
     }
 
-    /// A copy of page `page` of the bitmap of `chunk` as the file shall have it.
+    /// A copy of page `page` of the bitmap of `chunk` as it is written to the file.
     pub fn copy_page(&self, chunk: u64, page: u64) -> Box<[u8; PAGE_BYTES]> {
         assert!(page < PAGES_PER_CHUNK, "page {page} is of one chunk");
         let mut bytes = Box::new([0; PAGE_BYTES]);

@@ -227,7 +227,7 @@ impl BlockMap {
         self.geometry.bitmap_slot(chunk) / SLOTS_PER_PAGE
     }
 
-    /// A copy of BAT page `page` as the file shall have it.
+    /// A copy of BAT page `page` as it is written to the file.
     pub fn copy_page(&self, page: u64) -> Box<[u8; PAGE_BYTES]> {
         let mut bytes = Box::new([0; PAGE_BYTES]);
         for (slot, target) in self.page_slots(page).zip(bytes.as_chunks_mut::<8>().0) {

@@ -21,10 +21,10 @@ use crate::format::region::{self, Region, RegionTable};
 use crate::format::{MAX_VIRTUAL_SIZE, MIB, guid};
 use crate::simulation::log_unit;
 
-/// The size of a block of a new image, bytes, where nobody says otherwise: file systems stay small in it.
+/// The default size of a block of a new image, bytes: file systems stay small in it.
 pub const DEFAULT_BLOCK_SIZE: u32 = 2 << 20;
 
-/// The length of the log of a new image, bytes, where nobody says otherwise.
+/// The default length of the log of a new image, bytes.
 pub const DEFAULT_LOG_LENGTH: u32 = 1 << 20;
 
 /// The length of the metadata region of a new image, bytes.
@@ -39,7 +39,7 @@ pub enum InitialState {
     Zero,
 }
 
-/// What a new image shall be.
+/// The properties of a new image.
 #[derive(Clone, Debug)]
 pub struct NewImage {
     /// Bytes of the virtual disk; a multiple of the logical sector size, at most 64 TiB.
@@ -57,12 +57,12 @@ pub struct NewImage {
     /// Of a dynamic image's blocks.
     pub initial_state: InitialState,
     /// Makes it a differencing image: no block is there, and all content is the parent's.
-    pub parent: Option<Descent>,
+    pub parent: Option<ParentRef>,
 }
 
 /// What a child has from its parent, besides the sizes of disk and sectors.
 #[derive(Clone, Debug)]
-pub struct Descent {
+pub struct ParentRef {
     /// How the child finds its parent.
     pub locator: ParentLocator,
     /// They are the same virtual disk.

@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::format::MIB;
 use crate::format::log::{Change, LOWEST_TARGET, MAX_DESCRIPTORS_WRITTEN, NewEntry};
 
-/// Pages as they shall be, by their place in the file.
+/// Pages with their new content, by their place in the file.
 #[derive(Default)]
 pub(super) struct Edit {
     pages: BTreeMap<u64, Box<[u8; PAGE_BYTES]>>,

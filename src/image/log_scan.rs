@@ -97,7 +97,7 @@ impl<'a, D: ReadDisk> Log<'a, D> {
     /// The entry at `position`, which a scan has found valid.
     ///
     /// # Errors
-    /// Corrupt if it is valid no longer: somebody else writes to the file.
+    /// Corrupt if it is no longer valid: another program writes to the file.
     pub async fn entry(&self, position: u32) -> Result<Entry> {
         assert!((position as usize).is_multiple_of(SECTOR), "an entry starts on a sector, not at {position}");
         assert!(position < self.header.log_length, "an entry starts in the log, not at {position}");

@@ -25,7 +25,7 @@
 //! * of the two `FileWriteGuid`s, `next` is stored before any header carries it and `current` is replaced only
 //!   when every header that could be found carries `next`. So one of the two is whole and in the file.
 //!
-//! What a kill cannot leave is damage: it is told apart from memory that was never complete and from another
+//! What a kill cannot leave is damage: it is distinguished from memory that was never complete and from another
 //! version's, because acknowledged data may depend on it. A word of the map is checked as an entry of a BAT
 //! is.
 
@@ -89,9 +89,9 @@ const IN_DOUBT: u64 = 0xd0b7_d000_d0b7_d000;
 pub enum Session {
     /// Nothing has been modified: the file is still as it was found.
     Idle,
-    /// The headers announce a writer; modifications may go on.
+    /// The headers announce a writer; the image may be modified.
     Open,
-    /// Something that must not fail has failed: no write or flush succeeds any more, reads go on.
+    /// Something that must not fail has failed: no write or flush succeeds from now on; reads do.
     Poisoned,
 }
 
@@ -379,7 +379,7 @@ impl SessionMemory {
     }
 
     /// Every header that could be found carries `file_write_guid`.
-    pub fn settle(&self, file_write_guid: Uuid) {
+    pub fn confirm_guid(&self, file_write_guid: Uuid) {
         self.store_checked(CURRENT_PLACE, file_write_guid);
         assert_eq!(self.load_checked(CURRENT_PLACE), Some(file_write_guid), "a successor finds it");
     }
@@ -543,7 +543,7 @@ mod tests {
         }
         memory.store(CURRENT_PLACE, guid(2).as_u64_pair().0);
         assert_eq!(memory.check(&owner, guid(2)), Ok(()), "half settled: every header carries the next");
-        memory.settle(guid(2));
+        memory.confirm_guid(guid(2));
         memory.announce(guid(3));
         assert_eq!(memory.check(&owner, guid(2)), Ok(()));
     }

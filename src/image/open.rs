@@ -64,7 +64,7 @@ impl FoundLog {
 /// An image: every structure read and checked. How it was opened decides what may be done with it; see
 /// [`ReadImage`] and [`WritableImage`].
 pub struct Image {
-    /// Who made the file, as it says itself.
+    /// The program that made the file, as the file names it.
     pub creator: String,
     /// The current header, after replay.
     pub header: Current,

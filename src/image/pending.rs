@@ -14,6 +14,6 @@ pub struct Pending {
     pub bitmaps: BTreeSet<u64>,
     /// Space that the file still names and the memory does not.
     pub unmapped: Vec<Extent>,
-    /// The session goes on: zeros may have been granted that no sync covers.
+    /// The session was open: zeros may have been granted that no sync covers.
     pub resumed: bool,
 }

@@ -112,7 +112,7 @@ async fn reclaim<D: Disk>(disk: &D, mended: &Examination) -> Result<()> {
     let space = mended.space.as_ref().expect("an image with repairs was examined whole");
     if mended.report.leaks > 0 {
         for run in space.free_runs() {
-            assert!(!space.is_used(run.offset..run.end()), "{run:?} is nobody's");
+            assert!(!space.is_used(run.offset..run.end()), "{run:?} is free");
             let punched = disk.punch(run.offset, run.length).await;
             let punched = punched.map_err(|error| Error::io("giving space back", error).at(run.offset))?;
             if !punched {

@@ -97,7 +97,7 @@ impl WritableImage {
         }
         // The file may carry what a successor announced that was killed itself; the next one takes its place.
         if !planted(Plant::LateSettlement) {
-            memory.settle(carried);
+            memory.confirm_guid(carried);
         }
         let mut replaying = false;
         let announced = || {
@@ -113,7 +113,7 @@ impl WritableImage {
                 memory.poison();
             }
         })?;
-        memory.settle(image.header.header.file_write_guid);
+        memory.confirm_guid(image.header.header.file_write_guid);
         let geometry = *image.map.geometry();
         let map = BlockMap::left_in(memory, geometry);
         map.set_file_bytes(image.map.file_bytes());
@@ -218,7 +218,7 @@ impl WritableImage {
     }
 }
 
-/// Asks the host whether it has lost data. The killed process may have been the one that was told so, in a
+/// Asks the host whether it has lost data. The host may have reported it to the killed process, in a
 /// sync or a durable write that the kill cut short: the next sync of this file succeeds then, and a flush
 /// must not.
 async fn ask_host<D: Disk>(disk: &D, memory: &SessionMemory) -> Result<()> {

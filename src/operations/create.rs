@@ -81,7 +81,7 @@ impl Creation {
         })?;
         write(&new, &reactor, &file).file(&image)?;
         file.permit(mode.unwrap_or(PRIVATE) & most)?;
-        unfinished.settle()?;
+        unfinished.persist()?;
         unfinished.keep();
         Ok(())
     }
@@ -131,7 +131,7 @@ fn child_of(parent: &Inspected, new: &NewImage, place: &Place) -> Result<NewImag
         virtual_size: metadata.virtual_size,
         logical_sector_size: metadata.logical_sector_size,
         physical_sector_size: metadata.physical_sector_size,
-        parent: Some(chain::descent(parent, folder_of(place.path()))?),
+        parent: Some(chain::parent_ref(parent, folder_of(place.path()))?),
         ..new.clone()
     })
 }

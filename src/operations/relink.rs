@@ -28,7 +28,7 @@ pub fn relink(child: &Path, parent: &Path, ignore_mismatch: bool, devices: &dyn 
     }
     let parent = locked::open(&reactor, parent, Access::ReadOnly, devices)?;
     child.image.check_writable().file(child.path())?;
-    let locator = chain::relinked(&child, &parent, ignore_mismatch)?;
+    let locator = chain::with_parent(&child, &parent, ignore_mismatch)?;
     refuse_cycle(&child, &parent)?;
     if child.image.metadata.parent_locator.as_ref() == Some(&locator) {
         return Ok(());

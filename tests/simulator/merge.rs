@@ -168,7 +168,7 @@ fn opened(store: &Store) -> Result<ReadImage> {
 /// A new image, over the parent that this path and linkage name.
 fn empty(rng: &mut Rng, shape: Shape, parent: Option<(PathBuf, Uuid)>) -> Store {
     let descent = |(path, linkage): (PathBuf, Uuid)| {
-        chain::descent_of(&path, linkage, Uuid::from_u128(99), Path::new("/")).expect("a path in UTF-8")
+        chain::parent_ref_of(&path, linkage, Uuid::from_u128(99), Path::new("/")).expect("a path in UTF-8")
     };
     let new = NewImage {
         virtual_size: shape.virtual_size,

@@ -175,7 +175,7 @@ fn make(request: &ChildRequest, unfinished: &Unfinished) -> Result<Child> {
     let file = unfinished.create(Place::of(&request.path)?)?;
     let folder = folder_of(file.path());
     let (parent, guid) = (request.parent.path(), request.data_write_guid);
-    let descent = chain::descent_of(parent, guid, request.disk_id, folder)?;
+    let descent = chain::parent_ref_of(parent, guid, request.disk_id, folder)?;
     let new = NewImage { parent: Some(descent), ..request.image.clone() };
     let reactor = Reactor::new()?;
     let disk = reactor.disk(file.clone());
@@ -186,7 +186,7 @@ fn make(request: &ChildRequest, unfinished: &Unfinished) -> Result<Child> {
     let memory_alignment = file.memory_alignment(image.metadata.logical_sector_size)?;
     let place = session::place_of(&file)?;
     drop(disk);
-    unfinished.settle()?;
+    unfinished.persist()?;
     Ok(Child { file, image, memory_alignment, place })
 }
 

@@ -228,7 +228,7 @@ impl Walk<'_> {
         self.owed_bitmap = Some(chunk);
     }
 
-    /// The walk has reached `chunk`: no bitmap of an earlier one will come any more.
+    /// The walk has reached `chunk`: no bitmap of an earlier one can follow.
     fn settle_bitmap(&mut self, chunk: u64) {
         if let Some(owed) = self.owed_bitmap.take_if(|owed| *owed < chunk) {
             let what = format!("chunk {owed} has partially present blocks, and no sector bitmap");

@@ -30,7 +30,7 @@ pub(super) const MAX_PATCHES: usize = 1 << 18;
 /// Examines the image on `disk` without changing it.
 ///
 /// # Errors
-/// If it cannot be told: the file is no VHDX, or not one this program handles; I/O errors. What contradicts
+/// If there is no answer: the file is no VHDX, or not one this program handles; I/O errors. What contradicts
 /// the format is a finding and no error.
 pub async fn check<D: ReadDisk>(disk: &D) -> Result<Report> {
     examine(disk).await.map(|examination| examination.report)

@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use crate::error::Error;
 
-/// How many findings of each severity are kept; all are counted. More help nobody, and a hostile image has
+/// How many findings of each severity are kept; all are counted. More are of no help, and a hostile image has
 /// one per BAT entry.
 pub const KEPT_FINDINGS: u64 = 1000;
 

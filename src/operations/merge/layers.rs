@@ -231,7 +231,7 @@ impl Merge {
             let image = open(files, child, new_guid.clone()).await?;
             let mut metadata = image.metadata.clone();
             let locator = metadata.parent_locator.as_mut().expect("a layer above another has a parent");
-            chain::direct(locator, child, &self.target)?;
+            chain::point_to(locator, child, &self.target)?;
             locator.set(PARENT_LINKAGE2, guid::print(data_write));
             amend(files, child, image, &metadata, new_guid.clone()).await?;
             files.remove(path).await?;

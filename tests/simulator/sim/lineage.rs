@@ -11,7 +11,7 @@ use std::sync::Arc;
 use uuid::Uuid;
 use vhdx_ublk::format::bat::{BITMAP_BLOCK_SIZE, BatEntry, Geometry, PayloadState};
 use vhdx_ublk::format::locator::{PARENT_LINKAGE, ParentLocator, RELATIVE_PATH};
-use vhdx_ublk::image::{BlockMap, Descent, Image};
+use vhdx_ublk::image::{BlockMap, Image, ParentRef};
 
 use super::disk::SimDisk;
 use super::oracle::{Value, stamp};
@@ -43,11 +43,11 @@ pub struct Lineage {
 }
 
 /// What makes a new image a child.
-pub fn descent() -> Descent {
+pub fn descent() -> ParentRef {
     let mut locator = ParentLocator::default();
     locator.set(PARENT_LINKAGE, Uuid::from_u128(1).braced().to_string());
     locator.set(RELATIVE_PATH, r".\parent.vhdx");
-    Descent { locator, disk_id: Uuid::from_u128(2) }
+    ParentRef { locator, disk_id: Uuid::from_u128(2) }
 }
 
 impl Lineage {

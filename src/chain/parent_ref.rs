@@ -13,22 +13,22 @@ use crate::format::guid;
 use crate::format::locator::{
     ABSOLUTE_WIN32_PATH, PARENT_LINKAGE, PARENT_LINKAGE2, ParentLocator, RELATIVE_PATH, VOLUME_PATH,
 };
-use crate::image::{Descent, FoundLog};
+use crate::image::{FoundLog, ParentRef};
 use crate::printable::shell;
 
 /// What a child, to be in a file in `folder`, has from `parent`. `folder` is absolute, without symbolic links.
 ///
 /// # Errors
 ///
-/// [`Kind::Unsupported`] if the parent was not closed cleanly, or its path cannot be told in UTF-16.
-pub fn descent(parent: &impl Layer, folder: &Path) -> Result<Descent> {
+/// [`Kind::Unsupported`] if the parent was not closed cleanly, or its path cannot be written in UTF-16.
+pub fn parent_ref(parent: &impl Layer, folder: &Path) -> Result<ParentRef> {
     if parent.image().found_log != FoundLog::Clean {
         let message = "it was not closed cleanly, and its log has to be replayed before it becomes a parent";
         let remedy = format!("`vhdx-ublk check --repair {}`", shell(parent.path()));
         return Err(Error::new(Kind::Unsupported, message).file(parent.path()).remedy(remedy));
     }
     let guid = parent.image().header.header.data_write_guid;
-    descent_of(parent.path(), guid, parent.image().metadata.disk_id, folder)
+    parent_ref_of(parent.path(), guid, parent.image().metadata.disk_id, folder)
 }
 
 /// The same for the parent in the file at `path`, absolute and without symbolic links, of which it is known that it
@@ -36,14 +36,14 @@ pub fn descent(parent: &impl Layer, folder: &Path) -> Result<Descent> {
 ///
 /// # Errors
 ///
-/// [`Kind::Unsupported`] if its path cannot be told in UTF-16.
-pub fn descent_of(path: &Path, data_write_guid: Uuid, disk_id: Uuid, folder: &Path) -> Result<Descent> {
+/// [`Kind::Unsupported`] if its path cannot be written in UTF-16.
+pub fn parent_ref_of(path: &Path, data_write_guid: Uuid, disk_id: Uuid, folder: &Path) -> Result<ParentRef> {
     let relative = way(folder, path)?;
     let mut locator = ParentLocator::default();
     locator.set(PARENT_LINKAGE, guid::print(data_write_guid));
     locator.set(PARENT_LINKAGE2, guid::print(Uuid::nil()));
     locator.set(RELATIVE_PATH, relative);
-    Ok(Descent { locator, disk_id })
+    Ok(ParentRef { locator, disk_id })
 }
 
 /// Has `locator`, of the child in the file `child`, say that its parent is in the file `parent`, and nothing that
@@ -51,8 +51,8 @@ pub fn descent_of(path: &Path, data_write_guid: Uuid, disk_id: Uuid, folder: &Pa
 ///
 /// # Errors
 ///
-/// [`Kind::Unsupported`] if the path cannot be told in UTF-16.
-pub fn direct(locator: &mut ParentLocator, child: &Path, parent: &Path) -> Result<()> {
+/// [`Kind::Unsupported`] if the path cannot be written in UTF-16.
+pub fn point_to(locator: &mut ParentLocator, child: &Path, parent: &Path) -> Result<()> {
     locator.set(RELATIVE_PATH, way(folder_of(child), parent)?);
     locator.remove(ABSOLUTE_WIN32_PATH);
     locator.remove(VOLUME_PATH);
@@ -60,12 +60,12 @@ pub fn direct(locator: &mut ParentLocator, child: &Path, parent: &Path) -> Resul
 }
 
 /// The locator of `child` after its parent was found in the file `parent`, by `search`, if the relative path does
-/// not lead there. Absolute paths go that lead elsewhere; what they mean on other machines cannot be told here.
+/// not lead there. Absolute paths go that lead elsewhere; what they mean on other machines is not known here.
 ///
 /// # Errors
 ///
-/// As [`direct`].
-pub fn redirected(
+/// As [`point_to`].
+pub fn with_found_path(
     child: &Path,
     locator: &ParentLocator,
     parent: &Path,
@@ -85,13 +85,13 @@ pub fn redirected(
 }
 
 /// The locator with which `child` names `parent`, whatever it named before. Its linkage changes only where that
-/// does not recognise `parent` and `ignore_mismatch` says that it shall.
+/// does not recognise `parent` and `ignore_mismatch` allows it.
 ///
 /// # Errors
 ///
-/// [`Kind::Unsupported`] if `child` has no parent at all, and as [`direct`]; [`Kind::Mismatch`], with both GUIDs, if
+/// [`Kind::Unsupported`] if `child` has no parent at all, and as [`point_to`]; [`Kind::Mismatch`], with both GUIDs, if
 /// `parent` is not what it was made of; corrupt if their sectors differ.
-pub fn relinked(child: &impl Layer, parent: &impl Layer, ignore_mismatch: bool) -> Result<ParentLocator> {
+pub fn with_parent(child: &impl Layer, parent: &impl Layer, ignore_mismatch: bool) -> Result<ParentLocator> {
     let Some(locator) = &child.image().metadata.parent_locator else {
         let message = "it is not a differencing image: it has no parent, and takes none";
         let remedy = format!("`vhdx-ublk info {}` shows what it is", shell(child.path()));
@@ -109,7 +109,7 @@ pub fn relinked(child: &impl Layer, parent: &impl Layer, ignore_mismatch: bool) 
         Ok(()) => {}
     }
     if !is_direct(child.path(), locator, parent.path()) {
-        direct(&mut relinked, child.path(), parent.path())?;
+        point_to(&mut relinked, child.path(), parent.path())?;
     }
     Ok(relinked)
 }
