@@ -2,6 +2,8 @@
 
 use std::cell::RefCell;
 
+use uuid::Uuid;
+
 use super::Outcome;
 use super::log::LogSpace;
 use super::round::Round;
@@ -32,6 +34,11 @@ impl Journal {
     /// Whether the headers name a log.
     pub(super) fn is_active(&self) -> bool {
         self.log.borrow().is_some()
+    }
+
+    /// Whether the active log has this LogGuid.
+    pub(super) fn is_under(&self, guid: Uuid) -> bool {
+        self.log.borrow().as_ref().is_some_and(|log| log.guid == guid)
     }
 
     /// The headers name `log` from now on, and not the one before it.

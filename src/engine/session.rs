@@ -73,11 +73,6 @@ impl<D: Disk + 'static> Engine<D> {
         });
         self.opening.set(Some(guids));
         assert!(data_write_guid.is_none_or(|wanted| wanted == guids.1), "a session opens under one GUID");
-        assert_ne!(
-            guids.0,
-            self.headers.borrow().current().file_write_guid,
-            "a session has a GUID of its own"
-        );
         guids
     }
 
@@ -120,7 +115,7 @@ impl<D: Disk + 'static> Engine<D> {
         assert_ne!(self.shared.session(), Session::Idle, "a log belongs to a session");
         assert!(self.journal.spares_first_sector(), "the first sector is still needed");
         let guid = self.new_guid();
-        assert_ne!(guid, self.headers.borrow().current().log_guid, "entries of two logs are told apart");
+        assert!(!self.journal.is_under(guid), "entries of two logs of one session are told apart");
         let entry = NewEntry {
             sequence_number: 1,
             tail: 0,
