@@ -35,8 +35,8 @@
 //! A guest writes 4096 bytes to `/dev/ublkb0`. The kernel completes the command by which a queue has offered
 //! a tag, and the queue's thread wakes in its `io_uring_enter`.
 //!
-//! 1. `device/queue/ring` copies the request's descriptor, checks it, and makes an [`engine::front::Request`] of
-//!    it.
+//! 1. `device/queue/ring` copies the request's descriptor, checks it, and makes an [`engine::front::Request`]
+//!    of it.
 //! 2. `device/queue/thread` gives that to the queue's [`engine::front::Front`].
 //! 3. The front finds the session open (otherwise it asks the engine to open it), splits the range at block
 //!    borders and looks each block up in the [`image::BlockMap`]: one atomic load.
@@ -44,7 +44,8 @@
 //! **A hit**: the block has space.
 //!
 //! 4. The front submits one write at the file offset through its [`engine::port::Port`].
-//! 5. `device/queue/ring` pushes it, with everything else of the batch, and sleeps in the next `io_uring_enter`.
+//! 5. `device/queue/ring` pushes it, with everything else of the batch, and sleeps in the next
+//!    `io_uring_enter`.
 //! 6. The front takes the completion. A short write continues; a durable write that failed poisons the
 //!    device.
 //! 7. `device/queue/ring` reports the result and offers the tag again, by one command.

@@ -137,8 +137,8 @@ fn refuse_cycle(path: &Path, used: &[&Path]) -> Result<()> {
 }
 
 /// What to do about a parent that was not found, or is not the right one.
-const REMEDY: &str = "name the right file with --parent, or what its drive is here with --parent-map; `vhdx-ublk \
-     relink` has the child name it for good";
+const REMEDY: &str = "name the right file with --parent, or what its drive is here with --parent-map; \
+     `vhdx-ublk relink` has the child name it for good";
 
 /// Whether `parent` is what `child`, whose locator is `locator`, was made of. Only of a parent that is named
 /// `by_user` is its own GUID shown: the maker of the child can make it name an image that they may not read.

@@ -16,7 +16,8 @@ use crate::format::locator::{
 use crate::image::{FoundLog, ParentRef};
 use crate::printable::shell;
 
-/// What a child, to be in a file in `folder`, has from `parent`. `folder` is absolute, without symbolic links.
+/// What a child, to be in a file in `folder`, has from `parent`. `folder` is absolute, without symbolic
+/// links.
 ///
 /// # Errors
 ///
@@ -31,8 +32,8 @@ pub fn parent_ref(parent: &impl Layer, folder: &Path) -> Result<ParentRef> {
     parent_ref_of(parent.path(), guid, parent.image().metadata.disk_id, folder)
 }
 
-/// The same for the parent in the file at `path`, absolute and without symbolic links, of which it is known that it
-/// will not change any more.
+/// The same for the parent in the file at `path`, absolute and without symbolic links, of which it is known
+/// that it will not change again.
 ///
 /// # Errors
 ///
@@ -46,8 +47,8 @@ pub fn parent_ref_of(path: &Path, data_write_guid: Uuid, disk_id: Uuid, folder: 
     Ok(ParentRef { locator, disk_id })
 }
 
-/// Has `locator`, of the child in the file `child`, say that its parent is in the file `parent`, and nothing that
-/// leads elsewhere. Both paths are absolute, without symbolic links.
+/// Has `locator`, of the child in the file `child`, say that its parent is in the file `parent`, and nothing
+/// that leads elsewhere. Both paths are absolute, without symbolic links.
 ///
 /// # Errors
 ///
@@ -59,8 +60,9 @@ pub fn point_to(locator: &mut ParentLocator, child: &Path, parent: &Path) -> Res
     Ok(())
 }
 
-/// The locator of `child` after its parent was found in the file `parent`, by `search`, if the relative path does
-/// not lead there. Absolute paths go that lead elsewhere; what they mean on other machines is not known here.
+/// The locator of `child` after its parent was found in the file `parent`, by `search`, if the relative path
+/// does not lead there. Absolute paths go that lead elsewhere; what they mean on other machines is not known
+/// here.
 ///
 /// # Errors
 ///
@@ -84,13 +86,13 @@ pub fn with_found_path(
     Ok(Some(redirected))
 }
 
-/// The locator with which `child` names `parent`, whatever it named before. Its linkage changes only where that
-/// does not recognise `parent` and `ignore_mismatch` allows it.
+/// The locator with which `child` names `parent`, whatever it named before. Its linkage changes only where
+/// that does not recognise `parent` and `ignore_mismatch` allows it.
 ///
 /// # Errors
 ///
-/// [`Kind::Unsupported`] if `child` has no parent at all, and as [`point_to`]; [`Kind::Mismatch`], with both GUIDs, if
-/// `parent` is not what it was made of; corrupt if their sectors differ.
+/// [`Kind::Unsupported`] if `child` has no parent at all, and as [`point_to`]; [`Kind::Mismatch`], with both
+/// GUIDs, if `parent` is not what it was made of; corrupt if their sectors differ.
 pub fn with_parent(child: &impl Layer, parent: &impl Layer, ignore_mismatch: bool) -> Result<ParentLocator> {
     let Some(locator) = &child.image().metadata.parent_locator else {
         let message = "it is not a differencing image: it has no parent, and takes none";
@@ -115,8 +117,10 @@ pub fn with_parent(child: &impl Layer, parent: &impl Layer, ignore_mismatch: boo
 }
 
 /// What to do about a parent that is another one, or has changed.
-const MISMATCH_REMEDY: &str = "find the right file; `--ignore-mismatch` takes this one all the same, and where its \
-     content is not what the child was made over, the disk is a mix of two: file systems on it may be damaged";
+const MISMATCH_REMEDY: &str = "find the right file; `--ignore-mismatch` takes this one all the same, and \
+     where its content is not what the child was made over, the disk is a mix of two: file systems on it \
+     may be \
+      damaged";
 
 /// The way from `folder` to `file` as a child names it.
 fn way(folder: &Path, file: &Path) -> Result<String> {

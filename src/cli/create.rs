@@ -35,7 +35,12 @@ pub struct Create {
     #[arg(short = 't', long = "type", value_enum, value_name = "TYPE")]
     disk_type: Option<DiskType>,
     /// The parent of a differencing image. It must not change after this
-    #[arg(short, long, value_name = "FILE", conflicts_with_all = ["size", "logical_sector_size", "block_state"])]
+    #[arg(
+        short,
+        long,
+        value_name = "FILE",
+        conflicts_with_all = ["size", "logical_sector_size", "block_state"]
+    )]
     #[arg(conflicts_with = "physical_sector_size")]
     parent: Option<PathBuf>,
     /// Unit in which the disk gets space: a power of two from 1M to 256M. Small blocks waste less space under

@@ -179,8 +179,8 @@ impl Discard {
             let whose = row.device.as_ref().map_or("a daemon".into(), |device| device.display().to_string());
             let message = format!("{whose} needs the session {name}");
             return Err(Error::new(Kind::InUse, message).remedy(
-                "`vhdx-ublk del` removes the device and closes its image; with --force the session is discarded, \
-                 and the device cannot be recovered",
+                "`vhdx-ublk del` removes the device and closes its image; with --force the session is \
+                 discarded, and the device cannot be recovered",
             ));
         }
         session::discard(name)

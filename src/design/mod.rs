@@ -11,8 +11,8 @@
 //! | [`laboratory`] | How do tests get a kernel that has the driver? |
 //! | [`glossary`] | What does each word mean? |
 //!
-//! These pages say why. What a function does, and in which units, is in its own documentation; where a page and the
-//! code differ, the code is right and the page has a bug.
+//! These pages say why. What a function does, and in which units, is in its own documentation; where a page
+//! and the code differ, the code is right and the page has a bug.
 
 #[doc = include_str!("architecture.md")]
 pub mod architecture {}
@@ -82,7 +82,8 @@ mod tests {
         }
     }
 
-    /// A page that names a file of this repository names one that is there; `folder/file` is one of the sources.
+    /// A page that names a file of this repository names one that is there; `folder/file` is one of the
+    /// sources.
     #[test]
     fn every_file_that_a_page_names_exists() {
         let root = Path::new(env!("CARGO_MANIFEST_DIR"));

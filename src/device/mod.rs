@@ -12,9 +12,9 @@
 //! * [`spec`], `ending`, `supervisor`, [`daemon`]: the device from `ADD_DEV` to `DEL_DEV`;
 //! * [`confine`], [`launch`]: the privileges of that process, and how it is started and reports.
 //!
-//! What other processes see and do: [`registry`], [`usage`], [`stop`], [`health`], [`claims`]; how data travels
-//! between processes: [`path`], `wire`; what the kernel reports of the machine: `process`, `processes`, `mounts`,
-//! `sysfs`; and the nodes in `/dev`: `node`. No two files use each other.
+//! What other processes see and do: [`registry`], [`usage`], [`stop`], [`health`], [`claims`]; how data
+//! travels between processes: [`path`], `wire`; what the kernel reports of the machine: `process`,
+//! `processes`, `mounts`, `sysfs`; and the nodes in `/dev`: `node`. No two files use each other.
 //!
 //! Unsafe code is in `control`, `queue::ring`, `queue::buffers`, `region` and `sys` only. `libublk` gives the
 //! kernel's structures and numbers.

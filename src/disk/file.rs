@@ -1,9 +1,10 @@
-//! An image's file: the open file description that carries its lock and serves every ring, and another one for syncs.
+//! An image's file: the open file description that carries its lock and serves every ring, and another one
+//! for syncs.
 //!
-//! Linux reports a write that it has accepted and lost once per description. A durable write of a queue is told by
-//! the description of the rings, and a sync by that one right behind it would succeed; so the engine syncs by one that
-//! nothing else uses. It carries the lock, too: while anything of a dead process is under way on either, a sync that
-//! fails included, no other process has the file.
+//! Linux reports a write that it has accepted and lost once per description. A durable write of a queue is
+//! told by the description of the rings, and a sync by that one right behind it would succeed; so the engine
+//! syncs by one that nothing else uses. It carries the lock, too: while anything of a dead process is under
+//! way on either, a sync that fails included, no other process has the file.
 //!
 //! Invariants:
 //!
@@ -29,13 +30,13 @@ use super::ring::{DirectAlignment, direct_alignment};
 use super::{Access, Buffer, HostFile, lock};
 use crate::error::{Error, Kind, Result};
 
-/// File systems that write to a new place what is overwritten, by the numbers in their `statfs` (ZFS and bcachefs are
-/// not in the kernel's own headers).
+/// File systems that write to a new place what is overwritten, by the numbers in their `statfs` (ZFS and
+/// bcachefs are not in the kernel's own headers).
 const COPYING_HOSTS: [(FsType, &str); 3] =
     [(FsType(0x9123_683e), "btrfs"), (FsType(0xca45_1a4e), "bcachefs"), (FsType(0x2fc1_2fc1), "ZFS")];
 
-/// File systems whose server may keep a failed write with the handle that it came by, and tell only a sync of that one:
-/// FUSE, NFS, SMB, 9P and Ceph.
+/// File systems whose server may keep a failed write with the handle that it came by, and tell only a sync of
+/// that one: FUSE, NFS, SMB, 9P and Ceph.
 const HOSTS_WITH_HANDLES: [FsType; 5] =
     [FsType(0x6573_5546), FsType(0x6969), FsType(0xfe53_4d42), FsType(0x0102_1997), FsType(0x00c3_6400)];
 
@@ -90,8 +91,8 @@ pub(super) fn next_data(file: &File, offset: u64) -> io::Result<Option<u64>> {
     }
 }
 
-/// Hosts that punch holes into any file, by the number that `statfs` gives: ext4, XFS, btrfs, tmpfs, F2FS. Others do
-/// so for some files, or when their server can, or never; asking would change the file's times.
+/// Hosts that punch holes into any file, by the number that `statfs` gives: ext4, XFS, btrfs, tmpfs, F2FS.
+/// Others do so for some files, or when their server can, or never; asking would change the file's times.
 const PUNCHING: [FsType; 5] =
     [EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC, BTRFS_SUPER_MAGIC, TMPFS_MAGIC, FsType(0xf2f5_2010)];
 
@@ -186,8 +187,8 @@ impl ImageFile {
         self.syncing.as_ref().unwrap_or(&self.file).as_fd()
     }
 
-    /// Gives the file the permissions of `other` that `most` has too, and if possible its owner. It must be finished:
-    /// others may open it from now on.
+    /// Gives the file the permissions of `other` that `most` has too, and if possible its owner. It must be
+    /// finished: others may open it from now on.
     ///
     /// # Errors
     ///
@@ -245,9 +246,9 @@ impl ImageFile {
         Ok(copying.map(|(_, name)| *name))
     }
 
-    /// Moves all further I/O of this file past the host's page cache, and what is there out of it, if the host can
-    /// do that in units of the image's logical sectors, of `logical_sector_size` bytes. Called once, before there is any I/O in
-    /// flight.
+    /// Moves all further I/O of this file past the host's page cache, and what is there out of it, if the
+    /// host can do that in units of the image's logical sectors, of `logical_sector_size` bytes. Called once,
+    /// before there is any I/O in flight.
     ///
     /// # Errors
     ///
@@ -268,7 +269,8 @@ impl ImageFile {
             change_flags(&self.file, |flags| flags & !OFlag::O_DIRECT).map_err(looking)?;
             return Ok(PayloadIo::Buffered { reason });
         }
-        // While the page cache holds one page of a file, the host ends each of its direct writes on another thread.
+        // While the page cache holds one page of a file, the host ends each of its direct writes on another
+        // thread.
         self.read_anew();
         Ok(PayloadIo::Direct)
     }
@@ -493,7 +495,7 @@ mod tests {
         assert_eq!(image.identity(), HostFile::of(&metadata));
         assert_eq!(image.length().expect("open"), 10_000);
         assert_eq!(image.host_bytes().expect("open"), metadata.blocks() * 512);
-        image.host_room().expect("the file system tells");
+        image.host_room().expect("the file system says");
     }
 
     /// The lock is free once the image is dropped, though a ring may hold the description longer.

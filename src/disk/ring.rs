@@ -392,7 +392,8 @@ pub fn ring_refused(doing: &str, error: io::Error) -> Error {
 fn rings_remedy(errno: Option<i32>, disabled: &str) -> Option<String> {
     match (errno, disabled) {
         (Some(libc::EPERM), "1" | "2") => Some(format!(
-            "the sysctl kernel.io_uring_disabled is {disabled}, which forbids it: sysctl kernel.io_uring_disabled=0"
+            "the sysctl kernel.io_uring_disabled is {disabled}, which forbids it: sysctl \
+             kernel.io_uring_disabled=0"
         )),
         (Some(libc::EPERM | libc::EACCES), _) => Some(
             "a seccomp filter or a security module forbids io_uring, as in many containers: allow it".into(),

@@ -97,9 +97,9 @@ pub const PROBED_FRONT: usize = 132 << 10;
 /// Bytes at its end.
 pub const PROBED_END: usize = 512;
 
-/// The refusal of a file without the signature, with what it looks like instead: `front` are its first bytes, at
-/// most [`PROBED_FRONT`], `end` its last ones, at most [`PROBED_END`]. What they are is never shown: the file may be
-/// one that the caller must not read.
+/// The refusal of a file without the signature, with what it looks like instead: `front` are its first bytes,
+/// at most [`PROBED_FRONT`], `end` its last ones, at most [`PROBED_END`]. What they are is never shown: the
+/// file may be one that the caller must not read.
 pub fn not_vhdx(front: &[u8], end: &[u8]) -> Error {
     let error = |message: String| Error::new(Kind::NotVhdx, message).at(0);
     if front.is_empty() {

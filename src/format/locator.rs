@@ -140,8 +140,8 @@ impl ParentLocator {
         bytes
     }
 
-    /// The bytes of `item`, which can be parsed, as the format wants them: no string ends in a NUL, and the reserved
-    /// field is zero. Nothing if they are so already, or if the strings would be others then.
+    /// The bytes of `item`, which can be parsed, as the format wants them: no string ends in a NUL, and the
+    /// reserved field is zero. Nothing if they are so already, or if the strings would be others then.
     pub fn without_excess(item: &[u8]) -> Option<Vec<u8>> {
         let mut mended = item.to_vec();
         let (head, rest) = RawLocator::mut_from_prefix(&mut mended).ok()?;

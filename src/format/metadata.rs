@@ -278,8 +278,8 @@ impl Table {
         self.entries.iter().find(|entry| !entry.is_user && entry.item_id == item_id)
     }
 
-    /// Where in the region `length` bytes of item `item_id`, which is listed, have room, what the item takes now
-    /// counted as free: where it is if possible. Nothing if there is no room.
+    /// Where in the region `length` bytes of item `item_id`, which is listed, have room, what the item takes
+    /// now counted as free: where it is if possible. Nothing if there is no room.
     pub fn place_for(&self, item_id: Uuid, length: u32, region_length: u32) -> Option<u32> {
         assert!(length > 0 && length <= MAX_ITEM_LENGTH, "an item of {length} bytes");
         assert!(region_length >= TABLE_BYTES, "the region holds its table");

@@ -4,7 +4,7 @@
 //!
 //! 1. new FileWriteGuid in both headers, before any other modification;
 //! 2. if the disk grows, what lies behind its end becomes zeros: the rest of its last block, and in the BAT
-//!    whole pages of slots that no block has yet. Nobody looks there before step 3;
+//!    whole pages of slots that no block has yet. They are not read before step 3;
 //! 3. one [`Edit`]: the items, their entries in the table, and the slots that share a page with those of the
 //!    disk as it was.
 //!
@@ -30,8 +30,8 @@ impl WritableImage {
     /// again. If there is nothing to change, nothing is written. Blocks that come into the disk are zero.
     ///
     /// # Errors
-    /// Before anything is written: [`Kind::Unsupported`] if the metadata region or the BAT has no room, or the
-    /// image cannot be written; corrupt if the metadata contradicts the format. I/O errors.
+    /// Before anything is written: [`Kind::Unsupported`] if the metadata region or the BAT has no room, or
+    /// the image cannot be written; corrupt if the metadata contradicts the format. I/O errors.
     ///
     /// # Panics
     /// If it would be another kind of image.

@@ -1,8 +1,9 @@
 //! The sector bitmaps of an image in memory: which sectors of its partially present blocks are in its file.
 //!
-//! Only the bits of blocks that are partially present mean anything. A bit per sector, in the format's own order, as
-//! atomic words: every thread reads them, and whoever has written a sector sets its bit. Bits are only ever set: a
-//! block that leaves this state does not come back to it. Memory is touched where such blocks are, and nowhere else.
+//! Only the bits of blocks that are partially present mean anything. A bit per sector, in the format's own
+//! order, as atomic words: every thread reads them, and whoever has written a sector sets its bit. Bits are
+//! only ever set: a block that leaves this state does not come back to it. Memory is touched where such
+//! blocks are, and nowhere else.
 
 use std::io;
 use std::ops::Range;
@@ -124,8 +125,8 @@ impl SectorBitmaps {
         Ok(())
     }
 
-    /// The run of sectors of partially present `block` from its sector `from`, which lies below `end`: whether
-    /// they are in the file, and the first sector that differs, `end` at most.
+    /// The run of sectors of partially present `block` from its sector `from`, which lies below `end`:
+    /// whether they are in the file, and the first sector that differs, `end` at most.
     #[inline]
     pub fn run(&self, geometry: &Geometry, block: u64, from: u64, end: u64) -> (bool, u64) {
         debug_assert!(from < end && end <= sectors_per_block(geometry), "sectors {from} to {end}");
@@ -186,8 +187,8 @@ impl SectorBitmaps {
         bytes
     }
 
-    /// How the bits of `block` relate to `bits`, which the file has of it: whether they are the same, and whether they
-    /// have all that the file has.
+    /// How the bits of `block` relate to `bits`, which the file has of it: whether they are the same, and
+    /// whether they have all that the file has.
     pub(super) fn compare(&self, geometry: &Geometry, block: u64, bits: &[u8]) -> (bool, bool) {
         let words = self.slice(geometry, block).unwrap_or_default();
         assert!(words.is_empty() || size_of_val(words) == bits.len(), "the bits of one block");

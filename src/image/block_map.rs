@@ -38,8 +38,8 @@ pub struct Mapping {
     pub durable: bool,
 }
 
-/// The BAT as atomics; see the module's head for who may do what. What it says of partially present blocks, their
-/// sector bitmaps complete.
+/// The BAT as atomics; the module's head says which thread may do what. What it says of partially present
+/// blocks, their sector bitmaps complete.
 pub struct BlockMap {
     memory: SessionMemory,
     bitmaps: Arc<SectorBitmaps>,
@@ -88,7 +88,8 @@ impl BlockMap {
         map
     }
 
-    /// How long the file surely is, bytes: what is missing of them has been lost. Behind them blocks read as zeros.
+    /// How long the file surely is, bytes: what is missing of them has been lost. Behind them blocks read as
+    /// zeros.
     pub fn file_bytes(&self) -> u64 {
         self.file_bytes.load(Ordering::Acquire)
     }
@@ -122,8 +123,9 @@ impl BlockMap {
         Mapping { entry: BatEntry(word & !DURABLE), durable: word & DURABLE != 0 }
     }
 
-    /// The first of `blocks` whose slot may be set, their end if there is none. Pages that never had a slot set are
-    /// passed over by their bit: reading 4 GiB of an empty disk's map would give it 8 pages of memory.
+    /// The first of `blocks` whose slot may be set, their end if there is none. Pages that never had a slot
+    /// set are passed over by their bit: reading 4 GiB of an empty disk's map would give it 8 pages of
+    /// memory.
     pub fn first_set(&self, blocks: Range<u64>) -> u64 {
         let mut block = blocks.start;
         while block < blocks.end && !self.is_set(self.page_of(block)) {
@@ -140,8 +142,9 @@ impl BlockMap {
         self.store(self.geometry.payload_slot(block), entry.0);
     }
 
-    /// The changes that the engine makes. Space comes and goes as a whole; a block becomes partially present only over
-    /// its parents, and fully present from there only in its place; it never shows its parents again.
+    /// The changes that the engine makes. Space comes and goes as a whole; a block becomes partially present
+    /// only over its parents, and fully present from there only in its place; it never shows its parents
+    /// again.
     fn may_become(&self, old: BatEntry, new: BatEntry) -> bool {
         let differencing = self.geometry.is_differencing();
         match (old.payload_state(), new.payload_state()) {

@@ -1,7 +1,7 @@
 //! Finding the active sequence in a log on disk.
 //!
-//! One pass over the log, one validation per entry that could be one. No sector inside a valid entry starts as
-//! an entry does (data sectors and further descriptor sectors have their own signatures), so an entry that
+//! One pass over the log, one validation per entry that could be one. No sector inside a valid entry starts
+//! as an entry does (data sectors and further descriptor sectors have their own signatures), so an entry that
 //! reaches over the start of another is none; this keeps the whole scan linear in the log's length, however
 //! hostile its content.
 //!
@@ -32,7 +32,8 @@ pub enum LogState {
 }
 
 impl LogState {
-    /// The entries to replay, by position in the log, oldest first; none at all if the header names no log content.
+    /// The entries to replay, by position in the log, oldest first; none at all if the header names no log
+    /// content.
     pub fn positions(self) -> Option<Vec<u32>> {
         match self {
             Self::Clean => None,
@@ -59,8 +60,8 @@ impl<'a, D: ReadDisk> Log<'a, D> {
     /// Finds what is to be replayed.
     ///
     /// # Errors
-    /// Corrupt if the log holds entries of the header's LogGuid but no valid sequence of them; Truncated if the
-    /// file is shorter than the newest entry says it was.
+    /// Corrupt if the log holds entries of the header's LogGuid but no valid sequence of them; Truncated if
+    /// the file is shorter than the newest entry says it was.
     pub async fn scan(&self, file_length: u64) -> Result<LogState> {
         if self.header.log_guid.is_nil() {
             return Ok(LogState::Clean);

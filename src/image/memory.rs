@@ -22,12 +22,12 @@
 //! One atomic word is the unit of everything in it, so a process may be killed between any two stores:
 //!
 //! * the magic is stored last: memory without it was never complete and is worth nothing;
-//! * of the two `FileWriteGuid`s, `next` is stored before any header carries it and `current` is replaced only
-//!   when every header that could be found carries `next`. So one of the two is whole and in the file.
+//! * of the two `FileWriteGuid`s, `next` is stored before any header carries it and `current` is replaced
+//!   only when every header that could be found carries `next`. So one of the two is whole and in the file.
 //!
-//! What a kill cannot leave is damage: it is distinguished from memory that was never complete and from another
-//! version's, because acknowledged data may depend on it. A word of the map is checked as an entry of a BAT
-//! is.
+//! What a kill cannot leave is damage: it is distinguished from memory that was never complete and from
+//! another version's, because acknowledged data may depend on it. A word of the map is checked as an entry of
+//! a BAT is.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};

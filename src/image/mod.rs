@@ -1,4 +1,5 @@
-//! An opened image: geometry, block map, sector bitmaps, log scan and replay, the map of what occupies the file.
+//! An opened image: geometry, block map, sector bitmaps, log scan and replay, the map of what occupies the
+//! file.
 
 mod amend;
 mod bitmap_reader;

@@ -1,7 +1,7 @@
 //! Opening an image: every structure read, checked and put into types that cannot be wrong.
 //!
-//! Order: file identifier, headers, log (replayed in place or in memory), region tables, metadata, BAT. Nothing
-//! behind the log is believed before the log has been replayed.
+//! Order: file identifier, headers, log (replayed in place or in memory), region tables, metadata, BAT.
+//! Nothing behind the log is believed before the log has been replayed.
 
 use std::ops::{Deref, DerefMut, Range};
 
@@ -126,8 +126,8 @@ impl Image {
     /// Reads the image on `disk`.
     ///
     /// # Errors
-    /// Whatever contradicts the format, by structure and offset; unsupported if its log changes payload, which is
-    /// not replayed in memory; I/O errors.
+    /// Whatever contradicts the format, by structure and offset; unsupported if its log changes payload,
+    /// which is not replayed in memory; I/O errors.
     pub async fn read<D: ReadDisk>(disk: &D) -> Result<ReadImage> {
         let Found { creator, header, log, length } = Found::on(disk, u64::MAX).await?;
         let found_log = FoundLog::of(&log);
@@ -143,8 +143,8 @@ impl Image {
         Ok(ReadImage { image, overlay })
     }
 
-    /// Opens the image on `disk` for writing. A dirty log is replayed in place; nothing else is written before the
-    /// first modification.
+    /// Opens the image on `disk` for writing. A dirty log is replayed in place; nothing else is written
+    /// before the first modification.
     ///
     /// # Errors
     /// Whatever contradicts the format, by structure and offset; I/O errors.
@@ -201,8 +201,8 @@ impl Image {
         Ok(Self { creator, header, found_log, regions, metadata, layout, map, stored_slots, space })
     }
 
-    /// The memory that the image takes while it is open, bytes: its BAT as far as the file has one, and the bits of its
-    /// partially present blocks.
+    /// The memory that the image takes while it is open, bytes: its BAT as far as the file has one, and the
+    /// bits of its partially present blocks.
     pub fn resident_bytes(&self) -> u64 {
         let geometry = self.map.geometry();
         let bits = |slots: &Range<u64>| {
@@ -324,8 +324,8 @@ pub fn payload_extent(entry: BatEntry, geometry: &Geometry) -> Option<Extent> {
 /// The structure's name, as errors have it.
 pub(super) const FILE_ID: &str = "file identifier";
 
-/// The file identifier. A file without it is refused, by the name of what it looks like; [`Kind::Corrupt`] if a valid
-/// header or region table is in its place, so that it is a VHDX all the same.
+/// The file identifier. A file without it is refused, by the name of what it looks like; [`Kind::Corrupt`] if
+/// a valid header or region table is in its place, so that it is a VHDX all the same.
 pub(super) async fn read_file_id<D: ReadDisk>(file: &View<'_, D>, length: u64) -> Result<FileId> {
     let first = file.read(FILE_ID, 0, FileId::SIZE).await?;
     match FileId::parse(&first[..present(0, FileId::SIZE, length)]) {
@@ -389,8 +389,8 @@ pub(super) fn truncated(structure: &'static str, offset: u64, end: u64, file_len
 }
 
 /// The one way out for a file that lacks its end.
-pub(super) const CUT_SHORT: &str = "the file was cut short: copy it again from its source, or restore it from a \
-                                    backup; no command opens it as it is";
+pub(super) const CUT_SHORT: &str = "the file was cut short: copy it again from its source, or restore it \
+     from a backup; no command opens it as it is";
 
 pub(super) async fn read_regions<D: ReadDisk>(file: &View<'_, D>, file_length: u64) -> Result<CurrentTable> {
     let first = file.read("region table 1", region::OFFSETS[0], region::SIZE).await?;
@@ -506,7 +506,8 @@ fn take_entry(
     let extent = match role {
         Role::Block(block) => checked_payload(entry, block, geometry)?,
         Role::Bitmap(_) if geometry.is_differencing() => checked_bitmap(entry, slot)?,
-        // Images exist whose unused slots hold garbage, or a bitmap no reader may use: it is kept, not obeyed.
+        // Images exist whose unused slots hold garbage, or a bitmap no reader may use: it is kept, not
+        // obeyed.
         Role::Bitmap(_) | Role::Nothing => None,
     };
     if let Some(extent) = extent {

@@ -5,8 +5,8 @@
 //! 1. the log is replayed, or declared empty if it was never written. This writes both headers, the damaged
 //!    one first, and gives the file its new FileWriteGuid;
 //! 2. metadata changes in batches of one log entry ([`Edit`]): a batch is there as a whole or not at all;
-//! 3. with the log empty, and only if nothing is beyond repair, leaked space is given back and the unused tail
-//!    is cut off: nothing names either;
+//! 3. with the log empty, and only if nothing is beyond repair, leaked space is given back and the unused
+//!    tail is cut off: nothing names either;
 //! 4. a signature that is missing is written last, as when an image is made.
 //!
 //! A cut anywhere leaves an image that opens and reads as before; repairing it again ends what was begun.
@@ -98,7 +98,8 @@ async fn mend<D: Disk>(
     Err(Error::new(Kind::InUse, "the image keeps changing while it is repaired"))
 }
 
-/// Makes the file say that it is a VHDX. Not by way of the log, which may not change what lies before the region tables.
+/// Makes the file say that it is a VHDX. Not by way of the log, which may not change what lies before the
+/// region tables.
 async fn restore_signature<D: Disk>(disk: &D) -> Result<()> {
     let failed = |error| Error::io("writing the signature", error).at(0);
     let mut page = disk.read(0, PAGE_BYTES).await.map_err(failed)?;

@@ -1,9 +1,10 @@
 //! Replaying the log: in place for a writable open, in memory for a read-only one.
 //!
-//! In place, the order is: sync → new FileWriteGuid in both headers (LogGuid unchanged) → the entries' changes →
-//! the length they need → sync → LogGuid zero in both headers. A cut anywhere leaves the same log to be replayed
-//! again; nothing in the log is overwritten before the headers have dropped it. The first sync is for what a
-//! killed process wrote and the host has not: its newest header may be one of two that a cut would tear.
+//! In place, the order is: sync → new FileWriteGuid in both headers (LogGuid unchanged) → the entries'
+//! changes → the length they need → sync → LogGuid zero in both headers. A cut anywhere leaves the same log
+//! to be replayed again; nothing in the log is overwritten before the headers have dropped it. The first sync
+//! is for what a killed process wrote and the host has not: its newest header may be one of two that a cut
+//! would tear.
 //!
 //! [Rules 66 to 72](crate::design::vhdx_rules#rule-66).
 

@@ -1,9 +1,9 @@
 //! Keeping the block map where it outlives the process, and taking it over from a process that was killed.
 //!
-//! A killed process leaves the file as the host's cache has it, and its memory. The memory knows every mapping
-//! that was published, and so everything that was acknowledged; the file knows those that were logged. What
-//! differs is committed by the successor. Until then both name their space: what only the file names, the
-//! successor has to keep until its unmapping is durable.
+//! A killed process leaves the file as the host's cache has it, and its memory. The memory knows every
+//! mapping that was published, and so everything that was acknowledged; the file knows those that were
+//! logged. What differs is committed by the successor. Until then both name their space: what only the file
+//! names, the successor has to keep until its unmapping is durable.
 
 use std::io;
 use std::ops::Range;
@@ -68,13 +68,13 @@ impl WritableImage {
         self.stored_slots.iter().flat_map(|slots: &Range<u64>| partial_blocks(&self.map, slots.clone()))
     }
 
-    /// Opens the image on `disk` for writing and takes over the session in `memory`, which was checked to be this
-    /// image's, of a process whose last write to the file has ended. `carried` is the FileWriteGuid that the file
-    /// carries.
+    /// Opens the image on `disk` for writing and takes over the session in `memory`, which was checked to be
+    /// this image's, of a process whose last write to the file has ended. `carried` is the FileWriteGuid that
+    /// the file carries.
     ///
     /// # Errors
-    /// Those of [`Image::open_for_writing`]; [`Kind::Poisoned`] if the session is; corrupt if it cannot be this image's
-    /// future. It stays as it is, for another attempt.
+    /// Those of [`Image::open_for_writing`]; [`Kind::Poisoned`] if the session is; corrupt if it cannot be
+    /// this image's future. It stays as it is, for another attempt.
     pub async fn resume<D: Disk>(
         disk: &D,
         memory: SessionMemory,
@@ -224,7 +224,8 @@ impl WritableImage {
 async fn ask_host<D: Disk>(disk: &D, memory: &SessionMemory) -> Result<()> {
     if memory.is_in_doubt() {
         memory.poison();
-        let message = "the host has told another process whether it lost data of this file system, and does not repeat it";
+        let message = "the host has told another process whether it lost data of this file system, and does \
+             not repeat it";
         return Err(Error::new(Kind::Poisoned, message).in_structure("session").remedy(LOST));
     }
     memory.leave_in_doubt();
@@ -238,8 +239,8 @@ async fn ask_host<D: Disk>(disk: &D, memory: &SessionMemory) -> Result<()> {
 }
 
 /// What can be done when it is not known what the host has lost.
-const LOST: &str = "it may be of this image: look for the cause (dmesg); `vhdx-ublk recover --accept-loss` gives up \
-    what was not flushed, `vhdx-ublk del` removes the device";
+const LOST: &str = "it may be of this image: look for the cause (dmesg); `vhdx-ublk recover --accept-loss` \
+     gives up what was not flushed, `vhdx-ublk del` removes the device";
 
 fn wrong(slot: u64, what: &str) -> Error {
     Error::corrupt("session", format!("slot {slot} {what}"))

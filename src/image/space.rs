@@ -5,8 +5,8 @@
 //!
 //! * bytes past the length found at open that this process has added and never granted are known zero;
 //! * space that was punched is known zero once a sync issued after the punch has completed;
-//! * everything else that is free is *recycled*: it must be zeroed before it is granted, and that zeroing must
-//!   be durable before any log entry names it.
+//! * everything else that is free is *recycled*: it must be zeroed before it is granted, and that zeroing
+//!   must be durable before any log entry names it.
 
 use std::ops::Range;
 
@@ -143,8 +143,8 @@ impl Space {
         self.free_runs().filter(|run| !self.known_zero.contains_all_in_range(run.units()))
     }
 
-    /// Takes the lowest free run of `length` bytes, if the file has one: space is used from its start, so that the
-    /// unused end can be cut off.
+    /// Takes the lowest free run of `length` bytes, if the file has one: space is used from its start, so
+    /// that the unused end can be cut off.
     pub fn take(&mut self, length: u64) -> Option<Grant> {
         assert!(length > 0 && length.is_multiple_of(MIB), "{length} bytes are granted in whole MiB");
         let count = index(length / MIB);
@@ -161,7 +161,8 @@ impl Space {
         Some(Grant { extent: Extent::of_units(units), content })
     }
 
-    /// Gives `extent` back; its content is known zero only if it reads as zero after any power cut from now on.
+    /// Gives `extent` back; its content is known zero only if it reads as zero after any power cut from now
+    /// on.
     pub fn free(&mut self, extent: Extent, content: Content) {
         let units = extent.units();
         assert!(units.start > 0, "the header section is always used");
@@ -245,7 +246,8 @@ impl Space {
 fn shared(what: &'static str, offset: u64, extent: Extent) -> Error {
     let message = format!("shares the MiB at byte {offset} with another structure");
     Error::corrupt(what, message).at(extent.offset).remedy(
-        "two structures claim the same bytes: do not write to this image; restore it from a backup, or copy its data out with `add --read-only` of an undamaged copy",
+        "two structures claim the same bytes: do not write to this image; restore it from a backup, or copy \
+         its data out with `add --read-only` of an undamaged copy",
     )
 }
 

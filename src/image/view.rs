@@ -1,4 +1,5 @@
-//! A file as the readers of its structures see it: under the log that was replayed in memory, if there is one.
+//! A file as the readers of its structures see it: under the log that was replayed in memory, if there is
+//! one.
 
 use super::overlay::Overlay;
 use crate::disk::{Buffer, Disk, PAGE_BYTES, ReadDisk};
@@ -33,7 +34,10 @@ impl<D: ReadDisk> View<'_, D> {
 
     /// The first page at `offset` or behind it that may hold anything but zeros.
     pub(super) async fn next_stored(&self, offset: u64) -> Result<Option<u64>> {
-        assert!(offset.is_multiple_of(PAGE_BYTES as u64), "holes are looked for from a page on, at {offset}");
+        assert!(
+            offset.is_multiple_of(PAGE_BYTES as u64),
+            "holes are searched for from a page on, at {offset}"
+        );
         if self.overlay.is_some() {
             return Ok(Some(offset));
         }

@@ -37,7 +37,7 @@ const MAX_FUNCTION_LINES: usize = 60;
 /// The most columns of a line of Rust and of a script, and how many lines are still longer.
 const MAX_COLUMNS: usize = 110;
 const MAX_SCRIPT_COLUMNS: usize = 120;
-const LONG_LINES: [(&str, usize); 1] = [("src", 260)];
+const LONG_LINES: [(&str, usize); 1] = [("src", 0)];
 
 /// The only files that have `unsafe` in them.
 const UNSAFE: [&str; 8] = [
@@ -51,10 +51,11 @@ const UNSAFE: [&str; 8] = [
     "tests/simulator/memory.rs",
 ];
 
-/// Plants that the simulator asks for, not the program, and plants that are still asked for in several
-/// places.
+/// Plants that the simulator asks for, not the program, and plants that break a rule in one place and its
+/// assertion in others.
 const PLANTS_OF_THE_SIMULATOR: [&str; 3] = ["LongEntry", "NoFence", "SharedDescription"];
-const PLANTS_IN_PLACES: [(&str, usize); 1] = [("TrustKilled", 3)];
+const PLANTS_IN_PLACES: [(&str, usize); 4] =
+    [("KeepLaterEntries", 2), ("ReplayBeforeTail", 2), ("RevealParents", 2), ("TrustKilled", 3)];
 
 /// Words that are not plain English in a manual, and how many are left.
 const BANNED: [&str; 15] = [
@@ -74,7 +75,7 @@ const BANNED: [&str; 15] = [
     "for who",
     ". who",
 ];
-const LEFT: [(&str, usize); 1] = [("src", 140)];
+const LEFT: [(&str, usize); 1] = [("src", 1)];
 
 #[test]
 fn folders_use_only_those_before_them() {
@@ -122,8 +123,11 @@ fn a_function_fits_a_screen() {
 #[test]
 fn a_line_fits_its_columns() {
     at_most(&LONG_LINES, "lines are too long", |path, line| {
+        // A row of a table is one line.
+        let row = ["//! |", "/// |"].into_iter().any(|begin| line.trim_start().starts_with(begin));
         let most = match path.extension().and_then(|extension| extension.to_str()) {
             Some("md" | "svg") => usize::MAX,
+            Some("rs") if row => usize::MAX,
             Some("rs") => MAX_COLUMNS,
             _ => MAX_SCRIPT_COLUMNS,
         };

@@ -191,7 +191,8 @@ impl Registry {
     }
 }
 
-/// `error` of a change, with what makes changes possible. A device that no other command could find is not served.
+/// `error` of a change, with what makes changes possible. A device that no other command could find is not
+/// served.
 fn with_room(error: Error) -> Error {
     match error.os_error() {
         Some(libc::ENOSPC | libc::EDQUOT) => error.remedy(

@@ -1,5 +1,5 @@
-//! Promise defended here: nothing that was acknowledged is given up silently, and no impossible session is taken
-//! over.
+//! Promise defended here: nothing that was acknowledged is given up silently, and no impossible session is
+//! taken over.
 
 use std::fs;
 use std::path::PathBuf;

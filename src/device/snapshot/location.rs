@@ -198,7 +198,8 @@ fn is_ram(name: &Path) -> bool {
     rest.is_some_and(|rest| !rest.is_empty() && rest.bytes().all(|byte| byte.is_ascii_digit()))
 }
 
-/// `path`, open without access to its data, and the number of the mount that it is in, if the kernel reports it.
+/// `path`, open without access to its data, and the number of the mount that it is in, if the kernel reports
+/// it.
 fn mount_id(path: &Path) -> io::Result<(File, Option<String>)> {
     let file = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(path)?;
     let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", file.as_raw_fd()))?;

@@ -7,8 +7,8 @@
 //!
 //! * a connection does not delay the others: each has its own thread, up to `MAX_CLIENTS`;
 //! * every connection ends: a line has a maximum length and a deadline, and the answer has a deadline;
-//! * nothing is done for a caller that left before the decisive moment, see `Reply::claim`. What is done later is
-//!   logged if the caller could not be answered.
+//! * nothing is done for a caller that left before the decisive moment, see `Reply::claim`. What is done
+//!   later is logged if the caller could not be answered.
 
 mod client;
 mod server;

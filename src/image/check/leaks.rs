@@ -1,8 +1,8 @@
 //! Space that nothing names.
 //!
 //! Free space between used ones is legal: writers use it first. It is leaked as far as it takes room on the
-//! host; a hole costs nothing. A host that takes no space back makes no difference between the two: there it is free
-//! space, and no leak.
+//! host; a hole costs nothing. A host that takes no space back makes no difference between the two: there it
+//! is free space, and no leak.
 
 use super::super::space::{Extent, Space};
 use super::{Examination, Finding};
@@ -44,16 +44,16 @@ impl Examination {
         }
         if let Some((at, bytes)) = kept {
             let what = format!(
-                "{bytes} bytes between used ones are free and take room on the host, which takes no space back: \
-                 later writes use them first"
+                "{bytes} bytes between used ones are free and take room on the host, which takes no space \
+                 back: later writes use them first"
             );
             self.report.add(Finding::note(SPACE, at, what));
         }
         Ok(())
     }
 
-    /// Blocks at the file's end of which the host stores nothing. They read as zeros, as they would if the file had
-    /// been cut short and made longer again.
+    /// Blocks at the file's end of which the host stores nothing. They read as zeros, as they would if the
+    /// file had been cut short and made longer again.
     pub(super) async fn hollow_end<D: ReadDisk>(
         &mut self,
         disk: &D,
@@ -72,8 +72,8 @@ impl Examination {
         // A fixed image has all its blocks from the start.
         if blocks > 0 && metadata.kind() != DiskType::Fixed {
             let what = format!(
-                "{blocks} blocks at the end of the file take no room on the host and read as zeros: if the file was \
-                 ever cut short and made longer again, their data is lost"
+                "{blocks} blocks at the end of the file take no room on the host and read as zeros: if the \
+                 file was ever cut short and made longer again, their data is lost"
             );
             self.report.add(Finding::note(SPACE, first * MIB, what));
         }
@@ -98,7 +98,8 @@ impl Examination {
     }
 }
 
-/// The first MiB below `end` from which on the host stores nothing of the file; `end` if its last one is stored.
+/// The first MiB below `end` from which on the host stores nothing of the file; `end` if its last one is
+/// stored.
 async fn first_hollow<D: ReadDisk>(disk: &D, end: u64) -> Result<u64> {
     let (mut low, mut high) = (0, end);
     while low < high {
