@@ -16,8 +16,9 @@ use vhdx_ublk::engine::port::{FileIo, FileOp, PieceId, Port, Ticket};
 use vhdx_ublk::engine::shared::Shared;
 use vhdx_ublk::error::{Error, Kind, Result};
 use vhdx_ublk::format::bat::{BatEntry, Geometry};
+use vhdx_ublk::format::guid;
 use vhdx_ublk::format::locator::{PARENT_LINKAGE, PARENT_LINKAGE2, ParentLocator, RELATIVE_PATH};
-use vhdx_ublk::image::{BlockMap, Identity, Image, ReadImage};
+use vhdx_ublk::image::{BlockMap, Identity, Image, ReadImage, repair};
 
 use crate::craft::{self, Change, Craft, END, LOG_GUID, LogEntry, METADATA, MIB};
 use crate::sim::disk::SimDisk;
@@ -456,4 +457,19 @@ fn a_bitmap_in_the_log_counts_and_a_missing_one_is_an_error() {
             "sector {sector}"
         );
     }
+}
+
+/// All of a long locator fits no log entry: only what changes is written.
+#[test]
+fn a_long_locator_is_mended_where_it_is_wrong() {
+    let mut long = locator(LINKAGE, Uuid::nil(), r".\base.vhdx");
+    (0..20).for_each(|key| long.set(&format!("key{key}"), "x".repeat(16 << 10)));
+    let mut child = image(OTHER, Some(long));
+    let kind = guid::write(guid::LOCATOR_TYPE_VHDX);
+    let region = child.read(METADATA, 1 << 20);
+    let item = region.windows(kind.len()).position(|bytes| bytes == kind).expect("it has a locator");
+    child.write(METADATA + item as u64 + 16, &[1]);
+    let disk = SimDisk::new(child.file.clone(), true, true, 512);
+    let repaired = block_on(repair(&disk, || Uuid::from_u128(7))).expect("an image");
+    assert_eq!((repaired.before.repairable, repaired.after.corruptions), (1, 0), "{:?}", repaired.after);
 }
