@@ -156,6 +156,7 @@ impl<D: Disk + 'static> Engine<D> {
 
     /// Extends the file generously, or at least by `length`.
     async fn grow_for(self: &Rc<Self>, length: u64) -> Outcome {
+        assert!(length > 0 && length.is_multiple_of(MIB), "space is granted in whole MiB");
         let end = self.durability.file_length().next_multiple_of(MIB);
         let step = (end / 8).clamp(MIN_GROW_STEP_BYTES, MAX_GROW_STEP_BYTES).next_multiple_of(MIB);
         match self.grow_to(end + length.max(step)).await {

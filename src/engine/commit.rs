@@ -130,6 +130,7 @@ impl<D: Disk + 'static> Engine<D> {
             PageCopy { page, bytes: self.copy_page(page) }
         });
         let pages: Vec<PageCopy> = pages.collect();
+        assert!(pages.len() == count, "every page of the set is copied once");
         let relies_on = self.durability.reliance(self.space.borrow().used_end());
         (!pages.is_empty()).then_some(Round { pages, relies_on })
     }

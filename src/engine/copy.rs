@@ -7,6 +7,7 @@
 use std::rc::Rc;
 
 use super::fill::read_sectors;
+use super::shared::Session;
 use super::span::{Location, locate};
 use super::{Engine, Outcome, Parent, errno};
 use crate::disk::{Buffer, Disk, PAGE_BYTES};
@@ -20,6 +21,8 @@ impl<D: Disk + 'static> Engine<D> {
     /// # Errors
     /// A positive `errno`; the uppermost layer still reads as before.
     pub async fn absorb(self: &Rc<Self>, layers: &[Parent<D>], end: u64, copied: &impl Fn(u64)) -> Outcome {
+        assert!(end <= self.shared.geometry().virtual_size(), "the image is as large as what it takes in");
+        assert_ne!(self.shared.session(), Session::Idle, "the session opens before the first change");
         if self.shared.fixed {
             self.allocate(0, self.shared.geometry().block_count()).await?;
         }

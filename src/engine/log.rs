@@ -141,6 +141,7 @@ impl LogSpace {
 
     /// A sync issued after round `newest` was applied has completed.
     pub fn confirm_applied(&mut self, newest: u64) {
+        assert!(newest < self.next_round, "round {newest} was placed");
         while self.live.front().is_some_and(|round| round.id <= newest) {
             let round = self.live.pop_front().expect("just seen");
             assert!(round.applied, "only rounds in place are confirmed");

@@ -118,7 +118,9 @@ impl<D: Disk + 'static> Engine<D> {
             if partial && (map.bitmaps().is_full(geometry, block) || planted(Plant::EarlyPromotion)) {
                 self.count(|counters| counters.promotions += 1);
                 self.durability.payload_written();
-                map.publish(block, BatEntry::present(entry.offset()));
+                let whole = BatEntry::present(entry.offset());
+                assert_eq!(self.space_of(whole), self.space_of(entry), "a block made whole keeps its space");
+                map.publish(block, whole);
                 self.dirty.mark(Page::Bat(map.page_of(block)));
             }
         }

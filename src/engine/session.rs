@@ -93,6 +93,7 @@ impl<D: Disk + 'static> Engine<D> {
 
     /// Has the host fill the holes of `extent`.
     pub(super) async fn reserve(&self, extent: Extent) -> Outcome {
+        assert!(extent.length > 0, "a structure has a length");
         let reserved = self.disk.reserve(extent.offset, extent.length).await;
         reserved.map_err(|error| for_guest(errno(&error)))
     }

@@ -36,6 +36,7 @@ impl Turnstile {
     pub fn enter(&self) -> impl Future<Output = Pass<'_>> {
         let ticket = self.next_ticket.get();
         self.next_ticket.set(ticket + 1);
+        assert!(self.serving.get() <= ticket, "a ticket is served once");
         poll_fn(move |context| {
             if self.serving.get() == ticket {
                 return Poll::Ready(Pass(self));

@@ -120,6 +120,7 @@ impl Front {
 
     /// Takes a request; `tag` is idle.
     pub fn start<P: Port>(&mut self, tag: u16, request: Request, port: &mut P) {
+        debug_assert!(self.parked.iter().all(|(parked, _)| *parked != tag), "tag {tag} is parked");
         if self.held {
             return self.parked.push((tag, request));
         }

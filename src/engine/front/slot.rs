@@ -93,6 +93,7 @@ impl Slot {
 
     /// An ask is sent.
     pub(super) fn wait(&mut self) {
+        debug_assert!(self.begun.is_some(), "an ask belongs to a request");
         assert!(!std::mem::replace(&mut self.waiting, true), "one ask per tag");
     }
 
@@ -112,6 +113,7 @@ impl Slot {
     /// Puts `piece` in a free place; its number.
     #[inline]
     pub(super) fn add(&mut self, piece: Piece) -> u8 {
+        debug_assert!(self.begun.is_some() && !self.waiting, "a piece belongs to a request that has no ask");
         let place = self.pieces.iter().position(Option::is_none).expect("fewer than MAX_PIECES are live");
         self.pieces[place] = Some(piece);
         self.live_pieces += 1;

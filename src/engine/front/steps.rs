@@ -70,6 +70,7 @@ impl Front {
 
     fn step_flush<P: Port>(&mut self, tag: u16, port: &mut P) -> Step {
         let slot = &mut self.slots[tag];
+        debug_assert_eq!(slot.live_pieces(), 0, "a flush has no file I/O");
         if self.shared.read_only || slot.asks > 0 {
             self.finish(tag, port);
         } else {
