@@ -116,7 +116,7 @@ impl<D: Disk + 'static> Engine<D> {
         assert_ne!(self.shared.session(), Session::Idle, "a log belongs to a session");
         assert!(self.journal.spares_first_sector(), "the first sector is still needed");
         let guid = self.new_guid();
-        assert!(!self.journal.is_under(guid), "entries of two logs of one session are told apart");
+        assert!(!self.journal.is_under(guid), "two logs of one session have GUIDs of their own");
         let entry = NewEntry {
             sequence_number: 1,
             tail: 0,
