@@ -108,7 +108,7 @@ mod tests {
     fn map(entries: &[BatEntry]) -> BlockMap {
         let map = BlockMap::empty(Geometry::new(entries.len() as u64 * MIB, 1 << 20, 512, false));
         for (block, entry) in (0..).zip(entries) {
-            map.publish(block, *entry);
+            map.restore(map.geometry().payload_slot(block), &[entry.write()]);
         }
         map
     }

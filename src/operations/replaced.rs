@@ -69,7 +69,7 @@ fn refuse_other_files(old: &ImageFile) -> Result<()> {
     match identify_locked(old) {
         _ if length == 0 => Ok(()),
         Err(error) if error.kind() == Kind::NotVhdx => {
-            let message = "it is neither a VHDX image nor empty, and --force replaces no other file";
+            let message = "it is not a VHDX image, and --force replaces only images and empty files";
             Err(Error::new(Kind::NotVhdx, message).file(old.path()).remedy(remedy))
         }
         Err(error) if error.kind() == Kind::Io => Err(error.file(old.path()).remedy(remedy)),

@@ -51,7 +51,7 @@ const CASES: [Case; 41] = [
     ("header 2 bad", |b| b[HEADERS[1] + 100] ^= 1, CORRUPT, "header 2", HEADERS[1], "checksum", SOUND),
     ("no header", no_header, CORRUPT, "headers", HEADERS[0], "neither header", CORRUPT),
     ("twin headers", twin_headers, SOUND, "headers", HEADERS[0], "the same", SOUND),
-    ("equal numbers", equal_numbers, CORRUPT, "headers", HEADERS[0], "cannot be told", CORRUPT),
+    ("equal numbers", equal_numbers, CORRUPT, "headers", HEADERS[0], "neither is newer", CORRUPT),
     ("table 1 bad", |b| b[REGION_TABLES[0] + 9] ^= 1, CORRUPT, "region table 1", REGION_TABLES[0], "", SOUND),
     ("table 2 bad", |b| b[REGION_TABLES[1] + 9] ^= 1, CORRUPT, "region table 2", REGION_TABLES[1], "", SOUND),
     ("tables differ", tables_differ, CORRUPT, "region table 2", REGION_TABLES[1], "differs", CORRUPT),

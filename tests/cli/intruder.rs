@@ -264,7 +264,7 @@ fn force_replaces_images_and_empty_files_only() {
         fs::write(&file, content).expect("room");
         let message = create(&file, &["--size", "1G", "--force"]).failed(1);
         assert!(
-            message.contains("neither a VHDX image") && message.contains("remove the file yourself"),
+            message.contains("not a VHDX image") && message.contains("remove the file yourself"),
             "{message}"
         );
         assert_eq!(fs::read(&file).expect("readable"), content);

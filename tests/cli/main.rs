@@ -499,7 +499,7 @@ fn info_works_beside_a_writer() {
     let users = seen["used_by"].as_array().expect("an array");
     assert!(users.iter().any(|user| user.as_str().is_some_and(|user| user.contains(&holder))), "{users:?}");
     let text = on("info", &image, &[]).succeeded();
-    assert!(text.contains("figures may be stale") && text.contains(&holder), "{text}");
+    assert!(text.contains("figures may be out of date") && text.contains(&holder), "{text}");
     drop(held);
     before.assert_kept(&image);
 }
@@ -516,7 +516,7 @@ fn without_room_no_file_is_left() {
     }
     let image = folder.path().join("a.vhdx");
     let message = create(&image, &["--size", "2T", "--type", "fixed"]).failed(1);
-    assert!(message.contains("a.vhdx") && message.contains("2 TiB") && message.contains("left"), "{message}");
+    assert!(message.contains("a.vhdx") && message.contains("2 TiB") && message.contains("free"), "{message}");
     assert!(!image.exists());
     create(&image, &["--size", "1G"]).succeeded();
     let before = Snapshot::of(&image);

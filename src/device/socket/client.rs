@@ -48,11 +48,16 @@ fn send<T: DeserializeOwned>(path: &Path, command: &Command, patience: Duration)
     const FAILED: &str = "talking to the daemon";
     let stream = connect(path, patience).doing(FAILED).file(path)?;
     let command = serde_json::to_value(command).doing(FAILED)?;
-    write_line(&stream, &Request { version: VERSION, command }).doing(FAILED).file(path)?;
-    let answer = read_line(&stream, patience).file(path)?;
-    if answer.is_empty() {
-        return Err(Error::new(Kind::Io, "the daemon has ended without an answer").file(path));
-    }
+    let written = write_line(&stream, &Request { version: VERSION, command });
+    // A daemon that refuses a caller may close before the line is written, and has answered all the same.
+    let answer = match read_line(&stream, patience).file(path) {
+        Ok(answer) if !answer.is_empty() => answer,
+        nothing => {
+            written.doing(FAILED).file(path)?;
+            nothing?;
+            return Err(Error::new(Kind::Io, "the daemon has ended without an answer").file(path));
+        }
+    };
     match serde_json::from_str(&answer).doing(FAILED).file(path)? {
         Answer::Done(done) => serde_json::from_value(done).doing(FAILED).file(path),
         Answer::Error(failure) => Err(failure.into()),
