@@ -40,8 +40,11 @@ const COPYING_HOSTS: [(FsType, &str); 3] =
 const HOSTS_WITH_HANDLES: [FsType; 5] =
     [FsType(0x6573_5546), FsType(0x6969), FsType(0xfe53_4d42), FsType(0x0102_1997), FsType(0x00c3_6400)];
 
-/// The unit of `st_blocks`, whatever the file system's own block size.
-const STAT_BLOCK_BYTES: u64 = 512;
+/// The space that a file takes on its host, bytes: less than its length if it has holes.
+pub fn host_bytes(found: &fs::Metadata) -> u64 {
+    // The unit of `st_blocks`, whatever the file system's own block size.
+    found.blocks() * 512
+}
 
 /// An open, locked image file.
 ///
@@ -348,13 +351,13 @@ impl ImageFile {
         next_data(&self.file, offset)
     }
 
-    /// The space the file takes on its host, in bytes: less than its length when it has holes.
+    /// As [`host_bytes`].
     ///
     /// # Errors
     ///
     /// What the operating system says.
     pub fn host_bytes(&self) -> io::Result<u64> {
-        Ok(self.file.metadata()?.blocks() * STAT_BLOCK_BYTES)
+        Ok(host_bytes(&self.file.metadata()?))
     }
 
     /// The room left on the file system that holds the file.

@@ -25,7 +25,7 @@ mod unfinished;
 mod uring;
 
 pub use buffer::{Buffer, PAGE_BYTES};
-pub use file::{HostRoom, ImageFile, PayloadIo, folder_of};
+pub use file::{HostRoom, ImageFile, PayloadIo, folder_of, host_bytes};
 pub use host_file::HostFile;
 pub use lock::Access;
 pub use open::{Links, Opened, open_regular};

@@ -4,14 +4,13 @@
 //! what is read then may be stale, or torn between two states, so a contradiction counts only if it is found
 //! every time.
 
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
 use super::Devices;
 use crate::chain::{Known, Layer};
-use crate::disk::{Access, HostFile, ImageFile, Links, PlainDisk};
+use crate::disk::{Access, HostFile, ImageFile, Links, PlainDisk, host_bytes};
 use crate::error::{Doing, Kind, Locate, Result};
 use crate::format::header::Other;
 use crate::format::region::Copies;
@@ -26,9 +25,6 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// The longest log that is replayed to identify one of many images: several times what programs make by
 /// default, and a folder full of them is read in seconds.
 const MAX_IDENTIFIED_LOG_BYTES: u64 = 8 << 20;
-
-/// The unit of `st_blocks`, whatever the file system's own block size.
-const STAT_BLOCK_BYTES: u64 = 512;
 
 /// An image as it was at one moment.
 pub struct Inspected {
@@ -171,6 +167,6 @@ fn read(disk: &PlainDisk, path: &Path, in_use: bool) -> Result<Inspected> {
     let image = smol::future::block_on(Image::read(disk)).file(path)?;
     let found = disk.file().metadata().doing("reading the attributes of the image").file(path)?;
     let (path, file) = (path.to_owned(), HostFile::of(&found));
-    let (file_size, host_bytes) = (found.len(), found.blocks() * STAT_BLOCK_BYTES);
+    let (file_size, host_bytes) = (found.len(), host_bytes(&found));
     Ok(Inspected { image, path, file, file_size, host_bytes, in_use })
 }

@@ -1,7 +1,6 @@
 //! The session files that are kept, for those who look after them.
 
 use std::fs;
-use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
 use serde::Serialize;
@@ -9,11 +8,9 @@ use serde::Serialize;
 use super::file::{Found, Sessions};
 use super::name::Name;
 use super::origin::boot_id;
+use crate::disk::host_bytes;
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::image::{Mismatch, Session, SessionMemory};
-
-/// The unit of `st_blocks`, whatever the file system's own block size.
-const STAT_BLOCK_BYTES: u64 = 512;
 
 /// The state of a kept session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -89,7 +86,7 @@ fn describe(sessions: &Sessions, name: Name) -> Result<Option<Kept>> {
         state: KeptState::Live,
         image: None,
         file: (name.device, name.inode),
-        memory_bytes: found.blocks() * STAT_BLOCK_BYTES,
+        memory_bytes: host_bytes(&found),
         version: None,
     };
     Ok(match sessions.open(&name)? {

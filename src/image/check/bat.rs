@@ -15,7 +15,7 @@ use crate::format::region::Region;
 const BAT: &str = "BAT";
 
 /// What cannot be repaired, because it may be data.
-const RESTORE: &str = "what the entry should say cannot be told: restore the image from a backup; no command \
+const RESTORE: &str = "the correct entry is unknown: restore the image from a backup; no command \
                        opens it as it is";
 
 /// Who names space.

@@ -151,7 +151,7 @@ impl Examination {
             Copies::Different => {
                 let what = "differs from the first, which counts; both are intact";
                 let finding = Finding::corruption(REGION_TABLES[1], region::OFFSETS[1], what);
-                let remedy = "which one is right cannot be told: compare the image with a backup";
+                let remedy = "either may be the right one: compare the image with a backup";
                 return self.report.add(finding.remedy(remedy));
             }
         };
@@ -210,7 +210,7 @@ impl Examination {
             let what = "a string ends in a NUL, or the reserved field is set";
             let finding = Finding::corruption("parent locator", at, what);
             self.report
-                .add(finding.mended_by("is taken away, as the format demands: the strings stay the same"));
+                .add(finding.mended_by("is removed, as the format requires: the strings stay the same"));
             // Only lengths before the strings change. All of a long item would not fit a log entry.
             let last = mended.iter().zip(&item).rposition(|(new, old)| new != old).expect("it differs");
             self.patch(at, &mended[..=last]);
