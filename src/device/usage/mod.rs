@@ -36,7 +36,8 @@ struct Node {
 pub struct Users {
     /// Those that stay until they are ended.
     pub lasting: Vec<String>,
-    /// Those that leave by themselves in a moment: they only identify a new or changed device.
+    /// Those that may leave by themselves in a moment: processes that only identify a new or changed device,
+    /// and loop devices that end with their last use.
     pub passing: Vec<String>,
 }
 
@@ -75,12 +76,15 @@ pub fn named(id: u32) -> Users {
     users.extend(foreign_mounts(&nodes, &kinds));
     users.extend(swaps(&fs::read("/proc/swaps").unwrap_or_default(), &nodes));
     users.extend(nodes.iter().flat_map(|node| holders(class, &node.name)));
-    users.extend(loops(class, &nodes));
+    let (ending, kept): (Vec<_>, Vec<_>) =
+        loops(class, &nodes).into_iter().partition(|name| is_autoclear(class, name));
+    users.extend(kept.iter().map(|name| used_by_loop(name)));
     users.extend(exports(Path::new(CONFIGURATION), &nodes));
     let (passing, lasting): (Vec<_>, Vec<_>) =
         openers(|file| is_one_of(file, &nodes)).into_iter().partition(is_passing);
     users.extend(describe(&lasting));
-    Users { lasting: users, passing: describe(&passing) }
+    let passing = ending.iter().map(|name| used_by_loop(name)).chain(describe(&passing)).collect();
+    Users { lasting: users, passing }
 }
 
 /// The processes, except for this one, that have the server's side of the device open: `/dev/ublkcN`.
@@ -169,8 +173,17 @@ fn foreign_mounts(nodes: &[Node], kinds: &Kinds) -> Vec<String> {
 /// mount.
 fn loops(class: &Path, nodes: &[Node]) -> Vec<String> {
     let is_on = |name: &String| names_a_node(&class.join(name).join("loop/backing_file"), nodes);
-    let names = names_in(class).into_iter().filter(is_on);
-    names.map(|name| format!("used by the loop device /dev/{name}")).collect()
+    names_in(class).into_iter().filter(is_on).collect()
+}
+
+/// Whether the kernel ends a loop device itself when its last user has closed it, as after `mount -o loop`:
+/// that happens some time after `umount` has returned.
+fn is_autoclear(class: &Path, name: &str) -> bool {
+    fs::read(class.join(name).join("loop/autoclear")).is_ok_and(|text| text.trim_ascii() == b"1")
+}
+
+fn used_by_loop(name: &str) -> String {
+    format!("used by the loop device /dev/{name}")
 }
 
 /// Exports of the kernel: `NVMe` targets (nvmet) and SCSI targets (LIO).
@@ -288,7 +301,10 @@ mod tests {
             fs::write(class.path().join(name).join("loop/backing_file"), file).expect("written");
         }
         fs::create_dir_all(class.path().join("loop3")).expect("one without a file");
-        assert_eq!(loops(class.path(), &nodes()), ["used by the loop device /dev/loop0"]);
+        assert_eq!(loops(class.path(), &nodes()), ["loop0"]);
+        assert!(!is_autoclear(class.path(), "loop0"));
+        fs::write(class.path().join("loop0/loop/autoclear"), "1\n").expect("written");
+        assert!(is_autoclear(class.path(), "loop0"));
     }
 
     #[test]
