@@ -110,7 +110,7 @@ test_session_folder_on_a_disk() {
     ublk create disk.vhdx --size 1G
     device=$(ublk add disk.vhdx 2>said)
     grep -q "cannot be recovered" said
-    grep -q "no tmpfs" said
+    grep -q "not a tmpfs" said
     write_stamps "$device" 10 4 7
     ! ls /run/vhdx-ublk/*.session 2>/dev/null || fail "a session that outlives a power cut"
     ublk del "$device"
