@@ -34,6 +34,7 @@ impl Drain {
     }
 
     /// An answer is owed.
+    #[inline]
     pub(super) fn is_owed(&self) -> bool {
         self.owed
     }

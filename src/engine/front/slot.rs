@@ -55,6 +55,7 @@ impl Slot {
     };
 
     /// Takes a request. The places of its pieces are empty already: each was emptied when its piece ended.
+    #[inline]
     pub(super) fn begin(&mut self, request: Request, ticket: Ticket) {
         assert!(self.begun.is_none() && self.live_pieces == 0 && !self.waiting, "the tag is busy");
         self.begun = Some((request, ticket));
@@ -65,17 +66,20 @@ impl Slot {
     }
 
     /// Gives up the request; the caller completes it.
+    #[inline]
     pub(super) fn end(&mut self) -> Ticket {
         debug_assert!(self.live_pieces == 0 && !self.waiting, "a request ends after all that it started");
         self.begun.take().expect("a request that ends has begun").1
     }
 
     /// The request that is served.
+    #[inline]
     pub(super) fn request(&self) -> &Request {
         &self.begun.as_ref().expect("an event names an active tag").0
     }
 
     /// Virtual offset of the request's end.
+    #[inline]
     pub(super) fn past(&self) -> u64 {
         self.request().offset + self.request().length
     }
@@ -102,10 +106,12 @@ impl Slot {
         assert!(std::mem::take(&mut self.waiting), "a reply to a tag that asked nothing");
     }
 
+    #[inline]
     pub(super) fn is_waiting(&self) -> bool {
         self.waiting
     }
 
+    #[inline]
     pub(super) fn live_pieces(&self) -> usize {
         self.live_pieces
     }

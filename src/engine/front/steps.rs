@@ -23,6 +23,7 @@ pub(super) enum Step {
 
 impl Front {
     /// The next step of a request that is not done, waits for no ask, and may have one more piece.
+    #[inline]
     pub(super) fn step<P: Port>(&mut self, tag: u16, port: &mut P) -> Step {
         match self.slots[tag].request().op {
             Op::Read => self.step_read(tag, port),
@@ -33,6 +34,7 @@ impl Front {
         }
     }
 
+    #[inline]
     fn step_read<P: Port>(&mut self, tag: u16, port: &mut P) -> Step {
         let span = self.span(tag, Span::in_chain);
         if span.is_present() {
@@ -51,6 +53,7 @@ impl Front {
         Step::Again
     }
 
+    #[inline]
     fn step_write<P: Port>(&mut self, tag: u16, durable: bool, port: &mut P) -> Step {
         if let Some(step) = self.await_session(tag, port) {
             return step;
@@ -266,6 +269,7 @@ impl Front {
         slot.asks = 0;
     }
 
+    #[inline]
     pub(super) fn buffer_offset(&self, tag: u16) -> u32 {
         let slot = &self.slots[tag];
         match slot.request().op {

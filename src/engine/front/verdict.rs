@@ -42,6 +42,7 @@ pub(super) fn judge(piece: &Piece, result: i32, sector: u32) -> Verdict {
     }
 }
 
+#[inline]
 fn judge_transfer(rest: FileIo, done: u32, sector: u32) -> Verdict {
     assert!(done <= rest.length, "more was done than asked");
     if done == rest.length {
