@@ -124,8 +124,8 @@ impl BlockMap {
     }
 
     /// The first of `blocks` whose slot may be set, their end if there is none. Pages that never had a slot
-    /// set are passed over by their bit: reading 4 GiB of an empty disk's map would give it 8 pages of
-    /// memory.
+    /// set are passed over by their bit: looking at their slots would cost a page fault each, 8 of them for
+    /// 4 GiB in blocks of 1 MiB.
     pub fn first_set(&self, blocks: Range<u64>) -> u64 {
         let mut block = blocks.start;
         while block < blocks.end && !self.is_set(self.page_of(block)) {
