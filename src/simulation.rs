@@ -126,11 +126,13 @@ pub enum Plant {
     SkipRefusedSlot,
     /// A header that was refused counts as not in the file.
     TrustRefusal,
+    /// A front makes holes in a file that must have none.
+    IgnoreDensity,
 }
 
 impl Plant {
     /// All of them.
-    pub const ALL: [Self; 57] = [
+    pub const ALL: [Self; 58] = [
         Self::SkipRecyclingSync,
         Self::SkipGrowthSync,
         Self::ApplyBeforeLog,
@@ -188,6 +190,7 @@ impl Plant {
         Self::ForgetRefusedRound,
         Self::SkipRefusedSlot,
         Self::TrustRefusal,
+        Self::IgnoreDensity,
     ];
 }
 

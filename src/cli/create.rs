@@ -8,7 +8,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use vhdx_ublk::device::claims::Claims;
-use vhdx_ublk::disk::Remover;
+use vhdx_ublk::disk::{Remover, Sparse};
 use vhdx_ublk::error::{Doing, Error, Kind, Result};
 use vhdx_ublk::image::{InitialState, NewImage};
 use vhdx_ublk::operations::create::Creation;
@@ -64,6 +64,10 @@ pub struct Create {
     /// file [default: 600, or those of the replaced file]
     #[arg(long, value_parser = parse_mode)]
     mode: Option<u32>,
+    /// Whether the file may have holes: Windows refuses an image whose file is sparse. `auto` makes none on
+    /// NTFS and over SMB, where a hole marks the file as sparse
+    #[arg(long, value_enum, value_name = "WHEN", default_value = "auto", hide_possible_values = false)]
+    sparse: Sparse,
     /// Replace an existing image or empty file, but no other file. If the new image cannot be finished, the
     /// old file stays
     #[arg(short, long)]
@@ -110,8 +114,8 @@ impl Create {
     /// Runs the command.
     pub fn run(self) -> Result<()> {
         let new = self.plan()?;
-        let Self { image, parent, mode, force: replace, .. } = self;
-        Creation { image, new, parent, mode, replace }.run(&Claims, remove_on_signals)
+        let Self { image, parent, mode, force: replace, sparse, .. } = self;
+        Creation { image, new, parent, mode, replace, sparse }.run(&Claims, remove_on_signals)
     }
 
     /// What the options mean together.

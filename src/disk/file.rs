@@ -17,6 +17,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -27,6 +28,7 @@ use nix::unistd::{Gid, Uid, Whence, fchown, lseek};
 
 use super::open::{Links, Opened, open_again, open_regular};
 use super::ring::{DirectAlignment, direct_alignment};
+use super::sparse::{Host, Sparse};
 use super::{Access, Buffer, HostFile, lock};
 use crate::error::{Error, Kind, Result};
 
@@ -58,6 +60,10 @@ pub struct ImageFile {
     syncing: Option<File>,
     /// The host may report a failed write only to a sync of the description that the write went through.
     keeps_errors_by_handle: bool,
+    /// What its host does with holes.
+    host: Host,
+    /// It gets no holes.
+    is_dense: AtomicBool,
     path: PathBuf,
     access: Access,
     identity: HostFile,
@@ -177,7 +183,26 @@ impl ImageFile {
         };
         let host = fstatfs(&file).map_err(|errno| looking(errno.into()))?.filesystem_type();
         let keeps_errors_by_handle = HOSTS_WITH_HANDLES.contains(&host);
-        Ok(Self { file, syncing, keeps_errors_by_handle, path: path.to_owned(), access, identity })
+        let host = Host::of(&file);
+        let is_dense = AtomicBool::new(Sparse::default().is_dense_on(host));
+        let path = path.to_owned();
+        Ok(Self { file, syncing, keeps_errors_by_handle, host, is_dense, path, access, identity })
+    }
+
+    /// Decides whether the file may get holes; without this [`Sparse::Auto`] does. Called before anything is
+    /// written.
+    pub fn set_sparse(&self, sparse: Sparse) {
+        self.is_dense.store(sparse.is_dense_on(self.host), Ordering::Relaxed);
+    }
+
+    /// Whether the file must get no holes.
+    pub fn is_dense(&self) -> bool {
+        self.is_dense.load(Ordering::Relaxed)
+    }
+
+    /// What its host does with holes.
+    pub(super) fn host(&self) -> Host {
+        self.host
     }
 
     /// Whether a sync of the writers' own description has to come before that of the other one.

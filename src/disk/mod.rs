@@ -20,6 +20,7 @@ mod place;
 mod plain;
 mod reactor;
 mod ring;
+mod sparse;
 mod transfer;
 mod unfinished;
 mod uring;
@@ -33,6 +34,7 @@ pub use place::Place;
 pub use plain::PlainDisk;
 pub use reactor::Reactor;
 pub use ring::{Ring, ring_refused};
+pub use sparse::Sparse;
 pub use unfinished::{Remover, Unfinished};
 pub use uring::{Counters, UringDisk};
 
@@ -69,7 +71,8 @@ pub trait Disk: ReadDisk {
     /// reported to a dead process is not reported twice, and is still found here.
     async fn sync_host(&self) -> io::Result<()>;
 
-    /// Extends the file to `length` bytes; the new bytes read as zero. Never shortens.
+    /// Extends the file to `length` bytes; the new bytes read as zero, after a power cut too if it has kept
+    /// the length. Never shortens.
     async fn grow(&self, length: u64) -> io::Result<()>;
 
     /// Shortens the file to `length` bytes.
@@ -78,6 +81,12 @@ pub trait Disk: ReadDisk {
     /// Has the host allocate the holes of `offset..offset + length`, so that a later write there cannot run
     /// out of space. Hosts that cannot do it succeed without effect.
     async fn reserve(&self, offset: u64, length: u64) -> io::Result<()>;
+
+    /// Whether the file may have holes. Where it may not, [`Disk::grow`] allocates and [`Disk::punch`] does
+    /// nothing; whoever has other ways to the file must not make holes either.
+    fn may_have_holes(&self) -> bool {
+        true
+    }
 
     /// Makes `offset..offset + length` read as zero, keeping its space.
     async fn zero(&self, offset: u64, length: u64) -> io::Result<()>;

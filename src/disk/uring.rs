@@ -7,7 +7,8 @@
 //! * a sync is never repeated: the kernel reports a lost write once per description, so a second sync that
 //!   succeeds says nothing about the data of the first. It goes through a description by which no other
 //!   operation could be given the error;
-//! * `write` and `zero` never change the file's length.
+//! * `write` and `zero` never change the file's length;
+//! * a dense file gets no hole: it grows by `fallocate`, or by zeros that are written one behind the other.
 
 use std::cell::{Cell, OnceCell};
 use std::collections::VecDeque;
@@ -18,6 +19,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use super::ring::{Memory, Op, Ring, STALLS_MAX, is_not_begun};
+use super::sparse::Host;
 use super::transfer::{Transfer, assert_paged, invalid, span};
 use super::{Buffer, Disk, ImageFile, PAGE_BYTES, ReadDisk};
 
@@ -49,6 +51,7 @@ pub struct UringDisk {
     file: Arc<ImageFile>,
     /// The file's length as last seen, in bytes: a lower bound, since only [`Disk::truncate`] shortens.
     length: Cell<u64>,
+    can_allocate: Cell<bool>,
     can_reserve: Cell<bool>,
     can_zero: Cell<bool>,
     can_punch: Cell<bool>,
@@ -63,6 +66,7 @@ impl UringDisk {
             ring,
             file,
             length: Cell::new(0),
+            can_allocate: Cell::new(true),
             can_reserve: Cell::new(true),
             can_zero: Cell::new(true),
             can_punch: Cell::new(true),
@@ -145,6 +149,38 @@ impl UringDisk {
         outcome
     }
 
+    /// Extends the file by `range`, which begins at its end, so that no part of it is a hole, durably: what a
+    /// host has written of a file is not said to be there before its length is.
+    async fn allocate(&self, range: Range<u64>) -> io::Result<()> {
+        assert!(range.start < range.end, "{range:?} extends the file");
+        let by_host = self.file.host() != Host::MarksHolesOfFallocate;
+        let allocated = by_host && self.fallocate(&self.can_allocate, 0, range.clone()).await?;
+        let extended = if allocated { Ok(()) } else { self.append_zeroes(range.clone()).await };
+        if let Err(error) = extended {
+            // What was allocated of it is of no use.
+            self.file.set_length(range.start)?;
+            return Err(error);
+        }
+        self.sync().await
+    }
+
+    /// Writes zeros from the end of the file to `range.end`, one write behind the other: each begins where
+    /// the file ends.
+    async fn append_zeroes(&self, range: Range<u64>) -> io::Result<()> {
+        // Less than a page, and so no hole.
+        self.file.set_length(range.start.next_multiple_of(PAGE_BYTES as u64).min(range.end))?;
+        let mut end = self.fresh_length()?;
+        while end < range.end {
+            let length = usize::try_from(range.end - end).unwrap_or(usize::MAX).min(ZERO_PAGES_BYTES);
+            let pages = self.zero_pages.get_or_init(|| Rc::new(Buffer::zeroed(ZERO_PAGES_BYTES)));
+            let transfer = Transfer::new(end, length.next_multiple_of(PAGE_BYTES))?;
+            self.finish_write(self.start_write(transfer, Memory::Shared(Rc::clone(pages)))).await?;
+            end += length as u64;
+        }
+        // The last page may have been longer than what was wanted.
+        self.file.set_length(range.end)
+    }
+
     /// `fallocate` of `range`; `false` when the host has no such thing, which `able` remembers.
     async fn fallocate(&self, able: &Cell<bool>, mode: i32, range: Range<u64>) -> io::Result<bool> {
         if !able.get() {
@@ -198,7 +234,7 @@ impl ReadDisk for UringDisk {
     }
 
     fn takes_space_back(&self) -> bool {
-        self.can_punch.get() && self.file.takes_space_back()
+        self.can_punch.get() && !self.file.is_dense() && self.file.takes_space_back()
     }
 }
 
@@ -231,12 +267,21 @@ impl Disk for UringDisk {
     /// A plain system call, so that looking and changing are one step on this thread; the host may keep it
     /// waiting for the direct I/O under way on the file. The same goes for [`Disk::truncate`].
     async fn grow(&self, length: u64) -> io::Result<()> {
-        if length > self.fresh_length()? {
+        let present = self.fresh_length()?;
+        if length > present {
             self.count(|counters| counters.resizes += 1);
-            self.file.set_length(length)?;
+            if self.file.is_dense() {
+                self.allocate(present..length).await?;
+            } else {
+                self.file.set_length(length)?;
+            }
             self.length.set(length);
         }
         Ok(())
+    }
+
+    fn may_have_holes(&self) -> bool {
+        !self.file.is_dense()
     }
 
     async fn truncate(&self, length: u64) -> io::Result<()> {
@@ -264,7 +309,9 @@ impl Disk for UringDisk {
         const MODE: i32 = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
         let range = span(offset, length)?;
         assert_paged(offset, length);
-        if range.is_empty() || self.fallocate(&self.can_zero, MODE, range.clone()).await? {
+        // A server may make a hole of it.
+        let helps = !self.file.is_dense();
+        if range.is_empty() || helps && self.fallocate(&self.can_zero, MODE, range.clone()).await? {
             return Ok(());
         }
         // What lies behind the end of the file reads as zero already.
@@ -275,6 +322,9 @@ impl Disk for UringDisk {
     async fn punch(&self, offset: u64, length: u64) -> io::Result<bool> {
         const MODE: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
         let range = span(offset, length)?;
+        if self.file.is_dense() {
+            return Ok(false);
+        }
         if range.is_empty() {
             return Ok(true);
         }
@@ -306,7 +356,7 @@ mod tests {
     use std::task::Poll;
     use std::time::Duration;
 
-    use super::super::{Access, PayloadIo, Reactor};
+    use super::super::{Access, PayloadIo, Reactor, Sparse, host_bytes};
     use super::*;
 
     const PAGE: u64 = PAGE_BYTES as u64;
@@ -424,6 +474,44 @@ mod tests {
             assert!(read[PAGE_BYTES..].iter().all(|&byte| byte == 0), "new bytes read as zero");
             assert_eq!(disk.counters().resizes, 3);
         });
+    }
+
+    /// However it grows, is zeroed and asked to punch, a dense file has no hole: by `fallocate`, by writing,
+    /// and from a length inside a page.
+    #[test]
+    fn a_dense_file_gets_no_hole() {
+        const MIB: u64 = 1 << 20;
+        for (helped, length) in [(true, PAGE_BYTES), (false, PAGE_BYTES), (false, PAGE_BYTES + 100)] {
+            let bench = Bench::new(&vec![7; length]);
+            let disk = bench.disk();
+            assert!(disk.may_have_holes(), "a host of the tests is a plain one");
+            disk.file().set_sparse(Sparse::No);
+            disk.can_allocate.set(helped);
+            bench.reactor.block_on(async {
+                disk.grow(3 * MIB).await.expect("room");
+                disk.grow(5 * MIB + 4 * PAGE).await.expect("room");
+                disk.zero(MIB, MIB).await.expect("zeroed");
+                assert!(!disk.punch(MIB, MIB).await.expect("nothing is done"));
+                assert!(!disk.may_have_holes() && !disk.takes_space_back());
+            });
+            let found = fs::metadata(&bench.path).expect("there");
+            assert_eq!(found.len(), 5 * MIB + 4 * PAGE);
+            assert!(host_bytes(&found) >= found.len(), "{} of {}", host_bytes(&found), found.len());
+            assert!(bench.contents()[length..].iter().all(|&byte| byte == 0));
+            assert!(bench.contents()[..length].iter().all(|&byte| byte == 7));
+        }
+    }
+
+    /// What did not fit is cut off again.
+    #[test]
+    fn a_dense_file_that_cannot_grow_keeps_its_length() {
+        let bench = Bench::new(&[7; PAGE_BYTES]);
+        let disk = bench.disk();
+        disk.file().set_sparse(Sparse::No);
+        disk.can_allocate.set(true);
+        let error = bench.reactor.block_on(disk.grow(1 << 60)).expect_err("no host has that");
+        assert!(error.raw_os_error().is_some(), "{error}");
+        assert_eq!(bench.contents().len(), PAGE_BYTES);
     }
 
     /// Zeroing works with and without the host's help, and leaves the neighbours and the length alone.

@@ -65,6 +65,7 @@ use crate::error::Result;
 use crate::format::header::OFFSETS;
 use crate::format::metadata::DiskType;
 use crate::image::{BlockMap, FoundLog, Headers, Layout, Space, WritableImage};
+use crate::simulation::{Plant, planted};
 use dirty::DirtySet;
 use durability::Durability;
 use fences::Fences;
@@ -197,6 +198,11 @@ impl<D: Disk + 'static> Engine<D> {
         let (parents, maps): (Vec<_>, Vec<_>) =
             parents.into_iter().map(|parent| (parent.disk, parent.map)).unzip();
         let shared = Arc::new(Shared::of_chain(image.map.into(), maps.into(), false, fixed));
+        if !disk.may_have_holes() && !planted(Plant::IgnoreDensity) {
+            // What the fronts ask of the host must make none either; a server may make one to zero a range.
+            shared.forget_punch();
+            shared.forget_zero_range();
+        }
         let dirty = DirtySet::new(pending.pages, pending.bitmaps, shared.dirty_bitmap_pages.clone());
         let reclaim = Reclaim::default();
         pending.unmapped.into_iter().for_each(|extent| reclaim.lost(extent));

@@ -17,7 +17,7 @@ use super::children::children;
 use super::inspect::{Inspected, identify, inspect_locked};
 use super::{Devices, replaced};
 use crate::chain::{self, Search};
-use crate::disk::{Access, ImageFile, Place, Reactor, Remover, Unfinished, folder_of};
+use crate::disk::{Access, ImageFile, Place, Reactor, Remover, Sparse, Unfinished, folder_of};
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::image::NewImage;
 use crate::printable::human_size;
@@ -41,6 +41,8 @@ pub struct Creation {
     pub mode: Option<u32>,
     /// Whether it replaces an image or an empty file that is there.
     pub replace: bool,
+    /// Whether the file may have holes.
+    pub sparse: Sparse,
 }
 
 impl Creation {
@@ -58,7 +60,7 @@ impl Creation {
             Some(old) => Place::of_file(old)?,
             None => Place::of(&self.image)?,
         };
-        let Self { image, mut new, mode, .. } = self;
+        let Self { image, mut new, mode, sparse, .. } = self;
         let mut most = EVERYTHING;
         if let Some((parent, file)) = &parent {
             new = child_of(parent, &new, &place)?;
@@ -71,6 +73,7 @@ impl Creation {
         if let Some(old) = &old {
             let beside = place.beside(format!(".vhdx-ublk-{}.tmp", Uuid::new_v4().simple()).as_ref())?;
             let file = unfinished.create(beside)?;
+            file.set_sparse(sparse);
             write(&new, &reactor, &file).file(&image)?;
             file.resemble(old, mode.unwrap_or(EVERYTHING) & most)?;
             return unfinished.replace(&place, old);
@@ -79,6 +82,7 @@ impl Creation {
             Kind::Exists => error.remedy("choose another name, or replace the file with --force"),
             _ => error,
         })?;
+        file.set_sparse(sparse);
         write(&new, &reactor, &file).file(&image)?;
         file.permit(mode.unwrap_or(PRIVATE) & most)?;
         unfinished.persist()?;

@@ -24,13 +24,12 @@ mod tests {
     use super::devices::NoDevices;
     use super::*;
     use crate::chain::Search;
-    use crate::disk::Reactor;
+    use crate::disk::{Reactor, Sparse, host_bytes};
     use crate::error::{Kind, Result};
     use crate::image::{DEFAULT_BLOCK_SIZE, DEFAULT_LOG_LENGTH, InitialState, NewImage};
 
-    /// Creates the image `name` in `folder`, as a child of `parent` if there is one.
-    fn create(folder: &Path, name: &str, parent: Option<&Path>, replace: bool) -> Result<PathBuf> {
-        let new = NewImage {
+    fn new_image() -> NewImage {
+        NewImage {
             virtual_size: 16 << 20,
             fixed: false,
             block_size: DEFAULT_BLOCK_SIZE,
@@ -39,10 +38,16 @@ mod tests {
             physical_sector_size: 4096,
             initial_state: InitialState::NotPresent,
             parent: None,
-        };
+        }
+    }
+
+    /// Creates the image `name` in `folder`, as a child of `parent` if there is one.
+    fn create(folder: &Path, name: &str, parent: Option<&Path>, replace: bool) -> Result<PathBuf> {
+        let new = new_image();
         let image = folder.join(name);
         let parent = parent.map(Path::to_owned);
-        let creation = create::Creation { image: image.clone(), new, parent, mode: None, replace };
+        let sparse = Sparse::Auto;
+        let creation = create::Creation { image: image.clone(), new, parent, mode: None, replace, sparse };
         creation.run(&NoDevices, |_| Ok(())).map(|()| image)
     }
 
@@ -52,6 +57,28 @@ mod tests {
 
     fn check(image: &Path) -> check::Checked {
         check::check(image, &Search::default(), &NoDevices).expect("an image")
+    }
+
+    /// Windows refuses an image that has holes.
+    #[test]
+    fn an_image_without_holes_is_created() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        for fixed in [false, true] {
+            let image = folder.path().join(format!("{fixed}.vhdx"));
+            let new = NewImage { fixed, ..new_image() };
+            let creation = create::Creation {
+                image: image.clone(),
+                new,
+                parent: None,
+                mode: None,
+                replace: false,
+                sparse: Sparse::No,
+            };
+            creation.run(&NoDevices, |_| Ok(())).expect("room");
+            let found = std::fs::metadata(&image).expect("there");
+            assert!(host_bytes(&found) >= found.len() && found.len() > 1 << 20, "{found:?}");
+            assert!(check(&image).report.verdict().is_none());
+        }
     }
 
     struct Removed(std::cell::RefCell<Vec<PathBuf>>);

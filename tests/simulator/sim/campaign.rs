@@ -108,6 +108,7 @@ pub fn scenarios() -> Vec<Scenario> {
     all.extend(killed_snapshots());
     all.extend(losses());
     all.extend(full_hosts());
+    all.extend(dense_hosts());
     all.push(Scenario {
         name: "sequences".into(),
         config: sequences(),
@@ -261,6 +262,15 @@ fn full_hosts() -> [Scenario; 7] {
         Scenario::swarm("full-copying-killed", 20, killed),
         Scenario::swarm("full-copying-flushes", 15, often),
     ]
+}
+
+/// The file must have no holes, whatever the guest gives back.
+fn dense_hosts() -> [Scenario; 2] {
+    let faults = Faults { host: HostKind::Dense, ..Faults::NONE };
+    let config = Config { faults, weights: [40, 10, 5, 15, 30, 30], ..tiny() };
+    let mut child = Config { beginning: Beginning::Partial, requests: 80, ..config.clone() };
+    child.image.parent = Some(descent());
+    [Scenario::swarm("dense", 20, config), Scenario::swarm("dense-child", 10, child)]
 }
 
 /// The daemon is killed while snapshots are taken, and between their steps.

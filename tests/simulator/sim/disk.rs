@@ -27,6 +27,7 @@ use super::judge::lengths;
 use super::places::Places;
 use super::room::Room;
 use super::store::Store;
+use super::violation::violated;
 
 /// The numbers of "try again", of an I/O error and of a host without room.
 pub const EAGAIN: i32 = 11;
@@ -247,6 +248,8 @@ pub struct SimDisk {
     /// Half of the syncs are slow.
     slow_syncs: Rc<Cell<bool>>,
     can_punch: bool,
+    /// The file must have no holes.
+    dense: Rc<Cell<bool>>,
     /// The medium writes no less than this at once, bytes.
     sector_size: u32,
 }
@@ -272,6 +275,7 @@ impl SimDisk {
             immediate: Rc::new(Cell::new(immediate)),
             slow_syncs: Rc::default(),
             can_punch,
+            dense: Rc::default(),
             sector_size,
         }
     }
@@ -402,6 +406,11 @@ impl SimDisk {
         self.state.borrow_mut().descriptions.open_anew();
     }
 
+    /// From now on a hole breaks a promise.
+    pub fn forbid_holes(&self) {
+        self.dense.set(true);
+    }
+
     /// From now on the holes of the file count, and on a host that copies on write overwrites, too.
     pub fn watch_room(&self, copies: bool) {
         let mut state = self.state.borrow_mut();
@@ -465,6 +474,7 @@ impl SimDisk {
     }
 
     fn issue_through(&self, owner: Owner, effect: Effect, slow: bool, through: Through) -> u64 {
+        self.check_density(owner, &effect);
         let mut state = self.state.borrow_mut();
         let id = state.next_op;
         state.next_op += 1;
@@ -481,6 +491,15 @@ impl SimDisk {
         }
         state.in_flight.push(Op { id, owner, effect, covers, through, slow });
         id
+    }
+
+    /// A hole that is punched stays, and a server may punch one to zero a range; the engine's own zeroing is
+    /// the disk's affair, which knows the host.
+    fn check_density(&self, owner: Owner, effect: &Effect) {
+        let Effect::Zero { offset, length, gives_back } = *effect else { return };
+        if self.dense.get() && (gives_back || owner != Owner::Engine) {
+            violated(format!("{owner:?} makes a hole of {length} bytes at {offset} in a dense file"));
+        }
     }
 
     /// Completes the `index`-th operation in flight. What a front waits for is returned; the engine is woken.
@@ -922,11 +941,15 @@ impl ReadDisk for SimDisk {
     }
 
     fn takes_space_back(&self) -> bool {
-        self.can_punch
+        self.can_punch && !self.dense.get()
     }
 }
 
 impl Disk for SimDisk {
+    fn may_have_holes(&self) -> bool {
+        !self.dense.get()
+    }
+
     async fn write(&self, offset: u64, data: Buffer) -> io::Result<()> {
         let length = self.state.borrow().cache.length;
         assert!(offset.is_multiple_of(4096), "a write at {offset}");
@@ -970,7 +993,7 @@ impl Disk for SimDisk {
     }
 
     async fn punch(&self, offset: u64, length: u64) -> io::Result<bool> {
-        if !self.can_punch {
+        if !self.can_punch || self.dense.get() {
             return Ok(false);
         }
         self.run(Effect::Zero { offset, length, gives_back: true }).await.map(|_| true)

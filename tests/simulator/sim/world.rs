@@ -115,6 +115,8 @@ pub enum HostKind {
     Sparse,
     /// Overwrites, too: it copies on write.
     Copying,
+    /// As a sparse one, and Windows would refuse the file for a hole: there must be none.
+    Dense,
 }
 
 impl Faults {
@@ -379,6 +381,9 @@ fn open_image(config: &Config, content: Store, guids: &mut impl FnMut() -> Uuid)
     if config.faults.full > 0 {
         disk.watch_room(config.faults.host == HostKind::Copying);
     }
+    if config.faults.host == HostKind::Dense {
+        disk.forbid_holes();
+    }
     disk.set_metadata(Places::below(image.layout.bat.end()));
     Opened { image, disk, memory }
 }
@@ -637,7 +642,8 @@ impl World {
     /// Whatever power cuts have left behind, an image that was written and closed takes no room on the host
     /// that nothing names.
     fn look_for_leaks(&mut self) {
-        if !self.config.can_punch || self.disk.struck().is_some() || self.session() == Session::Idle {
+        let punches = self.config.can_punch && self.config.faults.host != HostKind::Dense;
+        if !punches || self.disk.struck().is_some() || self.session() == Session::Idle {
             return;
         }
         let disk = SimDisk::new(self.disk.content(), true, true, self.config.image.logical_sector_size);

@@ -1,0 +1,69 @@
+//! Whether a file may have holes.
+//!
+//! Windows refuses an image whose file is sparse (0xC03A001A). On NTFS, and over SMB, the first hole marks
+//! the file as sparse; that the hole is filled later changes nothing for some servers. So on these hosts an
+//! image stays dense: nothing is punched, and a file grows by space that is really allocated.
+//!
+//! [Rule 109](crate::design::vhdx_rules#rule-109).
+
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+
+use nix::libc;
+use nix::sys::statfs::{FUSE_SUPER_MAGIC, FsType, fstatfs};
+
+/// What the user says about holes in a file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Sparse {
+    /// Holes, unless they mark the file as sparse for Windows: over SMB, on ntfs3 and ntfs-3g.
+    #[default]
+    Auto,
+    /// Holes.
+    Yes,
+    /// No holes.
+    No,
+}
+
+/// SMB, by the numbers of its two clients in the kernel.
+const SMB: [FsType; 2] = [FsType(0xff53_4d42), FsType(0xfe53_4d42)];
+
+/// The kernel's own NTFS.
+const NTFS3: FsType = FsType(0x7366_746e);
+
+/// What a host does with holes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Host {
+    /// Holes are its own affair.
+    Plain,
+    /// A hole marks the file as sparse for Windows; `fallocate` allocates.
+    MarksHoles,
+    /// The same, and `fallocate` only sets the length: SMB.
+    MarksHolesOfFallocate,
+}
+
+impl Host {
+    /// The host of `file`; a plain one if it does not say.
+    pub(super) fn of(file: &File) -> Self {
+        let Ok(found) = fstatfs(file) else { return Self::Plain };
+        let kind = found.filesystem_type();
+        // ntfs-3g and its like have a block device; other FUSE file systems have none.
+        let on_device = || file.metadata().is_ok_and(|found| libc::major(found.dev()) != 0);
+        match kind {
+            _ if SMB.contains(&kind) => Self::MarksHolesOfFallocate,
+            NTFS3 => Self::MarksHoles,
+            FUSE_SUPER_MAGIC if on_device() => Self::MarksHoles,
+            _ => Self::Plain,
+        }
+    }
+}
+
+impl Sparse {
+    /// Whether a file on `host` stays dense.
+    pub(super) fn is_dense_on(self, host: Host) -> bool {
+        match self {
+            Self::Auto => host != Host::Plain,
+            Self::Yes => false,
+            Self::No => true,
+        }
+    }
+}
