@@ -52,6 +52,8 @@ pub enum Kind {
     NoDriver,
     /// An argument makes no sense.
     Usage,
+    /// The user has stopped the operation.
+    Stopped,
     /// An earlier failure forbids all further writes.
     Poisoned,
     /// The operating system failed an operation.

@@ -1,17 +1,16 @@
 //! `merge`: merges a child into its parent and removes the child.
 
-use std::cell::Cell;
 use std::path::{Path, PathBuf};
-
-use indicatif::{ProgressBar, ProgressStyle};
 
 use vhdx_ublk::device::claims::Claims;
 use vhdx_ublk::disk::Reactor;
 use vhdx_ublk::error::Result;
+use vhdx_ublk::operations::Watch;
 use vhdx_ublk::operations::merge::{LockedChain, Progress, Request};
 
 use super::output;
 use super::parent_options::ParentOptions;
+use super::progress::{ProgressOptions, Shown};
 
 /// Merge a differencing image into its parent, or into an image further down its chain, and remove it.
 ///
@@ -34,6 +33,8 @@ pub struct Merge {
     shrink: bool,
     #[command(flatten)]
     parents: ParentOptions,
+    #[command(flatten)]
+    progress: ProgressOptions,
 }
 
 const AFTER_HELP: &str = "\
@@ -53,38 +54,30 @@ Exit status: 0 merged, 1 failure (the child reads as before), 2 wrong usage.";
 impl Merge {
     /// Runs the command.
     pub fn run(self) -> Result<()> {
-        let Self { child, into, force, shrink, parents } = self;
+        let Self { child, into, force, shrink, parents, progress } = self;
         let request = Request { child, into, search: parents.search(), force, shrink };
         let reactor = Reactor::new()?;
         let chain = LockedChain::open(&request, &reactor, &Claims)?;
         tracing::info!("merging {} into {}", chain.child().display(), chain.target().display());
-        let shown = Shown { bar: progress_bar(chain.disk_bytes()), copied: Cell::new(0) };
-        let merged = chain.merge(&reactor, &shown);
-        shown.bar.finish_and_clear();
-        merged
+        chain.merge(&reactor, &Merging(progress.start()?))
     }
-}
-
-/// Shown where standard error is a terminal.
-fn progress_bar(bytes: u64) -> ProgressBar {
-    let bar = ProgressBar::new(bytes);
-    let template = "{bar:40} {percent:>3}%  {binary_bytes} of {binary_total_bytes}  {eta} left";
-    bar.with_style(ProgressStyle::with_template(template).expect("a good template"))
 }
 
 /// What the user sees of the merge.
-struct Shown {
-    bar: ProgressBar,
-    /// Bytes shown as copied.
-    copied: Cell<u64>,
-}
+struct Merging(Shown);
 
-impl Progress for Shown {
-    fn copied(&self, bytes: u64) {
-        self.bar.inc(bytes - self.copied.replace(bytes));
+impl Watch for Merging {
+    fn progress(&self, done: u64, total: u64) {
+        self.0.progress(done, total);
     }
 
+    fn stop_requested(&self) -> bool {
+        self.0.stop_requested()
+    }
+}
+
+impl Progress for Merging {
     fn removed(&self, path: &Path) -> Result<()> {
-        self.bar.suspend(|| output::print_line(&path.display().to_string()))
+        self.0.suspend(|| output::print_line(&path.display().to_string()))
     }
 }

@@ -16,6 +16,7 @@ mod logging;
 mod merge;
 mod output;
 mod parent_options;
+mod progress;
 mod recover;
 mod relink;
 mod session;

@@ -186,6 +186,7 @@ pub fn remedy<'a>(error: &'a (dyn StdError + 'static)) -> Option<&'a str> {
             Some("check `lsattr` (immutable?), the file system (NFS?), and the limits of the container")
         }
         Kind::Permission => Some("run the command as root, or as a user with access to the file"),
+        Kind::Stopped => Some("run the same command again to finish"),
         Kind::Exists => Some("choose another name"),
         Kind::NotFound => Some("check the spelling of the path"),
         Kind::Usage => Some("vhdx-ublk --help"),

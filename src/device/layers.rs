@@ -5,9 +5,8 @@ use std::sync::Arc;
 
 use super::registry::Entry;
 use super::session;
-use crate::chain::{self, Member, Search};
+use crate::chain::{self, Member, ReadLayer, Search};
 use crate::disk::{ImageFile, PayloadIo, Reactor, UringDisk};
-use crate::engine::Parent;
 use crate::error::{Error, Kind, Locate, Result};
 use crate::format::metadata::Metadata;
 use crate::image::{BlockMap, Image, ReadImage};
@@ -59,13 +58,14 @@ pub(super) fn into_map(member: Member) -> Result<(Arc<ImageFile>, BlockMap)> {
 }
 
 /// What the engine needs of the parents, and the files that keep them locked.
-pub(super) type EngineParents = (Vec<Parent<UringDisk>>, Arc<[Arc<ImageFile>]>);
+pub(super) type EngineParents = (Vec<ReadLayer<UringDisk>>, Arc<[Arc<ImageFile>]>);
 
 /// The parents as an engine on `reactor` reads them.
 pub(super) fn for_engine(reactor: &Reactor, parents: Vec<Member>) -> Result<EngineParents> {
     let layers = parents.into_iter().map(into_map).collect::<Result<Vec<_>>>()?;
     let files = layers.iter().map(|(file, _)| file.clone()).collect();
-    let parents = layers.into_iter().map(|(file, map)| Parent { disk: reactor.disk(file), map: map.into() });
+    let parents =
+        layers.into_iter().map(|(file, map)| ReadLayer { disk: reactor.disk(file), map: map.into() });
     Ok((parents.collect(), files))
 }
 

@@ -6,21 +6,27 @@
 
 use std::rc::Rc;
 
-use super::fill::read_sectors;
 use super::shared::Session;
-use super::span::{Location, locate};
-use super::{Engine, Outcome, Parent, errno};
-use crate::disk::{Buffer, Disk, PAGE_BYTES};
+use super::{Engine, Outcome, errno};
+use crate::chain::ReadLayer;
+use crate::disk::{Buffer, Disk, PAGE_BYTES, read_sectors};
 use crate::format::bat::PayloadState;
 use crate::format::{MIB, index};
+use crate::image::{Location, locate};
 
 impl<D: Disk + 'static> Engine<D> {
     /// Copies into the image what `layers` have in `0..end`, the first before the second and so on. Calls
-    /// `copied` with the number of bytes that are done. The session must be open.
+    /// `copied` with the number of bytes that are done; an error from it ends the copy. The session must be
+    /// open.
     ///
     /// # Errors
     /// A positive `errno`; the uppermost layer still reads as before.
-    pub async fn absorb(self: &Rc<Self>, layers: &[Parent<D>], end: u64, copied: &impl Fn(u64)) -> Outcome {
+    pub async fn absorb(
+        self: &Rc<Self>,
+        layers: &[ReadLayer<D>],
+        end: u64,
+        copied: &impl Fn(u64) -> Outcome,
+    ) -> Outcome {
         assert!(end <= self.shared.geometry().virtual_size(), "the image is as large as what it takes in");
         assert_ne!(self.shared.session(), Session::Idle, "the session opens before the first change");
         if self.shared.fixed {
@@ -38,7 +44,7 @@ impl<D: Disk + 'static> Engine<D> {
                 Location::Below => {}
             }
             at = past;
-            copied(at);
+            copied(at)?;
         }
         Ok(())
     }
@@ -60,7 +66,7 @@ impl<D: Disk + 'static> Engine<D> {
     async fn copy_in(self: &Rc<Self>, disk: &D, mut offset: u64, from: u64, to: u64) -> Outcome {
         for (from, to) in pieces(from, to) {
             let mut bytes = vec![0; index(to - from)];
-            read_sectors(disk, offset, &mut bytes).await?;
+            read_sectors(disk, offset, &mut bytes).await.map_err(|error| errno(&error))?;
             self.put(from, &bytes).await?;
             offset += to - from;
         }
@@ -130,7 +136,7 @@ fn pieces(from: u64, to: u64) -> impl Iterator<Item = (u64, u64)> {
 }
 
 /// Where the bytes from `from` on are, and how far that holds, up to `end`.
-fn longest<D>(layers: &[Parent<D>], from: u64, end: u64) -> (Location, u64) {
+fn longest<D>(layers: &[ReadLayer<D>], from: u64, end: u64) -> (Location, u64) {
     let (location, mut past) = first_of(layers, from, end);
     while past < end && !matches!(location, Location::File { .. }) {
         let (next, next_past) = first_of(layers, past, end);
@@ -143,8 +149,8 @@ fn longest<D>(layers: &[Parent<D>], from: u64, end: u64) -> (Location, u64) {
 }
 
 /// The same, of the blocks that `from` is in only. What a layer does not define becomes zero.
-fn first_of<D>(layers: &[Parent<D>], from: u64, mut end: u64) -> (Location, u64) {
-    for (layer, Parent { map, .. }) in (0..).zip(layers) {
+fn first_of<D>(layers: &[ReadLayer<D>], from: u64, mut end: u64) -> (Location, u64) {
+    for (layer, ReadLayer { map, .. }) in (0..).zip(layers) {
         let size = map.geometry().virtual_size();
         if from >= size {
             return (Location::Zero, end);

@@ -8,12 +8,12 @@ use std::rc::Rc;
 
 use nix::errno::Errno;
 
-use super::span::{Location, Span};
+use super::span::Span;
 use super::{Engine, Outcome, errno, for_guest};
-use crate::disk::{Buffer, Disk, PAGE_BYTES, ReadDisk};
+use crate::disk::{Buffer, Disk, PAGE_BYTES, read_sectors};
 use crate::format::bat::{BatEntry, PayloadState};
 use crate::format::{MIB, index};
-use crate::image::Extent;
+use crate::image::{Extent, Location};
 use crate::simulation::{Plant, planted};
 
 impl<D: Disk + 'static> Engine<D> {
@@ -74,16 +74,6 @@ impl<D: Disk + 'static> Engine<D> {
         if length < end && self.shared.has_lost(layer, length) {
             return Err(Errno::EIO);
         }
-        read_sectors(disk, offset, target).await
+        read_sectors(disk, offset, target).await.map_err(|error| errno(&error))
     }
-}
-
-/// Reads what lies at `offset` of a file, and starts and ends at any sector, in whole pages.
-pub(super) async fn read_sectors<D: ReadDisk>(disk: &D, offset: u64, target: &mut [u8]) -> Outcome {
-    assert!(!target.is_empty(), "something is read");
-    let before = offset % PAGE_BYTES as u64;
-    let length = (index(before) + target.len()).next_multiple_of(PAGE_BYTES);
-    let pages = disk.read(offset - before, length).await.map_err(|error| errno(&error))?;
-    target.copy_from_slice(&pages[index(before)..][..target.len()]);
-    Ok(())
 }

@@ -60,11 +60,12 @@ use std::sync::Arc;
 use nix::errno::Errno;
 use uuid::Uuid;
 
+use crate::chain::ReadLayer;
 use crate::disk::{Buffer, Disk, PAGE_BYTES};
 use crate::error::Result;
 use crate::format::header::OFFSETS;
 use crate::format::metadata::DiskType;
-use crate::image::{BlockMap, FoundLog, Headers, Layout, Space, WritableImage};
+use crate::image::{FoundLog, Headers, Layout, Space, WritableImage};
 use crate::simulation::{Plant, planted};
 use dirty::DirtySet;
 use durability::Durability;
@@ -124,14 +125,6 @@ pub struct Counters {
     pub barriers: u64,
 }
 
-/// A parent of a differencing image, which is only read.
-pub struct Parent<D> {
-    /// Its file.
-    pub disk: D,
-    /// Where its content is.
-    pub map: Arc<BlockMap>,
-}
-
 /// The engine of one writable image. All of it lives on one thread.
 pub struct Engine<D: Disk> {
     disk: D,
@@ -176,7 +169,7 @@ pub struct Setup<D> {
     /// Its file.
     pub disk: D,
     /// Its parents, its own first.
-    pub parents: Vec<Parent<D>>,
+    pub parents: Vec<ReadLayer<D>>,
     /// What runs the engine's tasks.
     pub tasks: Rc<dyn Spawn>,
     /// The way to the fronts.

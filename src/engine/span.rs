@@ -4,26 +4,8 @@ use std::ops::Range;
 
 use super::shared::{LEAF, Shared};
 use crate::format::bat::PayloadState;
-use crate::image::{BlockMap, Mapping, payload_extent};
+use crate::image::{Location, Mapping, locate, payload_extent};
 use crate::simulation::{Plant, planted};
-
-/// Where bytes are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Location {
-    /// In the file of this layer, at this offset.
-    File {
-        /// The layer.
-        layer: u8,
-        /// Offset in its file, bytes.
-        offset: u64,
-    },
-    /// Nowhere: every reader sees zeros.
-    Zero,
-    /// Nowhere: they read as zero here, and may read as something else elsewhere.
-    Undefined,
-    /// In the layer below, or nowhere if there is none.
-    Below,
-}
 
 /// Consecutive virtual bytes that one piece can serve.
 #[derive(Clone, Copy)]
@@ -165,36 +147,4 @@ pub(super) fn shows_parents(shared: &Shared, block: u64, looks: &mut u32) -> boo
         at += u64::from(span.length);
     }
     false
-}
-
-/// Where the bytes from `from` on are by what one layer says, and for how many that holds, up to `end` or the
-/// end of its block.
-pub(super) fn locate(layer: u8, map: &BlockMap, from: u64, end: u64) -> (Location, u64) {
-    let geometry = map.geometry();
-    debug_assert!(from < end && end <= geometry.virtual_size(), "bytes {from} to {end} of layer {layer}");
-    let block = geometry.block_of_offset(from);
-    let within = geometry.offset_in_block(from);
-    let length = (geometry.block_size() - within).min(end - from);
-    let entry = map.load(block).entry;
-    let here = || Location::File { layer, offset: entry.offset() + within };
-    match entry.payload_state() {
-        Some(PayloadState::FullyPresent) => (here(), length),
-        Some(PayloadState::PartiallyPresent) => {
-            let (present, length) = sectors(map, block, within, length);
-            (if present { here() } else { Location::Below }, length)
-        }
-        Some(PayloadState::NotPresent) if geometry.is_differencing() => (Location::Below, length),
-        Some(PayloadState::Zero) => (Location::Zero, length),
-        _ => (Location::Undefined, length),
-    }
-}
-
-/// Whether the sectors from byte `within` of `block` on are in its layer's file, and for how many bytes that
-/// holds, up to `length`.
-fn sectors(map: &BlockMap, block: u64, within: u64, length: u64) -> (bool, u64) {
-    let geometry = map.geometry();
-    let sector = u64::from(geometry.logical_sector_size());
-    let (here, next) = map.bitmaps().run(geometry, block, within / sector, (within + length) / sector);
-    debug_assert!(next * sector > within, "a run of sectors has at least one");
-    (here, next * sector - within)
 }

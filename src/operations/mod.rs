@@ -12,10 +12,13 @@ mod devices;
 pub mod inspect;
 mod locked;
 pub mod merge;
+pub mod opened;
 pub mod relink;
 mod replaced;
+mod watch;
 
 pub use devices::Devices;
+pub use watch::Watch;
 
 #[cfg(test)]
 mod tests {
@@ -83,9 +86,15 @@ mod tests {
 
     struct Removed(std::cell::RefCell<Vec<PathBuf>>);
 
-    impl merge::Progress for Removed {
-        fn copied(&self, _: u64) {}
+    impl Watch for Removed {
+        fn progress(&self, _: u64, _: u64) {}
 
+        fn stop_requested(&self) -> bool {
+            false
+        }
+    }
+
+    impl merge::Progress for Removed {
         fn removed(&self, path: &Path) -> Result<()> {
             self.0.borrow_mut().push(path.to_owned());
             Ok(())

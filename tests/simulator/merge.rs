@@ -11,6 +11,7 @@ use fastrand::Rng;
 use smol::future::yield_now;
 use uuid::Uuid;
 use vhdx_ublk::chain;
+use vhdx_ublk::engine::Outcome;
 use vhdx_ublk::error::{Kind, Result};
 use vhdx_ublk::format::bat::{BITMAP_BLOCK_SIZE, BatEntry, ENTRY_SIZE, Geometry, PayloadState};
 use vhdx_ublk::format::locator::RELATIVE_PATH;
@@ -60,7 +61,9 @@ impl Files for Folder {
         Ok(())
     }
 
-    fn copied(&self, _: u64) {}
+    fn copied(&self, _: u64) -> Outcome {
+        Ok(())
+    }
 }
 
 impl Folder {

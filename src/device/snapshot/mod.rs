@@ -37,9 +37,9 @@ use super::served_image::{ServedImage, open_served, unclean};
 use super::session::SessionFile;
 use super::writable::WritableOpener;
 use crate::chain::MAX_DEPTH;
+use crate::chain::ReadLayer;
 use crate::disk::Reactor;
 use crate::engine::Outcome;
-use crate::engine::Parent;
 use crate::engine::shared::Session;
 use crate::error::{Error, Kind, Locate, Result};
 use crate::image::{DEFAULT_BLOCK_SIZE, DEFAULT_LOG_LENGTH, InitialState, NewImage};
@@ -113,7 +113,8 @@ impl Snapshotter<'_> {
         let parents: Vec<Arc<_>> =
             std::iter::once(&served.file).chain(served.opened.parents.iter()).cloned().collect();
         let layers = parents.iter().zip(served.engine.shared().layers());
-        let layers = layers.map(|(file, map)| Parent { disk: reactor.disk(file.clone()), map: map.clone() });
+        let layers =
+            layers.map(|(file, map)| ReadLayer { disk: reactor.disk(file.clone()), map: map.clone() });
         let parents = (layers.collect(), parents.into());
         let parameters = served.opened.parameters;
         let child = open_served(reactor, self.fronts, file, image, session, parents, parameters)?;

@@ -34,8 +34,9 @@ use super::drain::Drain;
 use super::message::{Ask, ToEngine, ToFront};
 use super::port::{FileIo, FileOp, MAX_WRITE_ZEROS, PieceId, Port, Ticket};
 use super::shared::{LEAF, Session, Shared};
-use super::span::{Location, Span};
+use super::span::Span;
 use super::{Outcome, for_guest, is_refusal};
+use crate::image::Location;
 use crate::simulation::{Plant, planted};
 
 /// Pieces of one request in flight at a time: a request of 1 MiB crosses few blocks, a chain splits finer.

@@ -9,7 +9,8 @@ use super::{Front, MAX_LOOKS, MIN_PUNCH_BYTES, Op, submit};
 use crate::engine::message::{Ask, ToEngine};
 use crate::engine::port::{FileIo, FileOp, Port};
 use crate::engine::shared::{LEAF, Session, Shared};
-use crate::engine::span::{Location, Span, first_to_unmap, shows_parents};
+use crate::engine::span::{Span, first_to_unmap, shows_parents};
+use crate::image::Location;
 use crate::simulation::{Plant, planted};
 
 /// How often one request asks again for a block that a discard took away in between.

@@ -23,11 +23,11 @@ use std::rc::Rc;
 
 use uuid::Uuid;
 
-use crate::chain;
+use crate::chain::{self, ReadLayer};
 use crate::disk::Disk;
 use crate::engine::message::ToFront;
 use crate::engine::waiting::Spawn;
-use crate::engine::{Engine, Fronts, Parent, Setup};
+use crate::engine::{Engine, Fronts, Outcome, Setup};
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::format::guid;
 use crate::format::locator::{PARENT_LINKAGE, PARENT_LINKAGE2};
@@ -60,7 +60,10 @@ pub trait Files {
     async fn remove(&self, path: &Path) -> Result<()>;
 
     /// The first `bytes` of the disk are copied.
-    fn copied(&self, bytes: u64);
+    ///
+    /// # Errors
+    /// `ECANCELED` if the merge is to stop.
+    fn copied(&self, bytes: u64) -> Outcome;
 }
 
 /// Whether `target`, over `parent` if it has one, can take over the disk of `leaf`.
@@ -167,7 +170,7 @@ impl Merge {
         &self,
         files: &F,
         target: WritableImage,
-        below: Vec<Parent<F::Disk>>,
+        below: Vec<ReadLayer<F::Disk>>,
         tasks: Rc<dyn Spawn>,
         new_guid: impl FnMut() -> Uuid + 'static,
     ) -> Result<Rc<Engine<F::Disk>>> {
@@ -182,7 +185,7 @@ impl Merge {
         &self,
         files: &F,
         engine: &Rc<Engine<F::Disk>>,
-        layers: &[Parent<F::Disk>],
+        layers: &[ReadLayer<F::Disk>],
         size: u64,
         data_write: Uuid,
     ) -> Result<()> {
@@ -276,12 +279,12 @@ async fn parents<F: Files>(
     files: &F,
     paths: &[PathBuf],
     images: Vec<ReadImage>,
-) -> Result<Vec<Parent<F::Disk>>> {
+) -> Result<Vec<ReadLayer<F::Disk>>> {
     let mut parents = Vec::new();
     for (path, image) in paths.iter().zip(images) {
         let disk = files.disk(path);
         image.read_bitmaps(&disk).await.file(path)?;
-        parents.push(Parent { disk, map: image.into_map().into() });
+        parents.push(ReadLayer { disk, map: image.into_map().into() });
     }
     Ok(parents)
 }

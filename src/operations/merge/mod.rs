@@ -11,12 +11,14 @@ use std::cell::Cell;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use nix::errno::Errno;
 use uuid::Uuid;
 
 use super::inspect::{Inspected, inspect};
-use super::{Devices, locked};
+use super::{Devices, Watch, locked};
 use crate::chain::{self, Layer, Member, Search};
 use crate::disk::{Access, HostFile, ImageFile, Place, Reactor, UringDisk, folder_of};
+use crate::engine::Outcome;
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::printable::{both_sizes, shell};
 
@@ -37,10 +39,7 @@ pub struct Request {
 }
 
 /// Watches a merge.
-pub trait Progress {
-    /// The first `bytes` of the disk are copied.
-    fn copied(&self, bytes: u64);
-
+pub trait Progress: Watch {
     /// The layer at `path` is removed.
     ///
     /// # Errors
@@ -217,15 +216,22 @@ impl LockedChain {
     ///
     /// Those of [`Merge::run`]: the child reads as before, and can be merged again.
     pub fn merge(self, reactor: &Reactor, progress: &impl Progress) -> Result<()> {
+        let disk_bytes = self.disk_bytes();
         let paths = |layers: &[Member]| layers.iter().map(|layer| layer.path().to_owned()).collect();
         let target = self.target.path().to_owned();
-        let merge = Merge { layers: paths(&self.layers), target, below: paths(&self.below) };
+        let merge = Merge { layers: paths(&self.layers), target: target.clone(), below: paths(&self.below) };
         let members = self.layers.into_iter().chain([self.target]).chain(self.below);
         let files = members.map(|member| member.file).collect();
-        let files = LockedFiles { reactor, files, places: self.places, progress };
+        let files = LockedFiles { reactor, files, places: self.places, progress, disk_bytes };
         let merged = reactor.block_on(merge.run(&files, reactor.executor().clone(), Uuid::new_v4));
-        merged.map_err(with_remedy)
+        let stopped = progress.stop_requested();
+        merged.map_err(|error| if stopped { stopped_by_user(&target) } else { with_remedy(error) })
     }
+}
+
+fn stopped_by_user(target: &Path) -> Error {
+    let error = Error::new(Kind::Stopped, "the merge was stopped").file(target);
+    error.remedy("the child reads as before; the same command finishes the merge")
 }
 
 /// A merge that failed is done again.
@@ -247,6 +253,8 @@ struct LockedFiles<'a, P> {
     /// Of those that are removed: the first of the files, in the same order.
     places: Vec<Place>,
     progress: &'a P,
+    /// The size of the child's disk.
+    disk_bytes: u64,
 }
 
 impl<P: Progress> Files for LockedFiles<'_, P> {
@@ -264,7 +272,8 @@ impl<P: Progress> Files for LockedFiles<'_, P> {
         self.progress.removed(path)
     }
 
-    fn copied(&self, bytes: u64) {
-        self.progress.copied(bytes);
+    fn copied(&self, bytes: u64) -> Outcome {
+        self.progress.progress(bytes, self.disk_bytes);
+        if self.progress.stop_requested() { Err(Errno::ECANCELED) } else { Ok(()) }
     }
 }

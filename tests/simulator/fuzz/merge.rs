@@ -61,7 +61,9 @@ impl Files for Folder {
         Ok(())
     }
 
-    fn copied(&self, _: u64) {}
+    fn copied(&self, _: u64) -> vhdx_ublk::engine::Outcome {
+        Ok(())
+    }
 }
 
 const NAMES: [&str; 2] = ["/child", "/parent"];

@@ -12,11 +12,12 @@ use std::sync::Arc;
 
 use fastrand::Rng;
 use uuid::Uuid;
+use vhdx_ublk::chain::ReadLayer;
 use vhdx_ublk::engine::front::{Front, Op, Request};
 use vhdx_ublk::engine::message::{ToEngine, ToFront};
 use vhdx_ublk::engine::port::{FileIo, FileOp, PieceId, Port, Ticket};
 use vhdx_ublk::engine::shared::{LEAF, Session, Shared};
-use vhdx_ublk::engine::{Counters, Engine, Fronts, Outcome, Parent, Setup};
+use vhdx_ublk::engine::{Counters, Engine, Fronts, Outcome, Setup};
 use vhdx_ublk::format::bat::{BatEntry, PayloadState};
 use vhdx_ublk::image::{
     BlockMap, FoundLog, Image, InitialState, Layout, NewImage, SessionMemory, WritableImage, check,
@@ -260,9 +261,9 @@ impl Port for SimPort<'_> {
 }
 
 /// The parent, if there is one, as an engine has it, and its file.
-fn parents(lineage: &Lineage) -> (Vec<Parent<SimDisk>>, Vec<Store>) {
+fn parents(lineage: &Lineage) -> (Vec<ReadLayer<SimDisk>>, Vec<Store>) {
     let Some((file, map)) = lineage.parent() else { return (Vec::new(), Vec::new()) };
-    (vec![Parent { disk: SimDisk::new(file.clone(), true, true, 512), map: map.into() }], vec![file])
+    (vec![ReadLayer { disk: SimDisk::new(file.clone(), true, true, 512), map: map.into() }], vec![file])
 }
 
 /// What a run has exercised; a knob that never moved fails the test that looks at this.

@@ -9,8 +9,9 @@ use std::collections::VecDeque;
 use std::rc::Rc;
 
 use uuid::Uuid;
+use vhdx_ublk::chain::ReadLayer;
 use vhdx_ublk::engine::front::Front;
-use vhdx_ublk::engine::{Engine, Parent, Setup};
+use vhdx_ublk::engine::{Engine, Setup};
 use vhdx_ublk::error::Error;
 use vhdx_ublk::image::{Image, Place, SessionMemory, WritableImage};
 use vhdx_ublk::simulation::{Plant, planted};
@@ -151,7 +152,7 @@ impl World {
         let (disk, tasks, fronts) = (self.disk.clone(), self.tasks.clone(), self.inbox.clone());
         let maps = self.engine.shared().layers().skip(1).cloned();
         let files = self.parents.iter().map(|file| SimDisk::new(file.clone(), true, true, 512));
-        let parents = files.zip(maps).map(|(disk, map)| Parent { disk, map }).collect();
+        let parents = files.zip(maps).map(|(disk, map)| ReadLayer { disk, map }).collect();
         let guids = Box::new(guids(&mut self.rng));
         let engine = Engine::new(Setup { image, disk, parents, tasks, fronts, guids });
         self.engine = engine.expect("the image is writable");

@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use fastrand::Rng;
+use vhdx_ublk::chain::ReadLayer;
 use vhdx_ublk::engine::message::ToFront;
-use vhdx_ublk::engine::{Engine, Parent, Setup};
+use vhdx_ublk::engine::{Engine, Setup};
 use vhdx_ublk::image::BlockMap;
 
 use super::{Beginning, Config, Opened, Seen, World, check_recovery, guids, open_image, read_sector};
@@ -148,7 +149,7 @@ impl World {
         self.parents.insert(0, frozen);
         let disks = self.parents.iter().map(|file| SimDisk::new(file.clone(), true, true, 512));
         let maps = old.shared().layers().cloned();
-        let parents = disks.zip(maps).map(|(disk, map)| Parent { disk, map }).collect();
+        let parents = disks.zip(maps).map(|(disk, map)| ReadLayer { disk, map }).collect();
         let mut rng = self.rng.fork();
         let Opened { image, disk, memory } = new_leaf(&self.config, &mut rng);
         (self.disk, self.memory, self.layout) = (disk, memory, image.layout);
