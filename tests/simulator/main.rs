@@ -8,6 +8,7 @@
 
 mod amend;
 mod chain;
+mod contents;
 mod counters;
 mod craft;
 #[cfg(feature = "simulation")]
