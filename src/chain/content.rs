@@ -108,19 +108,33 @@ impl<D> Content<D> {
     }
 
     /// Where the bytes from `from` on are, of the blocks that `from` is in.
-    fn first_of(&self, from: u64, mut end: u64) -> (Location, u64) {
-        for (number, ReadLayer { map, .. }) in (0..).zip(&self.layers) {
-            let size = map.geometry().virtual_size();
-            if from >= size {
-                return (Location::Zero, end);
-            }
-            match locate(number, map, from, end.min(size)) {
-                (Location::Below, length) => end = from + length,
-                (location, length) => return (location, from + length),
-            }
+    fn first_of(&self, from: u64, end: u64) -> (Location, u64) {
+        match locate_in_layers(self.layers.iter().map(|layer| &*layer.map), from, end) {
+            (Location::Below, past) => (Location::Undefined, past),
+            found => found,
         }
-        (Location::Undefined, end)
     }
+}
+
+/// Where the bytes from virtual offset `from` on are by the maps of a chain, the leaf's first, and the offset
+/// at which that ends: `end`, or where the block of a layer does. A smaller parent reads as zeros behind its
+/// end; what the last layer leaves to its parent is [`Location::Below`].
+pub fn locate_in_layers<'a>(
+    maps: impl Iterator<Item = &'a BlockMap>,
+    from: u64,
+    mut end: u64,
+) -> (Location, u64) {
+    for (number, map) in (0..).zip(maps) {
+        let size = map.geometry().virtual_size();
+        if from >= size {
+            return (Location::Zero, end);
+        }
+        match locate(number, map, from, end.min(size)) {
+            (Location::Below, length) => end = from + length,
+            (location, length) => return (location, from + length),
+        }
+    }
+    (Location::Below, end)
 }
 
 #[cfg(test)]

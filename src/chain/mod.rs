@@ -14,7 +14,7 @@ mod relative;
 mod search;
 
 pub use children::{MAX_NEIGHBOURS, children_beside, is_child};
-pub use content::{Content, ReadLayer};
+pub use content::{Content, ReadLayer, locate_in_layers};
 pub use member::Member;
 pub use open::{MAX_CHAIN_BYTES, MAX_DEPTH, follow_parents, open_parents};
 pub use parent_ref::{parent_ref, parent_ref_of, point_to, with_found_path, with_parent};

@@ -1,36 +1,44 @@
 //! `info`: shows the properties of an image.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
 use vhdx_ublk::chain;
 use vhdx_ublk::device::claims;
-use vhdx_ublk::error::Result;
+use vhdx_ublk::error::{Doing, Error, Result};
 use vhdx_ublk::format::guid;
+use vhdx_ublk::format::locator::{ABSOLUTE_WIN32_PATH, RELATIVE_PATH, VOLUME_PATH};
 use vhdx_ublk::format::metadata::DiskType;
 use vhdx_ublk::format::region::Region;
 use vhdx_ublk::image::{FoundLog, Image, SessionMemory};
 use vhdx_ublk::operations::block_counts::BlockCounts;
-use vhdx_ublk::operations::inspect::{Inspected, inspect};
+use vhdx_ublk::operations::contents::{Contents, Journal, Partition, TableKind, Volume};
+use vhdx_ublk::operations::inside;
+use vhdx_ublk::operations::inspect::{self, Inspected, Opened};
 use vhdx_ublk::printable::{both_sizes, human_size};
 
-use super::output::{self, Fields};
+use super::output::{self, Failure, Fields};
 use super::parent_options::ParentOptions;
+use super::{FAILURE, SUCCESS};
 
-/// Show the properties of an image, without changing it.
+/// Show the properties of images, and what is on their disks, without changing them.
 ///
 /// A dirty log is replayed in memory only. If another process is writing to the image, `info` shows a recent
 /// state of it, and that it is in use.
 #[derive(clap::Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct Info {
-    /// The VHDX file
-    image: PathBuf,
+    /// The VHDX files
+    #[arg(value_name = "IMAGE", required = true)]
+    images: Vec<PathBuf>,
     /// Show the parents of a differencing image too, nearest first
     #[arg(short, long)]
     chain: bool,
+    /// Show one line for each image
+    #[arg(short, long, conflicts_with_all = ["chain", "json"])]
+    brief: bool,
     #[command(flatten)]
     parents: ParentOptions,
     /// As JSON: one object, errors too
@@ -39,17 +47,27 @@ pub struct Info {
 }
 
 const AFTER_HELP: &str = "\
-Fragmentation is the percentage of allocated blocks that do not directly follow the previous one
-in the file.
+Examples:
+  vhdx-ublk info disk.vhdx                      all that is known of an image
+  vhdx-ublk info --chain child.avhdx            and of its parents
+  vhdx-ublk info --brief *.vhdx *.avhdx         one line each
 
-JSON: sizes and offsets are bytes, GUIDs lower case. Keys: format, type, virtual_size,
+The minimum size is what the disk needs to keep its last partition, or the volume that it holds
+as a whole. Fragmentation is the percentage of allocated blocks that do not directly follow the
+previous one in the file. Free inside is what the file has between its blocks and does not use.
+
+JSON: sizes and offsets are bytes, GUIDs lower case. Keys: image, format, type, virtual_size,
 block_size, logical_sector_size, physical_sector_size, disk_id, file_write_guid,
 data_write_guid, creator, header_sequence, log {state, size, offset, entries}, blocks {total,
 allocated, partial, zero, not_present, undefined, unmapped}, fragmentation, regions [{name,
-guid, offset, size, required}], file_size, host_bytes (space used on the host), parent (null, or
-the entries of the parent locator), attached (null, or the device), in_use, used_by,
-session_bytes (the most memory under /run that a writable device of the image uses), warnings.
-With --chain: chain, a list of such objects.
+guid, offset, size, required}], file_size, host_bytes (space used on the host), free_bytes (free
+inside), parent (null, or the entries of the parent locator), minimum_size (null if nothing is
+recognised), contents {table {kind (gpt, mbr), id, backup_bytes, backup_at_end, partitions
+[{number, start, length, type, name, volume}]}, volume {kind, version, label, uuid, size, journal
+(clean, dirty, unknown)}, faults}, attached (null, or the device), in_use, used_by, session_bytes
+(the most memory under /run that a writable device of the image uses), warnings.
+With --chain: chain, a list of such objects; contents are those of the first.
+With several images: images, a list of objects; of an image that cannot be read: image, error.
 Exit status: 0 success, 1 failure, 2 wrong usage.";
 
 #[derive(Serialize)]
@@ -72,7 +90,10 @@ struct Report {
     regions: Vec<RegionReport>,
     file_size: u64,
     host_bytes: u64,
+    free_bytes: u64,
     parent: Option<BTreeMap<String, String>>,
+    minimum_size: Option<u64>,
+    contents: Option<Contents>,
     attached: Option<String>,
     in_use: bool,
     used_by: Vec<String>,
@@ -105,31 +126,112 @@ struct RegionReport {
     required: bool,
 }
 
+/// What is known of one image.
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Answer {
+    Image(Box<Report>),
+    Chain(Chain),
+}
+
+/// An image that cannot be read, among others.
+#[derive(Serialize)]
+struct Unreadable<'a> {
+    image: String,
+    error: Failure<'a>,
+}
+
 impl Info {
-    /// Runs the command.
-    pub fn run(self) -> Result<()> {
-        let inspected = inspect(&self.image)?;
+    /// Runs the command; returns the exit status.
+    pub fn run(self) -> Result<u8> {
         if !self.chain {
             self.parents.refuse_without("--chain")?;
-            let report = Report::of(&inspected);
-            return if self.json { output::print_json(&report) } else { output::print(&report.to_string()) };
         }
+        if self.brief {
+            return brief(&self.images);
+        }
+        match &self.images[..] {
+            [image] if self.json => output::print_json(&self.answer(image)?).map(|()| SUCCESS),
+            images if self.json => self.json(images),
+            images => self.text(images),
+        }
+    }
+
+    /// What is known of `image`; with the chain, an error is one if the chain is broken.
+    fn answer(&self, image: &Path) -> Result<Answer> {
+        let (answer, broken) = self.look(image)?;
+        broken.filter(|_| self.chain).map_or(Ok(answer), Err)
+    }
+
+    /// What is known of `image`, and why its chain is broken, if it is.
+    fn look(&self, image: &Path) -> Result<(Answer, Option<Error>)> {
+        let leaf = inspect::open(image)?;
         let mut parents = Vec::new();
-        let followed = chain::follow_parents(&inspected, &self.parents.search(), &mut parents, inspect);
-        let chain = Chain { chain: std::iter::once(&inspected).chain(&parents).map(Report::of).collect() };
-        if self.json {
-            followed?;
-            return output::print_json(&chain);
+        let followed = chain::follow_parents(&leaf, &self.parents.search(), &mut parents, inspect::open);
+        let broken = followed.err();
+        let layers: Vec<&Opened> = std::iter::once(&leaf).chain(&parents).collect();
+        let contents = inside::contents(&layers, broken.as_ref());
+        let report = Report::of(&leaf.inspected, Some(contents));
+        if !self.chain {
+            return Ok((Answer::Image(report.into()), broken));
         }
-        // The parents that were found come first, then the error.
-        output::print(&chain.to_string())?;
-        followed
+        let parents = parents.iter().map(|parent| Report::of(&parent.inspected, None));
+        Ok((Answer::Chain(Chain { chain: std::iter::once(report).chain(parents).collect() }), broken))
+    }
+
+    fn json(&self, images: &[PathBuf]) -> Result<u8> {
+        let answers: Vec<_> = images.iter().map(|image| self.answer(image)).collect();
+        let value = |(image, answer): (&PathBuf, &Result<Answer>)| match answer {
+            Ok(answer) => serde_json::to_value(answer),
+            Err(error) => {
+                let (image, error) = (image.to_string_lossy().into_owned(), Failure::of(error));
+                serde_json::to_value(Unreadable { image, error })
+            }
+        };
+        let values = images.iter().zip(&answers).map(value);
+        let values =
+            values.collect::<std::result::Result<Vec<_>, _>>().doing("writing the output as JSON")?;
+        output::print_json(&BTreeMap::from([("images", values)]))?;
+        Ok(if answers.iter().all(Result::is_ok) { SUCCESS } else { FAILURE })
+    }
+
+    fn text(&self, images: &[PathBuf]) -> Result<u8> {
+        let show = |(number, image): (usize, &PathBuf)| {
+            let (answer, broken) = self.look(image)?;
+            let blank = if number == 0 { "" } else { "\n" };
+            // The parents that were found come first, then the error.
+            output::print(&format!("{blank}{answer}"))?;
+            broken.filter(|_| self.chain).map_or(Ok(()), Err)
+        };
+        output::last_failure(images.iter().enumerate().map(show)).map(|()| SUCCESS)
     }
 }
 
+/// One line for each of `images`.
+fn brief(images: &[PathBuf]) -> Result<u8> {
+    let mut rows = Vec::new();
+    let looked = images.iter().map(|image| {
+        let report = Report::of(&inspect::inspect(image)?, None);
+        let parent = report.parent.as_ref().map(|parent| {
+            let mut paths = [RELATIVE_PATH, ABSOLUTE_WIN32_PATH, VOLUME_PATH].into_iter();
+            paths.find_map(|key| parent.get(key)).map_or("unknown", String::as_str)
+        });
+        let sizes = [report.virtual_size, report.host_bytes, report.free_bytes].map(human_size);
+        let [size, on_host, free] = sizes;
+        let name = image.to_string_lossy().into_owned();
+        rows.push([name, report.r#type.to_owned(), size, on_host, free, parent.unwrap_or("-").to_owned()]);
+        Ok(())
+    });
+    let outcome = output::last_failure(looked);
+    if !rows.is_empty() {
+        output::print(&output::table(["IMAGE", "TYPE", "SIZE", "ON HOST", "FREE", "PARENT"], &rows))?;
+    }
+    outcome.map(|()| SUCCESS)
+}
+
 impl Report {
-    fn of(inspected: &Inspected) -> Self {
-        let Image { creator, header, regions, metadata, map, .. } = &*inspected.image;
+    fn of(inspected: &Inspected, contents: Option<Contents>) -> Self {
+        let Image { creator, header, regions, metadata, map, space, .. } = &*inspected.image;
         let blocks = BlockCounts::of(&inspected.image);
         Self {
             image: inspected.path.to_string_lossy().into_owned(),
@@ -154,7 +256,10 @@ impl Report {
             regions: regions.table.entries().iter().map(RegionReport::of).collect(),
             file_size: inspected.file_size,
             host_bytes: inspected.host_bytes,
+            free_bytes: space.free_runs().map(|run| run.length).sum(),
             parent: metadata.parent_locator.as_ref().map(|locator| locator.entries.iter().cloned().collect()),
+            minimum_size: contents.as_ref().and_then(Contents::minimum_size),
+            contents,
             attached: claims::device_of(&inspected.path).map(|device| device.display().to_string()),
             in_use: inspected.in_use,
             used_by: claims::processes(&inspected.path),
@@ -198,6 +303,9 @@ impl std::fmt::Display for Report {
             "file size",
             format!("{}, uses {} on its host", both_sizes(self.file_size), human_size(self.host_bytes)),
         );
+        if self.free_bytes > 0 {
+            fields.add("free inside", both_sizes(self.free_bytes));
+        }
         fields.add("block size", both_sizes(self.block_size.into()));
         fields.add(
             "sectors",
@@ -222,10 +330,72 @@ impl std::fmt::Display for Report {
         for (key, (name, value)) in ["parent"].into_iter().chain(std::iter::repeat("")).zip(parent) {
             fields.add(key, format!("{name} = {value:?}"));
         }
+        if let Some(contents) = &self.contents {
+            describe(contents, &mut fields);
+        }
         for warning in &self.warnings {
             fields.add("warning", *warning);
         }
         fields.fmt(f)
+    }
+}
+
+/// What is on the disk.
+fn describe(contents: &Contents, fields: &mut Fields) {
+    if let Some(table) = &contents.table {
+        let kind = match table.kind {
+            TableKind::Gpt => "GPT",
+            TableKind::Mbr => "MBR",
+        };
+        let id = table.id.as_ref().map(|id| format!(", disk id {id}")).unwrap_or_default();
+        fields.add("table", format!("{kind}{id}"));
+        if !table.backup_at_end {
+            fields.add("", "its backup is not at the end of the disk: the disk has grown");
+        }
+    }
+    let partitions = contents.partitions().iter();
+    for (key, partition) in ["partitions"].into_iter().chain(std::iter::repeat("")).zip(partitions) {
+        fields.add(key, partition_text(partition));
+    }
+    if let Some(volume) = &contents.volume {
+        let size = volume.size.map(|size| format!(", {}", both_sizes(size))).unwrap_or_default();
+        fields.add("volume", format!("{}{size}", volume_text(volume)));
+    }
+    if let Some(size) = contents.minimum_size() {
+        fields.add("minimum size", both_sizes(size));
+    }
+    for fault in &contents.faults {
+        fields.add("fault", fault.as_str());
+    }
+}
+
+fn partition_text(partition: &Partition) -> String {
+    let Partition { number, start, length, r#type, name, volume } = partition;
+    let meant = partition.type_name().unwrap_or(r#type);
+    let name = name.as_ref().map(|name| format!(" {name:?}")).unwrap_or_default();
+    let volume = volume.as_ref().map(|volume| format!(": {}", volume_text(volume))).unwrap_or_default();
+    format!("{number}, {} at byte {start}, {meant}{name}{volume}", human_size(*length))
+}
+
+fn volume_text(volume: &Volume) -> String {
+    let mut text = volume.version.map_or_else(
+        || volume.kind.name().to_owned(),
+        |version| format!("{} ({version})", volume.kind.name()),
+    );
+    text += &volume.label.as_ref().map(|label| format!(" {label:?}")).unwrap_or_default();
+    text += &volume.uuid.as_ref().map(|uuid| format!(", {uuid}")).unwrap_or_default();
+    if volume.journal == Journal::Dirty {
+        text += ", not unmounted cleanly";
+    }
+    text
+}
+
+impl std::fmt::Display for Answer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Image(report) => report.fmt(f),
+            Self::Chain(chain) => chain.fmt(f),
+        }
     }
 }
 

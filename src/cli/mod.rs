@@ -99,7 +99,7 @@ impl Command {
             Self::Session(sessions) => sessions.run()?,
             Self::Snapshot(snapshot) => snapshot.run()?,
             Self::Create(create) => create.run()?,
-            Self::Info(info) => info.run()?,
+            Self::Info(info) => return Ok(info.run()?),
             Self::Check(check) => return Ok(check.run()?),
             Self::Relink(relink) => relink.run()?,
             Self::Merge(merge) => merge.run()?,

@@ -248,6 +248,18 @@ impl ReadImage {
         read_bitmaps(&file, &self.map, &self.stored_slots).await
     }
 
+    /// As [`Self::read_bitmaps`], of these blocks only.
+    ///
+    /// # Errors
+    /// Those of [`Self::read_bitmaps`].
+    pub async fn read_bitmaps_of<D: ReadDisk>(&self, disk: &D, blocks: Range<u64>) -> Result<()> {
+        assert!(blocks.start < blocks.end, "{blocks:?} are blocks");
+        let file = View { disk, overlay: self.overlay() };
+        let geometry = self.map.geometry();
+        let slots = geometry.payload_slot(blocks.start)..geometry.payload_slot(blocks.end - 1) + 1;
+        read_bitmaps(&file, &self.map, std::slice::from_ref(&slots)).await
+    }
+
     /// Where each block lies.
     pub fn into_map(self) -> BlockMap {
         self.image.map

@@ -42,6 +42,32 @@ pub struct Inspected {
     pub in_use: bool,
 }
 
+/// An image that was inspected and is still open.
+pub struct Opened {
+    /// What was found.
+    pub inspected: Inspected,
+    disk: PlainDisk,
+    /// Keeps writers away, if there was none.
+    _lock: Option<ImageFile>,
+}
+
+impl Opened {
+    /// Its file.
+    pub fn disk(&self) -> &PlainDisk {
+        &self.disk
+    }
+}
+
+impl Layer for Opened {
+    fn image(&self) -> &Image {
+        &self.inspected.image
+    }
+
+    fn path(&self) -> &Path {
+        &self.inspected.path
+    }
+}
+
 impl Layer for Inspected {
     fn image(&self) -> &Image {
         &self.image
@@ -78,9 +104,21 @@ impl Inspected {
 /// Whatever is wrong with the file or the image. A contradiction in an image that is in use counts only if it
 /// is there every time.
 pub fn inspect(path: &Path) -> Result<Inspected> {
+    open(path).map(|opened| opened.inspected)
+}
+
+/// As [`inspect`], to read its content, too: it stays as it is, unless it is in use.
+///
+/// # Errors
+///
+/// Those of [`inspect`].
+pub fn open(path: &Path) -> Result<Opened> {
     match lock_for_reading(path) {
-        Ok((disk, lock)) => read(&disk, lock.path(), false).file(path),
-        Err(error) if error.kind() == Kind::InUse => inspect_unlocked(path),
+        Ok((disk, lock)) => {
+            let inspected = read(&disk, lock.path(), false).file(path)?;
+            Ok(Opened { inspected, disk, _lock: Some(lock) })
+        }
+        Err(error) if error.kind() == Kind::InUse => open_unlocked(path),
         Err(error) => Err(error),
     }
 }
@@ -144,7 +182,7 @@ fn identify_found(path: &Path, links: Links) -> Result<Known> {
     Ok(Known { identity, path, lock: () })
 }
 
-fn inspect_unlocked(path: &Path) -> Result<Inspected> {
+fn open_unlocked(path: &Path) -> Result<Opened> {
     let mut left = ATTEMPTS;
     loop {
         let (disk, path) = PlainDisk::open(path, Links::Follow)?;
@@ -152,7 +190,8 @@ fn inspect_unlocked(path: &Path) -> Result<Inspected> {
         match read(&disk, &path, true) {
             Err(error) if left > 0 && is_contradiction(error.kind()) => thread::sleep(PAUSE),
             outcome => {
-                return outcome.map_err(|error| error.remedy("the image is in use: try again later"));
+                let read = outcome.map_err(|error| error.remedy("the image is in use: try again later"));
+                return read.map(|inspected| Opened { inspected, disk, _lock: None });
             }
         }
     }

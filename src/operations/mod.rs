@@ -10,6 +10,7 @@ pub mod children;
 pub mod contents;
 pub mod create;
 mod devices;
+pub mod inside;
 pub mod inspect;
 mod locked;
 pub mod merge;

@@ -18,6 +18,7 @@ use vhdx_ublk::disk::{Access, ImageFile};
 mod check;
 mod damage;
 mod images;
+mod info;
 mod intruder;
 mod merge;
 mod relink;

@@ -55,7 +55,9 @@ impl ReadAt for Drive<'_> {
 
     async fn read_at(&self, from: u64, bytes: &mut [u8]) -> Result<()> {
         let end = from + bytes.len() as u64;
-        assert!(end <= self.size, "bytes {from} to {end} of {}", self.size);
+        assert!(end <= self.size && from < end, "bytes {from} to {end} of {}", self.size);
+        let whole = |at: u64| at.is_multiple_of(self.sector.into()) || at == self.size;
+        assert!(whole(from) && whole(end), "sectors are read, not bytes {from} to {end}");
         self.read.set(self.read.get() + bytes.len() as u64);
         if end > self.bad {
             return Err(Error::new(Kind::Io, "a bad sector"));

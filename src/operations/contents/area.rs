@@ -40,13 +40,17 @@ impl<'a, R: ReadAt> Area<'a, R> {
 
     /// As many of `length` bytes at `at` as there are.
     pub(super) async fn read(&self, at: u64, length: usize) -> Result<Vec<u8>> {
-        let at = at.min(self.length);
-        let length = index((length as u64).min(self.length - at));
-        let mut bytes = vec![0; length];
-        if length > 0 {
-            self.disk.read_at(self.start + at, &mut bytes).await?;
+        let from = self.start + at.min(self.length);
+        let end = from.saturating_add(length as u64).min(self.start + self.length);
+        if from == end {
+            return Ok(Vec::new());
         }
-        Ok(bytes)
+        let sector = self.sector_size();
+        let first = from - from % sector;
+        let mut bytes = vec![0; index(end.next_multiple_of(sector).min(self.disk.size()) - first)];
+        self.disk.read_at(first, &mut bytes).await?;
+        bytes.truncate(index(end - first));
+        Ok(bytes.split_off(index(from - first)))
     }
 }
 

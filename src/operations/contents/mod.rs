@@ -37,7 +37,9 @@ mod volume;
 
 use serde::Serialize;
 
-use crate::error::Result;
+use crate::chain::Content;
+use crate::disk::ReadDisk;
+use crate::error::{Doing, Result};
 use area::Area;
 
 pub use partition::{Partition, Table, TableKind};
@@ -52,12 +54,26 @@ pub trait ReadAt {
     /// Its logical sector, bytes.
     fn sector_size(&self) -> u32;
 
-    /// Reads `bytes` at `from`, all of which the disk has.
+    /// Reads `bytes` at `from`: whole sectors, all of which the disk has.
     ///
     /// # Errors
     ///
     /// Any: what is there stays unknown.
     async fn read_at(&self, from: u64, bytes: &mut [u8]) -> Result<()>;
+}
+
+impl<D: ReadDisk> ReadAt for Content<D> {
+    fn size(&self) -> u64 {
+        self.virtual_size()
+    }
+
+    fn sector_size(&self) -> u32 {
+        Self::sector_size(self)
+    }
+
+    async fn read_at(&self, from: u64, bytes: &mut [u8]) -> Result<()> {
+        self.read(from, bytes).await.doing("reading the disk")
+    }
 }
 
 /// How many bytes at its start show what a volume is: the superblock of btrfs ends there.
@@ -72,6 +88,7 @@ pub struct Contents {
     pub volume: Option<Volume>,
     /// What is damaged, or could not be read.
     pub faults: Vec<String>,
+    #[serde(skip)]
     minimum_size: Option<u64>,
 }
 
