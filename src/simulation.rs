@@ -128,11 +128,17 @@ pub enum Plant {
     TrustRefusal,
     /// A front makes holes in a file that must have none.
     IgnoreDensity,
+    /// No sync between copying a block that moves and logging its new place.
+    SkipMoveSync,
+    /// The old place of a block that has moved is used again before its new place is durable.
+    ReuseMovedEarly,
+    /// A sector bitmap moves, and its bits do not.
+    MoveBareBitmap,
 }
 
 impl Plant {
     /// All of them.
-    pub const ALL: [Self; 58] = [
+    pub const ALL: [Self; 61] = [
         Self::SkipRecyclingSync,
         Self::SkipGrowthSync,
         Self::ApplyBeforeLog,
@@ -191,6 +197,9 @@ impl Plant {
         Self::SkipRefusedSlot,
         Self::TrustRefusal,
         Self::IgnoreDensity,
+        Self::SkipMoveSync,
+        Self::ReuseMovedEarly,
+        Self::MoveBareBitmap,
     ];
 }
 

@@ -53,9 +53,29 @@ impl std::fmt::Debug for Buffer {
     }
 }
 
+/// Whether all of `bytes` are zero. Compilers make vector instructions of it.
+pub fn is_zero(bytes: &[u8]) -> bool {
+    let (lines, rest) = bytes.as_chunks::<64>();
+    lines.iter().all(|line| line.iter().fold(0, |all, byte| all | byte) == 0)
+        && rest.iter().all(|byte| *byte == 0)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn one_byte_anywhere_is_not_zero() {
+        for length in [0, 1, 63, 64, 65, 4096, 5000] {
+            let mut bytes = vec![0; length];
+            assert!(is_zero(&bytes));
+            for at in 0..length {
+                bytes[at] = 0x80;
+                assert!(!is_zero(&bytes), "byte {at} of {length}");
+                bytes[at] = 0;
+            }
+        }
+    }
 
     #[test]
     fn buffers_are_aligned_and_zero() {

@@ -26,7 +26,7 @@ mod transfer;
 mod unfinished;
 mod uring;
 
-pub use buffer::{Buffer, PAGE_BYTES};
+pub use buffer::{Buffer, PAGE_BYTES, is_zero};
 pub use file::{HostRoom, ImageFile, PayloadIo, folder_of, host_bytes};
 pub use host_file::HostFile;
 pub use lock::Access;

@@ -74,6 +74,14 @@ impl DirtySet {
         }
     }
 
+    /// Whether bits of `chunk` have changed and no durable entry has them.
+    pub(super) fn has_bits_of(&self, chunk: u64) -> bool {
+        let pages = Page::Bitmap { chunk, page: 0 }..=Page::Bitmap { chunk, page: u64::MAX };
+        let sets = [&self.dirty, &self.being_logged];
+        self.bitmap_pages.is_marked(chunk)
+            || sets.into_iter().any(|set| set.borrow().range(pages.clone()).next().is_some())
+    }
+
     /// The cycle has failed: what it copied and did not make durable is for the next one.
     pub(super) fn give_back(&self) {
         let unlogged = self.being_logged.take();

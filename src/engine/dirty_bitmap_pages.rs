@@ -54,6 +54,12 @@ impl DirtyBitmapPages {
         self.count.load(Ordering::Relaxed)
     }
 
+    /// Whether a page of the bitmap of `chunk` may be marked.
+    pub(super) fn is_marked(&self, chunk: u64) -> bool {
+        let chunks = self.chunks[index(chunk / WORD_BITS)].load(Ordering::Acquire);
+        chunks >> (chunk % WORD_BITS) & 1 == 1
+    }
+
     /// The data of `sectors` of `block`, which is partially present, is in the file.
     pub(super) fn set(&self, map: &BlockMap, block: u64, sectors: Range<u64>) {
         let geometry = map.geometry();

@@ -43,6 +43,7 @@ pub mod port;
 mod quarantine;
 mod queue;
 mod reclaim;
+pub mod relocate;
 mod round;
 mod session;
 pub mod shared;
@@ -119,6 +120,8 @@ pub struct Counters {
     pub grows: u64,
     /// Blocks that lost their space.
     pub unmapped: u64,
+    /// Blocks and sector bitmaps that have got another place.
+    pub moves: u64,
     /// Extents that came out of quarantine.
     pub released: u64,
     /// Barriers sent.

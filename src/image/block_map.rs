@@ -166,7 +166,28 @@ impl BlockMap {
     pub fn publish_bitmap(&self, chunk: u64, file_offset: u64) {
         assert!(self.geometry.is_differencing(), "only a child has sector bitmaps");
         assert!(chunk < self.geometry.bitmap_block_count(), "chunk {chunk} is on the disk");
-        assert_eq!(self.bitmap_place(chunk), None, "a bitmap keeps its place");
+        assert_eq!(self.bitmap_place(chunk), None, "a chunk gets one bitmap");
+        self.store(self.geometry.bitmap_slot(chunk), BatEntry::present(file_offset).0);
+    }
+
+    /// Publishes another place of payload block `block`, at which its content is; not yet durable. Engine
+    /// only.
+    pub fn move_block(&self, block: u64, file_offset: u64) {
+        let old = self.load(block).entry;
+        let new = match old.payload_state() {
+            Some(PayloadState::FullyPresent) => BatEntry::present(file_offset),
+            Some(PayloadState::PartiallyPresent) => BatEntry::partially_present(file_offset),
+            state => panic!("block {block} moves, which is {state:?}"),
+        };
+        let apart = old.offset().abs_diff(file_offset);
+        assert!(apart >= self.geometry.block_size(), "block {block} moves onto itself");
+        self.store(self.geometry.payload_slot(block), new.0);
+    }
+
+    /// Publishes another place of the sector bitmap of `chunk`, at which all its bits are. Engine only.
+    pub fn move_bitmap(&self, chunk: u64, file_offset: u64) {
+        let old = self.bitmap_place(chunk).expect("a bitmap that moves has a place");
+        assert!(old.abs_diff(file_offset) >= MIB, "the bitmap of chunk {chunk} moves onto itself");
         self.store(self.geometry.bitmap_slot(chunk), BatEntry::present(file_offset).0);
     }
 

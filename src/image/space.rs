@@ -149,16 +149,27 @@ impl Space {
         assert!(length > 0 && length.is_multiple_of(MIB), "{length} bytes are granted in whole MiB");
         let count = index(length / MIB);
         let first = self.find_run(count)?;
-        let units = first..first + count;
-        assert!(first > 0 && units.end <= self.units, "{units:?} lies in the file, behind its headers");
+        Some(self.take_units(first..first + count))
+    }
+
+    /// Takes `extent`, if the file has it and all of it is free.
+    pub fn take_at(&mut self, extent: Extent) -> Option<Grant> {
+        assert!(extent.length > 0, "{extent:?} is something");
+        let units = extent.units();
+        let free = units.end <= self.units && self.next(units.clone(), true).is_none();
+        free.then(|| self.take_units(units))
+    }
+
+    fn take_units(&mut self, units: Range<usize>) -> Grant {
+        assert!(units.start > 0 && units.end <= self.units, "{units:?} lies in the file, behind its headers");
         let known_zero = self.known_zero.contains_all_in_range(units.clone());
         self.used.insert_range(units.clone());
         self.known_zero.remove_range(units.clone());
-        if first == self.lowest_free {
+        if units.start == self.lowest_free {
             self.lowest_free = units.end;
         }
         let content = if known_zero { Content::KnownZero } else { Content::Recycled };
-        Some(Grant { extent: Extent::of_units(units), content })
+        Grant { extent: Extent::of_units(units), content }
     }
 
     /// Gives `extent` back; its content is known zero only if it reads as zero after any power cut from now

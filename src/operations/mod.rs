@@ -7,6 +7,7 @@
 pub mod block_counts;
 pub mod check;
 pub mod children;
+pub mod compact;
 pub mod contents;
 pub mod create;
 mod devices;

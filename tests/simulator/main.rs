@@ -8,6 +8,7 @@
 
 mod amend;
 mod chain;
+mod compact;
 mod contents;
 mod counters;
 mod craft;

@@ -15,6 +15,7 @@ use vhdx_ublk::format::log::{Change, NewEntry};
 use vhdx_ublk::image::{Image, Mismatch, SLOTS_PER_PAGE, SessionMemory, VERSION, WritableImage};
 use vhdx_ublk::simulation::{Plant, plant};
 
+use crate::compact;
 use crate::sim::campaign::{run, scenario, tiny};
 use crate::sim::disk::SimDisk;
 use crate::sim::judge::Effort;
@@ -50,6 +51,7 @@ fn test_for(planted: Plant) -> Option<fn()> {
         Plant::NoExtension => a_length_that_the_log_asks_for_is_restored,
         Plant::LongEntry => others_can_read_every_entry,
         Plant::ReplayBeforeTail => entries_before_the_tail_are_not_replayed,
+        Plant::SkipMoveSync | Plant::ReuseMovedEarly | Plant::MoveBareBitmap => compact::moves_survive_cuts,
         _ => return None,
     })
 }

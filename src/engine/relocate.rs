@@ -1,0 +1,315 @@
+//! Moving blocks and sector bitmaps to other places in the file, which changes no byte of the disk.
+//!
+//! Moves are made in batches. Of each batch, in this order:
+//!
+//! 1. the new places are granted, and read as zero but for what is copied. The file grows first if they lie
+//!    behind its end;
+//! 2. what the host has stored of the old places is copied, several pieces at once: holes stay holes;
+//! 3. the new mappings are published, in one step with the marks of their pages;
+//! 4. a commit syncs the copies before it writes the entry that has the mappings. Without that sync, a power
+//!    cut could keep the entry and lose the copies: the blocks would show what was at their new places;
+//! 5. the old places leave quarantine once the entry is durable. If they were used again earlier, a power cut
+//!    would bring the old mappings back, onto the content of other blocks.
+//!
+//! A power cut before step 4 leaves copies that nothing names, which is space without an owner.
+//!
+//! A sector bitmap moves as it is in the file, so none of its bits may be on their way there: neither waits a
+//! page of it for the log, nor is one in it. A replay would write such a page to the old place, over what is
+//! there by then. In a session that serves no fronts no bit changes.
+//!
+//! [Rule 102](crate::design::vhdx_rules#rule-102).
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::rc::Rc;
+
+use nix::errno::Errno;
+
+use super::shared::{LEAF, Session};
+use super::waiting::Promise;
+use super::{Engine, Outcome, errno, for_guest};
+use crate::disk::{Buffer, Disk, PAGE_BYTES, is_zero};
+use crate::format::bat::BITMAP_BLOCK_SIZE;
+use crate::format::{MIB, index};
+use crate::image::{Content, Extent, Page};
+use crate::simulation::{Plant, planted};
+
+/// Pieces that are copied at once: together the memory that a batch takes, in MiB.
+const LANES: usize = 8;
+
+/// Bytes of a piece.
+const PIECE: u64 = MIB;
+
+/// Of a piece, runs of so many zero bytes are not written: they stay holes.
+const HOLE: usize = 64 << 10;
+
+const _: () = assert!(PIECE.is_multiple_of(HOLE as u64) && HOLE.is_multiple_of(PAGE_BYTES), "whole pages");
+
+/// What has a place in the file and can get another one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Occupant {
+    /// A payload block, fully or partially present.
+    Block(u64),
+    /// The sector bitmap of a chunk.
+    Bitmap(u64),
+}
+
+/// A move: what is moved, and the byte of the file where it starts then.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Move {
+    /// What is moved.
+    pub what: Occupant,
+    /// Its new place.
+    pub to: u64,
+}
+
+/// A move with both its places.
+#[derive(Clone, Copy)]
+struct Relocation {
+    what: Occupant,
+    from: Extent,
+    to: Extent,
+}
+
+/// What is copied at once.
+#[derive(Clone, Copy)]
+struct Piece {
+    from: u64,
+    to: u64,
+    length: usize,
+}
+
+impl<D: Disk + 'static> Engine<D> {
+    /// Makes `moves`, whose new places are free, and no two of which overlap. When it returns, they are
+    /// durable and the old places are free. The session must be open. See the module's head.
+    ///
+    /// # Errors
+    /// A positive `errno`; the disk reads as before, and the session may be poisoned.
+    pub async fn relocate(self: &Rc<Self>, moves: &[Move]) -> Outcome {
+        assert_ne!(self.shared.session(), Session::Idle, "the session opens before the first change");
+        self.check_poison()?;
+        let relocations: Vec<Relocation> = moves.iter().map(|wanted| self.relocation(*wanted)).collect();
+        self.reach(&relocations).await?;
+        let granted: Vec<Content> = relocations.iter().map(|relocation| self.grant(relocation.to)).collect();
+        if let Err(errno) = self.fill_new_places(&relocations, &granted).await {
+            let mut space = self.space.borrow_mut();
+            for relocation in &relocations {
+                space.free(relocation.to, Content::Recycled);
+            }
+            return Err(errno);
+        }
+        if !planted(Plant::SkipMoveSync) {
+            self.durability.payload_written();
+        }
+        for relocation in &relocations {
+            self.publish_move(relocation);
+        }
+        self.leave_old_places(&relocations).await
+    }
+
+    /// Unmaps `blocks`, which read as zeros, and the content that undefined and unmapped blocks still name.
+    /// When it returns, that is durable and their space is free. The session must be open.
+    ///
+    /// # Errors
+    /// As [`Self::relocate`].
+    pub async fn give_up(self: &Rc<Self>, blocks: &[u64]) -> Outcome {
+        assert_ne!(self.shared.session(), Session::Idle, "the session opens before the first change");
+        for run in blocks.chunk_by(|block, next| block + 1 == *next) {
+            self.unmap(run[0], run.len() as u64, false).await?;
+        }
+        self.reclaim().await
+    }
+
+    /// What occupies the file now, and what is free.
+    pub fn space(&self) -> crate::image::Space {
+        self.space.borrow().clone()
+    }
+
+    fn relocation(&self, Move { what, to }: Move) -> Relocation {
+        let from = match what {
+            Occupant::Block(block) => {
+                let entry = self.shared.map.load(block).entry;
+                assert!(self.has_space(entry), "block {block} has content to be moved");
+                self.space_of(entry).expect("a present block has space")
+            }
+            Occupant::Bitmap(chunk) => {
+                assert!(!self.dirty.has_bits_of(chunk), "bits of chunk {chunk} are on their way to the file");
+                let offset = self.shared.map.bitmap_place(chunk).expect("a bitmap that moves is there");
+                Extent { offset, length: BITMAP_BLOCK_SIZE }
+            }
+        };
+        let to = Extent { offset: to, length: from.length };
+        assert!(to.end() <= from.offset || from.end() <= to.offset, "{what:?} moves onto itself");
+        Relocation { what, from, to }
+    }
+
+    /// Makes the file long enough for the new places.
+    async fn reach(self: &Rc<Self>, relocations: &[Relocation]) -> Outcome {
+        let end = relocations.iter().map(|relocation| relocation.to.end()).max().unwrap_or(0);
+        if end > self.durability.file_length() { self.grow_to(end).await } else { Ok(()) }
+    }
+
+    fn grant(&self, place: Extent) -> Content {
+        let granted = self.space.borrow_mut().take_at(place);
+        granted.expect("the new place of a block is free").content
+    }
+
+    /// Steps 1 and 2.
+    async fn fill_new_places(self: &Rc<Self>, relocations: &[Relocation], granted: &[Content]) -> Outcome {
+        let mut pieces = Vec::new();
+        for (relocation, content) in relocations.iter().zip(granted) {
+            self.clear(relocation.to, *content).await?;
+            if self.is_dense() || matches!(relocation.what, Occupant::Bitmap(_)) {
+                self.reserve(relocation.to).await?;
+            }
+            self.find_pieces(relocation, &mut pieces).await?;
+        }
+        self.in_lanes(pieces, |engine, piece| async move { engine.copy_piece(piece).await }).await?;
+        self.check_poison()
+    }
+
+    /// Whether blocks have all their space on the host.
+    fn is_dense(&self) -> bool {
+        self.shared.fixed || !self.disk.may_have_holes()
+    }
+
+    /// Makes granted space read as zero, as a hole where the host has them.
+    async fn clear(&self, place: Extent, content: Content) -> Outcome {
+        let stored = match content {
+            Content::KnownZero => None,
+            Content::Recycled => self.disk.next_data(place.offset).await.map_err(|error| errno(&error))?,
+        };
+        if stored.is_none_or(|stored| stored >= place.end()) {
+            return Ok(());
+        }
+        if self.shared.can_punch() {
+            match self.disk.punch(place.offset, place.length).await {
+                Ok(true) => return Ok(()),
+                Ok(false) => self.shared.forget_punch(),
+                Err(error) => return Err(for_guest(errno(&error))),
+            }
+        }
+        self.disk.zero(place.offset, place.length).await.map_err(|error| for_guest(errno(&error)))
+    }
+
+    /// What the host has stored of the old place, in pieces.
+    async fn find_pieces(&self, relocation: &Relocation, pieces: &mut Vec<Piece>) -> Outcome {
+        let Relocation { from, to, .. } = *relocation;
+        if matches!(relocation.what, Occupant::Bitmap(_)) && planted(Plant::MoveBareBitmap) {
+            return Ok(());
+        }
+        let length = self.disk.length().await.map_err(|error| errno(&error))?;
+        if length < from.end() && self.shared.has_lost(LEAF, length) {
+            return Err(Errno::EIO);
+        }
+        let mut at = from.offset;
+        while let Some(stored) = self.disk.next_data(at).await.map_err(|error| errno(&error))? {
+            if stored >= from.end() {
+                break;
+            }
+            let start = stored - stored % PAGE_BYTES as u64;
+            let end = (start - start % PIECE + PIECE).min(from.end());
+            pieces.push(Piece {
+                from: start,
+                to: to.offset + (start - from.offset),
+                length: index(end - start),
+            });
+            at = end;
+        }
+        Ok(())
+    }
+
+    /// Copies a piece, but for its longer runs of zeros.
+    async fn copy_piece(&self, piece: Piece) -> Outcome {
+        let Piece { from, to, length } = piece;
+        let bytes = self.disk.read(from, length).await.map_err(|error| errno(&error))?;
+        let put = async |at: usize, bytes: Buffer| {
+            let written = self.disk.write(to + at as u64, bytes).await;
+            written.map_err(|error| for_guest(errno(&error)))
+        };
+        let is_hole = |part: &[u8]| !self.is_dense() && is_zero(part);
+        if !bytes.chunks(HOLE).any(is_hole) {
+            return put(0, bytes).await;
+        }
+        let mut at = 0;
+        for run in bytes.chunks(HOLE).collect::<Vec<_>>().chunk_by(|one, next| is_hole(one) == is_hole(next))
+        {
+            let run_length: usize = run.iter().map(|part| part.len()).sum();
+            if !is_hole(run[0]) {
+                put(at, Buffer::copy_of(&bytes[at..at + run_length])).await?;
+            }
+            at += run_length;
+        }
+        Ok(())
+    }
+
+    /// Step 3 of one move.
+    fn publish_move(&self, relocation: &Relocation) {
+        let Relocation { what, to, .. } = *relocation;
+        assert!(self.space.borrow().is_used(to.offset..to.end()), "a new place is taken before it is named");
+        assert!(to.end() <= self.durability.file_length(), "a new place lies in the file");
+        let map = &self.shared.map;
+        let page = match what {
+            Occupant::Block(block) => {
+                map.move_block(block, to.offset);
+                map.page_of(block)
+            }
+            Occupant::Bitmap(chunk) => {
+                map.move_bitmap(chunk, to.offset);
+                map.page_of_bitmap(chunk)
+            }
+        };
+        self.dirty.mark(Page::Bat(page));
+        self.count(|counters| counters.moves += 1);
+    }
+
+    /// Steps 4 and 5.
+    async fn leave_old_places(self: &Rc<Self>, relocations: &[Relocation]) -> Outcome {
+        if planted(Plant::ReuseMovedEarly) {
+            let mut space = self.space.borrow_mut();
+            for relocation in relocations {
+                space.free(relocation.from, Content::Recycled);
+            }
+            return Ok(());
+        }
+        for relocation in relocations {
+            self.reclaim.lost(relocation.from);
+        }
+        self.reclaim().await
+    }
+
+    /// Does `work` for each of `jobs`, a few at a time, until one of them fails.
+    pub(super) async fn in_lanes<J: 'static, F: Future<Output = Outcome> + 'static>(
+        self: &Rc<Self>,
+        jobs: Vec<J>,
+        work: impl Fn(Rc<Self>, J) -> F + 'static,
+    ) -> Outcome {
+        let lanes = jobs.len().min(LANES);
+        let (jobs, work) = (Rc::new(RefCell::new(VecDeque::from(jobs))), Rc::new(work));
+        let ends: Vec<Promise<Outcome>> = (0..lanes)
+            .map(|_| {
+                let end = Promise::default();
+                let (jobs, work, ended) = (jobs.clone(), work.clone(), end.clone());
+                self.start(move |engine| async move {
+                    let next = || jobs.borrow_mut().pop_front();
+                    let mut outcome = Ok(());
+                    while outcome.is_ok()
+                        && let Some(job) = next()
+                    {
+                        outcome = work(engine.clone(), job).await;
+                    }
+                    if outcome.is_err() {
+                        jobs.borrow_mut().clear();
+                    }
+                    ended.keep(outcome);
+                });
+                end
+            })
+            .collect();
+        let mut outcome = Ok(());
+        for end in ends {
+            outcome = outcome.and(end.wait().await);
+        }
+        outcome
+    }
+}

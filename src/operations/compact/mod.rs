@@ -1,0 +1,167 @@
+//! Making an image's file smaller, at rest.
+//!
+//! What has children may be compacted: its disk does not change, nor does its DataWriteGuid. Its lock says
+//! whether a process or a device uses it, or a child of it.
+
+pub mod plan;
+mod run;
+mod survey;
+mod zeros;
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use uuid::Uuid;
+
+use super::{Devices, Watch, locked};
+use crate::chain::{self, Member, ReadLayer, Search};
+use crate::disk::{Access, ImageFile, Reactor, UringDisk};
+use crate::error::{Doing, Error, Kind, Locate, Result};
+use crate::format::metadata::DiskType;
+use crate::image::Image;
+
+pub use run::{Compaction, Done, outline};
+pub use survey::Fixed;
+
+/// What is to be done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Steps {
+    /// Blocks that read as zeros give up their space.
+    pub zeros: bool,
+    /// Blocks move so that the file can end earlier.
+    pub length: bool,
+}
+
+/// What the user wants to be compacted.
+pub struct Request {
+    /// The image.
+    pub image: PathBuf,
+    /// Where its parents are.
+    pub search: Search,
+    /// What is to be done.
+    pub steps: Steps,
+    /// The most bytes that are copied in a second.
+    pub max_rate: Option<u64>,
+    /// Only say what would be done.
+    pub dry_run: bool,
+}
+
+/// What a file takes, bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Figures {
+    /// On its host.
+    pub host: u64,
+    /// As a copy to a file system without holes would.
+    pub length: u64,
+}
+
+/// What has become of an image.
+pub struct Compacted {
+    /// Its file, as an absolute path without symbolic links.
+    pub path: PathBuf,
+    /// Its type.
+    pub kind: DiskType,
+    /// What the file took.
+    pub before: Figures,
+    /// What it takes now; nothing if nothing was to be changed.
+    pub after: Option<Figures>,
+    /// What was done, or would be.
+    pub done: Done,
+    /// Why blocks that are partially present were not searched for zeros.
+    pub unread: Option<Error>,
+}
+
+impl Request {
+    /// Compacts the image, or says what that would do.
+    ///
+    /// # Errors
+    ///
+    /// Those of locking and reading the image; [`Kind::Usage`] if more parents are given than there are; I/O
+    /// errors, want of room included: the disk reads as before, what was won stays won, and the image can be
+    /// compacted again.
+    pub fn run(&self, reactor: &Reactor, devices: &dyn Devices, watch: &impl Watch) -> Result<Compacted> {
+        let access = if self.dry_run { Access::ReadOnly } else { Access::ReadWrite };
+        let leaf = locked::open(reactor, &self.image, access, devices)?;
+        let kind = leaf.image.metadata.kind();
+        let (parents, unread) = match self.parents(&leaf, reactor, devices) {
+            Ok(parents) => (parents, None),
+            Err(error) if error.kind() == Kind::Usage || !self.search.parents.is_empty() => {
+                return Err(error);
+            }
+            Err(error) => (Vec::new(), Some(error)),
+        };
+        let file = leaf.file.clone();
+        let path = file.path().to_owned();
+        let before = figures(&file).doing("looking at the image").file(&path)?;
+        let done = if self.dry_run {
+            let disk = reactor.disk(file.clone());
+            let Member { image, .. } = leaf;
+            reactor.block_on(async {
+                image.read_bitmaps(&disk).await?;
+                outline(image, disk, parents, self.steps, watch).await
+            })
+        } else {
+            leaf.image.check_writable().file(&path)?;
+            drop(leaf);
+            self.compact(&file, parents, reactor, watch)
+        };
+        let done = done.file(&path).map_err(with_remedy)?;
+        let after = if self.dry_run { None } else { Some(figures(&file).doing("looking at the image")?) };
+        Ok(Compacted { path, kind, before, after, done, unread })
+    }
+
+    fn compact(
+        &self,
+        file: &std::sync::Arc<ImageFile>,
+        parents: Vec<ReadLayer<UringDisk>>,
+        reactor: &Reactor,
+        watch: &impl Watch,
+    ) -> Result<Done> {
+        let [disk, reading] = [reactor.disk(file.clone()), reactor.disk(file.clone())];
+        reactor.block_on(async {
+            let image = Image::open_for_writing(&disk, Uuid::new_v4).await?;
+            let (tasks, new_guid) = (reactor.executor().clone(), Box::new(Uuid::new_v4));
+            let max_rate = self.max_rate;
+            Compaction { image, disk, reading, parents, max_rate, tasks, new_guid }
+                .run(self.steps, watch)
+                .await
+        })
+    }
+
+    /// The parents of `leaf`, if what it reads as matters.
+    fn parents(
+        &self,
+        leaf: &Member,
+        reactor: &Reactor,
+        devices: &dyn Devices,
+    ) -> Result<Vec<ReadLayer<UringDisk>>> {
+        if !self.steps.zeros || leaf.image.metadata.kind() != DiskType::Differencing {
+            return Ok(Vec::new());
+        }
+        let open = |path: &Path| {
+            let member = locked::open(reactor, path, Access::ReadOnly, devices)?;
+            reactor.block_on(member.image.read_bitmaps(&reactor.disk(member.file.clone()))).file(path)?;
+            Ok(member)
+        };
+        let parents = chain::open_parents(leaf, &self.search, open)?;
+        let layer =
+            |Member { file, image }| ReadLayer { disk: reactor.disk(file), map: image.into_map().into() };
+        Ok(parents.into_iter().map(layer).collect())
+    }
+}
+
+fn figures(file: &ImageFile) -> io::Result<Figures> {
+    Ok(Figures { host: file.host_bytes()?, length: file.length()? })
+}
+
+/// A compaction that failed is done again.
+fn with_remedy(error: Error) -> Error {
+    match error.kind() {
+        Kind::NoSpace => error.remedy(
+            "free some space on the file system of the image, a few hundred MiB at most, and compact again; \
+             nothing is lost, and what was won is kept",
+        ),
+        Kind::Io => error.remedy("the disk reads as before: find the cause (dmesg), and compact again"),
+        _ => error,
+    }
+}

@@ -1,0 +1,80 @@
+//! What is where in an image's file, as far as a compaction has to know.
+
+use super::plan::Item;
+use crate::engine::relocate::Occupant;
+use crate::format::bat::{BITMAP_BLOCK_SIZE, PayloadState};
+use crate::image::{BlockMap, Extent, Image, payload_extent};
+
+/// Something that stays where it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Fixed {
+    /// Where it is.
+    pub place: Extent,
+    /// What it is.
+    pub name: &'static str,
+}
+
+/// What stays where it is: the log, and the regions.
+pub fn fixed(image: &Image) -> Vec<Fixed> {
+    let mut fixed = Vec::new();
+    if image.layout.log.length > 0 {
+        fixed.push(Fixed { place: image.layout.log, name: "log" });
+    }
+    for region in image.regions.table.entries() {
+        let place = Extent { offset: region.offset, length: region.length.into() };
+        let name = match place {
+            place if place == image.layout.bat => "BAT region",
+            place if place == image.layout.metadata => "metadata region",
+            _ => "region of an unknown kind",
+        };
+        fixed.push(Fixed { place, name });
+    }
+    assert!(fixed.len() >= 2, "every image has a BAT and metadata");
+    fixed
+}
+
+/// The blocks that have content of their own in the file, and the sector bitmaps.
+pub fn items(map: &BlockMap) -> Vec<Item> {
+    let geometry = map.geometry();
+    let chunks = if geometry.is_differencing() { geometry.bitmap_block_count() } else { 0 };
+    let bitmaps = (0..chunks).filter_map(|chunk| {
+        let place = Extent { offset: map.bitmap_place(chunk)?, length: BITMAP_BLOCK_SIZE };
+        Some(Item { place, what: Occupant::Bitmap(chunk) })
+    });
+    let blocks = blocks(map).filter(|(_, state, _)| has_content(*state));
+    let blocks = blocks.map(|(block, _, place)| Item { place, what: Occupant::Block(block) });
+    bitmaps.chain(blocks).collect()
+}
+
+/// The blocks that have content of their own; those that have only a part of it if `partial`.
+pub fn present(map: &BlockMap, partial: bool) -> Vec<u64> {
+    let wanted = |state| has_content(state) && (partial || state != PayloadState::PartiallyPresent);
+    blocks(map).filter(|(_, state, _)| wanted(*state)).map(|(block, ..)| block).collect()
+}
+
+/// The blocks without content that still name space: what they held before.
+pub fn old_content(map: &BlockMap) -> Vec<u64> {
+    blocks(map).filter(|(_, state, _)| !has_content(*state)).map(|(block, ..)| block).collect()
+}
+
+fn has_content(state: PayloadState) -> bool {
+    matches!(state, PayloadState::FullyPresent | PayloadState::PartiallyPresent)
+}
+
+/// The blocks that name space, in disk order, their states and their places.
+fn blocks(map: &BlockMap) -> impl Iterator<Item = (u64, PayloadState, Extent)> {
+    let (geometry, mut block) = (map.geometry(), 0);
+    std::iter::from_fn(move || {
+        loop {
+            block = map.first_set(block..geometry.block_count());
+            if block == geometry.block_count() {
+                return None;
+            }
+            let (this, entry) = (block, map.load(block).entry);
+            block += 1;
+            if let (Some(state), Some(place)) = (entry.payload_state(), payload_extent(entry, geometry)) {
+                return Some((this, state, place));
+            }
+        }
+    })
+}
