@@ -6,6 +6,7 @@
 
 mod add;
 mod check;
+mod compact;
 mod create;
 mod del;
 mod detached;
@@ -68,6 +69,7 @@ enum Command {
     Check(check::Check),
     Relink(relink::Relink),
     Merge(merge::Merge),
+    Compact(compact::Compact),
     Features(features::Features),
 }
 
@@ -80,6 +82,7 @@ impl Command {
             Self::Check(check) => check.json,
             Self::Features(features) => features.json,
             Self::Snapshot(snapshot) => snapshot.json,
+            Self::Compact(compact) => compact.json,
             Self::Add(_)
             | Self::Del(_)
             | Self::Recover(_)
@@ -103,6 +106,7 @@ impl Command {
             Self::Check(check) => return Ok(check.run()?),
             Self::Relink(relink) => relink.run()?,
             Self::Merge(merge) => merge.run()?,
+            Self::Compact(compact) => compact.run()?,
             Self::Features(features) => features.run()?,
         }
         Ok(SUCCESS)

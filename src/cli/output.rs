@@ -131,7 +131,7 @@ impl<'a> Failure<'a> {
 }
 
 /// What went wrong and why, as one printable line.
-fn message(error: &(dyn StdError + 'static)) -> String {
+pub fn message(error: &(dyn StdError + 'static)) -> String {
     let causes: Vec<String> = Chain::new(error).map(ToString::to_string).collect();
     printable(&causes.join(": ")).into_owned()
 }

@@ -1,0 +1,209 @@
+//! `compact`: makes the file of an image smaller.
+
+use std::fmt::Write as _;
+use std::path::PathBuf;
+
+use serde::Serialize;
+
+use vhdx_ublk::device::claims::Claims;
+use vhdx_ublk::disk::Reactor;
+use vhdx_ublk::error::Result;
+use vhdx_ublk::format::metadata::DiskType;
+use vhdx_ublk::operations::compact::{Compacted, Figures, Request, Steps};
+use vhdx_ublk::printable::human_size;
+
+use super::parent_options::ParentOptions;
+use super::progress::ProgressOptions;
+use super::{output, size};
+
+/// Make the file of an image smaller. Its disk does not change.
+///
+/// Blocks that hold only zeros give up their space, and blocks at the end of the file move into free space
+/// before them, so that the file can be cut there. After a power cut or a kill at any moment the disk reads
+/// as before; run the command again to continue.
+#[derive(clap::Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct Compact {
+    /// The image
+    image: PathBuf,
+    #[command(flatten)]
+    steps: StepOptions,
+    /// Show what would be done, and change nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// Copy at most SIZE bytes per second, as in 100M
+    #[arg(long, value_name = "SIZE", value_parser = parse_rate)]
+    max_rate: Option<u64>,
+    /// Print the result as JSON
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    parents: ParentOptions,
+    #[command(flatten)]
+    progress: ProgressOptions,
+}
+
+/// The steps. None named: all of them.
+#[derive(clap::Args)]
+struct StepOptions {
+    /// Only give up the space of blocks that hold only zeros, and take no other step that is not named
+    #[arg(long)]
+    zeros: bool,
+    /// Only shorten the file, and take no other step that is not named
+    #[arg(long)]
+    length: bool,
+}
+
+const AFTER_HELP: &str = "\
+Examples:
+  vhdx-ublk compact disk.vhdx                   take all steps
+  vhdx-ublk compact disk.vhdx --dry-run         show what that would do
+  vhdx-ublk compact disk.vhdx --length          only shorten the file
+
+The image must not be in use: remove its device first. A parent can be compacted, and its children
+stay valid. A fixed image keeps the space of all its blocks.
+Space that a file system on the disk has freed is given back only if the guest has discarded it:
+run `fstrim -a` in the guest before.
+For a block that is longer than each free run, blocks between the runs are moved to join them, as
+long as at most 64 bytes are copied for each byte that the file becomes shorter.
+Ctrl-C stops the command at the next safe point; what was won until then is kept.
+Exit status: 0 compacted or stopped, 1 failure (the disk reads as before), 2 wrong usage.";
+
+impl Compact {
+    /// Runs the command.
+    pub fn run(self) -> Result<()> {
+        let Self { image, steps, dry_run, max_rate, json, parents, progress } = self;
+        let StepOptions { zeros, length } = steps;
+        let all = !zeros && !length;
+        let steps = Steps { zeros: zeros || all, length: length || all };
+        let request = Request { image, search: parents.search(), steps, max_rate, dry_run };
+        let reactor = Reactor::new()?;
+        let shown = progress.start()?;
+        let compacted = request.run(&reactor, &Claims, &shown)?;
+        drop(shown);
+        if json { output::print_json(&answer(&compacted)) } else { output::print(&text(&compacted, steps)) }
+    }
+}
+
+fn parse_rate(text: &str) -> std::result::Result<u64, String> {
+    match size::parse(text)? {
+        0 => Err("a rate must be at least one byte per second".into()),
+        rate => Ok(rate),
+    }
+}
+
+/// The answer as JSON has it. What would be done only has no figures of the file afterwards but its length.
+#[derive(Serialize)]
+struct Answer {
+    image: String,
+    dry_run: bool,
+    stopped: bool,
+    host_bytes_before: u64,
+    host_bytes_after: Option<u64>,
+    file_bytes_before: u64,
+    file_bytes_after: u64,
+    zero_blocks: u64,
+    unmapped_blocks: u64,
+    given_up_bytes: u64,
+    moves: u64,
+    moved_bytes: u64,
+    free_bytes: u64,
+    free_before: Option<&'static str>,
+    unread_parents: Option<String>,
+}
+
+fn answer(compacted: &Compacted) -> Answer {
+    let Compacted { path, before, after, done, unread, .. } = compacted;
+    Answer {
+        image: path.to_string_lossy().into_owned(),
+        dry_run: after.is_none(),
+        stopped: done.stopped,
+        host_bytes_before: before.host,
+        host_bytes_after: after.map(|after| after.host),
+        file_bytes_before: before.length,
+        file_bytes_after: after.map_or(done.end, |after| after.length),
+        zero_blocks: done.zero_blocks,
+        unmapped_blocks: done.old_blocks,
+        given_up_bytes: done.given_up_bytes,
+        moves: done.moves,
+        moved_bytes: done.moved_bytes,
+        free_bytes: done.free_bytes,
+        free_before: done.held_by.map(|held_by| held_by.name),
+        unread_parents: unread.as_ref().map(|error| output::message(error)),
+    }
+}
+
+/// The answer for people.
+fn text(compacted: &Compacted, steps: Steps) -> String {
+    let Compacted { before, after, done, .. } = compacted;
+    let mut text = String::new();
+    let mut line = |line: String| {
+        let _ = writeln!(text, "{line}"); // a string takes everything
+    };
+    match after {
+        Some(after) => line(format!("Host space   {}", change(before.host, after.host))),
+        None => line(format!("Host space   {}", human_size(before.host))),
+    }
+    let end = after.map_or(done.end, |after| after.length);
+    line(format!("File length  {}", change(before.length, if steps.length { end } else { before.length })));
+    let (give, held) = if after.is_some() { ("gave", "held") } else { ("would give", "hold") };
+    if done.given_up_bytes > 0 {
+        let [blocks, bytes] = [done.zero_blocks + done.old_blocks, done.given_up_bytes];
+        line(format!("{blocks} blocks {held} only zeros and {give} up {}", human_size(bytes)));
+    }
+    if done.moves > 0 {
+        let made = if after.is_some() { "made" } else { "would be made" };
+        line(format!("{} moves {made}, {} copied", done.moves, human_size(done.moved_bytes)));
+    }
+    notes(compacted, steps).into_iter().for_each(line);
+    text.truncate(text.trim_end().len());
+    text
+}
+
+/// What else the user must know.
+fn notes(compacted: &Compacted, steps: Steps) -> Vec<String> {
+    let Compacted { kind, before, after, done, unread, .. } = compacted;
+    let mut notes = Vec::new();
+    if done.stopped {
+        notes.push("Stopped before all was done; run the command again to continue".into());
+    }
+    if steps.zeros && *kind == DiskType::Fixed {
+        notes.push("A fixed image keeps the space of all its blocks: zeros were not searched for".into());
+    }
+    if let Some(error) = unread {
+        let why = output::message(error);
+        notes.push(format!("Blocks with sectors of the parents were not searched for zeros: {why}"));
+    }
+    if steps.length && done.free_bytes > 0 {
+        let free = human_size(done.free_bytes);
+        notes.push(match done.held_by {
+            Some(held_by) => format!("{free} stay free before the {}, which is not moved", held_by.name),
+            None => format!("{free} stay free: no block fits there, or moving would copy too much for it"),
+        });
+    }
+    let won = |after: &Figures| after.host < before.host || after.length < before.length;
+    if !done.stopped && after.as_ref().is_some_and(|after| !won(after)) {
+        notes.push(nothing_won(steps).into());
+    }
+    notes
+}
+
+fn nothing_won(steps: Steps) -> &'static str {
+    match steps {
+        Steps { zeros: true, length: true } => {
+            "Nothing was won: the guest has not given back what it has deleted. Run `fstrim -a` in the \
+             guest, then compact again"
+        }
+        Steps { zeros: false, .. } => "Nothing was won: blocks of zeros were not searched for (--zeros)",
+        Steps { length: false, .. } => "Nothing was won: the file was not shortened (--length)",
+    }
+}
+
+fn change(before: u64, after: u64) -> String {
+    let [was, is] = [before, after].map(human_size);
+    match before.checked_sub(after) {
+        Some(0) => format!("{was}, as before"),
+        Some(won) => format!("{was} -> {is}, {} won", human_size(won)),
+        None => format!("{was} -> {is}"),
+    }
+}
