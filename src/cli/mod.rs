@@ -20,6 +20,7 @@ mod parent_options;
 mod progress;
 mod recover;
 mod relink;
+mod salvage;
 mod session;
 mod size;
 mod snapshot;
@@ -70,6 +71,7 @@ enum Command {
     Relink(relink::Relink),
     Merge(merge::Merge),
     Compact(compact::Compact),
+    Salvage(salvage::Salvage),
     Features(features::Features),
 }
 
@@ -80,6 +82,7 @@ impl Command {
             Self::Session(sessions) => sessions.wants_json(),
             Self::Info(info) => info.json,
             Self::Check(check) => check.json,
+            Self::Salvage(salvage) => salvage.json,
             Self::Features(features) => features.json,
             Self::Snapshot(snapshot) => snapshot.json,
             Self::Compact(compact) => compact.json,
@@ -107,6 +110,7 @@ impl Command {
             Self::Relink(relink) => relink.run()?,
             Self::Merge(merge) => merge.run()?,
             Self::Compact(compact) => compact.run()?,
+            Self::Salvage(salvage) => salvage.run()?,
             Self::Features(features) => features.run()?,
         }
         Ok(SUCCESS)

@@ -130,6 +130,16 @@ impl<'a> Failure<'a> {
     }
 }
 
+impl Failure<'_> {
+    /// As one line, with its advice.
+    pub fn text(&self) -> String {
+        match self.remedy {
+            Some(remedy) => format!("{}; try: {}", self.message, printable(remedy)),
+            None => self.message.clone(),
+        }
+    }
+}
+
 /// What went wrong and why, as one printable line.
 pub fn message(error: &(dyn StdError + 'static)) -> String {
     let causes: Vec<String> = Chain::new(error).map(ToString::to_string).collect();

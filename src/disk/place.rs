@@ -13,9 +13,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nix::errno::Errno;
-use nix::fcntl::{AtFlags, OFlag, openat, renameat};
+use nix::fcntl::{AtFlags, OFlag, RenameFlags, openat, renameat, renameat2};
 use nix::sys::stat::{Mode, fstatat};
-use nix::unistd::{UnlinkatFlags, unlinkat};
+use nix::unistd::{UnlinkatFlags, linkat, unlinkat};
 
 use super::{Access, HostFile, ImageFile, folder_of};
 use crate::error::{Error, Kind, Result};
@@ -124,6 +124,19 @@ impl Place {
         self.require(file)?;
         let renamed = renameat(&self.folder, &*self.name, &to.folder, &*to.name);
         renamed.map_err(|errno| Error::io("replacing the file", errno.into()).file(&to.path))
+    }
+
+    /// Gives `file`, which is here, the name of `to` in the same folder, where there must be nothing.
+    pub(super) fn rename_to_free(&self, file: &ImageFile, to: &Self) -> Result<()> {
+        self.require(file)?;
+        let flags = RenameFlags::RENAME_NOREPLACE;
+        let renamed = match renameat2(&self.folder, &*self.name, &to.folder, &*to.name, flags) {
+            // NFS and some others cannot look and rename in one step, and can make a second name so.
+            Err(Errno::EINVAL) => linkat(&self.folder, &*self.name, &to.folder, &*to.name, AtFlags::empty())
+                .and_then(|()| unlinkat(&self.folder, &*self.name, UnlinkatFlags::NoRemoveDir)),
+            renamed => renamed,
+        };
+        renamed.map_err(|errno| Error::io("naming the file", errno.into()).file(&to.path))
     }
 
     /// Makes durable what the folder holds.

@@ -63,6 +63,21 @@ impl Unfinished {
         place.sync()
     }
 
+    /// The file stays, and takes the name at `place`, durably.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::Exists`](crate::error::Kind::Exists) if there is something by now: the file is removed then.
+    /// If the file has lost its name, or the folder cannot be synced.
+    pub fn name(self, place: &Place) -> Result<()> {
+        let mut made = lock(&self.0);
+        if let Some((beside, file)) = &*made {
+            beside.rename_to_free(file, place)?;
+        }
+        *made = None;
+        place.sync()
+    }
+
     /// The file stays.
     pub fn keep(self) {
         *lock(&self.0) = None;
@@ -119,6 +134,25 @@ mod tests {
         second.create(place()).expect_err("taken");
         drop(second);
         assert!(path.exists(), "not ours to remove");
+    }
+
+    /// It takes a name that is free, and no other.
+    #[test]
+    fn a_finished_file_takes_a_free_name() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let at = |name: &str| Place::of(&folder.path().join(name)).expect("a folder");
+        for (number, free) in [(0, true), (1, false)] {
+            let unfinished = Unfinished::default();
+            let made = unfinished.create(at(&format!("{number}.tmp"))).expect("free");
+            let named = unfinished.name(&at("a"));
+            assert_eq!(
+                named.map_err(|error| error.kind()),
+                if free { Ok(()) } else { Err(crate::error::Kind::Exists) }
+            );
+            let named = crate::disk::HostFile::at(&folder.path().join("a")).expect("there");
+            assert_eq!(named == made.identity(), free);
+        }
+        assert_eq!(fs::read_dir(folder.path()).expect("readable").count(), 1, "the other one is removed");
     }
 
     #[test]

@@ -250,6 +250,18 @@ impl Table {
         Self::new(raw.iter().map(Entry::from_raw).collect(), region_length)
     }
 
+    /// The known items that the first [`TABLE_SIZE`] bytes of a region of `region_length` bytes still list,
+    /// in places where items can be, whatever else is wrong with the table: those behind its end, which may
+    /// be stale, come last.
+    pub fn remains(table: &[u8], region_length: u32) -> Vec<Entry> {
+        let Some(table) = table.get(..TABLE_SIZE) else { return Vec::new() };
+        let (_, rest) = RawTable::ref_from_prefix(table).expect("TABLE_SIZE bytes hold the head");
+        let (raw, _) = <[RawEntry]>::ref_from_prefix_with_elems(rest, MAX_ENTRIES).expect("2047 entries fit");
+        let entries = raw.iter().map(Entry::from_raw).filter(|entry| entry.length > 0);
+        let known = |entry: &Entry| entry.known().is_some_and(|known| known.fits(entry.length));
+        entries.filter(|entry| known(entry) && entry.check(region_length).is_ok()).collect()
+    }
+
     /// The bytes of a table with its reserved fields and bits zeroed; none if they are zero already. Nothing
     /// else changes: what lies behind the last entry stays.
     ///

@@ -21,6 +21,7 @@ mod checksum;
 pub mod file_id;
 pub mod guid;
 pub mod header;
+pub mod item;
 pub mod locator;
 pub mod log;
 pub mod metadata;

@@ -58,6 +58,12 @@ impl Overlay {
         self.ranges.insert(range.start, piece);
     }
 
+    /// Whether the log has changed the page at `offset`.
+    pub fn covers(&self, offset: u64) -> bool {
+        let piece = self.ranges.range(..=offset).next_back();
+        piece.is_some_and(|(&start, piece)| offset < piece.end(start))
+    }
+
     /// Replaces in `bytes`, read from the file at `offset`, what the log has changed.
     pub fn patch(&self, offset: u64, bytes: &mut [u8]) {
         let end = offset + bytes.len() as u64;

@@ -18,6 +18,7 @@ pub mod merge;
 pub mod opened;
 pub mod relink;
 mod replaced;
+pub mod salvage;
 mod watch;
 
 pub use devices::Devices;

@@ -22,6 +22,7 @@ mod info;
 mod intruder;
 mod merge;
 mod relink;
+mod salvage;
 #[path = "../skip/mod.rs"]
 mod skip;
 

@@ -61,7 +61,7 @@ fn used(config: &Config, seed: u64) -> Store {
 }
 
 /// An image that a power cut has left with a log to replay.
-fn dirty(config: &Config, seed: u64) -> Store {
+pub fn dirty(config: &Config, seed: u64) -> Store {
     let mut world = world(config, seed);
     world.drain();
     world.cut_file()

@@ -11,6 +11,7 @@ pub mod mend;
 pub mod merge;
 pub mod mutator;
 pub mod probe;
+pub mod salvage;
 pub mod search;
 pub mod session;
 pub mod target;

@@ -1,0 +1,157 @@
+//! `salvage`: copies what is left of a damaged image.
+
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use vhdx_ublk::device::claims::Claims;
+use vhdx_ublk::disk::Reactor;
+use vhdx_ublk::error::Result;
+use vhdx_ublk::image::Note;
+use vhdx_ublk::operations::salvage::{Copy, Damaged, Totals};
+use vhdx_ublk::printable::{both_sizes, printable};
+
+use super::output::{self, Failure, Fields};
+use super::parent_options::ParentOptions;
+use super::progress::ProgressOptions;
+
+/// Copy what is left of a damaged image into a raw disk.
+///
+/// The image may be cut short, overwritten in part, or on a disk that fails; it is only read. What is lost
+/// reads as zeros in the copy, and is listed in the mapfile.
+#[derive(clap::Args)]
+#[command(after_help = AFTER_HELP)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag of its own on the command line")]
+pub struct Salvage {
+    /// The VHDX file
+    image: PathBuf,
+    /// The file that gets the content of the disk
+    #[arg(required_unless_present = "dry_run")]
+    target: Option<PathBuf>,
+    /// Write a mapfile of GNU ddrescue: which bytes of the disk came back, and which are lost
+    #[arg(long, value_name = "FILE")]
+    mapfile: Option<PathBuf>,
+    /// Use what can only be guessed: where the regions are if no table names them, what the disk is like if
+    /// the metadata are lost
+    #[arg(long)]
+    assume: bool,
+    /// Replace images and empty files that are in the way
+    #[arg(short, long)]
+    force: bool,
+    /// Only show what is damaged, and what would come back if all of the file can be read
+    #[arg(short = 'n', long, conflicts_with_all = ["mapfile", "force", "assume"])]
+    dry_run: bool,
+    #[command(flatten)]
+    parents: ParentOptions,
+    #[command(flatten)]
+    progress: ProgressOptions,
+    /// As JSON: one object, errors too
+    #[arg(long)]
+    pub json: bool,
+}
+
+const AFTER_HELP: &str = "\
+Examples:
+  vhdx-ublk salvage --dry-run disk.vhdx
+  vhdx-ublk salvage disk.vhdx copy.raw --mapfile copy.map
+  ddrescuelog --show-status copy.map              the lost bytes in figures
+  losetup --find --show --partscan copy.raw       the copy as a disk
+
+Every structure is read as far as it is left: one of two headers or region tables is enough, and
+none is needed with --assume. Lost are blocks whose entries are damaged, that lie beyond the end of
+the file, or that share space with something else, and sectors that the host cannot read. In the
+mapfile + marks bytes that came back, - lost ones, and ? those of which it is not known whether
+they are complete, because a log or a parent is missing.
+JSON: sizes are bytes. Keys: image, target and mapfile (null with --dry-run), virtual_size,
+finished_bytes, lost_bytes, unknown_bytes, notes [{image, structure, what, is_guess}],
+missing_parent and left_session (null, or an error).
+Exit status: 0 the copy is made, 1 failure (no unfinished file is left), 2 wrong usage.";
+
+/// What is printed as JSON.
+#[derive(Serialize)]
+struct Report<'a> {
+    image: String,
+    target: Option<String>,
+    mapfile: Option<String>,
+    virtual_size: u64,
+    #[serde(flatten)]
+    totals: Totals,
+    notes: Vec<NoteOf<'a>>,
+    missing_parent: Option<Failure<'a>>,
+    left_session: Option<Failure<'a>>,
+}
+
+#[derive(Serialize)]
+struct NoteOf<'a> {
+    image: String,
+    #[serde(flatten)]
+    note: &'a Note,
+}
+
+impl Salvage {
+    /// Runs the command.
+    pub fn run(self) -> Result<()> {
+        let Self { image, target, mapfile, assume, force, parents, progress, .. } = self;
+        let reactor = Reactor::new()?;
+        let damaged = Damaged::open(&image, &parents.search(), &reactor, &Claims)?;
+        let target = target.filter(|_| !self.dry_run);
+        let totals = match target.clone() {
+            None => damaged.plan(),
+            Some(target) => {
+                let copy = Copy { target, mapfile: mapfile.clone(), replace: force, assume };
+                damaged.copy(&copy, &reactor, &progress.start()?, &Claims)?
+            }
+        };
+        let report = Report::of(&damaged, totals, target.as_deref(), mapfile.as_deref());
+        if self.json { output::print_json(&report) } else { output::print(&report.text()) }
+    }
+}
+
+impl<'a> Report<'a> {
+    fn of(damaged: &'a Damaged, totals: Totals, target: Option<&Path>, mapfile: Option<&Path>) -> Self {
+        let text = |path: &Path| path.to_string_lossy().into_owned();
+        Self {
+            image: text(damaged.path()),
+            target: target.map(text),
+            mapfile: mapfile.map(text),
+            virtual_size: damaged.virtual_size(),
+            totals,
+            notes: damaged.notes().map(|(path, note)| NoteOf { image: text(path), note }).collect(),
+            missing_parent: damaged.missing_parent().map(|error| Failure::of(error)),
+            left_session: damaged.left_session().map(|error| Failure::of(error)),
+        }
+    }
+
+    fn text(&self) -> String {
+        let mut fields = Fields::default();
+        fields.add("image", &*self.image);
+        if let Some(target) = &self.target {
+            fields.add("copy", &**target);
+        }
+        fields.add("disk", both_sizes(self.virtual_size));
+        let Totals { finished_bytes, lost_bytes, unknown_bytes } = self.totals;
+        fields.add(
+            if self.target.is_some() { "came back" } else { "can come back" },
+            both_sizes(finished_bytes),
+        );
+        fields.add("lost", both_sizes(lost_bytes));
+        if unknown_bytes > 0 {
+            fields.add("not known", both_sizes(unknown_bytes));
+        }
+        let mut text = fields.to_string();
+        for NoteOf { image, note } in &self.notes {
+            let guess = if note.is_guess { " (a guess)" } else { "" };
+            let place = if *image == self.image { String::new() } else { format!("{}: ", printable(image)) };
+            let _ = write!(text, "\n{place}{}{guess}: {}", note.structure, printable(&note.what));
+        }
+        let failures =
+            [("a parent is missing", &self.missing_parent), ("a session is left", &self.left_session)];
+        for (what, failure) in failures {
+            if let Some(failure) = failure {
+                let _ = write!(text, "\n{what}: {}", failure.text());
+            }
+        }
+        text
+    }
+}

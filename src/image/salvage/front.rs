@@ -1,0 +1,134 @@
+//! What lies in front of the regions: file identifier, headers, and the log that they name.
+//!
+//! None of them is needed. A header gives the log, and the GUID by which children know the image. Without a
+//! log that should be there, the newest changes of the metadata are missing: what no block says of the disk
+//! is then in doubt.
+
+use uuid::Uuid;
+
+use super::notes::Notes;
+use super::source::Forgiving;
+use crate::disk::{PAGE_BYTES, ReadDisk};
+use crate::error::{Error, Kind, Result};
+use crate::format::file_id::FileId;
+use crate::format::header::{self, Header, Other};
+use crate::image::log_scan::{Log, LogState};
+use crate::image::open::read_header_slots;
+use crate::image::overlay::Overlay;
+use crate::image::replay;
+use crate::image::space::Extent;
+use crate::image::view::{View, file_length};
+
+/// What is left of the front.
+pub(super) struct Front {
+    /// What children know the image by, if a header says it.
+    pub(super) data_write_guid: Option<Uuid>,
+    /// Where the log lies, if a header says it.
+    pub(super) log: Option<Extent>,
+    /// The replayed log, if there is anything in it.
+    pub(super) overlay: Option<Overlay>,
+    /// How long the file should be, bytes.
+    pub(super) length: u64,
+    /// Everything that the log may hold is known.
+    pub(super) has_whole_log: bool,
+}
+
+impl Front {
+    pub(super) async fn read<D: ReadDisk>(disk: &D, notes: &mut Notes) -> Result<Self> {
+        let forgiving = Forgiving::new(disk);
+        let length = file_length(disk).await?;
+        note_file_id(&forgiving, notes).await?;
+        let mut front =
+            Self { data_write_guid: None, log: None, overlay: None, length, has_whole_log: false };
+        if let Some(header) = read_header(&forgiving, length, notes).await? {
+            let log = Extent { offset: header.log_offset, length: header.log_length.into() };
+            (front.data_write_guid, front.log) = (Some(header.data_write_guid), Some(log));
+            front.replay(disk, &header, notes).await?;
+        }
+        Ok(front)
+    }
+
+    /// Replays the log that `header` names, in memory.
+    async fn replay<D: ReadDisk>(&mut self, disk: &D, header: &Header, notes: &mut Notes) -> Result<()> {
+        if !header.needs_replay() {
+            self.has_whole_log = true;
+            return Ok(());
+        }
+        let ignored = "it is ignored: what was written last may be old, or missing";
+        if header.log_offset + u64::from(header.log_length) > self.length {
+            notes.add("log", format!("it lies beyond the end of the file; {ignored}"));
+            return Ok(());
+        }
+        let forgiving = Forgiving::new(disk);
+        let replayed = replayed(&forgiving, header, self.length).await;
+        match replayed {
+            _ if forgiving.has_forgiven() => {
+                notes.add("log", format!("a part of it cannot be read; {ignored}"));
+            }
+            Err(error) if error.kind() == Kind::Io => return Err(error),
+            Err(error) => notes.add("log", format!("it cannot be replayed ({}); {ignored}", error.message())),
+            Ok((overlay, is_cut)) => {
+                if is_cut {
+                    notes.add("log", "the file is shorter than the newest entry says; it is replayed");
+                } else {
+                    self.length = self.length.max(overlay.file_length());
+                }
+                (self.overlay, self.has_whole_log) = (Some(overlay), true);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The replayed log of a file of `length` bytes, and whether the file has lost its end since the log was
+/// written.
+async fn replayed<D: ReadDisk>(disk: &D, header: &Header, length: u64) -> Result<(Overlay, bool)> {
+    let log = Log::new(disk, header);
+    let (state, is_cut) = match log.scan(length).await {
+        Err(error) if error.kind() == Kind::Truncated => (log.scan(u64::MAX).await?, true),
+        state => (state?, false),
+    };
+    assert!(!matches!(state, LogState::Clean), "the header names a log");
+    let positions = state.positions().unwrap_or_default();
+    Ok((replay::in_memory(disk, header, &positions, length).await?, is_cut))
+}
+
+async fn note_file_id<D: ReadDisk>(file: &Forgiving<'_, D>, notes: &mut Notes) -> Result<()> {
+    let first = file.read(0, PAGE_BYTES).await.map_err(|error| Error::io("reading the file", error))?;
+    if FileId::parse(&first).is_err() {
+        notes.add("file identifier", "the signature of a VHDX is missing; the rest decides");
+    }
+    Ok(())
+}
+
+/// The newest header that is left.
+async fn read_header<D: ReadDisk>(
+    file: &Forgiving<'_, D>,
+    length: u64,
+    notes: &mut Notes,
+) -> Result<Option<Header>> {
+    let slots = read_header_slots(&View { disk: file, overlay: None }, length).await?;
+    let [first, second] = slots.each_ref().map(|slot| &slot[..]);
+    let refused = match header::current([first, second]) {
+        Ok(current) => {
+            if current.other == Other::Invalid {
+                notes
+                    .add("headers", format!("header {} is damaged; the other one is used", 2 - current.slot));
+            }
+            return Ok(Some(current.header));
+        }
+        Err(error) => error.message(),
+    };
+    let (first, second) = (Header::parse(first).ok(), Header::parse(second).ok());
+    // A clean close empties the log in both: of two that contradict each other, the one with a log holds
+    // more.
+    let both = first.is_some() && second.is_some();
+    let chosen = first.filter(|first| !both || first.needs_replay()).map(|header| (1, header));
+    let chosen = chosen.or(second.map(|header| (2, header)));
+    let then = match &chosen {
+        Some((number, _)) => format!("header {number} is used"),
+        None => "nothing is known of the log: what was written last may be old, or missing".into(),
+    };
+    notes.add("headers", format!("{refused}; {then}"));
+    Ok(chosen.map(|(_, header)| header))
+}

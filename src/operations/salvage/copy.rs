@@ -1,0 +1,102 @@
+//! Copying what is left of a disk.
+//!
+//! One window is read while the one before it is written. Zeros are not written: the target reads as zeros
+//! where nothing was.
+
+use std::ops::Range;
+
+use super::remains::{Remains, Status, Totals, Window};
+use crate::disk::{Buffer, Disk, PAGE_BYTES, ReadDisk};
+use crate::error::{Doing, Error, Kind, Locate, Result};
+use crate::format::{MIB, index};
+use crate::operations::Watch;
+
+/// The most that is read at once, bytes.
+const WINDOW_BYTES: u64 = 4 * MIB;
+
+/// The unit in which zeros are left out, bytes.
+const UNIT: usize = 64 << 10;
+
+/// A unit of zeros.
+static ZEROS: [u8; UNIT] = [0; UNIT];
+
+const _: () = assert!(UNIT.is_multiple_of(PAGE_BYTES), "whole pages are written");
+
+/// Where the disk's bytes go.
+#[expect(async_fn_in_trait, reason = "one thread drives all of it: futures need not be Send")]
+pub trait Target {
+    /// Writes `data`, whole pages, at byte `offset` of the disk. Offsets ascend.
+    ///
+    /// # Errors
+    /// Those of the host.
+    async fn write(&mut self, offset: u64, data: Buffer) -> Result<()>;
+}
+
+/// A file that has the disk's bytes and nothing else.
+pub struct RawTarget<'a, D>(pub &'a D);
+
+impl<D: Disk> Target for RawTarget<'_, D> {
+    async fn write(&mut self, offset: u64, data: Buffer) -> Result<()> {
+        self.0.write(offset, data).await.doing("writing the copy").at(offset)
+    }
+}
+
+/// Copies all that is left of `remains`. `record` gets what is known of the disk's bytes, in their order
+/// and without a gap.
+///
+/// # Errors
+/// Errors of the host that say nothing of the source's medium; those of `record`; [`Kind::Stopped`].
+pub async fn copy<D: ReadDisk>(
+    remains: &Remains<D>,
+    target: &mut impl Target,
+    record: &mut impl FnMut(Range<u64>, Status) -> Result<()>,
+    watch: &dyn Watch,
+) -> Result<Totals> {
+    let (_, to_read) = remains.plan();
+    let mut totals = Totals::default();
+    let (mut at, mut done, mut under_way) = (0, 0, None);
+    let mut runs = Vec::new();
+    loop {
+        at = remains.next_stored(at, &mut runs);
+        let end = ((at / WINDOW_BYTES + 1) * WINDOW_BYTES).min(remains.virtual_size());
+        let read = async { if at < end { remains.read(at..end).await.map(Some) } else { Ok(None) } };
+        let (window, written) = smol::future::zip(read, write(target, under_way.take())).await;
+        written?;
+        for (range, status) in runs.drain(..) {
+            totals.add(range.end - range.start, status);
+            record(range, status)?;
+        }
+        let Some(mut window) = window? else { break };
+        runs.append(&mut window.runs);
+        under_way = Some(window);
+        done = to_read.min(done + (end - at));
+        at = end;
+        watch.progress(done, to_read);
+        if watch.stop_requested() {
+            return Err(Error::new(Kind::Stopped, "salvaging was stopped"));
+        }
+    }
+    assert_eq!(
+        totals.finished_bytes + totals.lost_bytes + totals.unknown_bytes,
+        remains.virtual_size(),
+        "every byte of the disk has a status"
+    );
+    Ok(totals)
+}
+
+/// Writes what of `window` is not zero.
+async fn write(target: &mut impl Target, window: Option<Window>) -> Result<()> {
+    let Some(Window { start, bytes, .. }) = window else { return Ok(()) };
+    let units: Vec<(usize, bool)> =
+        bytes.chunks(UNIT).map(|unit| (unit.len(), *unit == ZEROS[..unit.len()])).collect();
+    let mut at = 0;
+    for run in units.chunk_by(|(_, zero), (_, next)| zero == next) {
+        let length: usize = run.iter().map(|(length, _)| length).sum();
+        if !run[0].1 {
+            target.write(start + at as u64, Buffer::copy_of(&bytes[at..at + length])).await?;
+        }
+        at += length;
+    }
+    assert_eq!(index(at as u64), bytes.len(), "all of the window was looked at");
+    Ok(())
+}

@@ -1,0 +1,228 @@
+//! Salvaging a damaged image: a copy of what is left of its disk, and a list of what is not.
+//!
+//! The source is only read. What cannot be known of the disk is zeros in the copy, and listed in a mapfile;
+//! no byte that is wrong is listed as right, as far as the structures that are left say.
+//!
+//! Order: the copy is synced and gets its name first, then the mapfile. A power cut between the two leaves a
+//! copy without its mapfile, and never a mapfile of a copy that is not whole.
+
+mod copy;
+mod mapfile;
+mod output;
+mod remains;
+
+use std::fs::File;
+use std::io::{self, BufWriter};
+use std::ops::Range;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use uuid::Uuid;
+
+pub use copy::{RawTarget, Target, copy};
+pub use mapfile::Mapfile;
+pub use remains::{Remains, RemainsLayer, Status, Totals};
+
+use self::output::Output;
+use super::{Devices, Watch, locked};
+use crate::chain::{self, Relative, Search};
+use crate::disk::{Access, Disk, ImageFile, PAGE_BYTES, Reactor, UringDisk};
+use crate::error::{Doing, Error, Kind, Locate, Result};
+use crate::format::metadata::Metadata;
+use crate::image::{Note, Salvaged};
+use crate::printable::human_size;
+
+/// A damaged image that is open, with its parents as far as they were found.
+pub struct Damaged {
+    files: Vec<Arc<ImageFile>>,
+    remains: Remains<UringDisk>,
+    missing_parent: Option<Error>,
+    left_session: Option<Error>,
+}
+
+/// What is made of a damaged image.
+pub struct Copy {
+    /// The file that gets the content of the disk.
+    pub target: PathBuf,
+    /// The file that lists which bytes came back.
+    pub mapfile: Option<PathBuf>,
+    /// Whether files that are there are replaced.
+    pub replace: bool,
+    /// Whether what is a guess is used.
+    pub assume: bool,
+}
+
+/// An image of the chain while its parents are searched for.
+struct Member {
+    file: Arc<ImageFile>,
+    image: Salvaged,
+    /// One that no child knows, if the image's own is lost.
+    data_write_guid: Uuid,
+}
+
+impl Relative for Member {
+    fn metadata(&self) -> &Metadata {
+        self.image.metadata()
+    }
+
+    fn data_write_guid(&self) -> Uuid {
+        self.data_write_guid
+    }
+
+    fn resident_bytes(&self) -> u64 {
+        self.image.resident_bytes()
+    }
+
+    fn path(&self) -> &Path {
+        self.file.path()
+    }
+}
+
+impl Damaged {
+    /// Opens the image at `path`, and its parents where `search` leads to them. All of them are locked for
+    /// reading.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Salvaged::read`]; [`Kind::InUse`] if another process writes to the image, or a device waits
+    /// for a new daemon to serve it. What is wrong with a parent is no error.
+    pub fn open(path: &Path, search: &Search, reactor: &Reactor, devices: &dyn Devices) -> Result<Self> {
+        let open = |path: &Path| {
+            let file = Arc::new(locked::lock(path, Access::ReadOnly, devices)?);
+            let image = reactor.block_on(Salvaged::read(&reactor.disk(file.clone()))).file(path)?;
+            let data_write_guid = image.data_write_guid().unwrap_or_else(Uuid::new_v4);
+            Ok(Member { file, image, data_write_guid })
+        };
+        let leaf = open(path)?;
+        let left_session = devices.refuse_orphan(&leaf.file, None).err();
+        let mut parents = Vec::new();
+        let missing_parent = match chain::follow_parents(&leaf, search, &mut parents, open) {
+            Err(error) if error.kind() == Kind::Usage => return Err(error),
+            followed => followed.err(),
+        };
+        let members = std::iter::once(leaf).chain(parents);
+        let (files, images): (Vec<_>, Vec<_>) = members.map(|member| (member.file, member.image)).unzip();
+        let disks = files.iter().map(|file| reactor.disk(Arc::clone(file)));
+        let layers = disks.zip(images).map(|(disk, image)| RemainsLayer { disk, image });
+        let remains = Remains::new(layers.collect());
+        Ok(Self { files, remains, missing_parent, left_session })
+    }
+
+    /// The image's file.
+    pub fn path(&self) -> &Path {
+        self.files[0].path()
+    }
+
+    /// What is damaged, in which file, and which readings were taken.
+    pub fn notes(&self) -> impl Iterator<Item = (&Path, &Note)> {
+        let images = self.files.iter().zip(self.remains.images());
+        images.flat_map(|(file, image)| image.notes().iter().map(|note| (file.path(), note)))
+    }
+
+    /// Why a parent is missing, if one is: what only it has is not known.
+    pub fn missing_parent(&self) -> Option<&Error> {
+        self.missing_parent.as_ref()
+    }
+
+    /// That a killed daemon left writes in its session, if it did: the file does not have them.
+    pub fn left_session(&self) -> Option<&Error> {
+        self.left_session.as_ref()
+    }
+
+    /// The size of the virtual disk, bytes.
+    pub fn virtual_size(&self) -> u64 {
+        self.remains.virtual_size()
+    }
+
+    /// What will come back if all of the files can be read.
+    pub fn plan(&self) -> Totals {
+        self.remains.plan().0
+    }
+
+    /// Copies what is left.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::Corrupt`] if guesses are needed and not allowed; [`Kind::Exists`] if there is a file that is
+    /// not to be replaced; [`Kind::NoSpace`] if the file system has no room for the copy; [`Kind::Stopped`];
+    /// errors of the host. No unfinished file is left.
+    pub fn copy(
+        &self,
+        copy: &Copy,
+        reactor: &Reactor,
+        watch: &dyn Watch,
+        devices: &dyn Devices,
+    ) -> Result<Totals> {
+        if !copy.assume {
+            self.refuse_guesses()?;
+        }
+        let target = Output::begin(&copy.target, copy.replace, devices)?;
+        self.check_room(target.file()).file(&copy.target)?;
+        let mapfile = copy.mapfile.as_ref();
+        let mapfile = mapfile.map(|path| Output::begin(path, copy.replace, devices)).transpose()?;
+        let mut list = mapfile.as_ref().map(begin_list).transpose()?;
+        let record = |range: Range<u64>, status: Status| match &mut list {
+            Some(list) => list.add(range, status).doing("writing the mapfile"),
+            None => Ok(()),
+        };
+        let disk = reactor.disk(Arc::clone(target.file()));
+        let totals = reactor.block_on(self.write_raw(&disk, record, watch)).file(self.path())?;
+        target.finish()?;
+        if let (Some(list), Some(mapfile)) = (list, mapfile) {
+            let written = list.finish().and_then(|list| list.into_inner().map_err(io::Error::from));
+            written.and_then(|file| file.sync_all()).doing("writing the mapfile")?;
+            mapfile.finish()?;
+        }
+        Ok(totals)
+    }
+
+    async fn write_raw(
+        &self,
+        disk: &UringDisk,
+        mut record: impl FnMut(Range<u64>, Status) -> Result<()>,
+        watch: &dyn Watch,
+    ) -> Result<Totals> {
+        let size = self.virtual_size();
+        disk.grow(size.next_multiple_of(PAGE_BYTES as u64)).await.doing("making the copy")?;
+        let totals = copy(&self.remains, &mut RawTarget(disk), &mut record, watch).await?;
+        disk.truncate(size).await.doing("making the copy")?;
+        disk.sync().await.doing("syncing the copy")?;
+        Ok(totals)
+    }
+
+    fn refuse_guesses(&self) -> Result<()> {
+        let guesses: Vec<&str> =
+            self.notes().filter(|(_, note)| note.is_guess).map(|(_, note)| &*note.what).collect();
+        if guesses.is_empty() {
+            return Ok(());
+        }
+        let message = format!("it can be read only with guesses: {}", guesses.join("; "));
+        let remedy = "`--assume` uses them; the source is not changed, so that other guesses stay possible";
+        Err(Error::new(Kind::Corrupt, message).file(self.path()).remedy(remedy))
+    }
+
+    /// Refuses a copy that cannot fit: what the files have on their hosts, at most what the disk has in them.
+    fn check_room(&self, target: &ImageFile) -> Result<()> {
+        let mut stored = 0_u64;
+        for file in &self.files {
+            stored = stored.saturating_add(file.host_bytes().doing("reading the file's size")?);
+        }
+        let needed = stored.min(self.remains.plan().1);
+        let room = target.host_room().doing("reading the free space of the file system")?;
+        let available = room.available_bytes.saturating_add(room.reserved_bytes);
+        // Some file systems do not say.
+        if available == 0 || available >= needed {
+            return Ok(());
+        }
+        let missing = needed - available;
+        let [needed, missing] = [needed, missing].map(human_size);
+        let message = format!("the copy needs up to {needed}, and its file system lacks {missing} of that");
+        Err(Error::new(Kind::NoSpace, message))
+    }
+}
+
+fn begin_list(mapfile: &Output) -> Result<Mapfile<BufWriter<File>>> {
+    let file = mapfile.file().as_fd().try_clone_to_owned().doing("writing the mapfile")?;
+    Mapfile::begin(BufWriter::new(File::from(file))).doing("writing the mapfile")
+}

@@ -1,0 +1,104 @@
+//! `salvage`: a copy of what is left, a list of what is not, and a source that stays as it was.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::Value;
+
+use super::damage::{BAT, END, HEADERS, METADATA, REGION_TABLES};
+use super::{Bench, Snapshot, has, program, run, skipped};
+
+/// Bytes of the disk: a fixed one, whose blocks follow each other in the file.
+const SIZE: usize = 8 << 20;
+
+/// An image whose disk has no two pages alike, and that disk.
+fn image(bench: &Bench) -> (PathBuf, Vec<u8>) {
+    let path = bench.image("disk.vhdx", &["--size", "8M", "--type", "fixed", "--block-size", "1M"]);
+    let word = |at: usize| (at as u64 / 8).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes();
+    let disk: Vec<u8> = (0..SIZE).step_by(8).flat_map(word).collect();
+    let mut bytes = fs::read(&path).expect("readable");
+    bytes[END..].copy_from_slice(&disk);
+    fs::write(&path, bytes).expect("ours");
+    (path, disk)
+}
+
+/// Changes the image's bytes.
+fn damage(path: &Path, change: impl FnOnce(&mut Vec<u8>)) {
+    let mut bytes = fs::read(path).expect("readable");
+    change(&mut bytes);
+    fs::write(path, bytes).expect("ours");
+}
+
+fn json(arguments: &[&str], paths: &[&Path]) -> Value {
+    let output = program().arg("salvage").args(arguments).arg("--json").arg("--").args(paths).output();
+    let ran = super::Ran::from(output.expect("it runs"));
+    serde_json::from_str(&ran.succeeded()).expect("one JSON value")
+}
+
+/// The mapfile's own tool reads it, and counts what the program counts.
+#[test]
+fn a_file_that_was_cut_gives_what_it_has() {
+    let bench = Bench::new();
+    let (path, disk) = image(&bench);
+    let left = (5 << 20) + 12_345;
+    damage(&path, |bytes| bytes.truncate(END + left));
+    let before = Snapshot::of(&path);
+    let (copy, map) = (bench.path("copy.raw"), bench.path("copy.map"));
+    let report = json(&[&format!("--mapfile={}", map.display())], &[&path, &copy]);
+    before.assert_kept(&path);
+    assert_eq!(report["finished_bytes"], left);
+    assert_eq!(report["lost_bytes"], SIZE - left);
+    assert_eq!(report["unknown_bytes"], 0);
+    assert_eq!(report["virtual_size"], SIZE);
+    let copied = fs::read(&copy).expect("readable");
+    assert!(copied.len() == SIZE && copied[..left] == disk[..left]);
+    assert!(copied[left..].iter().all(|byte| *byte == 0), "zeros stand for what is lost");
+    let names = ["copy.map", "copy.raw", "disk.vhdx"];
+    assert_eq!(bench.names(), names, "nothing else is left");
+    if !has("ddrescuelog") {
+        return skipped("ddrescuelog (gddrescue) is missing, so that no other program read the mapfile");
+    }
+    let listed = Command::new("ddrescuelog").args(["--list-blocks=-", "--block-size=1"]).arg(&map).output();
+    let listed = String::from_utf8(listed.expect("it runs").stdout).expect("text");
+    let listed: Vec<usize> = listed.lines().map(|line| line.parse().expect("a number")).collect();
+    assert_eq!(listed, (left..SIZE).collect::<Vec<_>>());
+}
+
+/// Guesses are shown, and used only if the user agrees.
+#[test]
+fn guesses_need_consent() {
+    let bench = Bench::new();
+    let (path, disk) = image(&bench);
+    damage(&path, |bytes| bytes[REGION_TABLES[0]..METADATA + (128 << 10)].fill(0x5a));
+    let copy = bench.path("copy.raw");
+    let error = run(&["salvage".as_ref(), path.as_os_str(), copy.as_os_str()]).failed(1);
+    assert!(error.contains("by its shape") && error.contains("--assume"), "{error}");
+    assert_eq!(bench.names(), ["disk.vhdx"]);
+    let plan = json(&["--dry-run"], &[&path]);
+    assert!(plan["notes"].as_array().expect("notes").iter().any(|note| note["is_guess"] == true), "{plan}");
+    let report = json(&["--assume"], &[&path, &copy]);
+    assert_eq!(report["finished_bytes"], SIZE, "{report}");
+    assert!(fs::read(&copy).expect("readable") == disk);
+    let again = run(&["salvage".as_ref(), path.as_os_str(), copy.as_os_str(), "--assume".as_ref()]).failed(1);
+    assert!(again.contains("--force"), "{again}");
+}
+
+/// Bad news is in the text, too: what is lost, what is not known, and why.
+#[test]
+fn what_is_lost_is_said() {
+    let bench = Bench::new();
+    let (path, _) = image(&bench);
+    damage(&path, |bytes| {
+        bytes[HEADERS[0]..HEADERS[1] + 4096].fill(1);
+        bytes[BAT + 8..BAT + 24].fill(0x5c);
+    });
+    let text = run(&["salvage".as_ref(), path.as_os_str(), "--dry-run".as_ref()]).succeeded();
+    for part in
+        ["can come back: 6291456 (6 MiB)", "lost:          2097152 (2 MiB)", "headers: neither", "2 blocks"]
+    {
+        assert!(text.contains(part), "{part} is missing: {text}");
+    }
+    let missing = run(&["salvage".as_ref(), path.as_os_str()]).misused();
+    assert!(missing.contains("<TARGET>"), "{missing}");
+}
