@@ -10,10 +10,12 @@ mod compact;
 mod create;
 mod del;
 mod detached;
+mod drawing;
 mod features;
 mod info;
 mod list;
 mod logging;
+mod map;
 mod merge;
 mod output;
 mod parent_options;
@@ -67,6 +69,7 @@ enum Command {
     Snapshot(snapshot::Snapshot),
     Create(create::Create),
     Info(info::Info),
+    Map(map::Map),
     Check(check::Check),
     Relink(relink::Relink),
     Merge(merge::Merge),
@@ -81,6 +84,7 @@ impl Command {
             Self::List(list) => list.json,
             Self::Session(sessions) => sessions.wants_json(),
             Self::Info(info) => info.json,
+            Self::Map(map) => map.json,
             Self::Check(check) => check.json,
             Self::Salvage(salvage) => salvage.json,
             Self::Features(features) => features.json,
@@ -106,6 +110,7 @@ impl Command {
             Self::Snapshot(snapshot) => snapshot.run()?,
             Self::Create(create) => create.run()?,
             Self::Info(info) => return Ok(info.run()?),
+            Self::Map(map) => map.run()?,
             Self::Check(check) => return Ok(check.run()?),
             Self::Relink(relink) => relink.run()?,
             Self::Merge(merge) => merge.run()?,

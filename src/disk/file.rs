@@ -100,6 +100,19 @@ pub(super) fn next_data(file: &File, offset: u64) -> io::Result<Option<u64>> {
     }
 }
 
+/// Where the stored bytes that begin at `offset` end: at the next hole, or at the end of the file. Hosts that
+/// do not know have no holes.
+fn next_hole(file: &File, offset: u64) -> io::Result<u64> {
+    let from = i64::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
+    match lseek(file, from, Whence::SeekHole) {
+        Ok(found) if found >= from => Ok(found.cast_unsigned()),
+        Ok(_) => Err(io::ErrorKind::InvalidData.into()),
+        Err(Errno::ENXIO) => Ok(offset),
+        Err(Errno::EINVAL | Errno::EOPNOTSUPP) => Ok(u64::MAX),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
 /// Hosts that punch holes into any file, by the number that `statfs` gives: ext4, XFS, btrfs, tmpfs, F2FS.
 /// Others do so for some files, or when their server can, or never; asking would change the file's times.
 const PUNCHING: [FsType; 5] =
@@ -374,6 +387,16 @@ impl ImageFile {
     /// What the operating system says.
     pub fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
         next_data(&self.file, offset)
+    }
+
+    /// Where the stored bytes that begin at `offset` end: at the next hole, or at the end of the file. Hosts
+    /// that do not know have no holes.
+    ///
+    /// # Errors
+    ///
+    /// What the operating system says.
+    pub fn next_hole(&self, offset: u64) -> io::Result<u64> {
+        next_hole(&self.file, offset)
     }
 
     /// As [`host_bytes`].

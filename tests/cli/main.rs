@@ -20,6 +20,7 @@ mod damage;
 mod images;
 mod info;
 mod intruder;
+mod map;
 mod merge;
 mod relink;
 mod salvage;
@@ -406,7 +407,7 @@ fn wrong_usage_exits_with_2() {
         run(wrong).misused();
     }
     assert!(run(&["--help"]).succeeded().contains("vhdx-ublk create disk.vhdx --size 10G"));
-    for command in ["add", "del", "list", "create", "info", "check", "relink", "merge", "features"] {
+    for command in ["add", "del", "list", "create", "info", "map", "check", "relink", "merge", "features"] {
         let help = run(&[command, "--help"]).succeeded();
         assert!(help.contains("Exit status:") && !help.contains("--serve"), "{help}");
     }
