@@ -134,11 +134,19 @@ pub enum Plant {
     ReuseMovedEarly,
     /// A sector bitmap moves, and its bits do not.
     MoveBareBitmap,
+    /// A region table names a new place of the BAT before the BAT is there.
+    EarlyRegion,
+    /// A disk that grows shows what its last block has behind its old end.
+    KeepOldEnd,
+    /// A disk that grows takes slots of its BAT as they are.
+    KeepOldSlots,
+    /// A child that grows shows its parent behind its old end.
+    ShowParentsEnd,
 }
 
 impl Plant {
     /// All of them.
-    pub const ALL: [Self; 61] = [
+    pub const ALL: [Self; 65] = [
         Self::SkipRecyclingSync,
         Self::SkipGrowthSync,
         Self::ApplyBeforeLog,
@@ -200,6 +208,10 @@ impl Plant {
         Self::SkipMoveSync,
         Self::ReuseMovedEarly,
         Self::MoveBareBitmap,
+        Self::EarlyRegion,
+        Self::KeepOldEnd,
+        Self::KeepOldSlots,
+        Self::ShowParentsEnd,
     ];
 }
 

@@ -47,8 +47,8 @@ is a child of an image that would be changed or removed, or cannot be read; chil
 folders are not found.
 An image in another folder than the child is written only if --into names it, and removed only if
 --parent names it.
-The ancestor gets the size of the child: a smaller ancestor needs room in its block allocation
-table, a larger one loses the data beyond the end (--shrink).
+The ancestor gets the size of the child: a fixed one needs space for all new blocks, a larger one
+loses the data beyond the end (--shrink).
 Exit status: 0 merged, 1 failure (the child reads as before), 2 wrong usage.";
 
 impl Merge {

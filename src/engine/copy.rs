@@ -49,19 +49,6 @@ impl<D: Disk + 'static> Engine<D> {
         Ok(())
     }
 
-    /// Unmaps the blocks that lie wholly beyond `end`, where the disk will end.
-    ///
-    /// # Errors
-    /// A positive `errno`; the device may be poisoned.
-    pub async fn unmap_beyond(self: &Rc<Self>, end: u64) -> Outcome {
-        let geometry = self.shared.geometry();
-        let (first, past) = (end.div_ceil(geometry.block_size()), geometry.block_count());
-        if first < past && !self.shared.fixed {
-            self.unmap(first, past - first, false).await?;
-        }
-        Ok(())
-    }
-
     /// Copies what lies at `offset` of `disk` to `from..to`.
     async fn copy_in(self: &Rc<Self>, disk: &D, mut offset: u64, from: u64, to: u64) -> Outcome {
         for (from, to) in pieces(from, to) {

@@ -186,6 +186,18 @@ impl RegionTable {
         self.find(guid::REGION_METADATA)
     }
 
+    /// The same table, in which the region `which` has `length` bytes at `offset`.
+    ///
+    /// # Errors
+    /// As [`RegionTable::new`].
+    pub fn with_region_at(&self, which: Uuid, offset: u64, length: u32) -> Result<Self> {
+        let mut entries = self.entries.clone();
+        let moved = entries.iter_mut().find(|region| region.guid == which);
+        let moved = moved.expect("a region of this table moves");
+        (moved.offset, moved.length) = (offset, length);
+        Self::new(entries)
+    }
+
     /// The bytes of one copy, sealed. Both copies have the same bytes.
     pub fn encode(&self) -> Vec<u8> {
         assert!(self.entries.len() <= MAX_ENTRIES, "a table is checked when it is made");

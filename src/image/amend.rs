@@ -1,81 +1,179 @@
-//! Amending an image at rest: what its metadata says of it changes, and nothing else.
+//! Amending an image at rest: what its metadata says of it changes, the size of its disk included.
 //!
 //! Order, each step durable before the next:
 //!
-//! 1. new FileWriteGuid in both headers, before any other modification;
-//! 2. if the disk grows, what lies behind its end becomes zeros: the rest of its last block, and in the BAT
-//!    whole pages of slots that no block has yet. They are not read before step 3;
-//! 3. one [`Edit`]: the items, their entries in the table, and the slots that share a page with those of the
-//!    disk as it was.
+//! 1. the host has room for what is new. Otherwise nothing has changed;
+//! 2. new FileWriteGuid in both headers, before any other modification; also a new DataWriteGuid, if readers
+//!    of the disk are to see the change;
+//! 3. what is new is written where nothing names it or reads it ([`super::growth`]);
+//! 4. one [`Edit`]: the items, their entries in the table, the slots that share a page with those of the disk
+//!    as it was, and both region tables, if the BAT has another place or length;
+//! 5. the log is empty: what nothing names now goes back to the host.
 //!
-//! A cut anywhere leaves the old metadata or the new metadata, whole. The DataWriteGuid stays: a child
-//! recognises its parent by it, and a parent with another path, or a longer end, is the same.
+//! A cut anywhere leaves the old metadata or the new metadata, whole; a cut before step 4 or 5 leaves leaked
+//! space at most. Without a new DataWriteGuid a child still recognises the image as its parent: one with
+//! another path, or a longer end, is the same.
 
-use std::ops::Range;
+use std::cmp::Ordering;
 
 use uuid::Uuid;
 
 use super::edit::Edit;
+use super::growth::Growth;
 use super::headers::Headers;
-use super::open::{BAT_CHUNK_BYTES, Image, WritableImage, payload_extent, read_table};
+use super::open::{Image, WritableImage, read_table};
+use super::shrink::{Shrink, give_back};
 use super::view::{View, sync};
-use crate::disk::{Buffer, Disk, PAGE_BYTES, ReadDisk};
+use crate::disk::{Disk, ReadDisk};
 use crate::error::{Error, Kind, Result};
-use crate::format::bat::{BatEntry, ENTRY_SIZE, Geometry};
+use crate::format::header::Header;
 use crate::format::log::MAX_DESCRIPTORS_WRITTEN;
 use crate::format::metadata::{self, Metadata};
+use crate::simulation::{Plant, planted};
+
+/// What an image at rest is to become.
+pub struct Resize {
+    /// Its metadata, the size of the disk included. Blocks mean the same as before.
+    pub metadata: Metadata,
+    /// How far the disk of its parent reaches, bytes: nothing of that comes into a disk that grows.
+    pub parent_bytes: u64,
+    /// The new DataWriteGuid, if readers of the disk are to see a change. Children do not recognise the image
+    /// from then on.
+    pub data_write: Option<Uuid>,
+}
+
+/// What becomes of the blocks.
+enum Blocks<'a> {
+    Stay,
+    Grow(Growth<'a>),
+    Shrink(Shrink<'a>),
+}
+
+impl Blocks<'_> {
+    /// Step 3.
+    async fn prepare<D: Disk>(&self, disk: &D) -> Result<()> {
+        match self {
+            Self::Grow(growth) => growth.prepare(disk).await,
+            Self::Stay | Self::Shrink(_) => Ok(()),
+        }
+    }
+}
 
 impl WritableImage {
     /// Gives the image on `disk`, which was not written since it was opened, this `metadata`; opens it
-    /// again. If there is nothing to change, nothing is written. Blocks that come into the disk are zero.
+    /// again. If there is nothing to change, nothing is written.
     ///
     /// # Errors
-    /// Before anything is written: [`Kind::Unsupported`] if the metadata region or the BAT has no room, or
-    /// the image cannot be written; corrupt if the metadata contradicts the format. I/O errors.
+    /// Those of [`WritableImage::resize`].
     ///
     /// # Panics
-    /// If it would be another kind of image.
+    /// If it would be another kind of image, or a disk of another size.
     pub async fn amend<D: Disk>(
         self,
         disk: &D,
         metadata: &Metadata,
+        new_guid: impl FnMut() -> Uuid,
+    ) -> Result<Self> {
+        assert_eq!(metadata.virtual_size, self.metadata.virtual_size, "the disk keeps its size");
+        let change = Resize { metadata: metadata.clone(), parent_bytes: 0, data_write: None };
+        self.resize(disk, &change, new_guid).await
+    }
+
+    /// Makes `to` of the image on `disk`, which was not written since it was opened; opens it again. If there
+    /// is nothing to change, nothing is written. What comes into the disk is zero; blocks that leave it are
+    /// given up.
+    ///
+    /// # Errors
+    /// Before anything is written: [`Kind::Unsupported`] if the metadata region or the log has no room, the
+    /// file would be too long, or the image cannot be written; corrupt if the metadata contradicts the
+    /// format; [`Kind::NoSpace`] if the host has no room for what must have its space at once. I/O errors,
+    /// after which the image is as it was, or as it is to be with space that is still to be given back.
+    ///
+    /// # Panics
+    /// If it would be another kind of image.
+    pub async fn resize<D: Disk>(
+        self,
+        disk: &D,
+        to: &Resize,
         mut new_guid: impl FnMut() -> Uuid,
     ) -> Result<Self> {
-        if *metadata == self.metadata {
+        if to.metadata == self.metadata {
             return Ok(self);
         }
+        let (blocks, edit) = self.plan_resize(disk, to).await?;
+        let mut headers = Headers::new(&self.header)?;
+        self.make_room(disk, &blocks).await?;
+        sync(disk).await?;
+        let file_write = new_guid();
+        let data_write = to.data_write.unwrap_or(self.header.header.data_write_guid);
+        let change = |header: &mut Header| {
+            (header.file_write_guid, header.data_write_guid) = (file_write, data_write);
+        };
+        headers.update(disk, change).await?;
+        if !planted(Plant::EarlyRegion) {
+            blocks.prepare(disk).await?;
+        }
+        edit.write(disk, &mut headers, &mut new_guid).await?;
+        let gives_back = match &blocks {
+            Blocks::Stay => false,
+            Blocks::Grow(growth) => growth.moves_bat(),
+            Blocks::Shrink(shrink) => {
+                shrink.finish(disk).await?;
+                true
+            }
+        };
+        let image = Image::open_for_writing(disk, &mut new_guid).await?;
+        if !gives_back {
+            return Ok(image);
+        }
+        give_back(&image, disk).await?;
+        Image::open_for_writing(disk, new_guid).await
+    }
+
+    /// What changes, and the log entry that has all of it that must change at once. Nothing is written.
+    async fn plan_resize<D: ReadDisk>(&self, disk: &D, to: &Resize) -> Result<(Blocks<'_>, Edit)> {
+        let Metadata { virtual_size, .. } = to.metadata;
+        let found = &self.metadata;
         assert_eq!(
-            (metadata.kind(), metadata.block_size, metadata.logical_sector_size),
-            (self.metadata.kind(), self.metadata.block_size, self.metadata.logical_sector_size),
+            (to.metadata.kind(), to.metadata.block_size, to.metadata.logical_sector_size),
+            (found.kind(), found.block_size, found.logical_sector_size),
             "what blocks mean does not change"
         );
-        metadata.check()?;
+        to.metadata.check()?;
         self.check_writable()?;
-        let mut edit = self.items_edit(disk, metadata).await?;
-        let growth = self.growth(metadata.virtual_size)?;
-        if let Some(growth) = &growth {
-            growth.edit_shared_pages(disk, &mut edit).await?;
-        }
+        let mut edit = self.items_edit(disk, &to.metadata).await?;
+        let blocks = match virtual_size.cmp(&found.virtual_size) {
+            Ordering::Greater => {
+                let growth = Growth::plan(self, virtual_size, to.parent_bytes)?;
+                growth.lay(disk, &mut edit).await?;
+                Blocks::Grow(growth)
+            }
+            Ordering::Less => {
+                let shrink = Shrink::plan(self, virtual_size);
+                shrink.lay(disk, &mut edit).await?;
+                Blocks::Shrink(shrink)
+            }
+            Ordering::Equal => Blocks::Stay,
+        };
         assert!(edit.page_count() > 0, "what differs is in an item");
         if edit.page_count() > MAX_DESCRIPTORS_WRITTEN {
             return Err(Error::new(Kind::Unsupported, "the change is too long for one log entry")
                 .in_structure("metadata")
                 .remedy("copy the image into a new one"));
         }
-        let mut headers = Headers::new(&self.header)?;
-        sync(disk).await?;
-        let file_write = new_guid();
-        headers.update(disk, |header| header.file_write_guid = file_write).await?;
+        Ok((blocks, edit))
+    }
+
+    /// Step 1.
+    async fn make_room<D: Disk>(&self, disk: &D, blocks: &Blocks<'_>) -> Result<()> {
         for extent in [self.layout.log, self.layout.metadata] {
             let reserved = disk.reserve(extent.offset, extent.length).await;
             reserved.map_err(|error| Error::io("making room for the change", error).at(extent.offset))?;
         }
-        if let Some(growth) = &growth {
-            growth.zero_last_block(disk).await?;
-            growth.write_own_pages(disk).await?;
+        match blocks {
+            Blocks::Grow(growth) => growth.room().make(disk).await,
+            Blocks::Stay | Blocks::Shrink(_) => Ok(()),
         }
-        edit.write(disk, &mut headers, &mut new_guid).await?;
-        Image::open_for_writing(disk, new_guid).await
     }
 }
 
@@ -103,123 +201,5 @@ impl Image {
             edit.lay(disk, region.offset + u64::from(place), &item).await?;
         }
         Ok(edit)
-    }
-
-    /// What a disk that grows to `virtual_size` needs; nothing if it does not grow.
-    fn growth(&self, virtual_size: u64) -> Result<Option<Growth<'_>>> {
-        if virtual_size <= self.metadata.virtual_size {
-            return Ok(None);
-        }
-        let Metadata { block_size, logical_sector_size, has_parent, .. } = self.metadata;
-        let geometry = Geometry::new(virtual_size, block_size, logical_sector_size, has_parent);
-        let (wanted, found) = (geometry.bat_length(), self.layout.bat.length);
-        if wanted > found {
-            let message =
-                format!("its BAT has {found} bytes, a disk of {virtual_size} bytes needs {wanted} of them");
-            let error = Error::new(Kind::Unsupported, message).in_structure("BAT").at(self.layout.bat.offset);
-            return Err(error.remedy("create an image of the larger size and copy the disk into it"));
-        }
-        Ok(Some(Growth { image: self, geometry }))
-    }
-
-    /// Whether its BAT has the slots of a disk of `virtual_size` bytes.
-    ///
-    /// # Errors
-    /// [`Kind::Unsupported`] if not.
-    pub fn check_growth(&self, virtual_size: u64) -> Result<()> {
-        self.growth(virtual_size).map(drop)
-    }
-}
-
-/// An image whose disk grows.
-struct Growth<'a> {
-    image: &'a Image,
-    /// As it will be.
-    geometry: Geometry,
-}
-
-impl Growth<'_> {
-    /// The slots of the blocks and bitmaps that come.
-    fn new_slots(&self) -> Range<u64> {
-        let old = self.image.map.geometry();
-        let slots = old.payload_slot(old.block_count())..self.geometry.slot_count();
-        assert!(slots.end >= old.slot_count(), "a disk that grows keeps its slots");
-        slots
-    }
-
-    /// The slot at which the first page begins that the disk as it was has no slot in.
-    fn own_pages(&self) -> u64 {
-        let per_page = (PAGE_BYTES / ENTRY_SIZE) as u64;
-        self.image.map.geometry().slot_count().next_multiple_of(per_page)
-    }
-
-    /// What comes into the disk is zero to every reader, whatever the slot held before. The bitmap of a chunk
-    /// that was begun stays.
-    fn new_entry(&self, slot: u64) -> Option<BatEntry> {
-        let begun = self.image.map.geometry().slot_count();
-        match self.geometry.block_of_slot(slot) {
-            Some(_) => Some(BatEntry::zero()),
-            None if self.geometry.is_bitmap_slot(slot) && slot < begun => None,
-            None => Some(BatEntry::not_present()),
-        }
-    }
-
-    async fn edit_shared_pages<D: ReadDisk>(&self, disk: &D, edit: &mut Edit) -> Result<()> {
-        let slots = self.new_slots();
-        for slot in slots.start..slots.end.min(self.own_pages()) {
-            if let Some(entry) = self.new_entry(slot) {
-                edit.lay(disk, self.place(slot), &entry.write()).await?;
-            }
-        }
-        Ok(())
-    }
-
-    async fn write_own_pages<D: Disk>(&self, disk: &D) -> Result<()> {
-        let (mut slot, end) = (self.own_pages(), self.new_slots().end);
-        while slot < end {
-            let past = end.min(slot + BAT_CHUNK_BYTES / ENTRY_SIZE as u64);
-            let entries = (slot..past).map(|slot| self.new_entry(slot).unwrap_or(BatEntry::not_present()));
-            let bytes: Vec<u8> = entries.flat_map(BatEntry::write).collect();
-            let mut chunk = Buffer::zeroed(bytes.len().next_multiple_of(PAGE_BYTES));
-            chunk[..bytes.len()].copy_from_slice(&bytes);
-            let bat = self.image.layout.bat;
-            assert!(self.place(slot).is_multiple_of(PAGE_BYTES as u64), "slot {slot} begins a page");
-            assert!(self.place(slot) + chunk.len() as u64 <= bat.end(), "the pages lie in the BAT");
-            let written = disk.write(self.place(slot), chunk).await;
-            written.map_err(|error| Error::io("writing the BAT", error).at(self.place(slot)))?;
-            slot = past;
-        }
-        Ok(())
-    }
-
-    /// What the last block holds behind the end of the disk is not part of the disk yet, and becomes so.
-    async fn zero_last_block<D: Disk>(&self, disk: &D) -> Result<()> {
-        let old = self.image.map.geometry();
-        let within = old.offset_in_block(old.virtual_size());
-        let block = old.block_of_offset(old.virtual_size());
-        let Some(extent) =
-            (within > 0).then(|| payload_extent(self.image.map.load(block).entry, old)).flatten()
-        else {
-            return Ok(());
-        };
-        let zeroing = |error| Error::io("zeroing the end of the last block", error).at(extent.offset);
-        if extent.end() > self.image.layout.file_length {
-            disk.grow(extent.end()).await.map_err(zeroing)?;
-        }
-        let from = extent.offset + within;
-        assert!(from < extent.end(), "the disk ends in its last block");
-        let page = from - from % PAGE_BYTES as u64;
-        let mut bytes = disk.read(page, PAGE_BYTES).await.map_err(zeroing)?;
-        bytes[usize::try_from(from - page).expect("below a page")..].fill(0);
-        disk.write(page, bytes).await.map_err(zeroing)?;
-        let rest = page + PAGE_BYTES as u64;
-        if rest < extent.end() {
-            disk.zero(rest, extent.end() - rest).await.map_err(zeroing)?;
-        }
-        Ok(())
-    }
-
-    fn place(&self, slot: u64) -> u64 {
-        self.image.layout.bat.offset + slot * ENTRY_SIZE as u64
     }
 }

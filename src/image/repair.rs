@@ -17,6 +17,7 @@ use super::Headers;
 use super::check::{Examination, MAX_PATCHES, Report, check, examine};
 use super::edit::Edit;
 use super::replay;
+use super::room::{cut, punch_free_runs};
 use super::view::sync;
 use crate::disk::{Disk, PAGE_BYTES};
 use crate::error::{Error, Kind, Result};
@@ -112,19 +113,10 @@ async fn restore_signature<D: Disk>(disk: &D) -> Result<()> {
 async fn reclaim<D: Disk>(disk: &D, mended: &Examination) -> Result<()> {
     let space = mended.space.as_ref().expect("an image with repairs was examined whole");
     if mended.report.leaks > 0 {
-        for run in space.free_runs() {
-            assert!(!space.is_used(run.offset..run.end()), "{run:?} is free");
-            let punched = disk.punch(run.offset, run.length).await;
-            let punched = punched.map_err(|error| Error::io("giving space back", error).at(run.offset))?;
-            if !punched {
-                break; // the host cannot; the next examination says what is left
-            }
-        }
+        punch_free_runs(disk, space).await?;
     }
     if let Some(length) = mended.trimmed_length {
-        assert!(length >= space.used_end(), "nothing that is used is cut off at {length}");
-        let cut = disk.truncate(length).await;
-        cut.map_err(|error| Error::io(format!("shortening the file to {length} bytes"), error))?;
+        cut(disk, space, length).await?;
     }
     sync(disk).await
 }

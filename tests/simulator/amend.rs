@@ -1,17 +1,16 @@
 //! Promise defended here: what an image's metadata says is changed as a whole or not at all, wherever the
-//! power is cut in it, and nothing else changes; a disk that grows is zero behind its old end.
+//! power is cut in it, and nothing else changes. What becomes of a disk of another size is in `resize`.
 
 use fastrand::Rng;
 use uuid::Uuid;
 use vhdx_ublk::disk::ReadDisk;
 use vhdx_ublk::error::{Kind, Result};
-use vhdx_ublk::format::bat::PayloadState;
 use vhdx_ublk::format::guid;
 use vhdx_ublk::format::locator::{PARENT_LINKAGE, PARENT_LINKAGE2, ParentLocator, RELATIVE_PATH};
 use vhdx_ublk::format::metadata::{Metadata, Table};
 use vhdx_ublk::image::{Image, WritableImage, check};
 
-use crate::craft::{BAT, Craft, END, METADATA, MIB};
+use crate::craft::{Craft, END, METADATA, MIB};
 use crate::sim::disk::{Profile, SimDisk};
 use crate::sim::store::Store;
 use crate::sim::tasks::{SimTasks, block_on};
@@ -167,47 +166,6 @@ fn nothing_is_written_if_nothing_changes_or_there_is_no_room() {
     });
     let error = block_on(image.amend(&disk, &long, guid)).err().expect("too long for an entry");
     assert_eq!(error.kind(), Kind::Unsupported, "{error}");
-    let image = block_on(Image::open_for_writing(&disk, guid)).expect("an image");
-    let mut large = metadata;
-    large.virtual_size = 1 << 40;
-    let error = block_on(image.amend(&disk, &large, guid)).err().expect("more slots than the BAT has");
-    assert_eq!((error.kind(), error.structure()), (Kind::Unsupported, Some("BAT")), "{error}");
     let activity = disk.activity();
     assert_eq!((activity.writes, activity.syncs, activity.resizes, activity.zeroes), (0, 0, 0, 0));
-}
-
-/// What lay behind the end, in the last block and in the BAT, does not come into the disk; data stays.
-#[test]
-fn a_disk_that_grows_is_zero_behind_its_old_end() {
-    let mut craft = Craft::new(&Config::small());
-    let size = Config::small().image.virtual_size;
-    let blocks = size.div_ceil(MIB);
-    craft.file.resize(END + 2 * MIB);
-    craft.set_slot(0, END | 6);
-    craft.set_slot(blocks - 1, (END + MIB) | 6);
-    // Others left something behind the end of the disk.
-    (blocks..3000).for_each(|slot| craft.write(BAT + 8 * slot, &((77 * MIB) | 6).to_le_bytes()));
-    craft.write(END, &vec![0x55; 2 << 20]);
-    let new_size = 2500 * MIB + 512;
-    let expected = opened(&craft.file).expect("an image").metadata.clone();
-    let grown = Metadata { virtual_size: new_size, ..expected.clone() };
-    let after = cut_everywhere(
-        &craft.file,
-        move |metadata| metadata.virtual_size = new_size,
-        |cut| {
-            let image = opened(cut).unwrap_or_else(|error| panic!("after a cut: {error}"));
-            assert!(image.metadata == expected || image.metadata == grown);
-            assert_eq!(image.map.load(0).entry.0, END | 6);
-            assert_eq!(image.map.load(blocks - 1).entry.0, (END + MIB) | 6);
-            let mut last = [0; 8192];
-            cut.read(END + MIB, &mut last);
-            assert_eq!(last[..4096], [0x55; 4096], "what was in the disk stays");
-            if image.metadata == grown {
-                assert_eq!(last[4096..], [0; 4096]);
-                let state = |block| image.map.load(block).entry.payload_state();
-                assert!((blocks..2501).all(|block| state(block) == Some(PayloadState::Zero)));
-            }
-        },
-    );
-    assert_eq!(opened(&after).expect("an image").metadata, grown);
 }

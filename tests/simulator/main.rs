@@ -29,6 +29,7 @@ mod plants;
 mod qemu;
 mod repair;
 mod replay;
+mod resize;
 mod salvage;
 mod sim;
 #[allow(dead_code, reason = "the program prints sizes, too")]

@@ -16,6 +16,7 @@ use vhdx_ublk::image::{Image, Mismatch, SLOTS_PER_PAGE, SessionMemory, VERSION, 
 use vhdx_ublk::simulation::{Plant, plant};
 
 use crate::compact;
+use crate::resize;
 use crate::sim::campaign::{run, scenario, tiny};
 use crate::sim::disk::SimDisk;
 use crate::sim::judge::Effort;
@@ -52,6 +53,10 @@ fn test_for(planted: Plant) -> Option<fn()> {
         Plant::LongEntry => others_can_read_every_entry,
         Plant::ReplayBeforeTail => entries_before_the_tail_are_not_replayed,
         Plant::SkipMoveSync | Plant::ReuseMovedEarly | Plant::MoveBareBitmap => compact::moves_survive_cuts,
+        Plant::KeepOldEnd | Plant::KeepOldSlots | Plant::ShowParentsEnd => {
+            resize::what_comes_into_a_disk_is_zero
+        }
+        Plant::EarlyRegion => resize::a_bat_that_moves_is_durable_before_it_is_named,
         _ => return None,
     })
 }

@@ -28,11 +28,11 @@ use crate::disk::Disk;
 use crate::engine::message::ToFront;
 use crate::engine::waiting::Spawn;
 use crate::engine::{Engine, Fronts, Outcome, Setup};
-use crate::error::{Doing, Error, Kind, Locate, Result};
+use crate::error::{Doing, Locate, Result};
 use crate::format::guid;
 use crate::format::locator::{PARENT_LINKAGE, PARENT_LINKAGE2};
-use crate::format::metadata::{DiskType, Metadata};
-use crate::image::{Image, ReadImage, WritableImage, repair};
+use crate::format::metadata::Metadata;
+use crate::image::{Image, ReadImage, Resize, WritableImage};
 
 /// The files of a merge, by absolute paths. Each is one image of a chain, which no other process has open.
 pub struct Merge {
@@ -66,41 +66,12 @@ pub trait Files {
     fn copied(&self, bytes: u64) -> Outcome;
 }
 
-/// Whether `target`, over `parent` if it has one, can take over the disk of `leaf`.
-///
-/// # Errors
-/// [`Kind::Unsupported`] if it cannot take its size.
-pub fn check(leaf: &Image, target: &Image, parent: Option<&Image>) -> Result<()> {
-    let [wanted, found] = [leaf, target].map(|image| image.metadata.virtual_size);
-    let refuse = |message: String, remedy: &str| {
-        Err(Error::new(Kind::Unsupported, message).in_structure("metadata").remedy(remedy))
-    };
-    target.check_writable()?;
-    target.check_growth(wanted)?;
-    if wanted < found && target.metadata.kind() == DiskType::Fixed {
-        let message =
-            format!("a fixed image of {found} bytes cannot shrink to the {wanted} bytes of the child");
-        return refuse(message, "create an image of the child's size and copy the disk into it");
-    }
-    if let Some(parent) = parent.filter(|parent| wanted > found && parent.metadata.virtual_size > found) {
-        let larger = parent.metadata.virtual_size;
-        let message = format!(
-            "a disk of {found} bytes over one of {larger} that grew to {wanted} would show more of its parent"
-        );
-        return refuse(
-            message,
-            "first merge that image into its own parent, or name an image below it with --into",
-        );
-    }
-    Ok(())
-}
-
 impl Merge {
     /// Merges; see the module's head. The target's tasks run on `tasks`.
     ///
     /// # Errors
-    /// Those of opening the images and of [`check`], before anything but their logs is written; I/O errors,
-    /// no space included, after which the chain reads as before and the merge can be done again.
+    /// Those of opening the images, before anything but their logs is written; I/O errors, no space included,
+    /// after which the chain reads as before and the merge can be done again.
     pub async fn run<F: Files>(
         &self,
         files: &F,
@@ -117,14 +88,15 @@ impl Merge {
         for path in &self.below {
             below.push(read(files, path).await?);
         }
-        let (leaf, disk) = (&layers[0], layers[0].metadata.clone());
-        check(leaf, &target, below.first().map(|image| &**image)).file(&self.target)?;
+        let disk = layers[0].metadata.clone();
+        target.check_writable().file(&self.target)?;
         for (layer, path) in layers.iter().zip(&self.layers) {
             layer.check_writable().file(path)?;
         }
         let lowest = layers.pop().expect("something is merged");
         layers.push(self.announce(files, lowest, &target, data_write, new_guid.clone()).await?);
-        let target = self.grow(files, target, disk.virtual_size, new_guid.clone()).await?;
+        let parent_bytes = below.first().map_or(0, |parent| parent.metadata.virtual_size);
+        let target = self.grow(files, target, (disk.virtual_size, parent_bytes), new_guid.clone()).await?;
         let layers = layers.into_iter().map(ReadImage::from).collect();
         let layers = parents(files, &self.layers, layers).await?;
         let below = parents(files, &self.below, below).await?;
@@ -157,12 +129,13 @@ impl Merge {
         &self,
         files: &F,
         target: WritableImage,
-        size: u64,
+        (size, parent_bytes): (u64, u64),
         new_guid: impl FnMut() -> Uuid,
     ) -> Result<WritableImage> {
         let virtual_size = size.max(target.metadata.virtual_size);
         let metadata = Metadata { virtual_size, ..target.metadata.clone() };
-        amend(files, &self.target, target, &metadata, new_guid).await
+        let to = Resize { metadata, parent_bytes, data_write: None };
+        target.resize(&files.disk(&self.target), &to, new_guid).await.file(&self.target)
     }
 
     /// The target's engine. Nothing is written yet.
@@ -191,8 +164,7 @@ impl Merge {
     ) -> Result<()> {
         let copying = async {
             engine.open_session_as(Some(data_write)).await?;
-            engine.absorb(layers, size, &|bytes| files.copied(bytes)).await?;
-            engine.unmap_beyond(size).await
+            engine.absorb(layers, size, &|bytes| files.copied(bytes)).await
         };
         let copied = copying.await.doing("copying into the image");
         let closed = engine.close().await.doing("closing the image");
@@ -207,19 +179,15 @@ impl Merge {
         mut new_guid: impl FnMut() -> Uuid + Clone,
     ) -> Result<()> {
         let target = open(files, &self.target, new_guid.clone()).await?;
-        let shrinks = disk.virtual_size < target.metadata.virtual_size;
         let metadata = Metadata {
             virtual_size: disk.virtual_size,
             disk_id: disk.disk_id,
             physical_sector_size: disk.physical_sector_size,
             ..target.metadata.clone()
         };
-        amend(files, &self.target, target, &metadata, &mut new_guid).await?;
-        if shrinks {
-            // The space that no block uses now goes back to the host.
-            repair(&files.disk(&self.target), new_guid).await.file(&self.target)?;
-        }
-        Ok(())
+        assert!(metadata.virtual_size <= target.metadata.virtual_size, "a smaller target has grown");
+        let to = Resize { metadata, parent_bytes: 0, data_write: None };
+        target.resize(&files.disk(&self.target), &to, &mut new_guid).await.file(&self.target).map(drop)
     }
 
     /// Step 5.

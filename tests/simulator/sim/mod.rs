@@ -7,6 +7,7 @@ pub mod disk;
 pub mod errors;
 pub mod images;
 pub mod judge;
+pub mod layers;
 pub mod lineage;
 pub mod marks;
 pub mod medium;
