@@ -24,6 +24,11 @@ use std::path::{Path, PathBuf};
 
 use crate::printable::{Printable, printable};
 
+/// What to do about an image that is damaged beyond repair. No advice costs data that is left: an image is
+/// never to be replaced before what is in it was copied.
+pub const SALVAGE: &str =
+    "`vhdx-ublk salvage FILE COPY` copies what is left of the disk, and does not change the file";
+
 /// What went wrong, as far as a caller needs to tell cases apart. Serialised in kebab case: `not-vhdx`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]

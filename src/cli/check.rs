@@ -133,7 +133,16 @@ fn text(Checked { path, report, before, chain }: &Checked) -> String {
     if !repaired {
         text += &mendable(report, image);
     }
+    text += &salvageable(report, image);
     text + &parents(chain, repaired)
+}
+
+/// What can be done about an image that stays damaged.
+fn salvageable(report: &Report, image: &str) -> String {
+    if report.beyond_repair == 0 {
+        return String::new();
+    }
+    format!("\n\nwhat is left of the disk can be copied: vhdx-ublk salvage {} COPY", shell(image.as_ref()))
 }
 
 /// What `--repair` would do.
@@ -156,6 +165,7 @@ fn parents(chain: &CheckedChain, repaired: bool) -> String {
         let image = &*printable(&path);
         let _ = write!(text, "\n\nparent {image}: {}{}", summary(report), findings(report, false));
         text += &mendable(report, image);
+        text += &salvageable(report, image);
     }
     if let Some(fault) = &chain.fault {
         let _ = write!(text, "\n\nthe chain is broken: {}", with_advice(fault));

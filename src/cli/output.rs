@@ -9,7 +9,7 @@ use std::io::{self, Write as _};
 use anyhow::{Chain, Context};
 use serde::Serialize;
 
-use vhdx_ublk::error::{Doing, Error, Kind, Result};
+use vhdx_ublk::error::{Doing, Error, Kind, Result, SALVAGE};
 use vhdx_ublk::printable::{is_printable, printable};
 
 /// Writes one line to standard output, as [`print()`].
@@ -184,10 +184,7 @@ pub fn remedy<'a>(error: &'a (dyn StdError + 'static)) -> Option<&'a str> {
         Kind::NotVhdx => {
             Some("check the name of the file; `file` and `qemu-img info` recognise many other formats")
         }
-        Kind::Corrupt => {
-            Some("do not write to the image: restore it from a backup, or copy it again from its source")
-        }
-        Kind::Truncated => Some("the file is truncated: copy it again from its source"),
+        Kind::Corrupt | Kind::Truncated => Some(SALVAGE),
         Kind::NoSpace => Some("free space on the file system of the file"),
         _ if number == Some(libc::EROFS) => {
             Some("the file system is read-only: remount it for writing, or use another one")

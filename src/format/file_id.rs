@@ -122,8 +122,8 @@ const UNPACK: &str = "unpack it first";
 /// The remedy for plain disks.
 const RAW: &str = "attach a raw disk with losetup, or convert it: qemu-img convert -f raw -O vhdx OLD NEW";
 /// The remedy for an unknown format.
-const UNKNOWN: &str =
-    "`blkid -p FILE` may tell what it is; if it is a copy that was cut short, copy it again";
+const UNKNOWN: &str = "`blkid -p FILE` may tell what it is; if it is a VHDX whose front was overwritten, \
+                       `vhdx-ublk salvage FILE COPY` may find what is left of the disk";
 
 /// What the last sector of a VHD begins with.
 const VHD_FOOTER: &[u8] = b"conectix";

@@ -22,7 +22,7 @@ use super::locator::ParentLocator;
 use super::{
     MAX_BLOCK_SIZE, MAX_ITEM_LENGTH, MAX_VIRTUAL_SIZE, MIB, MIN_BLOCK_SIZE, SECTOR_SIZES, first_overlap, guid,
 };
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, SALVAGE};
 
 /// Bytes of the table, at the start of the region; items lie behind it.
 pub const TABLE_SIZE: usize = 65536;
@@ -158,7 +158,7 @@ impl Entry {
     fn check(&self, region_length: u32) -> Result<()> {
         if !self.is_user && self.item_id == guid::INCOMPLETE_FILE {
             let message = "the file says itself that its creation or conversion never finished";
-            return Err(Error::new(Kind::Corrupt, message).remedy("create or convert the image again"));
+            return Err(Error::new(Kind::Corrupt, message).remedy(SALVAGE));
         }
         let harmless = !self.is_user && HARMLESS.contains(&self.item_id);
         if self.is_required && self.known().is_none() && !harmless {

@@ -10,11 +10,15 @@
 use std::collections::BTreeMap;
 
 use crate::disk::{Buffer, ReadDisk};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, SALVAGE};
 use crate::format::MIB;
 use crate::format::header::{Header, MAX_LOG_LENGTH};
 use crate::format::log::{self, Entry, EntryHeader, SECTOR};
 use crate::simulation::{Plant, planted};
+
+/// The way out for a file that has lost its end.
+const CUT: &str =
+    "if its source is whole, copy the file again; `vhdx-ublk salvage FILE COPY` copies what is left";
 
 /// How much of the log is read at a time.
 const CHUNK_BYTES: usize = 1 << 20;
@@ -88,9 +92,7 @@ impl<'a, D: ReadDisk> Log<'a, D> {
                 "the file has {file_length} bytes, its newest log entry was written when it had {}",
                 newest.flushed_file_offset
             );
-            return Err(Error::new(Kind::Truncated, message)
-                .in_structure("log")
-                .remedy("restore the whole file"));
+            return Err(Error::new(Kind::Truncated, message).in_structure("log").remedy(CUT));
         }
         Ok(LogState::Dirty(active))
     }
@@ -164,7 +166,7 @@ impl<'a, D: ReadDisk> Log<'a, D> {
     fn no_sequence(&self) -> Error {
         Error::corrupt("log", "the header says it holds changes, and no valid sequence of them is in it")
             .at(self.header.log_offset)
-            .remedy("metadata may be half-written: restore the image from a backup")
+            .remedy(SALVAGE)
     }
 }
 

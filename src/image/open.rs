@@ -401,8 +401,8 @@ pub(super) fn truncated(structure: &'static str, offset: u64, end: u64, file_len
 }
 
 /// The one way out for a file that lacks its end.
-pub(super) const CUT_SHORT: &str = "the file was cut short: copy it again from its source, or restore it \
-     from a backup; no command opens it as it is";
+pub(super) const CUT_SHORT: &str = "the file was cut short: if its source is whole, copy it again; \
+     `vhdx-ublk salvage FILE COPY` copies what is left of the disk";
 
 pub(super) async fn read_regions<D: ReadDisk>(file: &View<'_, D>, file_length: u64) -> Result<CurrentTable> {
     let first = file.read("region table 1", region::OFFSETS[0], region::SIZE).await?;

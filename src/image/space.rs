@@ -257,8 +257,8 @@ impl Space {
 fn shared(what: &'static str, offset: u64, extent: Extent) -> Error {
     let message = format!("shares the MiB at byte {offset} with another structure");
     Error::corrupt(what, message).at(extent.offset).remedy(
-        "two structures claim the same bytes: do not write to this image; restore it from a backup, or copy \
-         its data out with `add --read-only` of an undamaged copy",
+        "two structures claim the same bytes: do not write to this image; `vhdx-ublk salvage FILE COPY` \
+         copies what is not in doubt",
     )
 }
 

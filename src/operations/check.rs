@@ -84,8 +84,8 @@ fn no_takeover(file: &ImageFile) -> Error {
     let message = "a killed daemon left acknowledged writes in its session, and the image is too damaged \
                    to take them";
     let remedy = format!(
-        "`vhdx-ublk check {path}` shows the damage; remove the device with `vhdx-ublk del {path}`, if it \
-         still exists, and restore the image from a backup"
+        "`vhdx-ublk check {path}` shows the damage, `vhdx-ublk salvage {path} COPY` copies what is left; \
+         keep the session, which has the writes that the image lacks"
     );
     Error::new(Kind::InUse, message).file(file.path()).remedy(remedy)
 }

@@ -102,3 +102,33 @@ fn what_is_lost_is_said() {
     let missing = run(&["salvage".as_ref(), path.as_os_str()]).misused();
     assert!(missing.contains("<TARGET>"), "{missing}");
 }
+
+/// The advice for a damaged image leads to the command that saves it, and that command works as it is
+/// printed.
+#[test]
+fn check_ends_with_the_command_that_saves_what_is_left() {
+    let changes: [fn(&mut Vec<u8>); 5] = [
+        |bytes| bytes.truncate(END + (5 << 20)),
+        |bytes| bytes[BAT + 8] = 4,
+        |bytes| bytes[HEADERS[0]..HEADERS[1] + 4096].fill(0),
+        |bytes| bytes[METADATA..METADATA + 8].fill(0),
+        |bytes| bytes.copy_within(BAT..BAT + 8, BAT + 8),
+    ];
+    for (number, change) in changes.into_iter().enumerate() {
+        let bench = Bench::new();
+        let (path, _) = image(&bench);
+        damage(&path, change);
+        let checked = super::on("check", &path, &[]);
+        assert_eq!(checked.status, Some(2), "{number}: {}", checked.stderr);
+        let last = checked.stdout.lines().last().expect("a line");
+        let (_, command) =
+            last.split_once("can be copied: vhdx-ublk ").unwrap_or_else(|| panic!("{number}: {last}"));
+        let copy = bench.path("COPY");
+        let command = command.replace("COPY", copy.to_str().expect("UTF-8"));
+        let words: Vec<&str> = command.split_whitespace().chain(["--assume"]).collect();
+        run(&words).succeeded();
+        assert_eq!(fs::metadata(&copy).expect("there").len(), SIZE as u64, "{number}");
+        let refused = super::on("info", &path, &[]).failed(1);
+        assert!(refused.contains("vhdx-ublk salvage") && !refused.contains("backup"), "{number}: {refused}");
+    }
+}

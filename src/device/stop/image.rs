@@ -76,8 +76,8 @@ fn remedy_for(error: &Error, image: &Path) -> String {
             error.remedy_text().unwrap_or_default().to_owned()
         }
         Kind::Truncated | Kind::Corrupt | Kind::NotVhdx | Kind::Mismatch => format!(
-            "the file was changed or cut while it was served: restore it from a backup; `vhdx-ublk check \
-             {image}` shows what is left of it"
+            "the file was changed or cut while it was served: `vhdx-ublk check {image}` shows the damage, \
+             `vhdx-ublk salvage {image} COPY` copies what is left of it"
         ),
         Kind::NotFound => format!(
             "{}; then `vhdx-ublk add {image}` and `vhdx-ublk del {image}`",
@@ -104,7 +104,7 @@ mod tests {
     fn the_remedy_does_not_send_the_user_in_a_circle() {
         let image = Path::new("/a.vhdx");
         let cut = remedy_for(&Error::new(Kind::Truncated, "cut"), image);
-        assert!(cut.contains("restore it from a backup") && !cut.contains(" add "), "{cut}");
+        assert!(cut.contains("vhdx-ublk salvage /a.vhdx") && !cut.contains(" add "), "{cut}");
         let full = remedy_for(&Error::new(Kind::NoSpace, "full"), image);
         assert!(full.contains("vhdx-ublk add /a.vhdx"), "{full}");
     }

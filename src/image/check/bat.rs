@@ -15,8 +15,8 @@ use crate::format::region::Region;
 const BAT: &str = "BAT";
 
 /// What cannot be repaired, because it may be data.
-const RESTORE: &str = "the correct entry is unknown: restore the image from a backup; no command \
-                       opens it as it is";
+const UNKNOWN_ENTRY: &str =
+    "the correct entry is unknown; `vhdx-ublk salvage FILE COPY` copies all blocks but those that are lost";
 
 /// Who names space.
 #[derive(Clone, Copy)]
@@ -237,7 +237,7 @@ impl Walk<'_> {
     }
 
     fn beyond_repair(&mut self, slot: u64, what: String) {
-        self.found.report.add(Finding::corruption(BAT, self.place(slot), what).remedy(RESTORE));
+        self.found.report.add(Finding::corruption(BAT, self.place(slot), what).remedy(UNKNOWN_ENTRY));
     }
 
     fn cut_off(&mut self, slot: u64, what: String) {

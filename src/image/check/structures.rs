@@ -151,7 +151,7 @@ impl Examination {
             Copies::Different => {
                 let what = "differs from the first, which counts; both are intact";
                 let finding = Finding::corruption(REGION_TABLES[1], region::OFFSETS[1], what);
-                let remedy = "either may be the right one: compare the image with a backup";
+                let remedy = "either may be the right one; every reader uses the first";
                 return self.report.add(finding.remedy(remedy));
             }
         };
