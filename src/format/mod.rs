@@ -28,6 +28,7 @@ pub mod metadata;
 pub mod region;
 #[cfg(test)]
 mod testing;
+pub mod vhd;
 
 /// Bytes in a page: the unit in which the log records changes, and the log's own sector.
 pub const PAGE: usize = 4096;
