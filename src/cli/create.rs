@@ -51,10 +51,10 @@ pub struct Create {
     #[arg(long, value_name = "SIZE", value_parser = size::parse_log, default_value = "1M")]
     log_size: u32,
     /// Smallest unit of I/O in bytes: 512 or 4096
-    #[arg(long, value_name = "BYTES", value_parser = parse_sector, default_value = "512")]
+    #[arg(long, value_name = "BYTES", value_parser = size::parse_sector, default_value = "512")]
     logical_sector_size: u32,
     /// Best unit of I/O in bytes: 512 or 4096
-    #[arg(long, value_name = "BYTES", value_parser = parse_sector, default_value = "4096")]
+    #[arg(long, value_name = "BYTES", value_parser = size::parse_sector, default_value = "4096")]
     physical_sector_size: u32,
     /// Initial state of the blocks of a dynamic image: not-present, as Windows creates them, or zero
     /// [default: not-present]
@@ -93,14 +93,6 @@ enum DiskType {
 enum BlockState {
     NotPresent,
     Zero,
-}
-
-fn parse_sector(text: &str) -> std::result::Result<u32, String> {
-    match size::parse(text)? {
-        512 => Ok(512),
-        4096 => Ok(4096),
-        _ => Err("a sector must have 512 or 4096 bytes".into()),
-    }
 }
 
 fn parse_mode(text: &str) -> std::result::Result<u32, String> {

@@ -1,21 +1,25 @@
 //! The command line: one file per command.
 //!
 //! Standard output carries the answer and nothing else; everything else goes to standard error. The exit
-//! status is 0 for success, 1 for failure, 2 for wrong usage; `check` has its own. A command with `--json`
-//! gives its error as JSON too, on standard output.
+//! status is 0 for success, 1 for failure, 2 for wrong usage; `check` and `compare` have their own. A command
+//! with `--json` gives its error as JSON too, on standard output.
 
 mod add;
 mod check;
 mod compact;
+mod compare;
+mod convert;
 mod create;
 mod del;
 mod detached;
+mod disk_source;
 mod drawing;
 mod features;
 mod info;
 mod list;
 mod logging;
 mod map;
+mod measure;
 mod merge;
 mod output;
 mod parent_options;
@@ -26,6 +30,7 @@ mod salvage;
 mod session;
 mod size;
 mod snapshot;
+mod target_shape;
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -57,7 +62,7 @@ Examples:
   vhdx-ublk del /dev/ublkb0                  remove the device and close its image
   vhdx-ublk check disk.vhdx                  examine the image's structure
 
-Exit status: 0 success, 1 failure, 2 wrong usage; `check` has its own.";
+Exit status: 0 success, 1 failure, 2 wrong usage; `check` and `compare` have their own.";
 
 #[derive(Subcommand)]
 enum Command {
@@ -75,6 +80,9 @@ enum Command {
     Merge(merge::Merge),
     Compact(compact::Compact),
     Salvage(salvage::Salvage),
+    Convert(convert::Convert),
+    Compare(compare::Compare),
+    Measure(measure::Measure),
     Features(features::Features),
 }
 
@@ -90,6 +98,9 @@ impl Command {
             Self::Features(features) => features.json,
             Self::Snapshot(snapshot) => snapshot.json,
             Self::Compact(compact) => compact.json,
+            Self::Convert(convert) => convert.json,
+            Self::Compare(compare) => compare.json,
+            Self::Measure(measure) => measure.json,
             Self::Add(_)
             | Self::Del(_)
             | Self::Recover(_)
@@ -116,6 +127,9 @@ impl Command {
             Self::Merge(merge) => merge.run()?,
             Self::Compact(compact) => compact.run()?,
             Self::Salvage(salvage) => salvage.run()?,
+            Self::Convert(convert) => convert.run()?,
+            Self::Compare(compare) => return Ok(compare.run()?),
+            Self::Measure(measure) => measure.run()?,
             Self::Features(features) => features.run()?,
         }
         Ok(SUCCESS)
@@ -135,12 +149,13 @@ pub fn main() -> ExitCode {
     confine::raise_descriptors();
     let json = command.wants_json();
     let misuse = if matches!(command, Command::Check(_)) { FAILURE } else { WRONG_USAGE };
+    let failure = if matches!(command, Command::Compare(_)) { compare::FAILURE } else { FAILURE };
     let error = match command.run() {
         Ok(status) => return status.into(),
         Err(error) => error,
     };
     output::report(error.as_ref(), json);
-    ExitCode::from(if output::kind(error.as_ref()) == Kind::Usage { misuse } else { FAILURE })
+    ExitCode::from(if output::kind(error.as_ref()) == Kind::Usage { misuse } else { failure })
 }
 
 /// Prints the help that was asked for, or what is wrong with the command line. The exit status 2 of `check`

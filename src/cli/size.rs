@@ -101,6 +101,19 @@ pub fn parse_block(text: &str) -> Result<u32, String> {
     size.ok_or_else(|| "a block size must be a power of two from 1M to 256M".into())
 }
 
+/// Reads the size of a sector.
+///
+/// # Errors
+///
+/// Says what is wrong with the text.
+pub fn parse_sector(text: &str) -> Result<u32, String> {
+    match parse(text)? {
+        512 => Ok(512),
+        4096 => Ok(4096),
+        _ => Err("a sector must have 512 or 4096 bytes".into()),
+    }
+}
+
 /// Reads the size of a log.
 ///
 /// # Errors

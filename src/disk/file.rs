@@ -23,7 +23,7 @@ use std::time::Duration;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, PosixFadviseAdvice, fcntl, posix_fadvise};
 use nix::sys::statfs::{BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, FsType, TMPFS_MAGIC, XFS_SUPER_MAGIC, fstatfs};
-use nix::sys::statvfs::fstatvfs;
+use nix::sys::statvfs::{Statvfs, fstatvfs, statvfs};
 use nix::unistd::{Gid, Uid, Whence, fchown, lseek};
 
 use super::open::{Links, Opened, open_again, open_regular};
@@ -142,6 +142,32 @@ pub struct HostRoom {
     pub available_bytes: u64,
     /// Free, but kept by the file system for privileged users, in bytes.
     pub reserved_bytes: u64,
+}
+
+impl HostRoom {
+    /// The room left on the file system of `path`.
+    ///
+    /// # Errors
+    ///
+    /// What the operating system says.
+    pub fn at(path: &Path) -> io::Result<Self> {
+        Ok(Self::of(&statvfs(path)?))
+    }
+
+    /// The bytes that this process can have.
+    pub fn for_this_user(&self) -> u64 {
+        let reserved = if nix::unistd::geteuid().is_root() { self.reserved_bytes } else { 0 };
+        self.available_bytes.saturating_add(reserved)
+    }
+
+    fn of(answer: &Statvfs) -> Self {
+        let unit = answer.fragment_size();
+        let reserved = answer.blocks_free().saturating_sub(answer.blocks_available());
+        Self {
+            available_bytes: answer.blocks_available().saturating_mul(unit),
+            reserved_bytes: reserved.saturating_mul(unit),
+        }
+    }
 }
 
 impl ImageFile {
@@ -414,13 +440,7 @@ impl ImageFile {
     ///
     /// What the operating system says.
     pub fn host_room(&self) -> io::Result<HostRoom> {
-        let answer = fstatvfs(&self.file)?;
-        let unit = answer.fragment_size();
-        let reserved = answer.blocks_free().saturating_sub(answer.blocks_available());
-        Ok(HostRoom {
-            available_bytes: answer.blocks_available().saturating_mul(unit),
-            reserved_bytes: reserved.saturating_mul(unit),
-        })
+        Ok(HostRoom::of(&fstatvfs(&self.file)?))
     }
 
     /// Sets the file's length; blocks the caller for as long as the host works on it.

@@ -11,6 +11,7 @@
 //! * offsets and lengths of `read` and `write` are multiples of 4096;
 //! * `grow` is separate from `write`, because an extension can be lost on its own.
 
+mod block_device;
 mod buffer;
 mod file;
 mod host_file;
@@ -21,11 +22,13 @@ mod plain;
 mod reactor;
 mod ring;
 mod sectors;
+mod shared_file;
 mod sparse;
 mod transfer;
 mod unfinished;
 mod uring;
 
+pub use block_device::BlockDevice;
 pub use buffer::{Buffer, PAGE_BYTES, is_zero};
 pub use file::{HostRoom, ImageFile, PayloadIo, folder_of, host_bytes};
 pub use host_file::HostFile;
@@ -36,6 +39,7 @@ pub use plain::PlainDisk;
 pub use reactor::Reactor;
 pub use ring::{Ring, ring_refused};
 pub use sectors::read_sectors;
+pub use shared_file::{SharedFile, Stretch};
 pub use sparse::Sparse;
 pub use unfinished::{Remover, Unfinished};
 pub use uring::{Counters, UringDisk};

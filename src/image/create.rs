@@ -5,6 +5,8 @@
 //!
 //! [Rules 107 and 108](crate::design::vhdx_rules#rule-107).
 
+use std::ops::Range;
+
 use uuid::Uuid;
 
 use super::open::BAT_CHUNK_BYTES;
@@ -12,7 +14,7 @@ use super::space::{Extent, MAX_FILE_BYTES};
 use super::view::sync;
 use crate::disk::{Buffer, Disk, PAGE_BYTES};
 use crate::error::{Error, Kind, Result};
-use crate::format::bat::{BatEntry, ENTRY_SIZE, Geometry};
+use crate::format::bat::{BatEntry, ENTRY_SIZE, Geometry, Role};
 use crate::format::file_id::FileId;
 use crate::format::header::{self, Header};
 use crate::format::locator::ParentLocator;
@@ -75,9 +77,22 @@ struct Plan {
     header: Header,
     regions: RegionTable,
     bat: Extent,
-    /// Where the payload of a fixed image starts; the file's length for others.
+}
+
+/// A new image whose blocks get their space, and are written by the caller, before anything else is.
+///
+/// It takes 8 bytes of memory for each block that has space, unless it is fixed.
+pub struct Draft {
+    new: NewImage,
+    /// Where the BAT lies; behind the blocks if that is not known yet.
+    bat: Option<Extent>,
+    /// Where the first block lies.
     payload: u64,
-    file_length: u64,
+    /// Where the last block ends.
+    end: u64,
+    /// The blocks that have space, in the order of the file, and of the disk: their numbers, and where they
+    /// lie in MiB.
+    placed: Vec<(u32, u32)>,
 }
 
 impl NewImage {
@@ -86,32 +101,54 @@ impl NewImage {
     /// # Errors
     /// Usage if the numbers are not those of a legal image; no space and other I/O errors, after which the
     /// file is no image.
-    pub async fn write<D: Disk>(&self, disk: &D, mut new_guid: impl FnMut() -> Uuid) -> Result<()> {
-        self.check()?;
-        let plan = self.plan(&mut new_guid)?;
-        let doing = |what: &str| format!("{what} of the new image");
-        let grown = disk.grow(plan.file_length).await;
-        grown.map_err(|error| Error::io(doing("making the file"), error))?;
+    pub async fn write<D: Disk>(&self, disk: &D, new_guid: impl FnMut() -> Uuid) -> Result<()> {
+        let draft = self.draft()?;
+        let grown = disk.grow(draft.end).await;
+        grown.map_err(|error| Error::io("making the file of the new image", error))?;
         if self.fixed {
-            let provisioned = disk.reserve(plan.payload, plan.file_length - plan.payload).await;
-            provisioned.map_err(|error| Error::io(doing("provisioning the space"), error))?;
+            let provisioned = disk.reserve(draft.payload, draft.end - draft.payload).await;
+            provisioned.map_err(|error| Error::io("provisioning the space of the new image", error))?;
         }
-        self.write_bat(disk, &plan).await?;
-        let metadata = plan.metadata.encode_region();
-        assert_eq!(metadata.len() as u64, METADATA_BYTES, "the metadata fills its region");
-        write(disk, plan.regions.metadata().offset, &metadata).await?;
-        for offset in region::OFFSETS {
-            write(disk, offset, &plan.regions.encode()).await?;
-        }
-        let mut header = plan.header;
-        for offset in header::OFFSETS {
-            write(disk, offset, &header.encode()).await?;
-            header.sequence_number += 1;
-        }
-        sync(disk).await?;
-        let creator = concat!("vhdx-ublk ", env!("CARGO_PKG_VERSION"));
-        write(disk, 0, &FileId::encode(creator)).await?;
-        sync(disk).await
+        draft.finish(disk, new_guid).await
+    }
+
+    /// The image as a draft.
+    ///
+    /// # Errors
+    /// Usage if the numbers are not those of a legal image.
+    pub fn draft(&self) -> Result<Draft> {
+        self.check()?;
+        let length = self.geometry().bat_length().next_multiple_of(MIB);
+        let bat = Extent { offset: self.metadata_offset() + METADATA_BYTES, length };
+        let mut draft = Draft {
+            new: self.clone(),
+            bat: Some(bat),
+            payload: bat.end(),
+            end: bat.end(),
+            placed: Vec::new(),
+        };
+        draft.reach(self.virtual_size);
+        Ok(draft)
+    }
+
+    /// The image as a draft whose disk has a size that is known only when it is finished, of all blocks that
+    /// have content then.
+    ///
+    /// # Errors
+    /// Usage if the numbers are not those of a legal image.
+    pub fn draft_of_unknown_size(&self) -> Result<Draft> {
+        let new = Self { virtual_size: self.logical_sector_size.into(), ..self.clone() };
+        new.check()?;
+        let payload = self.metadata_offset() + METADATA_BYTES;
+        Ok(Draft { new, bat: None, payload, end: payload, placed: Vec::new() })
+    }
+
+    fn metadata_offset(&self) -> u64 {
+        MIB + u64::from(self.log_length).next_multiple_of(MIB)
+    }
+
+    fn geometry(&self) -> Geometry {
+        Geometry::new(self.virtual_size, self.block_size, self.logical_sector_size, self.parent.is_some())
     }
 
     fn check(&self) -> Result<()> {
@@ -148,14 +185,11 @@ impl NewImage {
         Ok(())
     }
 
-    fn plan(&self, new_guid: &mut impl FnMut() -> Uuid) -> Result<Plan> {
-        let differencing = self.parent.is_some();
-        let geometry =
-            Geometry::new(self.virtual_size, self.block_size, self.logical_sector_size, differencing);
+    fn plan(&self, bat: Extent, new_guid: &mut impl FnMut() -> Uuid) -> Result<Plan> {
         let metadata = Metadata {
             block_size: self.block_size,
             leave_blocks_allocated: self.fixed,
-            has_parent: differencing,
+            has_parent: self.parent.is_some(),
             virtual_size: self.virtual_size,
             disk_id: self.parent.as_ref().map_or_else(&mut *new_guid, |parent| parent.disk_id),
             logical_sector_size: self.logical_sector_size,
@@ -171,49 +205,139 @@ impl NewImage {
             log_offset: MIB,
             log_length: self.log_length,
         };
-        let metadata_offset = MIB + u64::from(self.log_length).next_multiple_of(MIB);
-        let bat_length = geometry.bat_length().next_multiple_of(MIB);
-        let bat = Extent { offset: metadata_offset + METADATA_BYTES, length: bat_length };
+        let offset = self.metadata_offset();
         let regions = RegionTable::new(vec![
             required(guid::REGION_BAT, bat),
-            required(guid::REGION_METADATA, Extent { offset: metadata_offset, length: METADATA_BYTES }),
+            required(guid::REGION_METADATA, Extent { offset, length: METADATA_BYTES }),
         ])?;
-        let payload = bat.end();
-        let blocks = if self.fixed { geometry.block_count() } else { 0 };
-        let file_length = payload + blocks * geometry.block_size();
-        for offset in [metadata_offset, bat.offset, bat.length, payload, file_length] {
+        let geometry = self.geometry();
+        for offset in [offset, bat.offset, bat.length] {
             assert!(offset.is_multiple_of(MIB), "everything is whole MiB, not {offset}");
         }
         assert!(bat.length >= geometry.bat_length(), "every slot has its place");
-        assert!(file_length <= MAX_FILE_BYTES, "the largest image is one that can be opened");
-        Ok(Plan { geometry, metadata, header, regions, bat, payload, file_length })
+        Ok(Plan { geometry, metadata, header, regions, bat })
+    }
+}
+
+impl Draft {
+    /// Bytes of a block.
+    pub fn block_size(&self) -> u64 {
+        self.new.block_size.into()
     }
 
-    async fn write_bat<D: Disk>(&self, disk: &D, plan: &Plan) -> Result<()> {
-        if !self.fixed && self.initial_state == InitialState::NotPresent {
-            return Ok(());
+    /// The bytes of the file: all blocks that have space, and what lies before them.
+    pub fn length(&self) -> u64 {
+        self.end
+    }
+
+    /// Where byte `virtual_offset` of the disk lies in the file, in a block that gets space now if it has
+    /// none.
+    ///
+    /// # Panics
+    /// If an earlier block gets space after a later one.
+    pub fn place(&mut self, virtual_offset: u64) -> u64 {
+        let (block, within) = (virtual_offset / self.block_size(), virtual_offset % self.block_size());
+        if self.new.fixed {
+            self.reach(virtual_offset + 1);
+            return self.payload + virtual_offset;
         }
-        let mut done = 0;
-        while done < plan.geometry.bat_length() {
-            let length = (plan.geometry.bat_length() - done).min(BAT_CHUNK_BYTES);
-            let mut chunk = vec![0; usize::try_from(length).expect("at most 1 MiB")];
-            let first = done / ENTRY_SIZE as u64;
-            for (slot, word) in (first..).zip(chunk.as_chunks_mut::<ENTRY_SIZE>().0) {
-                *word = self.initial_entry(plan, slot).write();
-            }
-            assert!(done + length <= plan.bat.length, "the BAT ends in its region");
-            write(disk, plan.bat.offset + done, &chunk).await?;
-            done += length;
+        let number = u32::try_from(block).expect("64 TiB have fewer blocks");
+        match self.placed.last() {
+            Some(&(last, place)) if last == number => return u64::from(place) * MIB + within,
+            last => assert!(last.is_none_or(|&(last, _)| last < number), "block {number} after {last:?}"),
         }
+        let place = self.end;
+        self.placed.push((number, u32::try_from(place / MIB).expect("a file has less than 2^32 MiB")));
+        self.end += self.block_size();
+        place + within
+    }
+
+    /// The disk is at least `size` bytes long: a fixed image has space for that.
+    pub fn reach(&mut self, size: u64) {
+        if self.new.fixed {
+            self.end = self.end.max(self.payload + size.next_multiple_of(self.block_size()));
+        }
+    }
+
+    /// The disk turned out to be `size` bytes long.
+    ///
+    /// # Errors
+    /// Usage if no image can have that size.
+    pub fn set_size(&mut self, size: u64) -> Result<()> {
+        self.new.virtual_size = size;
+        self.new.check()?;
+        self.reach(size);
         Ok(())
     }
 
-    fn initial_entry(&self, plan: &Plan, slot: u64) -> BatEntry {
-        match plan.geometry.block_of_slot(slot) {
-            Some(block) if self.fixed => BatEntry::present(plan.payload + block * plan.geometry.block_size()),
-            Some(_) => BatEntry::zero(),
-            None => BatEntry::not_present(),
+    /// Writes everything but the blocks to their file, which the caller has written.
+    ///
+    /// # Errors
+    /// I/O errors, after which the file is no image.
+    pub async fn finish<D: Disk>(mut self, disk: &D, mut new_guid: impl FnMut() -> Uuid) -> Result<()> {
+        let length = self.new.geometry().bat_length().next_multiple_of(MIB);
+        let bat = self.bat.unwrap_or(Extent { offset: self.end, length });
+        self.end = self.end.max(bat.end());
+        assert!(self.end <= MAX_FILE_BYTES, "the largest image is one that can be opened");
+        let plan = self.new.plan(bat, &mut new_guid)?;
+        let grown = disk.grow(self.end).await;
+        grown.map_err(|error| Error::io("making the file of the new image", error))?;
+        self.write_bat(disk, &plan).await?;
+        let metadata = plan.metadata.encode_region();
+        assert_eq!(metadata.len() as u64, METADATA_BYTES, "the metadata fills its region");
+        write(disk, plan.regions.metadata().offset, &metadata).await?;
+        for offset in region::OFFSETS {
+            write(disk, offset, &plan.regions.encode()).await?;
         }
+        let mut header = plan.header;
+        for offset in header::OFFSETS {
+            write(disk, offset, &header.encode()).await?;
+            header.sequence_number += 1;
+        }
+        sync(disk).await?;
+        let creator = concat!("vhdx-ublk ", env!("CARGO_PKG_VERSION"));
+        write(disk, 0, &FileId::encode(creator)).await?;
+        sync(disk).await
+    }
+
+    /// Writes the chunks of the BAT that have an entry; the others are holes, which read as absent blocks.
+    async fn write_bat<D: Disk>(&self, disk: &D, plan: &Plan) -> Result<()> {
+        let dense = self.new.fixed || self.new.initial_state == InitialState::Zero;
+        let slots = plan.geometry.slot_count();
+        let mut placed = &self.placed[..];
+        let mut first = 0;
+        while first < slots {
+            let past = (first + BAT_CHUNK_BYTES / ENTRY_SIZE as u64).min(slots);
+            let here =
+                placed.partition_point(|(block, _)| plan.geometry.payload_slot((*block).into()) < past);
+            let (of_chunk, rest) = placed.split_at(here);
+            placed = rest;
+            if dense || !of_chunk.is_empty() {
+                let chunk = self.encode_bat(&plan.geometry, first..past, of_chunk);
+                let offset = plan.bat.offset + first * ENTRY_SIZE as u64;
+                assert!(offset + chunk.len() as u64 <= plan.bat.end(), "the BAT ends in its region");
+                write(disk, offset, &chunk).await?;
+            }
+            first = past;
+        }
+        assert!(placed.is_empty(), "every block that has space is in the BAT");
+        Ok(())
+    }
+
+    /// These slots of the BAT, of which the `placed` blocks have space.
+    fn encode_bat(&self, geometry: &Geometry, slots: Range<u64>, placed: &[(u32, u32)]) -> Vec<u8> {
+        let mut placed = placed.iter().peekable();
+        let mut entry = |block: u64| match placed.next_if(|(placed, _)| u64::from(*placed) == block) {
+            Some((_, place)) => BatEntry::present(u64::from(*place) * MIB),
+            None if self.new.fixed => BatEntry::present(self.payload + block * self.block_size()),
+            None if self.new.initial_state == InitialState::Zero => BatEntry::zero(),
+            None => BatEntry::not_present(),
+        };
+        let entries = geometry.walk(slots).map(|(_, role)| match role {
+            Role::Block(block) => entry(block),
+            Role::Bitmap(_) | Role::Nothing => BatEntry::not_present(),
+        });
+        entries.flat_map(BatEntry::write).collect()
     }
 }
 

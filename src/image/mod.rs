@@ -33,7 +33,7 @@ pub use amend::Resize;
 pub use bitmaps::{MAX_BITMAP_BYTES, PAGES_PER_CHUNK, SectorBitmaps};
 pub use block_map::{BlockMap, Mapping, SLOTS_PER_PAGE};
 pub use check::{Finding, KEPT_FINDINGS, LogFound, Report, Severity, check};
-pub use create::{DEFAULT_BLOCK_SIZE, DEFAULT_LOG_LENGTH, InitialState, NewImage, ParentRef};
+pub use create::{DEFAULT_BLOCK_SIZE, DEFAULT_LOG_LENGTH, Draft, InitialState, NewImage, ParentRef};
 pub use headers::Headers;
 pub use identity::Identity;
 pub use locate::{Location, locate};

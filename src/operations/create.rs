@@ -151,8 +151,7 @@ fn write(new: &NewImage, reactor: &Reactor, file: &Arc<ImageFile>) -> Result<()>
 /// Refuses what cannot succeed before it fills the file system.
 fn check_room(new: &NewImage, file: &ImageFile) -> Result<()> {
     let room = file.host_room().doing("reading the free space of the file system")?;
-    let reserved = if nix::unistd::geteuid().is_root() { room.reserved_bytes } else { 0 };
-    let available = room.available_bytes.saturating_add(reserved);
+    let available = room.for_this_user();
     // Some file systems do not say; making the file will.
     if available == 0 || available >= new.virtual_size {
         return Ok(());

@@ -32,10 +32,16 @@ pub(super) fn require(named: &Path, old: &ImageFile) -> Result<()> {
 /// What fails where a link cannot be read.
 const FOLLOWING: &str = "following the links to the file";
 
+/// Fails if a link of another user leads from `named` to `old`, which was opened so.
+///
 /// The owner of a folder can lead the name of an image to any file of root's. A link counts as the user's
 /// word if it is the user's own, or if its owner could replace the file without help. Each link is opened
 /// before it is examined: its name may be given to another at any moment.
-fn refuse_foreign_links(named: &Path, old: &ImageFile) -> Result<()> {
+///
+/// # Errors
+///
+/// As [`require`].
+pub(super) fn refuse_foreign_links(named: &Path, old: &ImageFile) -> Result<()> {
     let owner = fstat(old.as_fd()).doing(FOLLOWING).file(named)?.st_uid;
     let mut path = named.to_owned();
     for _ in 0..=MAX_LINKS {

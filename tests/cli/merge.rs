@@ -32,12 +32,12 @@ pub struct Layer<'a> {
 }
 
 impl Layer<'_> {
-    fn slot(&self, slot: u64, entry: u64) {
+    pub fn slot(&self, slot: u64, entry: u64) {
         let file = OpenOptions::new().write(true).open(self.path).expect("ours");
         file.write_all_at(&entry.to_le_bytes(), BAT + 8 * slot).expect("room");
     }
 
-    fn append(&self, bytes: &[u8]) -> u64 {
+    pub fn append(&self, bytes: &[u8]) -> u64 {
         let file = OpenOptions::new().write(true).open(self.path).expect("ours");
         let at = file.metadata().expect("there").len().max(END);
         file.write_all_at(bytes, at).expect("room");
@@ -49,7 +49,7 @@ impl Layer<'_> {
         &mut self.disk[start..start + (1 << 20)]
     }
 
-    fn zero(&mut self, block: u64) {
+    pub fn zero(&mut self, block: u64) {
         self.slot(block, ZERO);
         self.of_disk(block).fill(0);
     }
@@ -61,7 +61,7 @@ impl Layer<'_> {
     }
 
     /// Every third sector is here; the others hold what must not be read.
-    fn part(&mut self, block: u64, fill: u8) {
+    pub fn part(&mut self, block: u64, fill: u8) {
         let mut bitmap = vec![0; 1 << 20];
         let mut bytes = vec![0xee; 1 << 20];
         for sector in (0..2048).step_by(3) {

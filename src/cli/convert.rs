@@ -1,0 +1,199 @@
+//! `convert`: converts a disk into another format.
+
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use vhdx_ublk::device::claims::Claims;
+use vhdx_ublk::disk::{BlockDevice, Sparse};
+use vhdx_ublk::error::{Error, Kind, Result};
+use vhdx_ublk::operations::convert::{Conversion, Converted, Input, Output};
+use vhdx_ublk::operations::source::DiskFormat;
+use vhdx_ublk::printable::both_sizes;
+
+use super::disk_source::{self, FormatName};
+use super::output::{self, Fields};
+use super::parent_options::ParentOptions;
+use super::progress::ProgressOptions;
+use super::target_shape::ShapeOptions;
+
+/// Convert a disk: a VHDX with all its parents, a VHD, a raw file or a block device.
+///
+/// The target gets its name only when it is whole and synced. The source is locked and not changed; dirty
+/// logs are replayed in memory.
+#[derive(clap::Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct Convert {
+    /// The disk to read; - reads a raw disk from standard input
+    source: PathBuf,
+    /// The file to create, or the block device to overwrite; - writes a raw disk to standard output
+    target: PathBuf,
+    /// Format of the source [default: what its first and last bytes look like]
+    #[arg(long, value_enum, value_name = "FORMAT")]
+    from: Option<FormatName>,
+    /// Format of the target [default: by the end of its name]
+    #[arg(long, value_enum, value_name = "FORMAT")]
+    to: Option<FormatName>,
+    #[command(flatten)]
+    shape: ShapeOptions,
+    #[command(flatten)]
+    parents: ParentOptions,
+    /// Read the target back from the disk and compare it with the source
+    #[arg(long)]
+    verify: bool,
+    /// Whether the file may have holes: Windows refuses an image whose file is sparse. `auto` makes none on
+    /// NTFS and over SMB, where a hole marks the file as sparse
+    #[arg(long, value_enum, value_name = "WHEN", default_value = "auto")]
+    sparse: Sparse,
+    #[command(flatten)]
+    overwriting: Overwriting,
+    /// Show what would be made, and make nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// Print what was made as JSON
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    progress: ProgressOptions,
+}
+
+/// What may be lost.
+#[derive(clap::Args)]
+struct Overwriting {
+    /// Overwrite a block device or a raw file that exists, all of it: what lies behind the disk becomes
+    /// zeros. It is not restored if the conversion fails
+    #[arg(short = 'n', long, conflicts_with = "force")]
+    existing: bool,
+    /// Replace an existing image; with a raw target, any file. If the conversion fails, the old file stays
+    #[arg(short, long)]
+    force: bool,
+    /// Begin although the file system may have too little room
+    #[arg(long)]
+    ignore_room: bool,
+}
+
+const AFTER_HELP: &str = "\
+Examples:
+  vhdx-ublk convert disk.vhdx disk.raw
+  vhdx-ublk convert disk.raw disk.vhdx --block-size 32M
+  vhdx-ublk convert checkpoint.avhdx flat.vhdx --verify   the chain becomes one image
+  vhdx-ublk convert disk.vhdx upload.vhd --azure
+  vhdx-ublk convert --existing disk.vhdx /dev/sdx
+  curl https://example.org/disk.raw | vhdx-ublk convert - disk.vhdx
+
+A raw disk can begin with anything its user writes: name its format (--from raw) if its content is
+not trusted. A new VHDX is a disk of its own, with a new identifier.
+The file of the target is readable by its owner only, or by the users of the file that it replaces.
+Exit status: 0 converted, 1 failure (no unfinished target is left), 2 wrong usage.";
+
+/// What is printed as JSON.
+#[derive(Serialize)]
+struct Json {
+    target: Option<String>,
+    format: DiskFormat,
+    virtual_size: Option<u64>,
+    required: Option<u64>,
+    fully_allocated: Option<u64>,
+    written_bytes: u64,
+    shared_bytes: u64,
+}
+
+impl Convert {
+    /// Runs the command.
+    pub fn run(self) -> Result<()> {
+        let conversion = self.conversion()?;
+        if self.dry_run {
+            return self.print(&conversion, conversion.plan(&Claims)?);
+        }
+        let shown = self.progress.start()?;
+        let converted = conversion.run(&Claims, &shown)?;
+        drop(shown);
+        if self.json { self.print(&conversion, converted) } else { Ok(()) }
+    }
+
+    /// What the options mean together.
+    fn conversion(&self) -> Result<Conversion> {
+        let is_stream = |path: &Path| path == Path::new("-");
+        let (from_stream, to_stream) = (is_stream(&self.source), is_stream(&self.target));
+        if to_stream && (self.json || self.dry_run || self.overwriting.existing || self.overwriting.force) {
+            return usage(
+                "with - as the target, standard output carries the disk: leave the other options out",
+            );
+        }
+        if to_stream && std::io::stdout().is_terminal() {
+            return usage("a terminal is no target: redirect standard output");
+        }
+        if self.verify && (from_stream || to_stream) {
+            return usage("--verify reads source and target again, which a stream does not allow");
+        }
+        let over_old = self.overwriting.existing || BlockDevice::is_at(&self.target);
+        let format = self.target_format(to_stream || over_old)?;
+        if (over_old || to_stream) && format != DiskFormat::Raw {
+            return usage(
+                "a block device, an existing target and standard output get the disk itself: --to raw",
+            );
+        }
+        let input = if from_stream {
+            if self.from.is_some_and(|from| from != FormatName::Raw) {
+                return usage("standard input is read as a raw disk");
+            }
+            Input::Stream
+        } else {
+            Input::Disk(disk_source::request(self.source.clone(), self.from, self.parents.search())?)
+        };
+        let path = self.target.clone();
+        let output = match () {
+            () if to_stream => Output::Stream,
+            () if over_old => Output::Existing(path),
+            () => Output::File { path, replace: self.overwriting.force },
+        };
+        Ok(Conversion {
+            input,
+            output,
+            shape: self.shape.shape(format)?,
+            sparse: self.sparse,
+            verify: self.verify,
+            ignore_room: self.overwriting.ignore_room,
+        })
+    }
+
+    fn target_format(&self, raw: bool) -> Result<DiskFormat> {
+        let by_default = match () {
+            () if raw => Some(FormatName::Raw),
+            () if self.shape.azure() => Some(FormatName::Vhd),
+            () => FormatName::of_name(&self.target),
+        };
+        match self.to.or(by_default) {
+            Some(name) => name.format(),
+            None => usage("the name of the target does not say its format: use --to"),
+        }
+    }
+
+    fn print(&self, conversion: &Conversion, converted: Converted) -> Result<()> {
+        let Converted { size, measured, written, shared } = converted;
+        let format = conversion.shape.format;
+        if self.json {
+            return output::print_json(&Json {
+                target: Some(self.target.to_string_lossy().into_owned()),
+                format,
+                virtual_size: size,
+                required: measured.map(|measured| measured.required),
+                fully_allocated: measured.map(|measured| measured.fully_allocated),
+                written_bytes: written,
+                shared_bytes: shared,
+            });
+        }
+        let shown = |bytes: Option<u64>| bytes.map_or_else(|| "unknown".to_owned(), both_sizes);
+        let mut fields = Fields::default();
+        fields.add("target", self.target.display().to_string());
+        fields.add("format", format.to_string());
+        fields.add("virtual size", shown(size));
+        fields.add("takes at most", shown(measured.map(|measured| measured.required)));
+        output::print(&fields.to_string())
+    }
+}
+
+fn usage<T>(message: &str) -> Result<T> {
+    Err(Error::new(Kind::Usage, message).remedy("vhdx-ublk convert --help"))
+}

@@ -1,0 +1,95 @@
+//! A block device of this machine, as a disk without a format around it.
+//!
+//! It is examined before it is opened, as a regular file is. One that is written is opened exclusively: the
+//! kernel then refuses a device that is mounted, swapped to or part of another device, and refuses all that
+//! while it is open.
+
+use std::fs::{File, OpenOptions};
+use std::io::{Seek, SeekFrom};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use super::Access;
+use crate::error::{Doing, Error, Kind, Locate, Result};
+
+/// An open block device.
+#[derive(Debug)]
+pub struct BlockDevice {
+    file: File,
+    path: PathBuf,
+    number: u64,
+    length: u64,
+}
+
+impl BlockDevice {
+    /// Whether `path` leads to a block device.
+    pub fn is_at(path: &Path) -> bool {
+        std::fs::metadata(path).is_ok_and(|found| found.file_type().is_block_device())
+    }
+
+    /// Opens the block device at `path`.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::Unsupported`] for anything else; [`Kind::InUse`] if it is to be written and is mounted or used
+    /// by another device; what the operating system says.
+    pub fn open(path: &Path, access: Access) -> Result<Self> {
+        const OPENING: &str = "opening the device";
+        let found = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(path);
+        let found = found.doing("finding the device").file(path)?;
+        let what = found.metadata().doing("examining the device").file(path)?;
+        if !what.file_type().is_block_device() {
+            return Err(Error::new(Kind::Unsupported, "this is not a block device").file(path));
+        }
+        let link = format!("/proc/self/fd/{}", found.as_raw_fd());
+        let write = access == Access::ReadWrite;
+        let exclusive = if write { libc::O_EXCL } else { 0 };
+        let opened = OpenOptions::new().read(true).write(write).custom_flags(exclusive).open(link);
+        let mut file = match opened {
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
+                let error = Error::new(Kind::InUse, "the device is mounted, or another device uses it");
+                return Err(error.file(path).remedy("lsblk shows its use: unmount or stop that first"));
+            }
+            opened => opened.doing(OPENING).file(path)?,
+        };
+        let length = file.seek(SeekFrom::End(0)).doing("reading the size of the device").file(path)?;
+        Ok(Self { file, path: path.to_owned(), number: what.rdev(), length })
+    }
+
+    /// The device, open.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Its path, as it was given.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Its number, which distinguishes it from all other devices.
+    pub fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// Its size, bytes.
+    pub fn length(&self) -> u64 {
+        self.length
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_but_a_block_device_is_one() {
+        for path in ["/dev/null", "/"] {
+            assert!(!BlockDevice::is_at(Path::new(path)));
+            let error = BlockDevice::open(Path::new(path), Access::ReadWrite).expect_err("no block device");
+            assert_eq!(error.kind(), Kind::Unsupported);
+        }
+        let missing = BlockDevice::open(Path::new("/no/such/device"), Access::ReadOnly);
+        assert_eq!(missing.expect_err("missing").kind(), Kind::NotFound);
+    }
+}
