@@ -13,9 +13,12 @@ use support::{LOG_GUID, entry, pages};
 use tempfile::TempDir;
 use uuid::Uuid;
 use vhdx_ublk::disk::{Buffer, Disk, PAGE_BYTES, Place, Reactor, UringDisk};
+use vhdx_ublk::format::MIB;
 use vhdx_ublk::format::bat::BatEntry;
 use vhdx_ublk::format::log::MAX_DESCRIPTORS_WRITTEN;
-use vhdx_ublk::image::{FoundLog, Headers, Image, InitialState, NewImage, ReadImage, WritableImage};
+use vhdx_ublk::image::{
+    Content, Extent, FoundLog, Headers, Image, InitialState, NewImage, ReadImage, Space, WritableImage,
+};
 
 const TIB: u64 = 1 << 40;
 
@@ -23,7 +26,26 @@ fn main() {
     let mut criterion = Criterion::default().configure_from_args();
     open(&mut criterion);
     replay(&mut criterion);
+    fragmented(&mut criterion);
     criterion.final_summary();
+}
+
+/// Space for a block of 2 MiB in a file that has a million free runs of 1 MiB before the first one that is
+/// long enough; it is given back and taken again.
+fn fragmented(criterion: &mut Criterion) {
+    const RUNS: u64 = 1_000_000;
+    let mut space = Space::new(MIB).expect("small");
+    for run in 0..RUNS {
+        space.claim(Extent { offset: (2 + 2 * run) * MIB, length: MIB });
+    }
+    space.extend((2 * RUNS + 64) * MIB);
+    criterion.bench_function("take 2 MiB behind a million runs of 1 MiB", |bencher| {
+        bencher.iter(|| {
+            let grant = space.take(2 * MIB).expect("there is room at the end");
+            space.free(grant.extent, Content::Recycled);
+            grant
+        });
+    });
 }
 
 /// An image in a file of its own.

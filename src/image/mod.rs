@@ -23,6 +23,7 @@ mod repair;
 mod replay;
 mod resume;
 mod room;
+mod runs;
 mod salvage;
 mod shrink;
 mod space;

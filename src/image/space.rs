@@ -12,6 +12,7 @@ use std::ops::Range;
 
 use fixedbitset::FixedBitSet;
 
+use super::runs::Runs;
 use crate::error::{Error, Kind, Result};
 use crate::format::{MIB, index};
 use crate::simulation::{Plant, planted};
@@ -74,6 +75,7 @@ pub struct Space {
     units: usize,
     /// No unit below is free.
     lowest_free: usize,
+    runs: Box<Runs>,
 }
 
 impl Space {
@@ -88,7 +90,8 @@ impl Space {
         }
         let units = index(file_length.div_ceil(MIB).max(1));
         let bits = FixedBitSet::with_capacity(units);
-        let mut space = Self { used: bits.clone(), known_zero: bits, units, lowest_free: 1 };
+        let runs = Runs::new(units).into();
+        let mut space = Self { used: bits.clone(), known_zero: bits, units, lowest_free: 1, runs };
         space.used.insert(0);
         if planted(Plant::TrustTail) {
             space.known_zero.insert_range(1..units);
@@ -123,7 +126,8 @@ impl Space {
         self.reach(units.end);
         let shared = self.next(units.clone(), true);
         self.used.insert_range(units.clone());
-        self.known_zero.remove_range(units);
+        self.known_zero.remove_range(units.clone());
+        self.runs.changed(units);
         shared.map(|unit| unit as u64 * MIB)
     }
 
@@ -165,6 +169,7 @@ impl Space {
         let known_zero = self.known_zero.contains_all_in_range(units.clone());
         self.used.insert_range(units.clone());
         self.known_zero.remove_range(units.clone());
+        self.runs.changed(units.clone());
         if units.start == self.lowest_free {
             self.lowest_free = units.end;
         }
@@ -182,6 +187,7 @@ impl Space {
         self.used.remove_range(units.clone());
         self.known_zero.set_range(units.clone(), content == Content::KnownZero);
         self.lowest_free = self.lowest_free.min(units.start);
+        self.runs.changed(units);
     }
 
     /// The file has been extended to `file_length` bytes by this process; the new part is known zero.
@@ -193,6 +199,7 @@ impl Space {
             // A tolerated partial last block is used beyond the end of the file it was found in.
             self.known_zero.set(unit, !self.used.contains(unit));
         }
+        self.runs.changed(self.units.min(units)..units);
         self.units = self.units.max(units);
         debug_assert!(self.used.is_disjoint(&self.known_zero), "used space is not known zero");
     }
@@ -241,15 +248,16 @@ impl Space {
     }
 
     fn find_run(&mut self, count: usize) -> Option<usize> {
-        let mut start = self.next(self.lowest_free..self.units, false)?;
-        self.lowest_free = start;
-        while start + count <= self.units {
-            match self.next(start..start + count, true) {
-                None => return Some(start),
-                Some(blocker) => start = self.next(blocker + 1..self.units, false)?,
-            }
+        self.lowest_free = self.next(self.lowest_free..self.units, false)?;
+        let mut runs = std::mem::take(&mut *self.runs);
+        let place = runs.lowest(count, self.lowest_free, self.units, |units, used| self.next(units, used));
+        *self.runs = runs;
+        let mut start = self.next(place?..self.units, false)?;
+        while let Some(blocker) = self.next(start..(start + count).min(self.units), true) {
+            start = self.next(blocker + 1..self.units, false)?;
         }
-        None
+        assert!(start + count <= self.units, "the run that was found lies in the file");
+        Some(start)
     }
 }
 
@@ -264,6 +272,8 @@ fn shared(what: &'static str, offset: u64, extent: Extent) -> Error {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn extent(start_mib: u64, count: u64) -> Extent {
@@ -336,6 +346,49 @@ mod tests {
         assert_eq!(space.claim(extent(999, 1)), None);
         let unknown: Vec<Extent> = space.unknown_runs().collect();
         assert_eq!(unknown, [extent(1, 3), extent(63, 1), extent(65, 934)]);
+    }
+
+    proptest! {
+        /// Whatever is taken, freed and added: the lowest run that is long enough, whether in one stretch of
+        /// the index, over its borders or over several.
+        #[test]
+        fn the_lowest_run_that_is_long_enough_is_taken(
+            steps in prop::collection::vec((0..5_u8, 1..4000_u64, 1..3000_u64), 1..80)
+        ) {
+            let mut space = Space::new(3000 * MIB).expect("small");
+            let (mut free, mut units) = (vec![true; 200_000], 3000);
+            free[0] = false;
+            let lowest = |free: &[bool], units: usize, count: usize| {
+                let fits = |start: &usize| free[*start..start + count].iter().all(|free| *free);
+                (1..(units + 1).saturating_sub(count)).find(fits)
+            };
+            for (step, place, count) in steps {
+                let range = index(place)..index(place + count).min(units);
+                match step {
+                    0 if !range.is_empty() && free[range.clone()].iter().all(|free| *free) => {
+                        space.take_at(extent(place, range.len() as u64)).expect("it is free");
+                        free[range].fill(false);
+                    }
+                    1 if !range.is_empty() && !free[range.clone()].iter().any(|free| *free) => {
+                        space.free(extent(place, range.len() as u64), Content::Recycled);
+                        free[range].fill(true);
+                    }
+                    2 if units < 100_000 => {
+                        units += index(count);
+                        space.extend(units as u64 * MIB);
+                    }
+                    _ => {
+                        let count = if step == 3 { count } else { place % 7 + 1 };
+                        let expected = lowest(&free, units, index(count));
+                        let taken = space.take(count * MIB).map(|grant| index(grant.extent.offset / MIB));
+                        prop_assert_eq!(taken, expected);
+                        if let Some(start) = taken {
+                            free[start..start + index(count)].fill(false);
+                        }
+                    }
+                }
+            }
+        }
     }
 
     #[test]
