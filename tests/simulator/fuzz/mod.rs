@@ -3,6 +3,7 @@
 //! promise.
 
 pub mod chain;
+pub mod compact;
 pub mod corpus;
 #[allow(unsafe_code, reason = "the compiler's counters are raw memory")]
 pub mod coverage;

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use fastrand::Rng;
 
-use super::{chain, mend, merge, mutator, salvage, search, session, text, trial};
+use super::{chain, compact, mend, merge, mutator, salvage, search, session, text, trial};
 use crate::craft::Craft;
 use crate::sim::store::Store;
 
@@ -39,12 +39,13 @@ pub struct Target {
 }
 
 /// All of them.
-pub const TARGETS: [Target; 9] = [
+pub const TARGETS: [Target; 10] = [
     trial::TARGET,
     chain::TARGET,
     mend::REPAIR,
     mend::RELINK,
     merge::TARGET,
+    compact::TARGET,
     salvage::TARGET,
     session::TARGET,
     search::TARGET,
@@ -53,7 +54,7 @@ pub const TARGETS: [Target; 9] = [
 
 /// The target of this name.
 pub fn named(name: &str) -> &'static Target {
-    static ALL: [Target; 9] = TARGETS;
+    static ALL: [Target; 10] = TARGETS;
     let names = ALL.each_ref().map(|target| target.name);
     ALL.iter().find(|target| target.name == name).unwrap_or_else(|| panic!("{name} is none of {names:?}"))
 }
