@@ -52,6 +52,9 @@ struct StepOptions {
     /// Only shorten the file, and take no other step that is not named
     #[arg(long)]
     length: bool,
+    /// Put all blocks into the order of the disk, which shortens the file, too; taken only if named
+    #[arg(long)]
+    defragment: bool,
 }
 
 const AFTER_HELP: &str = "\
@@ -59,6 +62,8 @@ Examples:
   vhdx-ublk compact disk.vhdx                   take all steps
   vhdx-ublk compact disk.vhdx --dry-run         show what that would do
   vhdx-ublk compact disk.vhdx --length          only shorten the file
+  vhdx-ublk compact disk.vhdx --zeros --defragment
+                                                in the order of the disk, as for a slow medium
 
 The image must not be in use: remove its device first. A parent can be compacted, and its children
 stay valid. A fixed image keeps the space of all its blocks.
@@ -73,9 +78,9 @@ impl Compact {
     /// Runs the command.
     pub fn run(self) -> Result<()> {
         let Self { image, steps, dry_run, max_rate, json, parents, progress } = self;
-        let StepOptions { zeros, length } = steps;
-        let all = !zeros && !length;
-        let steps = Steps { zeros: zeros || all, length: length || all };
+        let StepOptions { zeros, length, defragment } = steps;
+        let all = !zeros && !length && !defragment;
+        let steps = Steps { zeros: zeros || all, length: length || all, defragment };
         let request = Request { image, search: parents.search(), steps, max_rate, dry_run };
         let reactor = Reactor::new()?;
         let shown = progress.start()?;
@@ -145,7 +150,10 @@ fn text(compacted: &Compacted, steps: Steps) -> String {
         None => line(format!("Host space   {}", human_size(before.host))),
     }
     let end = after.map_or(done.end, |after| after.length);
-    line(format!("File length  {}", change(before.length, if steps.length { end } else { before.length })));
+    line(format!(
+        "File length  {}",
+        change(before.length, if steps.length || steps.defragment { end } else { before.length })
+    ));
     let (give, held) = if after.is_some() { ("gave", "held") } else { ("would give", "hold") };
     if done.given_up_bytes > 0 {
         let [blocks, bytes] = [done.zero_blocks + done.old_blocks, done.given_up_bytes];
@@ -174,7 +182,7 @@ fn notes(compacted: &Compacted, steps: Steps) -> Vec<String> {
         let why = output::message(error);
         notes.push(format!("Blocks with sectors of the parents were not searched for zeros: {why}"));
     }
-    if steps.length && done.free_bytes > 0 {
+    if (steps.length || steps.defragment) && done.free_bytes > 0 {
         let free = human_size(done.free_bytes);
         notes.push(match done.held_by {
             Some(held_by) => format!("{free} stay free before the {}, which is not moved", held_by.name),
@@ -182,7 +190,10 @@ fn notes(compacted: &Compacted, steps: Steps) -> Vec<String> {
         });
     }
     let won = |after: &Figures| after.host < before.host || after.length < before.length;
-    if !done.stopped && after.as_ref().is_some_and(|after| !won(after)) {
+    if !done.stopped
+        && (done.moves == 0 || !steps.defragment)
+        && after.as_ref().is_some_and(|after| !won(after))
+    {
         notes.push(nothing_won(steps).into());
     }
     notes
@@ -190,12 +201,14 @@ fn notes(compacted: &Compacted, steps: Steps) -> Vec<String> {
 
 fn nothing_won(steps: Steps) -> &'static str {
     match steps {
-        Steps { zeros: true, length: true } => {
+        Steps { zeros: false, .. } => "Nothing was won: blocks of zeros were not searched for (--zeros)",
+        Steps { length: false, defragment: false, .. } => {
+            "Nothing was won: the file was not shortened (--length)"
+        }
+        _ => {
             "Nothing was won: the guest has not given back what it has deleted. Run `fstrim -a` in the \
              guest, then compact again"
         }
-        Steps { zeros: false, .. } => "Nothing was won: blocks of zeros were not searched for (--zeros)",
-        Steps { length: false, .. } => "Nothing was won: the file was not shortened (--length)",
     }
 }
 

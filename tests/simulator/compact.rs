@@ -31,7 +31,13 @@ const WATCHED: [u64; 10] = [0, 1, 7, 8, 127, 128, 1024, 1029, 2046, 2047];
 /// What is written where nothing may be read.
 const STALE: u64 = u64::MAX;
 
-const ALL: Steps = Steps { zeros: true, length: true };
+const ALL: Steps = Steps { zeros: true, length: true, defragment: false };
+const SORT: Steps = Steps { defragment: true, ..ALL };
+
+/// What the images of a seed are put through.
+fn steps_of(seed: u64) -> Steps {
+    if seed % 3 == 2 { SORT } else { ALL }
+}
 
 /// The shape of an image.
 #[derive(Clone, Copy)]
@@ -330,15 +336,15 @@ fn compacted(
 }
 
 /// What is said that would be done.
-fn said(store: &Store, image: ReadImage) -> Done {
+fn said(store: &Store, image: ReadImage, steps: Steps) -> Done {
     let disk = SimDisk::new(store.clone(), true, true, 512);
     let patience = Patience(u32::MAX.into());
-    smol::future::block_on(outline(image, disk, Vec::new(), ALL, &patience)).expect("it can be read")
+    smol::future::block_on(outline(image, disk, Vec::new(), steps, &patience)).expect("it can be read")
 }
 
 /// Nothing that reads as zero has space, nothing is leaked or unused at the end, and the file is as long as
 /// was said.
-fn check_won(store: &Store, done: &Done, shape: Shape) {
+fn check_won(store: &Store, done: &Done, shape: Shape, steps: Steps) {
     assert_eq!(store.length, done.end, "{done:?}");
     let report = check_sound(store);
     assert_eq!((report.leaks, report.unused_tail_bytes), (0, 0), "{:?}", report.findings);
@@ -348,7 +354,12 @@ fn check_won(store: &Store, done: &Done, shape: Shape) {
     if shape.block_mib == 1 {
         assert_eq!(done.free_bytes, 0, "{done:?}: everything is 1 MiB long");
     }
-    let again = said(store, image);
+    if steps.defragment {
+        let blocks = 0..image.map.geometry().block_count();
+        let places = blocks.map(|block| image.map.load(block).entry.offset()).filter(|place| *place > 0);
+        assert!(places.is_sorted() && done.free_bytes == 0, "{done:?}");
+    }
+    let again = said(store, image, steps);
     let nothing =
         Done { end: done.end, free_bytes: done.free_bytes, held_by: done.held_by, ..Done::default() };
     assert_eq!(again, nothing, "nothing is left to be done");
@@ -373,19 +384,20 @@ fn a_compacted_disk_reads_as_before_and_ends_where_it_was_said() {
         let Sample { store, content } = Sample::new(&mut rng, shape);
         let image = opened(&store).expect("a sample");
         let linkage = image.header.header.data_write_guid;
+        let steps = steps_of(seed);
         judge(&store, &content, linkage);
         let disk = SimDisk::new(store.clone(), true, true, 512);
-        let said = said(&store, image);
+        let said = said(&store, image, steps);
         let before = disk.versions();
-        let done = compacted(&disk, ALL, u32::MAX, seed, |_| {}).expect("room");
+        let done = compacted(&disk, steps, u32::MAX, seed, |_| {}).expect("room");
         assert_eq!(done, said, "seed {seed}");
         let left = disk.content();
         judge(&left, &content, linkage);
-        check_won(&left, &done, shape);
+        check_won(&left, &done, shape, steps);
         let anything = done.moves + done.given_up_bytes > 0;
         assert!(left.length <= store.length && (!anything || disk.versions() != before));
         let version = disk.versions();
-        compacted(&disk, ALL, u32::MAX, seed, |_| {}).expect("nothing to do");
+        compacted(&disk, steps, u32::MAX, seed, |_| {}).expect("nothing to do");
         assert_eq!(disk.versions(), version, "seed {seed}: a compacted image is not changed");
         shorter += usize::from(left.length < store.length);
         zeros += done.zero_blocks;
@@ -401,9 +413,9 @@ fn cut_everywhere(seed: u64, shape: Shape) -> (usize, usize) {
     let mut rng = Rng::with_seed(seed);
     let Sample { store, content } = Sample::new(&mut rng, shape);
     let linkage = opened(&store).expect("a sample").header.header.data_write_guid;
-    let disk = SimDisk::new(store, false, true, 512);
+    let (disk, steps) = (SimDisk::new(store, false, true, 512), steps_of(seed));
     let (mut states, mut again) = (0, 0);
-    let done = compacted(&disk, ALL, u32::MAX, seed, |disk| {
+    let done = compacted(&disk, steps, u32::MAX, seed, |disk| {
         for profile in Profile::ALL {
             let left = disk.cut(profile, &mut rng);
             judge(&left, &content, linkage);
@@ -415,7 +427,7 @@ fn cut_everywhere(seed: u64, shape: Shape) -> (usize, usize) {
             again += 1;
             let second = SimDisk::new(left, false, true, 512);
             let mut cuts = Rng::with_seed(rng.u64(..));
-            let done = compacted(&second, ALL, u32::MAX, rng.u64(..), |disk| {
+            let done = compacted(&second, steps, u32::MAX, rng.u64(..), |disk| {
                 if cuts.u32(0..8) == 0 {
                     judge(&disk.cut(Profile::ALL[cuts.usize(..5)], &mut cuts), &content, linkage);
                     states += 1;
@@ -423,12 +435,12 @@ fn cut_everywhere(seed: u64, shape: Shape) -> (usize, usize) {
             });
             let ended = second.content();
             judge(&ended, &content, linkage);
-            check_won(&ended, &done.expect("room"), shape);
+            check_won(&ended, &done.expect("room"), shape, steps);
         }
     });
     let left = disk.content();
     judge(&left, &content, linkage);
-    check_won(&left, &done.expect("room"), shape);
+    check_won(&left, &done.expect("room"), shape, steps);
     (states, again)
 }
 
@@ -472,7 +484,7 @@ fn a_compaction_stops_and_continues() {
             assert_eq!(check_sound(&left).leaks, 0);
             stopped += u32::from(done.stopped);
             if !done.stopped {
-                check_won(&left, &done, shape);
+                check_won(&left, &done, shape, ALL);
             }
             assert!(patience < u32::MAX || !done.stopped);
         }
@@ -510,7 +522,7 @@ fn a_compaction_that_fails_leaves_the_disk_as_it_was() {
         let again = SimDisk::new(left, true, true, 512);
         let done = compacted(&again, ALL, u32::MAX, seed, |_| {}).expect("room");
         judge(&again.content(), &content, linkage);
-        check_won(&again.content(), &done, shape);
+        check_won(&again.content(), &done, shape, ALL);
     }
     println!("{failed} compactions failed");
     assert!(failed > 150, "{failed} compactions failed");

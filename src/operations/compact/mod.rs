@@ -30,6 +30,8 @@ pub struct Steps {
     pub zeros: bool,
     /// Blocks move so that the file can end earlier.
     pub length: bool,
+    /// Blocks move so that they are in the order of the disk, which shortens the file, too.
+    pub defragment: bool,
 }
 
 /// What the user wants to be compacted.

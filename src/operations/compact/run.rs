@@ -133,9 +133,7 @@ pub async fn outline<D: ReadDisk>(
     let mut items = survey::items(map);
     items.retain(|item| space.is_used(item.place.offset..item.place.end()));
     let mut plan = Plan::new(space, items, places(&fixed), MOST_COPIED);
-    if steps.length {
-        plan.shorten();
-    }
+    make_room(&mut plan, steps, map.geometry().chunk_ratio());
     plan.steps().iter().for_each(|step| count(step, &mut done));
     conclude(&plan, &fixed, &mut done);
     Ok(done)
@@ -159,7 +157,7 @@ async fn give_up<D: ReadDisk>(
         done.zero_blocks = blocks.len() as u64;
         done.stopped = watch.stop_requested();
     }
-    if steps.length {
+    if steps.length || steps.defragment {
         let old = survey::old_content(map);
         done.old_blocks = old.len() as u64;
         blocks.extend(old);
@@ -199,10 +197,9 @@ impl<D: Disk + 'static, W: Watch> Work<'_, D, W> {
         }
         let mut plan = self.plan();
         let tail = self.engine.shared().map.file_bytes() > plan.end();
-        if self.steps.length {
-            plan.shorten();
-        }
-        if !plan.steps().is_empty() || self.steps.length && (tail || leaks) {
+        make_room(&mut plan, self.steps, self.engine.shared().geometry().chunk_ratio());
+        let cut = self.steps.length || self.steps.defragment;
+        if !plan.steps().is_empty() || cut && (tail || leaks) {
             self.open().await?;
         }
         let moved = self.make(plan.steps(), done).await;
@@ -253,6 +250,15 @@ impl<D: Disk + 'static, W: Watch> Work<'_, D, W> {
             // Nothing else runs on this thread meanwhile: no device uses the image.
             thread::sleep(left.min(PAUSE));
         }
+    }
+}
+
+/// Plans the moves.
+fn make_room(plan: &mut Plan, steps: Steps, chunk_ratio: u64) {
+    match steps {
+        Steps { defragment: true, .. } => plan.sort(chunk_ratio),
+        Steps { length: true, .. } => plan.shorten(),
+        _ => {}
     }
 }
 

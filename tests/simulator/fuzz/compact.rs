@@ -83,7 +83,7 @@ fn compact(file: &Store, before: &(ReadImage, Store), seed: u64, shape: &mut Def
     let new_guid = move || Uuid::from_u128(guids.borrow_mut().u128(1..));
     let tasks = Rc::new(SimTasks::default());
     let (on, spawn) = (disk.clone(), tasks.clone());
-    let steps = Steps { zeros: rng.bool(), length: rng.bool() };
+    let steps = Steps { zeros: rng.bool(), length: rng.bool(), defragment: rng.bool() };
     let result = tasks.start(async move {
         let image = Image::open_for_writing(&on, new_guid.clone()).await?;
         let (reading, parents, max_rate) = (on.clone(), Vec::new(), None);

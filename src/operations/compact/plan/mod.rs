@@ -14,6 +14,8 @@
 //!
 //! The log, and regions that cannot be moved, stay where they are.
 
+mod order;
+
 use std::collections::BTreeMap;
 
 use crate::engine::relocate::{Move, Occupant};
@@ -338,6 +340,37 @@ mod tests {
     }
 
     proptest! {
+        /// Whatever lies where: everything is in order in the end, with nothing free where it fits.
+        #[test]
+        fn a_sorted_file_is_in_the_order_of_the_disk(
+            choice in any::<prop::sample::Index>(),
+            stretches in [stretch(2), stretch(4), stretch(32)],
+            order in prop::collection::vec(any::<u64>(), 40),
+        ) {
+            let mut start = plan(&stretches[choice.index(3)], 0);
+            for (item, number) in start.items.iter_mut().zip(&order) {
+                item.what = match item.what {
+                    Occupant::Block(block) => Occupant::Block(number / 64 * 64 + block),
+                    Occupant::Bitmap(chunk) => Occupant::Bitmap(number / 64 * 64 + chunk),
+                };
+            }
+            let mut sorted = Plan::new(start.space.clone(), start.items.clone(), start.fixed.clone(), 0);
+            sorted.sort(1);
+            let items = made(&start, sorted.steps());
+            prop_assert_eq!(&items, &sorted.items);
+            let key = |item: &Item| match item.what {
+                Occupant::Bitmap(chunk) => (chunk, 0),
+                Occupant::Block(block) => (block, 1),
+            };
+            prop_assert!(items.is_sorted_by_key(key));
+            let mut again = Plan::new(sorted.space.clone(), items, start.fixed.clone(), 0);
+            again.sort(1);
+            prop_assert!(again.steps().is_empty(), "what is in order stays");
+            if start.fixed.is_empty() {
+                prop_assert_eq!(sorted.end(), sorted.space.used_bytes());
+            }
+        }
+
         /// Whatever lies where: a plan ends, its moves can be made, and the file does not become longer.
         #[test]
         fn a_plan_ends_and_never_makes_the_file_longer(
