@@ -21,6 +21,7 @@ mod logging;
 mod map;
 mod measure;
 mod merge;
+mod move_chain;
 mod output;
 mod parent_options;
 mod progress;
@@ -78,6 +79,7 @@ enum Command {
     Check(check::Check),
     Relink(relink::Relink),
     Merge(merge::Merge),
+    Move(move_chain::Move),
     Compact(compact::Compact),
     Salvage(salvage::Salvage),
     Convert(convert::Convert),
@@ -106,7 +108,8 @@ impl Command {
             | Self::Recover(_)
             | Self::Create(_)
             | Self::Relink(_)
-            | Self::Merge(_) => false,
+            | Self::Merge(_)
+            | Self::Move(_) => false,
         }
     }
 
@@ -125,6 +128,7 @@ impl Command {
             Self::Check(check) => return Ok(check.run()?),
             Self::Relink(relink) => relink.run()?,
             Self::Merge(merge) => merge.run()?,
+            Self::Move(chain) => chain.run()?,
             Self::Compact(compact) => compact.run()?,
             Self::Salvage(salvage) => salvage.run()?,
             Self::Convert(convert) => convert.run()?,

@@ -139,6 +139,26 @@ impl Place {
         renamed.map_err(|errno| Error::io("naming the file", errno.into()).file(&to.path))
     }
 
+    /// Gives `file`, which is here, a second name at `to`, durably, where there must be nothing. `false` if
+    /// the host cannot: in another file system, or in one without such names.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::require`]; [`Kind::Exists`] if there is something; what the operating system says.
+    pub fn link(&self, file: &ImageFile, to: &Self) -> Result<bool> {
+        self.require(file)?;
+        match linkat(&self.folder, &*self.name, &to.folder, &*to.name, AtFlags::empty()) {
+            Ok(()) => {}
+            Err(Errno::EXDEV | Errno::EPERM | Errno::EOPNOTSUPP | Errno::EMLINK | Errno::ENOSYS) => {
+                return Ok(false);
+            }
+            Err(errno) => return Err(Error::io("naming the file", errno.into()).file(&to.path)),
+        }
+        to.require(file)?;
+        to.sync()?;
+        Ok(true)
+    }
+
     /// Makes durable what the folder holds.
     ///
     /// # Errors

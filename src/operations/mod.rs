@@ -18,6 +18,7 @@ pub mod inspect;
 mod locked;
 pub mod map;
 pub mod merge;
+pub mod move_chain;
 pub mod opened;
 pub mod picture;
 pub mod relink;

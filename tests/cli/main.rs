@@ -23,6 +23,7 @@ mod info;
 mod intruder;
 mod map;
 mod merge;
+mod move_chain;
 mod relink;
 mod salvage;
 #[path = "../skip/mod.rs"]

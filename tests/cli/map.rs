@@ -18,7 +18,7 @@ const BLOCK: u64 = 2 * MIB;
 
 /// What becomes of a block.
 #[derive(Clone, Copy, PartialEq)]
-enum Block {
+pub enum Block {
     Data,
     /// It has space, and its host stores nothing.
     Hollow,
@@ -27,7 +27,7 @@ enum Block {
 }
 
 /// Gives `block` of an image in blocks of 2 MiB its state, and space at the end of the file.
-fn set(image: &Path, block: u64, to: Block) {
+pub fn set(image: &Path, block: u64, to: Block) {
     let bat = info(image)["regions"].as_array().expect("a list")[0]["offset"].as_u64().expect("a number");
     let file = File::options().read(true).write(true).open(image).expect("ours");
     let end = file.metadata().expect("there").len();

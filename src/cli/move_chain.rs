@@ -1,0 +1,70 @@
+//! `move`: moves a chain to another folder.
+
+use std::path::PathBuf;
+
+use vhdx_ublk::device::claims::Claims;
+use vhdx_ublk::error::Result;
+use vhdx_ublk::operations::Watch;
+use vhdx_ublk::operations::move_chain::{Moving, Step, move_chain};
+
+use super::output;
+use super::progress::{ProgressOptions, Shown};
+
+/// Move an image with all its parents to another folder.
+///
+/// Files are renamed where the file system allows it, and copied elsewhere; then each child names its parent
+/// at its new place, and the old files are removed. After a power cut the chain opens at one of the places;
+/// run the command again to finish the move.
+#[derive(clap::Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct Move {
+    /// The image whose chain moves
+    image: PathBuf,
+    /// The folder that it moves to
+    folder: PathBuf,
+    #[command(flatten)]
+    progress: ProgressOptions,
+}
+
+const AFTER_HELP: &str = "\
+Examples:
+  vhdx-ublk move vm/disk.avhdx /srv/disks         with all its parents
+  vhdx-ublk info --chain vm/disk.avhdx            show what would move
+
+Prints the new path of the image. The move is refused if a name is taken in the folder, if an image
+is in use, or if another image in the folders of the chain has one of its images as its parent.
+All parents must be where their children name them: relink those that are not.
+Exit status: 0 moved, 1 failure (the chain opens at its old or at its new place), 2 wrong usage.";
+
+impl Move {
+    /// Runs the command.
+    pub fn run(self) -> Result<()> {
+        let leaf = move_chain(&self.image, &self.folder, &Claims, &Shows(self.progress.start()?))?;
+        output::print_line(&leaf.display().to_string())
+    }
+}
+
+/// What the user sees of the move.
+struct Shows(Shown);
+
+impl Watch for Shows {
+    fn progress(&self, done: u64, total: u64) {
+        self.0.progress(done, total);
+    }
+
+    fn stop_requested(&self) -> bool {
+        self.0.stop_requested()
+    }
+}
+
+impl Moving for Shows {
+    fn done(&self, step: Step<'_>) -> Result<()> {
+        let (what, path) = match step {
+            Step::Arrived(path) => ("arrived", path),
+            Step::Removed(path) => ("removed", path),
+            Step::Relinked(path) => ("names its parent here", path),
+        };
+        self.0.suspend(|| tracing::debug!("{}: {what}", path.display()));
+        Ok(())
+    }
+}
