@@ -27,6 +27,7 @@ mod parent_options;
 mod progress;
 mod recover;
 mod relink;
+mod resize;
 mod salvage;
 mod session;
 mod size;
@@ -78,6 +79,7 @@ enum Command {
     Map(map::Map),
     Check(check::Check),
     Relink(relink::Relink),
+    Resize(resize::Resize),
     Merge(merge::Merge),
     Move(move_chain::Move),
     Compact(compact::Compact),
@@ -103,6 +105,7 @@ impl Command {
             Self::Convert(convert) => convert.json,
             Self::Compare(compare) => compare.json,
             Self::Measure(measure) => measure.json,
+            Self::Resize(resize) => resize.json,
             Self::Add(_)
             | Self::Del(_)
             | Self::Recover(_)
@@ -127,6 +130,7 @@ impl Command {
             Self::Map(map) => map.run()?,
             Self::Check(check) => return Ok(check.run()?),
             Self::Relink(relink) => relink.run()?,
+            Self::Resize(resize) => resize.run()?,
             Self::Merge(merge) => merge.run()?,
             Self::Move(chain) => chain.run()?,
             Self::Compact(compact) => compact.run()?,

@@ -15,10 +15,10 @@ use uuid::Uuid;
 
 use super::children::children;
 use super::inspect::{Inspected, identify, inspect_locked};
-use super::{Devices, replaced};
+use super::{Devices, replaced, room};
 use crate::chain::{self, Search};
 use crate::disk::{Access, ImageFile, Place, Reactor, Remover, Sparse, Unfinished, folder_of};
-use crate::error::{Doing, Error, Kind, Locate, Result};
+use crate::error::{Error, Kind, Locate, Result};
 use crate::image::NewImage;
 use crate::printable::human_size;
 
@@ -142,24 +142,10 @@ fn child_of(parent: &Inspected, new: &NewImage, place: &Place) -> Result<NewImag
 
 fn write(new: &NewImage, reactor: &Reactor, file: &Arc<ImageFile>) -> Result<()> {
     if new.fixed {
-        check_room(new, file)?;
+        let what = format!("a fixed image of {}", human_size(new.virtual_size));
+        let refused = room::require(file, new.virtual_size, &what);
+        refused.map_err(|error| error.remedy("free space on the file system, or use --type dynamic"))?;
     }
     let disk = reactor.disk(file.clone());
     reactor.block_on(new.write(&disk, Uuid::new_v4))
-}
-
-/// Refuses what cannot succeed before it fills the file system.
-fn check_room(new: &NewImage, file: &ImageFile) -> Result<()> {
-    let room = file.host_room().doing("reading the free space of the file system")?;
-    let available = room.for_this_user();
-    // Some file systems do not say; making the file will.
-    if available == 0 || available >= new.virtual_size {
-        return Ok(());
-    }
-    let message = format!(
-        "a fixed image of {} needs all its space now, and the file system has {} free",
-        human_size(new.virtual_size),
-        human_size(available)
-    );
-    Err(Error::new(Kind::NoSpace, message).remedy("free space, or use --type dynamic"))
 }

@@ -23,6 +23,8 @@ pub mod opened;
 pub mod picture;
 pub mod relink;
 mod replaced;
+pub mod resize;
+mod room;
 pub mod salvage;
 pub mod source;
 mod watch;

@@ -25,6 +25,7 @@ mod map;
 mod merge;
 mod move_chain;
 mod relink;
+mod resize;
 mod salvage;
 #[path = "../skip/mod.rs"]
 mod skip;

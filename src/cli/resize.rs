@@ -1,0 +1,152 @@
+//! `resize`: makes the disk of an image larger or smaller.
+
+use std::path::PathBuf;
+
+use serde::Serialize;
+
+use vhdx_ublk::device::claims::Claims;
+use vhdx_ublk::disk::Reactor;
+use vhdx_ublk::error::Result;
+use vhdx_ublk::operations::resize::{LockedImage, Request, Size};
+use vhdx_ublk::printable::both_sizes;
+
+use super::parent_options::ParentOptions;
+use super::{output, size};
+
+/// Make the disk of an image larger or smaller. The image must not be in use.
+///
+/// What comes into the disk is zero. The disk gets the new size as a whole or not at all: after a power cut,
+/// run the command again.
+#[derive(clap::Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct Resize {
+    /// The image
+    image: PathBuf,
+    #[command(flatten)]
+    wanted: Wanted,
+    /// Resize even if the image is the parent of others, which become unreadable, or if something on the disk
+    /// lies behind its new end, which is lost
+    #[arg(short, long)]
+    force: bool,
+    /// Show what would be done, and change nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// Print the result as JSON
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    parents: ParentOptions,
+}
+
+/// The new size.
+#[derive(clap::Args)]
+#[group(required = true, multiple = false)]
+struct Wanted {
+    /// The new size: 200G, or by how much the disk grows or shrinks: +50G, -50G
+    #[arg(short, long, value_name = "SIZE", value_parser = parse_size, allow_hyphen_values = true)]
+    size: Option<Size>,
+    /// Shrink the disk to what the partitions and volumes on it need
+    #[arg(long)]
+    minimum: bool,
+}
+
+const AFTER_HELP: &str = "\
+Examples:
+  vhdx-ublk resize disk.vhdx --size 200G
+  vhdx-ublk resize disk.vhdx --size +50G
+  vhdx-ublk resize disk.vhdx --minimum --dry-run   show how small the disk can be
+
+Partitions and file systems are not resized: shrink them before the disk, and grow them after it.
+A disk does not shrink below the end of its last partition, which `info` shows as its minimum size.
+On a GPT disk the second copy of the table must then move to the end of the disk: add the image, and
+run `sgdisk -e` or `sfdisk --relocate gpt-bak-std` on its device.
+A fixed image needs the space of all new blocks at once. A differencing image may be larger than its
+parent, of which nothing shows in the new part.
+Exit status: 0 resized, 1 failure (the disk reads as before), 2 wrong usage.";
+
+/// Reads a size, or a change of one.
+fn parse_size(text: &str) -> std::result::Result<Size, String> {
+    let nothing = |bytes: u64| match bytes {
+        0 => Err("a change must be of at least one sector".to_owned()),
+        bytes => Ok(bytes),
+    };
+    match (text.strip_prefix('+'), text.strip_prefix('-')) {
+        (Some(more), _) => size::parse(more).and_then(nothing).map(Size::More),
+        (_, Some(fewer)) => size::parse(fewer).and_then(nothing).map(Size::Fewer),
+        (None, None) => size::parse_disk(text).map(Size::To),
+    }
+}
+
+/// The answer.
+#[derive(Serialize)]
+struct Answer {
+    image: String,
+    /// Whether the disk keeps its size, because this is only shown.
+    dry_run: bool,
+    size_before: u64,
+    size: u64,
+    minimum_size: Option<u64>,
+    /// Whether the second copy of a GPT must move to the end of the disk.
+    backup_gpt_must_move: bool,
+}
+
+impl Resize {
+    /// Runs the command.
+    pub fn run(self) -> Result<()> {
+        let Self { image, wanted: Wanted { size, minimum }, force, dry_run, json, parents } = self;
+        assert_ne!(size.is_some(), minimum, "the parser takes one of them");
+        let size = size.unwrap_or(Size::Minimum);
+        let request = Request { image, size, search: parents.search(), force };
+        let reactor = Reactor::new()?;
+        let locked = LockedImage::open(&request, &reactor, &Claims)?;
+        let answer = Answer {
+            image: locked.path().display().to_string(),
+            dry_run,
+            size_before: locked.before(),
+            size: locked.after(),
+            minimum_size: locked.minimum(),
+            backup_gpt_must_move: locked.strands_gpt(),
+        };
+        if !dry_run {
+            locked.resize(&reactor)?;
+        }
+        if json {
+            return output::print_json(&answer);
+        }
+        output::print_line(&answer.text())?;
+        if answer.backup_gpt_must_move {
+            tracing::warn!(
+                "the second copy of the GPT must move to the end of the disk: add the image, and run `sgdisk \
+                 -e DEVICE` or `sfdisk --relocate gpt-bak-std DEVICE` on its device"
+            );
+        }
+        Ok(())
+    }
+}
+
+impl Answer {
+    fn text(&self) -> String {
+        let (before, after) = (both_sizes(self.size_before), both_sizes(self.size));
+        let image = &self.image;
+        match (self.size_before == self.size, self.dry_run) {
+            (true, _) => format!("{image}: the disk has {after} bytes, and stays as it is"),
+            (false, true) => format!("{image}: the disk would change from {before} to {after} bytes"),
+            (false, false) => format!("{image}: the disk changed from {before} to {after} bytes"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_size_is_absolute_or_a_change() {
+        assert_eq!(parse_size("200G"), Ok(Size::To(200 << 30)));
+        assert_eq!(parse_size("+50M"), Ok(Size::More(50 << 20)));
+        assert_eq!(parse_size("-512"), Ok(Size::Fewer(512)));
+        for wrong in ["", "+", "-", "0", "+0", "-0", "--1", "+-1", "65T", "1.5G", "+1KB"] {
+            assert!(parse_size(wrong).is_err(), "{wrong:?}");
+        }
+    }
+}
