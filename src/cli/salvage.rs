@@ -9,8 +9,9 @@ use vhdx_ublk::device::claims::Claims;
 use vhdx_ublk::disk::Reactor;
 use vhdx_ublk::error::Result;
 use vhdx_ublk::image::Note;
-use vhdx_ublk::operations::salvage::{Copy, Damaged, Totals};
-use vhdx_ublk::printable::{both_sizes, printable};
+use vhdx_ublk::operations::contents::Partition;
+use vhdx_ublk::operations::salvage::{Copy, Damaged, PartitionTally, Tally, Totals};
+use vhdx_ublk::printable::{both_sizes, human_size, printable};
 
 use super::output::{self, Failure, Fields};
 use super::parent_options::ParentOptions;
@@ -64,8 +65,9 @@ the file, or that share space with something else, and sectors that the host can
 mapfile + marks bytes that came back, - lost ones, and ? those of which it is not known whether
 they are complete, because a log or a parent is missing.
 JSON: sizes are bytes. Keys: image, target and mapfile (null with --dry-run), virtual_size,
-finished_bytes, lost_bytes, unknown_bytes, notes [{image, structure, what, is_guess}],
-missing_parent and left_session (null, or an error).
+finished_bytes, lost_bytes, unknown_bytes, partitions [{number, start, length, type, name, volume
+and the same three}], notes [{image, structure, what, is_guess}], missing_parent and left_session
+(null, or an error).
 Exit status: 0 the copy is made, 1 failure (no unfinished file is left), 2 wrong usage.";
 
 /// What is printed as JSON.
@@ -76,7 +78,7 @@ struct Report<'a> {
     mapfile: Option<String>,
     virtual_size: u64,
     #[serde(flatten)]
-    totals: Totals,
+    tally: Tally,
     notes: Vec<NoteOf<'a>>,
     missing_parent: Option<Failure<'a>>,
     left_session: Option<Failure<'a>>,
@@ -96,27 +98,27 @@ impl Salvage {
         let reactor = Reactor::new()?;
         let damaged = Damaged::open(&image, &parents.search(), &reactor, &Claims)?;
         let target = target.filter(|_| !self.dry_run);
-        let totals = match target.clone() {
-            None => damaged.plan(),
+        let tally = match target.clone() {
+            None => damaged.plan(&reactor),
             Some(target) => {
                 let copy = Copy { target, mapfile: mapfile.clone(), replace: force, assume };
                 damaged.copy(&copy, &reactor, &progress.start()?, &Claims)?
             }
         };
-        let report = Report::of(&damaged, totals, target.as_deref(), mapfile.as_deref());
+        let report = Report::of(&damaged, tally, target.as_deref(), mapfile.as_deref());
         if self.json { output::print_json(&report) } else { output::print(&report.text()) }
     }
 }
 
 impl<'a> Report<'a> {
-    fn of(damaged: &'a Damaged, totals: Totals, target: Option<&Path>, mapfile: Option<&Path>) -> Self {
+    fn of(damaged: &'a Damaged, tally: Tally, target: Option<&Path>, mapfile: Option<&Path>) -> Self {
         let text = |path: &Path| path.to_string_lossy().into_owned();
         Self {
             image: text(damaged.path()),
             target: target.map(text),
             mapfile: mapfile.map(text),
             virtual_size: damaged.virtual_size(),
-            totals,
+            tally,
             notes: damaged.notes().map(|(path, note)| NoteOf { image: text(path), note }).collect(),
             missing_parent: damaged.missing_parent().map(|error| Failure::of(error)),
             left_session: damaged.left_session().map(|error| Failure::of(error)),
@@ -130,7 +132,7 @@ impl<'a> Report<'a> {
             fields.add("copy", &**target);
         }
         fields.add("disk", both_sizes(self.virtual_size));
-        let Totals { finished_bytes, lost_bytes, unknown_bytes } = self.totals;
+        let Totals { finished_bytes, lost_bytes, unknown_bytes } = self.tally.totals;
         fields.add(
             if self.target.is_some() { "came back" } else { "can come back" },
             both_sizes(finished_bytes),
@@ -138,6 +140,15 @@ impl<'a> Report<'a> {
         fields.add("lost", both_sizes(lost_bytes));
         if unknown_bytes > 0 {
             fields.add("not known", both_sizes(unknown_bytes));
+        }
+        for PartitionTally { partition, totals } in &self.tally.partitions {
+            let Totals { finished_bytes, lost_bytes, unknown_bytes } = *totals;
+            if lost_bytes + unknown_bytes > 0 {
+                let name = format!("partition {}{}", partition.number, volume(partition));
+                let lacks =
+                    format!("{} lost, {} not known", human_size(lost_bytes), human_size(unknown_bytes));
+                fields.add("", format!("{name}: {} back, {lacks}", human_size(finished_bytes)));
+            }
         }
         let mut text = fields.to_string();
         for NoteOf { image, note } in &self.notes {
@@ -153,5 +164,14 @@ impl<'a> Report<'a> {
             }
         }
         text
+    }
+}
+
+/// What a partition holds, in parentheses, if that is known.
+fn volume(partition: &Partition) -> String {
+    let Some(volume) = &partition.volume else { return String::new() };
+    match &volume.label {
+        Some(label) => format!(" ({} {label:?})", volume.kind.name()),
+        None => format!(" ({})", volume.kind.name()),
     }
 }

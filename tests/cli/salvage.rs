@@ -103,6 +103,33 @@ fn what_is_lost_is_said() {
     assert!(missing.contains("<TARGET>"), "{missing}");
 }
 
+/// A loss is counted by partition, so that it is known what it costs.
+#[test]
+fn lost_bytes_are_counted_by_partition() {
+    let bench = Bench::new();
+    let (path, _) = image(&bench);
+    damage(&path, |bytes| {
+        let sector = &mut bytes[END..END + 512];
+        sector.fill(0);
+        for (entry, start, length) in [(0, 2048_u32, 4096_u32), (1, 6144, 8192)] {
+            let entry = &mut sector[446 + 16 * entry..][..16];
+            entry[4] = 0x83;
+            entry[8..12].copy_from_slice(&start.to_le_bytes());
+            entry[12..].copy_from_slice(&length.to_le_bytes());
+        }
+        sector[510..].copy_from_slice(&[0x55, 0xaa]);
+        bytes.truncate(END + (5 << 20));
+    });
+    let report = json(&["--dry-run"], &[&path]);
+    let lost: Vec<_> = report["partitions"].as_array().expect("partitions").iter().collect();
+    let counts =
+        |partition: &Value| ["number", "finished_bytes", "lost_bytes"].map(|key| partition[key].as_u64());
+    assert_eq!(counts(lost[0]), [1, 2 << 20, 0].map(Some), "{report}");
+    assert_eq!(counts(lost[1]), [2, 2 << 20, 2 << 20].map(Some), "{report}");
+    let text = run(&["salvage".as_ref(), path.as_os_str(), "--dry-run".as_ref()]).succeeded();
+    assert!(text.contains("partition 2: 2 MiB back, 2 MiB lost") && !text.contains("partition 1"), "{text}");
+}
+
 /// The advice for a damaged image leads to the command that saves it, and that command works as it is
 /// printed.
 #[test]

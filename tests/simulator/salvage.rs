@@ -102,7 +102,8 @@ pub fn salvage<D: ReadDisk>(layers: Vec<D>) -> Result<Outcome> {
     };
     let totals = block_on(copy(&remains, &mut copied, &mut record, &Unwatched))?;
     assert_eq!(runs.last().map_or(0, |(range, _)| range.end), remains.virtual_size(), "the whole disk");
-    let (planned, _) = remains.plan();
+    let mut planned = Totals::default();
+    remains.plan(|range, status| planned.add(range.end - range.start, status));
     assert!(planned.finished_bytes >= totals.finished_bytes, "more came back than could");
     copied.0.resize(remains.virtual_size());
     Ok(Outcome { totals, runs, copy: copied.0 })

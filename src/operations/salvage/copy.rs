@@ -52,7 +52,7 @@ pub async fn copy<D: ReadDisk>(
     record: &mut impl FnMut(Range<u64>, Status) -> Result<()>,
     watch: &dyn Watch,
 ) -> Result<Totals> {
-    let (_, to_read) = remains.plan();
+    let to_read = remains.plan(|_, _| ());
     let mut totals = Totals::default();
     let (mut at, mut done, mut under_way) = (0, 0, None);
     let mut runs = Vec::new();

@@ -10,6 +10,7 @@ mod copy;
 mod mapfile;
 mod output;
 mod remains;
+mod tally;
 
 use std::fs::File;
 use std::io::{self, BufWriter};
@@ -23,9 +24,10 @@ use uuid::Uuid;
 pub use copy::{RawTarget, Target, copy};
 pub use mapfile::Mapfile;
 pub use remains::{Remains, RemainsLayer, Status, Totals};
+pub use tally::{PartitionTally, Tally};
 
 use self::output::Output;
-use super::{Devices, Watch, locked};
+use super::{Devices, Watch, contents, locked};
 use crate::chain::{self, Relative, Search};
 use crate::disk::{Access, Disk, ImageFile, PAGE_BYTES, Reactor, UringDisk};
 use crate::error::{Doing, Error, Kind, Locate, Result};
@@ -136,8 +138,15 @@ impl Damaged {
     }
 
     /// What will come back if all of the files can be read.
-    pub fn plan(&self) -> Totals {
-        self.remains.plan().0
+    pub fn plan(&self, reactor: &Reactor) -> Tally {
+        let mut tally = self.tally(reactor);
+        self.remains.plan(|range, status| tally.add(&range, status));
+        tally
+    }
+
+    /// Nothing yet, with the partitions of the disk as far as its table came back.
+    fn tally(&self, reactor: &Reactor) -> Tally {
+        Tally::of(&reactor.block_on(contents::find(&self.remains)))
     }
 
     /// Copies what is left.
@@ -153,7 +162,7 @@ impl Damaged {
         reactor: &Reactor,
         watch: &dyn Watch,
         devices: &dyn Devices,
-    ) -> Result<Totals> {
+    ) -> Result<Tally> {
         if !copy.assume {
             self.refuse_guesses()?;
         }
@@ -162,19 +171,21 @@ impl Damaged {
         let mapfile = copy.mapfile.as_ref();
         let mapfile = mapfile.map(|path| Output::begin(path, copy.replace, devices)).transpose()?;
         let mut list = mapfile.as_ref().map(begin_list).transpose()?;
-        let record = |range: Range<u64>, status: Status| match &mut list {
-            Some(list) => list.add(range, status).doing("writing the mapfile"),
-            None => Ok(()),
+        let mut tally = self.tally(reactor);
+        let record = |range: Range<u64>, status: Status| {
+            tally.add(&range, status);
+            list.as_mut().map_or(Ok(()), |list| list.add(range, status)).doing("writing the mapfile")
         };
         let disk = reactor.disk(Arc::clone(target.file()));
         let totals = reactor.block_on(self.write_raw(&disk, record, watch)).file(self.path())?;
+        assert_eq!(totals, tally.totals, "what was counted is what was listed");
         target.finish()?;
         if let (Some(list), Some(mapfile)) = (list, mapfile) {
             let written = list.finish().and_then(|list| list.into_inner().map_err(io::Error::from));
             written.and_then(|file| file.sync_all()).doing("writing the mapfile")?;
             mapfile.finish()?;
         }
-        Ok(totals)
+        Ok(tally)
     }
 
     async fn write_raw(
@@ -208,7 +219,7 @@ impl Damaged {
         for file in &self.files {
             stored = stored.saturating_add(file.host_bytes().doing("reading the file's size")?);
         }
-        let needed = stored.min(self.remains.plan().1);
+        let needed = stored.min(self.remains.plan(|_, _| ()));
         let room = target.host_room().doing("reading the free space of the file system")?;
         let available = room.available_bytes.saturating_add(room.reserved_bytes);
         // Some file systems do not say.

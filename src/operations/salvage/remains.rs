@@ -5,9 +5,10 @@ use std::ops::Range;
 use serde::Serialize;
 
 use crate::disk::ReadDisk;
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::format::index;
 use crate::image::{Salvaged, Trace};
+use crate::operations::contents::ReadAt;
 
 /// What is known of bytes of the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,6 +81,25 @@ impl Totals {
     }
 }
 
+impl<D: ReadDisk> ReadAt for Remains<D> {
+    fn size(&self) -> u64 {
+        self.virtual_size()
+    }
+
+    fn sector_size(&self) -> u32 {
+        self.leaf().metadata().logical_sector_size
+    }
+
+    async fn read_at(&self, from: u64, bytes: &mut [u8]) -> Result<()> {
+        let Window { start, bytes: found, runs } = self.read(from..from + bytes.len() as u64).await?;
+        if runs.iter().any(|(_, status)| *status == Status::Lost) {
+            return Err(Error::new(Kind::Io, "bytes of the disk are lost").at(from));
+        }
+        bytes.copy_from_slice(&found[index(from - start)..][..bytes.len()]);
+        Ok(())
+    }
+}
+
 /// A page in bytes, by which files are written.
 const PAGE: u64 = crate::disk::PAGE_BYTES as u64;
 
@@ -108,17 +128,17 @@ impl<D> Remains<D> {
         self.layers.iter().map(|layer| &layer.image)
     }
 
-    /// What will come back as far as the images themselves say, and how many bytes of files that takes to
-    /// read.
-    pub fn plan(&self) -> (Totals, u64) {
-        let (mut totals, mut to_read, mut at) = (Totals::default(), 0, 0);
+    /// What is known of all bytes of the disk as far as the images themselves say, in their order; returns
+    /// how many bytes of files that takes to read.
+    pub fn plan(&self, mut record: impl FnMut(Range<u64>, Status)) -> u64 {
+        let (mut to_read, mut at) = (0, 0);
         while at < self.virtual_size() {
             let Extent { place, past, is_certain } = self.locate(at, self.virtual_size());
-            totals.add(past - at, status(&place, is_certain));
+            record(at..past, status(&place, is_certain));
             to_read += if matches!(place, Place::File { .. }) { past - at } else { 0 };
             at = past;
         }
-        (totals, to_read)
+        to_read
     }
 
     fn locate(&self, from: u64, mut end: u64) -> Extent {
