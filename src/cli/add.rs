@@ -26,7 +26,7 @@ use vhdx_ublk::device::{
     MAX_BUFFER_BYTES, MAX_DEPTH, MAX_QUEUES, MIN_REQUEST_BYTES, Options, Recovery, ZeroCopy, confine,
     features, launch,
 };
-use vhdx_ublk::disk::{Access, ImageFile};
+use vhdx_ublk::disk::{Access, ImageFile, Sparse};
 use vhdx_ublk::error::{Doing, Error, Kind, Result};
 use vhdx_ublk::operations::Devices;
 use vhdx_ublk::operations::children::refuse_parent;
@@ -78,6 +78,10 @@ pub struct Add {
     /// that the kernel has]
     #[arg(long, value_enum, value_name = "HOW")]
     recovery: Option<Recovery>,
+    /// Whether the file of the image may get holes: Windows refuses an image whose file is sparse. `auto`
+    /// makes none on NTFS and over SMB, where a hole marks the file as sparse
+    #[arg(long, value_enum, value_name = "WHEN", default_value = "auto")]
+    sparse: Sparse,
     /// Leave data in the pages of the requests (`on`, Linux 6.16 or newer), or copy it once between the
     /// kernel and the daemon (`off`); `auto` copies, because zero copy was not measured to be faster
     #[arg(long, value_enum, value_name = "WHEN", default_value = "auto")]
@@ -148,6 +152,8 @@ impl Add {
         }));
         let zero_copy = options.zero_copy.to_possible_value().expect("every choice has a name");
         arguments.push(format!("--zero-copy={}", zero_copy.get_name()).into());
+        let sparse = self.sparse.to_possible_value().expect("every choice has a name");
+        arguments.push(format!("--sparse={}", sparse.get_name()).into());
         arguments.extend(self.parents.arguments());
         arguments.extend(self.read_only.then(|| "--read-only".into()));
         arguments.extend(self.force.then(|| "--force".into()));
@@ -189,6 +195,7 @@ impl Add {
     fn open(&self) -> Result<(Arc<ImageFile>, Access)> {
         let (path, access) = self.source()?;
         let file = open(&path, access)?;
+        file.set_sparse(self.sparse);
         if let Some(fd) = self.fd {
             nix::unistd::close(fd).doing("closing the caller's descriptor")?;
         }

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use vhdx_ublk::device::claims::Claims;
+use vhdx_ublk::disk::SPARSE_FOR_WINDOWS;
 use vhdx_ublk::error::{Error, Result};
 use vhdx_ublk::image::{Finding, LogFound, Report, Severity};
 use vhdx_ublk::operations::check::{Checked, CheckedChain, check, repair};
@@ -46,7 +47,8 @@ values are unknown.
 A chain is broken if a parent is missing, is another image, was written since its child was
 created, has another sector size, or is its own ancestor.
 
-JSON: offsets and sizes are bytes. Keys: image, complete (everything could be checked),
+JSON: offsets and sizes are bytes. Keys: image, is_sparse_for_windows (its file has holes for which
+Windows refuses it), complete (everything could be checked),
 corruptions, leaks, notes, beyond_repair (corruptions that --repair cannot repair), repairable
 (findings that it can repair), log (clean, dirty, virgin, torn, unknown), log_entries (to replay),
 blocks, allocated_blocks, free_bytes, leaked_bytes, unused_tail_bytes, findings [{severity,
@@ -93,6 +95,7 @@ fn status(Checked { report, chain, .. }: &Checked) -> u8 {
 struct Json<'a> {
     #[serde(flatten)]
     image: Examined<'a>,
+    is_sparse_for_windows: bool,
     before: Option<&'a Report>,
     parents: Vec<Examined<'a>>,
     chain_fault: Option<Failure<'a>>,
@@ -106,10 +109,11 @@ struct Examined<'a> {
 }
 
 impl<'a> Json<'a> {
-    fn of(Checked { path, report, before, chain }: &'a Checked) -> Self {
+    fn of(Checked { path, is_sparse_for_windows, report, before, chain }: &'a Checked) -> Self {
         let examined = |path: &Path, report| Examined { image: path.to_string_lossy().into_owned(), report };
         Self {
             image: examined(path, report),
+            is_sparse_for_windows: *is_sparse_for_windows,
             before: before.as_ref(),
             parents: chain.parents.iter().map(|(path, report)| examined(path, report)).collect(),
             chain_fault: chain.fault.as_ref().map(|fault| Failure::of(fault)),
@@ -118,7 +122,7 @@ impl<'a> Json<'a> {
 }
 
 /// What is printed for people.
-fn text(Checked { path, report, before, chain }: &Checked) -> String {
+fn text(Checked { path, is_sparse_for_windows, report, before, chain }: &Checked) -> String {
     let path = path.to_string_lossy();
     let image = &*printable(&path);
     let repaired = before.is_some();
@@ -132,6 +136,9 @@ fn text(Checked { path, report, before, chain }: &Checked) -> String {
     text += &findings(report, false);
     if !repaired {
         text += &mendable(report, image);
+    }
+    if *is_sparse_for_windows {
+        let _ = write!(text, "\n\nnote: {SPARSE_FOR_WINDOWS}");
     }
     text += &salvageable(report, image);
     text + &parents(chain, repaired)

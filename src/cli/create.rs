@@ -66,7 +66,7 @@ pub struct Create {
     mode: Option<u32>,
     /// Whether the file may have holes: Windows refuses an image whose file is sparse. `auto` makes none on
     /// NTFS and over SMB, where a hole marks the file as sparse
-    #[arg(long, value_enum, value_name = "WHEN", default_value = "auto", hide_possible_values = false)]
+    #[arg(long, value_enum, value_name = "WHEN", default_value = "auto")]
     sparse: Sparse,
     /// Replace an existing image or empty file, but no other file. If the new image cannot be finished, the
     /// old file stays

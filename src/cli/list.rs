@@ -198,7 +198,7 @@ fn row(device: &Row) -> Result<[String; 9]> {
 #[cfg(test)]
 mod tests {
     use vhdx_ublk::device::registry::{Entry, ProcessId};
-    use vhdx_ublk::disk::HostFile;
+    use vhdx_ublk::disk::{HostFile, Sparse};
     use vhdx_ublk::error::{Error, Kind};
 
     use super::*;
@@ -219,6 +219,7 @@ mod tests {
             read_only: true,
             recovery: Recovery::None,
             zero_copy: true,
+            sparse: Sparse::Auto,
             file_write_guid: uuid::Uuid::nil(),
             mark: 0,
             version: "0.1.0".into(),

@@ -154,6 +154,7 @@ impl Recover {
             }
             outcome => outcome.map_err(|error| entry.explain(error))?,
         };
+        file.set_sparse(entry.sparse);
         let (found, known) = (file.identity(), entry.image_file);
         if found == known || found.inode == known.inode && !self.accept_loss {
             return Ok(file);

@@ -386,6 +386,7 @@ fn describe(info: &DeviceInfo, spec: &DeviceSpec, daemon: ProcessId) -> Entry {
         read_only: spec.parameters.read_only,
         recovery: Recovery::None,
         zero_copy: features::is_in_place(info.flags),
+        sparse: spec.sparse,
         file_write_guid: spec.file_write_guid,
         mark: info.mark,
         version: env!("CARGO_PKG_VERSION").into(),

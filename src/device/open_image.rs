@@ -71,6 +71,7 @@ impl OpenImage {
     pub fn spec(&self, file: &ImageFile) -> Result<DeviceSpec> {
         let files = std::iter::once(file).chain(self.parents.iter().map(Arc::as_ref));
         Ok(DeviceSpec {
+            sparse: file.sparse(),
             path: file.path().to_owned(),
             images: files.map(same_description).collect::<Result<_>>()?,
             image_file: file.identity(),

@@ -10,7 +10,7 @@ use uuid::Uuid;
 use super::leaf_handover::LeafHandover;
 use super::options::Parameters;
 use super::order::Order;
-use crate::disk::HostFile;
+use crate::disk::{HostFile, Sparse};
 use crate::engine::shared::Shared;
 use crate::error::Result;
 
@@ -33,6 +33,8 @@ pub struct DeviceSpec {
     pub parameters: Parameters,
     /// The image's FileWriteGuid.
     pub file_write_guid: Uuid,
+    /// Whether the image's file may get holes.
+    pub sparse: Sparse,
     /// Whether another daemon could continue if this one is killed.
     pub recoverable: bool,
 }

@@ -17,7 +17,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -48,6 +48,16 @@ pub fn host_bytes(found: &fs::Metadata) -> u64 {
     found.blocks() * 512
 }
 
+/// Whether Windows will refuse `file` for its holes: it has some, on a host that marks the file for them.
+///
+/// # Errors
+///
+/// What the operating system says.
+pub fn is_sparse_for_windows(file: &File) -> io::Result<bool> {
+    let found = file.metadata()?;
+    Ok(Host::of(file) != Host::Plain && host_bytes(&found) < found.len())
+}
+
 /// An open, locked image file.
 ///
 /// Its drop gives the lock back. So whoever does I/O on its descriptor shares the ownership until that I/O
@@ -62,8 +72,8 @@ pub struct ImageFile {
     keeps_errors_by_handle: bool,
     /// What its host does with holes.
     host: Host,
-    /// It gets no holes.
-    is_dense: AtomicBool,
+    /// Whether it may get holes, if the user has a wish.
+    sparse: OnceLock<Sparse>,
     path: PathBuf,
     access: Access,
     identity: HostFile,
@@ -223,20 +233,25 @@ impl ImageFile {
         let host = fstatfs(&file).map_err(|errno| looking(errno.into()))?.filesystem_type();
         let keeps_errors_by_handle = HOSTS_WITH_HANDLES.contains(&host);
         let host = Host::of(&file);
-        let is_dense = AtomicBool::new(Sparse::default().is_dense_on(host));
+        let sparse = OnceLock::new();
         let path = path.to_owned();
-        Ok(Self { file, syncing, keeps_errors_by_handle, host, is_dense, path, access, identity })
+        Ok(Self { file, syncing, keeps_errors_by_handle, host, sparse, path, access, identity })
     }
 
-    /// Decides whether the file may get holes; without this [`Sparse::Auto`] does. Called before anything is
-    /// written.
+    /// Decides whether the file may get holes; without this [`Sparse::Auto`] does. Called once, before
+    /// anything is written.
     pub fn set_sparse(&self, sparse: Sparse) {
-        self.is_dense.store(sparse.is_dense_on(self.host), Ordering::Relaxed);
+        assert_eq!(*self.sparse.get_or_init(|| sparse), sparse, "it was decided otherwise before");
+    }
+
+    /// What was decided.
+    pub fn sparse(&self) -> Sparse {
+        self.sparse.get().copied().unwrap_or_default()
     }
 
     /// Whether the file must get no holes.
     pub fn is_dense(&self) -> bool {
-        self.is_dense.load(Ordering::Relaxed)
+        self.sparse().is_dense_on(self.host)
     }
 
     /// What its host does with holes.

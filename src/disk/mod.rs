@@ -30,7 +30,7 @@ mod uring;
 
 pub use block_device::BlockDevice;
 pub use buffer::{Buffer, PAGE_BYTES, is_zero};
-pub use file::{HostRoom, ImageFile, PayloadIo, folder_of, host_bytes};
+pub use file::{HostRoom, ImageFile, PayloadIo, folder_of, host_bytes, is_sparse_for_windows};
 pub use host_file::HostFile;
 pub use lock::Access;
 pub use open::{Links, Opened, open_regular};
@@ -40,7 +40,7 @@ pub use reactor::Reactor;
 pub use ring::{Ring, ring_refused};
 pub use sectors::read_sectors;
 pub use shared_file::{SharedFile, Stretch};
-pub use sparse::Sparse;
+pub use sparse::{SPARSE_FOR_WINDOWS, Sparse};
 pub use unfinished::{Remover, Unfinished};
 pub use uring::{Counters, UringDisk};
 

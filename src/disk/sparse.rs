@@ -11,9 +11,10 @@ use std::os::unix::fs::MetadataExt;
 
 use nix::libc;
 use nix::sys::statfs::{FUSE_SUPER_MAGIC, FsType, fstatfs};
+use serde::{Deserialize, Serialize};
 
 /// What the user says about holes in a file.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
 pub enum Sparse {
     /// Holes, unless they mark the file as sparse for Windows: over SMB, on ntfs3 and ntfs-3g.
     #[default]
@@ -56,6 +57,10 @@ impl Host {
         }
     }
 }
+
+/// What is wrong with a file that has holes on such a host.
+pub const SPARSE_FOR_WINDOWS: &str =
+    "the file is sparse, and Windows refuses it: copy it to a file without holes (`cp --sparse=never`)";
 
 impl Sparse {
     /// Whether a file on `host` stays dense.

@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use super::{Devices, inspect, locked};
 use crate::chain::{self, Known, Search};
-use crate::disk::{Access, ImageFile, PlainDisk, Reactor, ReadDisk};
+use crate::disk::{Access, ImageFile, PlainDisk, Reactor, ReadDisk, is_sparse_for_windows};
 use crate::error::{Error, Kind, Locate, Result};
 use crate::image::{self, Identity, Repair, Report, Severity};
 use crate::printable::shell;
@@ -16,6 +16,8 @@ use crate::printable::shell;
 pub struct Checked {
     /// The image's file, as an absolute path without symbolic links.
     pub path: PathBuf,
+    /// Windows will refuse the file for its holes.
+    pub is_sparse_for_windows: bool,
     /// What was found in the image; after a repair, as it is then.
     pub report: Report,
     /// What was found before the repair, if there was one.
@@ -56,7 +58,8 @@ pub fn check(path: &Path, search: &Search, devices: &dyn Devices) -> Result<Chec
     let report = smol::future::block_on(image::check(&disk)).file(path)?;
     let leaf = smol::future::block_on(identify(&disk, lock.path()))?;
     let chain = check_parents(leaf.as_ref(), search, devices)?;
-    Ok(Checked { path: lock.path().to_owned(), report, before: None, chain })
+    let is_sparse_for_windows = is_sparse_for_windows(disk.file()).unwrap_or(false);
+    Ok(Checked { path: lock.path().to_owned(), is_sparse_for_windows, report, before: None, chain })
 }
 
 /// Repairs the image at `path`, then checks it and its parents, which are never changed.
@@ -75,7 +78,9 @@ pub fn repair(path: &Path, search: &Search, devices: &dyn Devices) -> Result<Che
     let Repair { before, after } = reactor.block_on(image::repair(&disk, Uuid::new_v4)).file(path)?;
     let leaf = reactor.block_on(identify(&disk, file.path()))?;
     let chain = check_parents(leaf.as_ref(), search, devices)?;
-    Ok(Checked { path: file.path().to_owned(), report: after, before: Some(before), chain })
+    let is_sparse_for_windows = is_sparse_for_windows(PlainDisk::of(&file)?.file()).unwrap_or(false);
+    let path = file.path().to_owned();
+    Ok(Checked { path, is_sparse_for_windows, report: after, before: Some(before), chain })
 }
 
 /// A killed daemon left a session, and `add`, which would take it over, refuses the image.

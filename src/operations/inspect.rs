@@ -10,7 +10,9 @@ use std::time::Duration;
 
 use super::Devices;
 use crate::chain::{Known, Layer};
-use crate::disk::{Access, HostFile, ImageFile, Links, PlainDisk, host_bytes};
+use crate::disk::{
+    Access, HostFile, ImageFile, Links, PlainDisk, SPARSE_FOR_WINDOWS, host_bytes, is_sparse_for_windows,
+};
 use crate::error::{Doing, Kind, Locate, Result};
 use crate::format::header::Other;
 use crate::format::region::Copies;
@@ -38,6 +40,8 @@ pub struct Inspected {
     pub file_size: u64,
     /// The space the file takes on its host, bytes.
     pub host_bytes: u64,
+    /// Windows will refuse the file for its holes.
+    pub is_sparse_for_windows: bool,
     /// A writer had the image: the figures may be stale.
     pub in_use: bool,
 }
@@ -82,6 +86,9 @@ impl Inspected {
     /// What is wrong with the image without preventing its use.
     pub fn warnings(&self) -> Vec<&'static str> {
         let mut warnings = Vec::new();
+        if self.is_sparse_for_windows {
+            warnings.push(SPARSE_FOR_WINDOWS);
+        }
         match (self.image.header.other, self.image.header.slot) {
             (Other::Invalid, 0) => warnings.push("header 2 is damaged; header 1 is used"),
             (Other::Invalid, _) => warnings.push("header 1 is damaged; header 2 is used"),
@@ -207,5 +214,6 @@ fn read(disk: &PlainDisk, path: &Path, in_use: bool) -> Result<Inspected> {
     let found = disk.file().metadata().doing("reading the attributes of the image").file(path)?;
     let (path, file) = (path.to_owned(), HostFile::of(&found));
     let (file_size, host_bytes) = (found.len(), host_bytes(&found));
-    Ok(Inspected { image, path, file, file_size, host_bytes, in_use })
+    let is_sparse_for_windows = is_sparse_for_windows(disk.file()).unwrap_or(false);
+    Ok(Inspected { image, path, file, file_size, host_bytes, is_sparse_for_windows, in_use })
 }

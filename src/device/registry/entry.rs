@@ -10,7 +10,7 @@ use uuid::Uuid;
 use crate::device::options::Recovery;
 use crate::device::path;
 use crate::device::process::ProcessId;
-use crate::disk::HostFile;
+use crate::disk::{HostFile, Sparse};
 use crate::error::{Error, Kind};
 
 /// One device.
@@ -49,6 +49,9 @@ pub struct Entry {
     /// The data of requests is not copied.
     #[serde(default)]
     pub zero_copy: bool,
+    /// Whether the image's file may get holes.
+    #[serde(default)]
+    pub sparse: Sparse,
     /// The image's FileWriteGuid when it was opened.
     pub file_write_guid: Uuid,
     /// See [`DeviceInfo::mark`](crate::device::DeviceInfo::mark).
@@ -108,6 +111,7 @@ pub(in crate::device) mod tests {
             size_bytes: 1 << 30,
             read_only: false,
             recovery: Recovery::Reissue,
+            sparse: Sparse::Auto,
             zero_copy: false,
             file_write_guid: Uuid::from_u128(1),
             mark: u64::MAX,

@@ -173,6 +173,7 @@ fn make(request: &ChildRequest, unfinished: &Unfinished) -> Result<Child> {
     location::refuse_on_itself(&request.path, &request.parent, request.device)?;
     refuse_moved(&request.parent)?;
     let file = unfinished.create(Place::of(&request.path)?)?;
+    file.set_sparse(request.parent.sparse());
     let folder = folder_of(file.path());
     let (parent, guid) = (request.parent.path(), request.data_write_guid);
     let descent = chain::parent_ref_of(parent, guid, request.disk_id, folder)?;
