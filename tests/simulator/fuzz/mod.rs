@@ -12,6 +12,7 @@ pub mod mend;
 pub mod merge;
 pub mod mutator;
 pub mod probe;
+pub mod resize;
 pub mod salvage;
 pub mod search;
 pub mod session;

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use fastrand::Rng;
 
-use super::{chain, compact, mend, merge, mutator, salvage, search, session, text, trial};
+use super::{chain, compact, mend, merge, mutator, resize, salvage, search, session, text, trial};
 use crate::craft::Craft;
 use crate::sim::store::Store;
 
@@ -39,13 +39,14 @@ pub struct Target {
 }
 
 /// All of them.
-pub const TARGETS: [Target; 10] = [
+pub const TARGETS: [Target; 11] = [
     trial::TARGET,
     chain::TARGET,
     mend::REPAIR,
     mend::RELINK,
     merge::TARGET,
     compact::TARGET,
+    resize::TARGET,
     salvage::TARGET,
     session::TARGET,
     search::TARGET,
@@ -54,7 +55,7 @@ pub const TARGETS: [Target; 10] = [
 
 /// The target of this name.
 pub fn named(name: &str) -> &'static Target {
-    static ALL: [Target; 10] = TARGETS;
+    static ALL: [Target; 11] = TARGETS;
     let names = ALL.each_ref().map(|target| target.name);
     ALL.iter().find(|target| target.name == name).unwrap_or_else(|| panic!("{name} is none of {names:?}"))
 }
