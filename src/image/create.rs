@@ -280,8 +280,10 @@ impl Draft {
         self.end = self.end.max(bat.end());
         assert!(self.end <= MAX_FILE_BYTES, "the largest image is one that can be opened");
         let plan = self.new.plan(bat, &mut new_guid)?;
-        let grown = disk.grow(self.end).await;
-        grown.map_err(|error| Error::io("making the file of the new image", error))?;
+        let making = |error| Error::io("making the file of the new image", error);
+        if disk.length().await.map_err(making)? < self.end {
+            disk.grow(self.end).await.map_err(making)?;
+        }
         self.write_bat(disk, &plan).await?;
         let metadata = plan.metadata.encode_region();
         assert_eq!(metadata.len() as u64, METADATA_BYTES, "the metadata fills its region");
