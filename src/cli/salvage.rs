@@ -10,14 +10,14 @@ use vhdx_ublk::disk::Reactor;
 use vhdx_ublk::error::Result;
 use vhdx_ublk::image::Note;
 use vhdx_ublk::operations::contents::Partition;
-use vhdx_ublk::operations::salvage::{Copy, Damaged, PartitionTally, Tally, Totals};
+use vhdx_ublk::operations::salvage::{Copy, Damaged, Form, PartitionTally, Tally, Totals};
 use vhdx_ublk::printable::{both_sizes, human_size, printable};
 
 use super::output::{self, Failure, Fields};
 use super::parent_options::ParentOptions;
 use super::progress::ProgressOptions;
 
-/// Copy what is left of a damaged image into a raw disk.
+/// Copy what is left of a damaged image into a raw disk or a new image.
 ///
 /// The image may be cut short, overwritten in part, or on a disk that fails; it is only read. What is lost
 /// reads as zeros in the copy, and is listed in the mapfile.
@@ -30,6 +30,9 @@ pub struct Salvage {
     /// The file that gets the content of the disk
     #[arg(required_unless_present = "dry_run")]
     target: Option<PathBuf>,
+    /// What the copy is [default: vhdx if its name ends in that, otherwise raw]
+    #[arg(long, value_enum, value_name = "FORMAT")]
+    to: Option<Form>,
     /// Write a mapfile of GNU ddrescue: which bytes of the disk came back, and which are lost
     #[arg(long, value_name = "FILE")]
     mapfile: Option<PathBuf>,
@@ -41,7 +44,7 @@ pub struct Salvage {
     #[arg(short, long)]
     force: bool,
     /// Only show what is damaged, and what would come back if all of the file can be read
-    #[arg(short = 'n', long, conflicts_with_all = ["mapfile", "force", "assume"])]
+    #[arg(short = 'n', long, conflicts_with_all = ["to", "mapfile", "force", "assume"])]
     dry_run: bool,
     #[command(flatten)]
     parents: ParentOptions,
@@ -58,6 +61,7 @@ Examples:
   vhdx-ublk salvage disk.vhdx copy.raw --mapfile copy.map
   ddrescuelog --show-status copy.map              the lost bytes in figures
   losetup --find --show --partscan copy.raw       the copy as a disk
+  vhdx-ublk salvage disk.vhdx copy.vhdx           as a new dynamic image
 
 Every structure is read as far as it is left: one of two headers or region tables is enough, and
 none is needed with --assume. Lost are blocks whose entries are damaged, that lie beyond the end of
@@ -94,14 +98,15 @@ struct NoteOf<'a> {
 impl Salvage {
     /// Runs the command.
     pub fn run(self) -> Result<()> {
-        let Self { image, target, mapfile, assume, force, parents, progress, .. } = self;
+        let Self { image, target, to, mapfile, assume, force, parents, progress, .. } = self;
         let reactor = Reactor::new()?;
         let damaged = Damaged::open(&image, &parents.search(), &reactor, &Claims)?;
         let target = target.filter(|_| !self.dry_run);
         let tally = match target.clone() {
             None => damaged.plan(&reactor),
             Some(target) => {
-                let copy = Copy { target, mapfile: mapfile.clone(), replace: force, assume };
+                let form = to.unwrap_or_else(|| form_of(&target));
+                let copy = Copy { form, target, mapfile: mapfile.clone(), replace: force, assume };
                 damaged.copy(&copy, &reactor, &progress.start()?, &Claims)?
             }
         };
@@ -165,6 +170,12 @@ impl<'a> Report<'a> {
         }
         text
     }
+}
+
+/// The form that the name of a copy shows.
+fn form_of(target: &Path) -> Form {
+    let is_image = target.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("vhdx"));
+    if is_image { Form::Vhdx } else { Form::Raw }
 }
 
 /// What a partition holds, in parentheses, if that is known.

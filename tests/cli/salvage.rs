@@ -103,6 +103,31 @@ fn what_is_lost_is_said() {
     assert!(missing.contains("<TARGET>"), "{missing}");
 }
 
+/// The copy can be an image, which every reader takes, and which holds what a raw copy does.
+#[test]
+fn a_copy_can_be_an_image() {
+    let bench = Bench::new();
+    let (path, disk) = image(&bench);
+    damage(&path, |bytes| bytes.truncate(END + (5 << 20) - 512));
+    let copy = bench.path("copy.vhdx");
+    let report = json(&[], &[&path, &copy]);
+    assert_eq!(report["lost_bytes"], (3 << 20) + 512);
+    super::on("check", &copy, &[]).succeeded();
+    assert_eq!(super::info(&copy)["blocks"]["allocated"], 5);
+    let raw = bench.path("copy.raw");
+    run(&["salvage".as_ref(), copy.as_os_str(), raw.as_os_str()]).succeeded();
+    let found = fs::read(&raw).expect("readable");
+    let left = (5 << 20) - 512;
+    assert!(found.len() == SIZE && found[..left] == disk[..left]);
+    assert!(found[left..].iter().all(|byte| *byte == 0));
+    if !has("qemu-img") {
+        return skipped("qemu-img is missing, so that no other program read the copy");
+    }
+    let mut compare = Command::new("qemu-img");
+    compare.args(["compare", "-f", "raw", "-F", "vhdx"]).args([&raw, &copy]);
+    assert!(compare.output().expect("it runs").status.success(), "QEMU reads the same disk");
+}
+
 /// A loss is counted by partition, so that it is known what it costs.
 #[test]
 fn lost_bytes_are_counted_by_partition() {

@@ -5,10 +5,13 @@
 
 use std::ops::Range;
 
+use uuid::Uuid;
+
 use super::remains::{Remains, Status, Totals, Window};
 use crate::disk::{Buffer, Disk, PAGE_BYTES, ReadDisk};
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::format::{MIB, index};
+use crate::image::{Draft, NewImage};
 use crate::operations::Watch;
 
 /// The most that is read at once, bytes.
@@ -38,6 +41,60 @@ pub struct RawTarget<'a, D>(pub &'a D);
 impl<D: Disk> Target for RawTarget<'_, D> {
     async fn write(&mut self, offset: u64, data: Buffer) -> Result<()> {
         self.0.write(offset, data).await.doing("writing the copy").at(offset)
+    }
+}
+
+/// A new dynamic image. Its blocks are written first, and everything that leads to them last.
+pub struct ImageTarget<'a, D> {
+    disk: &'a D,
+    draft: Draft,
+    /// How long the file is, bytes.
+    length: u64,
+}
+
+/// How much the file of an image grows at least, bytes.
+const GROWTH_BYTES: u64 = 64 * MIB;
+
+impl<'a, D: Disk> ImageTarget<'a, D> {
+    /// An image like `new` in the empty file of `disk`.
+    ///
+    /// # Errors
+    /// Usage if the numbers are not those of a legal image.
+    pub fn new(disk: &'a D, new: &NewImage) -> Result<Self> {
+        assert!(!new.fixed && new.parent.is_none(), "blocks get space where the copy has data");
+        Ok(Self { disk, draft: new.draft()?, length: 0 })
+    }
+
+    /// Finishes the image, durably.
+    ///
+    /// # Errors
+    /// Those of the host.
+    pub async fn finish(self, new_guid: impl FnMut() -> Uuid) -> Result<()> {
+        let end = self.draft.length();
+        self.draft.finish(self.disk, new_guid).await?;
+        if self.length > end {
+            self.disk.truncate(end).await.doing("making the copy")?;
+        }
+        self.disk.sync().await.doing("syncing the copy")
+    }
+}
+
+impl<D: Disk> Target for ImageTarget<'_, D> {
+    async fn write(&mut self, offset: u64, data: Buffer) -> Result<()> {
+        let end = offset + data.len() as u64;
+        let mut at = offset;
+        while at < end {
+            let past = ((at / self.draft.block_size() + 1) * self.draft.block_size()).min(end);
+            let place = self.draft.place(at);
+            if self.draft.length() > self.length {
+                self.length = self.draft.length() + GROWTH_BYTES;
+                self.disk.grow(self.length).await.doing("making the copy")?;
+            }
+            let bytes = Buffer::copy_of(&data[index(at - offset)..index(past - offset)]);
+            self.disk.write(place, bytes).await.doing("writing the copy").at(place)?;
+            at = past;
+        }
+        Ok(())
     }
 }
 

@@ -21,7 +21,7 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
-pub use copy::{RawTarget, Target, copy};
+pub use copy::{ImageTarget, RawTarget, Target, copy};
 pub use mapfile::Mapfile;
 pub use remains::{Remains, RemainsLayer, Status, Totals};
 pub use tally::{PartitionTally, Tally};
@@ -32,7 +32,7 @@ use crate::chain::{self, Relative, Search};
 use crate::disk::{Access, Disk, ImageFile, PAGE_BYTES, Reactor, UringDisk};
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::format::metadata::Metadata;
-use crate::image::{Note, Salvaged};
+use crate::image::{DEFAULT_LOG_LENGTH, InitialState, NewImage, Note, Salvaged};
 use crate::printable::human_size;
 
 /// A damaged image that is open, with its parents as far as they were found.
@@ -43,8 +43,19 @@ pub struct Damaged {
     left_session: Option<Error>,
 }
 
+/// What the copy is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Form {
+    /// The disk itself.
+    Raw,
+    /// A dynamic image.
+    Vhdx,
+}
+
 /// What is made of a damaged image.
 pub struct Copy {
+    /// What the copy is.
+    pub form: Form,
     /// The file that gets the content of the disk.
     pub target: PathBuf,
     /// The file that lists which bytes came back.
@@ -177,7 +188,13 @@ impl Damaged {
             list.as_mut().map_or(Ok(()), |list| list.add(range, status)).doing("writing the mapfile")
         };
         let disk = reactor.disk(Arc::clone(target.file()));
-        let totals = reactor.block_on(self.write_raw(&disk, record, watch)).file(self.path())?;
+        let written = reactor.block_on(async {
+            match copy.form {
+                Form::Raw => self.write_raw(&disk, record, watch).await,
+                Form::Vhdx => self.write_image(&disk, record, watch).await,
+            }
+        });
+        let totals = written.file(self.path())?;
         assert_eq!(totals, tally.totals, "what was counted is what was listed");
         target.finish()?;
         if let (Some(list), Some(mapfile)) = (list, mapfile) {
@@ -199,6 +216,29 @@ impl Damaged {
         let totals = copy(&self.remains, &mut RawTarget(disk), &mut record, watch).await?;
         disk.truncate(size).await.doing("making the copy")?;
         disk.sync().await.doing("syncing the copy")?;
+        Ok(totals)
+    }
+
+    async fn write_image(
+        &self,
+        disk: &UringDisk,
+        mut record: impl FnMut(Range<u64>, Status) -> Result<()>,
+        watch: &dyn Watch,
+    ) -> Result<Totals> {
+        let metadata = self.remains.leaf().metadata();
+        let new = NewImage {
+            virtual_size: metadata.virtual_size,
+            fixed: false,
+            block_size: metadata.block_size,
+            log_length: DEFAULT_LOG_LENGTH,
+            logical_sector_size: metadata.logical_sector_size,
+            physical_sector_size: metadata.physical_sector_size,
+            initial_state: InitialState::NotPresent,
+            parent: None,
+        };
+        let mut target = ImageTarget::new(disk, &new)?;
+        let totals = copy(&self.remains, &mut target, &mut record, watch).await?;
+        target.finish(Uuid::new_v4).await?;
         Ok(totals)
     }
 
