@@ -2,21 +2,27 @@
 //!
 //! Its lock, if it has one, is with the [`ImageFile`] that it was made of, which must live as long. Nothing
 //! is durable before [`SharedFile::sync`].
+//!
+//! A file that the host has cached is read from its cache. Past the cache, one that it has not is read with a
+//! quarter of the work, and nothing else falls out of the cache for it.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, IoSliceMut, Seek, SeekFrom};
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
+use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, PosixFadviseAdvice, fallocate, fcntl, posix_fadvise};
 use nix::sys::statfs::{BTRFS_SUPER_MAGIC, FsType, XFS_SUPER_MAGIC, fstatfs};
 use nix::unistd::{Whence, lseek};
+use rustix::io::{ReadWriteFlags, preadv2};
 
 use super::file::next_data;
-use super::{BlockDevice, ImageFile};
+use super::open::open_again;
+use super::ring::{DirectAlignment, direct_alignment};
+use super::{Access, BlockDevice, ImageFile};
 use crate::error::{Doing, Error, Locate, Result};
 
 /// File systems on which files share their blocks until one of them is written (bcachefs is not in the
@@ -39,9 +45,24 @@ pub struct Stretch {
 #[derive(Debug)]
 pub struct SharedFile {
     file: File,
+    /// The same file, read past the host's cache.
+    direct: Option<Direct>,
     path: PathBuf,
     shares_blocks: bool,
 }
+
+/// A description for direct reads.
+#[derive(Debug)]
+struct Direct {
+    file: File,
+    alignment: DirectAlignment,
+}
+
+/// Where a file is asked whether it is cached.
+const SAMPLES: u64 = 16;
+
+/// A file that is shorter is read in no time.
+const SHORT: u64 = 8 << 20;
 
 impl SharedFile {
     /// The file of `image`, whose lock the caller keeps.
@@ -70,7 +91,7 @@ impl SharedFile {
     fn new(file: File, path: &Path) -> Result<Self> {
         let host = fstatfs(&file).doing("examining the file system").file(path)?.filesystem_type();
         let shares_blocks = SHARING_HOSTS.contains(&host);
-        Ok(Self { file, path: path.to_owned(), shares_blocks })
+        Ok(Self { file, direct: None, path: path.to_owned(), shares_blocks })
     }
 
     /// The same file, which errors call by the name that it will have.
@@ -85,13 +106,56 @@ impl SharedFile {
         &self.path
     }
 
+    /// The same file, for reading only, and past the host's cache unless that has it already.
+    #[must_use]
+    pub fn past_cache(mut self) -> Self {
+        let aligned = direct_alignment(self.file.as_fd()).ok().flatten();
+        let fits = |direct: &DirectAlignment| direct.offset > 0 && direct.memory > 0;
+        let Some(alignment) = aligned.filter(fits) else { return self };
+        if self.is_cached() {
+            return self;
+        }
+        let opened = open_again(&self.file, Access::ReadOnly).ok().and_then(|file| {
+            let flags = OFlag::from_bits_retain(fcntl(&file, FcntlArg::F_GETFL).ok()?);
+            fcntl(&file, FcntlArg::F_SETFL(flags | OFlag::O_DIRECT)).ok()?;
+            Some(file)
+        });
+        self.direct = opened.map(|file| Direct { file, alignment });
+        self
+    }
+
+    /// Whether the host seems to have most of what is stored in its cache, or the file is short.
+    fn is_cached(&self) -> bool {
+        let length = (&self.file).seek(SeekFrom::End(0)).unwrap_or(0);
+        if length < SHORT {
+            return true;
+        }
+        let step = length / SAMPLES;
+        let stored = (0..SAMPLES).filter_map(|number| next_data(&self.file, number * step).ok().flatten());
+        let (mut cached, mut asked) = (0, 0);
+        for at in stored {
+            let mut bytes = [0; 512];
+            let read = preadv2(&self.file, &mut [IoSliceMut::new(&mut bytes)], at, ReadWriteFlags::NOWAIT);
+            cached += u64::from(read.is_ok());
+            asked += 1;
+        }
+        2 * cached > asked
+    }
+
     /// Reads `bytes` at `offset`; what lies behind the end reads as zero.
     ///
     /// # Errors
     ///
     /// What the operating system says.
     pub fn read(&self, offset: u64, bytes: &mut [u8]) -> Result<()> {
-        let mut done = 0;
+        let failed =
+            |error, done: usize| Error::io("reading", error).at(offset + done as u64).file(&self.path);
+        let direct = self.direct.as_ref().filter(|direct| direct.fits(offset, bytes));
+        let mut done = match direct.map(|direct| direct.file.read_at(bytes, offset)) {
+            Some(Ok(count)) => count,
+            Some(Err(error)) if error.kind() != io::ErrorKind::Interrupted => return Err(failed(error, 0)),
+            None | Some(Err(_)) => 0,
+        };
         while done < bytes.len() {
             match self.file.read_at(&mut bytes[done..], offset + done as u64) {
                 Ok(0) => {
@@ -100,9 +164,7 @@ impl SharedFile {
                 }
                 Ok(count) => done += count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => {
-                    return Err(Error::io("reading", error).at(offset + done as u64).file(&self.path));
-                }
+                Err(error) => return Err(failed(error, done)),
             }
         }
         Ok(())
@@ -214,14 +276,19 @@ impl SharedFile {
         self.file.sync_all().doing("syncing").file(&self.path)
     }
 
-    /// The file will be read, or is read again, from its start to its end.
-    pub fn read_ahead(&self) {
-        let _ = posix_fadvise(&self.file, 0, 0, PosixFadviseAdvice::POSIX_FADV_SEQUENTIAL);
-    }
-
     /// Has the host forget what it holds of the file and has written.
     pub fn read_anew(&self) {
         let _ = posix_fadvise(&self.file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
+    }
+}
+
+impl Direct {
+    fn fits(&self, offset: u64, bytes: &[u8]) -> bool {
+        let DirectAlignment { memory, offset: unit } = self.alignment;
+        let unit = u64::from(unit);
+        (bytes.as_ptr() as usize).is_multiple_of(memory as usize)
+            && offset.is_multiple_of(unit)
+            && (bytes.len() as u64).is_multiple_of(unit)
     }
 }
 
@@ -264,6 +331,28 @@ mod tests {
         }
         assert!((12_288..=1 << 20).contains(&stored), "{stored} bytes are stored");
         assert!(!shared.stretch(1 << 20).expect("behind the end").stored);
+    }
+
+    /// Both ways give the same bytes, wherever a read begins and the file ends.
+    #[test]
+    fn past_the_cache_the_bytes_are_the_same() {
+        let (_file, shared) = file();
+        let bytes: Vec<u8> = (0..(9_u32 << 20) + 700).map(|at| (at / 251).to_le_bytes()[0]).collect();
+        shared.write(0, &bytes).expect("room");
+        shared.sync().expect("synced");
+        shared.read_anew();
+        let direct = shared.past_cache();
+        if direct.direct.is_none() {
+            eprintln!("no direct I/O here, or nothing leaves the cache: tested buffered only");
+        }
+        for (at, length) in [(0, 1 << 20), (512, 4096), (100, 5000), (9 << 20, 4096), (8 << 20, 2 << 20)] {
+            let mut read = crate::disk::Buffer::zeroed(2 << 20);
+            read.fill(1);
+            direct.read(at as u64, &mut read[..length]).expect("readable");
+            let end = (at + length).min(bytes.len());
+            assert!(read[..end - at] == bytes[at..end], "{length} bytes at {at}");
+            assert!(is_zero(&read[end - at..length]) && read[length..].iter().all(|&byte| byte == 1));
+        }
     }
 
     #[test]

@@ -148,7 +148,7 @@ impl Source {
             DiskFormat::Vhdx => unreachable!("a VHDX is a chain"),
         };
         let padding = if format == DiskFormat::Raw { size - length } else { 0 };
-        let (files, locks) = (vec![bytes], vec![file]);
+        let (files, locks) = (vec![bytes.past_cache()], vec![file]);
         Ok(Self { map, files, locks, device: None, size, padding, sectors: PLAIN, format })
     }
 
@@ -164,7 +164,7 @@ impl Source {
         }
         Ok(Self {
             map: Map::Same,
-            files: vec![SharedFile::of_device(device)?],
+            files: vec![SharedFile::of_device(device)?.past_cache()],
             locks: Vec::new(),
             device: Some(device.number()),
             size: device.length(),
@@ -176,7 +176,7 @@ impl Source {
 
     fn of_layers(layers: Vec<ReadLayer<()>>, locks: Vec<Arc<ImageFile>>, sectors: Sectors) -> Result<Self> {
         let content = Content::new(layers);
-        let files = locks.iter().map(|file| SharedFile::of(file)).collect::<Result<_>>()?;
+        let files = locks.iter().map(|file| Ok(SharedFile::of(file)?.past_cache())).collect::<Result<_>>()?;
         let size = content.virtual_size();
         let (map, format) = (Map::Chain(content), DiskFormat::Vhdx);
         Ok(Self { map, files, locks, device: None, size, padding: 0, sectors, format })
