@@ -28,6 +28,10 @@ pub struct Compact {
     image: PathBuf,
     #[command(flatten)]
     steps: StepOptions,
+    /// Fill the holes of the file at last, and make none: for a file that goes to Windows, which refuses
+    /// sparse ones. Its copy must have none either (`cp --sparse=never`)
+    #[arg(long)]
+    dense: bool,
     /// Show what would be done, and change nothing
     #[arg(long)]
     dry_run: bool,
@@ -77,11 +81,11 @@ Exit status: 0 compacted or stopped, 1 failure (the disk reads as before), 2 wro
 impl Compact {
     /// Runs the command.
     pub fn run(self) -> Result<()> {
-        let Self { image, steps, dry_run, max_rate, json, parents, progress } = self;
+        let Self { image, steps, dense, dry_run, max_rate, json, parents, progress } = self;
         let StepOptions { zeros, length, defragment } = steps;
         let all = !zeros && !length && !defragment;
         let steps = Steps { zeros: zeros || all, length: length || all, defragment };
-        let request = Request { image, search: parents.search(), steps, max_rate, dry_run };
+        let request = Request { image, search: parents.search(), steps, dense, max_rate, dry_run };
         let reactor = Reactor::new()?;
         let shown = progress.start()?;
         let compacted = request.run(&reactor, &Claims, &shown)?;
@@ -112,14 +116,16 @@ struct Answer {
     given_up_bytes: u64,
     moves: u64,
     moved_bytes: u64,
+    filled_bytes: u64,
     free_bytes: u64,
     free_before: Option<&'static str>,
     unread_parents: Option<String>,
 }
 
 fn answer(compacted: &Compacted) -> Answer {
-    let Compacted { path, before, after, done, unread, .. } = compacted;
+    let Compacted { path, before, after, done, filled_bytes, unread, .. } = compacted;
     Answer {
+        filled_bytes: *filled_bytes,
         image: path.to_string_lossy().into_owned(),
         dry_run: after.is_none(),
         stopped: done.stopped,
@@ -170,13 +176,17 @@ fn text(compacted: &Compacted, steps: Steps) -> String {
 
 /// What else the user must know.
 fn notes(compacted: &Compacted, steps: Steps) -> Vec<String> {
-    let Compacted { kind, before, after, done, unread, .. } = compacted;
+    let Compacted { kind, before, after, done, filled_bytes, unread, .. } = compacted;
     let mut notes = Vec::new();
     if done.stopped {
         notes.push("Stopped before all was done; run the command again to continue".into());
     }
     if steps.zeros && *kind == DiskType::Fixed {
         notes.push("A fixed image keeps the space of all its blocks: zeros were not searched for".into());
+    }
+    if *filled_bytes > 0 {
+        let filled = if after.is_some() { "were filled" } else { "would be filled" };
+        notes.push(format!("{} of holes {filled}", human_size(*filled_bytes)));
     }
     if let Some(error) = unread {
         let why = output::message(error);
@@ -191,6 +201,7 @@ fn notes(compacted: &Compacted, steps: Steps) -> Vec<String> {
     }
     let won = |after: &Figures| after.host < before.host || after.length < before.length;
     if !done.stopped
+        && *filled_bytes == 0
         && (done.moves == 0 || !steps.defragment)
         && after.as_ref().is_some_and(|after| !won(after))
     {

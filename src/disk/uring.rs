@@ -29,6 +29,9 @@ const ZERO_PAGES_BYTES: usize = 1 << 20;
 /// others.
 const ZERO_WRITES_MAX: usize = 8;
 
+/// How much of a hole is filled in one step.
+const HOLE_STEP_BYTES: u64 = 64 << 20;
+
 /// What a disk has asked of its host, in operations.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
@@ -179,6 +182,29 @@ impl UringDisk {
         }
         // The last page may have been longer than what was wanted.
         self.file.set_length(range.end)
+    }
+
+    /// Writes zeros into the holes of the file from `from` on, as far as one step goes, and says where the
+    /// next step begins; nothing if no hole was left. The file reads as before. Space that the host has
+    /// reserved and not written counts as a hole, because programs that copy the file take it for one.
+    ///
+    /// # Errors
+    ///
+    /// What the operating system says.
+    pub async fn fill_hole(&self, from: u64) -> io::Result<Option<u64>> {
+        const PAGE: u64 = PAGE_BYTES as u64;
+        let length = self.fresh_length()?;
+        let hole = self.file.next_hole(from.min(length))?.min(length).next_multiple_of(PAGE);
+        if hole >= length {
+            return Ok(None);
+        }
+        let data = self.file.next_data(hole)?.unwrap_or(length).min(length);
+        // Pages that are only in part a hole have their place already.
+        let end = (data - data % PAGE).min(hole + HOLE_STEP_BYTES);
+        if hole < end {
+            self.write_zeroes(hole..end).await?;
+        }
+        Ok(Some(end.max(hole + PAGE)))
     }
 
     /// `fallocate` of `range`; `false` when the host has no such thing, which `able` remembers.
@@ -500,6 +526,32 @@ mod tests {
             assert!(bench.contents()[length..].iter().all(|&byte| byte == 0));
             assert!(bench.contents()[..length].iter().all(|&byte| byte == 7));
         }
+    }
+
+    /// Holes are filled, what is there stays, and the length.
+    #[test]
+    fn a_file_with_holes_becomes_dense() {
+        const LENGTH: usize = 9 << 20;
+        let bench = Bench::new(&[]);
+        let disk = bench.disk();
+        bench.reactor.block_on(async {
+            disk.grow(LENGTH as u64).await.expect("room");
+            for page in [0, 5, 700, 701, 2303] {
+                disk.write(page * PAGE, pages(7, 1)).await.expect("inside");
+            }
+            disk.reserve(1000 * PAGE, 50 * PAGE).await.expect("room");
+            let before = bench.contents();
+            let mut at = Some(0);
+            while let Some(from) = at {
+                at = disk.fill_hole(from).await.expect("room");
+                assert!(at.is_none_or(|next| next > from), "each step leads on");
+            }
+            disk.sync().await.expect("the host syncs");
+            assert!(bench.contents() == before);
+            assert_eq!(disk.file().next_hole(0).expect("open"), LENGTH as u64);
+        });
+        let found = fs::metadata(&bench.path).expect("there");
+        assert!(host_bytes(&found) >= LENGTH as u64);
     }
 
     /// What did not fit is cut off again.

@@ -211,6 +211,22 @@ fn what_create_makes_info_shows() {
     }
 }
 
+/// On its way to Windows a file has no holes, and is the same image.
+#[test]
+fn a_dense_file_has_no_holes() {
+    let bench = Bench::new();
+    let image = bench.image("a.vhdx", &["--size", "64M", "--type", "fixed", "--log-size", "9M"]);
+    let before = fs::read(&image).expect("readable");
+    let answer = on("compact", &image, &["--length", "--dense", "--json"]).succeeded();
+    let answer: Value = serde_json::from_str(&answer).expect("one JSON value");
+    let found = fs::metadata(&image).expect("there");
+    assert!(found.blocks() * 512 >= found.len(), "{answer}");
+    assert!(answer["filled_bytes"].as_u64() >= Some(8 * MIB), "{answer}");
+    let after = fs::read(&image).expect("readable");
+    assert!(before[4 << 20..] == after[4 << 20..]);
+    on("check", &image, &[]).succeeded();
+}
+
 /// The keys that scripts rely on.
 #[test]
 fn info_as_json_has_every_key() {

@@ -15,10 +15,11 @@ use uuid::Uuid;
 
 use super::{Devices, Watch, locked};
 use crate::chain::{self, Member, ReadLayer, Search};
-use crate::disk::{Access, ImageFile, Reactor, UringDisk};
+use crate::disk::{Access, Disk, ImageFile, Reactor, Sparse, UringDisk};
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::format::metadata::DiskType;
 use crate::image::Image;
+use crate::printable::human_size;
 
 pub use run::{Compaction, Done, outline};
 pub use survey::Fixed;
@@ -42,6 +43,8 @@ pub struct Request {
     pub search: Search,
     /// What is to be done.
     pub steps: Steps,
+    /// The file gets no holes, and those that it has are filled.
+    pub dense: bool,
     /// The most bytes that are copied in a second.
     pub max_rate: Option<u64>,
     /// Only say what would be done.
@@ -69,6 +72,8 @@ pub struct Compacted {
     pub after: Option<Figures>,
     /// What was done, or would be.
     pub done: Done,
+    /// The bytes of holes that were filled, or that would be.
+    pub filled_bytes: u64,
     /// Why blocks that are partially present were not searched for zeros.
     pub unread: Option<Error>,
 }
@@ -94,6 +99,9 @@ impl Request {
         };
         let file = leaf.file.clone();
         let path = file.path().to_owned();
+        if self.dense {
+            file.set_sparse(Sparse::No);
+        }
         let before = figures(&file).doing("looking at the image").file(&path)?;
         let done = if self.dry_run {
             let disk = reactor.disk(file.clone());
@@ -108,8 +116,9 @@ impl Request {
             self.compact(&file, parents, reactor, watch)
         };
         let done = done.file(&path).map_err(with_remedy)?;
+        let filled_bytes = if self.dense && !done.stopped { self.fill(&file, reactor, watch)? } else { 0 };
         let after = if self.dry_run { None } else { Some(figures(&file).doing("looking at the image")?) };
-        Ok(Compacted { path, kind, before, after, done, unread })
+        Ok(Compacted { path, kind, before, after, done, filled_bytes, unread })
     }
 
     fn compact(
@@ -128,6 +137,34 @@ impl Request {
                 .run(self.steps, watch)
                 .await
         })
+    }
+
+    /// Fills the holes of the file; how many bytes they are. A kill leaves some of them filled.
+    fn fill(&self, file: &std::sync::Arc<ImageFile>, reactor: &Reactor, watch: &impl Watch) -> Result<u64> {
+        let Figures { host, length } = figures(file).doing("looking at the image").file(file.path())?;
+        let holes = length.saturating_sub(host);
+        if self.dry_run || holes == 0 {
+            return Ok(holes);
+        }
+        let room = file.host_room().doing("reading the free space of the file system").file(file.path())?;
+        let available = room.for_this_user();
+        if available > 0 && available < holes {
+            let missing = human_size(holes - available);
+            let message =
+                format!("the holes take {} when filled, {missing} more than is free", human_size(holes));
+            return Err(Error::new(Kind::NoSpace, message).file(file.path()));
+        }
+        let disk = reactor.disk(file.clone());
+        let filling = async {
+            let mut at = Some(0);
+            while let Some(from) = at.filter(|_| !watch.stop_requested()) {
+                watch.progress(from.min(length), length);
+                at = disk.fill_hole(from).await?;
+            }
+            disk.sync().await
+        };
+        reactor.block_on(filling).doing("filling the holes of the file").file(file.path())?;
+        Ok(holes)
     }
 
     /// The parents of `leaf`, if what it reads as matters.
