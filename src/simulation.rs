@@ -136,6 +136,8 @@ pub enum Plant {
     MoveBareBitmap,
     /// A region table names a new place of the BAT before the BAT is there.
     EarlyRegion,
+    /// A change of the metadata that readers see leaves the DataWriteGuid as it was.
+    SilentChange,
     /// A disk that grows shows what its last block has behind its old end.
     KeepOldEnd,
     /// A disk that grows takes slots of its BAT as they are.
@@ -146,7 +148,7 @@ pub enum Plant {
 
 impl Plant {
     /// All of them.
-    pub const ALL: [Self; 65] = [
+    pub const ALL: [Self; 66] = [
         Self::SkipRecyclingSync,
         Self::SkipGrowthSync,
         Self::ApplyBeforeLog,
@@ -209,6 +211,7 @@ impl Plant {
         Self::ReuseMovedEarly,
         Self::MoveBareBitmap,
         Self::EarlyRegion,
+        Self::SilentChange,
         Self::KeepOldEnd,
         Self::KeepOldSlots,
         Self::ShowParentsEnd,

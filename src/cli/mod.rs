@@ -30,6 +30,7 @@ mod relink;
 mod resize;
 mod salvage;
 mod session;
+mod set;
 mod size;
 mod snapshot;
 mod target_shape;
@@ -82,6 +83,7 @@ enum Command {
     Resize(resize::Resize),
     Merge(merge::Merge),
     Move(move_chain::Move),
+    Set(set::Set),
     Compact(compact::Compact),
     Salvage(salvage::Salvage),
     Convert(convert::Convert),
@@ -112,7 +114,8 @@ impl Command {
             | Self::Create(_)
             | Self::Relink(_)
             | Self::Merge(_)
-            | Self::Move(_) => false,
+            | Self::Move(_)
+            | Self::Set(_) => false,
         }
     }
 
@@ -133,6 +136,7 @@ impl Command {
             Self::Resize(resize) => resize.run()?,
             Self::Merge(merge) => merge.run()?,
             Self::Move(chain) => chain.run()?,
+            Self::Set(set) => set.run()?,
             Self::Compact(compact) => compact.run()?,
             Self::Salvage(salvage) => salvage.run()?,
             Self::Convert(convert) => convert.run()?,

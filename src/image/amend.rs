@@ -105,7 +105,8 @@ impl WritableImage {
         self.make_room(disk, &blocks).await?;
         sync(disk).await?;
         let file_write = new_guid();
-        let data_write = to.data_write.unwrap_or(self.header.header.data_write_guid);
+        let data_write = to.data_write.filter(|_| !planted(Plant::SilentChange));
+        let data_write = data_write.unwrap_or(self.header.header.data_write_guid);
         let change = |header: &mut Header| {
             (header.file_write_guid, header.data_write_guid) = (file_write, data_write);
         };

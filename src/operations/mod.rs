@@ -26,6 +26,7 @@ mod replaced;
 pub mod resize;
 mod room;
 pub mod salvage;
+pub mod set;
 pub mod source;
 mod watch;
 mod workers;

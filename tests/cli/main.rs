@@ -27,6 +27,7 @@ mod move_chain;
 mod relink;
 mod resize;
 mod salvage;
+mod set;
 #[path = "../skip/mod.rs"]
 mod skip;
 

@@ -8,12 +8,13 @@ use vhdx_ublk::error::{Kind, Result};
 use vhdx_ublk::format::guid;
 use vhdx_ublk::format::locator::{PARENT_LINKAGE, PARENT_LINKAGE2, ParentLocator, RELATIVE_PATH};
 use vhdx_ublk::format::metadata::{Metadata, Table};
-use vhdx_ublk::image::{Image, WritableImage, check};
+use vhdx_ublk::image::{Image, Resize, WritableImage, check};
 
 use crate::craft::{Craft, END, METADATA, MIB};
 use crate::sim::disk::{Profile, SimDisk};
 use crate::sim::store::Store;
 use crate::sim::tasks::{SimTasks, block_on};
+use crate::sim::violation::violated;
 use crate::sim::world::Config;
 
 /// Cuts per moment and profile.
@@ -69,6 +70,16 @@ fn opened(store: &Store) -> Result<WritableImage> {
 fn cut_everywhere(
     before: &Store,
     change: impl FnOnce(&mut Metadata) + 'static,
+    judge: impl FnMut(&Store),
+) -> Store {
+    cut_under(before, None, change, judge)
+}
+
+/// The same, with a new DataWriteGuid if readers are to see the change.
+fn cut_under(
+    before: &Store,
+    data_write: Option<Uuid>,
+    change: impl FnOnce(&mut Metadata) + 'static,
     mut judge: impl FnMut(&Store),
 ) -> Store {
     let disk = SimDisk::new(before.clone(), false, true, 512);
@@ -78,7 +89,8 @@ fn cut_everywhere(
         let image = Image::open_for_writing(&on, || panic!("the log is empty")).await?;
         let mut metadata = image.metadata.clone();
         change(&mut metadata);
-        image.amend(&on, &metadata, || Uuid::from_u128(guids.u128(1..))).await.map(drop)
+        let to = Resize { metadata, parent_bytes: 0, data_write };
+        image.resize(&on, &to, || Uuid::from_u128(guids.u128(1..))).await.map(drop)
     });
     let mut steps = 0;
     while tasks.ready() > 0 {
@@ -129,6 +141,36 @@ fn a_locator_is_the_old_one_or_the_new_one_and_nothing_else_changes() {
         after.read(END + 4096, &mut bytes);
         assert_eq!((bytes, after.length), ([0x55; 4], child.file.length));
     }
+}
+
+/// A disk that is another to its guest is another to its children, before it is and ever after.
+#[test]
+pub fn what_a_guest_sees_changes_under_a_new_guid() {
+    let craft = Craft::new(&Config::small());
+    let (old_guid, new_guid) =
+        (opened(&craft.file).expect("an image").header.header.data_write_guid, Uuid::max());
+    let old = opened(&craft.file).expect("an image").metadata.clone();
+    let mut new = old.clone();
+    (new.disk_id, new.physical_sector_size) = (Uuid::from_u128(99), 4096 + 512 - old.physical_sector_size);
+    let expected = new.clone();
+    let mut found = [0, 0];
+    let after = cut_under(
+        &craft.file,
+        Some(new_guid),
+        move |metadata| *metadata = new,
+        |cut| {
+            let image = opened(cut).unwrap_or_else(|error| panic!("after a cut: {error}"));
+            assert!(image.metadata == old || image.metadata == expected, "half a change");
+            let is_new = image.metadata == expected;
+            found[usize::from(is_new)] += 1;
+            let guid = image.header.header.data_write_guid;
+            if guid != new_guid && (is_new || guid != old_guid) {
+                violated(format!("another disk is known by {guid}"));
+            }
+        },
+    );
+    assert!(found.iter().all(|found| *found > 20), "{found:?}");
+    assert_eq!(opened(&after).expect("an image").metadata, expected);
 }
 
 /// The FileWriteGuid is new before anything else is.

@@ -15,7 +15,6 @@ use vhdx_ublk::format::log::{Change, NewEntry};
 use vhdx_ublk::image::{Image, Mismatch, SLOTS_PER_PAGE, SessionMemory, VERSION, WritableImage};
 use vhdx_ublk::simulation::{Plant, plant};
 
-use crate::compact;
 use crate::resize;
 use crate::sim::campaign::{run, scenario, tiny};
 use crate::sim::disk::SimDisk;
@@ -27,6 +26,7 @@ use crate::sim::tasks::block_on;
 use crate::sim::violation::{broken_promise, message, violated};
 use crate::sim::world::death::place;
 use crate::sim::world::{Config, World, new_image};
+use crate::{amend, compact};
 
 /// Seeds that a planted bug may take to be caught.
 const SEEDS: u64 = 200;
@@ -56,6 +56,7 @@ fn test_for(planted: Plant) -> Option<fn()> {
         Plant::KeepOldEnd | Plant::KeepOldSlots | Plant::ShowParentsEnd => {
             resize::what_comes_into_a_disk_is_zero
         }
+        Plant::SilentChange => amend::what_a_guest_sees_changes_under_a_new_guid,
         Plant::EarlyRegion => resize::a_bat_that_moves_is_durable_before_it_is_named,
         _ => return None,
     })

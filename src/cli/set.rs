@@ -1,0 +1,68 @@
+//! `set`: changes what an image says of its disk.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use uuid::Uuid;
+
+use vhdx_ublk::device::claims::Claims;
+use vhdx_ublk::error::Result;
+use vhdx_ublk::operations::set::{Settings, set};
+
+use super::output;
+
+/// Change the identifier or the physical sector size that a disk shows to its guest.
+///
+/// Only the metadata of the image changes, as a whole or not at all.
+#[derive(clap::Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct Set {
+    /// The VHDX file, which must not be in use
+    image: PathBuf,
+    /// The identifier of the disk: a UUID, or `new` for a random one
+    #[arg(long, value_name = "UUID", required_unless_present = "physical_sector_size")]
+    disk_id: Option<DiskId>,
+    /// The size of a physical sector in bytes, at least that of a logical one
+    #[arg(long, value_name = "BYTES", value_parser = ["512", "4096"])]
+    physical_sector_size: Option<String>,
+    /// Change the image even if it has children, which then no longer recognise it as their parent
+    #[arg(long)]
+    force: bool,
+}
+
+const AFTER_HELP: &str = "\
+Examples:
+  vhdx-ublk set copy.vhdx --disk-id new                   a copy that is used beside its original
+  vhdx-ublk set disk.vhdx --physical-sector-size 4096
+
+Prints the identifier of the disk, if it is given. Both values are part of what a guest sees of the
+disk, so the DataWriteGuid of the image changes, by which children know their parent: an image with
+children is refused without --force. A child has values of its own, which this command changes
+without harm to its parent.
+Exit status: 0 the image has the values, 1 failure (it is unchanged), 2 wrong usage.";
+
+/// The text of a UUID, or `new`.
+#[derive(Clone, Copy)]
+struct DiskId(Uuid);
+
+impl FromStr for DiskId {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        if text == "new" {
+            return Ok(Self(Uuid::new_v4()));
+        }
+        Uuid::try_parse(text).map(Self).map_err(|_| format!("{text:?} is neither a UUID nor 'new'"))
+    }
+}
+
+impl Set {
+    /// Runs the command.
+    pub fn run(self) -> Result<()> {
+        let Self { image, disk_id, physical_sector_size, force } = self;
+        let disk_id = disk_id.map(|DiskId(id)| id);
+        let physical_sector_size = physical_sector_size.map(|size| size.parse().expect("one of two numbers"));
+        set(&image, Settings { disk_id, physical_sector_size, force }, &Claims)?;
+        disk_id.map_or(Ok(()), |id| output::print_line(&id.to_string()))
+    }
+}
