@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use vhdx_ublk::device::claims::Claims;
+use vhdx_ublk::disk::Remover;
 use vhdx_ublk::error::Result;
 use vhdx_ublk::operations::Watch;
 use vhdx_ublk::operations::move_chain::{Moving, Step, move_chain};
@@ -54,6 +55,10 @@ impl Watch for Shows {
 
     fn stop_requested(&self) -> bool {
         self.0.stop_requested()
+    }
+
+    fn unfinished(&self, remover: Remover) {
+        self.0.unfinished(remover);
     }
 }
 

@@ -4,19 +4,24 @@
 //! that take less print nothing.
 
 use std::cell::Cell;
+use std::fmt;
 use std::io::{self, IsTerminal};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
-use indicatif::{BinaryBytes, HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 use serde::Serialize;
-use signal_hook::consts::{SIGINT, SIGTERM};
-use signal_hook::flag;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use signal_hook::low_level::emulate_default_handler;
 
+use vhdx_ublk::disk::Remover;
 use vhdx_ublk::error::{Doing, Result};
 use vhdx_ublk::operations::Watch;
+use vhdx_ublk::printable::human_size;
 
 /// The time between two lines.
 const PERIOD: Duration = Duration::from_secs(1);
@@ -39,18 +44,45 @@ enum Form {
 }
 
 impl ProgressOptions {
-    /// Shows an operation. A first SIGINT or SIGTERM asks it to stop, a second one ends the program.
+    /// Shows an operation. A first SIGINT or SIGTERM asks it to stop. A second one, or SIGHUP, ends the
+    /// program; an unfinished file is removed before.
     ///
     /// # Errors
     ///
     /// When the signals cannot be handled.
     pub fn start(&self) -> Result<Shown> {
-        let stop = Arc::new(AtomicBool::new(false));
-        for signal in [SIGINT, SIGTERM] {
-            let second = flag::register_conditional_default(signal, stop.clone());
-            second.and_then(|_| flag::register(signal, stop.clone())).doing("handling signals")?;
-        }
+        const HANDLING: &str = "handling signals";
+        let stop = Arc::new(Stop::default());
+        let mut signals = Signals::new([SIGHUP, SIGINT, SIGTERM]).doing(HANDLING)?;
+        let told = stop.clone();
+        let watch = move || signals.forever().for_each(|signal| told.receive(signal));
+        thread::Builder::new().name("signals".into()).spawn(watch).doing(HANDLING)?;
         Ok(Shown::new(self.progress, stop))
+    }
+}
+
+/// What signals ask for.
+#[derive(Default)]
+struct Stop {
+    requested: AtomicBool,
+    unfinished: Mutex<Vec<Remover>>,
+}
+
+impl Stop {
+    fn receive(&self, signal: i32) {
+        if !self.requested.swap(true, Ordering::Relaxed) && signal != SIGHUP {
+            return;
+        }
+        let mut unfinished = self.unfinished.lock().unwrap_or_else(PoisonError::into_inner);
+        end_without(&mut unfinished, signal);
+    }
+}
+
+/// Removes the files and ends the program by `signal`; none of them is finished meanwhile.
+fn end_without(unfinished: &mut Vec<Remover>, signal: i32) {
+    match unfinished.pop() {
+        Some(remover) => remover.remove_and(|| end_without(unfinished, signal)),
+        None => drop(emulate_default_handler(signal)),
     }
 }
 
@@ -61,7 +93,7 @@ pub struct Shown {
     started: Instant,
     /// When the last line was printed.
     line: Cell<Instant>,
-    stop: Arc<AtomicBool>,
+    stop: Arc<Stop>,
 }
 
 /// A line of `--progress json`.
@@ -73,12 +105,16 @@ struct Line {
 }
 
 impl Shown {
-    fn new(form: Form, stop: Arc<AtomicBool>) -> Self {
+    fn new(form: Form, stop: Arc<Stop>) -> Self {
         let visible = form == Form::Text && io::stderr().is_terminal();
         let target = if visible { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
-        let template = "{bar:30} {percent:>3}%  {binary_bytes} of {binary_total_bytes}  \
-             {binary_bytes_per_sec}  {eta} left";
-        let style = ProgressStyle::with_template(template).expect("a good template");
+        // Not wider than 80 columns, whatever the sizes are.
+        let style =
+            ProgressStyle::with_template("{bar:20} {percent:>3}%  {status}").expect("a good template");
+        let style = style.with_key("status", |state: &ProgressState, out: &mut dyn fmt::Write| {
+            let status = status(state.pos(), state.len().unwrap_or(0), whole(state.per_sec()));
+            let _ = out.write_str(&status); // a bar that cannot be drawn is not missed
+        });
         let bar = ProgressBar::with_draw_target(Some(0), target).with_style(style);
         let now = Instant::now();
         Self { form, bar, started: now, line: now.into(), stop }
@@ -90,24 +126,39 @@ impl Shown {
     }
 
     fn print_line(&self, done: u64, total: u64) {
-        let seconds = self.started.elapsed().as_secs_f64();
-        #[expect(clippy::cast_precision_loss, clippy::cast_sign_loss, clippy::cast_possible_truncation)]
-        let rate = (done as f64 / seconds) as u64;
+        #[expect(clippy::cast_precision_loss, reason = "a rate need not be exact")]
+        let rate = whole(done as f64 / self.started.elapsed().as_secs_f64());
         if self.form == Form::Json {
             let line = Line { done_bytes: done, total_bytes: total, bytes_per_second: rate };
             eprintln!("{}", serde_json::to_string(&line).expect("numbers"));
             return;
         }
-        let left = (total - done).checked_div(rate).map(Duration::from_secs);
-        let left = left.map(|left| format!(", {} left", HumanDuration(left))).unwrap_or_default();
-        let [done, total, rate] = [done, total, rate].map(BinaryBytes);
-        eprintln!("{done} of {total}, {rate}/s{left}");
+        eprintln!("{}", status(done, total, rate));
     }
+}
+
+/// A rate in whole bytes.
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a cast to an integer saturates")]
+fn whole(rate: f64) -> u64 {
+    rate as u64
+}
+
+/// What people read of an operation that does `rate` bytes a second.
+fn status(done: u64, total: u64, rate: u64) -> String {
+    let left = total.saturating_sub(done);
+    let seconds = left.checked_div(rate).filter(|_| left > 0);
+    let left =
+        seconds.map(|seconds| format!(", {} left", HumanDuration(Duration::from_secs(seconds.max(1)))));
+    let [done, total, rate] = [done, total, rate].map(human_size);
+    format!("{done} of {total}, {rate}/s{}", left.unwrap_or_default())
 }
 
 impl Watch for Shown {
     fn progress(&self, done: u64, total: u64) {
         assert!(done <= total, "{done} of {total} bytes are done");
+        if total == 0 {
+            return; // how much it will be is not known yet
+        }
         self.bar.set_length(total);
         self.bar.set_position(done);
         let silent = self.form == Form::None || self.form == Form::Text && !self.bar.is_hidden();
@@ -118,7 +169,11 @@ impl Watch for Shown {
     }
 
     fn stop_requested(&self) -> bool {
-        self.stop.load(Ordering::Relaxed)
+        self.stop.requested.load(Ordering::Relaxed)
+    }
+
+    fn unfinished(&self, remover: Remover) {
+        self.stop.unfinished.lock().unwrap_or_else(PoisonError::into_inner).push(remover);
     }
 }
 

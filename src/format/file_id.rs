@@ -115,12 +115,12 @@ pub fn not_vhdx(front: &[u8], end: &[u8]) -> Error {
 
 /// The remedy for other disk image formats.
 const CONVERT: &str = "convert it first: qemu-img convert -O vhdx OLD NEW";
-/// The remedy for fixed VHDs, whose front is the disk's.
-const CONVERT_FIXED: &str = "convert it first: qemu-img convert -f vpc -O vhdx OLD NEW";
+/// The remedy for VHDs.
+const CONVERT_VHD: &str = "convert it first: vhdx-ublk convert OLD NEW.vhdx";
 /// The remedy for packed files.
 const UNPACK: &str = "unpack it first";
 /// The remedy for plain disks.
-const RAW: &str = "attach a raw disk with losetup, or convert it: qemu-img convert -f raw -O vhdx OLD NEW";
+const RAW: &str = "attach a raw disk with losetup, or convert it: vhdx-ublk convert OLD NEW.vhdx";
 /// The remedy for an unknown format.
 const UNKNOWN: &str = "`blkid -p FILE` may tell what it is; if it is a VHDX whose front was overwritten, \
                        `vhdx-ublk salvage FILE COPY` may find what is left of the disk";
@@ -130,7 +130,7 @@ const VHD_FOOTER: &[u8] = b"conectix";
 
 /// What other formats have at their front: offset in bytes, the bytes there, the format, what to do.
 const OTHERS: [(usize, &[u8], &str, &str); 27] = [
-    (0, VHD_FOOTER, "a VHD, the older format", CONVERT),
+    (0, VHD_FOOTER, "a VHD, the older format", CONVERT_VHD),
     (0, b"QFI\xfb", "a qcow2 image", CONVERT),
     (0, b"KDMV", "a VMDK image", CONVERT),
     (0, b"COWD", "a VMDK image", CONVERT),
@@ -162,7 +162,7 @@ const OTHERS: [(usize, &[u8], &str, &str); 27] = [
 /// The format the bytes belong to and what to do about it, if they are known.
 fn looks_like(front: &[u8], end: &[u8]) -> Option<(&'static str, &'static str)> {
     if end.len() == PROBED_END && end.starts_with(VHD_FOOTER) && !front.starts_with(VHD_FOOTER) {
-        return Some(("a fixed VHD, the older format", CONVERT_FIXED));
+        return Some(("a fixed VHD, the older format", CONVERT_VHD));
     }
     let hit = |&&(offset, magic, ..): &&(usize, &[u8], &str, &str)| {
         front.get(offset..).is_some_and(|rest| rest.starts_with(magic))
@@ -232,7 +232,7 @@ mod tests {
         end[..8].copy_from_slice(VHD_FOOTER);
         let error = not_vhdx(&vec![0; PROBED_FRONT], &end);
         assert!(error.to_string().contains("a fixed VHD"), "{error}");
-        assert_eq!(error.remedy_text(), Some(CONVERT_FIXED));
+        assert_eq!(error.remedy_text(), Some(CONVERT_VHD));
     }
 
     /// What is no VHDX may be a file that the caller must not read, and no remedy ends it.

@@ -102,6 +102,7 @@ impl Conversion {
         let reactor = Reactor::new()?;
         let (source, planned) = self.prepare(&reactor, devices)?;
         let target = Target::begin(self, source.as_ref(), planned, devices)?;
+        target.remover().into_iter().for_each(|remover| watch.unfinished(remover));
         let sectors = source.as_ref().map_or(PLAIN, Source::sectors);
         let layout = target.layout(self, sectors, planned, &reactor).map_err(|error| self.explain(error))?;
         let over_old = target.capacity();

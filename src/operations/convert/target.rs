@@ -14,7 +14,8 @@ use super::vhd_draft::VhdDraft;
 use super::{Conversion, Converted, Output, Shape, room};
 use crate::chain::Search;
 use crate::disk::{
-    Access, BlockDevice, Disk, HostFile, ImageFile, Place, Reactor, ReadDisk, SharedFile, Sparse, Unfinished,
+    Access, BlockDevice, Disk, HostFile, ImageFile, Place, Reactor, ReadDisk, Remover, SharedFile, Sparse,
+    Unfinished,
 };
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::operations::children::children;
@@ -108,6 +109,14 @@ impl Target {
         match self {
             Self::New(NewTarget { file, .. }) | Self::Old(OldTarget { file, .. }) => Some(file),
             Self::Stream => None,
+        }
+    }
+
+    /// What removes the target if the program must end; nothing where it was there before.
+    pub(super) fn remover(&self) -> Option<Remover> {
+        match self {
+            Self::New(new) => Some(new.unfinished.remover()),
+            Self::Old(_) | Self::Stream => None,
         }
     }
 

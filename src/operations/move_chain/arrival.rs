@@ -108,6 +108,7 @@ pub(super) fn arrive(
     let unfinished = Unfinished::default();
     let beside = to.beside(format!(".vhdx-ublk-{}.tmp", Uuid::new_v4().simple()).as_ref())?;
     let file = unfinished.create(beside)?;
+    moving.unfinished(unfinished.remover());
     if rustix::fs::ioctl_ficlone(&*file, &*member.file).is_err() {
         room.require(&file)?;
         reactor.block_on(copy(&member.file, &file, reactor, moving)).file(to.path())?;

@@ -181,6 +181,9 @@ impl Damaged {
         self.check_room(target.file()).file(&copy.target)?;
         let mapfile = copy.mapfile.as_ref();
         let mapfile = mapfile.map(|path| Output::begin(path, copy.replace, devices)).transpose()?;
+        for output in [Some(&target), mapfile.as_ref()].into_iter().flatten() {
+            watch.unfinished(output.remover());
+        }
         let mut list = mapfile.as_ref().map(begin_list).transpose()?;
         let mut tally = self.tally(reactor);
         let record = |range: Range<u64>, status: Status| {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use uuid::Uuid;
 
-use crate::disk::{Access, ImageFile, Place, Unfinished};
+use crate::disk::{Access, ImageFile, Place, Remover, Unfinished};
 use crate::error::{Error, Kind, Result};
 use crate::operations::{Devices, replaced};
 
@@ -54,6 +54,11 @@ impl Output {
     /// The file.
     pub(super) fn file(&self) -> &Arc<ImageFile> {
         &self.file
+    }
+
+    /// What removes the file if the program must end.
+    pub(super) fn remover(&self) -> Remover {
+        self.unfinished.remover()
     }
 
     /// The file, which is whole and synced, gets its name.
