@@ -427,7 +427,8 @@ fn wrong_usage_exits_with_2() {
         run(wrong).misused();
     }
     assert!(run(&["--help"]).succeeded().contains("vhdx-ublk create disk.vhdx --size 10G"));
-    for command in ["add", "del", "list", "create", "info", "map", "check", "relink", "merge", "features"] {
+    let first = ["add", "del", "list", "create", "info", "map", "set", "check", "relink", "merge", "move"];
+    for command in first.into_iter().chain(["features"]) {
         let help = run(&[command, "--help"]).succeeded();
         assert!(help.contains("Exit status:") && !help.contains("--serve"), "{help}");
     }
