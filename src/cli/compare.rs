@@ -48,6 +48,7 @@ Examples:
   vhdx-ublk compare child.vhdx flat.vhd --parent /backup/base.vhdx
 
 --parent and --parent-map are about the first disk.
+--json prints same, first_difference (a byte, or null), sizes (bytes of both disks), read_bytes.
 Exit status: 0 the same content, 1 different content (the first difference is shown), 2 failure.";
 
 /// The exit status of a comparison that has found a difference.
@@ -80,19 +81,18 @@ impl Compare {
         let [shorter, longer] = [sizes[0].min(sizes[1]), sizes[0].max(sizes[1])];
         let first_difference = difference.or((strict && shorter != longer).then_some(shorter));
         let same = first_difference.is_none();
+        let larger = if sizes[0] > sizes[1] { one.path() } else { other.path() }.display();
         if json {
             output::print_json(&Json { same, first_difference, sizes, read_bytes: read })?;
         } else {
             output::print_line(&match first_difference {
                 None if shorter == longer => "the disks have the same content".to_owned(),
                 None => format!(
-                    "the disks have the same content; one is {} bytes larger, all of them zeros",
+                    "the disks have the same content; {larger} is {} bytes larger, all of them zeros",
                     longer - shorter
                 ),
                 Some(at) if at >= shorter => {
-                    format!(
-                        "the disks differ: one ends at byte {shorter}, the other has more from byte {at} on"
-                    )
+                    format!("the disks differ: {larger} is larger, and has more from byte {at} on")
                 }
                 Some(at) => format!("the disks differ: the first difference is at byte {at}"),
             })?;

@@ -27,7 +27,7 @@ use super::target_shape::ShapeOptions;
 pub struct Convert {
     /// The disk to read; - reads a raw disk from standard input
     source: PathBuf,
-    /// The file to create, or the block device to overwrite; - writes a raw disk to standard output
+    /// The file to create, or with --existing what is overwritten; - writes a raw disk to standard output
     target: PathBuf,
     /// Format of the source [default: what its first and last bytes look like]
     #[arg(long, value_enum, value_name = "FORMAT")]
@@ -61,9 +61,9 @@ pub struct Convert {
 /// What may be lost.
 #[derive(clap::Args)]
 struct Overwriting {
-    /// Overwrite a block device or a raw file that exists, all of it: what lies behind the disk becomes
-    /// zeros. It is not restored if the conversion fails
-    #[arg(short = 'n', long, conflicts_with = "force")]
+    /// Overwrite a block device or a raw file that exists, all of it: what lies beyond the end of
+    /// the disk becomes zeros. It is not restored if the conversion fails
+    #[arg(long, conflicts_with = "force")]
     existing: bool,
     /// Replace an existing image; with a raw target, any file. If the conversion fails, the old file stays
     #[arg(short, long)]
@@ -84,7 +84,10 @@ Examples:
 
 A raw disk can begin with anything its user writes: name its format (--from raw) if its content is
 not trusted. A new VHDX is a disk of its own, with a new identifier.
-The file of the target is readable by its owner only, or by the users of the file that it replaces.
+The file of the target is readable by its owner only, or by those users of the file that it replaces
+who can read the source.
+--json prints target, format, virtual_size, required and fully_allocated (bytes of the file, as measure
+shows them), written_bytes, and shared_bytes (blocks that source and target share on their host).
 Exit status: 0 converted, 1 failure (no unfinished target is left), 2 wrong usage.";
 
 /// What is printed as JSON.
@@ -127,7 +130,10 @@ impl Convert {
         if self.verify && (from_stream || to_stream) {
             return usage("--verify reads source and target again, which a stream does not allow");
         }
-        let over_old = self.overwriting.existing || BlockDevice::is_at(&self.target);
+        let over_old = self.overwriting.existing;
+        if !over_old && BlockDevice::is_at(&self.target) {
+            return usage("the target is a block device: --existing overwrites all of it");
+        }
         let format = self.target_format(to_stream || over_old)?;
         if (over_old || to_stream) && format != DiskFormat::Raw {
             return usage(
@@ -138,10 +144,15 @@ impl Convert {
             if self.from.is_some_and(|from| from != FormatName::Raw) {
                 return usage("standard input is read as a raw disk");
             }
-            Input::Stream
+            Input::Stream { any_content: self.from.is_some() }
         } else {
             Input::Disk(disk_source::request(self.source.clone(), self.from, self.parents.search())?)
         };
+        let by_name = FormatName::of_name(&self.target).and_then(|name| name.format().ok());
+        if !over_old && by_name.is_some_and(|by_name| by_name != format) {
+            let target = self.target.display();
+            tracing::warn!("{target}: its name says another format than {format}, which it gets");
+        }
         let path = self.target.clone();
         let output = match () {
             () if to_stream => Output::Stream,

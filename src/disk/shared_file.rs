@@ -10,7 +10,7 @@ use std::fs::File;
 use std::io::{self, IoSliceMut, Seek, SeekFrom};
 use std::ops::Range;
 use std::os::fd::AsFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -142,6 +142,16 @@ impl SharedFile {
         2 * cached > asked
     }
 
+    /// The user that owns it, and what it lets others do: nine bits.
+    ///
+    /// # Errors
+    ///
+    /// What the operating system says.
+    pub fn owner_and_mode(&self) -> Result<(u32, u32)> {
+        let found = self.file.metadata().doing("examining the file").file(&self.path)?;
+        Ok((found.uid(), found.mode() & 0o777))
+    }
+
     /// Reads `bytes` at `offset`; what lies behind the end reads as zero.
     ///
     /// # Errors
@@ -236,8 +246,7 @@ impl SharedFile {
 
     /// Whether blocks of `other` can become blocks of this file without a copy.
     pub fn can_share_blocks(&self, other: &Self) -> bool {
-        let device =
-            |file: &File| file.metadata().map(|found| std::os::unix::fs::MetadataExt::dev(&found)).ok();
+        let device = |file: &File| file.metadata().map(|found| found.dev()).ok();
         self.shares_blocks && other.shares_blocks && device(&self.file) == device(&other.file)
     }
 

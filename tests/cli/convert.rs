@@ -402,3 +402,81 @@ fn a_sparse_disk_takes_as_little_as_its_data() {
     convert(&target, &raw, &["--force", "--verify"]).succeeded();
     assert!(fs::metadata(&raw).expect("there").blocks() * 512 < MIB);
 }
+
+/// What is clearly another kind of image is no raw disk, in a file or a pipe, unless the user says so.
+#[test]
+fn other_images_are_not_taken_for_raw_disks() {
+    let bench = Bench::new();
+    let target = bench.path("b.vhdx");
+    let image = bench.image("damaged.img", &["--size", "8M"]);
+    OpenOptions::new()
+        .write(true)
+        .open(&image)
+        .expect("ours")
+        .write_all_at(&vec![0; 65_536], 0)
+        .expect("room");
+    let mut vdi = vec![0; 1 << 20];
+    vdi[64..68].copy_from_slice(b"\x7f\x10\xda\xbe");
+    fs::write(bench.path("a.img"), vdi).expect("room");
+    fs::write(bench.path("a.vhd"), vec![7; 1 << 20]).expect("room");
+    for (name, said) in [("damaged.img", "salvage"), ("a.img", "VDI"), ("a.vhd", "--from raw")] {
+        let source = bench.path(name);
+        let refused = convert(&source, &target, &[]).failed(1);
+        assert!(refused.contains(said) && !target.exists(), "{refused}");
+        convert(&source, &bench.path("b.raw"), &["--from", "raw", "--force"]).succeeded();
+    }
+    let whole = bench.image("whole.vhdx", &["--size", "8M"]);
+    for (options, status) in [(&[][..], 1), (&["--from", "raw"], 0)] {
+        let mut command = program();
+        command.arg("convert").args(options).arg("-").arg(&target).stdin(File::open(&whole).expect("ours"));
+        let ran: Ran = command.output().expect("it runs").into();
+        assert!(ran.status == Some(status) && target.exists() == (status == 0), "{}", ran.stderr);
+    }
+}
+
+/// A stream becomes nothing that Azure does not take.
+#[test]
+fn a_stream_for_azure_has_whole_mib() {
+    let bench = Bench::new();
+    for (bytes, expected) in [((21 << 20) + 5, Some(22 * MIB + 512)), (1 << 20, None)] {
+        let (raw, target) = (bench.path("a.raw"), bench.path("a.vhd"));
+        File::create(&raw).expect("room").set_len(bytes).expect("room");
+        let mut command = program();
+        command.args(["convert", "--azure", "-"]).arg(&target).stdin(File::open(&raw).expect("ours"));
+        let ran: Ran = command.output().expect("it runs").into();
+        assert_eq!(fs::metadata(&target).ok().map(|found| found.len()), expected, "{}", ran.stderr);
+        let _ = fs::remove_file(&target);
+    }
+}
+
+/// The users of a file that is replaced get no more than those of the source have.
+#[test]
+fn a_replaced_file_shows_its_readers_nothing_new() {
+    let bench = Bench::new();
+    let (raw, target) = (raw_disk(&bench, "a.raw"), bench.path("b.vhdx"));
+    convert(&raw, &target, &[]).succeeded();
+    let permit = |path: &Path, mode: u32| {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("ours");
+    };
+    let mode = |path: &Path| fs::metadata(path).expect("there").permissions().mode() & 0o777;
+    for (source, expected) in [(0o600, 0o600), (0o640, 0o640), (0o644, 0o644)] {
+        permit(&target, 0o664);
+        permit(&raw, source);
+        convert(&raw, &target, &["--force"]).succeeded();
+        assert_eq!(mode(&target), expected);
+    }
+    if nix::unistd::geteuid().is_root() {
+        let stranger = Some(12_345);
+        std::os::unix::fs::chown(&target, stranger, stranger).expect("root may");
+        let noted = convert(&raw, &target, &["--force"]);
+        assert!(noted.status == Some(0) && noted.stderr.contains("becomes yours"), "{}", noted.stderr);
+        assert_eq!((fs::metadata(&target).expect("there").uid(), mode(&target)), (0, 0o600));
+        let link = bench.path("link.raw");
+        std::os::unix::fs::symlink(&raw, &link).expect("room");
+        std::os::unix::fs::lchown(&link, stranger, stranger).expect("root may");
+        for options in [&["--existing"][..], &["--force"]] {
+            convert(&target, &link, options).failed(1);
+        }
+        convert(&link, &bench.path("c.raw"), &[]).failed(1);
+    }
+}

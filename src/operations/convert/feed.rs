@@ -8,10 +8,10 @@ use std::os::fd::AsFd;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, poll};
 
-use crate::error::{Doing, Result};
+use crate::error::{Doing, Error, Kind, Result};
 use crate::format::index;
 use crate::format::vhd::SECTOR;
-use crate::operations::source::{Part, Source, Walk};
+use crate::operations::source::{Part, Source, Walk, refuse_images};
 use crate::operations::workers::PIECE;
 
 /// The longest run of zeros that is one piece: a host may take long to make them.
@@ -53,8 +53,16 @@ pub(super) struct Feed<'a> {
 }
 
 enum From<'a> {
-    Disk { walk: Walk<'a>, source_size: u64 },
-    Stream(File),
+    Disk {
+        walk: Walk<'a>,
+        source_size: u64,
+    },
+    /// Whatever it begins with, and how long it may be.
+    Stream {
+        input: File,
+        any_content: bool,
+        most: u64,
+    },
 }
 
 impl<'a> Feed<'a> {
@@ -65,15 +73,17 @@ impl<'a> Feed<'a> {
         Self { from, with_zeros, at: 0, number: 0, size: Some(size) }
     }
 
-    /// The pieces of standard input, until it ends.
+    /// The pieces of standard input, until it ends: at most `most` bytes, and no image unless it may have
+    /// `any_content`.
     ///
     /// # Errors
     ///
     /// When the process has no descriptor left.
-    pub(super) fn of_stream(with_zeros: bool) -> Result<Self> {
+    pub(super) fn of_stream(with_zeros: bool, any_content: bool, most: u64) -> Result<Self> {
         // Without the buffer of the standard library, which a poll does not see.
         let input = io::stdin().as_fd().try_clone_to_owned().doing("opening standard input")?;
-        Ok(Self { from: From::Stream(input.into()), with_zeros, at: 0, number: 0, size: None })
+        let from = From::Stream { input: input.into(), any_content, most };
+        Ok(Self { from, with_zeros, at: 0, number: 0, size: None })
     }
 
     /// How many bytes of the disk there were so far.
@@ -94,8 +104,16 @@ impl<'a> Feed<'a> {
     /// Those of finding places, and of reading the stream.
     pub(super) fn next(&mut self, buffer: &mut [u8], is_stopped: impl Fn() -> bool) -> Result<Option<Piece>> {
         let (range, content) = match &mut self.from {
-            From::Stream(stream) => {
-                let length = fill(stream, buffer, is_stopped)?;
+            From::Stream { input, any_content, most } => {
+                let length = fill(input, buffer, is_stopped)?;
+                if self.at == 0 && !*any_content {
+                    refuse_images(&buffer[..index(length)])?;
+                }
+                if length > *most - self.at {
+                    let message =
+                        format!("standard input is longer than {most} bytes, which the target can hold");
+                    return Err(Error::new(Kind::Unsupported, message).remedy("convert to raw"));
+                }
                 (self.at..self.at + length, Content::Here)
             }
             From::Disk { walk, source_size } => {

@@ -41,7 +41,10 @@ pub enum Input {
     /// From a file or a block device.
     Disk(SourceRequest),
     /// A raw disk, from standard input.
-    Stream,
+    Stream {
+        /// Whether it is a raw disk even if it looks like an image.
+        any_content: bool,
+    },
 }
 
 /// Where it goes.
@@ -112,7 +115,7 @@ impl Conversion {
                 let size = over_old.or(planned.size).expect("a disk has a size");
                 Feed::of_disk(source, size, with_zeros)
             }
-            None => Feed::of_stream(with_zeros)?,
+            None => Feed::of_stream(with_zeros, self.takes_any_content(), self.shape.most())?,
         };
         let copy = Copy::new(feed, source.as_ref(), target.file(), layout, over_old.is_some());
         let Copied { layout, size, written, shared } =
@@ -121,6 +124,7 @@ impl Conversion {
             let error = Error::new(Kind::Unsupported, "standard input has no bytes: the disk has no sectors");
             return Err(error.remedy("see whether the program before the pipe has failed"));
         }
+        let size = if source.is_some() { size } else { self.shape.disk_size(size, sectors)? };
         let finished = target.finish(layout, size, &reactor);
         finished.map_err(|error| self.explain(error))?;
         if let Some(source) = source.as_ref().filter(|_| self.verify)
@@ -128,7 +132,7 @@ impl Conversion {
         {
             verify(source, &made, watch)?;
         }
-        target.name()?;
+        target.name(source.as_ref())?;
         Ok(Converted { size: Some(size), measured: planned.measured, written, shared })
     }
 
@@ -154,6 +158,10 @@ impl Conversion {
         let measured = Some(measure(&source, &self.shape).file(source.path())?);
         self.note(&source, size);
         Ok((Some(source), Converted { size: Some(size), measured, written: 0, shared: 0 }))
+    }
+
+    fn takes_any_content(&self) -> bool {
+        matches!(self.input, Input::Stream { any_content: true })
     }
 
     /// Says what the user may not expect.

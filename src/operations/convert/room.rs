@@ -12,17 +12,17 @@ use crate::printable::human_size;
 ///
 /// [`Kind::NoSpace`], with what is missing; what the operating system says.
 pub(super) fn require(path: &Path, needed: u64, remedy: &str) -> Result<()> {
-    let room = HostRoom::at(folder_of(path)).doing("reading the free space of the file system").file(path)?;
+    let room = HostRoom::at(folder_of(path)).doing("examining the folder of the file").file(path)?;
     let available = room.for_this_user();
     // Some file systems do not say; writing the file will.
     if available == 0 || available >= needed {
         return Ok(());
     }
     let message = format!(
-        "it takes up to {}, and the file system has {} free: {} are missing",
+        "{} are missing on its file system: it takes up to {}, and {} are free",
+        human_size(needed - available),
         human_size(needed),
-        human_size(available),
-        human_size(needed - available)
+        human_size(available)
     );
     Err(Error::new(Kind::NoSpace, message).file(path).remedy(remedy))
 }

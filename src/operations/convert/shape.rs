@@ -55,16 +55,26 @@ impl Shape {
         }
     }
 
+    /// The most bytes that a disk may have, whatever its size will be.
+    pub(super) fn most(&self) -> u64 {
+        match self.format {
+            DiskFormat::Raw => u64::MAX,
+            DiskFormat::Vhd if self.azure => vhd::MAX_FIXED_SIZE,
+            DiskFormat::Vhd => vhd::MAX_DYNAMIC_SIZE,
+            DiskFormat::Vhdx => crate::format::MAX_VIRTUAL_SIZE,
+        }
+    }
+
     fn vhd_size(&self, size: u64) -> Result<u64> {
-        let sizes = if self.azure { AZURE_LEAST..=vhd::MAX_FIXED_SIZE } else { 0..=vhd::MAX_DYNAMIC_SIZE };
+        let (least, most) = (if self.azure { AZURE_LEAST } else { 0 }, self.most());
         let rounded = if self.azure { size.next_multiple_of(MIB) } else { size };
         let whose = if self.azure { "Azure takes" } else { "a VHD holds" };
-        if rounded < *sizes.start() {
+        if rounded < least {
             let message = format!("a disk of {} bytes: {whose} at least 20 MiB", both_sizes(size));
             return Err(Error::new(Kind::Unsupported, message).remedy("make the disk larger first"));
         }
-        if rounded > *sizes.end() {
-            let most = both_sizes(*sizes.end());
+        if rounded > most {
+            let most = both_sizes(most);
             let message = format!("a disk of {} bytes: {whose} at most {most}", both_sizes(size));
             return Err(
                 Error::new(Kind::Unsupported, message).remedy("convert to VHDX, which ends at 64 TiB")

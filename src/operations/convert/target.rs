@@ -7,6 +7,8 @@ use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Arc;
 
+use nix::sys::stat::fstat;
+use nix::unistd::geteuid;
 use uuid::Uuid;
 
 use super::copy::Layout;
@@ -23,6 +25,9 @@ use crate::operations::inspect::identify;
 use crate::operations::source::{DiskFormat, Sectors, Source, probe};
 use crate::operations::{Devices, locked, replaced};
 use crate::printable::{both_sizes, shell};
+
+/// What a file lets its owner do in any case.
+const PRIVATE: u32 = 0o600;
 
 /// An open target.
 pub(super) enum Target {
@@ -223,12 +228,36 @@ impl Target {
     /// # Errors
     ///
     /// [`Kind::Exists`] if something else has the name by now; what the operating system says.
-    pub(super) fn name(self) -> Result<()> {
+    pub(super) fn name(self, source: Option<&Source>) -> Result<()> {
         let Self::New(NewTarget { unfinished, image, place, old, .. }) = self else { return Ok(()) };
         let Some(old) = old else { return unfinished.name(&place).map_err(exists) };
-        image.resemble(&old, 0o777)?;
+        let owner = fstat(&old).doing("examining the file").file(place.path())?.st_uid;
+        let most = match source {
+            Some(source) => readers_of(source, owner)?,
+            None => (owner == geteuid().as_raw()).then_some(0o777),
+        };
+        if let Some(most) = most {
+            image.resemble(&old, most | PRIVATE)?;
+        } else {
+            let path = place.path().display();
+            tracing::warn!("{path}: it becomes yours: its owner could not read the source");
+        }
         unfinished.replace(&place, &old)
     }
+}
+
+/// What all files of `source` let others do, if `owner` may read what is in them: the owner of each, or this
+/// user.
+fn readers_of(source: &Source, owner: u32) -> Result<Option<u32>> {
+    let mut most = 0o777;
+    for file in source.files() {
+        let (of_file, mode) = file.owner_and_mode()?;
+        if owner != of_file && owner != geteuid().as_raw() {
+            return Ok(None);
+        }
+        most &= mode;
+    }
+    Ok(Some(most))
 }
 
 impl NewTarget {
@@ -273,6 +302,7 @@ impl OldTarget {
             if source.is_some_and(|source| source.is_device(device.number())) {
                 return Err(own_source(path));
             }
+            replaced::refuse_foreign_links(path, device.file())?;
             let file = SharedFile::of_device(&device)?;
             Self { capacity: device.length(), file, held: Held::Device(device) }
         } else {

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::opened::OpenChain;
-use super::{Devices, locked};
+use super::{Devices, locked, replaced};
 use crate::chain::{Content, Member, ReadLayer, Search};
 use crate::disk::{Access, BlockDevice, HostFile, ImageFile, Reactor, SharedFile, Stretch};
 use crate::error::{Doing, Error, Kind, Locate, Result};
@@ -24,8 +24,9 @@ use crate::format::vhd::SECTOR;
 use crate::image::Location;
 use vhd::{Bitmap, Vhd};
 
-pub(super) use format::probe;
+use format::probe_named;
 pub use format::{DiskFormat, QCOW2_RECIPE};
+pub(super) use format::{probe, refuse_images};
 
 /// What is to be read.
 #[derive(Clone, Debug)]
@@ -102,12 +103,15 @@ impl Source {
     pub fn open(request: &SourceRequest, reactor: &Reactor, devices: &dyn Devices) -> Result<Self> {
         let path = &request.path;
         if BlockDevice::is_at(path) {
-            return Self::of_device(&BlockDevice::open(path, Access::ReadOnly)?, request.format);
+            let device = BlockDevice::open(path, Access::ReadOnly)?;
+            replaced::refuse_foreign_links(path, device.file())?;
+            return Self::of_device(&device, request.format);
         }
         let file = locked::lock(path, Access::ReadOnly, devices)?;
+        replaced::refuse_foreign_links(path, &file)?;
         let format = match request.format {
             Some(format) => format,
-            None => probe(&file)?,
+            None => probe_named(path, &file)?,
         };
         if format != DiskFormat::Vhdx {
             return Self::of_file(Arc::new(file), format);
