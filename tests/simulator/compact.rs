@@ -11,7 +11,8 @@ use uuid::Uuid;
 use vhdx_ublk::chain;
 use vhdx_ublk::error::{Kind, Result};
 use vhdx_ublk::format::bat::{BITMAP_BLOCK_SIZE, BatEntry, ENTRY_SIZE, Geometry, PayloadState};
-use vhdx_ublk::image::{Image, InitialState, NewImage, ReadImage, check};
+use vhdx_ublk::format::guid;
+use vhdx_ublk::image::{Extent, Image, InitialState, NewImage, ReadImage, check};
 use vhdx_ublk::operations::Watch;
 use vhdx_ublk::operations::compact::{Compaction, Done, Steps, outline};
 
@@ -106,14 +107,10 @@ impl Sample {
             for block in 0..geometry.block_count() {
                 sample.fill(rng, &geometry, block, image.map.load(block).entry, 0);
             }
+            sample.move_regions(rng);
             return sample;
         }
-        let mut parts: Vec<Part> =
-            candidates(&geometry, shape).map(|block| random_part(rng, shape, block)).collect();
-        if shape.child {
-            parts.extend([Part::Bitmap(0), Part::Bitmap(1)]);
-        }
-        rng.shuffle(&mut parts);
+        let mut parts = random_parts(rng, &geometry, shape);
         let bat = image.layout.bat.offset;
         let mut bitmaps = [0; 2];
         let mut slots = Vec::new();
@@ -153,7 +150,26 @@ impl Sample {
                 sample.fill(rng, &geometry, block, entry, bitmap);
             }
         }
+        sample.move_regions(rng);
         sample
+    }
+
+    /// Puts the BAT or the metadata, or both, behind everything.
+    fn move_regions(&mut self, rng: &mut Rng) {
+        for which in [guid::REGION_BAT, guid::REGION_METADATA] {
+            if rng.u32(0..3) > 0 {
+                continue;
+            }
+            let disk = SimDisk::new(self.store.clone(), true, true, 512);
+            let to = self.store.length + rng.u64(0..3) * MIB;
+            let moved = async {
+                let image = Image::open_for_writing(&disk, guids(1)).await?;
+                let to = Extent { offset: to, length: MIB };
+                image.move_region(&disk, which, to, guids(2)).await.map(drop)
+            };
+            block_on(moved).expect("room");
+            self.store = disk.content();
+        }
     }
 
     /// Gives content to a block.
@@ -197,6 +213,17 @@ fn candidates(geometry: &Geometry, shape: Shape) -> impl Iterator<Item = u64> + 
     let count = geometry.block_count();
     let last = shape.blocks - shape.blocks / 2;
     (0..shape.blocks / 2).chain(count - last..count)
+}
+
+/// What gets a place, in random order.
+fn random_parts(rng: &mut Rng, geometry: &Geometry, shape: Shape) -> Vec<Part> {
+    let mut parts: Vec<Part> =
+        candidates(geometry, shape).map(|block| random_part(rng, shape, block)).collect();
+    if shape.child {
+        parts.extend([Part::Bitmap(0), Part::Bitmap(1)]);
+    }
+    rng.shuffle(&mut parts);
+    parts
 }
 
 /// A block in a random state; a place that is named comes later.
@@ -307,12 +334,11 @@ fn compacted(
         let image = Image::open_for_writing(&on, guids(seed ^ 1)).await?;
         let compaction = Compaction {
             image,
-            disk: on.clone(),
-            reading: on,
+            disk: move || on.clone(),
             parents: Vec::new(),
             max_rate: None,
             tasks: spawn,
-            new_guid: Box::new(guids(seed)),
+            new_guid: guids(seed),
         };
         compaction.run(steps, &Patience(patience.into())).await
     });
@@ -378,7 +404,7 @@ fn random_shape(rng: &mut Rng) -> Shape {
 #[test]
 fn a_compacted_disk_reads_as_before_and_ends_where_it_was_said() {
     let (mut shorter, mut zeros, mut moves) = (0, 0, 0);
-    for seed in 0..400 {
+    for seed in 0..250 {
         let mut rng = Rng::with_seed(seed);
         let shape = random_shape(&mut rng);
         let Sample { store, content } = Sample::new(&mut rng, shape);
@@ -451,7 +477,7 @@ const CUT: [Shape; 5] =
 #[test]
 fn a_cut_leaves_the_disk_as_it_was_and_the_compaction_is_done_again() {
     let (mut states, mut again) = (0, 0);
-    for (seed, shape) in (0..12).flat_map(|seed| CUT.map(|shape| (seed, shape))) {
+    for (seed, shape) in (0..4).flat_map(|seed| CUT.map(|shape| (seed, shape))) {
         let (judged, repeated) = cut_everywhere(seed, shape);
         (states, again) = (states + judged, again + repeated);
     }

@@ -10,6 +10,7 @@ mod zeros;
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use uuid::Uuid;
 
@@ -123,24 +124,21 @@ impl Request {
 
     fn compact(
         &self,
-        file: &std::sync::Arc<ImageFile>,
+        file: &Arc<ImageFile>,
         parents: Vec<ReadLayer<UringDisk>>,
         reactor: &Reactor,
         watch: &impl Watch,
     ) -> Result<Done> {
-        let [disk, reading] = [reactor.disk(file.clone()), reactor.disk(file.clone())];
+        let (disk, new_guid) = (|| reactor.disk(file.clone()), Uuid::new_v4);
         reactor.block_on(async {
-            let image = Image::open_for_writing(&disk, Uuid::new_v4).await?;
-            let (tasks, new_guid) = (reactor.executor().clone(), Box::new(Uuid::new_v4));
-            let max_rate = self.max_rate;
-            Compaction { image, disk, reading, parents, max_rate, tasks, new_guid }
-                .run(self.steps, watch)
-                .await
+            let image = Image::open_for_writing(&disk(), new_guid).await?;
+            let (tasks, max_rate) = (reactor.executor().clone(), self.max_rate);
+            Compaction { image, disk, parents, max_rate, tasks, new_guid }.run(self.steps, watch).await
         })
     }
 
     /// Fills the holes of the file; how many bytes they are. A kill leaves some of them filled.
-    fn fill(&self, file: &std::sync::Arc<ImageFile>, reactor: &Reactor, watch: &impl Watch) -> Result<u64> {
+    fn fill(&self, file: &Arc<ImageFile>, reactor: &Reactor, watch: &impl Watch) -> Result<u64> {
         let Figures { host, length } = figures(file).doing("looking at the image").file(file.path())?;
         let holes = length.saturating_sub(host);
         if self.dry_run || holes == 0 {

@@ -4,7 +4,9 @@
 //!
 //! 1. blocks that read as zeros, and the old content that unmapped blocks name, give up their space;
 //! 2. blocks move to lower places, a batch at a time ([`crate::engine::relocate`]);
-//! 3. the image is closed: the log is empty, then the file is cut where its last block ends.
+//! 3. the image is closed: the log is empty, then the file is cut where what is last ends;
+//! 4. if that is the BAT or the metadata, the region moves to a lower place
+//!    ([`WritableImage::move_region`]), and it begins with step 2 again.
 //!
 //! A power cut between any two leaves the disk as it was, in an image that opens. What was won until then
 //! stays won but for the tail of the file, which the next run cuts. The disk does not change, so the
@@ -17,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
-use super::plan::{MOST_COPIED, Plan, Step, batch};
+use super::plan::{MOST_COPIED, Plan, RegionMove, Step, batch};
 use super::survey::{self, Fixed};
 use super::{Steps, zeros};
 use crate::chain::{Content, ReadLayer};
@@ -25,7 +27,7 @@ use crate::disk::{Disk, ReadDisk};
 use crate::engine::message::ToFront;
 use crate::engine::relocate::Move;
 use crate::engine::waiting::Spawn;
-use crate::engine::{Engine, Fronts, Setup};
+use crate::engine::{Engine, Fronts, GuidSource, Setup};
 use crate::error::{Doing, Error, Result};
 use crate::format::metadata::DiskType;
 use crate::image::{self, BlockMap, Extent, Image, ReadImage, WritableImage, payload_extent};
@@ -38,7 +40,7 @@ const BATCH: u64 = 256 << 20;
 const PAUSE: Duration = Duration::from_millis(100);
 
 /// What was done, or would be.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Done {
     /// Blocks that read as zeros and had space.
     pub zero_blocks: u64,
@@ -61,13 +63,11 @@ pub struct Done {
 }
 
 /// An image that is compacted, and its file.
-pub struct Compaction<D> {
+pub struct Compaction<D, H, G> {
     /// The image, opened for writing.
     pub image: WritableImage,
-    /// Its file.
-    pub disk: D,
-    /// Its file again, to be read.
-    pub reading: D,
+    /// Gives handles on its file.
+    pub disk: H,
     /// Its parents, its own first. Without them, blocks of a child that are partially present are not
     /// searched for zeros.
     pub parents: Vec<ReadLayer<D>>,
@@ -76,36 +76,82 @@ pub struct Compaction<D> {
     /// What runs the engine's tasks.
     pub tasks: Rc<dyn Spawn>,
     /// Where every new GUID comes from.
-    pub new_guid: Box<dyn FnMut() -> Uuid>,
+    pub new_guid: G,
 }
 
-impl<D: Disk + 'static> Compaction<D> {
+impl<D: Disk + 'static, H: Fn() -> D, G: FnMut() -> Uuid + Clone + 'static> Compaction<D, H, G> {
     /// Makes `steps`. An image in which there is nothing to do is not changed by one byte.
     ///
     /// # Errors
     /// I/O errors, want of room included: the disk reads as before, what was won stays won, and the image can
     /// be compacted again.
     pub async fn run(self, steps: Steps, watch: &impl Watch) -> Result<Done> {
-        let Self { image, disk, reading, parents, max_rate, tasks, new_guid } = self;
-        image.read_bitmaps(&disk).await?;
-        let leaks = has_leaks(&disk, &image).await?;
+        let Self { mut image, disk, mut parents, max_rate, tasks, new_guid } = self;
+        let keeps_space = image.metadata.kind() == DiskType::Fixed;
+        let mut steps = if keeps_space { Steps { zeros: false, ..steps } } else { steps };
+        let mut done = Done::default();
+        loop {
+            let (mut done_now, guids) = (Done::default(), Box::new(new_guid.clone()));
+            let layers = std::mem::take(&mut parents);
+            let pass = Pass { image, disk: &disk, parents: layers, max_rate, tasks: tasks.clone(), guids };
+            let region = pass.run(steps, watch, &mut done_now).await?;
+            done.add(done_now);
+            let Some((which, place)) = region else { return Ok(done) };
+            let file = disk();
+            image = Image::open_for_writing(&file, new_guid.clone()).await?;
+            image = image.move_region(&file, which, place, new_guid.clone()).await?;
+            done.moves += 1;
+            done.moved_bytes += place.length;
+            steps = Steps { zeros: false, ..steps };
+        }
+    }
+}
+
+impl Done {
+    /// What a later pass has done.
+    fn add(&mut self, later: Self) {
+        *self = Self {
+            zero_blocks: self.zero_blocks + later.zero_blocks,
+            old_blocks: self.old_blocks + later.old_blocks,
+            given_up_bytes: self.given_up_bytes + later.given_up_bytes,
+            moves: self.moves + later.moves,
+            moved_bytes: self.moved_bytes + later.moved_bytes,
+            ..later
+        };
+    }
+}
+
+/// The work between two moves of regions.
+struct Pass<'a, D, H> {
+    image: WritableImage,
+    disk: &'a H,
+    parents: Vec<ReadLayer<D>>,
+    max_rate: Option<u64>,
+    tasks: Rc<dyn Spawn>,
+    guids: GuidSource,
+}
+
+impl<D: Disk + 'static, H: Fn() -> D> Pass<'_, D, H> {
+    /// Makes `steps`, and closes the image. Then the region, if one is returned, is last and has room below.
+    async fn run(self, steps: Steps, watch: &impl Watch, done: &mut Done) -> Result<Option<(Uuid, Extent)>> {
+        let Self { image, disk, parents, max_rate, tasks, guids } = self;
+        let file = disk();
+        image.read_bitmaps(&file).await?;
+        let leaks = has_leaks(&file, &image).await?;
         let fixed = survey::fixed(&image);
         let kept_guid = image.header.header.data_write_guid;
-        let keeps_space = image.metadata.kind() == DiskType::Fixed;
         let fronts = Rc::new(NoFronts);
-        let engine = Engine::new(Setup { image, disk, parents: Vec::new(), tasks, fronts, guids: new_guid })?;
-        let content = content(reading, engine.shared().map.clone(), parents);
+        let engine = Engine::new(Setup { image, disk: file, parents: Vec::new(), tasks, fronts, guids })?;
+        let content = content(disk(), engine.shared().map.clone(), parents);
         let work = Work { engine: &engine, steps, fixed, kept_guid, max_rate, watch };
-        let mut done = Done::default();
         let outcome = async {
-            let steps = if keeps_space { Steps { zeros: false, ..steps } } else { steps };
-            let given_up = give_up(&content, steps, watch, &mut done).await?;
-            work.all(&given_up, leaks, &mut done).await
+            let given_up = give_up(&content, steps, watch, done).await?;
+            work.all(&given_up, leaks, done).await
         };
         let outcome = outcome.await;
         let closed = engine.close().await.doing("closing the image");
         assert_eq!(engine.data_write_guid(), kept_guid, "children know the disk by its DataWriteGuid");
-        outcome.and(closed).map(|()| done)
+        outcome.and_then(|region| closed.map(|()| region))
     }
 }
 
@@ -121,7 +167,7 @@ pub async fn outline<D: ReadDisk>(
     watch: &impl Watch,
 ) -> Result<Done> {
     let mut done = Done::default();
-    let (fixed, mut space) = (survey::fixed(&image), image.space.clone());
+    let (mut fixed, mut space) = (survey::fixed(&image), image.space.clone());
     let keeps_space = image.metadata.kind() == DiskType::Fixed;
     let steps = if keeps_space { Steps { zeros: false, ..steps } } else { steps };
     let content = content(disk, image.into_map().into(), parents);
@@ -133,7 +179,12 @@ pub async fn outline<D: ReadDisk>(
     let mut items = survey::items(map);
     items.retain(|item| space.is_used(item.place.offset..item.place.end()));
     let mut plan = Plan::new(space, items, places(&fixed), MOST_COPIED);
-    make_room(&mut plan, steps, map.geometry().chunk_ratio());
+    while let Some((region, to)) = make_room(&mut plan, steps, map.geometry().chunk_ratio(), &fixed) {
+        let moved = fixed.iter_mut().find(|fixed| fixed.region == Some(region));
+        moved.expect("a region of the image").place = to;
+        done.moves += 1;
+        done.moved_bytes += to.length;
+    }
     plan.steps().iter().for_each(|step| count(step, &mut done));
     conclude(&plan, &fixed, &mut done);
     Ok(done)
@@ -190,21 +241,24 @@ struct Work<'a, D: Disk, W> {
 }
 
 impl<D: Disk + 'static, W: Watch> Work<'_, D, W> {
-    async fn all(&self, given_up: &[u64], leaks: bool, done: &mut Done) -> Result<()> {
+    /// Returns the region that is to be moved next.
+    async fn all(&self, given_up: &[u64], leaks: bool, done: &mut Done) -> Result<Option<(Uuid, Extent)>> {
         if !given_up.is_empty() {
             self.open().await?;
             self.engine.give_up(given_up).await.doing("giving up the space of blocks")?;
         }
         let mut plan = self.plan();
         let tail = self.engine.shared().map.file_bytes() > plan.end();
-        make_room(&mut plan, self.steps, self.engine.shared().geometry().chunk_ratio());
+        let ratio = self.engine.shared().geometry().chunk_ratio();
+        let region = make_room(&mut plan, self.steps, ratio, &self.fixed);
         let cut = self.steps.length || self.steps.defragment;
         if !plan.steps().is_empty() || cut && (tail || leaks) {
             self.open().await?;
         }
         let moved = self.make(plan.steps(), done).await;
         conclude(&self.plan(), &self.fixed, done);
-        moved
+        moved?;
+        Ok(region.filter(|_| !done.stopped))
     }
 
     async fn open(&self) -> Result<()> {
@@ -253,13 +307,18 @@ impl<D: Disk + 'static, W: Watch> Work<'_, D, W> {
     }
 }
 
-/// Plans the moves.
-fn make_room(plan: &mut Plan, steps: Steps, chunk_ratio: u64) {
+/// Plans the moves. Returns the region that is to be moved when they are made, and its new place.
+fn make_room(plan: &mut Plan, steps: Steps, chunk_ratio: u64, fixed: &[Fixed]) -> Option<(Uuid, Extent)> {
     match steps {
         Steps { defragment: true, .. } => plan.sort(chunk_ratio),
         Steps { length: true, .. } => plan.shorten(),
-        _ => {}
+        _ => return None,
     }
+    let movable: Vec<Extent> =
+        fixed.iter().filter(|fixed| fixed.region.is_some()).map(|fixed| fixed.place).collect();
+    let RegionMove { from, to } = plan.lower_region(&movable)?;
+    let region = fixed.iter().find(|fixed| fixed.place == from)?.region?;
+    Some((region, to))
 }
 
 fn count(step: &Step, done: &mut Done) {

@@ -1,33 +1,38 @@
 //! What is where in an image's file, as far as a compaction has to know.
 
+use uuid::Uuid;
+
 use super::plan::Item;
 use crate::engine::relocate::Occupant;
 use crate::format::bat::{BITMAP_BLOCK_SIZE, PayloadState};
+use crate::format::guid;
 use crate::image::{BlockMap, Extent, Image, payload_extent};
 
-/// Something that stays where it is.
+/// Something that blocks cannot pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Fixed {
     /// Where it is.
     pub place: Extent,
     /// What it is.
     pub name: &'static str,
+    /// It is a region that can be moved.
+    pub region: Option<Uuid>,
 }
 
-/// What stays where it is: the log, and the regions.
+/// What blocks cannot pass: the log, and the regions.
 pub fn fixed(image: &Image) -> Vec<Fixed> {
     let mut fixed = Vec::new();
     if image.layout.log.length > 0 {
-        fixed.push(Fixed { place: image.layout.log, name: "log" });
+        fixed.push(Fixed { place: image.layout.log, name: "log", region: None });
     }
     for region in image.regions.table.entries() {
         let place = Extent { offset: region.offset, length: region.length.into() };
-        let name = match place {
-            place if place == image.layout.bat => "BAT region",
-            place if place == image.layout.metadata => "metadata region",
-            _ => "region of an unknown kind",
+        let (name, movable) = match region.guid {
+            guid::REGION_BAT => ("BAT region", true),
+            guid::REGION_METADATA => ("metadata region", true),
+            _ => ("region of an unknown kind", false),
         };
-        fixed.push(Fixed { place, name });
+        fixed.push(Fixed { place, name, region: movable.then_some(region.guid) });
     }
     assert!(fixed.len() >= 2, "every image has a BAT and metadata");
     fixed

@@ -86,9 +86,8 @@ fn compact(file: &Store, before: &(ReadImage, Store), seed: u64, shape: &mut Def
     let steps = Steps { zeros: rng.bool(), length: rng.bool(), defragment: rng.bool() };
     let result = tasks.start(async move {
         let image = Image::open_for_writing(&on, new_guid.clone()).await?;
-        let (reading, parents, max_rate) = (on.clone(), Vec::new(), None);
-        let new_guid = Box::new(new_guid);
-        let work = Compaction { image, disk: on, reading, parents, max_rate, tasks: spawn, new_guid };
+        let (disk, parents, max_rate) = (move || on.clone(), Vec::new(), None);
+        let work = Compaction { image, disk, parents, max_rate, tasks: spawn, new_guid };
         work.run(steps, &Patient).await
     });
     let mut rounds = 0;

@@ -12,7 +12,8 @@
 //!
 //! It ends: a slide brings blocks to lower places and is made only if the file becomes shorter by it.
 //!
-//! The log, and regions that cannot be moved, stay where they are.
+//! The log and unknown regions stay where they are. A BAT or metadata region that lies last goes to a lower
+//! free run, too ([`Plan::lower_region`]), which is made for it if need be; then what is below it is last.
 
 mod order;
 
@@ -53,6 +54,15 @@ impl From<&Step> for Move {
     fn from(step: &Step) -> Self {
         Self { what: step.item.what, to: step.to }
     }
+}
+
+/// The move of a region.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RegionMove {
+    /// Where it is.
+    pub from: Extent,
+    /// Where it is to be.
+    pub to: Extent,
 }
 
 /// A free run, and how many things that stay lie below it.
@@ -103,6 +113,29 @@ impl Plan {
             }
         }
         self.settle();
+    }
+
+    /// Moves what lies last if it is one of `regions`, which can move although blocks cannot pass them. The
+    /// steps so far, to which some are added to make room, come before it.
+    pub fn lower_region(&mut self, regions: &[Extent]) -> Option<RegionMove> {
+        let from = self.fixed.last().copied().filter(|last| last.end() == self.end())?;
+        if !regions.contains(&from) {
+            return None;
+        }
+        let mut to = self.take_below(from);
+        if to.is_none() {
+            let windows = self.windows(from.length).into_iter();
+            let worth = |window: &Window| window.used <= from.length.saturating_mul(self.most_copied);
+            let window = windows.filter(worth).filter(|window| window.range.end() <= from.offset).min()?;
+            self.pack(window.range);
+            to = self.take_below(from);
+        }
+        let to = Extent { offset: to.expect("the free runs were joined"), length: from.length };
+        self.space.free(from, Content::Recycled);
+        self.fixed.pop();
+        self.fixed.push(to);
+        self.fixed.sort_unstable();
+        Some(RegionMove { from, to })
     }
 
     /// The moves, in order. Each is possible once those before it are made.
