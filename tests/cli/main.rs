@@ -16,6 +16,7 @@ use tempfile::TempDir;
 use vhdx_ublk::disk::{Access, ImageFile};
 
 mod check;
+mod compact;
 mod convert;
 mod damage;
 mod images;
