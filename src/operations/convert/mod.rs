@@ -15,6 +15,7 @@
 
 mod copy;
 mod feed;
+mod kinship;
 mod measure;
 mod room;
 mod shape;

@@ -13,7 +13,7 @@ use uuid::Uuid;
 
 use super::copy::Layout;
 use super::vhd_draft::VhdDraft;
-use super::{Conversion, Converted, Output, Shape, room};
+use super::{Conversion, Converted, Output, Shape, kinship, room};
 use crate::chain::Search;
 use crate::disk::{
     Access, BlockDevice, Disk, HostFile, ImageFile, Place, Reactor, ReadDisk, Remover, SharedFile, Sparse,
@@ -299,7 +299,7 @@ impl OldTarget {
         assert_eq!(shape.format, DiskFormat::Raw, "what exists is overwritten with the disk itself");
         let target = if BlockDevice::is_at(path) {
             let device = BlockDevice::open(path, Access::ReadWrite)?;
-            if source.is_some_and(|source| source.is_device(device.number())) {
+            if source.is_some_and(|source| kinship::holds(device.number(), source)) {
                 return Err(own_source(path));
             }
             replaced::refuse_foreign_links(path, device.file())?;

@@ -221,6 +221,11 @@ impl Source {
         self.locks.iter().any(|lock| lock.identity() == file)
     }
 
+    /// The number of the block device that it is.
+    pub fn device(&self) -> Option<u64> {
+        self.device
+    }
+
     /// Whether it is the block device of this number.
     pub fn is_device(&self, number: u64) -> bool {
         self.device == Some(number)

@@ -1,0 +1,56 @@
+# Disks are converted into devices and out of them.
+# shellcheck shell=bash
+
+# Whatever was on a device shows nowhere, and what comes back is what went in; a device that is in use stays as it is.
+test_convert_into_a_device_and_back() {
+    local device
+    truncate -s 100M disk.raw
+    dd if=/dev/urandom of=disk.raw bs=1M seek=33 count=9 conv=notrunc status=none
+    ublk convert disk.raw disk.vhdx
+    ublk create target.vhdx --size 128M
+    device=$(ublk add target.vhdx)
+    head -c 128M /dev/urandom >"$device"
+    ! ublk convert disk.vhdx "$device" 2>said || fail "a device was overwritten without --existing"
+    grep -q -- '--existing' said || fail "no remedy: $(cat said)"
+    ublk convert disk.vhdx "$device" --existing --verify
+    ublk compare disk.raw "$device"
+    cmp -n $((100 << 20)) disk.raw "$device"
+    ! ublk convert disk.vhdx target.vhdx --force 2>said || fail "a served image was replaced"
+    ! ublk convert target.vhdx copy.raw 2>said || fail "an image that is written was read"
+    grep -q "$device" said || fail "$(cat said)"
+    ublk convert "$device" back.vhdx
+    ublk compare back.vhdx disk.vhdx
+    mkfs.ext4 -q -F "$device"
+    mount "$device" "$mnt"
+    ! ublk convert disk.vhdx "$device" --existing 2>said || fail "a mounted device was overwritten"
+    grep -q lsblk said || fail "no remedy: $(cat said)"
+    umount "$mnt"
+    ublk del "$device"
+}
+
+# A loop device over the source, and a part of the source's own disk, are the source.
+test_convert_never_overwrites_its_source() {
+    local loop
+    truncate -s 64M disk.raw
+    ublk convert disk.raw disk.vhdx
+    loop=$(losetup -f --show disk.vhdx) || { skipped "no loop device"; return 0; }
+    ! ublk convert disk.vhdx "$loop" --existing 2>said || { losetup -d "$loop"; fail "the source was overwritten"; }
+    losetup -d "$loop"
+    grep -q 'it is the source' said || fail "$(cat said)"
+}
+
+# Blocks are shared with the source where the file system can do that.
+test_convert_shares_blocks() {
+    command -v mkfs.xfs >/dev/null || { skipped "mkfs.xfs is missing"; return 0; }
+    truncate -s 512M host.img
+    mkfs.xfs -q -m reflink=1 host.img
+    mount -o loop host.img "$mnt" || { skipped "no loop device or no XFS"; return 0; }
+    head -c 64M /dev/urandom >"$mnt/disk.raw"
+    ublk convert "$mnt/disk.raw" "$mnt/disk.vhdx" --json >made
+    grep -q '"shared_bytes": 67108864' made || fail "$(cat made)"
+    ublk compare "$mnt/disk.raw" "$mnt/disk.vhdx"
+    ublk convert "$mnt/disk.vhdx" "$mnt/back.raw" --verify --json >made
+    grep -q '"shared_bytes": 67108864' made || fail "$(cat made)"
+    cmp "$mnt/disk.raw" "$mnt/back.raw"
+    umount "$mnt"
+}
