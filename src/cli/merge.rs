@@ -24,6 +24,10 @@ pub struct Merge {
     /// The image to merge into, with all layers between [default: the parent of the child]
     #[arg(long, value_name = "ANCESTOR")]
     into: Option<PathBuf>,
+    /// A child of the image in another folder. It becomes a child of the ancestor, as those do that are
+    /// found. Can be repeated
+    #[arg(long = "child", value_name = "FILE")]
+    children: Vec<PathBuf>,
     /// Merge even if the ancestor has other children, which become unreadable
     #[arg(long)]
     force: bool,
@@ -41,10 +45,12 @@ const AFTER_HELP: &str = "\
 Examples:
   vhdx-ublk merge child.vhdx                      into its parent
   vhdx-ublk merge newest.avhdx --into disk.vhdx   and every checkpoint between
+  vhdx-ublk merge monday.vhdx                     a layer in the middle: its children stay
 
-Prints each file after removing it. The merge is refused if an image in the folders of the chain
-is a child of an image that would be changed or removed, or cannot be read; children in other
-folders are not found.
+Prints each file after removing it. The children of the merged image become children of the
+ancestor: those in the folders of the chain are found, others must be named with --child. The merge
+is refused if another image in these folders is a child of an image that would be changed or
+removed, or cannot be read.
 An image in another folder than the child is written only if --into names it, and removed only if
 --parent names it.
 The ancestor gets the size of the child: a fixed one needs space for all new blocks, a larger one
@@ -54,8 +60,8 @@ Exit status: 0 merged, 1 failure (the child reads as before), 2 wrong usage.";
 impl Merge {
     /// Runs the command.
     pub fn run(self) -> Result<()> {
-        let Self { child, into, force, shrink, parents, progress } = self;
-        let request = Request { child, into, search: parents.search(), force, shrink };
+        let Self { child, into, children, force, shrink, parents, progress } = self;
+        let request = Request { child, into, children, search: parents.search(), force, shrink };
         let reactor = Reactor::new()?;
         let chain = LockedChain::open(&request, &reactor, &Claims)?;
         tracing::info!("merging {} into {}", chain.child().display(), chain.target().display());

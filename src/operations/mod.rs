@@ -143,7 +143,14 @@ mod tests {
         assert!(chain.is_sound() && chain.parents[0].0 == moved);
 
         let (search, into) = (Search::default(), None);
-        let request = merge::Request { child: child.clone(), into, search, force: false, shrink: false };
+        let request = merge::Request {
+            child: child.clone(),
+            into,
+            children: Vec::new(),
+            search,
+            force: false,
+            shrink: false,
+        };
         let reactor = Reactor::new().expect("io_uring");
         let chain = merge::LockedChain::open(&request, &reactor, &NoDevices).expect("nothing forbids it");
         let removed = Removed(Vec::new().into());

@@ -4,9 +4,14 @@ use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::time::Duration;
 
-use vhdx_ublk::disk::{Access, ImageFile};
+use serde_json::Value;
+use uuid::Uuid;
+use vhdx_ublk::disk::{Access, ImageFile, Reactor};
+use vhdx_ublk::format::locator::{PARENT_LINKAGE, PARENT_LINKAGE2};
+use vhdx_ublk::image::Image;
 
 use super::relink::{base, child_of};
 use super::{Bench, MIB, Ran, Snapshot, has, info, on, program, qemu, skipped};
@@ -152,10 +157,13 @@ fn images_that_need_what_goes_are_named() {
     let child = child_of(&bench, &parent, "child.vhdx");
     fs::create_dir(bench.path("sub")).expect("a folder");
     let other = child_of(&bench, &child, "grandchild.vhdx");
+    let leaf = child_of(&bench, &child, "leaf.vhdx");
     let before = [&parent, &child].map(|path| Snapshot::of(path));
-    let message = on("merge", &child, &[]).failed(1);
+    let message = on("merge", &leaf, &["--into", parent.to_str().expect("UTF-8")]).failed(1);
     assert!(message.contains("grandchild.vhdx: its parent is") && message.contains("relink"), "{message}");
-    fs::remove_file(&other).expect("there");
+    for gone in [&other, &leaf] {
+        fs::remove_file(gone).expect("there");
+    }
     let sibling = child_of(&bench, &parent, "sibling.vhdx");
     fs::write(bench.path("no-image.vhdx"), "text").expect("room");
     let message = on("merge", &child, &[]).failed(1);
@@ -218,6 +226,77 @@ fn what_cannot_be_merged_is_left_alone() {
     let [of_parent, of_child] = before;
     of_parent.assert_kept(&parent);
     of_child.assert_kept(&child);
+}
+
+/// A layer in the middle goes into its parent, and its children, which are its parent's from then on, stay as
+/// they were; a second child of the parent is in the way.
+#[test]
+fn the_children_of_a_merged_layer_stay() {
+    let bench = Bench::new();
+    let parent = base(&bench, "base.vhdx");
+    let middle = child_of(&bench, &parent, "middle.vhdx");
+    let beside = child_of(&bench, &middle, "beside.vhdx");
+    fs::create_dir(bench.path("other")).expect("a folder");
+    let far = child_of(&bench, &middle, "other/far.vhdx");
+    let second = child_of(&bench, &parent, "second.vhdx");
+    assert!(on("merge", &middle, &[]).failed(1).contains("second.vhdx"));
+    fs::remove_file(&second).expect("ours");
+    let far_text = far.to_str().expect("UTF-8");
+    let wrong = parent.to_str().expect("UTF-8");
+    assert_eq!(on("merge", &middle, &["--child", wrong]).status, Some(1), "it is in use by the merge itself");
+    let removed = on("merge", &middle, &["--child", far_text]);
+    assert_eq!((removed.status, middle.exists()), (Some(0), false), "{}", removed.stderr);
+    for child in [&beside, &far] {
+        let chain = on("info", child, &["--chain", "--json"]).succeeded();
+        assert!(chain.contains("base.vhdx") && !chain.contains("middle.vhdx"), "{chain}");
+        on("check", child, &[]).succeeded();
+    }
+}
+
+/// Has the image at `path` know its parent by these two linkages.
+fn know(path: &Path, linkages: [&Value; 2]) {
+    let reactor = Reactor::new().expect("io_uring is there");
+    let file = ImageFile::open(path, Access::ReadWrite, Duration::ZERO).expect("free");
+    let disk = reactor.disk(Arc::new(file));
+    let change = async {
+        let image = Image::open_for_writing(&disk, Uuid::new_v4).await?;
+        let mut metadata = image.metadata.clone();
+        let locator = metadata.parent_locator.as_mut().expect("a child");
+        for (key, guid) in [PARENT_LINKAGE, PARENT_LINKAGE2].into_iter().zip(linkages) {
+            locator.set(key, format!("{{{}}}", guid.as_str().expect("text")));
+        }
+        image.amend(&disk, &metadata, Uuid::new_v4).await.map(drop)
+    };
+    reactor.block_on(change).expect("a short change");
+}
+
+/// Cut when one of two children was its parent's already: the other one needs the layer, until the merge is
+/// finished, and no other merge may change the parent.
+#[test]
+fn the_merge_of_a_layer_in_the_middle_is_finished_first() {
+    let bench = Bench::new();
+    let parent = base(&bench, "base.vhdx");
+    let middle = child_of(&bench, &parent, "middle.vhdx");
+    let [first, second] = ["first.vhdx", "second.vhdx"].map(|name| child_of(&bench, &middle, name));
+    fs::create_dir(bench.path("kept")).expect("a folder");
+    let kept = [(&middle, bench.path("kept/middle")), (&second, bench.path("kept/second"))];
+    fs::hard_link(&middle, &kept[0].1).expect("room");
+    fs::copy(&second, &kept[1].1).expect("room");
+    assert_eq!(on("merge", &middle, &[]).status, Some(0));
+    for (path, kept) in &kept {
+        fs::rename(kept, path).expect("ours");
+    }
+    let [of_middle, of_parent] = [&middle, &parent].map(|path| info(path)["data_write_guid"].clone());
+    know(&first, [&of_middle, &of_parent]);
+    let message = on("merge", &first, &[]).failed(1);
+    assert!(message.contains("second.vhdx") && message.contains("finish that merge first"), "{message}");
+    let finished = on("merge", &middle, &[]);
+    assert_eq!((finished.status, middle.exists()), (Some(0), false), "{}", finished.stderr);
+    assert_eq!(info(&parent)["data_write_guid"], of_parent, "the parent did not change again");
+    for child in [&first, &second] {
+        let chain = on("info", child, &["--chain"]).succeeded();
+        assert!(chain.contains("base.vhdx") && !chain.contains("parent_linkage2"), "{chain}");
+    }
 }
 
 /// A child may name a parent anywhere: what is in other folders is written and removed only if the user has

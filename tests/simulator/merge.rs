@@ -87,6 +87,7 @@ fn merge_of(chain: &Chain, count: usize) -> Merge {
         layers: chain.names[..count].to_vec(),
         target: chain.names[count].clone(),
         below: chain.names[count + 1..].to_vec(),
+        children: Vec::new(),
     }
 }
 
@@ -94,7 +95,12 @@ fn merge_of(chain: &Chain, count: usize) -> Merge {
 /// gone.
 fn judge(stores: &BTreeMap<PathBuf, Store>, merge: &Merge, disk: &BTreeMap<u64, u64>, size: u64) {
     let leaf = merge.layers.iter().take(1).find(|leaf| stores.contains_key(*leaf));
-    let (_, chain) = open_chain(stores, leaf.unwrap_or(&merge.target));
+    judge_leaf(stores, leaf.unwrap_or(&merge.target), disk, size);
+}
+
+/// The chain that begins at `leaf` reads as `disk`.
+fn judge_leaf(stores: &BTreeMap<PathBuf, Store>, leaf: &Path, disk: &BTreeMap<u64, u64>, size: u64) {
+    let (_, chain) = open_chain(stores, leaf);
     assert_eq!(chain[0].image.metadata.virtual_size, size);
     for (&sector, &expected) in disk {
         assert_eq!(says(&chain, sector), expected, "sector {sector}, {} layers", chain.len());
@@ -143,6 +149,7 @@ fn merged_again(
             layers: names[..target].to_vec(),
             target: merge.target.clone(),
             below: names[target + 1..].to_vec(),
+            children: merge.children.clone(),
         };
         run_watched(&folder, again, seed, look).expect("a merge");
     }
@@ -253,6 +260,67 @@ fn a_cut_leaves_the_chain_as_it_was_and_the_merge_is_done_again() {
     }
     println!("{states} states judged, the merge done again after {again} of them");
     assert!(states >= STATES && again > 200, "{states} states, {again} merges done again");
+}
+
+/// Two children of a layer that is merged into what is below it read as before, wherever the merge is cut,
+/// and the merge that was cut is done again.
+#[test]
+fn the_children_of_a_merged_layer_read_as_before() {
+    let (mut states, mut again) = (0, 0);
+    let chains: [&[Shape]; 3] = [
+        &[shape(4, 1), shape(4, 2), shape(4, 1)],
+        &[shape(6, 2), shape(3, 1), shape(5, 2), shape(6, 1)],
+        &[shape(3, 1), shape(5, 2), Shape { fixed: true, ..shape(3, 1) }],
+    ];
+    for (seed, shapes) in (0..).zip(chains) {
+        let mut rng = Rng::with_seed(seed);
+        let mut chain = Chain::new(&mut rng, shapes);
+        let leaves = [chain.names[0].clone(), PathBuf::from("/twin.vhdx")];
+        chain.stores.insert(leaves[1].clone(), chain.stores[&leaves[0]].clone());
+        let below = chain.names[3..].to_vec();
+        let (layers, target) = (vec![chain.names[1].clone()], chain.names[2].clone());
+        let merge = || Merge {
+            layers: layers.clone(),
+            target: target.clone(),
+            below: below.clone(),
+            children: leaves.to_vec(),
+        };
+        let (disk, size) = (chain.disk(), shapes[0].virtual_size);
+        let judge_both = |stores: &BTreeMap<PathBuf, Store>| {
+            for leaf in &leaves {
+                judge_leaf(stores, leaf, &disk, size);
+            }
+        };
+        let folder = Folder::of(&chain.stores, false);
+        let merged = run_watched(&folder, merge(), seed, |folder| {
+            for profile in Profile::ALL {
+                let left = folder.cut(profile, &mut rng);
+                judge_both(&left);
+                states += 1;
+                if rng.u32(0..30) == 0 {
+                    again += 1;
+                    let mut cuts = rng.fork();
+                    let ended = merged_again(&left, &merge(), rng.u64(..), |folder| {
+                        if cuts.u32(0..20) == 0 {
+                            judge_both(&folder.cut(Profile::Sectors512, &mut cuts));
+                            states += 1;
+                        }
+                    });
+                    judge_both(&ended);
+                    assert!(!ended.contains_key(&layers[0]));
+                }
+            }
+        });
+        merged.expect("a merge");
+        judge_both(&folder.content());
+        for leaf in &leaves {
+            let image = opened(&folder.content()[leaf]).expect("an image");
+            let locator = image.metadata.parent_locator.as_ref().expect("a child");
+            assert_eq!(locator.linkage2(), None, "the merge has ended");
+        }
+    }
+    println!("{states} states judged, the merge done again after {again} of them");
+    assert!(states > 3000 && again > 50, "{states} states, {again} merges done again");
 }
 
 /// A merge that runs out of room, or whose disk fails, ends with an error and is done again.

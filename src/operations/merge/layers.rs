@@ -10,11 +10,15 @@
 //! 3. the target's session opens under the new DataWriteGuid; the content is copied; the target is closed;
 //! 4. it takes the disk's size, if it was larger, and what else describes the disk;
 //! 5. from the target upwards, each layer's child is made the target's own child, then the layer is removed:
-//!    what the child does not have is in the target by now. At last the uppermost layer is removed.
+//!    what the child does not have is in the target by now. At last the uppermost layer's children, if it
+//!    has some, become the target's own, and it is removed;
+//! 6. these children forget it.
 //!
 //! A merge that was cut finds the chain as it is by then, and does all of it again. Only between the two
 //! parts of step 5 is there a layer that no longer belongs to a chain; it knows the target by its second
-//! linkage.
+//! linkage. A child that was made the target's own still has the uppermost layer as its first linkage: from
+//! then on only steps 5 and 6 are left, for the target must not change under that child. If the layer has
+//! changed since, it is not the one that the child knows, and nothing is done.
 //!
 //! [Rule 106](crate::design::vhdx_rules#rule-106).
 
@@ -30,7 +34,7 @@ use crate::engine::waiting::Spawn;
 use crate::engine::{Engine, Fronts, Outcome, Setup};
 use crate::error::{Doing, Locate, Result};
 use crate::format::guid;
-use crate::format::locator::{PARENT_LINKAGE, PARENT_LINKAGE2};
+use crate::format::locator::{PARENT_LINKAGE, PARENT_LINKAGE2, ParentLocator};
 use crate::format::metadata::Metadata;
 use crate::image::{Image, ReadImage, Resize, WritableImage};
 
@@ -42,6 +46,9 @@ pub struct Merge {
     pub target: PathBuf,
     /// The target's parents, its own first.
     pub below: Vec<PathBuf>,
+    /// The children of the uppermost layer, which become the target's own; those of a merge that was cut,
+    /// too.
+    pub children: Vec<PathBuf>,
 }
 
 /// What a merge asks of the world.
@@ -93,6 +100,10 @@ impl Merge {
         for (layer, path) in layers.iter().zip(&self.layers) {
             layer.check_writable().file(path)?;
         }
+        if self.is_copied(files, &layers[0], &target).await? {
+            let data_write = target.header.header.data_write_guid;
+            return self.remove_layers(files, data_write, new_guid).await;
+        }
         let lowest = layers.pop().expect("something is merged");
         layers.push(self.announce(files, lowest, &target, data_write, new_guid.clone()).await?);
         let parent_bytes = below.first().map_or(0, |parent| parent.metadata.virtual_size);
@@ -105,6 +116,19 @@ impl Merge {
         drop((engine, layers));
         self.describe(files, &disk, new_guid.clone()).await?;
         self.remove_layers(files, data_write, new_guid).await
+    }
+
+    /// Whether a merge that was cut has come to the uppermost layer's children.
+    async fn is_copied<F: Files>(&self, files: &F, uppermost: &Image, target: &Image) -> Result<bool> {
+        let [above, below] = [uppermost, target].map(|image| Some(image.header.header.data_write_guid));
+        for path in &self.children {
+            let child = read(files, path).await?;
+            let locator = child.metadata.parent_locator.as_ref().expect("a child has a parent");
+            if locator.linkage().ok() == above && locator.linkage2() == below {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// Step 1: the layer above the target knows it by what it is and by what it will be.
@@ -199,16 +223,53 @@ impl Merge {
     ) -> Result<()> {
         for pair in self.layers.windows(2).rev() {
             let (child, path) = (&pair[0], &pair[1]);
-            let image = open(files, child, new_guid.clone()).await?;
-            let mut metadata = image.metadata.clone();
-            let locator = metadata.parent_locator.as_mut().expect("a layer above another has a parent");
-            chain::point_to(locator, child, &self.target)?;
-            locator.set(PARENT_LINKAGE2, guid::print(data_write));
-            amend(files, child, image, &metadata, new_guid.clone()).await?;
+            self.adopt(files, child, data_write, new_guid.clone()).await?;
             files.remove(path).await?;
         }
-        files.remove(&self.layers[0]).await
+        for child in &self.children {
+            self.adopt(files, child, data_write, new_guid.clone()).await?;
+        }
+        files.remove(&self.layers[0]).await?;
+        for path in &self.children {
+            let settle = |locator: &mut ParentLocator| {
+                locator.set(PARENT_LINKAGE, guid::print(data_write));
+                locator.remove(PARENT_LINKAGE2);
+                Ok(())
+            };
+            relocate(files, path, settle, new_guid.clone()).await?;
+        }
+        Ok(())
     }
+}
+
+impl Merge {
+    /// Makes the image at `child` the target's own child; its first linkage stays.
+    async fn adopt<F: Files>(
+        &self,
+        files: &F,
+        child: &Path,
+        data_write: Uuid,
+        new_guid: impl FnMut() -> Uuid + Clone,
+    ) -> Result<()> {
+        let adopt = |locator: &mut ParentLocator| {
+            locator.set(PARENT_LINKAGE2, guid::print(data_write));
+            chain::point_to(locator, child, &self.target)
+        };
+        relocate(files, child, adopt, new_guid).await
+    }
+}
+
+/// Changes what the image at `path` says of its parent.
+async fn relocate<F: Files>(
+    files: &F,
+    path: &Path,
+    change: impl FnOnce(&mut ParentLocator) -> Result<()>,
+    new_guid: impl FnMut() -> Uuid + Clone,
+) -> Result<()> {
+    let image = open(files, path, new_guid.clone()).await?;
+    let mut metadata = image.metadata.clone();
+    change(metadata.parent_locator.as_mut().expect("a child has a parent"))?;
+    amend(files, path, image, &metadata, new_guid).await.map(drop)
 }
 
 /// The engine of a merge serves no fronts.

@@ -30,6 +30,9 @@ pub struct Request {
     pub child: PathBuf,
     /// The image that it is merged into, with all layers between; its parent by default.
     pub into: Option<PathBuf>,
+    /// Its children in other folders than the chain's. They become children of what it is merged into, as all
+    /// its children do.
+    pub children: Vec<PathBuf>,
     /// Where its parents are.
     pub search: Search,
     /// Whether the target's other children may be lost.
@@ -57,6 +60,8 @@ pub struct LockedChain {
     target: Member,
     /// The target's parents.
     below: Vec<Member>,
+    /// The children of the child that is merged.
+    children: Vec<Member>,
 }
 
 /// Which file is at which place. The owner of a folder can put another file there, or a link that leads to
@@ -172,10 +177,37 @@ impl LockedChain {
         // Their folders are held from now on: the copy takes long, and paths may lead elsewhere when it is
         // done.
         let places = layers.iter().map(|layer| Place::of_file(&layer.file)).collect::<Result<_>>()?;
-        let chain = Self { layers, places, target, below };
+        let mut chain = Self { layers, places, target, below, children: Vec::new() };
         chain.check(request.shrink)?;
-        neighbours::refuse_relatives(&chain, request.force)?;
+        for named in &request.children {
+            chain.lock_child(named, reactor, devices)?;
+        }
+        for found in neighbours::refuse_relatives(&chain, request.force)? {
+            chain.lock_child(&found, reactor, devices)?;
+        }
         Ok(chain)
+    }
+
+    /// Locks the image at `path`, a child of the image that is merged, which it will no longer need.
+    fn lock_child(&mut self, path: &Path, reactor: &Reactor, devices: &dyn Devices) -> Result<()> {
+        let child = locked::open(reactor, path, Access::ReadWrite, devices)?;
+        child.image.check_writable().file(child.path())?;
+        if !self.is_child(&child) {
+            let message = format!("it is not a child of {}", self.child().display());
+            let remedy = format!("vhdx-ublk info --chain {}", shell(child.path()));
+            return Err(Error::new(Kind::Usage, message).file(child.path()).remedy(remedy));
+        }
+        self.children.push(child);
+        Ok(())
+    }
+
+    /// Whether `other` is a child of the image that is merged, or was: a merge that was cut may have made it
+    /// one of the target's.
+    fn is_child(&self, other: &impl chain::Relative) -> bool {
+        let (search, layer) = (Search::default(), &self.layers[0]);
+        let linkage = other.metadata().parent_locator.as_ref().and_then(|locator| locator.linkage().ok());
+        let knows = linkage == Some(layer.image.header.header.data_write_guid);
+        knows && [layer, &self.target].iter().any(|parent| chain::is_child(other, *parent, &search))
     }
 
     /// The file of the child.
@@ -218,8 +250,13 @@ impl LockedChain {
         let disk_bytes = self.disk_bytes();
         let paths = |layers: &[Member]| layers.iter().map(|layer| layer.path().to_owned()).collect();
         let target = self.target.path().to_owned();
-        let merge = Merge { layers: paths(&self.layers), target: target.clone(), below: paths(&self.below) };
-        let members = self.layers.into_iter().chain([self.target]).chain(self.below);
+        let merge = Merge {
+            layers: paths(&self.layers),
+            target: target.clone(),
+            below: paths(&self.below),
+            children: paths(&self.children),
+        };
+        let members = self.layers.into_iter().chain([self.target]).chain(self.below).chain(self.children);
         let files = members.map(|member| member.file).collect();
         let files = LockedFiles { reactor, files, places: self.places, progress, disk_bytes };
         let merged = reactor.block_on(merge.run(&files, reactor.executor().clone(), Uuid::new_v4));

@@ -14,44 +14,60 @@ use crate::operations::inspect::identify_neighbour;
 use crate::printable::shell;
 
 /// Looks for images that would lose their parent, or that would be over changed content unless `force` allows
-/// it.
-pub(super) fn refuse_relatives(chain: &LockedChain, force: bool) -> Result<()> {
+/// it. Returns the children of the image that is merged, but those that are locked already.
+pub(super) fn refuse_relatives(chain: &LockedChain, force: bool) -> Result<Vec<PathBuf>> {
     let search = Search::default();
     let (layers, target) = (&chain.layers, &chain.target);
-    let all = || layers.iter().chain([target]).chain(&chain.below);
+    let all = || layers.iter().chain([target]).chain(&chain.below).chain(&chain.children);
     let changed = layers.iter().chain([target]);
     let folders: BTreeSet<&Path> = changed.map(|member| folder_of(member.path())).collect();
+    let mut others = Vec::new();
     for path in folders.into_iter().flat_map(images_in) {
-        if all().any(|member| chain::same_file(member.path(), &path)) {
-            continue;
+        if !all().any(|member| chain::same_file(member.path(), &path)) {
+            others.extend(identify(&path, force)?.map(|other| (path, other)));
         }
-        let Some(other) = identify(&path, force)? else { continue };
-        if let Some(layer) = layers.iter().find(|layer| chain::is_child(&other, *layer, &search)) {
-            return Err(loses_its_parent(&path, layer.path()));
-        }
-        if !chain::is_child(&other, target, &search) {
-            continue;
-        }
-        if is_left_over(chain, &other) {
+    }
+    let mut children = Vec::new();
+    for (path, other) in &others {
+        if chain.is_child(other) {
+            children.push(path.clone());
+        } else if let Some(layer) = layers.iter().find(|layer| chain::is_child(other, *layer, &search)) {
+            return Err(loses_its_parent(path, layer.path()));
+        } else if is_left_over(chain, other) {
+            if let Some((child, _)) = others.iter().find(|(_, child)| chain::is_child(child, other, &search))
+            {
+                return Err(is_unfinished(path, child));
+            }
             tracing::warn!(
                 "{}: it is left over from an interrupted merge into {}, and can be removed",
                 path.display(),
                 target.path().display()
             );
-        } else if !force {
-            return Err(over_changed_content(&path, target.path()));
+        } else if !force && chain::is_child(other, target, &search) {
+            return Err(over_changed_content(path, target.path()));
         }
     }
-    Ok(())
+    Ok(children)
 }
 
 /// Whether `other` took part in a merge that has come to its last steps, as this chain did: both are known to
-/// the target by the second linkage that only a merge gives, and several are only when all is copied.
+/// the target by the second linkage that only a merge gives, and several are only when all is copied. It was
+/// the parent of the lowest layer.
 fn is_left_over(chain: &LockedChain, other: &Known) -> bool {
     let merged = Some(chain.target.image.header.header.data_write_guid);
     let linkage2 = |metadata: &Metadata| metadata.parent_locator.as_ref().and_then(ParentLocator::linkage2);
-    let lowest = chain.layers.last().expect("a merge has a layer");
-    linkage2(&lowest.image.metadata) == merged && linkage2(&other.identity.metadata) == merged
+    let lowest = &chain.layers.last().expect("a merge has a layer").image.metadata;
+    let linkage = lowest.parent_locator.as_ref().and_then(|locator| locator.linkage().ok());
+    chain::is_child(other, &chain.target, &Search::default())
+        && linkage2(lowest) == merged
+        && linkage2(&other.identity.metadata) == merged
+        && linkage == Some(other.identity.data_write_guid)
+}
+
+fn is_unfinished(path: &Path, child: &Path) -> Error {
+    let message = format!("its merge was interrupted, and it is still the parent of {}", child.display());
+    let remedy = format!("finish that merge first: vhdx-ublk merge {}", shell(path));
+    Error::new(Kind::InUse, message).file(path).remedy(remedy)
 }
 
 /// The files in `folder` that may be images, in the order of their names.

@@ -122,7 +122,12 @@ fn merge(
     let sector = before[0].0.metadata.logical_sector_size;
     let disks = files.iter().map(|file| SimDisk::new(file.clone(), true, true, sector));
     let folder = Folder(Rc::new(RefCell::new(NAMES.iter().map(PathBuf::from).zip(disks).collect())));
-    let merge = Merge { layers: vec![NAMES[0].into()], target: NAMES[1].into(), below: Vec::new() };
+    let merge = Merge {
+        layers: vec![NAMES[0].into()],
+        target: NAMES[1].into(),
+        below: Vec::new(),
+        children: Vec::new(),
+    };
     let guids = Rc::new(RefCell::new(rng.fork()));
     let tasks = Rc::new(SimTasks::default());
     let (on, spawn) = (folder.clone(), tasks.clone());
