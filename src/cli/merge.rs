@@ -29,7 +29,7 @@ pub struct Merge {
     #[arg(long = "child", value_name = "FILE")]
     children: Vec<PathBuf>,
     /// Merge even if the ancestor has other children, which become unreadable
-    #[arg(long)]
+    #[arg(short, long)]
     force: bool,
     /// Merge even if the disk of the child is smaller than that of the ancestor: the data beyond its end is
     /// lost

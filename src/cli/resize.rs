@@ -8,7 +8,7 @@ use vhdx_ublk::device::claims::Claims;
 use vhdx_ublk::disk::Reactor;
 use vhdx_ublk::error::Result;
 use vhdx_ublk::operations::resize::{LockedImage, Request, Size};
-use vhdx_ublk::printable::both_sizes;
+use vhdx_ublk::printable::human_size;
 
 use super::parent_options::ParentOptions;
 use super::{output, size};
@@ -22,6 +22,9 @@ use super::{output, size};
 pub struct Resize {
     /// The image
     image: PathBuf,
+    /// Only produces an error that names --size
+    #[arg(hide = true, value_name = "SIZE", value_parser = misplaced)]
+    _misplaced: Option<u64>,
     #[command(flatten)]
     wanted: Wanted,
     /// Resize even if the image is the parent of others, which become unreadable, or if something on the disk
@@ -62,6 +65,8 @@ On a GPT disk the second copy of the table must then move to the end of the disk
 run `sgdisk -e` or `sfdisk --relocate gpt-bak-std` on its device.
 A fixed image needs the space of all new blocks at once. A differencing image may be larger than its
 parent, of which nothing shows in the new part.
+JSON: image, dry_run, size_before, size, minimum_size (null if nothing is recognised on the disk),
+backup_gpt_must_move.
 Exit status: 0 resized, 1 failure (the disk reads as before), 2 wrong usage.";
 
 /// Reads a size, or a change of one.
@@ -74,6 +79,14 @@ fn parse_size(text: &str) -> std::result::Result<Size, String> {
         (Some(more), _) => size::parse(more).and_then(nothing).map(Size::More),
         (_, Some(fewer)) => size::parse(fewer).and_then(nothing).map(Size::Fewer),
         (None, None) => size::parse_disk(text).map(Size::To),
+    }
+}
+
+/// Takes no word: one that stands behind the image's name is often meant as the size.
+fn misplaced(text: &str) -> std::result::Result<u64, String> {
+    match parse_size(text) {
+        Ok(_) => Err(format!("give the size of the disk with --size {text}")),
+        Err(_) => Err("one image is resized at a time; everything else is an option: see --help".into()),
     }
 }
 
@@ -93,7 +106,7 @@ struct Answer {
 impl Resize {
     /// Runs the command.
     pub fn run(self) -> Result<()> {
-        let Self { image, wanted: Wanted { size, minimum }, force, dry_run, json, parents } = self;
+        let Self { image, wanted: Wanted { size, minimum }, force, dry_run, json, parents, .. } = self;
         assert_ne!(size.is_some(), minimum, "the parser takes one of them");
         let size = size.unwrap_or(Size::Minimum);
         let request = Request { image, size, search: parents.search(), force };
@@ -126,12 +139,13 @@ impl Resize {
 
 impl Answer {
     fn text(&self) -> String {
-        let (before, after) = (both_sizes(self.size_before), both_sizes(self.size));
+        let bytes = |size: u64| format!("{size} bytes ({})", human_size(size));
+        let (before, after) = (bytes(self.size_before), bytes(self.size));
         let image = &self.image;
         match (self.size_before == self.size, self.dry_run) {
-            (true, _) => format!("{image}: the disk has {after} bytes, and stays as it is"),
-            (false, true) => format!("{image}: the disk would change from {before} to {after} bytes"),
-            (false, false) => format!("{image}: the disk changed from {before} to {after} bytes"),
+            (true, _) => format!("{image}: the disk has {after}, and stays as it is"),
+            (false, true) => format!("{image}: the disk would change from {before} to {after}"),
+            (false, false) => format!("{image}: the disk changed from {before} to {after}"),
         }
     }
 }

@@ -102,6 +102,7 @@ impl WritableImage {
         }
         let (blocks, edit) = self.plan_resize(disk, to).await?;
         let mut headers = Headers::new(&self.header)?;
+        edit.reserve(disk).await?;
         self.make_room(disk, &blocks).await?;
         sync(disk).await?;
         let file_write = new_guid();

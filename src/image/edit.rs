@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::ops::Range;
 
 use uuid::Uuid;
 
@@ -52,6 +53,24 @@ impl Edit {
         Ok(())
     }
 
+    /// Has the host make room for the pages in their place. Without it a replay could not end: the log that
+    /// names them keeps the image from opening.
+    pub(super) async fn reserve<D: Disk>(&self, disk: &D) -> Result<()> {
+        let mut runs: Vec<Range<u64>> = Vec::new();
+        for &page in self.pages.keys() {
+            match runs.last_mut() {
+                Some(run) if run.end == page => run.end += PAGE_BYTES as u64,
+                _ => runs.push(page..page + PAGE_BYTES as u64),
+            }
+        }
+        for Range { start, end } in runs {
+            assert!(start < end, "a run has pages");
+            let reserved = disk.reserve(start, end - start).await;
+            reserved.map_err(|error| Error::io("making room for the change", error).at(start))?;
+        }
+        Ok(())
+    }
+
     /// Makes the change. The log is empty before and after, and the file has its new FileWriteGuid.
     pub(super) async fn write<D: Disk>(
         self,
@@ -66,6 +85,7 @@ impl Edit {
             "one entry holds all {} pages",
             self.pages.len()
         );
+        self.reserve(disk).await?;
         let log_guid = new_guid();
         let length = file_length(disk).await?;
         sync(disk).await?; // the entry promises this length

@@ -16,6 +16,7 @@ use super::headers::Headers;
 use super::open::{Image, WritableImage, extent_of};
 use super::room::{Provision, Room};
 use super::space::Extent;
+use super::view::sync;
 use crate::disk::{Disk, PAGE_BYTES, ReadDisk};
 use crate::error::{Error, Result};
 use crate::format::{MIB, guid, index, region};
@@ -47,9 +48,11 @@ impl WritableImage {
         // Metadata has no holes: it must never lack the room for a change.
         let provision = if which == guid::REGION_METADATA { Provision::Now } else { Provision::Later };
         room.take_at(to, provision)?;
+        edit.reserve(disk).await?;
         room.make(disk).await?;
         let mut headers = Headers::new(&self.header)?;
         let file_write = new_guid();
+        sync(disk).await?; // a header is written only where the other one is durable
         headers.update(disk, |header| header.file_write_guid = file_write).await?;
         room.clear(disk).await?;
         copy_stored(disk, from, to.offset).await?;

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::Devices;
+use super::{Devices, replaced};
 use crate::chain::Member;
 use crate::disk::{Access, ImageFile, Reactor};
 use crate::error::Result;
@@ -34,6 +34,20 @@ pub(super) fn lock(path: &Path, access: Access, devices: &dyn Devices) -> Result
 /// device has it, or a killed daemon left a session of it.
 pub(super) fn open(reactor: &Reactor, path: &Path, access: Access, devices: &dyn Devices) -> Result<Member> {
     let member = Member::read(reactor, Arc::new(lock(path, access, devices)?))?;
+    devices.refuse_orphan(&member.file, Some(&member.image))?;
+    Ok(member)
+}
+
+/// As [`open`], for an image that is to change and that the user has named: a link of another user may lead
+/// the name to any file of root's.
+///
+/// # Errors
+///
+/// Those of [`open`]; [`Kind::Permission`](crate::error::Kind::Permission) if such a link leads to it.
+pub(super) fn open_named(reactor: &Reactor, path: &Path, devices: &dyn Devices) -> Result<Member> {
+    let file = lock(path, Access::ReadWrite, devices)?;
+    replaced::refuse_foreign_links(path, &file)?;
+    let member = Member::read(reactor, Arc::new(file))?;
     devices.refuse_orphan(&member.file, Some(&member.image))?;
     Ok(member)
 }

@@ -21,7 +21,7 @@ use crate::image::Image;
 /// or was written since; those of locking, reading and amending the images.
 pub fn relink(child: &Path, parent: &Path, ignore_mismatch: bool, devices: &dyn Devices) -> Result<()> {
     let reactor = Reactor::new()?;
-    let child = locked::open(&reactor, child, Access::ReadWrite, devices)?;
+    let child = locked::open_named(&reactor, child, devices)?;
     // The child's lock would keep this process itself out.
     if chain::same_file(child.path(), parent) {
         return Err(own_ancestor(&child));

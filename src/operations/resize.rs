@@ -17,7 +17,7 @@ use crate::disk::{Access, Reactor, UringDisk};
 use crate::error::{Error, Kind, Locate, Result};
 use crate::format::MAX_VIRTUAL_SIZE;
 use crate::format::metadata::{DiskType, Metadata};
-use crate::image::{Image, Location, Resize};
+use crate::image::{Image, Location, Resize, check, repair};
 use crate::printable::{both_sizes, human_size, shell};
 
 /// The size that a disk is to have.
@@ -67,7 +67,7 @@ impl LockedImage {
     /// [`Kind::InUse`] if the image has children, or a device serves it; [`Kind::Unsupported`] if something
     /// on the disk lies behind the new end; [`Kind::NoSpace`] if a fixed image lacks room.
     pub fn open(request: &Request, reactor: &Reactor, devices: &dyn Devices) -> Result<Self> {
-        let leaf = locked::open(reactor, &request.image, Access::ReadWrite, devices)?;
+        let leaf = locked::open_named(reactor, &request.image, devices)?;
         let path = leaf.file.path().to_owned();
         leaf.image.check_writable().file(&path)?;
         let open = |path: &Path| locked::open(reactor, path, Access::ReadOnly, devices);
@@ -121,17 +121,17 @@ impl LockedImage {
         self.has_gpt && self.after != self.before
     }
 
-    /// Resizes the disk. If it has the size, nothing is written.
+    /// Resizes the disk. If it has the size, at most space is given back that an interrupted resize has left.
     ///
     /// # Errors
     ///
     /// Those of [`WritableImage::resize`](crate::image::WritableImage::resize): the disk reads as before, or
     /// as it is to be.
     pub fn resize(self, reactor: &Reactor) -> Result<()> {
-        if self.after == self.before {
-            return Ok(());
-        }
         let disk = &self.content.layers()[0].disk;
+        if self.after == self.before {
+            return reactor.block_on(give_back(disk)).map_err(with_remedy).file(&self.path);
+        }
         let change = async {
             let image = Image::open_for_writing(disk, Uuid::new_v4).await?;
             let metadata = Metadata { virtual_size: self.after, ..image.metadata.clone() };
@@ -141,6 +141,15 @@ impl LockedImage {
         };
         reactor.block_on(change).map(drop).map_err(with_remedy).file(&self.path)
     }
+}
+
+/// Gives back what nothing in the image names, if that is all that is to be done in it.
+async fn give_back(disk: &UringDisk) -> Result<()> {
+    let found = check(disk).await?;
+    if found.corruptions == 0 && (found.leaks > 0 || found.unused_tail_bytes > 0) {
+        repair(disk, Uuid::new_v4).await?;
+    }
+    Ok(())
 }
 
 /// What a reader of the chain sees.
@@ -190,12 +199,12 @@ fn new_size(size: Size, metadata: &Metadata, found: &Contents) -> Result<u64> {
     let after = after.filter(|after| *after <= MAX_VIRTUAL_SIZE);
     let Some(after) = after else { return Err(usage("a disk cannot be larger than 64 TiB".into())) };
     if after == 0 {
-        return Err(usage(format!("nothing of the disk of {} would be left", both_sizes(before))));
+        let error = usage(format!("nothing of the disk of {} bytes would be left", both_sizes(before)));
+        return Err(error.remedy("leave at least one sector: `vhdx-ublk info` shows what the disk needs"));
     }
     if !after.is_multiple_of(sector) {
-        let (below, above) = (after / sector * sector, after.next_multiple_of(sector));
         let message = format!("a disk of {after} bytes is no whole number of sectors of {sector} bytes");
-        return Err(usage(message).remedy(format!("--size {above}, or --size {}", below.max(sector))));
+        return Err(usage(message).remedy(format!("--size {}", after.next_multiple_of(sector))));
     }
     Ok(after)
 }
@@ -226,7 +235,9 @@ fn refuse_loss(path: &Path, content: &Content<UringDisk>, found: &Contents, afte
         );
         return refused(message, remedy);
     }
-    if let Some(fault) = found.faults.first() {
+    // Without its second copy a GPT is as good: it stays behind whenever a disk has shrunk.
+    let is_doubt = |fault: &&String| !fault.starts_with("the backup GPT ");
+    if let Some(fault) = found.faults.iter().find(is_doubt) {
         let message = format!("what is on the disk is not certain: {fault}");
         let remedy = "repair the partition table first, or use --force if nothing behind the new end counts";
         return refused(message, remedy.into());
@@ -275,9 +286,10 @@ fn with_remedy(error: Error) -> Error {
     match error.kind() {
         Kind::NoSpace => error.remedy(
             "free space on the file system, or raise the file size limit (`ulimit -f`; FAT ends at 4 GiB), \
-             and resize again; nothing is lost",
+             and resize again; the disk reads as before",
         ),
-        Kind::Io => error.remedy("find the cause (dmesg), and resize again; nothing is lost"),
+        Kind::Io => error
+            .remedy("find the cause (dmesg), and resize again: the disk reads as before or as it is to be"),
         _ => error,
     }
 }

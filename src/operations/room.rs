@@ -17,10 +17,10 @@ pub(super) fn require(file: &ImageFile, bytes: u64, what: &str) -> Result<()> {
         return Ok(());
     }
     let message = format!(
-        "{what} needs {} of space now, and the file system has {} free: {} are missing",
+        "{what} needs {} of space now: {} are missing on the file system of {}",
         human_size(bytes),
-        human_size(available),
-        human_size(bytes - available)
+        human_size(bytes - available),
+        file.path().display()
     );
     Err(Error::new(Kind::NoSpace, message))
 }

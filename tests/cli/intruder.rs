@@ -14,7 +14,7 @@ use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 
 use super::merge::Layer;
 use super::relink::{base, child_of};
-use super::{Bench, MIB, Ran, create, info, on, program};
+use super::{Bench, MIB, Ran, create, info, on, program, run};
 
 /// How long a command may take that must not hang: many times what any of these takes.
 const NO_HANG: Duration = Duration::from_secs(60);
@@ -240,13 +240,21 @@ fn a_link_of_another_user_does_not_say_what_is_replaced() {
     symlink("foreign", &ours).expect("free");
     let before = state(&victim);
     let target = victim.canonicalize().expect("there");
+    let parent = bench.image("parent.vhdx", &["--size", "1G"]);
     for link in [&foreign, &ours] {
-        let message = create(link, &["--size", "2G", "--force"]).failed(1);
-        let remedy = format!("name it: {}", target.display());
-        assert!(
-            message.contains("a symbolic link of another user") && message.contains(&remedy),
-            "{message}"
-        );
+        let [named, parent] = [link, &parent].map(|path| path.to_str().expect("UTF-8"));
+        for refused in [
+            create(link, &["--size", "2G", "--force"]),
+            on("resize", link, &["--size", "2G"]),
+            run(&["relink", named, parent]),
+        ] {
+            let message = refused.failed(1);
+            let remedy = format!("name it: {}", target.display());
+            assert!(
+                message.contains("a symbolic link of another user") && message.contains(&remedy),
+                "{message}"
+            );
+        }
         assert!(state(&victim) == before, "the file behind the link was changed");
     }
     // Who owns the file as well needs no link to replace it.

@@ -139,6 +139,20 @@ fn what_lies_behind_the_new_end_is_named() {
     assert_sound(&image);
 }
 
+/// A power cut between the size and the end leaves space that nothing names: the same command gives it back.
+#[test]
+fn the_same_command_finishes_a_resize() {
+    let bench = Bench::new();
+    let image = bench.image("a.vhdx", &["--size", "64M"]);
+    resize(&image, "32M", &[]).succeeded();
+    let length = fs::metadata(&image).expect("there").len();
+    File::options().write(true).open(&image).expect("ours").set_len(length + 8 * MIB).expect("room");
+    let shown = resize(&image, "32M", &[]).succeeded();
+    assert!(shown.contains("33554432 bytes (32 MiB), and stays"), "{shown}");
+    assert_eq!(fs::metadata(&image).expect("there").len(), length);
+    assert_sound(&image);
+}
+
 #[test]
 fn data_that_is_not_recognised_is_not_cut_off() {
     if !has("qemu-io") {
@@ -184,15 +198,18 @@ fn sizes_that_no_disk_can_have_are_refused() {
         let message = resize(&image, size, &[]).failed(2);
         assert!(message.contains("sectors"), "{message}");
     }
+    let text = image.to_str().expect("UTF-8");
+    assert!(run(&["resize", text, "+1G"]).misused().contains("--size +1G"));
     for size in ["65T", "0", "+0", "ten"] {
         resize(&image, size, &[]).misused();
     }
-    for size in ["+64T", "-64M", "-1G"] {
-        assert_eq!(resize(&image, size, &[]).status, Some(2), "{size}");
+    assert_eq!(resize(&image, "+64T", &[]).status, Some(2));
+    for size in ["-64M", "-1G"] {
+        resize(&image, size, &[]).failed(2);
     }
     let message = resize(&image, "60T", &[]).failed(1);
     assert!(message.contains("missing"), "{message}");
-    run(&["resize", image.to_str().expect("UTF-8")]).misused();
+    run(&["resize", text]).misused();
     resize(&image, "64M", &[]).succeeded();
     assert!(before == fs::read(&image).expect("readable"), "a refusal changes nothing");
 }

@@ -161,7 +161,10 @@ impl LockedChain {
         let open = |path: &Path| {
             let number = opened.replace(opened.get() + 1);
             let access = if number <= target { Access::ReadWrite } else { Access::ReadOnly };
-            let layer = locked::open(reactor, path, access, devices)?;
+            let layer = match number {
+                0 => locked::open_named(reactor, path, devices)?,
+                _ => locked::open(reactor, path, access, devices)?,
+            };
             found[number].require(&layer.file)?;
             Ok(layer)
         };
@@ -190,7 +193,7 @@ impl LockedChain {
 
     /// Locks the image at `path`, a child of the image that is merged, which it will no longer need.
     fn lock_child(&mut self, path: &Path, reactor: &Reactor, devices: &dyn Devices) -> Result<()> {
-        let child = locked::open(reactor, path, Access::ReadWrite, devices)?;
+        let child = locked::open_named(reactor, path, devices)?;
         child.image.check_writable().file(child.path())?;
         if !self.is_child(&child) {
             let message = format!("it is not a child of {}", self.child().display());
@@ -260,8 +263,11 @@ impl LockedChain {
         let files = members.map(|member| member.file).collect();
         let files = LockedFiles { reactor, files, places: self.places, progress, disk_bytes };
         let merged = reactor.block_on(merge.run(&files, reactor.executor().clone(), Uuid::new_v4));
-        let stopped = progress.stop_requested();
-        merged.map_err(|error| if stopped { stopped_by_user(&target) } else { with_remedy(error) })
+        let is_stopped = |error: &Error| error.os_error() == Some(Errno::ECANCELED as i32);
+        merged.map_err(|error| match error {
+            error if progress.stop_requested() && is_stopped(&error) => stopped_by_user(&target),
+            error => with_remedy(error),
+        })
     }
 }
 
