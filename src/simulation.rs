@@ -128,6 +128,8 @@ pub enum Plant {
     TrustRefusal,
     /// A front makes holes in a file that must have none.
     IgnoreDensity,
+    /// New space of a file without holes is used before its zeros are durable.
+    EarlyGrowth,
     /// No sync between copying a block that moves and logging its new place.
     SkipMoveSync,
     /// The old place of a block that has moved is used again before its new place is durable.
@@ -148,7 +150,7 @@ pub enum Plant {
 
 impl Plant {
     /// All of them.
-    pub const ALL: [Self; 66] = [
+    pub const ALL: [Self; 67] = [
         Self::SkipRecyclingSync,
         Self::SkipGrowthSync,
         Self::ApplyBeforeLog,
@@ -207,6 +209,7 @@ impl Plant {
         Self::SkipRefusedSlot,
         Self::TrustRefusal,
         Self::IgnoreDensity,
+        Self::EarlyGrowth,
         Self::SkipMoveSync,
         Self::ReuseMovedEarly,
         Self::MoveBareBitmap,

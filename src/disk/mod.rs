@@ -77,8 +77,8 @@ pub trait Disk: ReadDisk {
     /// reported to a dead process is not reported twice, and is still found here.
     async fn sync_host(&self) -> io::Result<()>;
 
-    /// Extends the file to `length` bytes; the new bytes read as zero, after a power cut too if it has kept
-    /// the length. Never shortens.
+    /// Extends the file to `length` bytes; the new bytes read as zero. Never shortens. Where the file may
+    /// have no holes, what a power cut leaves there may be anything until a sync has made it durable.
     async fn grow(&self, length: u64) -> io::Result<()>;
 
     /// Shortens the file to `length` bytes.

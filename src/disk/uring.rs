@@ -152,19 +152,23 @@ impl UringDisk {
         outcome
     }
 
-    /// Extends the file by `range`, which begins at its end, so that no part of it is a hole, durably: what a
-    /// host has written of a file is not said to be there before its length is.
+    /// Extends the file by `range`, which begins at its end, so that no part of it is a hole. It is not
+    /// synced: a failure of that is the caller's to see.
     async fn allocate(&self, range: Range<u64>) -> io::Result<()> {
         assert!(range.start < range.end, "{range:?} extends the file");
         let by_host = self.file.host() != Host::MarksHolesOfFallocate;
-        let allocated = by_host && self.fallocate(&self.can_allocate, 0, range.clone()).await?;
-        let extended = if allocated { Ok(()) } else { self.append_zeroes(range.clone()).await };
-        if let Err(error) = extended {
+        let extending = async {
+            if by_host && self.fallocate(&self.can_allocate, 0, range.clone()).await? {
+                return Ok(());
+            }
+            self.append_zeroes(range.clone()).await
+        };
+        let extended = extending.await;
+        if extended.is_err() {
             // What was allocated of it is of no use.
             self.file.set_length(range.start)?;
-            return Err(error);
         }
-        self.sync().await
+        extended
     }
 
     /// Writes zeros from the end of the file to `range.end`, one write behind the other: each begins where

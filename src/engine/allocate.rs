@@ -158,7 +158,9 @@ impl<D: Disk + 'static> Engine<D> {
     async fn grow_for(self: &Rc<Self>, length: u64) -> Outcome {
         assert!(length > 0 && length.is_multiple_of(MIB), "space is granted in whole MiB");
         let end = self.durability.file_length().next_multiple_of(MIB);
-        let step = (end / 8).clamp(MIN_GROW_STEP_BYTES, MAX_GROW_STEP_BYTES).next_multiple_of(MIB);
+        // Without holes every step is written, while the guest waits.
+        let longest = if self.disk.may_have_holes() { MAX_GROW_STEP_BYTES } else { MIN_GROW_STEP_BYTES };
+        let step = (end / 8).clamp(MIN_GROW_STEP_BYTES, longest).next_multiple_of(MIB);
         match self.grow_to(end + length.max(step)).await {
             Err(Errno::ENOSPC) if length < step => self.grow_to(end + length).await,
             outcome => outcome,
@@ -175,6 +177,10 @@ impl<D: Disk + 'static> Engine<D> {
             Errno::EFBIG => Errno::ENOSPC,
             other => for_guest(other),
         })?;
+        if !self.disk.may_have_holes() && !planted(Plant::EarlyGrowth) {
+            // Zeros that were written are no zeros after a power cut before they are durable.
+            self.sync().await?;
+        }
         self.count(|counters| counters.grows += 1);
         self.durability.grown(length);
         self.shared.map.set_file_bytes(length);

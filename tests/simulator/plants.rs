@@ -115,7 +115,7 @@ fn catch_for(planted: Plant) -> Catch {
         Plant::ForgetRefusedPages | Plant::ForgetRefusedRound | Plant::TrustRefusal => {
             Scenario("full-copying")
         }
-        Plant::IgnoreDensity => Scenario("dense"),
+        Plant::IgnoreDensity | Plant::EarlyGrowth => Scenario("dense"),
         Plant::SkipRefusedSlot => Scenario("full-copying-flushes"),
         other => unreachable!("{other:?} is caught by a test"),
     }

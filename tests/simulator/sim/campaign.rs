@@ -265,12 +265,17 @@ fn full_hosts() -> [Scenario; 7] {
 }
 
 /// The file must have no holes, whatever the guest gives back.
-fn dense_hosts() -> [Scenario; 2] {
+fn dense_hosts() -> [Scenario; 3] {
     let faults = Faults { host: HostKind::Dense, ..Faults::NONE };
     let config = Config { faults, weights: [40, 10, 5, 15, 30, 30], ..tiny() };
     let mut child = Config { beginning: Beginning::Partial, requests: 80, ..config.clone() };
     child.image.parent = Some(descent());
-    [Scenario::swarm("dense", 20, config), Scenario::swarm("dense-child", 10, child)]
+    let failing = Config { faults: Faults { sync: true, ..faults }, ..config.clone() };
+    [
+        Scenario::swarm("dense", 20, config),
+        Scenario::swarm("dense-child", 10, child),
+        Scenario::swarm("dense-failed-sync", 20, failing),
+    ]
 }
 
 /// The daemon is killed while snapshots are taken, and between their steps.

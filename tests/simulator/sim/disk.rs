@@ -215,6 +215,8 @@ struct State {
     /// that differ in what is durable.
     versions: (u64, u64),
     durable_version: u64,
+    /// Of a file without holes: what was added and is not durable, and how much had completed by then.
+    added: Vec<(Range<u64>, u64)>,
     /// Where metadata is.
     places: Places,
     trace: u64,
@@ -496,6 +498,17 @@ impl SimDisk {
     /// A hole that is punched stays, and a server may punch one to zero a range; the engine's own zeroing is
     /// the disk's affair, which knows the host.
     fn check_density(&self, owner: Owner, effect: &Effect) {
+        if let Effect::Write { offset, bytes, .. } = effect {
+            let range = *offset..*offset + bytes.len() as u64;
+            let mut added =
+                self.state.borrow().added.iter().map(|(added, _)| added.clone()).collect::<Vec<_>>();
+            added.retain(|added| added.start < range.end && range.start < added.end);
+            if let Some(added) = added.first() {
+                violated(format!(
+                    "{owner:?} writes {range:?} in {added:?}, which may hold anything after a cut"
+                ));
+            }
+        }
         let Effect::Zero { offset, length, gives_back } = *effect else { return };
         if self.dense.get() && (gives_back || owner != Owner::Engine) {
             violated(format!("{owner:?} makes a hole of {length} bytes at {offset} in a dense file"));
@@ -524,6 +537,9 @@ impl SimDisk {
                 Some(FrontDone { front, piece, result: failed.map_or(done, |errno| -errno), bytes })
             }
             Owner::Engine => {
+                if failed.is_none() && matches!(op.effect, Effect::Sync) {
+                    state.added.retain(|(_, completed)| *completed > op.covers);
+                }
                 let buffer = bytes.map_or_else(|| Buffer::zeroed(0), |bytes| Buffer::copy_of(&bytes));
                 let result = failed.map_or(Ok(buffer), |errno| Err(io::Error::from_raw_os_error(errno)));
                 state.results.push((op.id, result));
@@ -971,8 +987,15 @@ impl Disk for SimDisk {
     }
 
     async fn grow(&self, length: u64) -> io::Result<()> {
-        assert!(length > self.state.borrow().cache.length, "growing to {length}");
-        self.run(Effect::Resize(length)).await.map(drop)
+        let before = self.state.borrow().cache.length;
+        assert!(length > before, "growing to {length}");
+        self.run(Effect::Resize(length)).await?;
+        if self.dense.get() {
+            let mut state = self.state.borrow_mut();
+            let completed = state.completions;
+            state.added.push((before..length, completed));
+        }
+        Ok(())
     }
 
     async fn truncate(&self, length: u64) -> io::Result<()> {
