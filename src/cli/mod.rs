@@ -138,7 +138,7 @@ impl Command {
             Self::Move(chain) => chain.run()?,
             Self::Set(set) => set.run()?,
             Self::Compact(compact) => compact.run()?,
-            Self::Salvage(salvage) => salvage.run()?,
+            Self::Salvage(salvage) => return Ok(salvage.run()?),
             Self::Convert(convert) => convert.run()?,
             Self::Compare(compare) => return Ok(compare.run()?),
             Self::Measure(measure) => measure.run()?,

@@ -44,7 +44,7 @@ pub struct Salvage {
     #[arg(short, long)]
     force: bool,
     /// Only show what is damaged, and what would come back if all of the file can be read
-    #[arg(short = 'n', long, conflicts_with_all = ["to", "mapfile", "force", "assume"])]
+    #[arg(long, conflicts_with_all = ["to", "mapfile", "force", "assume"])]
     dry_run: bool,
     #[command(flatten)]
     parents: ParentOptions,
@@ -72,7 +72,12 @@ JSON: sizes are bytes. Keys: image, target and mapfile (null with --dry-run), vi
 finished_bytes, lost_bytes, unknown_bytes, partitions [{number, start, length, type, name, volume
 and the same three}], notes [{image, structure, what, is_guess}], missing_parent and left_session
 (null, or an error).
-Exit status: 0 the copy is made, 1 failure (no unfinished file is left), 2 wrong usage.";
+Exit status: 0 all of the disk came back, 1 failure (no unfinished file is left), 2 wrong usage,
+3 the copy is made, and bytes of the disk are lost or not known; with --dry-run, as they would be.";
+
+/// Exit statuses, as the help text states them.
+const WHOLE: u8 = 0;
+const WITH_LOSSES: u8 = 3;
 
 /// What is printed as JSON.
 #[derive(Serialize)]
@@ -97,7 +102,7 @@ struct NoteOf<'a> {
 
 impl Salvage {
     /// Runs the command.
-    pub fn run(self) -> Result<()> {
+    pub fn run(self) -> Result<u8> {
         let Self { image, target, to, mapfile, assume, force, parents, progress, .. } = self;
         let reactor = Reactor::new()?;
         let damaged = Damaged::open(&image, &parents.search(), &reactor, &Claims)?;
@@ -111,7 +116,13 @@ impl Salvage {
             }
         };
         let report = Report::of(&damaged, tally, target.as_deref(), mapfile.as_deref());
-        if self.json { output::print_json(&report) } else { output::print(&report.text()) }
+        if self.json {
+            output::print_json(&report)?;
+        } else {
+            output::print(&report.text())?;
+        }
+        let Totals { finished_bytes, .. } = report.tally.totals;
+        Ok(if finished_bytes == report.virtual_size { WHOLE } else { WITH_LOSSES })
     }
 }
 

@@ -122,7 +122,7 @@ const UNPACK: &str = "unpack it first";
 /// The remedy for plain disks.
 const RAW: &str = "attach a raw disk with losetup, or convert it: vhdx-ublk convert OLD NEW.vhdx";
 /// The remedy for an unknown format.
-const UNKNOWN: &str = "`blkid -p FILE` may tell what it is; if it is a VHDX whose front was overwritten, \
+pub const UNKNOWN: &str = "`blkid -p FILE` may tell what it is; if it is a VHDX whose front was overwritten, \
                        `vhdx-ublk salvage FILE COPY` may find what is left of the disk";
 
 /// What the last sector of a VHD begins with.

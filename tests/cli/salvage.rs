@@ -33,7 +33,17 @@ fn damage(path: &Path, change: impl FnOnce(&mut Vec<u8>)) {
 fn json(arguments: &[&str], paths: &[&Path]) -> Value {
     let output = program().arg("salvage").args(arguments).arg("--json").arg("--").args(paths).output();
     let ran = super::Ran::from(output.expect("it runs"));
-    serde_json::from_str(&ran.succeeded()).expect("one JSON value")
+    let report: Value = serde_json::from_str(&ran.stdout).expect("one JSON value");
+    let whole = report["finished_bytes"] == report["virtual_size"];
+    assert_eq!((ran.status, ran.stderr.as_str()), (Some(if whole { 0 } else { 3 }), ""), "{report}");
+    report
+}
+
+/// What a plan says for people, of an image that does not come back whole.
+fn with_losses(path: &Path) -> String {
+    let ran = run(&["salvage".as_ref(), path.as_os_str(), "--dry-run".as_ref()]);
+    assert_eq!((ran.status, ran.stderr.as_str()), (Some(3), ""), "{}", ran.stdout);
+    ran.stdout
 }
 
 /// The mapfile's own tool reads it, and counts what the program counts.
@@ -93,10 +103,13 @@ fn what_is_lost_is_said() {
         bytes[HEADERS[0]..HEADERS[1] + 4096].fill(1);
         bytes[BAT + 8..BAT + 24].fill(0x5c);
     });
-    let text = run(&["salvage".as_ref(), path.as_os_str(), "--dry-run".as_ref()]).succeeded();
-    for part in
-        ["can come back: 6291456 (6 MiB)", "lost:          2097152 (2 MiB)", "headers: neither", "2 blocks"]
-    {
+    let text = with_losses(&path);
+    for part in [
+        "can come back: 6291456 (6 MiB)",
+        "lost:          2097152 (2 MiB)",
+        "headers: neither",
+        "cannot be true: 2",
+    ] {
         assert!(text.contains(part), "{part} is missing: {text}");
     }
     let missing = run(&["salvage".as_ref(), path.as_os_str()]).misused();
@@ -151,7 +164,7 @@ fn lost_bytes_are_counted_by_partition() {
         |partition: &Value| ["number", "finished_bytes", "lost_bytes"].map(|key| partition[key].as_u64());
     assert_eq!(counts(lost[0]), [1, 2 << 20, 0].map(Some), "{report}");
     assert_eq!(counts(lost[1]), [2, 2 << 20, 2 << 20].map(Some), "{report}");
-    let text = run(&["salvage".as_ref(), path.as_os_str(), "--dry-run".as_ref()]).succeeded();
+    let text = with_losses(&path);
     assert!(text.contains("partition 2: 2 MiB back, 2 MiB lost") && !text.contains("partition 1"), "{text}");
 }
 
@@ -178,9 +191,47 @@ fn check_ends_with_the_command_that_saves_what_is_left() {
         let copy = bench.path("COPY");
         let command = command.replace("COPY", copy.to_str().expect("UTF-8"));
         let words: Vec<&str> = command.split_whitespace().chain(["--assume"]).collect();
-        run(&words).succeeded();
+        assert!([Some(0), Some(3)].contains(&run(&words).status), "{number}");
         assert_eq!(fs::metadata(&copy).expect("there").len(), SIZE as u64, "{number}");
         let refused = super::on("info", &path, &[]).failed(1);
         assert!(refused.contains("vhdx-ublk salvage") && !refused.contains("backup"), "{number}: {refused}");
     }
+}
+
+/// `--force` replaces what it is meant for: an image by a copy, a mapfile by a mapfile, and no parent.
+#[test]
+fn nothing_else_is_replaced() {
+    let bench = Bench::new();
+    let (path, _) = image(&bench);
+    let parent = bench.image("parent.vhdx", &["--size", "8M"]);
+    let _child = bench.image("child.vhdx", &["--parent", parent.to_str().expect("UTF-8")]);
+    let [other, text, map] = ["other.vhdx", "text", "copy.map"].map(|name| bench.path(name));
+    bench.image("other.vhdx", &["--size", "8M"]);
+    fs::write(&text, "mine").expect("room");
+    let salvage = |target: &Path, options: &[String]| {
+        let mut command = program();
+        command.args(["salvage", "--force"]).args(options).arg(&path).arg(target);
+        super::Ran::from(command.output().expect("it runs"))
+    };
+    assert!(salvage(&parent, &[]).failed(1).contains("the parent of"));
+    assert!(salvage(&text, &[]).failed(1).contains("--force replaces"));
+    let mapfile = |path: &Path| [format!("--mapfile={}", path.display())];
+    let copy = bench.path("copy.raw");
+    assert!(salvage(&copy, &mapfile(&other)).failed(1).contains("--force replaces"));
+    assert!(!copy.exists(), "an unfinished copy is removed");
+    salvage(&other, &mapfile(&map)).succeeded();
+    salvage(&other, &mapfile(&map)).succeeded();
+    assert_eq!(fs::read_to_string(&text).expect("readable"), "mine");
+}
+
+/// A good image of another format is no damaged one.
+#[test]
+fn another_format_is_called_by_its_name() {
+    let bench = Bench::new();
+    let path = bench.path("disk.vhd");
+    let mut bytes = vec![0; 1 << 20];
+    bytes.extend(b"conectix".iter().copied().chain([0; 504]));
+    fs::write(&path, bytes).expect("room");
+    let error = run(&["salvage".as_ref(), path.as_os_str(), "--dry-run".as_ref()]).failed(1);
+    assert!(error.contains("VHD") && !error.contains("photorec"), "{error}");
 }

@@ -310,7 +310,7 @@ fn without_headers_only_what_is_there_is_certain() {
 fn where_nothing_leads_to_the_disk_there_is_an_error() {
     for length in [0, 1, 70_000, MIB, METADATA, METADATA + 65536] {
         let error = salvage(vec![Damage::Cut(length).apply(&known())]).err().expect("no disk");
-        assert!(error.structure().is_some() && error.remedy_text().is_some(), "{length}: {error:#}");
+        assert!(error.remedy_text().is_some(), "{length}: {error:#}");
     }
 }
 

@@ -299,15 +299,14 @@ fn judged(entry: BatEntry, is_differencing: bool, end: u64) -> std::result::Resu
 impl Counts {
     fn note(&self, notes: &mut Notes) {
         let losses = [
-            (self.unread, "have an entry that cannot be read"),
-            (self.impossible, "have an entry that cannot be true"),
-            (self.beyond, "lie beyond the end of the file"),
-            (self.shared, "share space with something else, and either may have it"),
-            (self.bits, "are partially present, and which of their sectors are is lost"),
+            (self.unread, "their entries cannot be read"),
+            (self.impossible, "their entries cannot be true"),
+            (self.beyond, "they lie beyond the end of the file"),
+            (self.shared, "they share space with something else, and either may have it"),
+            (self.bits, "they are partially present, and it is not known which of their sectors are"),
         ];
-        for (count, what) in losses.into_iter().filter(|(count, _)| *count > 0) {
-            let blocks = if count == 1 { "block" } else { "blocks" };
-            notes.add("BAT", format!("{count} {blocks} of the disk are lost: they {what}"));
+        for (count, why) in losses.into_iter().filter(|(count, _)| *count > 0) {
+            notes.add("BAT", format!("blocks lost because {why}: {count}"));
         }
     }
 }

@@ -1,5 +1,7 @@
 //! The items of the metadata, one by one: each that is left counts, whatever became of the others.
 
+use std::collections::BTreeMap;
+
 use uuid::Uuid;
 
 use super::notes::Notes;
@@ -27,6 +29,9 @@ pub(super) struct Items {
 
 const METADATA: &str = "metadata";
 
+/// How many entries of one item are looked at: each can be a MiB to read.
+const MOST_TRIES: usize = 4;
+
 impl Items {
     /// The items of the metadata region at `region`.
     pub(super) async fn read<D: ReadDisk>(
@@ -38,8 +43,13 @@ impl Items {
         let table = source.read(region.offset, TABLE_SIZE).await?;
         let sound = table.missing.is_empty() && Table::parse(&table.bytes, length).is_ok();
         let mut items = Self::default();
+        let mut looks: BTreeMap<Uuid, usize> = BTreeMap::new();
         for entry in Table::remains(&table.bytes, length) {
-            items.take(source, region, &entry).await?;
+            let tries = looks.entry(entry.item_id).or_default();
+            *tries += 1;
+            if *tries <= MOST_TRIES && !items.has(entry.item_id) {
+                items.take(source, region, &entry).await?;
+            }
         }
         if sound {
             return Ok(items);
@@ -62,6 +72,17 @@ impl Items {
         let found =
             [self.file.is_some(), self.size.is_some(), self.logical.is_some(), self.disk_id.is_some()];
         found.into_iter().filter(|found| *found).count() + usize::from(self.physical.is_some())
+    }
+
+    fn has(&self, item_id: Uuid) -> bool {
+        match item_id {
+            guid::FILE_PARAMETERS => self.file.is_some(),
+            guid::VIRTUAL_DISK_SIZE => self.size.is_some(),
+            guid::VIRTUAL_DISK_ID => self.disk_id.is_some(),
+            guid::LOGICAL_SECTOR_SIZE => self.logical.is_some(),
+            guid::PHYSICAL_SECTOR_SIZE => self.physical.is_some(),
+            _ => self.locator.is_some(),
+        }
     }
 
     fn lacks_any(&self) -> bool {

@@ -33,11 +33,14 @@ use self::search::Traces;
 use self::source::Source;
 use super::block_map::BlockMap;
 use super::locate::{Location, locate};
+use super::open::read_file_id;
 use super::overlay::Overlay;
 use super::space::Extent;
+use super::view::View;
 use crate::disk::{PAGE_BYTES, ReadDisk};
 use crate::error::{Error, Kind, Result};
 use crate::format::bat::Geometry;
+use crate::format::file_id::UNKNOWN;
 use crate::format::metadata::Metadata;
 use crate::format::{HEADER_SECTION, MIB, index};
 
@@ -82,7 +85,10 @@ impl Salvaged {
         let source = Source { disk, overlay: overlay.as_ref(), length };
         let regions = Regions::read(&source, &mut notes).await?;
         let (items, traces) = find_items(&source, &regions, &mut notes).await?;
-        let bat = find_bat(&regions, &items, traces.as_ref(), &mut notes)?;
+        let bat = match find_bat(&regions, &items, traces.as_ref(), &mut notes) {
+            Err(error) => return Err(other_format(disk, length).await.unwrap_or(error)),
+            found => found?,
+        };
         let metadata = guess::complete(&source, items, bat, &mut notes).await?;
         let geometry = Geometry::new(
             metadata.virtual_size,
@@ -146,7 +152,12 @@ impl Salvaged {
         }
         let (location, length) = locate(0, &self.map, from, end);
         let trace = match location {
-            Location::File { offset, .. } => Trace::File(offset),
+            // A block may have lost its end only.
+            Location::File { offset, .. } if offset >= self.length => return (Trace::Lost, from + length),
+            Location::File { offset, .. } => {
+                let stored = length.min(self.length - offset);
+                return (Trace::File(offset), from + stored);
+            }
             Location::Below => Trace::Below,
             // The log may have said something newer.
             Location::Zero | Location::Undefined if !self.has_whole_log => Trace::Unknown,
@@ -240,6 +251,12 @@ async fn find_items<D: ReadDisk>(
             .add("metadata", format!("{places} places look like a metadata region; the fullest one is used"));
     }
     Ok((items, Some(traces)))
+}
+
+/// The refusal of a file that is of another format, if it is of a known one.
+async fn other_format<D: ReadDisk>(disk: &D, length: u64) -> Option<Error> {
+    let found = read_file_id(&View { disk, overlay: None }, length).await.err()?;
+    (found.kind() == Kind::NotVhdx && found.remedy_text() != Some(UNKNOWN)).then_some(found)
 }
 
 /// Where the BAT is.

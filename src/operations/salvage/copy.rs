@@ -130,7 +130,8 @@ pub async fn copy<D: ReadDisk>(
         at = end;
         watch.progress(done, to_read);
         if watch.stop_requested() {
-            return Err(Error::new(Kind::Stopped, "salvaging was stopped"));
+            let error = Error::new(Kind::Stopped, "salvaging was stopped, and nothing of the copy is kept");
+            return Err(error.remedy("run the command again; it begins from the start"));
         }
     }
     assert_eq!(

@@ -8,6 +8,9 @@ use std::ops::Range;
 
 use super::remains::Status;
 
+/// What every mapfile begins with.
+pub(super) const MAPFILE: &[u8] = b"# Mapfile.";
+
 /// A mapfile that is being written.
 pub struct Mapfile<W> {
     to: W,

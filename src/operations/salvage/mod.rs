@@ -26,14 +26,13 @@ pub use mapfile::Mapfile;
 pub use remains::{Remains, RemainsLayer, Status, Totals};
 pub use tally::{PartitionTally, Tally};
 
-use self::output::Output;
-use super::{Devices, Watch, contents, locked};
+use self::output::{Output, is_image, is_mapfile};
+use super::{Devices, Watch, contents, locked, replaced, room};
 use crate::chain::{self, Relative, Search};
 use crate::disk::{Access, Disk, ImageFile, PAGE_BYTES, Reactor, UringDisk};
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::format::metadata::Metadata;
 use crate::image::{DEFAULT_LOG_LENGTH, InitialState, NewImage, Note, Salvaged};
-use crate::printable::human_size;
 
 /// A damaged image that is open, with its parents as far as they were found.
 pub struct Damaged {
@@ -108,6 +107,7 @@ impl Damaged {
             Ok(Member { file, image, data_write_guid })
         };
         let leaf = open(path)?;
+        replaced::refuse_foreign_links(path, &leaf.file)?;
         let left_session = devices.refuse_orphan(&leaf.file, None).err();
         let mut parents = Vec::new();
         let missing_parent = match chain::follow_parents(&leaf, search, &mut parents, open) {
@@ -177,10 +177,11 @@ impl Damaged {
         if !copy.assume {
             self.refuse_guesses()?;
         }
-        let target = Output::begin(&copy.target, copy.replace, devices)?;
+        let target = Output::begin(&copy.target, copy.replace, is_image, devices)?;
         self.check_room(target.file()).file(&copy.target)?;
         let mapfile = copy.mapfile.as_ref();
-        let mapfile = mapfile.map(|path| Output::begin(path, copy.replace, devices)).transpose()?;
+        let mapfile =
+            mapfile.map(|path| Output::begin(path, copy.replace, is_mapfile, devices)).transpose()?;
         for output in [Some(&target), mapfile.as_ref()].into_iter().flatten() {
             watch.unfinished(output.remover());
         }
@@ -262,17 +263,7 @@ impl Damaged {
         for file in &self.files {
             stored = stored.saturating_add(file.host_bytes().doing("reading the file's size")?);
         }
-        let needed = stored.min(self.remains.plan(|_, _| ()));
-        let room = target.host_room().doing("reading the free space of the file system")?;
-        let available = room.available_bytes.saturating_add(room.reserved_bytes);
-        // Some file systems do not say.
-        if available == 0 || available >= needed {
-            return Ok(());
-        }
-        let missing = needed - available;
-        let [needed, missing] = [needed, missing].map(human_size);
-        let message = format!("the copy needs up to {needed}, and its file system lacks {missing} of that");
-        Err(Error::new(Kind::NoSpace, message))
+        room::require(target, stored.min(self.remains.plan(|_, _| ())), "the copy")
     }
 }
 

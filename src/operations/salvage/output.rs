@@ -2,13 +2,16 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use uuid::Uuid;
 
-use crate::disk::{Access, ImageFile, Place, Remover, Unfinished};
-use crate::error::{Error, Kind, Result};
-use crate::operations::{Devices, replaced};
+use super::mapfile::MAPFILE;
+use crate::chain::Search;
+use crate::disk::{Access, ImageFile, PAGE_BYTES, Place, PlainDisk, ReadDisk, Remover, Unfinished};
+use crate::error::{Doing, Error, Kind, Locate, Result};
+use crate::operations::children::children;
+use crate::operations::inspect::{identify, identify_locked};
+use crate::operations::{Devices, locked, replaced};
 
 /// Permissions: what was salvaged is the owner's affair.
 const PRIVATE: u32 = 0o600;
@@ -22,24 +25,35 @@ pub(super) struct Output {
 }
 
 impl Output {
-    /// Makes the file that will be at `path`. If `replace`, an image or an empty file there is replaced.
+    /// Makes the file that will be at `path`. If `replace`, a file there is replaced that `may_be_replaced`,
+    /// or that is empty, and that is not the parent of other images.
     ///
     /// # Errors
     ///
-    /// [`Kind::Exists`] if there is a file that is not to be replaced; [`Kind::InUse`] if it is in use; what
-    /// the operating system says.
-    pub(super) fn begin(path: &Path, replace: bool, devices: &dyn Devices) -> Result<Self> {
-        let old = match ImageFile::open(path, Access::ReadWrite, Duration::ZERO) {
-            Err(error) if error.kind() == Kind::NotFound => None,
-            Err(error) => return Err(devices.with_holder(error, path)),
-            Ok(_) if !replace => {
-                let error = Error::new(Kind::Exists, "there is a file already").file(path);
-                return Err(error.remedy("choose another name, or replace the file with --force"));
+    /// [`Kind::Exists`] if there is a file that is not to be replaced; [`Kind::InUse`] if it is in use or has
+    /// children; what the operating system says.
+    pub(super) fn begin(
+        path: &Path,
+        replace: bool,
+        may_be_replaced: fn(&ImageFile) -> bool,
+        devices: &dyn Devices,
+    ) -> Result<Self> {
+        let old = if std::fs::symlink_metadata(path).is_err() {
+            None
+        } else if replace {
+            refuse_parent(path, devices)?;
+            let old = locked::lock(path, Access::ReadWrite, devices)?;
+            replaced::refuse_foreign_links(path, &old)?;
+            let is_empty = old.length().doing("reading the size of the file").file(path)? == 0;
+            if !is_empty && !may_be_replaced(&old) {
+                let message = "--force replaces empty files, images by copies, and mapfiles by mapfiles";
+                let error = Error::new(Kind::Exists, message).file(path);
+                return Err(error.remedy("choose another name, or remove the file yourself"));
             }
-            Ok(old) => {
-                replaced::require(path, &old)?;
-                Some(old)
-            }
+            Some(old)
+        } else {
+            let error = Error::new(Kind::Exists, "there is a file already").file(path);
+            return Err(error.remedy("choose another name, or replace the file with --force"));
         };
         let place = match &old {
             Some(old) => Place::of_file(old)?,
@@ -68,11 +82,31 @@ impl Output {
     /// What the operating system says. The file is removed then.
     pub(super) fn finish(self) -> Result<()> {
         let Self { unfinished, file, place, old } = self;
-        let Some(old) = old else {
-            file.permit(PRIVATE)?;
-            return unfinished.name(&place);
-        };
-        file.resemble(&old, PRIVATE)?;
-        unfinished.replace(&place, &old)
+        // The owner of the file that was there gets nothing of what this user may read.
+        file.permit(PRIVATE)?;
+        match old {
+            Some(old) => unfinished.replace(&place, &old),
+            None => unfinished.name(&place),
+        }
     }
+}
+
+/// Whether `file` is an image, damaged or not.
+pub(super) fn is_image(file: &ImageFile) -> bool {
+    !identify_locked(file).is_err_and(|error| matches!(error.kind(), Kind::NotVhdx | Kind::Io))
+}
+
+/// Whether `file` is a mapfile.
+pub(super) fn is_mapfile(file: &ImageFile) -> bool {
+    let found = PlainDisk::of(file).map(|disk| smol::future::block_on(disk.read(0, PAGE_BYTES)));
+    found.is_ok_and(|read| read.is_ok_and(|bytes| bytes.starts_with(MAPFILE)))
+}
+
+fn refuse_parent(path: &Path, devices: &dyn Devices) -> Result<()> {
+    let Ok(old) = identify(path) else { return Ok(()) };
+    let children = children(&old, &Search::default(), devices);
+    let Some(child) = children.first() else { return Ok(()) };
+    let message = format!("it is the parent of {}, which would become unreadable", child.display());
+    let remedy = "choose another name, or remove the file yourself if its children may be lost";
+    Err(Error::new(Kind::InUse, message).file(path).remedy(remedy))
 }

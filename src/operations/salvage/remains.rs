@@ -100,6 +100,9 @@ impl<D: ReadDisk> ReadAt for Remains<D> {
     }
 }
 
+/// How many runs are gathered at a time. Bounds memory.
+const MOST_RUNS: usize = 1 << 12;
+
 /// A page in bytes, by which files are written.
 const PAGE: u64 = crate::disk::PAGE_BYTES as u64;
 
@@ -163,10 +166,10 @@ impl<D> Remains<D> {
     }
 
     /// Where the next bytes from `from` on lie that some file has, and what is known of those before. The end
-    /// of the disk if there are none.
+    /// of the disk if there are none; earlier if there is much to be known.
     pub(super) fn next_stored(&self, from: u64, runs: &mut Vec<(Range<u64>, Status)>) -> u64 {
         let mut at = from;
-        while at < self.virtual_size() {
+        while at < self.virtual_size() && runs.len() < MOST_RUNS {
             let extent = self.locate(at, self.virtual_size());
             if matches!(extent.place, Place::File { .. }) {
                 break;

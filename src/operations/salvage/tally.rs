@@ -7,13 +7,16 @@ use serde::Serialize;
 use super::remains::{Status, Totals};
 use crate::operations::contents::{Contents, Partition};
 
+/// As many as tables have room for by default; each costs time for every run.
+pub const MOST_PARTITIONS: usize = 128;
+
 /// What came back of a disk.
 #[derive(Clone, Debug, Serialize)]
 pub struct Tally {
     /// In all.
     #[serde(flatten)]
     pub totals: Totals,
-    /// By partition, those that are places for others left out.
+    /// By partition, those that are places for others left out: the first [`MOST_PARTITIONS`].
     pub partitions: Vec<PartitionTally>,
 }
 
@@ -32,6 +35,7 @@ impl Tally {
     /// Nothing yet, of a disk with these `contents`.
     pub(super) fn of(contents: &Contents) -> Self {
         let partitions = contents.partitions().iter().filter(|partition| !partition.is_extended());
+        let partitions = partitions.take(MOST_PARTITIONS);
         let tally = |partition: &Partition| PartitionTally {
             partition: partition.clone(),
             totals: Totals::default(),
