@@ -350,7 +350,7 @@ fn describe(contents: &Contents, fields: &mut Fields) {
         let id = table.id.as_ref().map(|id| format!(", disk id {id}")).unwrap_or_default();
         fields.add("table", format!("{kind}{id}"));
         if !table.backup_at_end {
-            fields.add("", "its backup is not at the end of the disk: the disk has grown");
+            fields.add("", "its backup is not at the end of the disk");
         }
     }
     let partitions = contents.partitions().iter();

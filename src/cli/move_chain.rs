@@ -6,7 +6,7 @@ use vhdx_ublk::device::claims::Claims;
 use vhdx_ublk::disk::Remover;
 use vhdx_ublk::error::Result;
 use vhdx_ublk::operations::Watch;
-use vhdx_ublk::operations::move_chain::{Moving, Step, move_chain};
+use vhdx_ublk::operations::move_chain::{Moving, Request, Step, move_chain};
 
 use super::output;
 use super::progress::{ProgressOptions, Shown};
@@ -23,6 +23,9 @@ pub struct Move {
     image: PathBuf,
     /// The folder that it moves to
     folder: PathBuf,
+    /// A parent in another folder than the image, which moves, too; repeat for others
+    #[arg(long = "parent", value_name = "FILE", allow_hyphen_values = true)]
+    parents: Vec<PathBuf>,
     #[command(flatten)]
     progress: ProgressOptions,
 }
@@ -30,17 +33,21 @@ pub struct Move {
 const AFTER_HELP: &str = "\
 Examples:
   vhdx-ublk move vm/disk.avhdx /srv/disks         with all its parents
+  vhdx-ublk move vm/disk.avhdx /srv/disks --parent base/win.vhdx
   vhdx-ublk info --chain vm/disk.avhdx            show what would move
 
-Prints the new path of the image. The move is refused if a name is taken in the folder, if an image
-is in use, or if another image in the folders of the chain has one of its images as its parent.
+Prints the new path of the image. Parents in other folders must be named (--parent). The move is
+refused if a name is taken in the folder, if an image is in use, or if another image in the folders
+of the chain has one of its images as its parent.
 All parents must be where their children name them: relink those that are not.
 Exit status: 0 moved, 1 failure (the chain opens at its old or at its new place), 2 wrong usage.";
 
 impl Move {
     /// Runs the command.
     pub fn run(self) -> Result<()> {
-        let leaf = move_chain(&self.image, &self.folder, &Claims, &Shows(self.progress.start()?))?;
+        let Self { image, folder, parents, progress } = self;
+        let request = Request { leaf: image, folder, parents };
+        let leaf = move_chain(&request, &Claims, &Shows(progress.start()?))?;
         output::print_line(&leaf.display().to_string())
     }
 }

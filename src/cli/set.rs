@@ -26,7 +26,7 @@ pub struct Set {
     #[arg(long, value_name = "BYTES", value_parser = ["512", "4096"])]
     physical_sector_size: Option<String>,
     /// Change the image even if it has children, which then no longer recognise it as their parent
-    #[arg(long)]
+    #[arg(short, long)]
     force: bool,
 }
 

@@ -7,13 +7,13 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, OpenOptions};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nix::errno::Errno;
-use nix::fcntl::{AtFlags, OFlag, RenameFlags, openat, renameat, renameat2};
+use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, RenameFlags, openat, renameat, renameat2};
 use nix::sys::stat::{Mode, fstatat};
 use nix::unistd::{UnlinkatFlags, linkat, unlinkat};
 
@@ -147,7 +147,9 @@ impl Place {
     /// As [`Self::require`]; [`Kind::Exists`] if there is something; what the operating system says.
     pub fn link(&self, file: &ImageFile, to: &Self) -> Result<bool> {
         self.require(file)?;
-        match linkat(&self.folder, &*self.name, &to.folder, &*to.name, AtFlags::empty()) {
+        // By its descriptor: the name may lead elsewhere by now.
+        let source = format!("/proc/self/fd/{}", file.as_fd().as_raw_fd());
+        match linkat(AT_FDCWD, source.as_str(), &to.folder, &*to.name, AtFlags::AT_SYMLINK_FOLLOW) {
             Ok(()) => {}
             Err(Errno::EXDEV | Errno::EPERM | Errno::EOPNOTSUPP | Errno::EMLINK | Errno::ENOSYS) => {
                 return Ok(false);
@@ -157,6 +159,19 @@ impl Place {
         to.require(file)?;
         to.sync()?;
         Ok(true)
+    }
+
+    /// Whether there is anything here; a link is not followed.
+    ///
+    /// # Errors
+    ///
+    /// What the operating system says.
+    pub fn is_taken(&self) -> Result<bool> {
+        match fstatat(&self.folder, &*self.name, AtFlags::AT_SYMLINK_NOFOLLOW) {
+            Ok(_) => Ok(true),
+            Err(Errno::ENOENT) => Ok(false),
+            Err(errno) => Err(Error::io("looking for the file", errno.into()).file(&self.path)),
+        }
     }
 
     /// Makes durable what the folder holds.

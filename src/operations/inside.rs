@@ -23,10 +23,15 @@ pub fn contents(layers: &[&Opened], broken: Option<&Error>) -> Contents {
     assert!(!layers.is_empty(), "a chain has a leaf");
     let mut found = smol::future::block_on(contents::find(&Disk { layers, known: RefCell::default() }));
     if let Some(error) = broken {
+        // One fact, one line.
+        found.faults.retain(|fault| !fault.ends_with(MISSING));
         found.faults.insert(0, format!("what its parents have is unknown: {error:#}"));
     }
     found
 }
+
+/// Why what a layer leaves to a parent is unknown.
+const MISSING: &str = "a parent that is not there has it";
 
 /// A disk as its chain shows it.
 struct Disk<'a> {
@@ -82,7 +87,7 @@ impl ReadAt for Disk<'_> {
                     read.doing("reading").at(offset).file(&layer.inspected.path)?;
                 }
                 Location::Below if !is_whole => {
-                    return Err(Error::new(Kind::NotFound, "a parent that is not there has it"));
+                    return Err(Error::new(Kind::NotFound, MISSING));
                 }
                 Location::Zero | Location::Undefined | Location::Below => piece.fill(0),
             }

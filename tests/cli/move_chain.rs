@@ -13,7 +13,7 @@ use vhdx_ublk::device::claims::Claims;
 use vhdx_ublk::disk::{Access, ImageFile, Reactor};
 use vhdx_ublk::error::{Error, Kind, Result};
 use vhdx_ublk::operations::Watch;
-use vhdx_ublk::operations::move_chain::{Moving, Step, move_chain};
+use vhdx_ublk::operations::move_chain::{Moving, Request, Step, move_chain};
 use vhdx_ublk::operations::opened::OpenChain;
 
 use crate::map::{Block, set};
@@ -66,6 +66,11 @@ fn chain(folders: &[PathBuf; 3]) -> [PathBuf; 3] {
     paths
 }
 
+/// The move of a chain, with all its parents named.
+fn of(old: &[PathBuf; 3], folder: &Path) -> Request {
+    Request { leaf: old[0].clone(), folder: folder.to_owned(), parents: old[1..].to_vec() }
+}
+
 /// What a reader of the chain sees.
 fn content(leaf: &Path) -> Result<Vec<u8>> {
     let reactor = Reactor::new()?;
@@ -82,13 +87,13 @@ fn end_everywhere(folder: &Path, make: impl Fn() -> [PathBuf; 3]) {
         fs::create_dir_all(folder).expect("room");
         let expected = content(&old[0]).expect("a chain");
         let new_leaf = folder.canonicalize().expect("there").join("leaf.avhdx");
-        let ended = move_chain(&old[0], folder, &Claims, &Ends::after(steps));
+        let ended = move_chain(&of(&old, folder), &Claims, &Ends::after(steps));
         let places = [&old[0], &new_leaf].map(|leaf| content(leaf));
         assert!(places.iter().any(Result::is_ok), "after {steps} steps the chain is nowhere: {places:?}");
         for found in places.into_iter().flatten() {
             assert!(found == expected, "after {steps} steps it has another content");
         }
-        let finished = move_chain(&old[0], folder, &Claims, &Ends::after(u32::MAX)).expect("it finishes");
+        let finished = move_chain(&of(&old, folder), &Claims, &Ends::after(u32::MAX)).expect("it finishes");
         assert_eq!(finished, new_leaf);
         assert!(content(&new_leaf).expect("a chain") == expected);
         let mut names: Vec<_> =
@@ -146,7 +151,7 @@ fn a_chain_that_is_copied_opens_wherever_the_move_ends() {
     let old = chain(&folders);
     fs::create_dir(&target).expect("room");
     let stop = Ends { left: u32::MAX.into(), stop: true };
-    let error = move_chain(&old[0], &target, &Claims, &stop).expect_err("it was stopped");
+    let error = move_chain(&of(&old, &target), &Claims, &stop).expect_err("it was stopped");
     assert_eq!(error.kind(), Kind::Stopped, "{error}");
     assert_eq!(fs::read_dir(&target).expect("there").count(), 0);
 }
@@ -157,7 +162,7 @@ fn what_a_move_would_harm_is_refused() {
     let folders = ["a", "b", "b"].map(|name| bench.path(name));
     let old = chain(&folders);
     let target = bench.path("target");
-    let moved = |folder: &Path| move_chain(&old[0], folder, &Claims, &Ends::after(u32::MAX));
+    let moved = |folder: &Path| move_chain(&of(&old, folder), &Claims, &Ends::after(u32::MAX));
     let refused = |kind: Kind| {
         let error = moved(&target).expect_err("it is refused");
         assert_eq!(error.kind(), kind, "{error}");
@@ -201,11 +206,60 @@ fn move_prints_the_new_path() {
     let old = chain(&folders);
     let target = bench.path("target");
     fs::create_dir(&target).expect("room");
-    let [leaf, folder] = [&old[0], &target].map(|path| path.to_str().expect("UTF-8"));
+    let [leaf, middle, base, folder] =
+        [&old[0], &old[1], &old[2], &target].map(|path| path.to_str().expect("UTF-8"));
     let new = target.canonicalize().expect("there").join("leaf.avhdx");
     let printed = format!("{}\n", new.display());
-    assert_eq!(run(&["move", leaf, folder]).succeeded(), printed);
-    assert_eq!(run(&["move", leaf, folder]).succeeded(), printed, "there is nothing left to do");
+    let unnamed = run(&["move", leaf, folder, "--parent", middle]).failed(2);
+    assert!(unnamed.contains("base.vhdx") && old.iter().all(|path| path.exists()), "{unnamed}");
+    let all = ["move", leaf, folder, "--parent", middle, "--parent", base];
+    assert_eq!(run(&all).succeeded(), printed);
+    let again = run(&all);
+    assert_eq!((again.status, again.stdout), (Some(0), printed), "there is nothing left to do");
+    assert!(again.stderr.contains("it is not there"), "{}", again.stderr);
     run(&["move", leaf]).misused();
     assert!(run(&["move", "--help"]).succeeded().contains("Exit status:"));
+}
+
+/// One folder under two paths: nothing moves, and above all nothing is removed.
+#[test]
+fn a_folder_under_another_path_is_the_same_folder() {
+    let bench = Bench::new();
+    let folder = bench.path("a");
+    let old = chain(&[folder.clone(), folder.clone(), folder.clone()]);
+    let expected = content(&old[0]).expect("a chain");
+    let alias = bench.path("alias");
+    fs::create_dir(&alias).expect("room");
+    let mount = |arguments: &[&str]| {
+        let status = std::process::Command::new("unshare").args(["-m", "sh", "-c"]).args(arguments).status();
+        status.is_ok_and(|status| status.success())
+    };
+    let program = env!("CARGO_BIN_EXE_vhdx-ublk");
+    let bind = format!("mount --bind {} {}", folder.display(), alias.display());
+    if !mount(&[&bind]) {
+        return skipped("no right to mount: no folder has had two paths");
+    }
+    let moved = format!("{bind} && {program} move {} {}", old[0].display(), alias.display());
+    assert!(mount(&[&moved]));
+    assert!(old.iter().all(|path| path.exists()), "an image is gone");
+    assert!(content(&old[0]).expect("a chain") == expected);
+}
+
+/// A link of another user does not lead root to an image.
+#[test]
+fn a_link_of_another_user_is_refused() {
+    let bench = Bench::new();
+    let folder = bench.path("a");
+    let old = chain(&[folder.clone(), folder.clone(), folder]);
+    let link = bench.path("link.vhdx");
+    std::os::unix::fs::symlink(&old[0], &link).expect("room");
+    if std::os::unix::fs::lchown(&link, Some(65534), Some(65534)).is_err() {
+        return skipped("not root: no link has another owner");
+    }
+    let target = bench.path("target");
+    fs::create_dir(&target).expect("room");
+    let request = Request { leaf: link, folder: target.clone(), parents: Vec::new() };
+    let error = move_chain(&request, &Claims, &Ends::after(u32::MAX)).expect_err("another user's link");
+    assert_eq!(error.kind(), Kind::Permission, "{error}");
+    assert_eq!(fs::read_dir(&target).expect("there").count(), 0);
 }

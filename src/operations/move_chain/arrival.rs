@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::ErrorKind;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -9,7 +10,9 @@ use uuid::Uuid;
 
 use super::likeness::is_alike;
 use super::{Moving, Traveller, naming};
-use crate::disk::{Access, Disk, HostFile, ImageFile, PAGE_BYTES, Reactor, ReadDisk, Unfinished};
+use crate::disk::{
+    Access, Disk, HostFile, ImageFile, Links, PAGE_BYTES, PlainDisk, Reactor, ReadDisk, Unfinished,
+};
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::format::{MIB, index};
 use crate::operations::{Devices, locked};
@@ -36,12 +39,15 @@ impl Arrival {
     /// What is there now. Anything but the image itself, or a copy that a move has left, is refused.
     pub(super) fn of(traveller: &Traveller, reactor: &Reactor, devices: &dyn Devices) -> Result<Self> {
         let path = traveller.to.path();
+        if traveller.stays {
+            return Ok(Self::Same);
+        }
         let found = match fs::symlink_metadata(path) {
             Ok(found) => found,
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Self::Missing),
             Err(error) => return Err(Error::io("looking for the file", error).file(path)),
         };
-        if HostFile::of(&found) == traveller.member.file.identity() {
+        if HostFile::of(&found) == traveller.member.file.identity() && found.nlink() >= 2 {
             return Ok(Self::Same);
         }
         let there = found.is_file().then(|| locked::open(reactor, path, Access::ReadOnly, devices));
@@ -54,6 +60,19 @@ impl Arrival {
                 Err(error.remedy("move that file away, or choose another folder"))
             }
         }
+    }
+}
+
+impl Arrival {
+    /// Makes sure that what is at the new place stays there.
+    pub(super) fn make_durable(self, traveller: &Traveller) -> Result<()> {
+        let path = traveller.to.path();
+        assert!(self != Self::Missing, "{} has arrived", path.display());
+        if self == Self::Copied {
+            let copy = PlainDisk::open(path, Links::Refuse)?.0;
+            copy.file().sync_all().doing("syncing the copy").file(path)?;
+        }
+        traveller.to.sync()
     }
 }
 
@@ -101,7 +120,7 @@ pub(super) fn arrive(
     room: &mut Room,
     moving: &impl Moving,
 ) -> Result<Arrival> {
-    let Traveller { member, from, to } = traveller;
+    let Traveller { member, from, to, .. } = traveller;
     if from.link(&member.file, to)? {
         return Ok(Arrival::Same);
     }
@@ -111,7 +130,13 @@ pub(super) fn arrive(
     moving.unfinished(unfinished.remover());
     if rustix::fs::ioctl_ficlone(&*file, &*member.file).is_err() {
         room.require(&file)?;
-        reactor.block_on(copy(&member.file, &file, reactor, moving)).file(to.path())?;
+        let copied = reactor.block_on(copy(&member.file, &file, reactor, moving)).file(to.path());
+        copied.map_err(|error| match error.kind() {
+            Kind::NoSpace => {
+                error.remedy("the chain is complete at its old place: free space, and move again")
+            }
+            _ => error,
+        })?;
     }
     if let Some(parent) = parent {
         naming::amend(&file, naming::locator(member, to.path(), parent, None)?, reactor)?;
@@ -140,6 +165,8 @@ async fn copy(
     let (source, target) = (reactor.disk(from.clone()), reactor.disk(to.clone()));
     let length = source.length().await.doing(READING)?.next_multiple_of(page);
     target.grow(length).await.doing("extending the copy")?;
+    // Some hosts do not know of data that they have not written yet.
+    source.sync().await.doing("syncing the image")?;
     let mut at = 0;
     while let Some(data) = from.next_data(at).doing(READING)?.filter(|&data| data < length) {
         if moving.stop_requested() {

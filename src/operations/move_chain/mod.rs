@@ -11,7 +11,7 @@
 //! 4. the absolute paths to the old place are removed.
 //!
 //! A second run takes what is in the folder for its own only if it is the same file, or has the same
-//! content, byte by byte; then it finishes the move.
+//! content, byte by byte; that is made durable, and the move finished.
 
 mod arrival;
 mod likeness;
@@ -21,11 +21,15 @@ mod neighbours;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
+use uuid::Uuid;
+
 use super::inspect::identify;
-use super::{Devices, Watch, locked};
+use super::{Devices, Watch, locked, replaced};
 use crate::chain::{self, Layer, Member, Search};
-use crate::disk::{Access, Place, Reactor, folder_of};
+use crate::disk::{Access, HostFile, Place, Reactor, Unfinished, folder_of};
+
 use crate::error::{Doing, Error, Kind, Locate, Result};
+use crate::printable::shell;
 use arrival::{Arrival, Room};
 
 /// A step of a move that is done.
@@ -54,6 +58,8 @@ struct Traveller {
     member: Member,
     from: Place,
     to: Place,
+    /// It is in the folder already.
+    stays: bool,
 }
 
 impl Traveller {
@@ -61,28 +67,61 @@ impl Traveller {
         let from = Place::of_file(&member.file)?;
         let name = member.path().file_name().expect("an image has a name");
         let to = Place::of(&folder.join(name))?;
-        Ok(Self { member, from, to })
-    }
-
-    /// It is in the folder already.
-    fn stays(&self) -> bool {
-        self.from.path() == self.to.path()
+        Ok(Self { member, from, to, stays: false })
     }
 }
 
-/// Moves the chain of the image at `leaf` to `folder`; the image's new path.
+/// Finds out which of `travellers` are in the folder already. One folder can have several paths, by mounts or
+/// over a network: a new name that appears in both is in one folder, and an image there has one name only.
+fn find_staying(travellers: &mut [Traveller]) -> Result<()> {
+    let name = format!(".vhdx-ublk-{}.tmp", Uuid::new_v4().simple());
+    let probe = Unfinished::default();
+    probe.create(travellers[0].to.beside(name.as_ref())?)?;
+    for traveller in travellers {
+        traveller.stays = traveller.from.beside(name.as_ref())?.is_taken()?;
+    }
+    Ok(())
+}
+
+/// What moves, and where.
+pub struct Request {
+    /// The image whose chain moves.
+    pub leaf: PathBuf,
+    /// Where it moves to.
+    pub folder: PathBuf,
+    /// Its parents in other folders than its own, each of which must be named.
+    pub parents: Vec<PathBuf>,
+}
+
+impl Request {
+    /// An image may name a parent anywhere. What is taken from outside of its own folder is what the user has
+    /// named, and nothing else.
+    fn refuse_unnamed(&self, travellers: &[Traveller]) -> Result<()> {
+        let leaf = travellers[0].from.path();
+        for Traveller { member, from, .. } in travellers.iter().filter(|traveller| !traveller.stays) {
+            let mut named = self.parents.iter().filter_map(|named| HostFile::at(named).ok());
+            if folder_of(from.path()) == folder_of(leaf) || named.any(|named| named == member.file.identity())
+            {
+                continue;
+            }
+            let message =
+                format!("{} would move, is in another folder and was not named", from.path().display());
+            let remedy = format!("if that is intended, name it: --parent {}", shell(from.path()));
+            return Err(Error::new(Kind::Usage, message).file(leaf).remedy(remedy));
+        }
+        Ok(())
+    }
+}
+
+/// Moves what `request` says; the image's new path.
 ///
 /// # Errors
 ///
 /// Before anything has changed: those of finding and locking the chain; [`Kind::InUse`] if another image
 /// would lose its parent; [`Kind::Exists`] if a name is taken in the folder; [`Kind::NoSpace`]. Later:
 /// errors of the host, [`Kind::Stopped`], those of `moving`. The same move again finishes it.
-pub fn move_chain(
-    leaf: &Path,
-    folder: &Path,
-    devices: &dyn Devices,
-    moving: &impl Moving,
-) -> Result<PathBuf> {
+pub fn move_chain(request: &Request, devices: &dyn Devices, moving: &impl Moving) -> Result<PathBuf> {
+    let Request { leaf, folder, .. } = request;
     let folder = folder.canonicalize().doing("finding the folder").file(folder)?;
     // The user may have named a link.
     let named = leaf.canonicalize();
@@ -92,13 +131,15 @@ pub fn move_chain(
     let new_leaf = folder.join(name);
     match named {
         // All old names are gone: what is left is step 4.
-        Err(error) if error.kind() == ErrorKind::NotFound && new_leaf.exists() => {}
-        _ => move_files(leaf, &folder, &new_leaf, devices, moving)?,
+        Err(error) if error.kind() == ErrorKind::NotFound && new_leaf.exists() => {
+            tracing::warn!("{}: it is not there; {} is", leaf.display(), new_leaf.display());
+        }
+        _ => move_files(request, &folder, &new_leaf, devices, moving)?,
     }
     let (reactor, paths) = (Reactor::new()?, chain_in(&new_leaf, &folder)?);
     for pair in paths.windows(2) {
         let child = locked::open(&reactor, &pair[0], Access::ReadWrite, devices)?;
-        if naming::name_parent(&child, &pair[0], &pair[1], None, &reactor)? {
+        if naming::has_old_path(&child) && naming::name_parent(&child, &pair[0], &pair[1], None, &reactor)? {
             moving.done(Step::Relinked(&pair[0]))?;
         }
     }
@@ -107,14 +148,16 @@ pub fn move_chain(
 
 /// Steps 1 to 3.
 fn move_files(
-    leaf: &Path,
+    request: &Request,
     folder: &Path,
     new_leaf: &Path,
     devices: &dyn Devices,
     moving: &impl Moving,
 ) -> Result<()> {
     let reactor = Reactor::new()?;
-    let travellers = find(leaf, folder, new_leaf, &reactor, devices)?;
+    let mut travellers = find(&request.leaf, folder, new_leaf, &reactor, devices)?;
+    find_staying(&mut travellers)?;
+    request.refuse_unnamed(&travellers)?;
     neighbours::refuse_children(&travellers, devices)?;
     let mut arrivals = Vec::new();
     for traveller in &travellers {
@@ -147,7 +190,11 @@ fn move_files(
         let message = "it is not in the chain that was moved";
         return Err(Error::new(Kind::Mismatch, message).file(missing.to.path()));
     }
-    for traveller in travellers.iter().rev().filter(|traveller| !traveller.stays()) {
+    // A second run may find what the first has not made durable.
+    for (traveller, arrival) in travellers.iter().zip(&arrivals).filter(|(traveller, _)| !traveller.stays) {
+        arrival.make_durable(traveller)?;
+    }
+    for traveller in travellers.iter().rev().filter(|traveller| !traveller.stays) {
         traveller.from.remove(&traveller.member.file)?;
         moving.done(Step::Removed(traveller.from.path()))?;
     }
@@ -164,7 +211,9 @@ fn find(
     devices: &dyn Devices,
 ) -> Result<Vec<Traveller>> {
     let open = |path: &Path| locked::open(reactor, path, Access::ReadWrite, devices);
-    let leaf = open(leaf)?;
+    let named = leaf;
+    let leaf = open(named)?;
+    replaced::refuse_foreign_links(named, &leaf.file)?;
     let mut members = Vec::new();
     let followed = chain::follow_parents(&leaf, &Search::default(), &mut members, open);
     members.insert(0, leaf);

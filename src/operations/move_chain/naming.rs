@@ -29,6 +29,13 @@ pub(super) fn name_parent(
     Ok(changes)
 }
 
+/// Whether `member` has the path of its parent's old place, which a move gives it for a while.
+pub(super) fn has_old_path(member: &Member) -> bool {
+    let locator = member.image.metadata.parent_locator.as_ref();
+    let path = locator.and_then(|locator| locator.get(ABSOLUTE_WIN32_PATH));
+    path.is_some_and(|path| path.starts_with('/'))
+}
+
 /// What `member`, in the file `child`, says of its parent.
 pub(super) fn locator(
     member: &Member,

@@ -15,7 +15,7 @@ use crate::printable::shell;
 /// Refuses the move if an image beside the chain, or one that a device uses, is a child of one of its images
 /// and does not move with it. What cannot be read may be such a child.
 pub(super) fn refuse_children(travellers: &[Traveller], devices: &dyn Devices) -> Result<()> {
-    let moving = || travellers.iter().filter(|traveller| !traveller.stays());
+    let moving = || travellers.iter().filter(|traveller| !traveller.stays);
     let folders: BTreeSet<&Path> = moving().map(|traveller| folder_of(traveller.from.path())).collect();
     let mut others = Vec::new();
     for folder in folders {
@@ -36,9 +36,13 @@ pub(super) fn refuse_children(travellers: &[Traveller], devices: &dyn Devices) -
         };
         let parent = moving().find(|parent| chain::is_child(&other, &parent.member, &Search::default()));
         if let Some(parent) = parent {
-            let message =
-                format!("its parent is {}, which the move would take away", parent.from.path().display());
-            let remedy = format!("merge it first: `vhdx-ublk merge {}`, or move it by itself", shell(&path));
+            let parent = parent.from.path().display();
+            let message = format!("its parent is {parent}, which the move would take away");
+            let remedy = format!(
+                "move that one, its parents come along: `vhdx-ublk move {} FOLDER`; of several children, \
+                 merge all but one first",
+                shell(&path)
+            );
             return Err(Error::new(Kind::InUse, message).file(&path).remedy(remedy));
         }
     }
