@@ -14,7 +14,7 @@ use vhdx_ublk::printable::human_size;
 
 use super::parent_options::ParentOptions;
 use super::progress::ProgressOptions;
-use super::{output, size};
+use super::{FAILURE, SUCCESS, output, size};
 
 /// Make the file of an image smaller. Its disk does not change.
 ///
@@ -75,12 +75,13 @@ Space that a file system on the disk has freed is given back only if the guest h
 run `fstrim -a` in the guest before.
 For a block that is longer than each free run, blocks between the runs are moved to join them, as
 long as at most 64 bytes are copied for each byte that the file becomes shorter.
-Ctrl-C stops the command at the next safe point; what was won until then is kept.
-Exit status: 0 compacted or stopped, 1 failure (the disk reads as before), 2 wrong usage.";
+Ctrl-C stops the command at the next safe point; what was freed until then stays free. Meanwhile the
+file may be longer than before, with --defragment by 64 MiB and more.
+Exit status: 0 compacted, 1 failure or stopped (the disk reads as before), 2 wrong usage.";
 
 impl Compact {
-    /// Runs the command.
-    pub fn run(self) -> Result<()> {
+    /// Runs the command; returns the exit status.
+    pub fn run(self) -> Result<u8> {
         let Self { image, steps, dense, dry_run, max_rate, json, parents, progress } = self;
         let StepOptions { zeros, length, defragment } = steps;
         let all = !zeros && !length && !defragment;
@@ -90,7 +91,12 @@ impl Compact {
         let shown = progress.start()?;
         let compacted = request.run(&reactor, &Claims, &shown)?;
         drop(shown);
-        if json { output::print_json(&answer(&compacted)) } else { output::print(&text(&compacted, steps)) }
+        if json {
+            output::print_json(&answer(&compacted))?;
+        } else {
+            output::print(&text(&compacted, steps))?;
+        }
+        Ok(if compacted.done.stopped { FAILURE } else { SUCCESS })
     }
 }
 
@@ -152,12 +158,12 @@ fn text(compacted: &Compacted, steps: Steps) -> String {
         let _ = writeln!(text, "{line}"); // a string takes everything
     };
     match after {
-        Some(after) => line(format!("Host space   {}", change(before.host, after.host))),
-        None => line(format!("Host space   {}", human_size(before.host))),
+        Some(after) => line(format!("On host    {}", change(before.host, after.host))),
+        None => line(format!("On host    {}", human_size(before.host))),
     }
     let end = after.map_or(done.end, |after| after.length);
     line(format!(
-        "File length  {}",
+        "File size  {}",
         change(before.length, if steps.length || steps.defragment { end } else { before.length })
     ));
     let (give, held) = if after.is_some() { ("gave", "held") } else { ("would give", "hold") };
@@ -192,7 +198,7 @@ fn notes(compacted: &Compacted, steps: Steps) -> Vec<String> {
         let why = output::message(error);
         notes.push(format!("Blocks with sectors of the parents were not searched for zeros: {why}"));
     }
-    if (steps.length || steps.defragment) && done.free_bytes > 0 {
+    if !done.stopped && (steps.length || steps.defragment) && done.free_bytes > 0 {
         let free = human_size(done.free_bytes);
         notes.push(match done.held_by {
             Some(held_by) => format!("{free} stay free before the {}, which is not moved", held_by.name),
@@ -205,21 +211,18 @@ fn notes(compacted: &Compacted, steps: Steps) -> Vec<String> {
         && (done.moves == 0 || !steps.defragment)
         && after.as_ref().is_some_and(|after| !won(after))
     {
-        notes.push(nothing_won(steps).into());
+        notes.push(if *kind == DiskType::Fixed { "Nothing to gain" } else { nothing_won(steps) }.into());
     }
     notes
 }
 
 fn nothing_won(steps: Steps) -> &'static str {
     match steps {
-        Steps { zeros: false, .. } => "Nothing was won: blocks of zeros were not searched for (--zeros)",
+        Steps { zeros: false, .. } => "Nothing to gain: blocks of zeros were not searched for (--zeros)",
         Steps { length: false, defragment: false, .. } => {
-            "Nothing was won: the file was not shortened (--length)"
+            "Nothing to gain: the file was not shortened (--length)"
         }
-        _ => {
-            "Nothing was won: the guest has not given back what it has deleted. Run `fstrim -a` in the \
-             guest, then compact again"
-        }
+        _ => "Nothing to gain. If files were deleted on the disk since, run `fstrim -a` in the guest first",
     }
 }
 
@@ -227,7 +230,7 @@ fn change(before: u64, after: u64) -> String {
     let [was, is] = [before, after].map(human_size);
     match before.checked_sub(after) {
         Some(0) => format!("{was}, as before"),
-        Some(won) => format!("{was} -> {is}, {} won", human_size(won)),
+        Some(freed) => format!("{was} -> {is}, {} freed", human_size(freed)),
         None => format!("{was} -> {is}"),
     }
 }

@@ -137,7 +137,7 @@ impl Command {
             Self::Merge(merge) => merge.run()?,
             Self::Move(chain) => chain.run()?,
             Self::Set(set) => set.run()?,
-            Self::Compact(compact) => compact.run()?,
+            Self::Compact(compact) => return Ok(compact.run()?),
             Self::Salvage(salvage) => return Ok(salvage.run()?),
             Self::Convert(convert) => convert.run()?,
             Self::Compare(compare) => return Ok(compare.run()?),

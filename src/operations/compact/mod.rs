@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
-use super::{Devices, Watch, locked};
+use super::{Devices, Watch, locked, replaced};
 use crate::chain::{self, Member, ReadLayer, Search};
 use crate::disk::{Access, Disk, ImageFile, Reactor, Sparse, UringDisk};
 use crate::error::{Doing, Error, Kind, Locate, Result};
@@ -90,6 +90,9 @@ impl Request {
     pub fn run(&self, reactor: &Reactor, devices: &dyn Devices, watch: &impl Watch) -> Result<Compacted> {
         let access = if self.dry_run { Access::ReadOnly } else { Access::ReadWrite };
         let leaf = locked::open(reactor, &self.image, access, devices)?;
+        if !self.dry_run {
+            replaced::refuse_foreign_links(&self.image, &*leaf.file)?;
+        }
         let kind = leaf.image.metadata.kind();
         let (parents, unread) = match self.parents(&leaf, reactor, devices) {
             Ok(parents) => (parents, None),

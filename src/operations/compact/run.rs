@@ -28,13 +28,16 @@ use crate::engine::message::ToFront;
 use crate::engine::relocate::Move;
 use crate::engine::waiting::Spawn;
 use crate::engine::{Engine, Fronts, GuidSource, Setup};
-use crate::error::{Doing, Error, Result};
+use crate::error::{Doing, Error, Kind, Result};
 use crate::format::metadata::DiskType;
 use crate::image::{self, BlockMap, Extent, Image, ReadImage, WritableImage, payload_extent};
 use crate::operations::Watch;
 
 /// Bytes that a batch of moves copies, at most, unless a single block is longer.
 const BATCH: u64 = 256 << 20;
+
+/// The most blocks with space of an image that is compacted: their plan takes 150 bytes of memory for each.
+const MOST_BLOCKS: u64 = 16 << 20;
 
 /// How long a compaction under a limit may take no notice of a request to stop.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -87,9 +90,8 @@ impl<D: Disk + 'static, H: Fn() -> D, G: FnMut() -> Uuid + Clone + 'static> Comp
     /// be compacted again.
     pub async fn run(self, steps: Steps, watch: &impl Watch) -> Result<Done> {
         let Self { mut image, disk, mut parents, max_rate, tasks, new_guid } = self;
-        let keeps_space = image.metadata.kind() == DiskType::Fixed;
-        let mut steps = if keeps_space { Steps { zeros: false, ..steps } } else { steps };
-        let mut done = Done::default();
+        let (mut steps, mut done) = (steps, Done::default());
+        check_size(&image)?;
         loop {
             let (mut done_now, guids) = (Done::default(), Box::new(new_guid.clone()));
             let layers = std::mem::take(&mut parents);
@@ -140,12 +142,17 @@ impl<D: Disk + 'static, H: Fn() -> D> Pass<'_, D, H> {
         let leaks = has_leaks(&file, &image).await?;
         let fixed = survey::fixed(&image);
         let kept_guid = image.header.header.data_write_guid;
+        let keeps_space = image.metadata.kind() == DiskType::Fixed;
+        if steps.zeros {
+            // A host that keeps what was written to itself may call it a hole until then.
+            file.sync().await.map_err(|error| Error::io("syncing the image", error))?;
+        }
         let fronts = Rc::new(NoFronts);
         let engine = Engine::new(Setup { image, disk: file, parents: Vec::new(), tasks, fronts, guids })?;
         let content = content(disk(), engine.shared().map.clone(), parents);
         let work = Work { engine: &engine, steps, fixed, kept_guid, max_rate, watch };
         let outcome = async {
-            let given_up = give_up(&content, steps, watch, done).await?;
+            let given_up = give_up(&content, keeps_space, steps, watch, done).await?;
             work.all(&given_up, leaks, done).await
         };
         let outcome = outcome.await;
@@ -169,10 +176,10 @@ pub async fn outline<D: ReadDisk>(
     let mut done = Done::default();
     let (mut fixed, mut space) = (survey::fixed(&image), image.space.clone());
     let keeps_space = image.metadata.kind() == DiskType::Fixed;
-    let steps = if keeps_space { Steps { zeros: false, ..steps } } else { steps };
+    check_size(&image)?;
     let content = content(disk, image.into_map().into(), parents);
     let map = &content.layers()[0].map;
-    let given_up = give_up(&content, steps, watch, &mut done).await?;
+    let given_up = give_up(&content, keeps_space, steps, watch, &mut done).await?;
     let place = |block: &u64| payload_extent(map.load(*block).entry, map.geometry());
     let freed = given_up.iter().filter_map(place);
     freed.for_each(|place| space.free(place, image::Content::Recycled));
@@ -197,18 +204,19 @@ fn content<D>(disk: D, map: Arc<BlockMap>, parents: Vec<ReadLayer<D>>) -> Conten
 /// The blocks whose space is given up, in disk order.
 async fn give_up<D: ReadDisk>(
     content: &Content<D>,
+    keeps_space: bool,
     steps: Steps,
     watch: &impl Watch,
     done: &mut Done,
 ) -> Result<Vec<u64>> {
     let (map, mut blocks) = (&content.layers()[0].map, Vec::new());
-    if steps.zeros {
+    if steps.zeros && !keeps_space {
         let whole = content.layers().len() > 1 || !map.geometry().is_differencing();
         blocks = zeros::find(content, &survey::present(map, whole), watch).await?;
         done.zero_blocks = blocks.len() as u64;
         done.stopped = watch.stop_requested();
     }
-    if steps.length || steps.defragment {
+    if !keeps_space && (steps.length || steps.defragment) {
         let old = survey::old_content(map);
         done.old_blocks = old.len() as u64;
         blocks.extend(old);
@@ -216,6 +224,16 @@ async fn give_up<D: ReadDisk>(
     }
     done.given_up_bytes = blocks.len() as u64 * map.geometry().block_size();
     Ok(blocks)
+}
+
+/// Refuses an image whose blocks would take gigabytes of memory while their moves are planned.
+fn check_size(image: &Image) -> Result<()> {
+    let blocks = image.space.used_bytes() / u64::from(image.metadata.block_size);
+    if blocks <= MOST_BLOCKS {
+        return Ok(());
+    }
+    let message = format!("{blocks} blocks have space, more than the {MOST_BLOCKS} that can be compacted");
+    Err(Error::new(Kind::Unsupported, message).remedy("`vhdx-ublk convert` copies it into a compact image"))
 }
 
 /// Whether the host has stored something that nothing in the image names.

@@ -6,6 +6,7 @@ use super::plan::Item;
 use crate::engine::relocate::Occupant;
 use crate::format::bat::{BITMAP_BLOCK_SIZE, PayloadState};
 use crate::format::guid;
+use crate::format::metadata::DiskType;
 use crate::image::{BlockMap, Extent, Image, payload_extent};
 
 /// Something that blocks cannot pass.
@@ -19,7 +20,7 @@ pub struct Fixed {
     pub region: Option<Uuid>,
 }
 
-/// What blocks cannot pass: the log, and the regions.
+/// What blocks cannot pass: the log, the regions, and blocks of a fixed image that have no content.
 pub fn fixed(image: &Image) -> Vec<Fixed> {
     let mut fixed = Vec::new();
     if image.layout.log.length > 0 {
@@ -35,6 +36,11 @@ pub fn fixed(image: &Image) -> Vec<Fixed> {
         fixed.push(Fixed { place, name, region: movable.then_some(region.guid) });
     }
     assert!(fixed.len() >= 2, "every image has a BAT and metadata");
+    if image.metadata.kind() == DiskType::Fixed {
+        // Its blocks keep their space, also those without content.
+        let old = blocks(&image.map).filter(|(_, state, _)| !has_content(*state));
+        fixed.extend(old.map(|(_, _, place)| Fixed { place, name: "block without content", region: None }));
+    }
     fixed
 }
 
