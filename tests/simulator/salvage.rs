@@ -314,6 +314,25 @@ fn where_nothing_leads_to_the_disk_there_is_an_error() {
     }
 }
 
+/// How large blocks are is shown by those that the file has lost, too. If nothing shows it, it is not
+/// guessed.
+#[test]
+fn a_size_of_blocks_that_nothing_shows_is_not_guessed() {
+    let whole = known();
+    let mut image = Craft { file: whole.clone() };
+    image.write(METADATA, &vec![0; 128 << 10]);
+    image.file.resize(END);
+    let cut = |file: Store| salvage(vec![Scratched { store: file, unreadable: Vec::new() }]);
+    let outcome = cut(image.file.clone()).expect("the BAT shows the disk");
+    assert_eq!(outcome.totals.lost_bytes, 6 * MIB);
+    assert_true(&original(std::slice::from_ref(&whole)), &outcome, "cut behind the BAT");
+    for (block, _) in BLOCKS {
+        image.set_slot(block, 2); // ZERO
+    }
+    let error = cut(image.file).err().expect("no size");
+    assert!(error.to_string().contains("how large blocks are"), "{error:#}");
+}
+
 /// Two blocks in one place, a block over the metadata, a reserved state, reserved bits, and places beyond the
 /// end: each loses its block and no other.
 #[test]

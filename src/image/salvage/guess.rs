@@ -52,15 +52,20 @@ pub(super) async fn complete<D: ReadDisk>(
         size
     });
     let shown_child = items.locator.is_some() || shape.as_ref().is_some_and(|shape| shape.has_partial);
-    let (block_size, leave_blocks_allocated, says_child) = items.file.unwrap_or_else(|| {
-        let size = shape.as_ref().map_or(1 << 21, |shape| shape.block_size);
+    let (block_size, leave_blocks_allocated, says_child) = if let Some(file) = items.file {
+        file
+    } else {
+        let Some(size) = shape.as_ref().and_then(|shape| shape.block_size) else {
+            let message = "the File Parameters are lost, and no block shows how large blocks are";
+            return Err(Error::new(Kind::Corrupt, message).in_structure("metadata").remedy(NOTHING_LEFT));
+        };
         let kind = if shown_child { "a child" } else { "an image without parent" };
         notes.guess(
             METADATA,
             format!("the File Parameters are lost; blocks of {size} bytes and {kind} are assumed"),
         );
         (size, false, shown_child)
-    });
+    };
     let has_parent = says_child || items.locator.is_some();
     if has_parent && items.locator.is_none() {
         notes.add(METADATA, "the Parent Locator is lost: what only the parents have is missing");

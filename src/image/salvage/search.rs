@@ -166,10 +166,21 @@ fn collect(words: &[[u8; ENTRY_SIZE]], length: u64, offsets: &mut Vec<u64>) -> b
     true
 }
 
+/// How often the blocks that start at `starts`, below MiB `end` of the file, are so many MiB apart, by powers
+/// of two.
+fn distances(starts: &FixedBitSet, end: usize) -> [u64; 9] {
+    let mut often = [0; 9];
+    let starts = || starts.ones().take_while(|start| *start < end);
+    for (one, next) in starts().zip(starts().skip(1)) {
+        often[(next - one).ilog2().min(8) as usize] += 1;
+    }
+    often
+}
+
 /// The shape of a disk by its BAT alone.
 pub(super) struct Shape {
-    /// Bytes of a block.
-    pub(super) block_size: u32,
+    /// Bytes of a block, if anything shows them.
+    pub(super) block_size: Option<u32>,
     /// The last slot that is set, if any is.
     pub(super) last_slot: Option<u64>,
     /// Whether a block is partially present.
@@ -180,10 +191,11 @@ pub(super) struct Shape {
 
 impl Shape {
     /// The shape that the BAT at `bat` shows: blocks are as large as the smallest distance between two of
-    /// them, of a child as the most frequent one, or as what is left of the file behind a single one.
+    /// them, of a child as the most frequent one, or as what is left of the file behind a single one. Blocks
+    /// beyond the end of the file count if nothing else does.
     pub(super) async fn of<D: ReadDisk>(source: &Source<'_, D>, bat: Extent) -> Result<Self> {
-        let mut starts = FixedBitSet::with_capacity(index(source.length.min(MAX_FILE_BYTES).div_ceil(MIB)));
-        let mut shape = Self { block_size: 0, last_slot: None, has_partial: false, first_block: None };
+        let mut starts = FixedBitSet::with_capacity(index(MAX_FILE_BYTES / MIB));
+        let mut shape = Self { block_size: None, last_slot: None, has_partial: false, first_block: None };
         for (first, offset) in (0..)
             .step_by(PAGE_BYTES / ENTRY_SIZE)
             .zip((bat.offset..bat.end().min(source.length)).step_by(PAGE_BYTES))
@@ -193,16 +205,18 @@ impl Shape {
                 shape.take(slot, BatEntry::read(*word), &mut starts);
             }
         }
-        let mut often = [0_u64; 9];
-        for distance in starts.ones().zip(starts.ones().skip(1)).map(|(a, b)| b - a) {
-            often[distance.ilog2().min(8) as usize] += 1;
+        let end = index(source.length.min(MAX_FILE_BYTES).div_ceil(MIB));
+        let mut often = distances(&starts, end);
+        if often == [0; 9] {
+            often = distances(&starts, starts.len());
         }
-        let single = starts.maximum().map_or(1, |last| (starts.len() - last).ilog2().min(8) as usize);
+        let single = starts.maximum().filter(|last| *last < end);
+        let single = single.map(|last| (end - last).ilog2().min(8) as usize);
         // Sector bitmaps lie between blocks that may be larger.
         let powers = (0..often.len()).filter(|power| often[*power] > 0);
         let power =
             if shape.has_partial { powers.rev().max_by_key(|power| often[*power]) } else { powers.min() };
-        shape.block_size = 1 << (20 + power.unwrap_or(single));
+        shape.block_size = power.or(single).map(|power| 1 << (20 + power));
         Ok(shape)
     }
 

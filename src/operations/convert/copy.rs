@@ -92,7 +92,7 @@ impl<'a> Copy<'a> {
     ///
     /// # Errors
     ///
-    /// Those of reading and writing; [`Kind::Stopped`](crate::error::Kind::Stopped) if `watch` asks for that.
+    /// Those of reading and writing; [`Kind::Stopped`] if `watch` asks for that.
     pub(super) fn run(self, watch: &dyn Watch) -> Result<Copied> {
         self.workers.run(watch, || self.work().inspect_err(|_| self.turns.break_off()))?;
         let feed = self.feed.into_inner().unwrap_or_else(PoisonError::into_inner);

@@ -16,7 +16,7 @@ pub struct Tally {
     /// In all.
     #[serde(flatten)]
     pub totals: Totals,
-    /// By partition, those that are places for others left out: the first [`MOST_PARTITIONS`].
+    /// By partition, those that are places for others left out: the first `MOST_PARTITIONS`.
     pub partitions: Vec<PartitionTally>,
 }
 
