@@ -170,6 +170,8 @@ impl<D: Disk + 'static> Engine<D> {
     /// Extends the file to `length` bytes.
     pub(super) async fn grow_to(self: &Rc<Self>, length: u64) -> Outcome {
         assert!(length.is_multiple_of(MIB), "growing to {length}");
+        // The one that waited before may have grown a dense file, and failed to sync it.
+        self.check_poison()?;
         if length > crate::image::MAX_FILE_BYTES {
             return Err(Errno::ENOSPC);
         }
