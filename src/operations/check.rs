@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
-use super::{Devices, inspect, locked};
+use super::{Devices, inspect, locked, replaced};
 use crate::chain::{self, Known, Search};
 use crate::disk::{Access, ImageFile, PlainDisk, Reactor, ReadDisk, is_sparse_for_windows};
 use crate::error::{Error, Kind, Locate, Result};
@@ -69,6 +69,7 @@ pub fn check(path: &Path, search: &Search, devices: &dyn Devices) -> Result<Chec
 /// As [`check`]; [`Kind::InUse`] if a killed daemon left a session of it.
 pub fn repair(path: &Path, search: &Search, devices: &dyn Devices) -> Result<Checked> {
     let file = Arc::new(locked::lock(path, Access::ReadWrite, devices)?);
+    replaced::refuse_foreign_links(path, &*file)?;
     let reactor = Reactor::new()?;
     let disk = reactor.disk(Arc::clone(&file));
     devices.refuse_orphan(&file, None).map_err(|error| match reactor.block_on(image::check(&disk)) {

@@ -48,3 +48,17 @@ pub fn refuse_parent(path: &Path, search: &Search, force: bool, devices: &dyn De
     );
     Err(Error::new(Kind::InUse, message).file(path).remedy(remedy))
 }
+
+/// Refuses to replace the file at `path` if images were made of the image in it.
+///
+/// # Errors
+///
+/// [`Kind::InUse`] if there are children.
+pub(super) fn refuse_replacing_parent(path: &Path, devices: &dyn Devices) -> Result<()> {
+    let Ok(old) = identify(path) else { return Ok(()) };
+    let children = children(&old, &Search::default(), devices);
+    let Some(child) = children.first() else { return Ok(()) };
+    let message = format!("it is the parent of {}, which would become unreadable", child.display());
+    let remedy = "choose another name, or remove the file yourself if its children may be lost";
+    Err(Error::new(Kind::InUse, message).file(path).remedy(remedy))
+}

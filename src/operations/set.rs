@@ -14,7 +14,7 @@ use uuid::Uuid;
 use super::children::children;
 use super::{Devices, locked};
 use crate::chain::{Layer, Search};
-use crate::disk::{Access, Reactor};
+use crate::disk::Reactor;
 use crate::error::{Error, Kind, Locate, Result};
 use crate::format::metadata::Metadata;
 use crate::image::{Image, Resize};
@@ -39,7 +39,7 @@ pub struct Settings {
 /// children and they may not be lost; those of reading and writing the image.
 pub fn set(path: &Path, settings: Settings, devices: &dyn Devices) -> Result<()> {
     let reactor = Reactor::new()?;
-    let member = locked::open(&reactor, path, Access::ReadWrite, devices)?;
+    let member = locked::open_named(&reactor, path, devices)?;
     let old = &member.image.metadata;
     let metadata = Metadata {
         disk_id: settings.disk_id.unwrap_or(old.disk_id),

@@ -247,6 +247,9 @@ fn a_link_of_another_user_does_not_say_what_is_replaced() {
             create(link, &["--size", "2G", "--force"]),
             on("resize", link, &["--size", "2G"]),
             run(&["relink", named, parent]),
+            run(&["set", named, "--disk-id", "new"]),
+            run(&["compact", named]),
+            run(&["check", "--repair", named]),
         ] {
             let message = refused.failed(1);
             let remedy = format!("name it: {}", target.display());

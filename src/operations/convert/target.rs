@@ -14,14 +14,12 @@ use uuid::Uuid;
 use super::copy::Layout;
 use super::vhd_draft::VhdDraft;
 use super::{Conversion, Converted, Output, Shape, kinship, room};
-use crate::chain::Search;
 use crate::disk::{
     Access, BlockDevice, Disk, HostFile, ImageFile, Place, Reactor, ReadDisk, Remover, SharedFile, Sparse,
     Unfinished,
 };
 use crate::error::{Doing, Error, Kind, Locate, Result};
-use crate::operations::children::children;
-use crate::operations::inspect::identify;
+use crate::operations::children::refuse_replacing_parent;
 use crate::operations::source::{DiskFormat, Sectors, Source, probe};
 use crate::operations::{Devices, locked, replaced};
 use crate::printable::{both_sizes, shell};
@@ -348,7 +346,7 @@ fn lock_old(
     if !replace {
         return Err(exists(Error::new(Kind::Exists, "there is a file already").file(path)));
     }
-    refuse_parent(path, devices)?;
+    refuse_replacing_parent(path, devices)?;
     let old = locked::lock(path, Access::ReadWrite, devices)?;
     replaced::refuse_foreign_links(path, &old)?;
     let is_empty = old.length().doing("reading the size of the file").file(path)? == 0;
@@ -361,16 +359,6 @@ fn lock_old(
     Err(Error::new(Kind::Unsupported, message)
         .file(path)
         .remedy("choose another name, or remove the file yourself"))
-}
-
-/// Refuses to replace a parent of other images.
-fn refuse_parent(path: &Path, devices: &dyn Devices) -> Result<()> {
-    let Ok(old) = identify(path) else { return Ok(()) };
-    let children = children(&old, &Search::default(), devices);
-    let Some(child) = children.first() else { return Ok(()) };
-    let message = format!("it is the parent of {}, which would become unreadable", child.display());
-    let remedy = "choose another name, or remove the file yourself if its children may be lost";
-    Err(Error::new(Kind::InUse, message).file(path).remedy(remedy))
 }
 
 fn refuse_source(path: &Path, source: Option<&Source>) -> Result<()> {

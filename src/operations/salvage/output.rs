@@ -6,11 +6,10 @@ use std::sync::Arc;
 use uuid::Uuid;
 
 use super::mapfile::MAPFILE;
-use crate::chain::Search;
 use crate::disk::{Access, ImageFile, PAGE_BYTES, Place, PlainDisk, ReadDisk, Remover, Unfinished};
 use crate::error::{Doing, Error, Kind, Locate, Result};
-use crate::operations::children::children;
-use crate::operations::inspect::{identify, identify_locked};
+use crate::operations::children::refuse_replacing_parent;
+use crate::operations::inspect::identify_locked;
 use crate::operations::{Devices, locked, replaced};
 
 /// Permissions: what was salvaged is the owner's affair.
@@ -41,7 +40,7 @@ impl Output {
         let old = if std::fs::symlink_metadata(path).is_err() {
             None
         } else if replace {
-            refuse_parent(path, devices)?;
+            refuse_replacing_parent(path, devices)?;
             let old = locked::lock(path, Access::ReadWrite, devices)?;
             replaced::refuse_foreign_links(path, &old)?;
             let is_empty = old.length().doing("reading the size of the file").file(path)? == 0;
@@ -100,13 +99,4 @@ pub(super) fn is_image(file: &ImageFile) -> bool {
 pub(super) fn is_mapfile(file: &ImageFile) -> bool {
     let found = PlainDisk::of(file).map(|disk| smol::future::block_on(disk.read(0, PAGE_BYTES)));
     found.is_ok_and(|read| read.is_ok_and(|bytes| bytes.starts_with(MAPFILE)))
-}
-
-fn refuse_parent(path: &Path, devices: &dyn Devices) -> Result<()> {
-    let Ok(old) = identify(path) else { return Ok(()) };
-    let children = children(&old, &Search::default(), devices);
-    let Some(child) = children.first() else { return Ok(()) };
-    let message = format!("it is the parent of {}, which would become unreadable", child.display());
-    let remedy = "choose another name, or remove the file yourself if its children may be lost";
-    Err(Error::new(Kind::InUse, message).file(path).remedy(remedy))
 }
