@@ -9,6 +9,7 @@
 //!
 //! ```text
 //!   cli          one file for each command (in the program, not in this library)
+//!   system       file systems on devices, boot, names       the machine around the devices
 //!   device       ublk, threads, the daemon's life, /run     who serves
 //!   operations   what is done to images beside serving      who changes files at rest
 //!   engine       Front and Engine                           requests, blocks, the log, what must be durable
@@ -28,7 +29,8 @@
 //! * [`chain`]: the parents of a differencing image;
 //! * [`engine`]: the live writer, and the front that serves one queue;
 //! * [`operations`]: what is done to images beside serving them;
-//! * [`device`]: ublk: control commands, queue loops, the daemon's life cycle.
+//! * [`device`]: ublk: control commands, queue loops, the daemon's life cycle;
+//! * [`system`]: the machine around the devices.
 //!
 //! # One write, from the kernel to the file
 //!
@@ -100,3 +102,4 @@ pub mod image;
 pub mod operations;
 pub mod printable;
 pub mod simulation;
+pub mod system;

@@ -12,7 +12,7 @@ use imports::{Imports, circles};
 use source::{Function, Source, files, text};
 
 /// The folders and files of `src`, each of which uses only those before it.
-const ORDER: [&str; 12] = [
+const ORDER: [&str; 13] = [
     "printable",
     "error",
     "simulation",
@@ -23,6 +23,7 @@ const ORDER: [&str; 12] = [
     "engine",
     "operations",
     "device",
+    "system",
     "cli",
     "main",
 ];
