@@ -1,7 +1,7 @@
 //! A Linux block device whose blocks live in a VHDX file.
 //!
 //! `vhdx-ublk add disk.vhdx` starts a daemon that serves the image as `/dev/ublkbN`. This page is the way
-//! into its code; [`design`] has the reasons.
+//! into its code; [`design`] has the reasons, and [`guide`] is for users.
 //!
 //! # The house
 //!
@@ -98,6 +98,7 @@ pub mod disk;
 pub mod engine;
 pub mod error;
 pub mod format;
+pub mod guide;
 pub mod image;
 pub mod operations;
 pub mod printable;

@@ -90,6 +90,8 @@ mod tests {
         let read = |name| (name, fs::read_to_string(root.join(name)).expect("it is text"));
         let others = ["README.md", "CHANGELOG.md", "src/lib.rs"].map(read);
         let others = others.iter().map(|(name, text)| (*name, text.as_str()));
+        let guide: Vec<_> = sources(&root.join("src/guide"));
+        let others = others.chain(guide.iter().map(|text| ("the guide", text.as_str())));
         for (page, text) in PAGES.into_iter().chain(others) {
             for name in text.split(['`', '(', ')', '#', ' ', '\n']).filter(|name| !name.contains(':')) {
                 let (folder, file) = name.split_once('/').unwrap_or_default();

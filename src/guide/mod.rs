@@ -1,0 +1,10 @@
+//! The guide: tasks around a device that take more than one command.
+//!
+//! | page | task |
+//! |---|---|
+//! | [`export`] | Give a device to another machine, by NVMe over TCP or iSCSI. |
+//!
+//! Each command is explained by its own `--help`; the reasons are in [`design`](crate::design).
+
+#[doc = include_str!("export.md")]
+pub mod export {}
