@@ -17,6 +17,7 @@ use vhdx_ublk::device::claims::Claims;
 use vhdx_ublk::device::daemon;
 use vhdx_ublk::device::engine_thread::EngineThread;
 use vhdx_ublk::device::layers::Parents;
+use vhdx_ublk::device::name::Name;
 use vhdx_ublk::device::open_image::{NoEngine, OpenImage};
 use vhdx_ublk::device::registry::Registry;
 use vhdx_ublk::device::session::Plan;
@@ -65,6 +66,9 @@ pub struct Add {
     /// The N of /dev/ublkbN [default: the first free number]
     #[arg(long, value_name = "N")]
     id: Option<u32>,
+    /// A name for the device, by which all commands know it: 1 to 64 letters, digits, `.`, `_`, `-`
+    #[arg(long, value_name = "NAME")]
+    name: Option<Name>,
     /// Number of queues, 1 to 64; at most one per CPU is used [default: the number of CPUs, at most 4]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_QUEUES)))]
     queues: Option<u16>,
@@ -99,6 +103,7 @@ pub struct Add {
 const AFTER_HELP: &str = "\
 Examples:
   vhdx-ublk add disk.vhdx
+  vhdx-ublk add --name data disk.vhdx     later: vhdx-ublk del data
   lsblk $(vhdx-ublk add --read-only disk.vhdx)
   vhdx-ublk add --fd 3 3<>disk.vhdx
 
@@ -136,7 +141,8 @@ impl Add {
         let queues = self.queues.unwrap_or(default).min(most_queues());
         let request_bytes = request_bytes(queues, self.depth);
         let Self { id, depth, recovery, zero_copy, .. } = *self;
-        Options { id, queues, depth, request_bytes, recovery, zero_copy }
+        let name = self.name.clone();
+        Options { id, name, queues, depth, request_bytes, recovery, zero_copy }
     }
 
     /// The command line of the daemon.
@@ -146,6 +152,7 @@ impl Add {
             [format!("--queues={}", options.queues), format!("--depth={}", options.depth)].map(Into::into),
         );
         arguments.extend(self.id.map(|id| format!("--id={id}").into()));
+        arguments.extend(self.name.as_ref().map(|name| format!("--name={name}").into()));
         arguments.extend(self.recovery.map(|recovery| {
             let value = recovery.to_possible_value().expect("every recovery has a name");
             format!("--recovery={}", value.get_name()).into()
@@ -310,6 +317,8 @@ mod tests {
             "--read-only",
             "--id",
             "7",
+            "--name",
+            "data",
             "--depth",
             "9",
             "--queues",

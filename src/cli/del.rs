@@ -16,7 +16,7 @@ use super::output;
 #[derive(clap::Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct Del {
-    /// The device: its number, /dev/ublkbN or a partition of it, or the path of its image
+    /// The device: its number, its name, /dev/ublkbN or a partition of it, or the path of its image
     #[arg(required_unless_present = "all", conflicts_with = "all")]
     target: Vec<OsString>,
     /// Remove all devices of this program, those on top of others first

@@ -7,6 +7,7 @@ use anyhow::Result;
 use serde::Serialize;
 
 use vhdx_ublk::device::health::{Condition, Grade, Health};
+use vhdx_ublk::device::name::Name;
 use vhdx_ublk::device::registry::{Listed, Registry, State, Survey, Unreadable};
 use vhdx_ublk::device::{DeviceInfo, KernelState, Recovery, claims, path};
 use vhdx_ublk::printable::human_size;
@@ -38,8 +39,8 @@ Health: ok, host-full (writes that need room fail), poisoned (a sync or metadata
 writes fail until the device is removed and added again), waiting (for `recover`), stopped (a
 signal stopped the daemon), no-answer (the daemon did not answer within a second), dead, unknown.
 
-JSON: id, device, image, pid, state, health, last_error (null or a text), queues, depth,
-read_only, zero_copy, recovery, size (bytes), failure (null, or why the image could not be
+JSON: id, device, name (null or a text), image, pid, state, health, last_error (null or a text),
+queues, depth, read_only, zero_copy, recovery, size (bytes), failure (null, or why the image could not be
 closed or the entry could not be read). If only the kernel knows the device, all but id, device,
 state, health are null. A path that is not UTF-8 is an object: lossy (a text), hex (its bytes).
 Exit status: 0 success, 1 failure, 2 wrong usage. With --check: 0 all devices are healthy, 1 some
@@ -50,6 +51,7 @@ are not, or it is unknown, 2 some are dead.";
 struct Row {
     id: u32,
     device: PathBuf,
+    name: Option<Name>,
     #[serde(with = "path::optional")]
     image: Option<PathBuf>,
     pid: Option<u32>,
@@ -70,6 +72,7 @@ impl Row {
         Self {
             id: entry.id,
             device: entry.device,
+            name: entry.name,
             image: Some(entry.image),
             pid: Some(entry.daemon.pid),
             state,
@@ -90,6 +93,7 @@ impl Row {
         Self {
             id,
             device: format!("/dev/ublkb{id}").into(),
+            name: None,
             image: None,
             pid: None,
             state: State::Unknown,
@@ -137,7 +141,7 @@ impl List {
         } else if !devices.is_empty() {
             let rows = devices.iter().map(row).collect::<Result<Vec<_>>>()?;
             output::print(&output::table(
-                ["DEVICE", "STATE", "HEALTH", "MODE", "SIZE", "QUEUES", "DEPTH", "PID", "IMAGE"],
+                ["DEVICE", "NAME", "STATE", "HEALTH", "MODE", "SIZE", "QUEUES", "DEPTH", "PID", "IMAGE"],
                 &rows,
             ))?;
         }
@@ -175,7 +179,7 @@ fn rows(registry: &Registry, survey: Survey) -> Vec<Row> {
     rows
 }
 
-fn row(device: &Row) -> Result<[String; 9]> {
+fn row(device: &Row) -> Result<[String; 10]> {
     fn text<T: ToString>(value: Option<T>) -> String {
         value.map_or_else(|| "?".into(), |value| value.to_string())
     }
@@ -184,6 +188,7 @@ fn row(device: &Row) -> Result<[String; 9]> {
     let failure = device.failure.clone().unwrap_or_default();
     Ok([
         device.device.display().to_string(),
+        device.name.as_ref().map_or_else(|| "-".into(), Name::to_string),
         output::word(&device.state)?,
         output::word(&device.health)?,
         text(mode),
@@ -207,6 +212,7 @@ mod tests {
         let entry = Entry {
             id: 3,
             device: "/dev/ublkb3".into(),
+            name: "data".parse().ok(),
             image: "/images/disk.vhdx".into(),
             parents: Vec::new(),
             parent_files: Vec::new(),
@@ -237,9 +243,9 @@ mod tests {
     fn json_has_the_documented_keys() {
         let json = serde_json::to_value([Row::of(listed(), condition())]).expect("serialisable");
         let expected = serde_json::json!([{
-            "id": 3, "device": "/dev/ublkb3", "image": "/images/disk.vhdx", "pid": 1234, "state": "fail-io",
-            "health": "waiting", "last_error": "no room", "queues": 2, "depth": 64, "read_only": true,
-            "zero_copy": true, "recovery": "none", "size": 1_073_741_824, "failure": null,
+            "id": 3, "device": "/dev/ublkb3", "name": "data", "image": "/images/disk.vhdx", "pid": 1234,
+            "state": "fail-io", "health": "waiting", "last_error": "no room", "queues": 2, "depth": 64,
+            "read_only": true, "zero_copy": true, "recovery": "none", "size": 1_073_741_824, "failure": null,
         }]);
         assert_eq!(json, expected);
         let json = serde_json::to_value(Row::unknown(1, "damaged".into())).expect("serialisable");
@@ -249,10 +255,10 @@ mod tests {
     #[test]
     fn a_row_says_the_same() {
         let known = row(&Row::of(listed(), condition())).expect("every state has a name");
-        let expected = "/dev/ublkb3 fail-io waiting read-only 1 GiB 2 64 1234 /images/disk.vhdx";
+        let expected = "/dev/ublkb3 data fail-io waiting read-only 1 GiB 2 64 1234 /images/disk.vhdx";
         assert_eq!(known.join(" "), expected);
         let unknown = row(&Row::unknown(1, "damaged".into())).expect("as well");
-        assert_eq!(unknown.join(" "), "/dev/ublkb1 unknown unknown ? ? ? ? ? ? (damaged)");
+        assert_eq!(unknown.join(" "), "/dev/ublkb1 - unknown unknown ? ? ? ? ? ? (damaged)");
     }
 
     #[test]

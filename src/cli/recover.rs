@@ -35,7 +35,7 @@ const READY_DEADLINE: Duration = Duration::from_secs(120);
 #[derive(clap::Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct Recover {
-    /// The device: its number, /dev/ublkbN or a partition of it, or the path of its image
+    /// The device: its number, its name, /dev/ublkbN or a partition of it, or the path of its image
     #[arg(required_unless_present = "all", conflicts_with = "all")]
     target: Vec<OsString>,
     /// Recover all devices of this program whose daemon was killed
@@ -200,10 +200,7 @@ fn nothing_to_recover(error: Error, target: &Target) -> Error {
         return error;
     }
     let message = format!("{}: there is nothing to recover", error.message());
-    let image = match target {
-        Target::Id(_) => "IMAGE".into(),
-        Target::Image(path) => shell(path),
-    };
+    let image = target.image().map_or_else(|| "IMAGE".into(), shell);
     Error::new(Kind::NotFound, message)
         .remedy(format!("after a reboot, `vhdx-ublk add {image}` serves the image again"))
 }

@@ -20,7 +20,7 @@ use super::output;
 #[derive(clap::Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct Snapshot {
-    /// The device: its number, /dev/ublkbN, or the path of its image
+    /// The device: its number, its name, /dev/ublkbN, or the path of its image
     target: OsString,
     /// The new image; the file must not exist
     image: PathBuf,

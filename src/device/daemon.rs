@@ -137,8 +137,11 @@ impl<E: EngineHandle> Device<E> {
         registry.sweep(&control)?;
         // Until its entry is written, the device looks like one without a daemon.
         let locked = registry.lock()?;
+        if let Some(name) = &options.name {
+            locked.refuse_name_in_use(name)?;
+        }
         let info = control.add(&new)?;
-        let entry = Entry { recovery, ..describe(&info, spec, daemon) };
+        let entry = Entry { recovery, name: options.name.clone(), ..describe(&info, spec, daemon) };
         let written = locked.write(&entry);
         drop(locked);
         let is_test = options.zero_copy == ZeroCopy::Fallback;
@@ -374,6 +377,7 @@ fn describe(info: &DeviceInfo, spec: &DeviceSpec, daemon: ProcessId) -> Entry {
     Entry {
         id: info.id,
         device: device_path(info.id),
+        name: None,
         image: spec.path.clone(),
         image_file: spec.image_file,
         parents: spec.parents.clone(),

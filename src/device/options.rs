@@ -5,6 +5,7 @@ use std::mem::offset_of;
 use libublk::sys;
 use serde::{Deserialize, Serialize};
 
+use super::name::Name;
 use crate::engine::front::MAX_LOOKS;
 use crate::error::{Error, Kind, Result};
 
@@ -68,6 +69,8 @@ pub enum ZeroCopy {
 pub struct Options {
     /// The N of `/dev/ublkbN`; the kernel chooses when there is none.
     pub id: Option<u32>,
+    /// The name by which the user knows it.
+    pub name: Option<Name>,
     /// Queues; the kernel gives at most one per CPU.
     pub queues: u16,
     /// Requests in flight per queue.
@@ -84,6 +87,7 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             id: None,
+            name: None,
             queues: 1,
             depth: 64,
             request_bytes: 512 << 10,

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use crate::device::name::Name;
 use crate::device::options::Recovery;
 use crate::device::path;
 use crate::device::process::ProcessId;
@@ -20,6 +21,9 @@ pub struct Entry {
     pub id: u32,
     /// `/dev/ublkbN`.
     pub device: PathBuf,
+    /// The name that the user gave it.
+    #[serde(default)]
+    pub name: Option<Name>,
     /// The image, as an absolute path without symbolic links.
     #[serde(with = "path::one")]
     pub image: PathBuf,
@@ -100,6 +104,7 @@ pub(in crate::device) mod tests {
         Entry {
             id,
             device: format!("/dev/ublkb{id}").into(),
+            name: None,
             image: "/images/disk.vhdx".into(),
             parents: Vec::new(),
             parent_files: Vec::new(),

@@ -11,6 +11,7 @@ use nix::fcntl::{Flock, FlockArg};
 
 use super::entry::Entry;
 use crate::device::control::POLL_INTERVAL;
+use crate::device::name::Name;
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::printable::shell;
 
@@ -220,6 +221,22 @@ impl Locked<'_> {
         let path = self.registry.entry_path(entry.id);
         let text = serde_json::to_string_pretty(entry).doing("describing the device").file(&entry.image)?;
         self.replace(&path, &text).doing("writing the device's entry").file(&path).map_err(with_room)
+    }
+
+    /// Refuses a name that a device has.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::InUse`], with the device; if the entries cannot be read.
+    pub fn refuse_name_in_use(&self, name: &Name) -> Result<()> {
+        let (entries, _) = self.registry.entries()?;
+        let Some(other) = entries.into_iter().find(|entry| entry.name.as_ref() == Some(name)) else {
+            return Ok(());
+        };
+        let device = other.device.display();
+        let message = format!("{device} has the name {name}");
+        let remedy = format!("choose another name, or `vhdx-ublk del {device}` first");
+        Err(Error::new(Kind::InUse, message).remedy(remedy))
     }
 
     /// Half of an entry is removed when this fails.

@@ -7,6 +7,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use crate::device::DeviceInfo;
+use crate::device::name::{Name, id_of_node_name};
 use crate::device::registry::{Entry, Listed, Registry, Survey};
 use crate::device::sysfs::device_number;
 use crate::disk::{HostFile, folder_of};
@@ -17,44 +18,62 @@ use crate::error::{Error, Kind, Result};
 pub enum Target {
     /// The N of `/dev/ublkbN`.
     Id(u32),
+    /// The device of this name; if the word may be a path as well, also the device that serves that image.
+    Name(Name, Option<PathBuf>),
     /// The device that serves this image.
     Image(PathBuf),
 }
 
 impl Target {
-    /// `3`, `ublkb3`, `/dev/ublkb3`, a partition of it, a link or another node that leads to one of these, or
-    /// an image's path.
+    /// `3`, `ublkb3`, `/dev/ublkb3`, a partition of it, a link or another node that leads to one of these, a
+    /// name, `/dev/vhdx/NAME`, or an image's path.
     pub fn parse(text: &OsStr) -> Self {
         let path = Path::new(text);
+        if let Some(name) = Name::of_link(path) {
+            return Self::Name(name, None);
+        }
         let resolved = fs::canonicalize(path).ok();
-        let in_dev = |path: &Path| id_of_name(path.strip_prefix("/dev").ok()?.to_str()?);
+        let in_dev = |path: &Path| id_of_node_name(path.strip_prefix("/dev").ok()?.to_str()?);
         let number = text.to_str().and_then(|text| text.parse().ok());
         let by_path = || in_dev(path).or_else(|| in_dev(resolved.as_deref()?));
         let by_node = || id_of_node(resolved.as_deref()?);
-        let by_name = || resolved.is_none().then(|| id_of_name(text.to_str()?)).flatten();
-        match number.or_else(by_path).or_else(by_node).or_else(by_name) {
-            Some(id) => Self::Id(id),
-            None => Self::Image(resolved.unwrap_or_else(|| absolute(path))),
+        let by_name = || resolved.is_none().then(|| id_of_node_name(text.to_str()?)).flatten();
+        if let Some(id) = number.or_else(by_path).or_else(by_node).or_else(by_name) {
+            return Self::Id(id);
+        }
+        let image = resolved.unwrap_or_else(|| absolute(path));
+        match text.to_str().and_then(|text| text.parse().ok()) {
+            Some(name) => Self::Name(name, Some(image)),
+            None => Self::Image(image),
+        }
+    }
+
+    /// The path of the image, if it is one.
+    pub fn image(&self) -> Option<&Path> {
+        match self {
+            Self::Id(_) => None,
+            Self::Name(_, image) => image.as_deref(),
+            Self::Image(path) => Some(path),
         }
     }
 
     pub(super) fn names(&self, entry: &Entry) -> bool {
         match self {
             Self::Id(id) => entry.id == *id,
-            Self::Image(path) => match fs::metadata(path) {
-                Ok(found) => HostFile::of(&found) == entry.image_file,
-                Err(_) => *path == entry.image,
-            },
+            Self::Name(name, image) => {
+                entry.name.as_ref() == Some(name) || image.as_ref().is_some_and(|path| serves(entry, path))
+            }
+            Self::Image(path) => serves(entry, path),
         }
     }
 }
 
-/// The N of `ublkbN` and of `ublkbNpM`.
-fn id_of_name(name: &str) -> Option<u32> {
-    let is_number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
-    let rest = name.strip_prefix("ublkb")?;
-    let (id, partition) = rest.split_once('p').map_or((rest, None), |(id, part)| (id, Some(part)));
-    (is_number(id) && partition.is_none_or(is_number)).then(|| id.parse().ok())?
+/// Whether the image of the device is the file at `path`.
+fn serves(entry: &Entry, path: &Path) -> bool {
+    match fs::metadata(path) {
+        Ok(found) => HostFile::of(&found) == entry.image_file,
+        Err(_) => *path == entry.image,
+    }
 }
 
 /// The device of a node that has another name.
@@ -62,7 +81,7 @@ fn id_of_node(path: &Path) -> Option<u32> {
     let found = fs::metadata(path).ok().filter(|found| found.file_type().is_block_device())?;
     let number = device_number(found.rdev());
     let device = fs::canonicalize(Path::new("/sys/dev/block").join(number)).ok()?;
-    id_of_name(device.file_name()?.to_str()?)
+    id_of_node_name(device.file_name()?.to_str()?)
 }
 
 /// The absolute path of a file that no longer exists, if its folder does.
@@ -76,6 +95,7 @@ impl fmt::Display for Target {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Id(id) => write!(f, "/dev/ublkb{id}"),
+            Self::Name(name, _) => write!(f, "{name}"),
             Self::Image(path) => write!(f, "{}", path.display()),
         }
     }
@@ -96,14 +116,18 @@ pub(super) fn find_in(survey: Survey, target: &Target) -> Result<Listed> {
     devices.retain(|listed| target.names(&listed.entry));
     if let [first, second, ..] = &devices[..] {
         let (first, second) = (first.entry.device.display(), second.entry.device.display());
-        let message = format!("{target} is served by several devices, {first} and {second} among them");
-        return Err(Error::new(Kind::Usage, message).remedy("name the device instead of the image"));
+        let message = format!("{target} names several devices, {first} and {second} among them");
+        return Err(Error::new(Kind::Usage, message).remedy("name the device by its number"));
     }
     if let Some(found) = devices.pop() {
         return Ok(found);
     }
     let Target::Id(id) = target else {
-        let message = format!("no device serves {target}");
+        let message = match target {
+            Target::Name(name, None) => format!("no device has the name {name}"),
+            Target::Name(name, Some(_)) => format!("no device has the name {name} or serves such an image"),
+            _ => format!("no device serves {target}"),
+        };
         return Err(Error::new(Kind::NotFound, message).remedy("vhdx-ublk list"));
     };
     if let Some(damaged) = unreadable.into_iter().find(|unreadable| unreadable.id == *id) {
@@ -151,9 +175,38 @@ mod tests {
             assert_eq!(Target::parse(text.as_ref()), Target::Image(text.into()));
         }
         let here = fs::canonicalize(".").expect("there");
-        for text in ["-1", "gone.vhdx"] {
+        for text in ["-1", "./gone.vhdx"] {
             assert_eq!(Target::parse(text.as_ref()), Target::Image(here.join(text)), "from the root");
         }
+        let name = |text: &str| text.parse::<Name>().expect("a name");
+        for text in ["/dev/vhdx/data", "/dev/vhdx/data-part2"] {
+            assert_eq!(Target::parse(text.as_ref()), Target::Name(name("data"), None));
+        }
+        let either = Target::Name(name("gone.vhdx"), Some(here.join("gone.vhdx")));
+        assert_eq!(Target::parse("gone.vhdx".as_ref()), either);
+    }
+
+    #[test]
+    fn a_word_that_names_two_devices_is_refused() {
+        let place = tempfile::tempdir().expect("a directory");
+        let image = place.path().join("data");
+        fs::write(&image, "").expect("written");
+        let named = Entry { name: "data".parse().ok(), ..entry(0) };
+        let serving = Entry { image_file: HostFile::at(&image).expect("there"), ..entry(1) };
+        let survey = |entries: &[&Entry]| Survey {
+            devices: entries
+                .iter()
+                .map(|&entry| Listed { entry: entry.clone(), state: crate::device::registry::State::Live })
+                .collect(),
+            ..Survey::default()
+        };
+        let word = Target::Name("data".parse().expect("a name"), Some(image));
+        assert_eq!(find_in(survey(&[&named]), &word).expect("by its name").entry.id, 0);
+        assert_eq!(find_in(survey(&[&serving]), &word).expect("by its image").entry.id, 1);
+        let error = find_in(survey(&[&named, &serving]), &word).expect_err("two");
+        assert_eq!(error.kind(), Kind::Usage);
+        let link = Target::parse("/dev/vhdx/data-part1".as_ref());
+        assert_eq!(find_in(survey(&[&named, &serving]), &link).expect("only a name").entry.id, 0);
     }
 
     #[test]
