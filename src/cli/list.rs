@@ -40,7 +40,8 @@ writes fail until the device is removed and added again), waiting (for `recover`
 signal stopped the daemon), no-answer (the daemon did not answer within a second), dead, unknown.
 
 JSON: id, device, name (null or a text), image, pid, state, health, last_error (null or a text),
-queues, depth, read_only, zero_copy, recovery, size (bytes), failure (null, or why the image could not be
+queues, depth, read_only, zero_copy, recovery, size (bytes), version (of the program that serves
+it: `vhdx-ublk upgrade` replaces an old one), failure (null, or why the image could not be
 closed or the entry could not be read). If only the kernel knows the device, all but id, device,
 state, health are null. A path that is not UTF-8 is an object: lossy (a text), hex (its bytes).
 Exit status: 0 success, 1 failure, 2 wrong usage. With --check: 0 all devices are healthy, 1 some
@@ -64,6 +65,8 @@ struct Row {
     zero_copy: Option<bool>,
     recovery: Option<Recovery>,
     size: Option<u64>,
+    /// The version of the program that serves it.
+    version: Option<String>,
     failure: Option<String>,
 }
 
@@ -84,6 +87,7 @@ impl Row {
             zero_copy: Some(entry.zero_copy),
             recovery: Some(entry.recovery),
             size: Some(entry.size_bytes),
+            version: Some(entry.version),
             failure: entry.failure,
         }
     }
@@ -105,6 +109,7 @@ impl Row {
             zero_copy: None,
             recovery: None,
             size: None,
+            version: None,
             failure: Some(failure),
         }
     }
@@ -141,7 +146,10 @@ impl List {
         } else if !devices.is_empty() {
             let rows = devices.iter().map(row).collect::<Result<Vec<_>>>()?;
             output::print(&output::table(
-                ["DEVICE", "NAME", "STATE", "HEALTH", "MODE", "SIZE", "QUEUES", "DEPTH", "PID", "IMAGE"],
+                [
+                    "DEVICE", "NAME", "STATE", "HEALTH", "MODE", "SIZE", "QUEUES", "DEPTH", "PID", "VERSION",
+                    "IMAGE",
+                ],
                 &rows,
             ))?;
         }
@@ -179,7 +187,7 @@ fn rows(registry: &Registry, survey: Survey) -> Vec<Row> {
     rows
 }
 
-fn row(device: &Row) -> Result<[String; 10]> {
+fn row(device: &Row) -> Result<[String; 11]> {
     fn text<T: ToString>(value: Option<T>) -> String {
         value.map_or_else(|| "?".into(), |value| value.to_string())
     }
@@ -196,13 +204,14 @@ fn row(device: &Row) -> Result<[String; 10]> {
         text(device.queues),
         text(device.depth),
         text(device.pid),
+        text(device.version.clone()),
         image.unwrap_or_else(|| format!("? ({failure})")),
     ])
 }
 
 #[cfg(test)]
 mod tests {
-    use vhdx_ublk::device::registry::{Entry, ProcessId};
+    use vhdx_ublk::device::registry::{ENTRY_FORMAT, Entry, ProcessId};
     use vhdx_ublk::disk::{HostFile, Sparse};
     use vhdx_ublk::error::{Error, Kind};
 
@@ -210,6 +219,7 @@ mod tests {
 
     fn listed() -> Listed {
         let entry = Entry {
+            format: ENTRY_FORMAT,
             id: 3,
             device: "/dev/ublkb3".into(),
             name: "data".parse().ok(),

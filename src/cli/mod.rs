@@ -34,6 +34,7 @@ mod set;
 mod size;
 mod snapshot;
 mod target_shape;
+mod upgrade;
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -73,6 +74,7 @@ enum Command {
     Del(del::Del),
     List(list::List),
     Recover(recover::Recover),
+    Upgrade(upgrade::Upgrade),
     Session(session::Sessions),
     Snapshot(snapshot::Snapshot),
     Create(create::Create),
@@ -108,6 +110,7 @@ impl Command {
             Self::Compare(compare) => compare.json,
             Self::Measure(measure) => measure.json,
             Self::Resize(resize) => resize.json,
+            Self::Upgrade(upgrade) => upgrade.json,
             Self::Add(_)
             | Self::Del(_)
             | Self::Recover(_)
@@ -126,6 +129,7 @@ impl Command {
             Self::Del(del) => del.run()?,
             Self::List(list) => return list.run(),
             Self::Recover(recover) => recover.run()?,
+            Self::Upgrade(upgrade) => upgrade.run()?,
             Self::Session(sessions) => sessions.run()?,
             Self::Snapshot(snapshot) => snapshot.run()?,
             Self::Create(create) => create.run()?,

@@ -123,24 +123,33 @@ impl Recover {
         let listed = claims::find(&Target::parse(text))?;
         refuse_served(&listed)?;
         let entry = &listed.entry;
-        let parents = Parents::of_device(entry, |path| add::open_locked(path, Access::ReadOnly));
-        if entry.read_only {
-            let file = Arc::new(self.open(entry, Access::ReadOnly)?);
-            refuse_changed(entry)?;
-            let opened = OpenImage::read_only(file.clone(), &parents)?;
-            if opened.file_write_guid != entry.file_write_guid && !self.accept_loss {
-                return Err(changed(entry));
-            }
-            return daemon::recover(&opened.spec(&file)?, entry, |ends| Ok(NoEngine(ends)), ready);
-        }
-        let file = Arc::new(self.open(entry, Access::ReadWrite)?);
+        let access = if entry.read_only { Access::ReadOnly } else { Access::ReadWrite };
+        let image = self.open(entry, access)?;
         refuse_changed(entry)?;
-        let engine =
-            EngineThread::open(file.clone(), Plan::Resume { accept_loss: self.accept_loss }, parents)?;
-        let served = engine.opened().spec(&file)?;
-        let entry = &Entry { image_file: served.image_file, ..entry.clone() };
-        daemon::recover(&served, entry, |ends| Ok(engine.start(ends)), ready)
+        serve_image(entry, image, self.accept_loss, ready)
     }
+}
+
+/// Serves the device of `entry`, which has no daemon, with `image`, which is locked.
+pub fn serve_image(
+    entry: &Entry,
+    image: ImageFile,
+    accept_loss: bool,
+    ready: impl FnOnce(&Ready) -> Result<()>,
+) -> Result<()> {
+    let parents = Parents::of_device(entry, |path| add::open_locked(path, Access::ReadOnly));
+    let file = Arc::new(image);
+    if entry.read_only {
+        let opened = OpenImage::read_only(file.clone(), &parents)?;
+        if opened.file_write_guid != entry.file_write_guid && !accept_loss {
+            return Err(changed(entry));
+        }
+        return daemon::recover(&opened.spec(&file)?, entry, |ends| Ok(NoEngine(ends)), ready);
+    }
+    let engine = EngineThread::open(file.clone(), Plan::Resume { accept_loss }, parents)?;
+    let served = engine.opened().spec(&file)?;
+    let entry = &Entry { image_file: served.image_file, ..entry.clone() };
+    daemon::recover(&served, entry, |ends| Ok(engine.start(ends)), ready)
 }
 
 impl Recover {

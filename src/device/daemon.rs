@@ -4,6 +4,9 @@
 //! queues settled → stop (while they serve: file systems are written back) → queues drained → engine closed
 //! (the image is clean now) → queues over → device deleted → entry removed.
 //!
+//! A third way is a handover: requests wait in the kernel, those that are served are completed, and the
+//! process ends as if it had been killed. See [`upgrade`](super::upgrade).
+//!
 //! Invariants:
 //!
 //! * a failure on the way up takes the same way down, wherever it happened;
@@ -22,18 +25,21 @@ use super::confine::{self, Role};
 use super::control::{self, Control, DeviceInfo, NewDevice};
 use super::ending::{Ending, INSISTENCE, Step};
 use super::features;
+use super::handover::{self, QUIESCE_PATIENCE, SETTLE_PATIENCE, Way};
 use super::launch;
 use super::mailbox::{EngineEnds, FrontEnds, mailboxes};
 use super::node::{Node, await_node};
 use super::options::{Options, Recovery, ZeroCopy};
-use super::order::{Call, NewLeaf, Order};
+use super::order::{Call, HandedOver, NewLeaf, Snapped, SnapshotOrder};
 use super::queue::{BufferIndex, QueueSetup, RingSetup, Transfer};
-use super::registry::{self, Entry, ProcessId, Registry};
+use super::registry::{self, ENTRY_FORMAT, Entry, ProcessId, Registry};
+use super::reply::Reply;
 use super::socket::{self, Status};
 use super::spec::{DeviceSpec, EngineHandle, Ready};
 use super::supervisor::{Demand, Supervisor};
 use super::sys;
 use super::usage;
+use crate::disk::HostFile;
 use crate::engine::front::Front;
 use crate::engine::shared::{Session, Shared};
 use crate::error::{Error, Kind, Result};
@@ -60,7 +66,7 @@ pub fn serve<E: EngineHandle>(
     let mut device = Device::add(registry, supervisor, spec, options)?;
     let outcome = device.bring_up(spec, start_engine, Beginning::Made).and_then(|()| ready(&device.ready()));
     let outcome = outcome.and_then(|()| device.run());
-    device.take_down(outcome)
+    device.finish(outcome)
 }
 
 /// Continues to serve the device of `entry`, whose daemon was killed, until it ends as by [`serve`].
@@ -83,12 +89,9 @@ pub fn recover<E: EngineHandle>(
     let mut device = Device::take_over(registry, supervisor, entry)?;
     device.bring_up(spec, start_engine, Beginning::TakenOver)?;
     ready(&device.ready())?;
-    tracing::warn!(
-        "the daemon before this one was killed; this one continues to serve {}",
-        device.path().display()
-    );
+    device.say_what_is_continued();
     let outcome = device.run();
-    device.take_down(outcome)
+    device.finish(outcome)
 }
 
 /// A failure here costs safety when memory runs out, and the device is served.
@@ -103,6 +106,15 @@ fn prepare_process() {
 enum Beginning {
     Made,
     TakenOver,
+}
+
+/// Why a daemon no longer serves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    /// The device is to be taken down, or was stopped.
+    Down,
+    /// Another process serves it from now on: everything is left as if this one had been killed.
+    HandedOver,
 }
 
 struct Device<E> {
@@ -130,7 +142,9 @@ impl<E: EngineHandle> Device<E> {
             queues: options.queues,
             depth: options.depth,
             request_bytes: options.request_bytes,
-            flags: features::wanted(recovery) | features::transfer(control.features(), options.zero_copy)?,
+            flags: features::wanted(recovery)
+                | features::handover(control.features(), recovery)
+                | features::transfer(control.features(), options.zero_copy)?,
             mark: control::new_mark(),
         };
         let daemon = ProcessId::this()?;
@@ -165,7 +179,8 @@ impl<E: EngineHandle> Device<E> {
             Some(libc::EBUSY) => still_held(entry),
             _ => error,
         })?;
-        let entry = Entry { daemon: ProcessId::this()?, started: false, ..entry.clone() };
+        let (daemon, version) = (ProcessId::this()?, env!("CARGO_PKG_VERSION").into());
+        let entry = Entry { format: ENTRY_FORMAT, daemon, version, started: false, ..entry.clone() };
         registry.write(&entry)?;
         let (transfer, entry) = (transfer(&info, BufferIndex::Tag), Arc::new(Mutex::new(entry)));
         Ok(Self { control, info, transfer, registry, entry, cdev: None, engine: None, supervisor })
@@ -209,19 +224,25 @@ impl<E: EngineHandle> Device<E> {
     }
 
     /// Handles demands until the device is to end.
-    fn run(&mut self) -> Result<()> {
+    fn run(&mut self) -> Result<End> {
         confine::become_(Role::Device);
         confine::seal();
         let mut ending = Ending::default();
         loop {
             let happening = match self.supervisor.next_demand(ending.due())? {
-                Demand::Call(call) => {
-                    self.snapshot(call);
+                Demand::Call(Call::Snapshot { image, reply }) => {
+                    self.snapshot(image, reply);
+                    continue;
+                }
+                Demand::Call(Call::HandOver { image_file, reply }) => {
+                    if self.hand_over(image_file, reply) {
+                        return Ok(End::HandedOver);
+                    }
                     continue;
                 }
                 Demand::Stopped => {
                     tracing::info!("ending: another process has stopped the device");
-                    return Ok(());
+                    return Ok(End::Down);
                 }
                 Demand::Happening(happening) => happening,
             };
@@ -232,7 +253,7 @@ impl<E: EngineHandle> Device<E> {
                 Step::Reopen => launch::reopen_log(),
                 Step::End => {
                     tracing::info!("ending on request");
-                    return Ok(());
+                    return Ok(End::Down);
                 }
             }
         }
@@ -248,7 +269,63 @@ impl<E: EngineHandle> Device<E> {
         );
     }
 
-    fn snapshot(&self, Call { image, reply }: Call) {
+    /// Ends serving for the caller, which takes the device over. `false`: that was refused, and the device is
+    /// served as before.
+    fn hand_over(&mut self, image_file: HostFile, reply: Reply<HandedOver>) -> bool {
+        let left = || Error::new(Kind::Io, "the caller has stopped waiting");
+        let agreed = self.agree(image_file);
+        let agreed = agreed.and_then(|way| if reply.claim() { self.pause(way) } else { Err(left()) });
+        match agreed {
+            Ok(handed_over) => {
+                tracing::info!("ending: another process serves the device from now on");
+                reply.send(Ok(handed_over));
+                // What is not completed now ends with this process, as after a kill.
+                if self.is_quiescable()
+                    && let Err(error) = self.supervisor.hand_over()
+                {
+                    tracing::warn!("{error:#}");
+                }
+                true
+            }
+            Err(error) => {
+                tracing::warn!("the device is not handed over: {error:#}");
+                reply.send(Err(error));
+                false
+            }
+        }
+    }
+
+    /// Whether another process may take the device over, and how. Leaves little to be committed.
+    fn agree(&self, image_file: HostFile) -> Result<Way> {
+        let entry = self.entry.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if entry.image_file != image_file {
+            let message = format!("{} serves another image by now", entry.device.display());
+            return Err(Error::new(Kind::InUse, message).remedy("run the command again"));
+        }
+        let way = handover::way(entry.recovery, self.is_quiescable())?;
+        self.engine().settle(false, SETTLE_PATIENCE)?;
+        Ok(way)
+    }
+
+    /// Has requests wait for the next server.
+    fn pause(&self, way: Way) -> Result<HandedOver> {
+        let handed_over = HandedOver { paused_at_us: handover::now_us()? };
+        match way {
+            Way::Quiesce => self.control.quiesce(self.info.id, QUIESCE_PATIENCE)?,
+            Way::Hold => self.engine().settle(true, SETTLE_PATIENCE)?,
+        }
+        Ok(handed_over)
+    }
+
+    fn is_quiescable(&self) -> bool {
+        self.info.flags & control::QUIESCE_FEATURE != 0
+    }
+
+    fn engine(&self) -> &E {
+        self.engine.as_ref().expect("a device that is up has an engine")
+    }
+
+    fn snapshot(&self, image: PathBuf, reply: Reply<Snapped>) {
         let entry = self.entry.clone();
         let switch = Box::new(move |leaf: NewLeaf| {
             change_entry(&Registry::open()?, &entry, |entry| {
@@ -259,8 +336,17 @@ impl<E: EngineHandle> Device<E> {
                 entry.file_write_guid = leaf.file_write_guid;
             })
         });
-        let engine = self.engine.as_ref().expect("a device that is up has an engine");
-        engine.snapshot(Order { image, device: self.info.id, switch, reply });
+        self.engine().snapshot(SnapshotOrder { image, device: self.info.id, switch, reply });
+    }
+
+    fn say_what_is_continued(&self) {
+        let path = self.path();
+        let path = path.display();
+        if launch::takes_over() {
+            tracing::info!("this one continues to serve {path} for the daemon before it");
+        } else {
+            tracing::warn!("the daemon before this one was killed; this one continues to serve {path}");
+        }
     }
 
     /// Changes the device's entry.
@@ -294,6 +380,14 @@ impl<E: EngineHandle> Device<E> {
             cpus: self.control.queue_cpus(self.info.id, queue)?,
         };
         self.supervisor.start(setup)
+    }
+
+    /// The way down, unless there is none: the device stays for the next process.
+    fn finish(self, outcome: Result<End>) -> Result<()> {
+        match outcome {
+            Ok(End::HandedOver) => Ok(()),
+            outcome => self.take_down(outcome.map(drop)),
+        }
     }
 
     /// The whole way down. Returns the first failure, including that of `outcome`.
@@ -340,7 +434,7 @@ impl<E: EngineHandle> Device<E> {
 
     fn ready(&self) -> Ready {
         let log = self.registry.log_path(self.info.id);
-        Ready { id: self.info.id, device: self.path(), log }
+        Ready { id: self.info.id, device: self.path(), log, pause_us: None }
     }
 }
 
@@ -375,6 +469,7 @@ fn transfer(info: &DeviceInfo, index: BufferIndex) -> Transfer {
 
 fn describe(info: &DeviceInfo, spec: &DeviceSpec, daemon: ProcessId) -> Entry {
     Entry {
+        format: ENTRY_FORMAT,
         id: info.id,
         device: device_path(info.id),
         name: None,

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use nix::sys::eventfd::EventFd;
 use nix::sys::signal::SigSet;
@@ -20,7 +21,7 @@ use super::layers::{self, Parents};
 use super::leaf_handover::LeafHandover;
 use super::mailbox::{EngineEnds, wake_up};
 use super::open_image::{OpenImage, parameters};
-use super::order::Order;
+use super::order::{Order, SnapshotOrder};
 use super::served_image::{ServedImage, open_served, unclean};
 use super::session::{Plan, SessionFile, Sessions};
 use super::snapshot::{Makers, Snapshotter};
@@ -30,7 +31,7 @@ use super::writable::{WritableChain, WritableOpener};
 use crate::disk::{ImageFile, Reactor};
 use crate::engine::Outcome;
 use crate::engine::shared::Session;
-use crate::error::{Doing, Result};
+use crate::error::{Doing, Error, Kind, Result};
 
 /// The engine's thread, as the device sees it.
 pub struct EngineThread {
@@ -98,6 +99,12 @@ impl EngineThread {
         self
     }
 
+    fn order(&self, order: Order) {
+        // A thread that has ended drops the order, which its caller notices.
+        let _ = self.orders.send(order);
+        self.call();
+    }
+
     fn call(&self) {
         self.called.store(true, Ordering::Release);
         if let Some(wake) = &self.wake {
@@ -111,10 +118,21 @@ impl EngineHandle for EngineThread {
         self.handover.clone()
     }
 
-    fn snapshot(&self, order: Order) {
-        // A thread that has ended drops the order, which its caller notices.
-        let _ = self.orders.send(order);
-        self.call();
+    fn snapshot(&self, order: SnapshotOrder) {
+        self.order(Order::Snapshot(order));
+    }
+
+    fn settle(&self, hold: bool, patience: Duration) -> Result<()> {
+        let (settled, awaited) = mpsc::sync_channel(0);
+        self.order(Order::Settle { hold, settled });
+        awaited.recv_timeout(patience).unwrap_or_else(|_| {
+            let message = format!(
+                "the I/O under way on the image has not ended within {} s (a snapshot, or a slow disk)",
+                patience.as_secs()
+            );
+            Err(Error::new(Kind::InUse, message)
+                .remedy("run the command again; if that fails too, see dmesg"))
+        })
     }
 
     fn close(self) -> Result<()> {
@@ -201,7 +219,10 @@ impl EngineLoop {
         };
         while !self.closing.load(Ordering::Acquire) {
             while let Ok(order) = self.ordered.try_recv() {
-                snapshotter.handle(order, served);
+                match order {
+                    Order::Snapshot(order) => snapshotter.handle(order, served),
+                    Order::Settle { hold, settled } => snapshotter.settle(hold, &settled, served),
+                }
             }
             reactor.block_on(inbox.called());
         }
@@ -238,7 +259,6 @@ fn become_io_flusher() {
 mod tests {
     use std::fs;
     use std::path::{Path, PathBuf};
-    use std::time::Duration;
 
     use uuid::Uuid;
 
@@ -249,7 +269,6 @@ mod tests {
     use crate::chain::Search;
     use crate::disk::{Access, HostFile};
     use crate::engine::message::{Ask, ToEngine};
-    use crate::error::{Error, Kind};
     use crate::format::locator::{
         ABSOLUTE_WIN32_PATH, PARENT_LINKAGE, ParentLocator, RELATIVE_PATH, VOLUME_PATH,
     };

@@ -3,7 +3,7 @@
 use libublk::sys;
 use serde::Serialize;
 
-use super::control::{Control, SAFE_STOP};
+use super::control::{Control, QUIESCE_FEATURE, SAFE_STOP};
 use super::options::{Options, Recovery, ZeroCopy};
 use crate::error::{Error, Kind, Result};
 
@@ -63,6 +63,12 @@ pub(super) fn wanted(recovery: Recovery) -> u64 {
     }
 }
 
+/// The feature by which a device with that `recovery` can be handed to another program in order, if the
+/// `driver` has it.
+pub(super) fn handover(driver: Option<u64>, recovery: Recovery) -> u64 {
+    if recovery == Recovery::None { 0 } else { QUIESCE_FEATURE & driver.unwrap_or(0) }
+}
+
 /// The recovery that a device gets: the `chosen` one, or the best of the `driver`.
 ///
 /// # Errors
@@ -119,7 +125,8 @@ pub(super) fn is_in_place(flags: u64) -> bool {
 }
 
 /// The features that are used if the driver has them.
-const USED: u64 = REISSUE | FAIL | IN_PLACE | sys::UBLK_F_CMD_IOCTL_ENCODE as u64 | SAFE_STOP;
+const USED: u64 =
+    REISSUE | FAIL | IN_PLACE | sys::UBLK_F_CMD_IOCTL_ENCODE as u64 | SAFE_STOP | QUIESCE_FEATURE;
 
 /// All features that the driver has, and all that this program knows.
 ///

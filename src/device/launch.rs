@@ -8,17 +8,19 @@
 
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, BufRead, BufReader, Write};
-use std::os::fd::{AsFd, RawFd};
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::Duration;
 
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::prctl;
 use nix::sys::signal::Signal;
@@ -32,6 +34,75 @@ use crate::error::{Doing, Error, Kind, Locate, Result};
 
 /// This program, even if its file has been replaced.
 const SELF: &str = "/proc/self/exe";
+
+/// The longest line that is read of a child, bytes.
+const MAX_LINE_BYTES: u64 = 64 << 10;
+
+/// This process takes a device over from a daemon that has stopped serving it: it no longer depends on its
+/// parent.
+static TAKES_OVER: AtomicBool = AtomicBool::new(false);
+
+/// A program to run, whatever its path names by then: an open file, or this one.
+pub struct Program(Option<File>);
+
+impl Program {
+    /// This one.
+    pub fn this() -> Self {
+        Self(None)
+    }
+
+    /// The program in the file at `path`, which may be a script.
+    ///
+    /// # Errors
+    ///
+    /// The host's.
+    pub fn at(path: &Path) -> Result<Self> {
+        let file = Self::open(path).doing("opening the program").file(path)?;
+        // What interprets a script opens it once more.
+        fcntl(&file, FcntlArg::F_SETFD(FdFlag::empty())).doing("opening the program").file(path)?;
+        Ok(Self(Some(file)))
+    }
+
+    /// The program that the process `pid` runs, even if its file was removed.
+    ///
+    /// # Errors
+    ///
+    /// The host's, as when the process has ended.
+    pub fn of_process(pid: u32) -> Result<Self> {
+        let path = PathBuf::from(format!("/proc/{pid}/exe"));
+        let file = Self::open(&path).doing("opening the program of the daemon").file(&path)?;
+        Ok(Self(Some(file)))
+    }
+
+    fn open(path: &Path) -> io::Result<File> {
+        OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(path)
+    }
+
+    /// The kernel's link to it.
+    fn link(&self) -> String {
+        self.0.as_ref().map_or_else(|| SELF.into(), |file| format!("/proc/self/fd/{}", file.as_raw_fd()))
+    }
+}
+
+/// How the start of a daemon that takes a device over has failed.
+#[derive(Debug)]
+pub struct Failed {
+    /// Why.
+    pub error: Error,
+    /// What became of the daemon before it.
+    pub stage: Stage,
+}
+
+/// How far a daemon has come that takes a device over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// The daemon before it was not disturbed.
+    Before,
+    /// The daemon before it ends, or has ended.
+    Begun,
+    /// It has not said.
+    Unknown,
+}
 
 /// The daemon's name in lists of processes: the kernel would take the last part of [`SELF`].
 const PROCESS_NAME: &str = "vhdx-ublk";
@@ -50,6 +121,8 @@ enum Line {
     /// Whether a device was stopped, which is the only purpose of this child.
     Stopped(bool),
     Error(Failure),
+    /// The same, after the daemon that served the device has begun to end.
+    Abandoned(Failure),
 }
 
 /// Runs this program again with `arguments`, as a daemon that calls [`enter`], then [`announce`] or
@@ -59,7 +132,7 @@ enum Line {
 ///
 /// The child's, or that it ended without a line.
 pub fn launch(arguments: impl IntoIterator<Item = OsString>) -> Result<Ready> {
-    let mut child = start(arguments)?;
+    let mut child = start(&Program::this(), arguments)?;
     let line = read_line(child.stdout.take().expect("it was asked for"));
     let line = line.doing("reading from the daemon")?;
     parse(&line).unwrap_or_else(|| Err(died(child)))
@@ -72,12 +145,53 @@ pub fn launch(arguments: impl IntoIterator<Item = OsString>) -> Result<Ready> {
 ///
 /// As [`launch`], and [`Kind::Io`] at the deadline.
 pub fn launch_within(arguments: impl IntoIterator<Item = OsString>, patience: Duration) -> Result<Ready> {
-    let mut child = start(arguments)?;
-    let Some(line) = line_within(&mut child, patience)? else {
+    launch_program(&Program::this(), arguments, patience).map_err(|failed| failed.error)
+}
+
+/// As [`launch_within`], for any program.
+///
+/// # Errors
+///
+/// As [`launch_within`].
+pub fn launch_program(
+    program: &Program,
+    arguments: impl IntoIterator<Item = OsString>,
+    patience: Duration,
+) -> std::result::Result<Ready, Failed> {
+    let failed = |stage| move |error| Failed { error, stage };
+    let mut child = start(program, arguments).map_err(failed(Stage::Before))?;
+    let line = read_ready(&mut child, patience).map_err(failed(Stage::Unknown))?;
+    match serde_json::from_str(&line) {
+        Ok(Line::Ready(ready)) => Ok(ready),
+        Ok(Line::Error(failure)) => Err(failed(Stage::Before)(failure.into())),
+        Ok(Line::Abandoned(failure)) => Err(failed(Stage::Begun)(failure.into())),
+        Ok(Line::Stopped(_)) | Err(_) => Err(failed(Stage::Unknown)(died(child))),
+    }
+}
+
+fn read_ready(child: &mut Child, patience: Duration) -> Result<String> {
+    line_within(child, patience)?.ok_or_else(|| {
         let message = format!("the daemon was not ready within {} s, and was killed", patience.as_secs());
-        return Err(Error::new(Kind::Io, message).remedy("check dmesg, and whether the image can be read"));
-    };
-    parse(&line).unwrap_or_else(|| Err(died(child)))
+        Error::new(Kind::Io, message).remedy("check dmesg, and whether the image can be read")
+    })
+}
+
+/// What `program` prints when it is run with `arguments`: one line. `None` if it prints none within
+/// `patience`.
+///
+/// # Errors
+///
+/// If it cannot be run.
+pub fn answer(
+    program: &Program,
+    arguments: impl IntoIterator<Item = OsString>,
+    patience: Duration,
+) -> Result<Option<String>> {
+    let mut child = start(program, arguments)?;
+    let line = line_within(&mut child, patience)?;
+    let _ = child.kill(); // it has nothing left to do
+    child.wait().doing("waiting for the program's end")?;
+    Ok(line)
 }
 
 /// Runs this program again with `arguments`, as a child that calls [`report_stopped`]. What it reports;
@@ -87,11 +201,11 @@ pub fn launch_within(arguments: impl IntoIterator<Item = OsString>, patience: Du
 ///
 /// The child's, or that it ended without a line.
 pub fn run_child(arguments: impl IntoIterator<Item = OsString>, patience: Duration) -> Result<Option<bool>> {
-    let mut child = start(arguments)?;
+    let mut child = start(&Program::this(), arguments)?;
     let Some(line) = line_within(&mut child, patience)? else { return Ok(None) };
     match serde_json::from_str(&line) {
         Ok(Line::Stopped(stopped)) => Ok(Some(stopped)),
-        Ok(Line::Error(failure)) => Err(failure.into()),
+        Ok(Line::Error(failure) | Line::Abandoned(failure)) => Err(failure.into()),
         Ok(Line::Ready(_)) | Err(_) => Err(died(child)),
     }
 }
@@ -108,10 +222,10 @@ pub fn report_stopped(outcome: &Result<bool>) -> Result<()> {
     })
 }
 
-fn start(arguments: impl IntoIterator<Item = OsString>) -> Result<Child> {
+fn start(program: &Program, arguments: impl IntoIterator<Item = OsString>) -> Result<Child> {
     let name = std::env::args_os().next().unwrap_or_else(|| PROCESS_NAME.into());
     let kept = confine::KEPT_VARIABLES.iter().filter_map(|name| Some((name, std::env::var_os(name)?)));
-    let child = Command::new(SELF)
+    let child = Command::new(program.link())
         .arg0(name)
         .args(arguments)
         .env_clear()
@@ -124,7 +238,7 @@ fn start(arguments: impl IntoIterator<Item = OsString>) -> Result<Child> {
 
 fn read_line(output: ChildStdout) -> io::Result<String> {
     let mut line = String::new();
-    BufReader::new(output).read_line(&mut line)?;
+    BufReader::new(output.take(MAX_LINE_BYTES)).read_line(&mut line)?;
     Ok(line)
 }
 
@@ -150,7 +264,7 @@ fn parse(line: &str) -> Option<Result<Ready>> {
     match serde_json::from_str(line).ok()? {
         Line::Ready(ready) => Some(Ok(ready)),
         Line::Stopped(_) => None,
-        Line::Error(failure) => Some(Err(failure.into())),
+        Line::Error(failure) | Line::Abandoned(failure) => Some(Err(failure.into())),
     }
 }
 
@@ -208,7 +322,10 @@ pub fn announce(ready: &Ready) -> Result<()> {
     unistd::dup2_stderr(&log).doing("detaching the errors")?;
     // The parent ends when it knows of the device.
     prctl::set_pdeathsig(None).doing("leaving the parent")?;
-    write_line(&Line::Ready(ready.clone()))?;
+    let told = write_line(&Line::Ready(ready.clone()));
+    if !takes_over() {
+        told?;
+    }
     LOG.get_or_init(|| ready.log.clone());
     unistd::dup2_stdout(&null).doing("detaching the output")
 }
@@ -232,7 +349,22 @@ pub(super) fn reopen_log() {
 ///
 /// If the parent is gone.
 pub fn announce_failure(error: &Error) -> Result<()> {
-    write_line(&Line::Error(error.into()))
+    write_line(&if takes_over() { Line::Abandoned(error.into()) } else { Line::Error(error.into()) })
+}
+
+/// Whether this process takes a device over from a daemon that serves it.
+pub(super) fn takes_over() -> bool {
+    TAKES_OVER.load(Ordering::Relaxed)
+}
+
+/// In the child: the daemon before this one has stopped serving, so this one must not end with its parent.
+///
+/// # Errors
+///
+/// The kernel's.
+pub(super) fn take_over() -> Result<()> {
+    TAKES_OVER.store(true, Ordering::Relaxed);
+    prctl::set_pdeathsig(None).doing("leaving the parent")
 }
 
 fn write_line(line: &Line) -> Result<()> {
@@ -253,7 +385,8 @@ mod tests {
 
     #[test]
     fn a_device_is_announced_as_documented() {
-        let ready = Ready { id: 0, device: "/dev/ublkb0".into(), log: "/run/vhdx-ublk/0.log".into() };
+        let ready =
+            Ready { id: 0, device: "/dev/ublkb0".into(), log: "/run/vhdx-ublk/0.log".into(), pause_us: None };
         let text = serde_json::to_string(&Line::Ready(ready.clone())).expect("serialisable");
         assert!(text.starts_with(r#"{"ready":{"id":0,"device":"/dev/ublkb0""#), "{text}");
         assert_eq!(through_the_pipe(&Line::Ready(ready.clone())).expect("ready"), ready);

@@ -10,6 +10,7 @@
 //!   thread; how its image becomes the parent of a new one while it is served;
 //! * `order`, `reply`, [`socket`]: how a running daemon gets commands;
 //! * [`spec`], `ending`, `supervisor`, [`daemon`]: the device from `ADD_DEV` to `DEL_DEV`;
+//! * `handover`, [`upgrade`]: how another program takes the device over while it is in use;
 //! * [`confine`], [`launch`]: the privileges of that process, and how it is started and reports.
 //!
 //! What other processes see and do: [`registry`], [`usage`], [`stop`], [`health`], [`claims`]; how data
@@ -27,6 +28,7 @@ mod ending;
 pub mod engine_thread;
 pub mod features;
 mod fronts;
+mod handover;
 pub mod health;
 pub mod launch;
 pub mod layers;
@@ -56,6 +58,7 @@ mod sys;
 mod sysfs;
 #[cfg(test)]
 mod testing;
+pub mod upgrade;
 pub mod usage;
 mod wire;
 mod writable;

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use uuid::Uuid;
 
@@ -11,7 +12,7 @@ use super::layers::{self, Parents};
 use super::leaf_handover::LeafHandover;
 use super::mailbox::EngineEnds;
 use super::options::Parameters;
-use super::order::Order;
+use super::order::SnapshotOrder;
 use super::spec::{DeviceSpec, EngineHandle};
 use crate::chain::Member;
 use crate::disk::{HostFile, ImageFile, Reactor};
@@ -118,7 +119,11 @@ impl EngineHandle for NoEngine {
         LeafHandover::default()
     }
 
-    fn snapshot(&self, order: Order) {
+    fn settle(&self, _hold: bool, _patience: Duration) -> Result<()> {
+        Ok(())
+    }
+
+    fn snapshot(&self, order: SnapshotOrder) {
         let message = "the device is read-only: a snapshot would be identical";
         order.reply.send(Err(Error::new(Kind::Unsupported, message)));
     }

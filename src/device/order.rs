@@ -1,6 +1,7 @@
-//! A snapshot on its way from the control socket to the engine.
+//! What callers request, on its way from the control socket to the engine.
 
 use std::path::PathBuf;
+use std::sync::mpsc;
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -40,19 +41,47 @@ pub struct NewLeaf {
 /// Makes the device's entry name the new leaf.
 pub type Switch = Box<dyn FnOnce(NewLeaf) -> Result<()> + Send>;
 
-/// A snapshot as a caller requests it.
-pub(super) struct Call {
-    /// The path of the new image: absolute.
-    pub(super) image: PathBuf,
-    pub(super) reply: Reply<Snapped>,
+/// A device that was handed over to the process that asked for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HandedOver {
+    /// When requests began to wait, microseconds of the clock that all processes share (`CLOCK_MONOTONIC`).
+    pub paused_at_us: u64,
+}
+
+/// What a caller requests at the control socket.
+pub(super) enum Call {
+    /// A snapshot.
+    Snapshot {
+        /// The path of the new image: absolute.
+        image: PathBuf,
+        reply: Reply<Snapped>,
+    },
+    /// That this daemon ends, and leaves its device to the caller.
+    HandOver {
+        /// The image that the caller has opened.
+        image_file: HostFile,
+        reply: Reply<HandedOver>,
+    },
 }
 
 /// A snapshot as the engine takes it.
-pub struct Order {
+pub struct SnapshotOrder {
     /// The path of the new image: absolute.
     pub(super) image: PathBuf,
     /// The number of the device.
     pub(super) device: u32,
     pub(super) switch: Switch,
     pub(super) reply: Reply<Snapped>,
+}
+
+/// What the engine is to do between requests.
+pub(super) enum Order {
+    Snapshot(SnapshotOrder),
+    /// Commit what is dirty, for a successor that has little to do then.
+    Settle {
+        /// Afterwards the fronts hold for good: nothing is under way, and the process ends.
+        hold: bool,
+        /// Takes the outcome as a rendezvous. If nothing receives it, the fronts continue.
+        settled: mpsc::SyncSender<Result<()>>,
+    },
 }

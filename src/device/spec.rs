@@ -3,13 +3,14 @@
 use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::leaf_handover::LeafHandover;
 use super::options::Parameters;
-use super::order::Order;
+use super::order::SnapshotOrder;
 use crate::disk::{HostFile, Sparse};
 use crate::engine::shared::Shared;
 use crate::error::Result;
@@ -53,7 +54,15 @@ pub trait EngineHandle {
     fn handover(&self) -> LeafHandover;
 
     /// Takes a snapshot, and answers through the order's reply.
-    fn snapshot(&self, order: Order);
+    fn snapshot(&self, order: SnapshotOrder);
+
+    /// Commits what is dirty, and with `hold` then has the fronts serve nothing from then on: the process is
+    /// about to end, and another one to take over. Waits up to `patience`.
+    ///
+    /// # Errors
+    ///
+    /// If that has failed, or takes longer: the fronts continue.
+    fn settle(&self, hold: bool, patience: Duration) -> Result<()>;
 }
 
 /// A device that is served.
@@ -65,4 +74,7 @@ pub struct Ready {
     pub device: PathBuf,
     /// Where warnings are written from now on, if the daemon has detached from its terminal.
     pub log: PathBuf,
+    /// How long requests had to wait, if it was taken over in an upgrade: microseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pause_us: Option<u64>,
 }

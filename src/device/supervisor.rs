@@ -150,6 +150,14 @@ impl Supervisor {
         self.drained = 0;
     }
 
+    /// Has every queue of a device that the kernel has quiesced complete what it serves, and waits for that.
+    pub(super) fn hand_over(&mut self) -> Result<()> {
+        self.queues.iter().for_each(Queue::hand_over);
+        self.drain()?;
+        self.finish();
+        Ok(())
+    }
+
     /// Takes events until `is_done`. A queue that fails is an error. Everything else is only counted, also
     /// signals and calls: the device is being taken down already.
     fn work_off(&mut self, deadline: Duration, is_done: impl Fn(&Self) -> bool) -> Result<()> {

@@ -20,6 +20,12 @@ pub(super) fn keep_in_memory() -> io::Result<()> {
     Ok(mlockall(MlockAllFlags::CURRENT | MlockAllFlags::FUTURE | MlockAllFlags::ONFAULT)?)
 }
 
+/// Brings all memory that this process has mapped now, its program included, into memory and keeps it there:
+/// soon the disk that it lies on may not answer.
+pub(super) fn load_program() -> io::Result<()> {
+    Ok(mlockall(MlockAllFlags::CURRENT)?)
+}
+
 /// Marks this thread as one that serves a block device: its own allocations must not wait for I/O that only
 /// it can do.
 pub(super) fn become_io_flusher() -> io::Result<()> {

@@ -104,7 +104,7 @@ impl WritableOpener {
             (None, Some(image)) => (image, None),
             (None, None) => (Image::open_for_writing(disk, Uuid::new_v4).await?, None),
         };
-        if let FoundLog::Dirty(entries) = image.found_log {
+        if let (FoundLog::Dirty(entries), None) = (image.found_log, &session) {
             tracing::info!("the image was not closed cleanly: replayed {entries} log entries");
         }
         if choose_payload_io(disk.file(), &image.metadata)? && session.is_some() {

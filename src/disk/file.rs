@@ -211,6 +211,31 @@ impl ImageFile {
         opened.map_err(|error| error.file(path))
     }
 
+    /// Opens the image at `path` for writing beside the process that writes it and is to be succeeded: others
+    /// stay out when that ends. [`Self::become_writer`] must come before anything is read or written.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::open`].
+    pub fn open_beside(path: &Path) -> Result<Self> {
+        let Opened { file, path: found } = open_regular(path, Access::ReadWrite, Links::Follow)?;
+        let opened = change_flags(&file, |flags| flags & !OFlag::O_NONBLOCK)
+            .map_err(|error| Error::io("opening the image", error))
+            .and_then(|()| lock::lock_beside(&file))
+            .and_then(|()| Self::named(file, &found, Access::ReadWrite));
+        opened.map_err(|error| error.file(path))
+    }
+
+    /// Completes the lock of a file from [`Self::open_beside`]. Waits up to `wait` for the process before to
+    /// end, its last I/O included.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::InUse`] if it has not ended by then.
+    pub fn become_writer(&self, wait: Duration) -> Result<()> {
+        lock::take_writer(&self.file, wait).map_err(|error| error.file(&self.path))
+    }
+
     /// Locks `file`, which was opened at `path`.
     pub(super) fn locked(file: File, path: &Path, access: Access, lock_wait: Duration) -> Result<Self> {
         lock::lock(&file, path, access, lock_wait)?;

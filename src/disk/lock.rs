@@ -141,6 +141,35 @@ pub fn join(other: &File, access: Access) -> Result<()> {
     set_each(other, access, locks).inspect_err(|_| unlock(other))
 }
 
+/// Locks `file` beside the holder that the caller is to succeed, as [`join`] does on a file of one's own: the
+/// two keep all others out, and no other comes between when the first one ends. Before it writes, the
+/// successor takes the writers' own byte with [`take_writer`].
+///
+/// # Errors
+///
+/// As [`try_lock`]; `file` has no lock of ours then.
+pub fn lock_beside(file: &File) -> Result<()> {
+    join(file, Access::ReadWrite)
+}
+
+/// Takes the writers' own byte on a file that was locked with [`lock_beside`]; waits up to `wait` for the
+/// writer before, whose last I/O has ended then.
+///
+/// # Errors
+///
+/// [`Kind::InUse`] if the writer has not ended by then.
+pub fn take_writer(file: &File, wait: Duration) -> Result<()> {
+    let deadline = Instant::now() + wait;
+    loop {
+        match set_each(file, Access::ReadWrite, [(libc::F_WRLCK, WRITER)]) {
+            Err(error) if error.kind() == Kind::InUse && Instant::now() < deadline => {
+                std::thread::sleep(FIRST_PAUSE);
+            }
+            outcome => return outcome,
+        }
+    }
+}
+
 /// Gives back whatever [`try_lock`] took. A failure is not reported: the end of the description gives it
 /// back, too.
 pub fn unlock(file: &File) {
@@ -322,6 +351,24 @@ mod tests {
             Err(Errno::EBADF),
             "no reader looks like one"
         );
+    }
+
+    /// Between one writer and its successor no other gets in, and the successor cannot write before the first
+    /// one has ended.
+    #[test]
+    fn a_successor_leaves_no_gap() {
+        let file = tempfile::NamedTempFile::new().expect("a temporary file");
+        let [first, successor, other] = [(); 3].map(|()| open(file.path(), Access::ReadWrite));
+        try_lock(&first, Access::ReadWrite).expect("free");
+        lock_beside(&successor).expect("the first one does not keep it out");
+        assert_eq!(kind_of(take_writer(&successor, Duration::ZERO)), Some(Kind::InUse));
+        unlock(&first);
+        assert_eq!(kind_of(try_lock(&other, Access::ReadWrite)), Some(Kind::InUse), "before it writes");
+        assert_eq!(kind_of(try_lock(&other, Access::ReadOnly)), Some(Kind::InUse));
+        take_writer(&successor, Duration::ZERO).expect("the first one has ended");
+        assert_eq!(kind_of(lock_past_readers(&other)), Some(Kind::InUse), "it is a writer now");
+        unlock(&successor);
+        try_lock(&other, Access::ReadWrite).expect("both have ended");
     }
 
     /// Whoever races, two writers never hold the lock at once, and waiting gets everybody there in the end.

@@ -3,8 +3,12 @@
 //! | page | task |
 //! |---|---|
 //! | [`export`] | Give a device to another machine, by NVMe over TCP or iSCSI. |
+//! | [`upgrade`] | Replace the program while its devices are in use. |
 //!
 //! Each command is explained by its own `--help`; the reasons are in [`design`](crate::design).
 
 #[doc = include_str!("export.md")]
 pub mod export {}
+
+#[doc = include_str!("upgrade.md")]
+pub mod upgrade {}

@@ -471,6 +471,40 @@ mod tests {
         SessionMemory::private(&Geometry::new(16 << 20, 1 << 20, 512, false))
     }
 
+    /// Session files of every version that is read, as they were left.
+    const LEFT: [(u64, &[u8]); 1] = [(1, include_bytes!("../../tests/formats/session-1.bin"))];
+
+    fn left(bytes: &[u8]) -> SessionMemory {
+        let words = bytes.chunks_exact(size_of::<u64>());
+        let words = words.map(|word| u64::from_le_bytes(word.try_into().expect("eight bytes")).into());
+        let none = Arc::new(|_| Err(std::io::ErrorKind::ReadOnlyFilesystem.into()));
+        SessionMemory::shared(words.collect::<Vec<AtomicU64>>().leak(), none)
+    }
+
+    #[test]
+    fn what_earlier_programs_have_left_is_read_as_they_meant_it() {
+        use super::super::BlockMap;
+        for (version, bytes) in LEFT {
+            let memory = left(bytes);
+            assert_eq!((memory.check_layout(), memory.load(VERSION_PLACE)), (Ok(()), version));
+            let disk_id = "6d1d2f4a-9c3b-4e55-a1b2-c3d4e5f60718".parse().expect("a GUID");
+            let place = memory.place();
+            assert_eq!((place.inode, place.device, place.file_system), (4242, 2049, 77));
+            assert_eq!(place.path, Path::new("/disks/ext4 \u{e4}.vhdx"));
+            let owner =
+                Owner { place, disk_id, virtual_size: 16 << 20, block_size: 1 << 20, sector_size: 512 };
+            for guid in ["11111111-2222-4333-8444-555555555555", "66666666-7777-4888-9999-aaaaaaaaaaaa"] {
+                assert_eq!(memory.check(&owner, guid.parse().expect("a GUID")), Ok(()));
+            }
+            assert_eq!(memory.session(), Session::Open);
+            let map = BlockMap::over(memory, Geometry::new(16 << 20, 1 << 20, 512, false));
+            let block = |block| (map.load(block).entry.offset(), map.load(block).durable);
+            assert_eq!((block(3), block(7), block(9)), ((4 << 20, true), (5 << 20, false), (0, false)));
+        }
+        let last = LEFT.last().expect("the present one is there");
+        assert_eq!(last.0, VERSION, "a new version has its sample, too");
+    }
+
     #[test]
     fn only_complete_memory_of_the_same_image_in_the_same_state_matches() {
         let (memory, owner) = (memory(), owner());

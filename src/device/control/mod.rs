@@ -45,6 +45,9 @@ const STOP_DEADLINE: Duration = Duration::from_secs(300);
 /// How long to wait without a word for the end of a server that was killed: most are gone at once.
 const RELEASE_PATIENCE: Duration = Duration::from_secs(1);
 
+/// How often to check for that end meanwhile: I/O waits for it.
+const RELEASE_INTERVAL: Duration = Duration::from_millis(1);
+
 /// Where the kernel lists the devices: `ublkcN`, whether they are started or not.
 const CHARACTER_CLASS: &str = "/sys/class/ublk-char";
 
@@ -83,6 +86,7 @@ const SET_PARAMS: Verb = verb(sys::UBLK_U_CMD_SET_PARAMS, "setting the parameter
 const START: Verb = verb(sys::UBLK_U_CMD_START_DEV, "starting");
 const START_RECOVERY: Verb = verb(sys::UBLK_U_CMD_START_USER_RECOVERY, "taking over");
 const END_RECOVERY: Verb = verb(sys::UBLK_U_CMD_END_USER_RECOVERY, "resuming");
+const QUIESCE: Verb = verb(sys::UBLK_U_CMD_QUIESCE_DEV, "quiescing");
 const STOP: Verb = Verb { deadline: STOP_DEADLINE, ..verb(sys::UBLK_U_CMD_STOP_DEV, "stopping") };
 const TRY_STOP: Verb = Verb { op: sys::UBLK_U_CMD_TRY_STOP_DEV, ..STOP };
 const DELETE: Verb = verb(sys::UBLK_U_CMD_DEL_DEV_ASYNC, "deleting");
@@ -91,6 +95,9 @@ const DELETE_AND_WAIT: Verb = verb(sys::UBLK_U_CMD_DEL_DEV, "deleting");
 
 /// The kernel can refuse to stop a device that is open (Linux 7.0).
 pub(in crate::device) const SAFE_STOP: u64 = sys::UBLK_F_SAFE_STOP_DEV as u64;
+
+/// The kernel can take a device from one server for the next (Linux 6.16).
+pub(in crate::device) const QUIESCE_FEATURE: u64 = sys::UBLK_F_QUIESCE as u64;
 
 /// The answer of drivers before Linux 6.4 to a command that they do not know: an internal number of the
 /// kernel.
@@ -223,10 +230,28 @@ impl Control {
                     {
                         waiting();
                     }
-                    thread::sleep(POLL_INTERVAL);
+                    let is_late = started.elapsed() > RELEASE_PATIENCE;
+                    thread::sleep(if is_late { POLL_INTERVAL } else { RELEASE_INTERVAL });
                 }
                 outcome => return outcome,
             }
+        }
+    }
+
+    /// Takes the device from its server, in an orderly way: new requests wait in the kernel, and every tag
+    /// that is idle comes back as aborted; those that are served are completed. Where that cannot begin
+    /// within `patience`, requests wait all the same. Only the next server's [`Self::end_recovery`] ends
+    /// that, so the server must end. Only where the device has [`QUIESCE_FEATURE`].
+    ///
+    /// # Errors
+    ///
+    /// Nothing has changed then: the device is not served, or is gone; the kernel's.
+    pub fn quiesce(&self, id: u32, patience: Duration) -> Result<()> {
+        let patience_ms = u64::try_from(patience.as_millis()).expect("a short time");
+        assert!(patience_ms > 0, "the kernel takes zero for no limit");
+        match self.exchange(QUIESCE, id, patience_ms, ()) {
+            Err(error) if error.os_error() == Some(libc::EBUSY) => Ok(()),
+            outcome => outcome.map(drop),
         }
     }
 

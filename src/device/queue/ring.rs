@@ -243,6 +243,23 @@ impl QueueRing {
         })
     }
 
+    /// As [`QueueRing::wait`], without sleeping.
+    pub(super) fn exchange(&mut self) -> Result<()> {
+        self.setup.sender.flush();
+        self.enter(0)
+    }
+
+    /// Everything that was pushed is with the kernel.
+    pub(super) fn is_submitted(&mut self) -> bool {
+        self.uring.submission().is_empty()
+    }
+
+    /// No request is here: every tag is with the kernel, or has ended.
+    pub(super) fn serves_nothing(&self) -> bool {
+        let is_served = |holder: &Holder| matches!(holder, Holder::Registering | Holder::Front { .. });
+        self.file_io_in_flight == 0 && !self.holders.iter().any(is_served)
+    }
+
     /// Every tag has ended: the kernel has nothing left for this queue.
     pub(super) fn has_ended(&self) -> bool {
         self.ended == self.setup.depth

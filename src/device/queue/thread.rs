@@ -4,6 +4,9 @@
 //! back for good and its front is idle; *over* when the device says so. Between drained and over it still
 //! answers the engine's barriers, so that the engine can close the image in its own order.
 //!
+//! A queue whose device the kernel has quiesced, for another program, is drained when it serves no request.
+//! The tags that it offers then never get one; the end of its thread takes them back.
+//!
 //! Only the end of the process helps a queue that fails: the kernel aborts its requests then, and not before.
 //! The queue reports that, and leaks the memory that the kernel may still write to.
 
@@ -52,8 +55,26 @@ pub(in crate::device) enum Report {
 /// A queue's thread, as the device sees it.
 pub(in crate::device) struct Queue {
     thread: JoinHandle<()>,
-    over: Arc<AtomicBool>,
+    calls: Arc<Calls>,
     wake: Arc<EventFd>,
+}
+
+/// What the device announces to a queue, once each.
+#[derive(Default)]
+struct Calls {
+    /// The image is closed: the queue ends.
+    over: AtomicBool,
+    /// The kernel has quiesced the device.
+    quiesced: AtomicBool,
+}
+
+/// How a queue ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    /// Nothing is under way.
+    Over,
+    /// Another program serves the device from now on.
+    HandedOver,
 }
 
 impl Queue {
@@ -62,28 +83,34 @@ impl Queue {
     where
         R: Fn(Report) + Send + 'static,
     {
-        let over = Arc::new(AtomicBool::new(false));
+        let calls = Arc::new(Calls::default());
         let wake = setup.ring.wake.clone();
         let name = format!("ublk{}-q{}", setup.device, setup.ring.queue);
         let thread = thread::Builder::new().name(name).spawn({
-            let over = over.clone();
-            move || serve(setup, over, &report)
+            let calls = calls.clone();
+            move || serve(setup, calls, &report)
         });
-        Ok(Self { thread: thread.doing("starting a queue's thread")?, over, wake })
+        Ok(Self { thread: thread.doing("starting a queue's thread")?, calls, wake })
+    }
+
+    /// The kernel has quiesced the device: the queue completes what it serves, and ends.
+    pub(in crate::device) fn hand_over(&self) {
+        self.calls.quiesced.store(true, Ordering::Release);
+        wake_up(&self.wake);
     }
 
     /// Ends a drained queue and waits for its end.
     pub(in crate::device) fn finish(self) {
-        self.over.store(true, Ordering::Release);
+        self.calls.over.store(true, Ordering::Release);
         wake_up(&self.wake);
         self.thread.join().expect("a panic ends the process");
     }
 }
 
-fn serve(setup: QueueSetup, over: Arc<AtomicBool>, report: &dyn Fn(Report)) {
+fn serve(setup: QueueSetup, calls: Arc<Calls>, report: &dyn Fn(Report)) {
     prepare_thread(&setup);
     let mut server = match QueueRing::new(setup.ring) {
-        Ok(ring) => Server { front: setup.front, receiver: setup.receiver, ring, over },
+        Ok(ring) => Server { front: setup.front, receiver: setup.receiver, ring, calls },
         Err(error) => return report(Report::Unready(error)),
     };
     confine::become_(Role::Plain); // the ring is made: nothing else needs a privilege
@@ -92,12 +119,16 @@ fn serve(setup: QueueSetup, over: Arc<AtomicBool>, report: &dyn Fn(Report)) {
         return report(Report::Unready(error));
     }
     report(Report::Ready);
-    if let Err(error) = server.run(report) {
-        tracing::error!("{error:#}");
-        std::mem::forget(server);
-        return report(Report::Failed(error));
+    match server.run(report) {
+        Ok(End::Over) => server.ring.close(),
+        // Its commands are out until the thread has ended.
+        Ok(End::HandedOver) => std::mem::forget(server),
+        Err(error) => {
+            tracing::error!("{error:#}");
+            std::mem::forget(server);
+            report(Report::Failed(error));
+        }
     }
-    server.ring.close();
 }
 
 /// A failure here costs speed, or safety when memory runs out, and the device is served.
@@ -115,7 +146,7 @@ struct Server {
     front: Front,
     receiver: Receiver<ToFront>,
     ring: QueueRing,
-    over: Arc<AtomicBool>,
+    calls: Arc<Calls>,
 }
 
 impl Server {
@@ -126,10 +157,15 @@ impl Server {
         Ok(())
     }
 
-    fn run(&mut self, report: &dyn Fn(Report)) -> Result<()> {
+    fn run(&mut self, report: &dyn Fn(Report)) -> Result<End> {
         while !(self.ring.has_ended() && self.front.is_idle()) {
             self.ring.wait()?;
             self.handle_events()?;
+            if self.calls.quiesced.load(Ordering::Acquire) && self.is_handed_over()? {
+                report(Report::Drained);
+                self.answer_engine()?;
+                return Ok(End::HandedOver);
+            }
         }
         report(Report::Drained);
         while !self.ring.is_quiet() {
@@ -137,7 +173,32 @@ impl Server {
             self.handle_events()?;
         }
         assert!(self.front.is_idle(), "the engine sends nothing to a front that is over");
+        Ok(End::Over)
+    }
+
+    /// Requests of other queues may need the engine, which needs the answers of all fronts.
+    fn answer_engine(&mut self) -> Result<()> {
+        while !self.calls.over.load(Ordering::Acquire) {
+            self.ring.wait()?;
+            self.handle_events()?;
+        }
         Ok(())
+    }
+
+    /// Whether the queue of a quiesced device serves nothing, and nothing is on the way in either direction:
+    /// what the kernel dispatched before it was quiesced arrives with the next call, and every result was
+    /// submitted.
+    fn is_handed_over(&mut self) -> Result<bool> {
+        loop {
+            self.ring.exchange()?;
+            self.handle_events()?;
+            if !(self.ring.serves_nothing() && self.front.is_idle()) {
+                return Ok(false);
+            }
+            if self.ring.is_submitted() {
+                return Ok(true);
+            }
+        }
     }
 
     fn handle_events(&mut self) -> Result<()> {
@@ -164,7 +225,7 @@ impl Server {
         while let Some(message) = self.receiver.pop() {
             self.front.receive(message, &mut self.ring);
         }
-        if !self.over.load(Ordering::Acquire) {
+        if !self.calls.over.load(Ordering::Acquire) {
             self.ring.arm_wake();
         }
     }

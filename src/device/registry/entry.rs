@@ -12,11 +12,24 @@ use crate::device::options::Recovery;
 use crate::device::path;
 use crate::device::process::ProcessId;
 use crate::disk::{HostFile, Sparse};
-use crate::error::{Error, Kind};
+use crate::error::{Error, Kind, Result};
+use crate::printable::printable;
+
+/// The version of the entries that this program writes, and the only one that it reads. A field that older
+/// programs may ignore is no new version.
+pub const ENTRY_FORMAT: u32 = 1;
+
+/// The version of entries that do not state one: the first programs wrote none.
+fn first_format() -> u32 {
+    1
+}
 
 /// One device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Entry {
+    /// The version of this structure.
+    #[serde(default = "first_format")]
+    pub format: u32,
     /// The N of `/dev/ublkbN`.
     pub id: u32,
     /// `/dev/ublkbN`.
@@ -91,6 +104,37 @@ impl Entry {
     }
 }
 
+/// What an entry of any version has.
+#[derive(Deserialize)]
+struct Envelope {
+    #[serde(default = "first_format")]
+    format: u32,
+    #[serde(default)]
+    version: Option<String>,
+}
+
+/// Reads an entry.
+///
+/// # Errors
+///
+/// [`Kind::Unsupported`] if it is of a version that this program does not know; [`Kind::Corrupt`].
+pub(super) fn parse(text: &str) -> Result<Entry> {
+    let damaged = |error: serde_json::Error| Error::corrupt("device entry", error.to_string());
+    let Envelope { format, version } = serde_json::from_str(text).map_err(damaged)?;
+    if format != ENTRY_FORMAT {
+        let (writer, this) = (version.as_deref().unwrap_or("?"), env!("CARGO_PKG_VERSION"));
+        let message = format!(
+            "the entry has format {format}, written by vhdx-ublk {}; vhdx-ublk {this} reads format \
+             {ENTRY_FORMAT}",
+            printable(writer)
+        );
+        return Err(Error::new(Kind::Unsupported, message)
+            .in_structure("device entry")
+            .remedy("the device continues; use the vhdx-ublk that serves it"));
+    }
+    serde_json::from_str(text).map_err(damaged)
+}
+
 /// The mount namespace of this process; 0 if `/proc` does not have it.
 pub(in crate::device) fn mount_namespace() -> u64 {
     fs::metadata("/proc/self/ns/mnt").map_or(0, |found| found.ino())
@@ -102,6 +146,7 @@ pub(in crate::device) mod tests {
 
     pub(in crate::device) fn entry(id: u32) -> Entry {
         Entry {
+            format: ENTRY_FORMAT,
             id,
             device: format!("/dev/ublkb{id}").into(),
             name: None,
@@ -124,6 +169,33 @@ pub(in crate::device) mod tests {
             started: true,
             failure: None,
         }
+    }
+
+    /// Entries of every version that is read, as they were left.
+    const LEFT: [(u32, &str); 1] = [(1, include_str!("../../../tests/formats/entry-1.json"))];
+
+    #[test]
+    fn what_earlier_programs_have_left_is_read_as_they_meant_it() {
+        for (format, text) in LEFT {
+            let found = parse(text).expect("it is read");
+            assert_eq!((found.format, found.id, found.version.as_str()), (format, 3, "0.1.0"));
+            assert_eq!(found.image_file, HostFile { device: 2049, inode: 4242 });
+            assert_eq!(found.daemon, ProcessId { pid: 1234, start_time: 5678, namespace: 0 });
+            assert_eq!((found.recovery, found.read_only, found.started), (Recovery::Reissue, false, true));
+        }
+        assert_eq!(LEFT[LEFT.len() - 1].0, ENTRY_FORMAT, "a new version has its sample, too");
+    }
+
+    #[test]
+    fn an_entry_of_a_later_format_is_refused_with_both_versions() {
+        let text = r#"{"format":2,"version":"9.9.9\u001b","daemons":[]}"#;
+        let error = parse(text).expect_err("refused");
+        assert_eq!((error.kind(), error.structure()), (Kind::Unsupported, Some("device entry")));
+        for part in ["has format 2, written by vhdx-ublk 9.9.9\\u", "reads format 1"] {
+            assert!(error.to_string().contains(part), "{error}");
+        }
+        assert!(error.remedy_text().is_some_and(|remedy| remedy.contains("use the vhdx-ublk")));
+        assert_eq!(parse("{}").expect_err("damaged").kind(), Kind::Corrupt);
     }
 
     #[test]

@@ -20,8 +20,8 @@ mod sight;
 mod store;
 mod survey;
 
-pub use entry::Entry;
 pub(super) use entry::mount_namespace;
+pub use entry::{ENTRY_FORMAT, Entry};
 pub(super) use sight::Sight;
 pub use sight::State;
 pub(super) use store::FILE_MODE;

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use nix::fcntl::{Flock, FlockArg};
 
-use super::entry::Entry;
+use super::entry::{Entry, parse};
 use crate::device::control::POLL_INTERVAL;
 use crate::device::name::Name;
 use crate::error::{Doing, Error, Kind, Locate, Result};
@@ -101,21 +101,34 @@ impl Registry {
     ///
     /// [`Kind::InUse`] if another process holds it for too long; the host's.
     pub fn lock(&self) -> Result<Locked<'_>> {
+        let message = "another vhdx-ublk has the directory of devices locked";
+        Ok(Locked { registry: self, _lock: self.lock_file(".lock", message)? })
+    }
+
+    /// Keeps every other upgrade out until it is dropped; waits for one that is under way.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::lock`].
+    pub fn lock_upgrades(&self) -> Result<Flock<File>> {
+        self.lock_file(".upgrade", "another upgrade is under way")
+    }
+
+    fn lock_file(&self, name: &str, held: &str) -> Result<Flock<File>> {
         const FAILED: &str = "locking the directory of devices";
-        let path = self.directory.join(".lock");
+        let path = self.directory.join(name);
         let file = OpenOptions::new().write(true).create(true).truncate(false).mode(FILE_MODE).open(&path);
         let mut file = file.doing(FAILED).file(&path).map_err(with_room)?;
         let until = Instant::now() + LOCK_PATIENCE;
         loop {
             file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-                Ok(lock) => return Ok(Locked { registry: self, _lock: lock }),
+                Ok(lock) => return Ok(lock),
                 Err((file, nix::Error::EWOULDBLOCK | nix::Error::EINTR)) => file,
                 Err((_, errno)) => return Err(errno).doing(FAILED).file(&path),
             };
             if Instant::now() >= until {
-                let message = "another vhdx-ublk has the directory of devices locked";
                 let remedy = format!("find it: fuser -v {}", shell(&path));
-                return Err(Error::new(Kind::InUse, message).file(&path).remedy(remedy));
+                return Err(Error::new(Kind::InUse, held).file(&path).remedy(remedy));
             }
             thread::sleep(POLL_INTERVAL);
         }
@@ -178,11 +191,11 @@ impl Registry {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             text => text.doing("reading the device's entry").file(&path)?,
         };
-        let entry: Entry = serde_json::from_str(&text).map_err(|error| {
-            let remedy = format!(
+        let entry = parse(&text).map_err(|error| match error.remedy_text() {
+            Some(_) => error.file(&path),
+            None => error.file(&path).remedy(format!(
                 "the device continues; `vhdx-ublk del --force {id}` removes it, and the entry with it"
-            );
-            Error::corrupt("device entry", error.to_string()).file(&path).remedy(remedy)
+            )),
         })?;
         if entry.id != id {
             let message = format!("it is the entry of device {}", entry.id);

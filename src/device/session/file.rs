@@ -127,6 +127,16 @@ impl Sessions {
         name.map_or(Ok(None), |name| self.open(&name))
     }
 
+    /// Whether a running process uses it.
+    pub(super) fn is_held(&self, name: &Name) -> Result<bool> {
+        let path = self.path_of(name);
+        let file = match File::open(&path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(false),
+            file => file.doing("opening the session file").file(&path)?,
+        };
+        Ok(Flock::lock(file, FlockArg::LockExclusiveNonblock).is_err())
+    }
+
     pub(super) fn open(&self, name: &Name) -> Result<Option<Found>> {
         let path = self.path_of(name);
         let file = match OpenOptions::new().read(true).write(true).open(&path) {

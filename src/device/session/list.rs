@@ -2,13 +2,15 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
 use super::file::{Found, Sessions};
 use super::name::Name;
 use super::origin::boot_id;
-use crate::disk::host_bytes;
+use crate::disk::{HostFile, host_bytes};
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::image::{Mismatch, Session, SessionMemory};
 
@@ -76,6 +78,26 @@ pub fn discard(name: &str) -> Result<()> {
     };
     let path = sessions.path_of(&known);
     fs::remove_file(&path).doing("removing the session file").file(&path)
+}
+
+/// Waits until no process uses the session of the image `file`: one that has ended lets go of it a moment
+/// later.
+///
+/// # Errors
+///
+/// [`Kind::InUse`] if one still uses it after `patience`; if the session cannot be read.
+pub(in crate::device) fn await_free(file: HostFile, patience: Duration) -> Result<()> {
+    let (sessions, until) = (Sessions::of_machine(), Instant::now() + patience);
+    let is_its = |name: &Name| (name.device, name.inode) == (file.device, file.inode);
+    let Some(name) = sessions.names()?.into_iter().find(is_its) else { return Ok(()) };
+    while sessions.is_held(&name)? {
+        if Instant::now() >= until {
+            return Err(Error::new(Kind::InUse, "another process uses the session of the image")
+                .remedy("vhdx-ublk session list"));
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+    Ok(())
 }
 
 fn describe(sessions: &Sessions, name: Name) -> Result<Option<Kept>> {

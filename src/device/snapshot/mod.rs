@@ -25,13 +25,14 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::SyncSender;
 use std::time::Instant;
 
 pub(super) use maker::Makers;
 
 use super::fronts::{FrontInbox, Mailboxes};
 use super::leaf_handover::{Leaf, LeafHandover};
-use super::order::{NewLeaf, Order, Snapped, Switch};
+use super::order::{NewLeaf, Snapped, SnapshotOrder, Switch};
 use super::reply::Reply;
 use super::served_image::{ServedImage, open_served, unclean};
 use super::session::SessionFile;
@@ -59,8 +60,8 @@ pub(super) struct Snapshotter<'a> {
 
 impl Snapshotter<'_> {
     /// Takes the snapshot and answers; `served` is what is served afterwards.
-    pub(super) fn handle(&self, order: Order, served: &mut ServedImage) {
-        let Order { image, device, switch, reply } = order;
+    pub(super) fn handle(&self, order: SnapshotOrder, served: &mut ServedImage) {
+        let SnapshotOrder { image, device, switch, reply } = order;
         match self.make_child(image, device, served) {
             Ok((child, verdict)) => {
                 let outcome = self.serve_child(child, served);
@@ -68,6 +69,19 @@ impl Snapshotter<'_> {
                 verdict.give(outcome, reply);
             }
             Err(error) => reply.send(Err(error)),
+        }
+    }
+
+    /// See [`Order::Settle`](super::order::Order::Settle).
+    pub(super) fn settle(&self, hold: bool, settled: &SyncSender<Result<()>>, served: &ServedImage) {
+        let flushed = self.reactor.block_on(served.engine.flush());
+        let outcome = check("committing dirty metadata", flushed, served);
+        let holds = hold && outcome.is_ok();
+        if holds {
+            self.inbox.hold(self.reactor, self.fronts);
+        }
+        if settled.send(outcome).is_err() && holds {
+            self.fronts.release();
         }
     }
 

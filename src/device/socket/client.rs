@@ -12,7 +12,8 @@ use serde::de::DeserializeOwned;
 use super::{
     ANSWER_DEADLINE, Answer, Command, LINE_DEADLINE, Request, Status, VERSION, read_line, write_line,
 };
-use crate::device::order::Snapped;
+use crate::device::order::{HandedOver, Snapped};
+use crate::disk::HostFile;
 use crate::error::{Doing, Error, Kind, Locate, Result};
 
 /// How long a daemon may take to report its status, which is in memory.
@@ -33,6 +34,17 @@ pub fn snapshot(path: &Path, image: PathBuf) -> Result<Snapped> {
         ),
         _ => error,
     })
+}
+
+/// Has the daemon that listens at `path` end, and leave its device to this process, which has the image
+/// `image_file` open.
+///
+/// # Errors
+///
+/// The daemon's: it continues; [`Kind::Io`] if it does not listen or does not answer, as when it has ended
+/// before its answer was written.
+pub(in crate::device) fn hand_over(path: &Path, image_file: HostFile) -> Result<HandedOver> {
+    send(path, &Command::HandOver { image_file }, ANSWER_DEADLINE)
 }
 
 /// Requests the status of its device from the daemon that listens at `path`.

@@ -20,15 +20,17 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
+pub(super) use client::hand_over;
 pub use client::{snapshot, status};
 pub(super) use server::listen;
 
 use super::path;
 use super::wire::Failure;
+use crate::disk::HostFile;
 use crate::error::{Doing, Error, Kind, Result};
 
 /// The version of the protocol.
-const VERSION: u32 = 1;
+pub(super) const VERSION: u32 = 1;
 
 /// The longest line that is read, bytes: a path and a few words.
 const MAX_LINE_BYTES: usize = 64 << 10;
@@ -48,6 +50,11 @@ pub enum Command {
         /// The path of the new image: absolute.
         #[serde(with = "path::one")]
         image: PathBuf,
+    },
+    /// End, and leave the device to the caller, which has its image open.
+    HandOver {
+        /// That image: the daemon refuses if it serves another one by now.
+        image_file: HostFile,
     },
     /// Report the status of the device.
     Status,

@@ -16,8 +16,8 @@ use super::{
     ANSWER_DEADLINE, Answer, Command, LINE_DEADLINE, Request, Status, VERSION, read_line, write_line,
 };
 use crate::device::confine::{self, Role};
-use crate::device::order::{Call, Snapped};
-use crate::device::reply::{is_connected, reply_to};
+use crate::device::order::Call;
+use crate::device::reply::{Reply, is_connected, reply_to};
 use crate::error::{Doing, Error, Kind, Locate, Result};
 
 /// Connections at a time: enough for people and scripts.
@@ -91,6 +91,11 @@ fn serve_client(
             snapshot_for(stream, image, pass_on);
             Ok(())
         }
+        Ok(Command::HandOver { image_file }) => {
+            let call = |reply| Call::HandOver { image_file, reply };
+            let outcome = ask(stream, "the handover of the device", pass_on, call);
+            write_answer(stream, outcome.and_then(|done| json(&done)))
+        }
         Err(error) => write_answer(stream, Err(error)),
     };
     // A caller that has left misses nothing.
@@ -106,7 +111,8 @@ fn snapshot_for(stream: &UnixStream, image: PathBuf, pass_on: &impl Fn(Call)) {
         );
         return;
     }
-    let outcome = take_snapshot(stream, image, pass_on);
+    let what = format!("the snapshot {}", image.display());
+    let outcome = ask(stream, &what, pass_on, |reply| Call::Snapshot { image, reply });
     let done = outcome.as_ref().ok().cloned();
     let written = write_answer(stream, outcome.and_then(|snapped| json(&snapped)));
     if written.is_ok() && is_connected(stream) {
@@ -120,10 +126,15 @@ fn snapshot_for(stream: &UnixStream, image: PathBuf, pass_on: &impl Fn(Call)) {
     }
 }
 
-fn take_snapshot(stream: &UnixStream, image: PathBuf, pass_on: &impl Fn(Call)) -> Result<Snapped> {
-    let path = image.clone();
+/// Passes the call on that `call` makes of a reply, and waits for its answer. `what` is requested.
+fn ask<T>(
+    stream: &UnixStream,
+    what: &str,
+    pass_on: &impl Fn(Call),
+    call: impl FnOnce(Reply<T>) -> Call,
+) -> Result<T> {
     let (reply, awaited) = reply_to(stream).doing("duplicating a descriptor")?;
-    pass_on(Call { image, reply });
+    pass_on(call(reply));
     let gone = |_| {
         Error::new(Kind::Io, "the device was removed, or did not answer in time")
             .remedy("`vhdx-ublk list` shows what is served")
@@ -131,12 +142,12 @@ fn take_snapshot(stream: &UnixStream, image: PathBuf, pass_on: &impl Fn(Call)) -
     match awaited.wait(ANSWER_DEADLINE) {
         Err(RecvTimeoutError::Timeout) if awaited.give_up() => {
             let seconds = ANSWER_DEADLINE.as_secs();
-            let message = format!("the snapshot was not taken within {seconds} s and is given up");
-            tracing::warn!("{}: {message}", path.display());
+            let message = format!("{what} has not taken place within {seconds} s and is given up");
+            tracing::warn!("{message}");
             Err(Error::new(Kind::Io, message)
                 .remedy("look for the cause (the device's log, dmesg), then try again"))
         }
-        // The engine has claimed it.
+        // It was claimed.
         Err(RecvTimeoutError::Timeout) => awaited.wait(ANSWER_DEADLINE).map_err(gone)?,
         answer => answer.map_err(gone)?,
     }
@@ -186,6 +197,7 @@ mod tests {
 
     use super::*;
     use crate::device::socket::status;
+    use crate::disk::HostFile;
 
     fn snapshot() -> Command {
         Command::Snapshot { image: "/disks/new.vhdx".into() }
@@ -200,6 +212,9 @@ mod tests {
         assert!(refusal(&line.replace("snapshot", "dance")).contains("dance"));
         assert!(refusal("hello").contains("does not understand"));
         assert_eq!(parse(r#"{"version":1,"command":"status"}"#).expect("understood"), Command::Status);
+        let line = r#"{"version":1,"command":{"handover":{"image_file":{"device":1,"inode":2}}}}"#;
+        let image_file = HostFile { device: 1, inode: 2 };
+        assert_eq!(parse(line).expect("understood"), Command::HandOver { image_file });
     }
 
     #[test]
@@ -244,8 +259,11 @@ mod tests {
             &path,
             move || reported.clone(),
             |call: Call| {
-                let refusal = Error::new(Kind::Exists, "no").file(&call.image);
-                call.reply.send(Err(refusal));
+                let refusal = || Error::new(Kind::Exists, "no");
+                match call {
+                    Call::Snapshot { image, reply } => reply.send(Err(refusal().file(&image))),
+                    Call::HandOver { reply, .. } => reply.send(Err(refusal())),
+                }
             },
         )
         .expect("free");
@@ -258,5 +276,7 @@ mod tests {
         // A caller that is not root is refused before.
         let expected = if nix::unistd::geteuid().is_root() { Kind::Exists } else { Kind::Permission };
         assert_eq!(error.kind(), expected, "{error}");
+        let error = crate::device::socket::hand_over(&path, HostFile { device: 1, inode: 2 });
+        assert_eq!(error.expect_err("refused").kind(), expected);
     }
 }

@@ -1,0 +1,115 @@
+//! The command's part: starts the successor, and the old program if that fails.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use super::formats::Formats;
+use crate::device::launch::{self, Failed, Program, Stage};
+use crate::device::process::Life;
+use crate::device::registry::{Entry, Listed};
+use crate::error::{Error, Kind, Result};
+use crate::printable::printable;
+
+/// How long a successor may take: it waits for the daemon's last I/O, and as long for the kernel.
+const READY_DEADLINE: Duration = Duration::from_secs(180);
+
+/// How long to watch whether the daemon ends, when its successor has not said how far it came.
+const WATCH: Duration = Duration::from_secs(3);
+
+/// How long the daemon may take to end, when its successor has said that it will.
+const END_PATIENCE: Duration = Duration::from_secs(40);
+
+/// The upgrade of devices to one program.
+pub struct Exchange {
+    /// The new program.
+    pub program: Program,
+    /// What it reads.
+    pub formats: Formats,
+    /// How it is run as the successor of a device, whose number follows.
+    pub succeed: Vec<OsString>,
+    /// How any program is run to recover a device, whose number follows.
+    pub recover: Vec<OsString>,
+}
+
+/// A device that was taken over.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Upgraded {
+    /// The N of `/dev/ublkbN`.
+    pub id: u32,
+    /// `/dev/ublkbN`.
+    pub device: PathBuf,
+    /// The version of the program that served it before.
+    pub from: String,
+    /// The version of the program that serves it now.
+    pub to: String,
+    /// How long requests had to wait at most, microseconds.
+    pub pause_us: u64,
+}
+
+impl Exchange {
+    /// Has the new program take over the device of `listed`. The caller keeps other upgrades out.
+    ///
+    /// # Errors
+    ///
+    /// Why it did not, and who serves the device now.
+    pub fn upgrade(&self, listed: &Listed) -> Result<Upgraded> {
+        let entry = &listed.entry;
+        self.formats.check(entry)?;
+        let old = Program::of_process(entry.daemon.pid)?;
+        // Otherwise it may be the program of a later process with this number.
+        if !entry.daemon.is_alive() {
+            let message = format!("the daemon of {} is gone", entry.device.display());
+            let remedy = format!("vhdx-ublk recover {}", entry.device.display());
+            return Err(Error::new(Kind::NotFound, message).remedy(remedy));
+        }
+        match launch::launch_program(&self.program, with_id(&self.succeed, entry), READY_DEADLINE) {
+            Ok(ready) => Ok(Upgraded {
+                id: entry.id,
+                device: entry.device.clone(),
+                from: printable(&entry.version).into(),
+                to: printable(&self.formats.version).into(),
+                pause_us: ready.pause_us.unwrap_or_default(),
+            }),
+            Err(Failed { error, stage }) => Err(self.after_failure(entry, &old, error, stage)),
+        }
+    }
+
+    /// Sees to it that the device is served, and says by which program.
+    fn after_failure(&self, entry: &Entry, old: &Program, error: Error, stage: Stage) -> Error {
+        let device = entry.device.display();
+        let patience = match stage {
+            Stage::Before => return error,
+            Stage::Begun => END_PATIENCE,
+            Stage::Unknown => WATCH,
+        };
+        let until = Instant::now() + patience;
+        while entry.daemon.life() != Life::Ended {
+            if Instant::now() >= until {
+                let message = format!("{error:#}; the program before has not ended");
+                return Error::new(error.kind(), message)
+                    .remedy(format!("`vhdx-ublk list` shows whether {device} is served"));
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+        match launch::launch_program(old, with_id(&self.recover, entry), READY_DEADLINE) {
+            Ok(_) => {
+                let message = format!("{error:#}; the program before serves {device} again");
+                Error::new(error.kind(), message).remedy("nothing was lost; see the log of the device")
+            }
+            Err(second) => {
+                let message =
+                    format!("{error:#}; the program before cannot continue either: {:#}", second.error);
+                Error::new(error.kind(), message)
+                    .remedy(format!("the I/O of {device} waits for `vhdx-ublk recover {device}`"))
+            }
+        }
+    }
+}
+
+fn with_id(arguments: &[OsString], entry: &Entry) -> Vec<OsString> {
+    arguments.iter().cloned().chain(["--".into(), entry.id.to_string().into()]).collect()
+}

@@ -1,0 +1,212 @@
+//! The process that takes a device over from a daemon that serves it.
+
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::formats::Formats;
+use crate::device::handover::now_us;
+use crate::device::launch;
+use crate::device::order::HandedOver;
+use crate::device::process::Life;
+use crate::device::registry::{Entry, Listed, Registry, State};
+use crate::device::session;
+use crate::device::socket;
+use crate::device::sys;
+use crate::disk::{Access, ImageFile};
+use crate::error::{Error, Kind, Result};
+
+/// How long the daemon may take to end once it has agreed: its last I/O included.
+const END_PATIENCE: Duration = Duration::from_secs(40);
+
+/// How long a daemon that does not answer may take to be seen as ended.
+const DEATH_PATIENCE: Duration = Duration::from_secs(1);
+
+/// How often to look: I/O waits meanwhile.
+const INTERVAL: Duration = Duration::from_millis(1);
+
+/// A process that is ready to take a device over. Nothing has changed.
+pub struct Successor {
+    entry: Entry,
+    image: ImageFile,
+    parents: Vec<ImageFile>,
+}
+
+/// A device whose daemon has ended for this process.
+pub struct TakenOver {
+    /// What is known of it.
+    pub entry: Entry,
+    /// Its image, locked for this process.
+    pub image: ImageFile,
+    /// The image's parents, locked until they have been opened once more.
+    pub parents: Vec<ImageFile>,
+    /// Since when requests wait.
+    pub pause: Pause,
+}
+
+/// A pause of a device: since when requests wait at most, microseconds.
+#[derive(Clone, Copy, Debug)]
+pub struct Pause(u64);
+
+impl Successor {
+    /// Opens what the device needs beside its daemon. `open` opens and locks a file.
+    ///
+    /// # Errors
+    ///
+    /// If the device is not served, or this program could not serve it.
+    pub fn prepare(listed: &Listed, open: fn(&Path, Access) -> Result<ImageFile>) -> Result<Self> {
+        refuse_unserved(listed)?;
+        let entry = listed.entry.clone();
+        Formats::ours().check(&entry)?;
+        if let Err(error) = sys::load_program() {
+            tracing::warn!("the program may have to be read while its disk waits: {error}");
+        }
+        let image = if entry.read_only {
+            open(&entry.image, Access::ReadOnly)
+        } else {
+            ImageFile::open_beside(&entry.image)
+        };
+        let image = image.map_err(|error| entry.explain(error))?;
+        image.set_sparse(entry.sparse);
+        refuse_another(&entry, &entry.image, image.identity() == entry.image_file)?;
+        let mut parents = Vec::new();
+        for (path, file) in entry.parents.iter().zip(&entry.parent_files) {
+            let parent = open(path, Access::ReadOnly).map_err(|error| entry.explain(error))?;
+            refuse_another(&entry, path, parent.identity() == *file)?;
+            parents.push(parent);
+        }
+        Ok(Self { entry, image, parents })
+    }
+
+    /// Has the daemon end, and waits for that.
+    ///
+    /// # Errors
+    ///
+    /// The daemon's refusal: nothing has changed. That it does not end in time.
+    pub fn take_over(self, registry: &Registry) -> Result<TakenOver> {
+        let Self { entry, image, parents } = self;
+        let asked_at_us = now_us()?;
+        let asked = socket::hand_over(&registry.socket_path(entry.id), entry.image_file);
+        let paused_at_us = match asked {
+            Ok(HandedOver { paused_at_us }) => paused_at_us,
+            // It may have ended before its answer was written, or was killed.
+            Err(error) if error.kind() == Kind::Io && has_ended(&entry, DEATH_PATIENCE) => asked_at_us,
+            Err(error) => return Err(without_command(&entry, error)),
+        };
+        launch::take_over()?;
+        if !has_ended(&entry, END_PATIENCE) {
+            let message = format!(
+                "the daemon of {} (pid {}) has not ended within {} s",
+                entry.device.display(),
+                entry.daemon.pid,
+                END_PATIENCE.as_secs()
+            );
+            return Err(Error::new(Kind::InUse, message).remedy("check dmesg and the host's storage"));
+        }
+        if !entry.read_only {
+            image.become_writer(END_PATIENCE)?;
+            session::await_free(entry.image_file, END_PATIENCE)?;
+        }
+        Ok(TakenOver { entry, image, parents, pause: Pause(paused_at_us) })
+    }
+}
+
+impl Pause {
+    /// How long requests have been waiting at most, microseconds.
+    ///
+    /// # Errors
+    ///
+    /// If there is no clock.
+    pub fn until_now_us(self) -> Result<u64> {
+        Ok(now_us()?.saturating_sub(self.0))
+    }
+}
+
+/// Whether the daemon ends within `patience`.
+fn has_ended(entry: &Entry, patience: Duration) -> bool {
+    let until = Instant::now() + patience;
+    while entry.daemon.life() != Life::Ended {
+        if Instant::now() >= until {
+            return false;
+        }
+        thread::sleep(INTERVAL);
+    }
+    true
+}
+
+fn refuse_unserved(listed: &Listed) -> Result<()> {
+    let (device, pid) = (listed.entry.device.display(), listed.entry.daemon.pid);
+    if listed.is_abandoned() {
+        let message = format!("the daemon of {device} is gone");
+        return Err(Error::new(Kind::NotFound, message).remedy(format!("vhdx-ublk recover {device}")));
+    }
+    let refused = |message: String, remedy: String| Err(Error::new(Kind::InUse, message).remedy(remedy));
+    match (listed.state, listed.entry.daemon.life()) {
+        (State::Live, Life::Runs) => Ok(()),
+        (State::Live, Life::Stopped) => refused(
+            format!("the daemon of {device} (pid {pid}) was stopped by a signal or a debugger"),
+            format!("`kill -CONT {pid}` continues it"),
+        ),
+        (State::Live, Life::Hidden) => refused(
+            format!("the daemon of {device} (pid {pid}) belongs to another PID namespace"),
+            "run the command where the daemon was started".into(),
+        ),
+        _ => refused(format!("{device} is not served"), "`vhdx-ublk list` shows its state".into()),
+    }
+}
+
+fn refuse_another(entry: &Entry, path: &Path, is_it: bool) -> Result<()> {
+    if is_it {
+        return Ok(());
+    }
+    let message = format!("this is not the file that {} uses", entry.device.display());
+    Err(Error::new(Kind::NotFound, message).file(path).remedy("move the file back"))
+}
+
+/// A daemon that is too old for this has refused.
+fn without_command(entry: &Entry, error: Error) -> Error {
+    if error.kind() != Kind::Unsupported || !error.message().contains("does not know this command") {
+        return error;
+    }
+    let (device, pid, version) = (entry.device.display(), entry.daemon.pid, &entry.version);
+    let message = format!("the daemon of {device} (vhdx-ublk {version}) cannot hand its device over");
+    Error::new(Kind::Unsupported, message).remedy(format!(
+        "end the use of the device, then remove and add it; or `kill -9 {pid}`, then `vhdx-ublk recover \
+         {device}`: I/O waits meanwhile, and nothing acknowledged is lost"
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::process::ProcessId;
+    use crate::device::registry::entry;
+
+    fn refusal(listed: &Listed) -> Error {
+        refuse_unserved(listed).expect_err("refused")
+    }
+
+    #[test]
+    fn only_a_device_that_is_served_is_taken_over() {
+        let daemon = ProcessId::this().expect("/proc");
+        let served = Entry { daemon, ..entry(3) };
+        let listed = |state| Listed { entry: served.clone(), state };
+        refuse_unserved(&listed(State::Live)).expect("it is served");
+        assert!(refusal(&listed(State::Quiesced)).remedy_text().is_some_and(|text| text.contains("recover")));
+        for state in [State::Starting, State::Stopping, State::Dead, State::Failed, State::Unknown] {
+            assert_eq!(refusal(&listed(state)).kind(), Kind::InUse, "{state:?}");
+        }
+        let hidden = Entry { daemon: ProcessId { namespace: 1, ..daemon }, ..entry(3) };
+        assert!(refusal(&Listed { entry: hidden, state: State::Live }).to_string().contains("namespace"));
+    }
+
+    #[test]
+    fn a_daemon_that_is_too_old_is_named_with_its_version_and_what_to_do() {
+        let old = Error::new(Kind::Unsupported, "the daemon does not know this command: unknown variant");
+        let error = without_command(&entry(3), old);
+        assert!(error.to_string().contains("vhdx-ublk 0.1.0"), "{error}");
+        assert!(error.remedy_text().is_some_and(|text| text.contains("kill -9 1234")));
+        let other = without_command(&entry(3), Error::new(Kind::Unsupported, "requests would fail"));
+        assert_eq!(other.to_string(), "requests would fail");
+    }
+}

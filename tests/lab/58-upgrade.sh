@@ -1,0 +1,219 @@
+# Devices change their program while they are in use: no error, nothing lost, and a way back.
+# shellcheck shell=bash
+
+stamper() { "${VHDX_STAMPER:-$(dirname "$VHDX_UBLK")/examples/stamper}" "$@"; }
+
+# pid_of DEVICE: its daemon.
+pid_of() {
+    ublk list --json | tr -d ' \n' | grep -o "\"device\":\"$1\".*" | grep -o '"pid":[0-9]*' | head -n 1 | cut -d: -f2
+}
+
+# upgrade DEVICE [OPTIONS]: with another process afterwards; its pause is noted.
+longest=0
+upgrade() {
+    local device=$1 before after pause
+    before=$(pid_of "$device")
+    pause=$(ublk upgrade "$@" --json | tr -d ' \n' | grep -o '"pause_us":[0-9]*' | cut -d: -f2)
+    after=$(pid_of "$device")
+    [ "$before" != "$after" ] || fail "the daemon of $device is still $before"
+    [ "$pause" -le "$longest" ] || longest=$pause
+}
+
+# verified_upgrades COUNT [add options]: under a verifying writer and fio.
+verified_upgrades() {
+    local count=$1 device writer status=0
+    shift
+    ublk create disk.vhdx --size 2G --block-size 1M
+    device=$(ublk add disk.vhdx --queues 2 "$@")
+    rm -f stop
+    stamper "$device" stop >stamper.log 2>&1 &
+    writer=$!
+    for ((i = 0; i < count; i++)); do
+        sleep "0.$((RANDOM % 4))"
+        upgrade "$device" || { status=1; break; }
+    done
+    touch stop
+    wait "$writer" || status=1
+    note "$count upgrades ${*:-}: longest pause $((longest / 1000)) ms; $(tail -n 1 stamper.log)"
+    [ $status -eq 0 ] || { cat stamper.log /run/vhdx-ublk/*.log; fail "an upgrade was noticed"; }
+    ublk del "$device"
+    qemu-img check -q disk.vhdx
+    [ -z "$(ls /run/vhdx-ublk/*.session 2>/dev/null)" ] || fail "the session outlives the clean close"
+}
+
+test_upgrades_are_not_noticed() { verified_upgrades 20; }
+test_upgrades_with_recovery_queue() { verified_upgrades 10 --recovery queue; }
+test_upgrades_with_zero_copy() { zero_copy=on verified_upgrades 10; }
+
+# fio keeps deep queues full, and reads back what it has written.
+test_upgrades_under_deep_queues() {
+    local device writer status=0 count=0
+    ublk create disk.vhdx --size 2G --block-size 1M
+    device=$(ublk add disk.vhdx --queues 2 --recovery queue)
+    fio --name=verify --filename="$device" --direct=1 --ioengine=io_uring --iodepth=64 --numjobs=3 \
+        --rw=randrw --bsrange=512-256k --blockalign=512 --verify=crc32c --verify_fatal=1 --size=192m \
+        --offset_increment=256m --serialize_overlap=1 --group_reporting --minimal >fio.log 2>&1 &
+    writer=$!
+    while kill -0 $writer 2>/dev/null && [ $count -lt 20 ]; do
+        upgrade "$device" || { status=1; break; }
+        count=$((count + 1))
+    done
+    wait $writer || { cut -c1-300 fio.log; status=1; }
+    note "$count upgrades: longest pause $((longest / 1000)) ms"
+    [ $status -eq 0 ] && [ $count -gt 2 ] || { cat /run/vhdx-ublk/*.log; fail "an upgrade was noticed"; }
+    ublk del "$device"
+    qemu-img check -q disk.vhdx
+}
+
+# A child, a read-only device and an image without a write, all at once; a mounted file system stays.
+test_upgrade_of_all_devices() {
+    local child reader idle before
+    ublk create base.vhdx --size 1G
+    child=$(ublk add base.vhdx)
+    write_stamps "$child" 10 4 7
+    ublk del "$child"
+    ublk create child.vhdx --parent base.vhdx
+    ublk create other.vhdx --size 1G
+    child=$(ublk add child.vhdx)
+    write_stamps "$child" 12 4 9
+    reader=$(ublk add --read-only base.vhdx)
+    idle=$(ublk add other.vhdx)
+    before=$(sha other.vhdx)
+    ublk upgrade --all >said
+    [ "$(grep -c 'pause: [0-9]* ms' said)" = 3 ] || fail "$(cat said)"
+    check_stamps "$child" 10 2 7
+    check_stamps "$child" 12 4 9
+    check_stamps "$reader" 10 4 7
+    ublk del "$idle"
+    [ "$(sha other.vhdx)" = "$before" ] || fail "an image that was not written has changed"
+    mkfs.ext4 -q -F "$child"
+    mount "$child" "$mnt"
+    copy_real_files 8 "$mnt/files"
+    manifest "$mnt" >before
+    ublk upgrade "$child" "$reader" >said
+    manifest "$mnt" >after
+    cmp before after
+    touch "$mnt/written"
+    umount "$mnt"
+    ublk del --all
+    ublk check child.vhdx >/dev/null
+    ublk upgrade --all
+    [ "$(ublk upgrade --all --json)" = "[]" ]
+}
+
+# script NAME BODY: a program that is asked which formats it reads, and then run.
+script() {
+    printf '#!/bin/bash\nreal=%q\n%s\n' "$VHDX_UBLK" "$2" >"$1"
+    chmod +x "$1"
+}
+
+# A program that does not read the session, or is none of ours, changes nothing.
+test_upgrade_to_a_program_that_cannot_is_refused() {
+    local device pid
+    ublk create disk.vhdx --size 1G
+    device=$(ublk add disk.vhdx)
+    write_stamps "$device" 10 4 7
+    pid=$(pid_of "$device")
+    script later.sh 'echo "{\"version\":\"9.9.9\",\"sessions\":[9],\"entries\":[1],\"sockets\":[1]}"'
+    ublk upgrade "$device" --binary later.sh 2>said && fail "a program that reads no such session serves it"
+    grep -q 'has version 1, and vhdx-ublk 9.9.9 reads version 9' said || fail "$(cat said)"
+    grep -q 'the device stays with its program' said
+    ublk upgrade "$device" --binary /bin/true 2>said && fail "/bin/true serves a device"
+    grep -q 'does not say which formats it reads' said || fail "$(cat said)"
+    script wrong.sh '[ "$2" != --formats ] || exec "$real" "$@"; exit 3'
+    ublk upgrade "$device" --binary wrong.sh 2>said && fail "a program that ends serves a device"
+    [ "$(pid_of "$device")" = "$pid" ] || fail "the daemon has changed"
+    check_stamps "$device" 10 4 7
+    write_stamps "$device" 20 4 8
+    ublk del "$device"
+    device=$(ublk add disk.vhdx --recovery none)
+    ublk upgrade "$device" 2>said && fail "a device that cannot be recovered was upgraded"
+    grep -q 'I/O would fail while the daemon is replaced' said || fail "$(cat said)"
+    check_stamps "$device" 20 4 8
+    ublk del "$device"
+}
+
+# If the new program dies after the old one has ended, the old one continues, even if its file was removed.
+test_upgrade_goes_back_to_the_old_program() {
+    local device
+    cp "$VHDX_UBLK" old
+    ublk create disk.vhdx --size 1G
+    device=$(./old add disk.vhdx)
+    rm old
+    write_stamps "$device" 10 4 7
+    script dies.sh '[ "$2" != --formats ] || exec "$real" "$@"
+"$real" "$@" >/dev/null & new=$!
+while [ -e /proc/'"$(pid_of "$device")"'/fd/0 ]; do :; done
+kill -9 $new; exit 1'
+    ublk upgrade "$device" --binary dies.sh 2>said && fail "the new program has died"
+    grep -q "the program before serves $device again" said || fail "$(cat said)"
+    check_stamps "$device" 10 4 7
+    readlink "/proc/$(pid_of "$device")/exe" | grep -q 'old (deleted)' || fail "another program serves it"
+    upgrade "$device"
+    check_stamps "$device" 10 4 7
+    ublk del "$device"
+    qemu-img check -q disk.vhdx
+}
+
+health() { ublk list --json | tr -d ' \n' | grep -o '"health":"[a-z-]*"' | cut -d'"' -f4; }
+
+# Whatever is killed, and whenever: the device is served, or `recover` serves it; nothing acknowledged is lost.
+test_upgrade_killed_at_any_moment() {
+    local device writer old new command victim status=0 recovered=0
+    ublk create disk.vhdx --size 2G --block-size 1M
+    device=$(ublk add disk.vhdx --queues 2)
+    rm -f stop
+    stamper "$device" stop >stamper.log 2>&1 &
+    writer=$!
+    for ((i = 0; i < 16; i++)); do
+        old=$(daemon_pid)
+        "$VHDX_UBLK" upgrade "$device" >said 2>&1 &
+        command=$!
+        sleep "0.$((RANDOM % 6))$((RANDOM % 10))"
+        new=$(pgrep -f -- 'upgrade --serve' || true)
+        case $((i % 4)) in
+            0) victim=$command ;;
+            1) victim=$new ;;
+            2) victim=$old ;;
+            3) victim="$command $new" ;;
+        esac
+        # shellcheck disable=SC2086 # several
+        kill -9 $victim 2>/dev/null || true
+        wait $command || true
+        for _ in $(seq 100); do
+            [ "$(health)" != ok ] || break
+            ! ublk recover "$device" >/dev/null 2>recovering || { recovered=$((recovered + 1)); break; }
+            sleep 0.1
+        done
+        [ "$(health)" = ok ] || { ublk list; cat said recovering; status=1; break; }
+    done
+    touch stop
+    wait $writer || status=1
+    note "$i killed upgrades, $recovered recovered: $(tail -n 1 stamper.log)"
+    [ $status -eq 0 ] || { cat stamper.log /run/vhdx-ublk/*.log; fail "something was lost"; }
+    ublk del "$device"
+    qemu-img check -q disk.vhdx
+}
+
+# What else may happen to a device at the same time is done before or after, or refused.
+test_upgrade_beside_other_commands() {
+    local device
+    ublk create disk.vhdx --size 1G
+    device=$(ublk add disk.vhdx)
+    write_stamps "$device" 10 4 7
+    ublk upgrade "$device" & ublk upgrade "$device" & ublk upgrade --all
+    wait
+    for name in one two three; do
+        ublk snapshot "$device" $name.vhdx >snapped 2>&1 & ublk upgrade "$device" >upgraded 2>&1 || true
+        wait
+        [ "$(health)" = ok ] || { cat snapped upgraded; fail "the device is not served"; }
+    done
+    check_stamps "$device" 10 4 7
+    ublk upgrade "$device" >upgraded 2>&1 & ublk del "$device" >deleted 2>&1 || true
+    wait
+    [ "$(ublk list --json)" = "[]" ] || ublk del "$device" || { cat upgraded deleted; fail "it cannot be removed"; }
+    [ -z "$(ls /run/vhdx-ublk/*.session 2>/dev/null)" ] || fail "a session is left"
+    device=$(ublk add --read-only "$(ls -t ./*.vhdx | head -n 1)")
+    check_stamps "$device" 10 4 7
+    ublk del "$device"
+}
