@@ -133,6 +133,13 @@ pub(super) fn takes_space_back(file: &File) -> bool {
     fstatfs(file).is_ok_and(|host| PUNCHING.contains(&host.filesystem_type()))
 }
 
+/// The name of the host of `file`, if it copies on write.
+pub(super) fn host_that_copies(file: &File) -> io::Result<Option<&'static str>> {
+    let found = fstatfs(file)?.filesystem_type();
+    let copying = COPYING_HOSTS.iter().find(|(kind, _)| *kind == found);
+    Ok(copying.map(|(_, name)| *name))
+}
+
 /// How the payload of an image reaches its file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PayloadIo {
@@ -152,6 +159,8 @@ pub struct HostRoom {
     pub available_bytes: u64,
     /// Free, but kept by the file system for privileged users, in bytes.
     pub reserved_bytes: u64,
+    /// What the whole file system has, in bytes; 0 if it does not say, as some over networks.
+    pub total_bytes: u64,
 }
 
 impl HostRoom {
@@ -164,10 +173,10 @@ impl HostRoom {
         Ok(Self::of(&statvfs(path)?))
     }
 
-    /// The bytes that this process can have.
-    pub fn for_this_user(&self) -> u64 {
+    /// The bytes that this process can have, if the file system says.
+    pub fn for_this_user(&self) -> Option<u64> {
         let reserved = if nix::unistd::geteuid().is_root() { self.reserved_bytes } else { 0 };
-        self.available_bytes.saturating_add(reserved)
+        (self.total_bytes > 0).then(|| self.available_bytes.saturating_add(reserved))
     }
 
     fn of(answer: &Statvfs) -> Self {
@@ -176,6 +185,7 @@ impl HostRoom {
         Self {
             available_bytes: answer.blocks_available().saturating_mul(unit),
             reserved_bytes: reserved.saturating_mul(unit),
+            total_bytes: answer.blocks().saturating_mul(unit),
         }
     }
 }
@@ -348,9 +358,7 @@ impl ImageFile {
     ///
     /// What the operating system says.
     pub fn host_that_copies(&self) -> io::Result<Option<&'static str>> {
-        let found = fstatfs(&self.file)?.filesystem_type();
-        let copying = COPYING_HOSTS.iter().find(|(kind, _)| *kind == found);
-        Ok(copying.map(|(_, name)| *name))
+        host_that_copies(&self.file)
     }
 
     /// Moves all further I/O of this file past the host's page cache, and what is there out of it, if the

@@ -4,7 +4,8 @@
 //! is durable before [`SharedFile::sync`].
 //!
 //! A file that the host has cached is read from its cache. Past the cache, one that it has not is read with a
-//! quarter of the work, and nothing else falls out of the cache for it.
+//! quarter of the work, and nothing else falls out of the cache for it. So is a new file written: the disk
+//! works from the first write on, and the sync at the end has little left to do.
 
 use std::fs::File;
 use std::io::{self, IoSliceMut, Seek, SeekFrom};
@@ -19,7 +20,7 @@ use nix::sys::statfs::{BTRFS_SUPER_MAGIC, FsType, XFS_SUPER_MAGIC, fstatfs};
 use nix::unistd::{Whence, lseek};
 use rustix::io::{ReadWriteFlags, preadv2};
 
-use super::file::next_data;
+use super::file::{host_that_copies, next_data};
 use super::open::open_again;
 use super::ring::{DirectAlignment, direct_alignment};
 use super::{Access, BlockDevice, ImageFile};
@@ -45,16 +46,17 @@ pub struct Stretch {
 #[derive(Debug)]
 pub struct SharedFile {
     file: File,
-    /// The same file, read past the host's cache.
+    /// The same file, past the host's cache.
     direct: Option<Direct>,
     path: PathBuf,
     shares_blocks: bool,
 }
 
-/// A description for direct reads.
+/// A description for direct I/O.
 #[derive(Debug)]
 struct Direct {
     file: File,
+    access: Access,
     alignment: DirectAlignment,
 }
 
@@ -109,19 +111,37 @@ impl SharedFile {
     /// The same file, for reading only, and past the host's cache unless that has it already.
     #[must_use]
     pub fn past_cache(mut self) -> Self {
-        let aligned = direct_alignment(self.file.as_fd()).ok().flatten();
-        let fits = |direct: &DirectAlignment| direct.offset > 0 && direct.memory > 0;
-        let Some(alignment) = aligned.filter(fits) else { return self };
-        if self.is_cached() {
-            return self;
+        if !self.is_cached() {
+            self.direct = self.open_direct(Access::ReadOnly);
         }
-        let opened = open_again(&self.file, Access::ReadOnly).ok().and_then(|file| {
-            let flags = OFlag::from_bits_retain(fcntl(&file, FcntlArg::F_GETFL).ok()?);
-            fcntl(&file, FcntlArg::F_SETFL(flags | OFlag::O_DIRECT)).ok()?;
-            Some(file)
-        });
-        self.direct = opened.map(|file| Direct { file, alignment });
         self
+    }
+
+    /// The same file, written past the host's cache where that is no loss: hosts that copy on write compress
+    /// what goes through it.
+    #[must_use]
+    pub fn written_past_cache(mut self) -> Self {
+        if host_that_copies(&self.file).is_ok_and(|host| host.is_none()) {
+            self.direct = self.open_direct(Access::ReadWrite);
+        }
+        self
+    }
+
+    /// Whether whole pages are written past the host's cache.
+    pub fn is_written_past_cache(&self) -> bool {
+        self.direct.as_ref().is_some_and(|direct| direct.access == Access::ReadWrite)
+    }
+
+    /// Another description of the file, for direct I/O, if its host has that.
+    fn open_direct(&self, access: Access) -> Option<Direct> {
+        let alignment = direct_alignment(self.file.as_fd()).ok().flatten()?;
+        if alignment.offset == 0 || alignment.memory == 0 {
+            return None;
+        }
+        let file = open_again(&self.file, access).ok()?;
+        let flags = OFlag::from_bits_retain(fcntl(&file, FcntlArg::F_GETFL).ok()?);
+        fcntl(&file, FcntlArg::F_SETFL(flags | OFlag::O_DIRECT)).ok()?;
+        Some(Direct { file, access, alignment })
     }
 
     /// Whether the host seems to have most of what is stored in its cache, or the file is short.
@@ -186,7 +206,18 @@ impl SharedFile {
     ///
     /// What the operating system says.
     pub fn write(&self, offset: u64, bytes: &[u8]) -> Result<()> {
-        self.file.write_all_at(bytes, offset).doing("writing").at(offset).file(&self.path)
+        let writes = |direct: &&Direct| direct.access == Access::ReadWrite && direct.fits(offset, bytes);
+        let written = match self.direct.as_ref().filter(writes) {
+            None => self.file.write_all_at(bytes, offset),
+            Some(direct) => match direct.file.write_all_at(bytes, offset) {
+                // A short write may have ended where no direct one may begin.
+                Err(error) if error.kind() == io::ErrorKind::InvalidInput => {
+                    self.file.write_all_at(bytes, offset)
+                }
+                written => written,
+            },
+        };
+        written.doing("writing").at(offset).file(&self.path)
     }
 
     /// The stretch that begins at `offset`.
@@ -362,6 +393,33 @@ mod tests {
             assert!(read[..end - at] == bytes[at..end], "{length} bytes at {at}");
             assert!(is_zero(&read[end - at..length]) && read[length..].iter().all(|&byte| byte == 1));
         }
+    }
+
+    /// Whole pages go past the cache and other bytes through it, and all of them are there.
+    #[test]
+    fn both_ways_write_the_same_file() {
+        let (file, shared) = file();
+        let shared = shared.written_past_cache();
+        if !shared.is_written_past_cache() {
+            eprintln!("no direct I/O here: tested buffered only");
+        }
+        let mut expected = vec![0; 1 << 20];
+        let mut bytes = crate::disk::Buffer::zeroed(64 << 10);
+        for (number, (at, length)) in (1..).zip([
+            (8192, 65_536),
+            (5000, 700),
+            (4096, 4096),
+            (65_536, 512),
+            (900_000, 10_000),
+            (0, 4096),
+        ]) {
+            bytes.fill(number);
+            shared.write(at as u64, &bytes[..length]).expect("room");
+            expected[at..at + length].fill(number);
+        }
+        shared.set_length(1 << 20).expect("room");
+        shared.sync().expect("synced");
+        assert!(std::fs::read(file.path()).expect("readable") == expected);
     }
 
     #[test]

@@ -142,8 +142,8 @@ fn child_of(parent: &Inspected, new: &NewImage, place: &Place) -> Result<NewImag
 
 fn write(new: &NewImage, reactor: &Reactor, file: &Arc<ImageFile>) -> Result<()> {
     if new.fixed {
-        let what = format!("a fixed image of {}", human_size(new.virtual_size));
-        let refused = room::require(file, new.virtual_size, &what);
+        let needs = format!("a fixed image of {} needs", human_size(new.virtual_size));
+        let refused = room::require(file.host_room(), new.virtual_size, &needs);
         refused.map_err(|error| error.remedy("free space on the file system, or use --type dynamic"))?;
     }
     let disk = reactor.disk(file.clone());

@@ -88,8 +88,8 @@ impl LockedImage {
         }
         if after > before && metadata.kind() == DiskType::Fixed {
             let more = added_bytes(&metadata, after);
-            let what = format!("a fixed image that grows to {}", human_size(after));
-            room::require(&file, more, &what).map_err(with_remedy).file(&path)?;
+            let needs = format!("a fixed image that grows to {} needs", human_size(after));
+            room::require(file.host_room(), more, &needs).map_err(with_remedy).file(&path)?;
         }
         let minimum = found.minimum_size();
         let has_gpt = found.table.is_some_and(|table| table.kind == TableKind::Gpt);

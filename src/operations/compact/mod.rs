@@ -14,13 +14,12 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
-use super::{Devices, Watch, locked, replaced};
+use super::{Devices, Watch, locked, replaced, room};
 use crate::chain::{self, Member, ReadLayer, Search};
 use crate::disk::{Access, Disk, ImageFile, Reactor, Sparse, UringDisk};
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::format::metadata::DiskType;
 use crate::image::Image;
-use crate::printable::human_size;
 
 pub use run::{Compaction, Done, outline};
 pub use survey::Fixed;
@@ -147,14 +146,7 @@ impl Request {
         if self.dry_run || holes == 0 {
             return Ok(holes);
         }
-        let room = file.host_room().doing("reading the free space of the file system").file(file.path())?;
-        let available = room.for_this_user();
-        if available > 0 && available < holes {
-            let missing = human_size(holes - available);
-            let message =
-                format!("the holes take {} when filled, {missing} more than is free", human_size(holes));
-            return Err(Error::new(Kind::NoSpace, message).file(file.path()));
-        }
+        room::require(file.host_room(), holes, "filling the holes needs").file(file.path())?;
         let disk = reactor.disk(file.clone());
         let filling = async {
             let mut at = Some(0);

@@ -17,7 +17,6 @@ mod copy;
 mod feed;
 mod kinship;
 mod measure;
-mod room;
 mod shape;
 mod target;
 mod vhd_draft;

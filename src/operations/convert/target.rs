@@ -13,15 +13,15 @@ use uuid::Uuid;
 
 use super::copy::Layout;
 use super::vhd_draft::VhdDraft;
-use super::{Conversion, Converted, Output, Shape, kinship, room};
+use super::{Conversion, Converted, Output, Shape, kinship};
 use crate::disk::{
-    Access, BlockDevice, Disk, HostFile, ImageFile, Place, Reactor, ReadDisk, Remover, SharedFile, Sparse,
-    Unfinished,
+    Access, BlockDevice, Disk, HostFile, HostRoom, ImageFile, Place, Reactor, ReadDisk, Remover, SharedFile,
+    Sparse, Unfinished, folder_of,
 };
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::operations::children::refuse_replacing_parent;
 use crate::operations::source::{DiskFormat, Sectors, Source, probe};
-use crate::operations::{Devices, locked, replaced};
+use crate::operations::{Devices, locked, replaced, room};
 use crate::printable::{both_sizes, shell};
 
 /// What a file lets its owner do in any case.
@@ -159,11 +159,12 @@ impl Target {
             (DiskFormat::Vhdx, Some(size)) => Layout::Vhdx(shape.image(size, sectors).draft()?),
             (DiskFormat::Vhdx, None) => Layout::Vhdx(shape.image(0, sectors).draft_of_unknown_size()?),
         };
-        let dense = new.image.is_dense();
+        // Hosts let direct writes run side by side only within the length of the file.
+        let ahead = new.file.is_written_past_cache() && !conversion.ignore_room;
         let reserve = reserves(conversion);
         let length = match (shape.format, planned.measured) {
             (DiskFormat::Raw, Some(measured)) => measured.fully_allocated,
-            (_, Some(measured)) if dense || shape.fixed => measured.required,
+            (_, Some(measured)) if new.image.is_dense() || shape.fixed || ahead => measured.required,
             _ => 0,
         };
         let disk = reactor.disk(new.image.clone());
@@ -268,7 +269,7 @@ impl NewTarget {
         let name = OsString::from(format!(".vhdx-ublk-{}.tmp", Uuid::new_v4().simple()));
         let image = unfinished.create(place.beside(&name)?)?;
         image.set_sparse(sparse);
-        let file = SharedFile::of(&image)?.called(place.path());
+        let file = SharedFile::of(&image)?.called(place.path()).written_past_cache();
         Ok(Self { unfinished, image, file, place, old })
     }
 
@@ -276,7 +277,7 @@ impl NewTarget {
         draft.set_size(size)?;
         let disk = reactor.disk(self.image.clone());
         let finished = async {
-            // A dense file got more than turned out to be needed, where data was zero.
+            // The file got more than turned out to be needed, where data was zero.
             if disk.length().await.doing("reading the length of the file")? > draft.length() {
                 disk.truncate(draft.length()).await.doing("cutting the file")?;
             }
@@ -301,7 +302,7 @@ impl OldTarget {
                 return Err(own_source(path));
             }
             replaced::refuse_foreign_links(path, device.file())?;
-            let file = SharedFile::of_device(&device)?;
+            let file = SharedFile::of_device(&device)?.written_past_cache();
             Self { capacity: device.length(), file, held: Held::Device(device) }
         } else {
             Self::open_file(path, source, devices)?
@@ -326,7 +327,7 @@ impl OldTarget {
             return Err(Error::new(Kind::Unsupported, message).file(path).remedy(remedy));
         }
         let capacity = image.length().doing("reading the size of the file").file(path)?;
-        let file = SharedFile::of(&image)?;
+        let file = SharedFile::of(&image)?.written_past_cache();
         Ok(Self { held: Held::File(Arc::new(image)), file, capacity })
     }
 }
@@ -394,5 +395,6 @@ fn check_room(conversion: &Conversion, path: &Path, planned: Converted) -> Resul
     };
     let remedy = "free space; or, if much of the disk is zeros that its file has stored, begin all the same: \
                   --ignore-room";
-    room::require(path, needed, remedy)
+    let required = room::require(HostRoom::at(folder_of(path)), needed, "the target needs at most");
+    required.map_err(|error| error.file(path).remedy(remedy))
 }

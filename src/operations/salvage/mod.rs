@@ -202,6 +202,10 @@ impl Damaged {
         assert_eq!(totals, tally.totals, "what was counted is what was listed");
         target.finish()?;
         if let (Some(list), Some(mapfile)) = (list, mapfile) {
+            if list.is_cut() {
+                let message = "it is full: its last entry is the rest of the disk, and says nothing of it";
+                tracing::warn!("{}: {message}", mapfile.path().display());
+            }
             let written = list.finish().and_then(|list| list.into_inner().map_err(io::Error::from));
             written.and_then(|file| file.sync_all()).doing("writing the mapfile")?;
             mapfile.finish()?;
@@ -263,7 +267,8 @@ impl Damaged {
         for file in &self.files {
             stored = stored.saturating_add(file.host_bytes().doing("reading the file's size")?);
         }
-        room::require(target, stored.min(self.remains.plan(|_, _| ())), "the copy")
+        let needed = stored.min(self.remains.plan(|_, _| ()));
+        room::require(target.host_room(), needed, "the copy needs at most")
     }
 }
 

@@ -64,6 +64,11 @@ impl Output {
         Ok(Self { unfinished, file, place, old })
     }
 
+    /// Where it will be.
+    pub(super) fn path(&self) -> &Path {
+        self.place.path()
+    }
+
     /// The file.
     pub(super) fn file(&self) -> &Arc<ImageFile> {
         &self.file
