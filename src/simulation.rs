@@ -140,6 +140,8 @@ pub enum Plant {
     EarlyRegion,
     /// A change of the metadata that readers see leaves the DataWriteGuid as it was.
     SilentChange,
+    /// A change of the metadata that readers see has its new DataWriteGuid before it is certain to be made.
+    EarlyOrphans,
     /// A disk that grows shows what its last block has behind its old end.
     KeepOldEnd,
     /// A disk that grows takes slots of its BAT as they are.
@@ -150,7 +152,7 @@ pub enum Plant {
 
 impl Plant {
     /// All of them.
-    pub const ALL: [Self; 67] = [
+    pub const ALL: [Self; 68] = [
         Self::SkipRecyclingSync,
         Self::SkipGrowthSync,
         Self::ApplyBeforeLog,
@@ -215,6 +217,7 @@ impl Plant {
         Self::MoveBareBitmap,
         Self::EarlyRegion,
         Self::SilentChange,
+        Self::EarlyOrphans,
         Self::KeepOldEnd,
         Self::KeepOldSlots,
         Self::ShowParentsEnd,

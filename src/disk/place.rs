@@ -132,11 +132,23 @@ impl Place {
         let flags = RenameFlags::RENAME_NOREPLACE;
         let renamed = match renameat2(&self.folder, &*self.name, &to.folder, &*to.name, flags) {
             // NFS and some others cannot look and rename in one step, and can make a second name so.
-            Err(Errno::EINVAL) => linkat(&self.folder, &*self.name, &to.folder, &*to.name, AtFlags::empty())
-                .and_then(|()| unlinkat(&self.folder, &*self.name, UnlinkatFlags::NoRemoveDir)),
+            Err(Errno::EINVAL) => return self.rename_by_link(file, to),
             renamed => renamed,
         };
         renamed.map_err(|errno| Error::io("naming the file", errno.into()).file(&to.path))
+    }
+
+    /// As [`Self::rename_to_free`], in two steps: a cut between them leaves both names.
+    fn rename_by_link(&self, file: &ImageFile, to: &Self) -> Result<()> {
+        if !self.link(file, to)? {
+            let message = "its file system can neither rename it to a free name nor give it a second one";
+            return Err(Error::new(Kind::Unsupported, message)
+                .file(&to.path)
+                .remedy("use another file system"));
+        }
+        self.require(file)?;
+        let removed = unlinkat(&self.folder, &*self.name, UnlinkatFlags::NoRemoveDir);
+        removed.map_err(|errno| Error::io("removing the old name", errno.into()).file(&self.path))
     }
 
     /// Gives `file`, which is here, a second name at `to`, durably, where there must be nothing. `false` if
@@ -206,6 +218,29 @@ mod tests {
         symlink(at("yours"), at("mine")).expect("room");
         place.remove(&file).expect("it is where it was");
         assert!(!at("moved/a.vhdx").exists() && at("yours/a.vhdx").exists());
+    }
+
+    /// Where a host cannot rename without replacing: the file gets its name, and nothing else does.
+    #[test]
+    fn a_file_is_renamed_by_a_link() {
+        let bench = tempfile::tempdir().expect("a temporary folder");
+        let at = |name: &str| Place::of(&bench.path().join(name)).expect("a folder");
+        let names = || {
+            let entries = fs::read_dir(bench.path()).expect("readable");
+            let mut names: Vec<_> = entries.map(|entry| entry.expect("readable").file_name()).collect();
+            names.sort();
+            names
+        };
+        let file = at("old").create().expect("free");
+        at("old").rename_by_link(&file, &at("new")).expect("free");
+        assert_eq!((names(), at("new").require(&file).is_ok()), (vec!["new".into()], true));
+        fs::write(bench.path().join("taken"), "another's").expect("room");
+        let error = at("new").rename_by_link(&file, &at("taken")).expect_err("taken");
+        assert_eq!((error.kind(), names()), (Kind::Exists, vec!["new".into(), "taken".into()]));
+        // Another file has taken the name: it is neither named nor removed.
+        fs::rename(bench.path().join("taken"), bench.path().join("new")).expect("ours");
+        at("new").rename_by_link(&file, &at("next")).expect_err("another file is there");
+        assert_eq!(names(), ["new"]);
     }
 
     #[test]

@@ -3,11 +3,11 @@
 //! Order, each step durable before the next:
 //!
 //! 1. the host has room for what is new. Otherwise nothing has changed;
-//! 2. new FileWriteGuid in both headers, before any other modification; also a new DataWriteGuid, if readers
-//!    of the disk are to see the change;
+//! 2. new FileWriteGuid in both headers, before any other modification;
 //! 3. what is new is written where nothing names it or reads it ([`super::growth`]);
 //! 4. one [`Edit`]: the items, their entries in the table, the slots that share a page with those of the disk
-//!    as it was, and both region tables, if the BAT has another place or length;
+//!    as it was, and both region tables, if the BAT has another place or length; together with it a new
+//!    DataWriteGuid, if readers of the disk are to see the change;
 //! 5. the log is empty: what nothing names now goes back to the host.
 //!
 //! A cut anywhere leaves the old metadata or the new metadata, whole; a cut before step 4 or 5 leaves leaked
@@ -105,17 +105,17 @@ impl WritableImage {
         edit.reserve(disk).await?;
         self.make_room(disk, &blocks).await?;
         sync(disk).await?;
-        let file_write = new_guid();
-        let data_write = to.data_write.filter(|_| !planted(Plant::SilentChange));
-        let data_write = data_write.unwrap_or(self.header.header.data_write_guid);
+        let (file_write, data_write) = (new_guid(), to.data_write.filter(|_| !planted(Plant::SilentChange)));
+        let early = data_write.filter(|_| planted(Plant::EarlyOrphans));
         let change = |header: &mut Header| {
-            (header.file_write_guid, header.data_write_guid) = (file_write, data_write);
+            header.file_write_guid = file_write;
+            header.data_write_guid = early.unwrap_or(header.data_write_guid);
         };
         headers.update(disk, change).await?;
         if !planted(Plant::EarlyRegion) {
             blocks.prepare(disk).await?;
         }
-        edit.write(disk, &mut headers, &mut new_guid).await?;
+        edit.write(disk, &mut headers, data_write, &mut new_guid).await?;
         let gives_back = match &blocks {
             Blocks::Stay => false,
             Blocks::Grow(growth) => growth.moves_bat(),

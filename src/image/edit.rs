@@ -1,7 +1,9 @@
 //! A change of metadata at rest, through the log: there as a whole or not at all.
 //!
-//! Order, each step durable before the next: one log entry under a new LogGuid → the headers name it → it is
-//! replayed as after a crash, which empties the log again.
+//! Order, each step durable before the next: one log entry under a new LogGuid → the headers name it, and
+//! carry the new DataWriteGuid, if readers of the disk are to see the change → it is replayed as after a
+//! crash, which empties the log again. So the children of an image lose it together with what they knew, and
+//! not by a change that has failed for want of room.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -71,11 +73,13 @@ impl Edit {
         Ok(())
     }
 
-    /// Makes the change. The log is empty before and after, and the file has its new FileWriteGuid.
+    /// Makes the change, under this new DataWriteGuid if there is one. The log is empty before and after, and
+    /// the file has its new FileWriteGuid.
     pub(super) async fn write<D: Disk>(
         self,
         disk: &D,
         headers: &mut Headers,
+        data_write: Option<Uuid>,
         new_guid: &mut impl FnMut() -> Uuid,
     ) -> Result<()> {
         assert!(!headers.current().needs_replay(), "the log is empty");
@@ -104,7 +108,8 @@ impl Edit {
         let written = disk.write(at, Buffer::copy_of(&entry.encode())).await;
         written.map_err(|error| Error::io("writing a log entry", error).at(at))?;
         sync(disk).await?;
-        headers.change(|header| header.log_guid = log_guid);
+        let data_write = data_write.unwrap_or(headers.current().data_write_guid);
+        headers.change(|header| (header.log_guid, header.data_write_guid) = (log_guid, data_write));
         replay::in_place(disk, headers, &[0], new_guid()).await?;
         assert!(!headers.current().needs_replay(), "the log is empty again");
         Ok(())

@@ -156,7 +156,20 @@ scribbled_chain() {
     same_content "$device" "the chain reads otherwise than its leaf was written"
     ublk del "$device"
     others_read "$chain" "$(windows model.raw | sha256sum | cut -d' ' -f1)"
+    reworked_chain "$name" "$chain"
     merged_chain "$name" "$number"
+}
+
+# reworked_chain LEAF CHAIN: base and leaf compacted, and the leaf made larger, the chain is what it was to all readers.
+reworked_chain() {
+    local leaf=$1 chain=$2 device
+    ublk compact layer-0.vhdx --defragment >compacted
+    ublk compact "$leaf" >compacted
+    ublk resize "$leaf" --size +2M >resized
+    device=$(ublk add --read-only "$leaf")
+    same_content "$device" "compacted and resized, the disk differs from the model"
+    ublk del "$device"
+    others_read "$chain" "$(windows model.raw | sha256sum | cut -d' ' -f1)"
 }
 
 # merged_chain LEAF LAYERS: into the layer above the first, then into that: the device is what the chain was.

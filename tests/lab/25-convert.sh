@@ -54,3 +54,23 @@ test_convert_shares_blocks() {
     cmp "$mnt/disk.raw" "$mnt/back.raw"
     umount "$mnt"
 }
+
+# The advice about a qcow2 target is two commands that can be run as they are, for a chain too.
+test_convert_to_qcow2_as_advised() {
+    local device command
+    command -v qemu-img >/dev/null || { skipped "qemu-img is missing"; return 0; }
+    head -c 64M /dev/urandom >disk.raw
+    ublk convert disk.raw base.vhdx
+    ublk create OLD.vhdx --parent base.vhdx
+    ! ublk convert OLD.vhdx NEW.qcow2 2>said || fail "a qcow2 image was made"
+    grep -o '`[^`]*`' said | tr -d '`' >advice
+    [ "$(wc -l <advice)" = 2 ] || fail "no two commands: $(cat said)"
+    command=$(sed -n 1p advice)
+    [ "${command%% *}" = vhdx-ublk ] || fail "$command"
+    # shellcheck disable=SC2086 # words of a command
+    device=$(ublk ${command#vhdx-ublk })
+    command=$(sed -n 2p advice)
+    ${command//\/dev\/ublkbN/$device}
+    qemu-img compare -q -f raw -F qcow2 disk.raw NEW.qcow2
+    ublk del "$device"
+}

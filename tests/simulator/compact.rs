@@ -8,7 +8,7 @@ use std::rc::Rc;
 
 use fastrand::Rng;
 use uuid::Uuid;
-use vhdx_ublk::chain;
+use vhdx_ublk::chain::{self, ReadLayer};
 use vhdx_ublk::error::{Kind, Result};
 use vhdx_ublk::format::bat::{BITMAP_BLOCK_SIZE, BatEntry, ENTRY_SIZE, Geometry, PayloadState};
 use vhdx_ublk::format::guid;
@@ -17,9 +17,11 @@ use vhdx_ublk::operations::Watch;
 use vhdx_ublk::operations::compact::{Compaction, Done, Steps, outline};
 
 use crate::sim::disk::{Effect, Fault, Injection, Owner, Profile, SimDisk};
+use crate::sim::layers::{self, Chain};
 use crate::sim::store::Store;
 use crate::sim::tasks::{SimTasks, block_on};
 use crate::sim::violation::violated;
+use crate::sim::watched::run_watched;
 
 const MIB: u64 = 1 << 20;
 
@@ -338,39 +340,34 @@ fn compacted(
     steps: Steps,
     patience: u32,
     seed: u64,
-    mut look: impl FnMut(&SimDisk),
+    look: impl FnMut(&SimDisk),
+) -> Result<Done> {
+    compacted_over(disk, Vec::new(), (steps, patience), seed, look)
+}
+
+/// As [`compacted`], over these parents.
+fn compacted_over(
+    disk: &SimDisk,
+    parents: Vec<ReadLayer<SimDisk>>,
+    (steps, patience): (Steps, u32),
+    seed: u64,
+    look: impl FnMut(&SimDisk),
 ) -> Result<Done> {
     let tasks = Rc::new(SimTasks::default());
     let (on, spawn) = (disk.clone(), tasks.clone());
-    let result = tasks.start(async move {
+    let compacting = async move {
         let image = Image::open_for_writing(&on, guids(seed ^ 1)).await?;
         let compaction = Compaction {
             image,
             disk: move || on.clone(),
-            parents: Vec::new(),
+            parents,
             max_rate: None,
             tasks: spawn,
             new_guid: guids(seed),
         };
         compaction.run(steps, &Patience(patience.into())).await
-    });
-    let (mut known, mut rounds) = (None, 0);
-    while result.borrow().is_none() {
-        while tasks.ready() > 0 {
-            tasks.run(0);
-            if known != Some(disk.versions().0) {
-                known = Some(disk.versions().0);
-                look(disk);
-            }
-        }
-        if let Some(place) = disk.places(false, true).first() {
-            disk.complete(*place);
-            look(disk);
-        }
-        rounds += 1;
-        assert!(rounds < 100_000, "the compaction does not end");
-    }
-    result.take().expect("it has ended")
+    };
+    run_watched(&tasks, disk, compacting, look)
 }
 
 /// What is said that would be done.
@@ -496,6 +493,107 @@ fn a_cut_leaves_the_disk_as_it_was_and_the_compaction_is_done_again() {
     }
     println!("{states} states judged, compacted again after {again} of them");
     assert!(states >= STATES && again > 300, "{states} states, {again} compactions done again");
+}
+
+/// A child some of whose partially present blocks have nothing but zeros, over parents that have more there,
+/// or do not.
+struct Descendant {
+    leaf: Store,
+    parents: Vec<Store>,
+    disk: BTreeMap<u64, u64>,
+    /// Blocks of such zeros.
+    hollow: u64,
+}
+
+impl Descendant {
+    fn new(rng: &mut Rng, shapes: &[layers::Shape]) -> Self {
+        let chain = Chain::new(rng, shapes);
+        let mut stores = chain.names.iter().map(|name| chain.stores[name].clone());
+        let mut leaf = stores.next().expect("a leaf");
+        let image = opened(&leaf).expect("an image");
+        let (geometry, mut hollow) = (*image.map.geometry(), 0);
+        for block in 0..geometry.block_count() {
+            let entry = image.map.load(block).entry;
+            if entry.payload_state() != Some(PayloadState::PartiallyPresent) || rng.u32(0..4) == 0 {
+                continue;
+            }
+            hollow += 1;
+            let sectors = 0..geometry.block_size() / 512;
+            for sector in sectors.filter(|&at| image.map.bitmaps().has(&geometry, block, at..at + 1)) {
+                leaf.write(entry.offset() + sector * 512, &[0; 8]);
+            }
+        }
+        let mut descendant = Self { leaf, parents: stores.collect(), disk: BTreeMap::new(), hollow };
+        let all = descendant.open(&descendant.leaf);
+        let watched = chain.watched(shapes[0].virtual_size);
+        descendant.disk = watched.map(|sector| (sector, layers::says(&all, sector))).collect();
+        descendant
+    }
+
+    /// The chain with what `leaf` has become.
+    fn open(&self, leaf: &Store) -> Vec<layers::Opened> {
+        let open = |store| {
+            layers::read(store).unwrap_or_else(|error| violated(format!("it does not open: {error}")))
+        };
+        std::iter::once(leaf).chain(&self.parents).map(open).collect()
+    }
+
+    /// The parents as a compaction reads them.
+    fn below(&self) -> Vec<ReadLayer<SimDisk>> {
+        let layer = |store: &Store| ReadLayer {
+            disk: SimDisk::new(store.clone(), true, true, 512),
+            map: opened(store).expect("a parent").into_map().into(),
+        };
+        self.parents.iter().map(layer).collect()
+    }
+
+    fn judge(&self, leaf: &Store) {
+        let chain = self.open(leaf);
+        for (&sector, &expected) in &self.disk {
+            let found = layers::says(&chain, sector);
+            if found != expected {
+                violated(format!("sector {sector} says {found:x}, not {expected:x}"));
+            }
+        }
+        assert_eq!(
+            layers::data_write_guid(leaf),
+            layers::data_write_guid(&self.leaf),
+            "children know it by that"
+        );
+    }
+}
+
+/// Zeros that a child has over its parents' content stay; those over nothing give up their space.
+#[test]
+fn a_child_is_compacted_over_its_parents() {
+    let shapes: [&[layers::Shape]; 3] = [
+        &[layers::shape(8, 1), layers::shape(8, 2)],
+        &[layers::shape(12, 2), layers::shape(9, 1), layers::shape(12, 1)],
+        &[layers::shape(10, 1), layers::shape(4, 2)],
+    ];
+    let (mut states, mut given_up, mut kept) = (0, 0, 0);
+    for (seed, shapes) in (0..6).flat_map(|seed| shapes.map(|shapes| (seed, shapes))) {
+        let mut rng = Rng::with_seed(seed);
+        let descendant = Descendant::new(&mut rng, shapes);
+        let disk = SimDisk::new(descendant.leaf.clone(), false, true, 512);
+        let steps = steps_of(seed);
+        let done = compacted_over(&disk, descendant.below(), (steps, u32::MAX), seed, |disk| {
+            for profile in Profile::ALL.into_iter().filter(|_| rng.bool()).collect::<Vec<_>>() {
+                descendant.judge(&disk.cut(profile, &mut rng));
+                states += 1;
+            }
+        });
+        let (done, left) = (done.expect("room"), disk.content());
+        descendant.judge(&left);
+        assert_eq!(check_sound(&left).leaks, 0, "seed {seed}");
+        let again = compacted_over(&disk, descendant.below(), (steps, u32::MAX), seed ^ 8, |_| {});
+        assert_eq!(again.expect("nothing to do").zero_blocks, 0, "seed {seed}");
+        descendant.judge(&disk.content());
+        given_up += done.zero_blocks.min(descendant.hollow);
+        kept += descendant.hollow.saturating_sub(done.zero_blocks);
+    }
+    println!("{states} states judged, {given_up} blocks given up, {kept} kept");
+    assert!(states > 2000 && given_up > 10 && kept > 10, "{states} states, {given_up} given up, {kept} kept");
 }
 
 /// What a planted bug is caught by.

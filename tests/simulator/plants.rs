@@ -57,7 +57,7 @@ fn test_for(planted: Plant) -> Option<fn()> {
             resize::what_comes_into_a_disk_is_zero
         }
         Plant::SilentChange => amend::what_a_guest_sees_changes_under_a_new_guid,
-        Plant::EarlyRegion => resize::a_bat_that_moves_is_durable_before_it_is_named,
+        Plant::EarlyRegion | Plant::EarlyOrphans => resize::a_bat_that_moves_is_durable_before_it_is_named,
         _ => return None,
     })
 }

@@ -19,4 +19,5 @@ pub mod short_logs;
 pub mod store;
 pub mod tasks;
 pub mod violation;
+pub mod watched;
 pub mod world;
