@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use vhdx_ublk::device::claims::Claims;
-use vhdx_ublk::disk::Reactor;
+use vhdx_ublk::disk::{Reactor, Remover};
 use vhdx_ublk::error::Result;
 use vhdx_ublk::operations::Watch;
 use vhdx_ublk::operations::merge::{LockedChain, Progress, Request};
@@ -28,6 +28,9 @@ pub struct Merge {
     /// found. Can be repeated
     #[arg(long = "child", value_name = "FILE")]
     children: Vec<PathBuf>,
+    /// Leave the ancestor as it is, for its other children: copy it to FILE, and merge into that
+    #[arg(long, value_name = "FILE", conflicts_with = "force")]
+    copy: Option<PathBuf>,
     /// Merge even if the ancestor has other children, which become unreadable
     #[arg(short, long)]
     force: bool,
@@ -46,6 +49,7 @@ Examples:
   vhdx-ublk merge child.vhdx                      into its parent
   vhdx-ublk merge newest.avhdx --into disk.vhdx   and every checkpoint between
   vhdx-ublk merge monday.vhdx                     a layer in the middle: its children stay
+  vhdx-ublk merge child.vhdx --copy own.vhdx      the parent has other children, and stays
 
 Prints each file after removing it. The children of the merged image become children of the
 ancestor: those in the folders of the chain are found, others must be named with --child. The merge
@@ -55,17 +59,22 @@ An image in another folder than the child is written only if --into names it, an
 --parent names it.
 The ancestor gets the size of the child: a fixed one needs space for all new blocks, a larger one
 loses the data beyond the end (--shrink).
+With --copy, only FILE and the merged images are written. FILE shares its blocks with the ancestor
+where the host can do that. A command that was interrupted is repeated as it was.
 Exit status: 0 merged, 1 failure (the child reads as before), 2 wrong usage.";
 
 impl Merge {
     /// Runs the command.
     pub fn run(self) -> Result<()> {
-        let Self { child, into, children, force, shrink, parents, progress } = self;
-        let request = Request { child, into, children, search: parents.search(), force, shrink };
-        let reactor = Reactor::new()?;
+        let Self { child, into, children, copy, force, shrink, parents, progress } = self;
+        let mut request = Request { child, into, children, search: parents.search(), force, shrink };
+        let (reactor, merging) = (Reactor::new()?, Merging(progress.start()?));
+        if let Some(copy) = copy {
+            request.copy_target(&copy, &reactor, &Claims, &merging)?;
+        }
         let chain = LockedChain::open(&request, &reactor, &Claims)?;
         tracing::info!("merging {} into {}", chain.child().display(), chain.target().display());
-        chain.merge(&reactor, &Merging(progress.start()?))
+        chain.merge(&reactor, &merging)
     }
 }
 
@@ -79,6 +88,10 @@ impl Watch for Merging {
 
     fn stop_requested(&self) -> bool {
         self.0.stop_requested()
+    }
+
+    fn unfinished(&self, remover: Remover) {
+        self.0.unfinished(remover);
     }
 }
 

@@ -2,14 +2,10 @@
 
 use std::path::Path;
 
-use uuid::Uuid;
-
-use super::{Devices, inspect, locked};
+use super::{Devices, inspect, locked, naming};
 use crate::chain::{self, Layer, Member, Search};
 use crate::disk::{Access, Reactor};
 use crate::error::{Error, Kind, Locate, Result};
-use crate::format::metadata::Metadata;
-use crate::image::Image;
 
 /// Has the image at `child` name the image at `parent` as its parent. Only the child's metadata changes, as a
 /// whole or not at all; a child that names the file already does not change. With `ignore_mismatch` the
@@ -33,13 +29,7 @@ pub fn relink(child: &Path, parent: &Path, ignore_mismatch: bool, devices: &dyn 
     if child.image.metadata.parent_locator.as_ref() == Some(&locator) {
         return Ok(());
     }
-    let disk = reactor.disk(child.file.clone());
-    let change = async {
-        let image = Image::open_for_writing(&disk, Uuid::new_v4).await?;
-        let metadata = Metadata { parent_locator: Some(locator), ..image.metadata.clone() };
-        image.amend(&disk, &metadata, Uuid::new_v4).await
-    };
-    reactor.block_on(change).map(drop).file(child.path())
+    naming::amend(&child.file, locator, &reactor)
 }
 
 /// Refuses a parent whose own chain leads to the child. A chain that ends early may be what is being mended.

@@ -161,7 +161,7 @@ impl Snapshot {
         Self { bytes, times }
     }
 
-    fn assert_kept(self, path: &Path) {
+    fn assert_kept(&self, path: &Path) {
         let found = fs::metadata(path).expect("there");
         let now = [
             (found.atime(), found.atime_nsec()),
@@ -406,6 +406,52 @@ fn a_size_that_is_no_option_is_told_where_it_goes() {
     let message = Ran::from(after("b.vhdx")).misused();
     assert!(message.contains("one image") && !message.contains("--size b"), "{message}");
     assert!(bench.names().is_empty(), "{:?}", bench.names());
+}
+
+/// A VHDX is made only under a name that does not promise another format.
+#[test]
+fn a_name_of_another_format_is_refused_with_advice() {
+    let bench = Bench::new();
+    for (name, advice) in [
+        ("a.vhd", "vhdx-ublk convert"),
+        ("a.VHD", "vhdx-ublk convert"),
+        ("a.raw", "truncate"),
+        ("a.img", "truncate"),
+        ("a.qcow2", "qemu-img create"),
+        ("a.vmdk", "qemu-img create"),
+        ("a.vdi", "qemu-img create"),
+    ] {
+        let message = create(&bench.path(name), &["--size", "1M", "--force"]).failed(2);
+        assert!(message.contains("name it .vhdx") && message.contains(advice), "{name}: {message}");
+    }
+    for name in ["a.vhdx", "a.avhdx", "a", "a.disk"] {
+        create(&bench.path(name), &["--size", "1M"]).succeeded();
+    }
+    assert_eq!(bench.names(), ["a", "a.avhdx", "a.disk", "a.vhdx"]);
+}
+
+/// With --json, wrong usage is JSON too, wherever --json stands; a name behind `--` is no option.
+#[test]
+fn wrong_usage_is_json_where_json_is_wanted() {
+    for (wrong, status, remedy) in [
+        (&["compare", "a.vhdx", "--json"][..], 2, "vhdx-ublk compare --help"),
+        (&["info", "--json"], 2, "vhdx-ublk info --help"),
+        (&["check", "--json", "--bogus", "a.vhdx"], 1, "vhdx-ublk check --help"),
+        (&["session", "list", "--json", "--bogus"], 2, "vhdx-ublk session list --help"),
+        (&["compact", "a.vhdx", "--json", "--max-rate", "0"], 2, "vhdx-ublk compact --help"),
+    ] {
+        let ran = run(wrong);
+        assert_eq!((ran.status, ran.stderr.as_str()), (Some(status), ""), "{wrong:?}: {}", ran.stdout);
+        let value: Value = serde_json::from_str(&ran.stdout).expect("one JSON value");
+        let error = &value["error"];
+        assert_eq!((&error["kind"], &error["remedy"]), (&"usage".into(), &remedy.into()), "{error}");
+        let message = error["message"].as_str().expect("a text");
+        assert!(
+            !message.is_empty() && !message.contains("Usage") && !message.contains("error:"),
+            "{message}"
+        );
+    }
+    run(&["compare", "a.vhdx", "--", "--json", "b", "c"]).misused();
 }
 
 #[test]

@@ -83,7 +83,7 @@ impl Layer<'_> {
 
 /// Merges; what is removed is printed, and what is written is said.
 fn merged(child: &Path, options: &[&str]) -> String {
-    let Ran { status, stdout, stderr } = on("merge", child, options);
+    let Ran { status, stdout, stderr } = on("merge", child, &[options, &["--progress", "none"]].concat());
     assert!(status == Some(0) && stderr.lines().count() == 1 && stderr.contains("merging "), "{stderr}");
     stdout
 }
@@ -361,4 +361,124 @@ fn of_two_merges_at_once_one_succeeds() {
         assert_eq!(bench.names(), ["base.vhdx"]);
         assert_eq!(on("check", &parent, &[]).status, Some(0));
     }
+}
+
+/// A base, and two children of it that differ; the disks that the children are, as raw files.
+fn siblings(bench: &Bench) -> ([PathBuf; 3], [PathBuf; 2]) {
+    let base = base(bench, "base.vhdx");
+    let children = [("one", 0x41), ("other", 0x51)].map(|(name, byte)| {
+        let path = child_of(bench, &base, &format!("{name}.vhdx"));
+        let mut disk = vec![0; usize::try_from(BLOCKS * MIB).expect("small")];
+        let mut layer = Layer { path: &path, disk: &mut disk };
+        layer.whole(1, byte);
+        layer.part(4, byte + 1);
+        path
+    });
+    let disks = children.each_ref().map(|child| {
+        let raw = child.with_extension("raw");
+        ran("convert", &[child, &raw]).succeeded();
+        raw
+    });
+    let [one, other] = children;
+    ([base, one, other], disks)
+}
+
+fn ran(command: &str, paths: &[&Path]) -> Ran {
+    program().args([command, "--progress", "none"]).args(paths).output().expect("it runs").into()
+}
+
+fn assert_same(image: &Path, disk: &Path) {
+    let compared = ran("compare", &[image, disk]);
+    assert_eq!(compared.status, Some(0), "{}: {}{}", image.display(), compared.stdout, compared.stderr);
+}
+
+/// The merged child has a parent of its own then; the one that it had keeps its other child and every byte.
+#[test]
+fn a_copy_of_the_parent_leaves_that_to_its_other_children() {
+    let bench = Bench::new();
+    let ([base, one, other], disks) = siblings(&bench);
+    let before = Snapshot::of(&base);
+    let refused = on("merge", &one, &[]).failed(1);
+    assert!(refused.contains("--copy"), "{refused}");
+    let copy = bench.path("own.vhdx");
+    let option = ["--copy", copy.to_str().expect("UTF-8")];
+    let removed = merged(&one, &option);
+    assert!(removed.trim_end().ends_with("one.vhdx"), "{removed}");
+    assert_eq!(bench.names(), ["base.vhdx", "one.raw", "other.raw", "other.vhdx", "own.vhdx"]);
+    before.assert_kept(&base);
+    assert_same(&copy, &disks[0]);
+    assert_same(&other, &disks[1]);
+    for image in [&copy, &other] {
+        on("check", image, &[]).succeeded();
+    }
+    // Of the layers of a longer chain, all of them go.
+    let middle = child_of(&bench, &other, "middle.vhdx");
+    let leaf = child_of(&bench, &middle, "leaf.vhdx");
+    let again = bench.path("again.vhdx");
+    let options = ["--into", base.to_str().expect("UTF-8"), "--copy", again.to_str().expect("UTF-8")];
+    assert_eq!(merged(&leaf, &options).lines().count(), 3);
+    before.assert_kept(&base);
+    assert_same(&again, &disks[1]);
+}
+
+/// Wherever it was interrupted, the same command finishes; a file that is no copy is left alone.
+#[test]
+fn a_merge_into_a_copy_is_finished_and_takes_no_other_file() {
+    for step in ["copied", "relinked"] {
+        let bench = Bench::new();
+        let ([base, one, other], disks) = siblings(&bench);
+        let before = Snapshot::of(&base);
+        let copy = bench.path("own.vhdx");
+        fs::copy(&base, &copy).expect("room");
+        if step == "relinked" {
+            ran_relink(&one, &copy);
+        }
+        merged(&one, &["--copy", copy.to_str().expect("UTF-8")]);
+        before.assert_kept(&base);
+        assert_same(&copy, &disks[0]);
+        assert_same(&other, &disks[1]);
+    }
+    let bench = Bench::new();
+    let ([base, one, _], disks) = siblings(&bench);
+    let (foreign, link) = (bench.image("foreign.vhdx", &["--size", "16M"]), bench.path("link.vhdx"));
+    let copied = bench.path("copied.vhdx");
+    fs::copy(&base, &copied).expect("room");
+    std::os::unix::fs::symlink(&copied, &link).expect("room");
+    let before = [&base, &one, &foreign, &copied].map(|path| (path, Snapshot::of(path)));
+    for taken in [&foreign, &link, &disks[0]] {
+        on("merge", &one, &["--copy", taken.to_str().expect("UTF-8")]).failed(1);
+    }
+    on("merge", &one, &["--copy", "x.vhdx", "--force"]).misused();
+    for (path, before) in &before {
+        before.assert_kept(path);
+    }
+}
+
+fn ran_relink(child: &Path, parent: &Path) {
+    let relinked = program().arg("relink").arg(child).arg(parent).output().expect("it runs");
+    Ran::from(relinked).succeeded();
+}
+
+/// Killed at any moment, both disks read as before, and the same command again finishes.
+#[test]
+fn a_merge_into_a_copy_survives_kills() {
+    let bench = Bench::new();
+    let ([base, one, other], disks) = siblings(&bench);
+    let before = Snapshot::of(&base);
+    let copy = bench.path("own.vhdx");
+    let mut wait = Duration::from_millis(2);
+    while one.exists() {
+        let mut command = program();
+        command.arg("merge").arg(&one).arg("--copy").arg(&copy);
+        let mut merging = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("it runs");
+        std::thread::sleep(wait);
+        merging.kill().expect("ours");
+        merging.wait().expect("ours");
+        before.assert_kept(&base);
+        assert_same(if one.exists() { &one } else { &copy }, &disks[0]);
+        assert_same(&other, &disks[1]);
+        wait = wait * 3 / 2;
+    }
+    on("check", &copy, &[]).succeeded();
+    assert_same(&copy, &disks[0]);
 }

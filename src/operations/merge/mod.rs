@@ -6,6 +6,7 @@
 
 mod layers;
 mod neighbours;
+mod stand_in;
 
 use std::cell::Cell;
 use std::path::{Path, PathBuf};
@@ -39,6 +40,17 @@ pub struct Request {
     pub force: bool,
     /// Whether the target's disk may become smaller.
     pub shrink: bool,
+}
+
+/// What becomes of the target's other children.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Beside {
+    /// They must not be there.
+    Refuse,
+    /// They may be lost.
+    Lose,
+    /// They keep their parent: it is only read.
+    Keep,
 }
 
 /// Watches a merge.
@@ -156,11 +168,18 @@ impl LockedChain {
     /// chain; [`Kind::InUse`] if another image would lose its parent; [`Kind::Unsupported`] if the target
     /// cannot take the disk's size.
     pub fn open(request: &Request, reactor: &Reactor, devices: &dyn Devices) -> Result<Self> {
+        let beside = if request.force { Beside::Lose } else { Beside::Refuse };
+        Self::lock(request, beside, reactor, devices)
+    }
+
+    /// As [`Self::open`], but that the target is locked for reading if others keep it.
+    fn lock(request: &Request, beside: Beside, reactor: &Reactor, devices: &dyn Devices) -> Result<Self> {
         let (found, target) = request.find()?;
+        let written = if beside == Beside::Keep { target } else { target + 1 };
         let opened = Cell::new(0);
         let open = |path: &Path| {
             let number = opened.replace(opened.get() + 1);
-            let access = if number <= target { Access::ReadWrite } else { Access::ReadOnly };
+            let access = if number < written { Access::ReadWrite } else { Access::ReadOnly };
             let layer = match number {
                 0 => locked::open_named(reactor, path, devices)?,
                 _ => locked::open(reactor, path, access, devices)?,
@@ -185,7 +204,7 @@ impl LockedChain {
         for named in &request.children {
             chain.lock_child(named, reactor, devices)?;
         }
-        for found in neighbours::refuse_relatives(&chain, request.force)? {
+        for found in neighbours::refuse_relatives(&chain, beside)? {
             chain.lock_child(&found, reactor, devices)?;
         }
         Ok(chain)

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::LockedChain;
+use super::{Beside, LockedChain};
 use crate::chain::{self, Known, Layer, Search};
 use crate::disk::folder_of;
 use crate::error::{Error, Kind, Result};
@@ -13,10 +13,10 @@ use crate::format::metadata::Metadata;
 use crate::operations::inspect::identify_neighbour;
 use crate::printable::shell;
 
-/// Looks for images that would lose their parent, or that would be over changed content unless `force` allows
-/// it. Returns the children of the image that is merged, but those that are locked already.
-pub(super) fn refuse_relatives(chain: &LockedChain, force: bool) -> Result<Vec<PathBuf>> {
-    let search = Search::default();
+/// Looks for images that would lose their parent, or that would be over changed content where they must not
+/// be `beside` it. Returns the children of the image that is merged, but those that are locked already.
+pub(super) fn refuse_relatives(chain: &LockedChain, beside: Beside) -> Result<Vec<PathBuf>> {
+    let (search, force) = (Search::default(), beside == Beside::Lose);
     let (layers, target) = (&chain.layers, &chain.target);
     let all = || layers.iter().chain([target]).chain(&chain.below).chain(&chain.children);
     let changed = layers.iter().chain([target]);
@@ -43,7 +43,7 @@ pub(super) fn refuse_relatives(chain: &LockedChain, force: bool) -> Result<Vec<P
                 path.display(),
                 target.path().display()
             );
-        } else if !force && chain::is_child(other, target, &search) {
+        } else if beside == Beside::Refuse && chain::is_child(other, target, &search) {
             return Err(over_changed_content(path, target.path()));
         }
     }
@@ -112,7 +112,7 @@ fn loses_its_parent(path: &Path, parent: &Path) -> Error {
 
 fn over_changed_content(path: &Path, parent: &Path) -> Error {
     let message = format!("its parent is {}, which the merge would change", parent.display());
-    let remedy = "first give the other children a parent of their own (copy the parent, and relink them to \
-                  the copy); with --force they become unreadable";
+    let remedy = "merge into a copy, so that the other children keep their parent: --copy FILE; with --force \
+                  they become unreadable";
     Error::new(Kind::InUse, message).file(path).remedy(remedy)
 }

@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use crate::disk::{ImageFile, SharedFile};
 use crate::error::{Doing, Error, Kind, Locate, Result};
+use crate::format::file_id::CONVERT;
 use crate::format::vhd::{FOOTER_COOKIE, FOOTER_SIZE};
 
 /// The format of a disk image.
@@ -58,10 +59,12 @@ const PROBED: usize = 256 << 10;
 /// What is at the front of an image that is no raw disk.
 const IMAGES: [(&[u8], &str); 2] = [(b"vhdxfile", "VHDX"), (&FOOTER_COOKIE, "VHD")];
 
-/// How a qcow2 image becomes a disk that can be read here, and back.
-pub const QCOW2_RECIPE: &str = "qemu-img converts it through a device: `vhdx-ublk create NEW.vhdx --size \
-     SIZE`, `vhdx-ublk add NEW.vhdx`, `qemu-img convert -n -O raw OLD.qcow2 /dev/ublkbN`; and back: \
-     `vhdx-ublk add --read-only OLD.vhdx`, `qemu-img convert -f raw -O qcow2 /dev/ublkbN NEW.qcow2`";
+/// How a qcow2 image becomes one that can be read here.
+pub const FROM_QCOW2: &str = CONVERT;
+
+/// How a disk becomes a qcow2 image, its parents included and without another copy.
+pub const TO_QCOW2: &str = "qemu-img makes it of a device: `vhdx-ublk add --read-only OLD.vhdx`, then \
+     `qemu-img convert -f raw -O qcow2 /dev/ublkbN NEW.qcow2`";
 
 /// The format of `file`, by its first and last bytes. Whatever nothing is known of is a raw disk.
 ///
@@ -125,8 +128,7 @@ fn refuse_others(front: &[u8]) -> Result<()> {
     };
     let Some((.., name)) = OTHERS.iter().find(hit) else { return Ok(()) };
     let remedy = match *name {
-        "qcow2" => QCOW2_RECIPE,
-        "VMDK" | "VDI" => "convert it first: qemu-img convert -O raw OLD NEW",
+        "qcow2" | "VMDK" | "VDI" => CONVERT,
         DAMAGED => "`vhdx-ublk check` shows the damage, and `vhdx-ublk salvage` may find what is left of it",
         _ => "unpack it first; to read the file itself as a disk, name its format: --from raw",
     };

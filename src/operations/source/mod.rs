@@ -25,7 +25,7 @@ use crate::image::Location;
 use vhd::{Bitmap, Vhd};
 
 use format::probe_named;
-pub use format::{DiskFormat, QCOW2_RECIPE};
+pub use format::{DiskFormat, FROM_QCOW2, TO_QCOW2};
 pub(super) use format::{probe, refuse_images};
 
 /// What is to be read.

@@ -1,0 +1,90 @@
+//! Copying the file of an image into another one, which gets its name when it is whole and synced.
+//!
+//! Where the host can do that, both files share their blocks until one of them is written.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use uuid::Uuid;
+
+use super::{Watch, naming, room};
+use crate::chain::Member;
+use crate::disk::{Disk, ImageFile, PAGE_BYTES, Place, Reactor, ReadDisk, Unfinished};
+use crate::error::{Doing, Error, Kind, Locate, Result};
+use crate::format::{MIB, index};
+
+/// All permissions that a file has.
+const EVERYTHING: u32 = 0o777;
+
+/// How much is copied at once, bytes.
+const WINDOW_BYTES: u64 = 4 * MIB;
+
+/// A copy that is to be made.
+pub(super) struct Duplicate<'a> {
+    /// The image, which nobody writes to.
+    pub(super) of: &'a Member,
+    /// Where its copy will be.
+    pub(super) at: &'a Place,
+    /// The parent that the copy names, if it is not the one of the image.
+    pub(super) parent: Option<&'a Path>,
+    /// Bytes for which there must be room, if blocks cannot be shared.
+    pub(super) needed: u64,
+}
+
+impl Duplicate<'_> {
+    /// Makes it.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::Exists`] if there is something at its place; [`Kind::NoSpace`]; [`Kind::Stopped`]; what the
+    /// operating system says. Nothing of the copy is left then.
+    pub(super) fn make(&self, reactor: &Reactor, watch: &impl Watch) -> Result<()> {
+        let Self { of, at, parent, needed } = *self;
+        let unfinished = Unfinished::default();
+        let beside = at.beside(format!(".vhdx-ublk-{}.tmp", Uuid::new_v4().simple()).as_ref())?;
+        let file = unfinished.create(beside)?;
+        watch.unfinished(unfinished.remover());
+        if rustix::fs::ioctl_ficlone(&*file, &*of.file).is_err() {
+            room::require(file.host_room(), needed, "the copy needs").file(at.path())?;
+            reactor.block_on(copy(&of.file, &file, reactor, watch)).file(at.path())?;
+        }
+        if let Some(parent) = parent {
+            naming::amend(&file, naming::locator(of, at.path(), parent, None)?, reactor)?;
+        }
+        let synced = reactor.block_on(reactor.disk(Arc::clone(&file)).sync());
+        synced.doing("syncing the copy").file(at.path())?;
+        file.resemble(&of.file, EVERYTHING)?;
+        unfinished.name(at)
+    }
+}
+
+/// Copies a file. What the host does not store of it is not written.
+async fn copy(
+    from: &Arc<ImageFile>,
+    to: &Arc<ImageFile>,
+    reactor: &Reactor,
+    watch: &impl Watch,
+) -> Result<()> {
+    const READING: &str = "reading the image";
+    let page = PAGE_BYTES as u64;
+    let (source, target) = (reactor.disk(from.clone()), reactor.disk(to.clone()));
+    let length = source.length().await.doing(READING)?.next_multiple_of(page);
+    target.grow(length).await.doing("extending the copy")?;
+    // Some hosts do not know of data that they have not written yet.
+    source.sync().await.doing("syncing the image")?;
+    let mut at = 0;
+    while let Some(data) = from.next_data(at).doing(READING)?.filter(|&data| data < length) {
+        if watch.stop_requested() {
+            return Err(Error::new(Kind::Stopped, "the copy was stopped"));
+        }
+        at = data - data % page;
+        let stored = from.next_hole(data).doing(READING)?;
+        let end = stored.max(data + 1).min(at + WINDOW_BYTES).next_multiple_of(page).min(length);
+        assert!(at < end && end <= length, "bytes {at} to {end} of {length}");
+        let bytes = source.read(at, index(end - at)).await.doing(READING)?;
+        target.write(at, bytes).await.doing("writing the copy")?;
+        at = end;
+        watch.progress(at, length);
+    }
+    Ok(())
+}
