@@ -2,6 +2,7 @@
 
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
@@ -9,8 +10,8 @@ use vhdx_ublk::device::claims::Claims;
 use vhdx_ublk::disk::{BlockDevice, Sparse};
 use vhdx_ublk::error::{Error, Kind, Result};
 use vhdx_ublk::operations::convert::{Conversion, Converted, Input, Output};
-use vhdx_ublk::operations::source::DiskFormat;
-use vhdx_ublk::printable::both_sizes;
+use vhdx_ublk::operations::source::{DiskFormat, TO_QCOW2};
+use vhdx_ublk::printable::{both_sizes, human_size};
 
 use super::disk_source::{self, FormatName};
 use super::output::{self, Fields};
@@ -86,8 +87,9 @@ A raw disk can begin with anything its user writes: name its format (--from raw)
 not trusted. A new VHDX is a disk of its own, with a new identifier.
 The file of the target is readable by its owner only, or by those users of the file that it replaces
 who can read the source.
---json prints target, format, virtual_size, required and fully_allocated (bytes of the file, as measure
-shows them), written_bytes, and shared_bytes (blocks that source and target share on their host).
+Prints what was made, and how long it took. --json prints target, format, virtual_size, required and
+fully_allocated (bytes of the file, as measure shows them), written_bytes, shared_bytes (blocks that
+source and target share on their host), and seconds (null after a dry run).
 Exit status: 0 converted, 1 failure (no unfinished target is left), 2 wrong usage.";
 
 /// What is printed as JSON.
@@ -100,6 +102,7 @@ struct Json {
     fully_allocated: Option<u64>,
     written_bytes: u64,
     shared_bytes: u64,
+    seconds: Option<f64>,
 }
 
 impl Convert {
@@ -107,12 +110,24 @@ impl Convert {
     pub fn run(self) -> Result<()> {
         let conversion = self.conversion()?;
         if self.dry_run {
-            return self.print(&conversion, conversion.plan(&Claims)?);
+            let planned = conversion.plan(&Claims)?;
+            return if self.json {
+                self.print_json(&conversion, planned, None)
+            } else {
+                self.print_plan(&conversion, planned)
+            };
         }
-        let shown = self.progress.start()?;
+        let (shown, started) = (self.progress.start()?, Instant::now());
         let converted = conversion.run(&Claims, &shown)?;
+        let took = started.elapsed();
         drop(shown);
-        if self.json { self.print(&conversion, converted) } else { Ok(()) }
+        match conversion.output {
+            _ if self.json => self.print_json(&conversion, converted, Some(took)),
+            Output::Stream => Ok(()),
+            Output::File { .. } | Output::Existing(_) => {
+                output::print_line(&self.closing_line(&conversion, converted, took))
+            }
+        }
     }
 
     /// What the options mean together.
@@ -148,7 +163,7 @@ impl Convert {
         } else {
             Input::Disk(disk_source::request(self.source.clone(), self.from, self.parents.search())?)
         };
-        let by_name = FormatName::of_name(&self.target).and_then(|name| name.format().ok());
+        let by_name = FormatName::of_name(&self.target).and_then(|name| name.format(TO_QCOW2).ok());
         if !over_old && by_name.is_some_and(|by_name| by_name != format) {
             let target = self.target.display();
             tracing::warn!("{target}: its name says another format than {format}, which it gets");
@@ -176,25 +191,56 @@ impl Convert {
             () => FormatName::of_name(&self.target),
         };
         match self.to.or(by_default) {
-            Some(name) => name.format(),
+            Some(name) => name.format(TO_QCOW2),
             None => usage("the name of the target does not say its format: use --to"),
         }
     }
 
-    fn print(&self, conversion: &Conversion, converted: Converted) -> Result<()> {
+    fn print_json(
+        &self,
+        conversion: &Conversion,
+        converted: Converted,
+        took: Option<Duration>,
+    ) -> Result<()> {
         let Converted { size, measured, written, shared } = converted;
+        output::print_json(&Json {
+            target: Some(self.target.to_string_lossy().into_owned()),
+            format: conversion.shape.format,
+            virtual_size: size,
+            required: measured.map(|measured| measured.required),
+            fully_allocated: measured.map(|measured| measured.fully_allocated),
+            written_bytes: written,
+            shared_bytes: shared,
+            seconds: took.map(|took| took.as_secs_f64()),
+        })
+    }
+
+    /// What was made, of what size, and what it took.
+    fn closing_line(&self, conversion: &Conversion, converted: Converted, took: Duration) -> String {
+        let Converted { size, written, shared, .. } = converted;
         let format = conversion.shape.format;
-        if self.json {
-            return output::print_json(&Json {
-                target: Some(self.target.to_string_lossy().into_owned()),
-                format,
-                virtual_size: size,
-                required: measured.map(|measured| measured.required),
-                fully_allocated: measured.map(|measured| measured.fully_allocated),
-                written_bytes: written,
-                shared_bytes: shared,
-            });
-        }
+        let kind = match format {
+            DiskFormat::Raw => String::new(),
+            _ if conversion.shape.fixed => ", fixed".to_owned(),
+            _ => ", dynamic".to_owned(),
+        };
+        let shared = if shared > 0 {
+            format!(", {} shared with the source", human_size(shared))
+        } else {
+            String::new()
+        };
+        format!(
+            "{}: {format}{kind}, a disk of {}; {} written{shared}, {:.1} s",
+            self.target.display(),
+            human_size(size.unwrap_or(0)),
+            human_size(written),
+            took.as_secs_f64()
+        )
+    }
+
+    fn print_plan(&self, conversion: &Conversion, planned: Converted) -> Result<()> {
+        let Converted { size, measured, .. } = planned;
+        let format = conversion.shape.format;
         let shown = |bytes: Option<u64>| bytes.map_or_else(|| "unknown".to_owned(), both_sizes);
         let mut fields = Fields::default();
         fields.add("target", self.target.display().to_string());

@@ -110,8 +110,23 @@ impl Create {
         Creation { image, new, parent, mode, replace, sparse }.run(&Claims, remove_on_signals)
     }
 
+    /// Refuses a name that promises another format than the one that is made.
+    fn refuse_name(&self) -> Result<()> {
+        let end =
+            self.image.extension().and_then(|end| end.to_str()).unwrap_or_default().to_ascii_lowercase();
+        let remedy = match end.as_str() {
+            "vhd" => "name it .vhdx; for a VHD, convert that: vhdx-ublk convert NEW.vhdx NEW.vhd",
+            "raw" | "img" => "name it .vhdx; for a raw disk: truncate --size SIZE NEW.raw",
+            "qcow2" | "vmdk" | "vdi" => "name it .vhdx; for this format: qemu-img create -f FORMAT NEW SIZE",
+            _ => return Ok(()),
+        };
+        let message = format!("create makes a VHDX, and the name of the file ends in .{end}");
+        Err(Error::new(Kind::Usage, message).file(&self.image).remedy(remedy))
+    }
+
     /// What the options mean together.
     fn plan(&self) -> Result<NewImage> {
+        self.refuse_name()?;
         let differencing = self.disk_type == Some(DiskType::Differencing);
         if self.parent.is_some() && self.disk_type.is_some() && !differencing {
             return usage("only a differencing image can have a --parent");

@@ -6,7 +6,7 @@ use clap::ValueEnum;
 
 use vhdx_ublk::chain::Search;
 use vhdx_ublk::error::{Error, Kind, Result};
-use vhdx_ublk::operations::source::{DiskFormat, QCOW2_RECIPE, SourceRequest};
+use vhdx_ublk::operations::source::{DiskFormat, FROM_QCOW2, SourceRequest};
 
 /// A format by name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -23,18 +23,18 @@ pub enum FormatName {
 }
 
 impl FormatName {
-    /// The format.
+    /// The format; `instead` says how to do without qcow2.
     ///
     /// # Errors
     ///
     /// [`Kind::Unsupported`] for qcow2.
-    pub fn format(self) -> Result<DiskFormat> {
+    pub fn format(self, instead: &str) -> Result<DiskFormat> {
         match self {
             Self::Raw => Ok(DiskFormat::Raw),
             Self::Vhd => Ok(DiskFormat::Vhd),
             Self::Vhdx => Ok(DiskFormat::Vhdx),
             Self::Qcow2 => {
-                Err(Error::new(Kind::Unsupported, "qcow2 is neither read nor written").remedy(QCOW2_RECIPE))
+                Err(Error::new(Kind::Unsupported, "qcow2 is neither read nor written").remedy(instead))
             }
         }
     }
@@ -57,5 +57,6 @@ impl FormatName {
 ///
 /// Those of [`FormatName::format`].
 pub fn request(path: PathBuf, format: Option<FormatName>, search: Search) -> Result<SourceRequest> {
-    Ok(SourceRequest { path, format: format.map(FormatName::format).transpose()?, search })
+    let format = format.map(|format| format.format(FROM_QCOW2)).transpose()?;
+    Ok(SourceRequest { path, format, search })
 }

@@ -9,8 +9,11 @@ use vhdx_ublk::printable::human_size;
 const COLUMNS: usize = 80;
 const ROWS: usize = 8;
 
-/// The most cells of a part: a character has two.
+/// The most cells of a part that is drawn in colours: a character has two.
 pub const CELLS: usize = COLUMNS * ROWS * 2;
+
+/// The most cells of a part that is drawn without: a character has one, and its kind shows what is there.
+pub const PLAIN_CELLS: usize = COLUMNS * ROWS;
 
 /// The colours of the layers, of 256, and as SVG writes them.
 const COLOURS: [(u8, &str); LAYERS] = [
@@ -23,6 +26,12 @@ const COLOURS: [(u8, &str); LAYERS] = [
     (167, "#d75f5f"),
     (245, "#8a8a8a"),
 ];
+
+/// What shows a layer without colours: its number.
+const CHARACTERS: [char; LAYERS] = ['0', '1', '2', '3', '4', '5', '6', '7'];
+
+/// What shows an empty cell without colours.
+const EMPTY: char = '.';
 
 /// The colour of what describes the image.
 const STRUCTURES: (u8, &str) = (250, "#bcbcbc");
@@ -56,40 +65,61 @@ fn shown(picture: &Picture) -> Vec<(Cell, String)> {
     all.filter(|(cell, _)| seen(*cell)).collect()
 }
 
-/// The picture for a screen: each line of characters is two lines of cells.
-pub fn text(picture: &Picture, coloured: bool) -> String {
+/// The picture for a screen in colours: each line of characters is two lines of cells.
+pub fn coloured(picture: &Picture) -> String {
+    let line = |pair: &[Cell]| {
+        let (upper, lower) = pair.split_at(pair.len().min(COLUMNS));
+        let lower = lower.iter().copied().chain(std::iter::repeat(Cell::Empty));
+        upper.iter().zip(lower).map(|(upper, lower)| halves(*upper, lower)).collect()
+    };
+    text(picture, 2 * COLUMNS, line, |cell| halves(cell, cell))
+}
+
+/// The picture without colours: a character for each cell.
+pub fn plain(picture: &Picture) -> String {
+    let line = |cells: &[Cell]| cells.iter().map(|cell| character(*cell)).collect();
+    let text = text(picture, COLUMNS, line, |cell| character(cell).to_string());
+    let more = if text.ends_with('\n') { "" } else { ", " };
+    format!("{text}{more}{EMPTY} empty")
+}
+
+/// Both parts, each line of `cells` cells as `line` draws it, and what the characters mean.
+fn text(
+    picture: &Picture,
+    cells: usize,
+    line: impl Fn(&[Cell]) -> String,
+    sample: impl Fn(Cell) -> String,
+) -> String {
     let mut text = String::new();
     for (name, strip) in parts(picture) {
         text += &headline(name, strip);
         text.push('\n');
-        for pair in strip.cells.chunks(2 * COLUMNS) {
-            let (upper, lower) = pair.split_at(pair.len().min(COLUMNS));
-            let lower = lower.iter().copied().chain(std::iter::repeat(Cell::Empty));
-            let line: String =
-                upper.iter().zip(lower).map(|(upper, lower)| character(*upper, lower, coloured)).collect();
-            text += line.trim_end();
+        for cells in strip.cells.chunks(cells) {
+            text += line(cells).trim_end();
             text.push('\n');
         }
     }
-    let legend = shown(picture)
-        .into_iter()
-        .map(|(cell, name)| if coloured { format!("{} {name}", character(cell, cell, true)) } else { name });
-    let legend: Vec<_> = legend.collect();
-    text + if coloured || legend.is_empty() { "" } else { "shown: " } + &legend.join(", ")
+    let legend = shown(picture).into_iter().map(|(cell, name)| format!("{} {name}", sample(cell)));
+    text + &legend.collect::<Vec<_>>().join(", ")
 }
 
-/// Two cells, one above the other.
-fn character(upper: Cell, lower: Cell, coloured: bool) -> String {
-    let plain = match (colour(upper), colour(lower)) {
-        (None, None) => return " ".to_owned(),
-        (Some(_), None) => '▀',
-        (None, Some(_)) => '▄',
-        (Some(above), Some(below)) if above == below || !coloured => '█',
-        (Some((above, _)), Some((below, _))) => return format!("\x1b[38;5;{above};48;5;{below}m▀\x1b[0m"),
-    };
-    match colour(upper).or(colour(lower)) {
-        Some((colour, _)) if coloured => format!("\x1b[38;5;{colour}m{plain}\x1b[0m"),
-        _ => plain.to_string(),
+/// Two cells, one above the other, in their colours.
+fn halves(upper: Cell, lower: Cell) -> String {
+    match (colour(upper), colour(lower)) {
+        (None, None) => " ".to_owned(),
+        (Some((above, _)), None) => format!("\x1b[38;5;{above}m▀\x1b[0m"),
+        (None, Some((below, _))) => format!("\x1b[38;5;{below}m▄\x1b[0m"),
+        (Some((above, _)), Some((below, _))) if above == below => format!("\x1b[38;5;{above}m█\x1b[0m"),
+        (Some((above, _)), Some((below, _))) => format!("\x1b[38;5;{above};48;5;{below}m▀\x1b[0m"),
+    }
+}
+
+/// What stands for a cell without colours.
+fn character(cell: Cell) -> char {
+    match cell {
+        Cell::Empty => EMPTY,
+        Cell::Layer(layer) => CHARACTERS[layer],
+        Cell::Structures => '#',
     }
 }
 

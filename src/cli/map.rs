@@ -28,10 +28,11 @@ pub struct Map {
     /// Show only what has changed since LAYER, one of the parents, was the image
     #[arg(long, value_name = "LAYER")]
     since: Option<PathBuf>,
-    /// Draw the disk and the file: colours show the layers, empty cells of the file the holes in it
+    /// Draw the disk and the file: colours, or digits where there are none, show the layers, empty cells of
+    /// the file the holes in it
     #[arg(long, conflicts_with_all = ["json", "since"])]
     picture: bool,
-    /// Write the picture to FILE, which must not exist, as SVG
+    /// Write the picture as SVG to FILE, which must not exist; - writes it to standard output
     #[arg(long, value_name = "FILE", conflicts_with_all = ["json", "since"])]
     svg: Option<PathBuf>,
     #[command(flatten)]
@@ -42,9 +43,10 @@ pub struct Map {
 }
 
 const AFTER_HELP: &str = "\
-Prints how many bytes of the disk are in which state, then how many each layer has. The states are
-those of NBD: 0 data; 2 zero (a block has space, and its host stores nothing); 3 hole,zero. With
---since: a line for each extent, with its start and length in bytes and its state.
+Prints how many bytes of the disk are in which state, then how many bytes of data each layer has:
+bytes, share of the disk, state or layer, size. The states are those of NBD: 0 data; 2 zero (a block
+has space, and its host stores nothing); 3 hole,zero. With --since: a line for each extent, with its
+start and length in bytes and its state.
 
 JSON: start and length (bytes), depth (0 for the image, 1 for its parent, and so on), present (a
 layer has it), zero, data (a file has space for it), compressed (never), offset (in the file of the
@@ -85,16 +87,29 @@ impl Map {
     }
 
     fn draw(&self, chain: &OpenChain) -> Result<()> {
+        let to_stdout = self.svg.as_deref().is_some_and(|path| path == Path::new("-"));
+        if to_stdout && self.picture {
+            let error = Error::new(Kind::Usage, "--picture and --svg - would both write standard output");
+            return Err(error.remedy("name a file: --svg FILE"));
+        }
         let leaf = inspect(&self.image)?;
-        let picture = Picture::of(chain, &leaf, drawing::CELLS)?;
+        let picture = |cells| Picture::of(chain, &leaf, cells);
         if let Some(path) = &self.svg {
-            write_new(path, &drawing::svg(&picture)).file(path)?;
+            let svg = drawing::svg(&picture(drawing::CELLS)?);
+            if to_stdout {
+                return output::print(svg.trim_end());
+            }
+            write_new(path, &svg).file(path)?;
         }
-        if self.picture {
-            let coloured = io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-            output::print(&drawing::text(&picture, coloured))?;
+        if !self.picture {
+            return Ok(());
         }
-        Ok(())
+        let coloured = io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+        output::print(&if coloured {
+            drawing::coloured(&picture(drawing::CELLS)?)
+        } else {
+            drawing::plain(&picture(drawing::PLAIN_CELLS)?)
+        })
     }
 }
 
@@ -157,26 +172,23 @@ fn totals(extents: Extents<'_>, chain: &OpenChain) -> Result<String> {
     assert_eq!(states.iter().map(|(.., bytes)| bytes).sum::<u64>(), size, "each byte is in one extent");
     let mut text = String::new();
     for (number, name, bytes) in states.into_iter().filter(|(.., bytes)| *bytes > 0) {
-        let line = writeln!(text, "{bytes:>20} {:>6} {number:>3} {name}", percent(bytes, size));
+        let (share, human) = (percent(bytes, size), human_size(bytes));
+        let line = writeln!(text, "{bytes:>20} {share:>6} {number:>3} {name} ({human})");
         line.expect("a string takes everything");
     }
     for (depth, (bytes, layer)) in layers.into_iter().zip(chain.layers()).enumerate() {
         let path = layer.file.path().to_string_lossy();
-        let line = write!(
-            text,
-            "\n{bytes:>20} {:>6} layer {depth} ({}): {}",
-            percent(bytes, size),
-            human_size(bytes),
-            printable(&path)
-        );
+        let (share, human, path) = (percent(bytes, size), human_size(bytes), printable(&path));
+        let line = write!(text, "\n{bytes:>20} {share:>6} layer {depth} ({human}): {path}");
         line.expect("a string takes everything");
     }
     Ok(text)
 }
 
-/// The share of `bytes` in `size`, to a tenth.
+/// The share of `bytes` in `size`, to the nearest tenth.
 fn percent(bytes: u64, size: u64) -> String {
-    let tenths = u128::from(bytes) * 1000 / u128::from(size.max(1));
+    let size = u128::from(size.max(1));
+    let tenths = (u128::from(bytes) * 2000 + size) / (2 * size);
     format!("{}.{}%", tenths / 10, tenths % 10)
 }
 

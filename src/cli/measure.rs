@@ -6,7 +6,7 @@ use vhdx_ublk::device::claims::Claims;
 use vhdx_ublk::disk::Reactor;
 use vhdx_ublk::error::Result;
 use vhdx_ublk::operations::convert;
-use vhdx_ublk::operations::source::Source;
+use vhdx_ublk::operations::source::{Source, TO_QCOW2};
 use vhdx_ublk::printable::both_sizes;
 
 use super::disk_source::{self, FormatName};
@@ -48,7 +48,7 @@ impl Measure {
     /// Runs the command.
     pub fn run(self) -> Result<()> {
         let Self { source, to, from, shape, parents, json } = self;
-        let shape = shape.shape(to.unwrap_or(FormatName::Vhd).format()?)?;
+        let shape = shape.shape(to.unwrap_or(FormatName::Vhd).format(TO_QCOW2)?)?;
         let request = disk_source::request(source, from, parents.search())?;
         let source = Source::open(&request, &Reactor::new()?, &Claims)?;
         let measured = convert::measure(&source, &shape)?;

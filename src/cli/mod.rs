@@ -36,15 +36,16 @@ mod snapshot;
 mod target_shape;
 mod upgrade;
 
+use std::ffi::OsString;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use anyhow::Result;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 use vhdx_ublk::device::confine;
-use vhdx_ublk::error::Kind;
+use vhdx_ublk::error::{Error, Kind};
 
 /// Exit statuses, as the help text states them.
 const SUCCESS: u8 = 0;
@@ -177,23 +178,74 @@ pub fn main() -> ExitCode {
 /// Prints the help that was asked for, or what is wrong with the command line. The exit status 2 of `check`
 /// means corruption, so its wrong usage is a plain failure.
 fn misused(error: &clap::Error) -> ExitCode {
-    // If it cannot be printed, the exit status still shows the failure.
-    let _ = error.print();
-    match (error.use_stderr(), std::env::args_os().nth(1)) {
+    let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
+    let mut options = arguments.iter().take_while(|argument| *argument != "--");
+    if error.use_stderr() && options.any(|argument| argument == "--json") {
+        output::report(&misuse(&error.to_string(), &arguments), true);
+    } else {
+        // If it cannot be printed, the exit status still shows the failure.
+        let _ = error.print();
+    }
+    match (error.use_stderr(), arguments.first()) {
         (false, _) => ExitCode::SUCCESS,
         (true, Some(command)) if command == "check" => ExitCode::from(FAILURE),
         (true, _) => ExitCode::from(WRONG_USAGE),
     }
 }
 
+/// What is wrong with the command line, from the `text` for people: its first lines say what, and perhaps
+/// what was meant; then it repeats the usage.
+fn misuse(text: &str, arguments: &[OsString]) -> Error {
+    let told = text.lines().map(str::trim).take_while(|line| !line.starts_with("Usage:"));
+    let told = told.filter(|line| !line.is_empty() && !line.starts_with("For more information"));
+    let (tips, what): (Vec<&str>, Vec<&str>) = told.partition(|line| line.starts_with("tip: "));
+    let what = what.join(" ");
+    let what = what.strip_prefix("error: ").unwrap_or(&what);
+    let mut tips = tips.iter().filter_map(|tip| tip.strip_prefix("tip: "));
+    let remedy = tips.find(|tip| tip.contains("similar")).map_or_else(
+        || {
+            let (mut words, mut command) = (vec!["vhdx-ublk".to_owned()], Cli::command());
+            for argument in arguments {
+                let Some(next) = command.find_subcommand(argument) else { break };
+                words.push(next.get_name().to_owned());
+                command = next.clone();
+            }
+            words.join(" ") + " --help"
+        },
+        str::to_owned,
+    );
+    Error::new(Kind::Usage, what).remedy(remedy)
+}
+
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
-
     use super::*;
 
     #[test]
     fn the_command_line_is_well_formed() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn wrong_usage_is_told_in_one_line_with_advice() {
+        let told = |words: &[&str]| {
+            let error = Cli::try_parse_from(["vhdx-ublk"].iter().chain(words)).err().expect("wrong usage");
+            let arguments: Vec<OsString> = words.iter().map(OsString::from).collect();
+            let error = misuse(&error.to_string(), &arguments);
+            (error.message(), error.remedy_text().unwrap_or_default().to_owned())
+        };
+        assert_eq!(
+            told(&["compare", "a", "--json"]),
+            (
+                "the following required arguments were not provided: <OTHER>".into(),
+                "vhdx-ublk compare --help".into()
+            )
+        );
+        let (what, remedy) = told(&["info", "--jsom", "a", "--json"]);
+        assert_eq!(what, "unexpected argument '--jsom' found");
+        assert!(remedy.contains("'--json'"), "{remedy}");
+        let (what, remedy) = told(&["session", "discard", "--frobnicate", "a", "--json"]);
+        assert_eq!(what, "unexpected argument '--frobnicate' found");
+        assert_eq!(remedy, "vhdx-ublk session discard --help");
     }
 }

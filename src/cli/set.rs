@@ -6,7 +6,7 @@ use std::str::FromStr;
 use uuid::Uuid;
 
 use vhdx_ublk::device::claims::Claims;
-use vhdx_ublk::error::Result;
+use vhdx_ublk::error::{Error, Kind, Result};
 use vhdx_ublk::operations::set::{Settings, set};
 
 use super::output;
@@ -20,7 +20,7 @@ pub struct Set {
     /// The VHDX file, which must not be in use
     image: PathBuf,
     /// The identifier of the disk: a UUID, or `new` for a random one
-    #[arg(long, value_name = "UUID", required_unless_present = "physical_sector_size")]
+    #[arg(long, value_name = "UUID")]
     disk_id: Option<DiskId>,
     /// The size of a physical sector in bytes, at least that of a logical one
     #[arg(long, value_name = "BYTES", value_parser = ["512", "4096"])]
@@ -41,6 +41,9 @@ children is refused without --force. A child has values of its own, which this c
 without harm to its parent.
 Exit status: 0 the image has the values, 1 failure (it is unchanged), 2 wrong usage.";
 
+/// What can be set.
+const SETTABLE: &str = "name what to set: --disk-id UUID, or new; --physical-sector-size 512, or 4096";
+
 /// The text of a UUID, or `new`.
 #[derive(Clone, Copy)]
 struct DiskId(Uuid);
@@ -60,6 +63,10 @@ impl Set {
     /// Runs the command.
     pub fn run(self) -> Result<()> {
         let Self { image, disk_id, physical_sector_size, force } = self;
+        if disk_id.is_none() && physical_sector_size.is_none() {
+            let error = Error::new(Kind::Usage, "nothing is to be changed").file(&image);
+            return Err(error.remedy(SETTABLE));
+        }
         let disk_id = disk_id.map(|DiskId(id)| id);
         let physical_sector_size = physical_sector_size.map(|size| size.parse().expect("one of two numbers"));
         set(&image, Settings { disk_id, physical_sector_size, force }, &Claims)?;

@@ -114,7 +114,7 @@ pub fn not_vhdx(front: &[u8], end: &[u8]) -> Error {
 }
 
 /// The remedy for other disk image formats.
-const CONVERT: &str = "convert it first: qemu-img convert -O vhdx OLD NEW";
+pub const CONVERT: &str = "convert it first: qemu-img convert -O vhdx OLD NEW.vhdx";
 /// The remedy for VHDs.
 const CONVERT_VHD: &str = "convert it first: vhdx-ublk convert OLD NEW.vhdx";
 /// The remedy for packed files.

@@ -21,7 +21,7 @@ const WINDOW_BYTES: u64 = 4 * MIB;
 
 /// A copy that is to be made.
 pub(super) struct Duplicate<'a> {
-    /// The image, which nobody writes to.
+    /// The image, locked against writers.
     pub(super) of: &'a Member,
     /// Where its copy will be.
     pub(super) at: &'a Place,

@@ -408,7 +408,8 @@ fn a_sparse_disk_takes_as_little_as_its_data() {
 fn other_images_are_not_taken_for_raw_disks() {
     let bench = Bench::new();
     let target = bench.path("b.vhdx");
-    let image = bench.image("damaged.img", &["--size", "8M"]);
+    let image = bench.path("damaged.img");
+    fs::rename(bench.image("damaged.vhdx", &["--size", "8M"]), &image).expect("ours");
     OpenOptions::new()
         .write(true)
         .open(&image)
@@ -432,6 +433,59 @@ fn other_images_are_not_taken_for_raw_disks() {
         let ran: Ran = command.output().expect("it runs").into();
         assert!(ran.status == Some(status) && target.exists() == (status == 0), "{}", ran.stderr);
     }
+}
+
+/// All commands give one piece of advice about images of others, and it is a command that works.
+#[test]
+fn the_advice_about_other_images_can_be_followed() {
+    if !has("qemu-img") {
+        return skipped("qemu-img is not installed: the advice was not followed");
+    }
+    let bench = Bench::new();
+    let raw = raw_disk(&bench, "a.raw");
+    let (old, new) = (bench.path("old"), bench.path("new.vhdx"));
+    for format in ["qcow2", "vmdk", "vdi"] {
+        qemu(&["convert", "-f", "raw", "-O", format, raw.to_str().expect("UTF-8")], &old);
+        let told = [
+            run(&["info".as_ref(), old.as_os_str()]).failed(1),
+            convert(&old, &new, &["--force"]).failed(1),
+            run(&["measure", "--to", "raw", old.to_str().expect("UTF-8")]).failed(1),
+        ];
+        let advice = told.each_ref().map(|told| told.rsplit_once("try: ").expect("advice").1.trim());
+        assert!(advice.iter().all(|other| *other == advice[0]), "{advice:?}");
+        let command = advice[0].strip_prefix("convert it first: ").expect("a command");
+        let words = command.split(' ').map(|word| match word {
+            "OLD" => old.to_str().expect("UTF-8"),
+            "NEW.vhdx" => new.to_str().expect("UTF-8"),
+            word => word,
+        });
+        let words: Vec<&str> = words.collect();
+        let ran = Command::new(words[0]).args(&words[1..]).output().expect("it runs");
+        assert!(ran.status.success(), "{command}: {}", String::from_utf8_lossy(&ran.stderr));
+        assert_same(&raw, &new);
+    }
+}
+
+/// It ends with a line that says what was made; nothing comes between a disk and its pipe.
+#[test]
+fn a_conversion_says_what_it_has_made() {
+    let bench = Bench::new();
+    let raw = raw_disk(&bench, "a.raw");
+    for (target, options, said) in [
+        ("b.vhdx", &[][..], "b.vhdx: VHDX, dynamic, a disk of 37 MiB; "),
+        ("c.vhd", &["--type", "fixed"], "c.vhd: VHD, fixed, a disk of 37 MiB; "),
+        ("d.raw", &[], "d.raw: raw, a disk of 37 MiB; "),
+    ] {
+        let line = convert(&raw, &bench.path(target), options).succeeded();
+        assert!(line.contains(said) && line.contains(" written") && line.ends_with(" s\n"), "{line}");
+        assert_eq!(line.lines().count(), 1, "{line}");
+    }
+    let json = convert(&raw, &bench.path("e.vhdx"), &["--json"]).succeeded();
+    let json: Value = serde_json::from_str(&json).expect("JSON");
+    assert!(json["seconds"].as_f64().is_some_and(|seconds| seconds > 0.0), "{json}");
+    let planned = convert(&raw, &bench.path("f.vhdx"), &["--json", "--dry-run"]).succeeded();
+    let planned: Value = serde_json::from_str(&planned).expect("JSON");
+    assert!(planned["seconds"].is_null(), "{planned}");
 }
 
 /// A stream becomes nothing that Azure does not take.

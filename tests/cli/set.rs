@@ -37,7 +37,8 @@ fn wrong_values_and_images_in_use_are_refused() {
     let bench = Bench::new();
     let image = bench.image("a.vhdx", &["--size", "1G", "--logical-sector-size", "4096"]);
     let before = Snapshot::of(&image);
-    on("set", &image, &[]).misused();
+    let nothing = on("set", &image, &[]).failed(2);
+    assert!(nothing.contains("--disk-id") && nothing.contains("--physical-sector-size"), "{nothing}");
     on("set", &image, &["--disk-id", "old"]).misused();
     on("set", &image, &["--physical-sector-size", "1024"]).misused();
     on("set", &image, &["--physical-sector-size", "512"]).failed(2);

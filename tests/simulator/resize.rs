@@ -116,7 +116,7 @@ impl Case {
         }
         let (was, guid) = self.known;
         if (size == was) != (leaf.image.header.header.data_write_guid == guid) {
-            violated(format!("{size} bytes, {was} before, and the children are told something else"));
+            violated(format!("{size} bytes, {was} before, and the children expect another identifier"));
         }
         size
     }
