@@ -112,3 +112,20 @@ test_fs_trim_gives_space_back() {
     [ "$empty" -lt $((full / 3)) ] || fail "fstrim gave back too little: $full before, $empty after"
     qemu-img check -q disk.vhdx
 }
+
+# The kernel shows the partitions of a device: when they are made, and when it is added again.
+test_partitions_of_a_device_appear() {
+    local device way
+    ublk create disk.vhdx --size 64M
+    device=$(ublk add disk.vhdx)
+    printf 'label: gpt\nsize=8MiB\nsize=16MiB\n' | sfdisk -q "$device"
+    for way in made added; do
+        for _ in $(seq 100); do
+            [ ! -b "${device}p2" ] || break
+            sleep 0.05
+        done
+        [ "$(cat "/sys/class/block/${device##*/}p2/size")" = 32768 ] || fail "no second partition when it is $way"
+        ublk del "$device"
+        [ "$way" = added ] || device=$(ublk add --read-only disk.vhdx)
+    done
+}

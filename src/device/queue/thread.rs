@@ -113,8 +113,11 @@ fn serve(setup: QueueSetup, calls: Arc<Calls>, report: &dyn Fn(Report)) {
         Ok(ring) => Server { front: setup.front, receiver: setup.receiver, ring, calls },
         Err(error) => return report(Report::Unready(error)),
     };
-    confine::become_(Role::Plain); // the ring is made: nothing else needs a privilege
-    if let Err(error) = server.begin() {
+    let begun = server.begin();
+    // The kernel scans the partitions of a device only if every tag was first offered with CAP_SYS_ADMIN.
+    // Nothing else needs a privilege; no request has come yet.
+    confine::become_(Role::Plain);
+    if let Err(error) = begun {
         drop(server); // nothing but commands is out, and this ends them
         return report(Report::Unready(error));
     }
