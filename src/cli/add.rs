@@ -4,8 +4,8 @@
 //! report.
 
 use std::ffi::OsString;
-use std::fs;
-use std::os::fd::RawFd;
+use std::fs::{self, File};
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -16,6 +16,7 @@ use clap::ValueEnum;
 use vhdx_ublk::device::claims::Claims;
 use vhdx_ublk::device::daemon;
 use vhdx_ublk::device::engine_thread::EngineThread;
+use vhdx_ublk::device::launch::Lives;
 use vhdx_ublk::device::layers::Parents;
 use vhdx_ublk::device::name::Name;
 use vhdx_ublk::device::open_image::{NoEngine, OpenImage};
@@ -98,6 +99,9 @@ pub struct Add {
     /// This process is the daemon
     #[arg(long, hide = true, conflicts_with = "foreground")]
     serve: bool,
+    /// The daemon ends with the process that has started it
+    #[arg(long, hide = true, requires = "serve")]
+    private: bool,
 }
 
 const AFTER_HELP: &str = "\
@@ -128,7 +132,8 @@ impl Add {
             return self.serve(&options, |ready| output::print(&ready.device.display().to_string()));
         }
         if self.serve {
-            return detached::run(self.fd, |ready| self.serve(&options, ready));
+            let lives = if self.private { Lives::WithItsParent } else { Lives::OnItsOwn };
+            return detached::run(self.fd, lives, |ready| self.serve(&options, ready));
         }
         let ready = launch::launch(self.child_arguments(&options))?;
         output::print(&ready.device.display().to_string()).inspect_err(|_| remove(&ready))
@@ -224,6 +229,19 @@ impl Add {
         let served = engine.opened().spec(&file)?;
         daemon::serve(&served, options, |ends| Ok(engine.start(ends)), ready)
     }
+}
+
+/// The command line of a daemon that serves the image in `file` to this process, and ends with it. When it is
+/// killed, I/O on its device fails: there is no process that would recover the device.
+pub fn private(file: &File, access: Access, sparse: Sparse, parents: &ParentOptions) -> Vec<OsString> {
+    let mut arguments: Vec<OsString> =
+        ["add", "--serve", "--private", "--recovery=none"].map(Into::into).into();
+    let sparse = sparse.to_possible_value().expect("every choice has a name");
+    arguments.push(format!("--sparse={}", sparse.get_name()).into());
+    arguments.extend((access == Access::ReadOnly).then(|| "--read-only".into()));
+    arguments.extend(parents.arguments());
+    arguments.push(format!("--fd={}", file.as_raw_fd()).into());
+    arguments
 }
 
 /// How a descriptor is open, by its `/proc/PID/fdinfo`.

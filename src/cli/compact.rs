@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 use vhdx_ublk::device::claims::Claims;
-use vhdx_ublk::disk::Reactor;
+use vhdx_ublk::disk::{Reactor, Sparse};
 use vhdx_ublk::error::Result;
 use vhdx_ublk::format::metadata::DiskType;
 use vhdx_ublk::operations::compact::{Compacted, Figures, Request, Steps};
@@ -14,7 +14,7 @@ use vhdx_ublk::printable::human_size;
 
 use super::parent_options::ParentOptions;
 use super::progress::ProgressOptions;
-use super::{FAILURE, SUCCESS, output, size};
+use super::{FAILURE, SUCCESS, output, size, trim};
 
 /// Make the file of an image smaller. Its disk does not change.
 ///
@@ -47,9 +47,14 @@ pub struct Compact {
     progress: ProgressOptions,
 }
 
-/// The steps. None named: all of them.
+/// The steps. None of `zeros`, `length` and `defragment` named: the first two.
 #[derive(clap::Args)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag of its own on the command line")]
 struct StepOptions {
+    /// Before the other steps, have the kernel discard the free space of the file systems on the disk. As
+    /// root, with the ublk driver; the kernel mounts the file systems for it
+    #[arg(long)]
+    trim: bool,
     /// Only give up the space of blocks that hold only zeros, and take no other step that is not named
     #[arg(long)]
     zeros: bool,
@@ -63,16 +68,22 @@ struct StepOptions {
 
 const AFTER_HELP: &str = "\
 Examples:
-  vhdx-ublk compact disk.vhdx                   take all steps
-  vhdx-ublk compact disk.vhdx --dry-run         show what that would do
+  vhdx-ublk compact disk.vhdx                   take all steps but --trim and --defragment
+  vhdx-ublk compact disk.vhdx --trim            before them, trim the file systems on the disk
+  vhdx-ublk compact disk.vhdx --dry-run         show what would be done
   vhdx-ublk compact disk.vhdx --length          only shorten the file
   vhdx-ublk compact disk.vhdx --zeros --defragment
                                                 in the order of the disk, as for a slow medium
 
 The image must not be in use: remove its device first. A parent can be compacted, and its children
 stay valid. A fixed image keeps the space of all its blocks.
-Space that a file system on the disk has freed is given back only if the guest has discarded it:
-run `fstrim -a` in the guest before.
+Space that a file system on the disk has freed is given back only if it was discarded: run
+`fstrim -a` in the guest before, or use --trim. That serves the image for a moment, mounts each
+ext2, ext3, ext4, XFS, Btrfs, F2FS, NTFS (ntfs3) and FAT where no other process sees it, trims it
+and unmounts it. Files do not change. Left alone, and named with the reason: what was not shut
+down cleanly, what is hibernated or encrypted, LVM, swap space, what is not recognised, and what
+the kernel cannot trim. If none can be trimmed, the other steps are taken all the same. The drivers
+of the kernel then read the image: do not use --trim for an image that you do not trust.
 For a block that is longer than each free run, blocks between the runs are moved to join them, as
 long as at most 64 bytes are copied for each byte that the file becomes shorter.
 Ctrl-C stops the command at the next safe point; what was freed until then stays free. Meanwhile the
@@ -83,26 +94,38 @@ unmapped_blocks (blocks that held zeros; blocks without content that named space
 moves and moved_bytes; filled_bytes (--dense); free_bytes (free space that stays in the file) and
 free_before (the structure behind it that is not moved); unread_parents (why zeros of a child were
 not searched for).
-Exit status: 0 compacted, 1 failure or stopped (the disk reads as before), 2 wrong usage.";
+Exit status: 0 compacted, 1 failure or stopped (the disk reads as before), or --trim was not
+possible; 2 wrong usage.";
 
 impl Compact {
     /// Runs the command; returns the exit status.
     pub fn run(self) -> Result<u8> {
         let Self { image, steps, dense, dry_run, max_rate, json, parents, progress } = self;
-        let StepOptions { zeros, length, defragment } = steps;
+        let StepOptions { trim, zeros, length, defragment } = steps;
         let all = !zeros && !length && !defragment;
         let steps = Steps { zeros: zeros || all, length: length || all, defragment };
+        let shown = progress.start()?;
+        let trimmed = trim.then(|| {
+            let sparse = if dense { Sparse::No } else { Sparse::Auto };
+            trim::Request { image: &image, parents: &parents, sparse, dry_run }.run(&shown)
+        });
         let request = Request { image, search: parents.search(), steps, dense, max_rate, dry_run };
         let reactor = Reactor::new()?;
-        let shown = progress.start()?;
-        let compacted = request.run(&reactor, &Claims, &shown)?;
+        let mut compacted = request.run(&reactor, &Claims, &shown)?;
         drop(shown);
-        if json {
-            output::print_json(&answer(&compacted))?;
-        } else {
-            output::print(&text(&compacted, steps))?;
+        if let Some(before) = trimmed.as_ref().and_then(|trimmed| trimmed.before) {
+            compacted.before = before;
         }
-        Ok(if compacted.done.stopped { FAILURE } else { SUCCESS })
+        let stopped = compacted.done.stopped || trimmed.as_ref().is_some_and(trim::Outcome::stopped);
+        let failed = trimmed.as_ref().is_some_and(|trimmed| trimmed.trimmed.is_err());
+        if json {
+            let trim = trimmed.as_ref().map(trim::Outcome::answer);
+            output::print_json(&Answer { stopped, trim, ..answer(&compacted) })?;
+        } else {
+            let hint = || trim::hint(&request.image, &parents);
+            output::print(&text(&compacted, steps, trimmed.as_ref(), hint))?;
+        }
+        Ok(if stopped || failed { FAILURE } else { SUCCESS })
     }
 }
 
@@ -132,6 +155,8 @@ struct Answer {
     free_bytes: u64,
     free_before: Option<&'static str>,
     unread_parents: Option<String>,
+    /// What became of the file systems, if that was asked for.
+    trim: Option<trim::Answer>,
 }
 
 fn answer(compacted: &Compacted) -> Answer {
@@ -153,12 +178,18 @@ fn answer(compacted: &Compacted) -> Answer {
         free_bytes: done.free_bytes,
         free_before: done.held_by.map(|held_by| held_by.name),
         unread_parents: unread.as_ref().map(|error| output::message(error)),
+        trim: None,
     }
 }
 
-/// The answer for people.
-fn text(compacted: &Compacted, steps: Steps) -> String {
-    let Compacted { before, after, done, .. } = compacted;
+/// The answer for people. `hint` says what is not done yet.
+fn text(
+    compacted: &Compacted,
+    steps: Steps,
+    trimmed: Option<&trim::Outcome>,
+    hint: impl FnOnce() -> Option<String>,
+) -> String {
+    let Compacted { kind, before, after, done, .. } = compacted;
     let mut text = String::new();
     let mut line = |line: String| {
         let _ = writeln!(text, "{line}"); // a string takes everything
@@ -181,14 +212,23 @@ fn text(compacted: &Compacted, steps: Steps) -> String {
         let made = if after.is_some() { "made" } else { "would be made" };
         line(format!("{} moves {made}, {} copied", done.moves, human_size(done.moved_bytes)));
     }
-    notes(compacted, steps).into_iter().for_each(line);
+    trimmed.iter().flat_map(|trimmed| trimmed.lines(after.is_none())).for_each(&mut line);
+    notes(compacted, steps).into_iter().for_each(&mut line);
+    if has_won_nothing(compacted, steps) {
+        let hint = if *kind == DiskType::Fixed || trimmed.is_some() {
+            None
+        } else {
+            missing_step(steps).or_else(hint)
+        };
+        line(hint.map_or_else(|| "Nothing to gain".into(), |hint| format!("Nothing to gain: {hint}")));
+    }
     text.truncate(text.trim_end().len());
     text
 }
 
 /// What else the user must know.
 fn notes(compacted: &Compacted, steps: Steps) -> Vec<String> {
-    let Compacted { kind, before, after, done, filled_bytes, unread, .. } = compacted;
+    let Compacted { kind, after, done, filled_bytes, unread, .. } = compacted;
     let mut notes = Vec::new();
     if done.stopped {
         notes.push("Stopped before all was done; run the command again to continue".into());
@@ -211,24 +251,27 @@ fn notes(compacted: &Compacted, steps: Steps) -> Vec<String> {
             None => format!("{free} stay free: no block fits there, or moving would copy too much for it"),
         });
     }
-    let won = |after: &Figures| after.host < before.host || after.length < before.length;
-    if !done.stopped
-        && *filled_bytes == 0
-        && (done.moves == 0 || !steps.defragment)
-        && after.as_ref().is_some_and(|after| !won(after))
-    {
-        notes.push(if *kind == DiskType::Fixed { "Nothing to gain" } else { nothing_won(steps) }.into());
-    }
     notes
 }
 
-fn nothing_won(steps: Steps) -> &'static str {
+/// Whether all was done, and the file takes what it took.
+fn has_won_nothing(compacted: &Compacted, steps: Steps) -> bool {
+    let Compacted { before, after, done, filled_bytes, .. } = compacted;
+    let won = |after: &Figures| after.host < before.host || after.length < before.length;
+    !done.stopped
+        && *filled_bytes == 0
+        && (done.moves == 0 || !steps.defragment)
+        && after.as_ref().is_some_and(|after| !won(after))
+}
+
+/// The step that may win something and was not taken.
+fn missing_step(steps: Steps) -> Option<String> {
     match steps {
-        Steps { zeros: false, .. } => "Nothing to gain: blocks of zeros were not searched for (--zeros)",
+        Steps { zeros: false, .. } => Some("blocks of zeros were not searched for (--zeros)".into()),
         Steps { length: false, defragment: false, .. } => {
-            "Nothing to gain: the file was not shortened (--length)"
+            Some("the file was not shortened (--length)".into())
         }
-        _ => "Nothing to gain. If files were deleted on the disk since, run `fstrim -a` in the guest first",
+        _ => None,
     }
 }
 

@@ -3,21 +3,23 @@
 use std::cell::Cell;
 use std::os::fd::RawFd;
 
-use vhdx_ublk::device::launch;
+use vhdx_ublk::device::launch::{self, Lives};
 use vhdx_ublk::device::spec::Ready;
 use vhdx_ublk::error::Result;
 
 use super::{FAILURE, logging, output};
 
 /// Runs `serve`, passing it a function to call when the device can be used; the descriptor `kept` of the
-/// caller stays open. If it fails before, the parent reports the failure, and this process ends.
+/// caller stays open, and the daemon `lives` as that says. If it fails before, the parent reports the
+/// failure, and this process ends.
 pub fn run(
     kept: Option<RawFd>,
+    lives: Lives,
     serve: impl FnOnce(&dyn Fn(&Ready) -> Result<()>) -> Result<()>,
 ) -> Result<()> {
     let announced = Cell::new(false);
     let ready = |ready: &Ready| {
-        launch::announce(ready)?;
+        launch::announce(ready, lives)?;
         logging::detached();
         announced.set(true);
         Ok(())

@@ -34,6 +34,7 @@ mod set;
 mod size;
 mod snapshot;
 mod target_shape;
+mod trim;
 mod upgrade;
 
 use std::ffi::OsString;

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use vhdx_ublk::device::claims;
 use vhdx_ublk::device::daemon;
 use vhdx_ublk::device::engine_thread::EngineThread;
-use vhdx_ublk::device::launch;
+use vhdx_ublk::device::launch::{self, Lives};
 use vhdx_ublk::device::layers::Parents;
 use vhdx_ublk::device::open_image::{NoEngine, OpenImage};
 use vhdx_ublk::device::registry::{Entry, Listed, State};
@@ -63,7 +63,7 @@ impl Recover {
     /// once.
     pub fn run(self) -> Result<()> {
         if self.serve {
-            return detached::run(None, |ready| self.serve(ready));
+            return detached::run(None, Lives::OnItsOwn, |ready| self.serve(ready));
         }
         let mut outcomes: Vec<Result<()>> = Vec::new();
         let mut devices = Vec::new();

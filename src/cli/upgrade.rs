@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use vhdx_ublk::device::claims;
-use vhdx_ublk::device::launch::Program;
+use vhdx_ublk::device::launch::{Lives, Program};
 use vhdx_ublk::device::registry::{Listed, State};
 use vhdx_ublk::device::spec::Ready;
 use vhdx_ublk::device::stop::Target;
@@ -64,7 +64,7 @@ impl Upgrade {
             );
         }
         if self.serve {
-            return detached::run(None, |ready| self.serve(ready));
+            return detached::run(None, Lives::OnItsOwn, |ready| self.serve(ready));
         }
         let Some(registry) = claims::registry()? else { return self.none() };
         let exchange = self.exchange()?;

@@ -306,6 +306,15 @@ fn is_alone() -> bool {
         && ends[0].revents().is_some_and(|events| events.contains(PollFlags::POLLERR))
 }
 
+/// What ends a daemon besides signals and `vhdx-ublk del`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lives {
+    /// Nothing.
+    OnItsOwn,
+    /// The end of its parent, which is a request like SIGTERM: a device in use stays until it is not.
+    WithItsParent,
+}
+
 /// In the child: detaches from everything that the parent owns, and reports that the device is ready. From
 /// now on warnings are appended to the device's log, after those of earlier daemons of this number.
 ///
@@ -313,15 +322,17 @@ fn is_alone() -> bool {
 ///
 /// If the parent is gone, or the log cannot be written. The device should be taken down then: no process
 /// knows of it.
-pub fn announce(ready: &Ready) -> Result<()> {
+pub fn announce(ready: &Ready, lives: Lives) -> Result<()> {
     let log = open_log(&ready.log).doing("opening the log").file(&ready.log)?;
     let null = OpenOptions::new().read(true).write(true).open("/dev/null");
     let null = null.doing("opening /dev/null")?;
     unistd::chdir(Path::new("/")).doing("leaving the directory")?;
     unistd::dup2_stdin(&null).doing("detaching the input")?;
     unistd::dup2_stderr(&log).doing("detaching the errors")?;
-    // The parent ends when it knows of the device.
-    prctl::set_pdeathsig(None).doing("leaving the parent")?;
+    if lives == Lives::OnItsOwn {
+        // The parent ends when it knows of the device.
+        prctl::set_pdeathsig(None).doing("leaving the parent")?;
+    }
     let told = write_line(&Line::Ready(ready.clone()));
     if !takes_over() {
         told?;

@@ -1,12 +1,12 @@
 //! What a thread or the process is to the kernel: its memory, priority, CPUs, signals, descriptors and system
-//! calls; and handles on other processes.
+//! calls; handles on other processes; and the trim of a file system.
 #![allow(
     unsafe_code,
-    reason = "no crate in use wraps close_range, signal, or seccomp with SECCOMP_FILTER_FLAG_LOG"
+    reason = "no crate in use wraps close_range, signal, FITRIM, or seccomp with SECCOMP_FILTER_FLAG_LOG"
 )]
 
 use std::io;
-use std::os::fd::{OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 
 use nix::sys::signal::{SigSet, Signal};
 use rustix::mm::{MlockAllFlags, mlockall};
@@ -94,6 +94,32 @@ pub(super) fn install_filter(filter: BpfProgramRef<'_>) -> io::Result<()> {
         ..0 => Err(io::Error::last_os_error()),
         _ => Err(io::Error::other("one of the threads has a filter of its own")),
     }
+}
+
+/// The argument of `FITRIM`: `struct fstrim_range` of the kernel.
+#[repr(C)]
+struct TrimRange {
+    start: u64,
+    length: u64,
+    least: u64,
+}
+
+/// `FITRIM`: `_IOWR('X', 121, struct fstrim_range)`.
+const FITRIM: libc::Ioctl = libc::_IOWR::<TrimRange>(b'X' as u32, 121);
+
+const _: () = assert!(size_of::<TrimRange>() == 24, "the size of the argument is part of the number");
+
+/// Has the file system of the open `folder` discard what is free in its `length` bytes at `start`; how many
+/// bytes it says that it has discarded.
+///
+/// # Errors
+///
+/// The kernel's: `EOPNOTSUPP` or `ENOTTY` if it does not trim, `EINVAL` if `start` is behind its end.
+pub fn trim_file_system(folder: impl AsFd, start: u64, length: u64) -> io::Result<u64> {
+    let mut range = TrimRange { start, length, least: 0 };
+    // SAFETY: the kernel reads and writes one `struct fstrim_range`, which `range` is, and keeps no pointer.
+    check(unsafe { libc::ioctl(folder.as_fd().as_raw_fd(), FITRIM, &raw mut range) })?;
+    Ok(range.length)
 }
 
 /// A process that cannot be mistaken for a later one of the same number.

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 pub(super) const MAX_STACK: usize = 16;
 
 /// A device number (`st_dev`, `st_rdev`) as `/proc` and `/sys` write it: `major:minor`.
-pub(super) fn device_number(device: u64) -> String {
+pub fn device_number(device: u64) -> String {
     format!("{}:{}", libc::major(device), libc::minor(device))
 }
 

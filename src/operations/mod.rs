@@ -21,6 +21,7 @@ mod locked;
 pub mod map;
 pub mod merge;
 pub mod move_chain;
+pub mod named_file;
 mod naming;
 pub mod opened;
 pub mod picture;

@@ -8,6 +8,7 @@ mod run;
 mod survey;
 mod zeros;
 
+use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -16,7 +17,7 @@ use uuid::Uuid;
 
 use super::{Devices, Watch, locked, replaced, room};
 use crate::chain::{self, Member, ReadLayer, Search};
-use crate::disk::{Access, Disk, ImageFile, Reactor, Sparse, UringDisk};
+use crate::disk::{Access, Disk, ImageFile, Reactor, Sparse, UringDisk, host_bytes};
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::format::metadata::DiskType;
 use crate::image::Image;
@@ -76,6 +77,18 @@ pub struct Compacted {
     pub filled_bytes: u64,
     /// Why blocks that are partially present were not searched for zeros.
     pub unread: Option<Error>,
+}
+
+impl Figures {
+    /// What an open file takes now.
+    ///
+    /// # Errors
+    ///
+    /// The host's.
+    pub fn of(file: &File) -> io::Result<Self> {
+        let found = file.metadata()?;
+        Ok(Self { host: host_bytes(&found), length: found.len() })
+    }
 }
 
 impl Request {

@@ -17,6 +17,7 @@ const EXT_NEEDS_RECOVERY: u32 = 0x4;
 const EXT_JOURNAL_DEVICE: u32 = 0x8;
 const EXT_64_BIT: u32 = 0x80;
 const EXT_VALID: u16 = 1;
+const EXT_ERRORS: u16 = 2;
 
 /// An ext2, ext3 or ext4.
 pub(super) fn ext(head: &[u8]) -> Option<Volume> {
@@ -38,7 +39,10 @@ pub(super) fn ext(head: &[u8]) -> Option<Volume> {
     };
     let has_journal = compatible & EXT_HAS_JOURNAL != 0;
     // While it is mounted, one without a journal is not valid; one with a journal is, and has to recover.
-    let dirty = incompatible & EXT_NEEDS_RECOVERY != 0 || !has_journal && le16(block, 0x3a)? & EXT_VALID == 0;
+    let state = le16(block, 0x3a)?;
+    let dirty = incompatible & EXT_NEEDS_RECOVERY != 0
+        || state & EXT_ERRORS != 0
+        || !has_journal && state & EXT_VALID == 0;
     Some(Volume {
         label: text(block, 0x78, 16),
         uuid: uuid(array(block, 0x68)?),

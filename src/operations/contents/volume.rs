@@ -83,7 +83,7 @@ impl VolumeKind {
 pub enum Journal {
     /// It was unmounted cleanly.
     Clean,
-    /// It was not: it is mounted somewhere, its machine crashed or is hibernated.
+    /// It was not: it is mounted somewhere, its machine crashed or is hibernated, or errors were found in it.
     Dirty,
     /// It does not show: its state lies deeper (XFS, F2FS), or it hides what it holds.
     Unknown,

@@ -1,0 +1,49 @@
+//! What is on a block device, as [`contents`](crate::operations::contents) reads it.
+
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use rustix::fs::ioctl_blksszget;
+
+use crate::disk::{Access, BlockDevice};
+use crate::error::{Doing, Locate, Result};
+use crate::operations::contents::{self, Contents, ReadAt};
+
+/// An open block device. While it is open, the device is in use.
+pub(super) struct DeviceDisk {
+    device: BlockDevice,
+    sector_bytes: u32,
+}
+
+impl DeviceDisk {
+    /// Opens the device at `path` for reading.
+    ///
+    /// # Errors
+    ///
+    /// The operating system's.
+    pub(super) fn open(path: &Path) -> Result<Self> {
+        let device = BlockDevice::open(path, Access::ReadOnly)?;
+        let sector_bytes = ioctl_blksszget(device.file()).doing("reading the sector size").file(path)?;
+        Ok(Self { device, sector_bytes })
+    }
+
+    /// What is on it.
+    pub(super) fn contents(&self) -> Contents {
+        smol::future::block_on(contents::find(self))
+    }
+}
+
+impl ReadAt for DeviceDisk {
+    fn size(&self) -> u64 {
+        self.device.length()
+    }
+
+    fn sector_size(&self) -> u32 {
+        self.sector_bytes
+    }
+
+    async fn read_at(&self, from: u64, bytes: &mut [u8]) -> Result<()> {
+        let read = self.device.file().read_exact_at(bytes, from);
+        read.doing("reading the device").at(from).file(self.device.path())
+    }
+}

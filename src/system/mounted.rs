@@ -1,0 +1,63 @@
+//! A mount that no other process sees.
+//!
+//! It has no place in any tree of mounts, so there is nothing to find for a process of the host, and nothing
+//! to clean up: it ends with its descriptors, at the latest with this process.
+
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use rustix::fs::{Mode, OFlags, openat};
+use rustix::io::{Errno, Result};
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_flag, fsconfig_set_string,
+    fsmount, fsopen,
+};
+
+use super::driver::Driver;
+use crate::device::trim_file_system;
+use crate::disk::Access;
+
+/// A mounted file system. Dropping it unmounts it.
+pub(super) struct Mounted(OwnedFd);
+
+/// Why a file system is not mounted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Refusal {
+    /// The kernel does not have the driver.
+    NoDriver,
+    /// The driver does not mount it.
+    Mount(Errno),
+}
+
+impl Mounted {
+    /// Has `driver` mount what is on the block device at `node`. Nothing on it can be run, and no node or
+    /// link on it leads anywhere.
+    pub(super) fn mount(driver: &Driver, node: &Path, access: Access) -> std::result::Result<Self, Refusal> {
+        let context = fsopen(driver.name, FsOpenFlags::FSOPEN_CLOEXEC).map_err(|errno| match errno {
+            Errno::NODEV => Refusal::NoDriver,
+            errno => Refusal::Mount(errno),
+        })?;
+        let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID
+            | MountAttrFlags::MOUNT_ATTR_NODEV
+            | MountAttrFlags::MOUNT_ATTR_NOEXEC
+            | MountAttrFlags::MOUNT_ATTR_NOSYMFOLLOW
+            | MountAttrFlags::MOUNT_ATTR_NOATIME;
+        let mount = || -> Result<Self> {
+            fsconfig_set_string(&context, "source", node)?;
+            if access == Access::ReadOnly {
+                fsconfig_set_flag(&context, "ro")?;
+            }
+            driver.flags.iter().try_for_each(|flag| fsconfig_set_flag(&context, *flag))?;
+            driver.values.iter().try_for_each(|(key, value)| fsconfig_set_string(&context, *key, *value))?;
+            fsconfig_create(&context)?;
+            Ok(Self(fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)?))
+        };
+        mount().map_err(Refusal::Mount)
+    }
+
+    /// Has it discard what is free in `length` bytes at `start`; how many bytes it says that it discarded.
+    pub(super) fn trim(&self, start: u64, length: u64) -> std::io::Result<u64> {
+        let root = openat(&self.0, ".", OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+        trim_file_system(root, start, length)
+    }
+}

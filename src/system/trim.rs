@@ -1,0 +1,317 @@
+//! The free space of the file systems on an image, given up by the kernel's own drivers.
+//!
+//! Twice the image is served by a private device. The first device is read-only: each file system is mounted
+//! on it, which fails if the file system would have to be changed, as by the replay of its journal. What is
+//! mounted there is mounted again on the second device and trimmed.
+//!
+//! Invariants:
+//!
+//! * a file system that was not left in order is not changed, nor is what is not recognised;
+//! * it is mounted read-only where its driver trims then: nothing but free space changes;
+//! * what is on the second device is what was on the first.
+//!
+//! A trim is safe at every moment: the file system does not use what it discards, and a power cut leaves the
+//! discarded space with its old content or with zeros.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use super::device_disk::DeviceDisk;
+use super::driver::{self, Driver};
+use super::mounted::{Mounted, Refusal};
+use super::node;
+use crate::disk::Access;
+use crate::error::{Error, Kind, Result};
+use crate::operations::Watch;
+use crate::operations::contents::{Contents, Journal, Partition, ReadAt, Volume, VolumeKind};
+
+/// How much is trimmed between two looks at whether to stop, bytes.
+const PART_BYTES: u64 = 16 << 30;
+
+/// Parts end at multiples of this on the disk: the longest block of an image is discarded as a whole.
+const PART_ALIGNMENT: u64 = 256 << 20;
+
+/// What is on a disk, and what is done with each volume of it.
+pub struct Survey {
+    contents: Contents,
+    volumes: Vec<Found>,
+}
+
+/// A volume, and what becomes of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct VolumeTrim {
+    /// The number of its partition; none if it is the disk as a whole.
+    pub partition: Option<u32>,
+    /// What it is, if it is recognised.
+    pub r#type: Option<&'static str>,
+    /// How much free space its driver has discarded, bytes; nothing until it has.
+    pub trimmed_bytes: Option<u64>,
+    /// Why it is not trimmed.
+    pub left_alone: Option<String>,
+}
+
+/// Where a volume is.
+#[derive(Clone, Copy)]
+struct Place {
+    partition: Option<u32>,
+    start: u64,
+    length: u64,
+}
+
+/// A volume, and the driver that mounts it, or why it is left alone.
+struct Found {
+    place: Place,
+    kind: Option<VolumeKind>,
+    plan: std::result::Result<&'static Driver, String>,
+}
+
+/// What was done.
+pub struct Trimmed {
+    /// The volumes, in the order of their partitions.
+    pub volumes: Vec<VolumeTrim>,
+    /// Whether a part is left to do, because it was stopped.
+    pub stopped: bool,
+}
+
+/// The names of the file systems on a disk that may have free space to be trimmed: `ext4 on partition 1`.
+pub fn candidates(contents: &Contents) -> Vec<String> {
+    let name = |partition: Option<u32>, volume: &Volume| {
+        driver::of(volume.kind).map(|_| name(partition, Some(volume.kind.name())))
+    };
+    let whole = contents.volume.iter().filter_map(|volume| name(None, volume));
+    let parts = contents
+        .partitions()
+        .iter()
+        .filter_map(|partition| name(Some(partition.number), partition.volume.as_ref()?));
+    whole.chain(parts).collect()
+}
+
+fn name(partition: Option<u32>, kind: Option<&str>) -> String {
+    match (partition, kind) {
+        (Some(number), Some(kind)) => format!("{kind} on partition {number}"),
+        (Some(number), None) => format!("partition {number}"),
+        (None, Some(kind)) => kind.into(),
+        (None, None) => "the disk".into(),
+    }
+}
+
+impl VolumeTrim {
+    /// How people call it: `ext4 on partition 1`.
+    pub fn name(&self) -> String {
+        name(self.partition, self.r#type)
+    }
+}
+
+impl Survey {
+    /// What is on the read-only device at `path`, and what of it can be trimmed. Nothing is changed.
+    ///
+    /// # Errors
+    ///
+    /// If the device cannot be opened.
+    pub fn of(path: &Path) -> Result<Self> {
+        let disk = DeviceDisk::open(path)?;
+        let contents = disk.contents();
+        let volumes = find(&contents, disk.size()).map(|(place, volume)| {
+            let plan = plan(&contents, place, volume).and_then(|driver| probe(path, place, driver));
+            Found { place, kind: volume.map(|volume| volume.kind), plan }
+        });
+        let volumes = volumes.collect();
+        Ok(Self { contents, volumes })
+    }
+
+    /// Whether there is anything to trim.
+    pub fn has_work(&self) -> bool {
+        self.volumes.iter().any(|found| found.plan.is_ok())
+    }
+
+    /// What would be done.
+    pub fn outline(&self) -> Trimmed {
+        Trimmed { volumes: self.volumes.iter().map(Found::untrimmed).collect(), stopped: false }
+    }
+
+    /// Trims the same disk, which is now writable at `path`.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::Mismatch`] if it is not the same; if the device cannot be opened. What is wrong with a volume
+    /// is no error, but the reason why that is left alone.
+    pub fn trim(&self, path: &Path, watch: &impl Watch) -> Result<Trimmed> {
+        let disk = DeviceDisk::open(path)?;
+        if disk.contents() != self.contents {
+            let message = "another program has changed what is on the disk";
+            return Err(Error::new(Kind::Mismatch, message).remedy("run the command again"));
+        }
+        let to_trim = self.volumes.iter().filter(|found| found.plan.is_ok());
+        let total = to_trim.map(|found| found.place.length).fold(0, u64::saturating_add);
+        let mut done = 0;
+        let mut volumes = Vec::new();
+        for found in &self.volumes {
+            let mut volume = found.untrimmed();
+            if let Ok(driver) = found.plan
+                && !watch.stop_requested()
+            {
+                let progress = |part: u64| watch.progress(done + part.min(found.place.length), total);
+                match trim_volume(path, found.place, driver, watch, progress) {
+                    Ok(bytes) => volume.trimmed_bytes = Some(bytes),
+                    Err(reason) => volume.left_alone = Some(reason),
+                }
+                done += found.place.length;
+            }
+            volumes.push(volume);
+        }
+        Ok(Trimmed { volumes, stopped: watch.stop_requested() })
+    }
+}
+
+impl Found {
+    fn untrimmed(&self) -> VolumeTrim {
+        VolumeTrim {
+            partition: self.place.partition,
+            r#type: self.kind.map(VolumeKind::name),
+            trimmed_bytes: None,
+            left_alone: self.plan.as_ref().err().cloned(),
+        }
+    }
+}
+
+/// The volumes on a disk of `size` bytes, and the partitions without one.
+fn find(contents: &Contents, size: u64) -> impl Iterator<Item = (Place, Option<&Volume>)> {
+    let of = |partition: &Partition| Place {
+        partition: Some(partition.number),
+        start: partition.start,
+        length: partition.length,
+    };
+    let parts = contents.partitions().iter().filter(|partition| !partition.is_extended());
+    let parts = parts.map(move |partition| (of(partition), partition.volume.as_ref()));
+    let whole = Place { partition: None, start: 0, length: size };
+    let whole = contents.table.is_none().then_some((whole, contents.volume.as_ref()));
+    whole.into_iter().chain(parts)
+}
+
+/// The driver for a volume, or why it is left alone, as far as its own bytes and the table say.
+fn plan(
+    contents: &Contents,
+    place: Place,
+    volume: Option<&Volume>,
+) -> std::result::Result<&'static Driver, String> {
+    let Some(volume) = volume else { return Err("nothing on it is recognised".into()) };
+    let Some(driver) = driver::of(volume.kind) else { return Err(not_trimmed(volume.kind).into()) };
+    let shares = |other: &&Partition| {
+        !other.is_extended()
+            && Some(other.number) != place.partition
+            && other.start < place.start.saturating_add(place.length)
+            && place.start < other.end()
+    };
+    if let Some(other) = contents.partitions().iter().find(shares) {
+        return Err(format!("it overlaps partition {}", other.number));
+    }
+    match (volume.journal, volume.kind) {
+        (Journal::Dirty, kind) | (Journal::Unknown, kind @ (VolumeKind::Ntfs | VolumeKind::Vfat)) => {
+            Err(unclean(kind).into())
+        }
+        (Journal::Clean | Journal::Unknown, _) => Ok(driver),
+    }
+}
+
+/// Why what is no file system of those that are mounted here is left alone.
+fn not_trimmed(kind: VolumeKind) -> &'static str {
+    match kind {
+        VolumeKind::Luks => "it is encrypted (LUKS): open it on a device, and run fstrim there",
+        VolumeKind::Bitlocker => "it is encrypted (BitLocker)",
+        VolumeKind::Lvm2 => "it belongs to LVM: activate its volumes on a device, and run fstrim there",
+        VolumeKind::Swap => "it is swap space",
+        VolumeKind::Refs => "Linux has no driver for it",
+        _ => "its driver is not used for this",
+    }
+}
+
+/// Why a volume that was not left in order is left alone.
+fn unclean(kind: VolumeKind) -> &'static str {
+    match kind {
+        VolumeKind::Ntfs => {
+            "Windows has not released it: shut Windows down completely (`shutdown /s`), or run chkdsk"
+        }
+        VolumeKind::Vfat | VolumeKind::Ext2 => "it was not unmounted cleanly: check it first",
+        VolumeKind::Ext3 | VolumeKind::Ext4 => {
+            "its journal must be replayed, or errors were found in it: mount it once, or run e2fsck"
+        }
+        _ => "its journal must be replayed: shut its system down cleanly, or mount it once",
+    }
+}
+
+/// Whether the volume can be mounted on the read-only `device`, that is, without a change to it.
+fn probe(
+    device: &Path,
+    place: Place,
+    driver: &'static Driver,
+) -> std::result::Result<&'static Driver, String> {
+    let node = node_of(device, place)?;
+    match Mounted::mount(driver, &node, Access::ReadOnly) {
+        Ok(_unmounted_at_once) => Ok(driver),
+        Err(refusal) => Err(why(refusal, driver)),
+    }
+}
+
+fn node_of(device: &Path, place: Place) -> std::result::Result<PathBuf, String> {
+    let Some(number) = place.partition else { return Ok(device.to_owned()) };
+    let node = node::of_partition(device, number, place.start, place.length);
+    node.ok_or_else(|| "the kernel does not show this partition".into())
+}
+
+fn why(refusal: Refusal, driver: &Driver) -> String {
+    match refusal {
+        Refusal::NoDriver => format!("this kernel does not have {}", driver.name),
+        Refusal::Mount(rustix::io::Errno::ROFS) => {
+            "its journal must be replayed: shut its system down cleanly, or mount it once".into()
+        }
+        Refusal::Mount(errno) => {
+            format!("the kernel's {} does not mount it: {}", driver.name, io::Error::from(errno))
+        }
+    }
+}
+
+/// Trims a volume; how many bytes were discarded, or why not. `progress` gets how far it is.
+fn trim_volume(
+    device: &Path,
+    place: Place,
+    driver: &Driver,
+    watch: &impl Watch,
+    progress: impl Fn(u64),
+) -> std::result::Result<u64, String> {
+    let node = node_of(device, place)?;
+    let access = if driver.trims_writable { Access::ReadWrite } else { Access::ReadOnly };
+    let mounted = Mounted::mount(driver, &node, access).map_err(|refusal| why(refusal, driver))?;
+    let (mut at, mut bytes) = (0, 0_u64);
+    while at < place.length && !watch.stop_requested() {
+        progress(at);
+        let past = if driver.trims_parts { end_of_part(place, at) } else { place.length };
+        // The driver knows its own end; the last part reaches behind it.
+        let length = if past == place.length { u64::MAX - at } else { past - at };
+        match mounted.trim(at, length) {
+            Ok(discarded) => bytes = bytes.saturating_add(discarded),
+            // It ends before its partition.
+            Err(error) if at > 0 && error.raw_os_error() == Some(libc::EINVAL) => break,
+            Err(error) => return Err(refused(&error, driver)),
+        }
+        at = past;
+    }
+    progress(place.length);
+    Ok(bytes)
+}
+
+/// Where the part of a volume that begins at its byte `at` ends.
+fn end_of_part(place: Place, at: u64) -> u64 {
+    assert!(at < place.length, "a part has bytes");
+    let end = place.start.saturating_add(at).saturating_add(PART_BYTES);
+    let end = end.checked_next_multiple_of(PART_ALIGNMENT).unwrap_or(u64::MAX);
+    (end - place.start).min(place.length)
+}
+
+fn refused(error: &io::Error, driver: &Driver) -> String {
+    match error.raw_os_error() {
+        Some(libc::EOPNOTSUPP | libc::ENOTTY) => format!("the kernel's {} does not trim", driver.name),
+        _ => format!("the kernel's {} does not trim it: {error}", driver.name),
+    }
+}
