@@ -209,15 +209,15 @@ fn row(device: &Row) -> Result<[String; 11]> {
     ])
 }
 
+/// A device for tests.
 #[cfg(test)]
-mod tests {
+pub mod testing {
     use vhdx_ublk::device::registry::{ENTRY_FORMAT, Entry, ProcessId};
     use vhdx_ublk::disk::{HostFile, Sparse};
-    use vhdx_ublk::error::{Error, Kind};
 
     use super::*;
 
-    fn listed() -> Listed {
+    pub fn listed() -> Listed {
         let entry = Entry {
             format: ENTRY_FORMAT,
             id: 3,
@@ -244,6 +244,14 @@ mod tests {
         };
         Listed { entry, state: State::FailIo }
     }
+}
+
+#[cfg(test)]
+mod tests {
+    use vhdx_ublk::error::{Error, Kind};
+
+    use super::testing::listed;
+    use super::*;
 
     fn condition() -> Condition {
         Condition { health: Health::Waiting, last_error: Some("no room".into()) }

@@ -33,6 +33,7 @@ mod session;
 mod set;
 mod size;
 mod snapshot;
+mod stats;
 mod target_shape;
 mod trim;
 mod upgrade;
@@ -77,6 +78,7 @@ enum Command {
     List(list::List),
     Recover(recover::Recover),
     Upgrade(upgrade::Upgrade),
+    Stats(stats::Stats),
     Session(session::Sessions),
     Snapshot(snapshot::Snapshot),
     Create(create::Create),
@@ -100,6 +102,7 @@ impl Command {
     fn wants_json(&self) -> bool {
         match self {
             Self::List(list) => list.json,
+            Self::Stats(stats) => stats.json,
             Self::Session(sessions) => sessions.wants_json(),
             Self::Info(info) => info.json,
             Self::Map(map) => map.json,
@@ -130,6 +133,7 @@ impl Command {
             Self::Add(add) => add.run()?,
             Self::Del(del) => del.run()?,
             Self::List(list) => return list.run(),
+            Self::Stats(stats) => stats.run()?,
             Self::Recover(recover) => recover.run()?,
             Self::Upgrade(upgrade) => upgrade.run()?,
             Self::Session(sessions) => sessions.run()?,

@@ -34,8 +34,9 @@ use super::order::{Call, HandedOver, NewLeaf, Snapped, SnapshotOrder};
 use super::queue::{BufferIndex, QueueSetup, RingSetup, Transfer};
 use super::registry::{self, ENTRY_FORMAT, Entry, ProcessId, Registry};
 use super::reply::Reply;
-use super::socket::{self, Status};
+use super::socket::{self, Report, Status};
 use super::spec::{DeviceSpec, EngineHandle, Ready};
+use super::stats::Sources;
 use super::supervisor::{Demand, Supervisor};
 use super::sys;
 use super::usage;
@@ -86,7 +87,7 @@ pub fn recover<E: EngineHandle>(
     prepare_process();
     let supervisor = Supervisor::new()?;
     let registry = Registry::open()?;
-    let mut device = Device::take_over(registry, supervisor, entry)?;
+    let mut device = Device::take_over(registry, supervisor, spec, entry)?;
     device.bring_up(spec, start_engine, Beginning::TakenOver)?;
     ready(&device.ready())?;
     device.say_what_is_continued();
@@ -127,6 +128,8 @@ struct Device<E> {
     cdev: Option<Arc<File>>,
     engine: Option<E>,
     supervisor: Supervisor,
+    /// What it has done.
+    sources: Sources,
 }
 
 impl<E: EngineHandle> Device<E> {
@@ -161,7 +164,9 @@ impl<E: EngineHandle> Device<E> {
         let is_test = options.zero_copy == ZeroCopy::Fallback;
         let transfer = transfer(&info, if is_test { BufferIndex::Impossible } else { BufferIndex::Tag });
         let entry = Arc::new(Mutex::new(entry));
-        let device = Self { control, info, transfer, registry, entry, cdev: None, engine: None, supervisor };
+        let sources = Sources::new(info.queues, spec.sync_times.clone());
+        let device =
+            Self { control, info, transfer, registry, entry, cdev: None, engine: None, supervisor, sources };
         match check_granted(&new, &info).and(written) {
             Ok(()) => Ok(device),
             Err(error) => Err(device.take_down(Err(error)).expect_err("it failed")),
@@ -169,7 +174,12 @@ impl<E: EngineHandle> Device<E> {
     }
 
     /// Makes this process the next server of a device whose daemon was killed.
-    fn take_over(registry: Registry, supervisor: Supervisor, entry: &Entry) -> Result<Self> {
+    fn take_over(
+        registry: Registry,
+        supervisor: Supervisor,
+        spec: &DeviceSpec,
+        entry: &Entry,
+    ) -> Result<Self> {
         let control = Control::open()?;
         let found = control.info(entry.id)?.filter(|info| info.mark == entry.mark);
         let info =
@@ -183,7 +193,8 @@ impl<E: EngineHandle> Device<E> {
         let entry = Entry { format: ENTRY_FORMAT, daemon, version, started: false, ..entry.clone() };
         registry.write(&entry)?;
         let (transfer, entry) = (transfer(&info, BufferIndex::Tag), Arc::new(Mutex::new(entry)));
-        Ok(Self { control, info, transfer, registry, entry, cdev: None, engine: None, supervisor })
+        let sources = Sources::new(info.queues, spec.sync_times.clone());
+        Ok(Self { control, info, transfer, registry, entry, cdev: None, engine: None, supervisor, sources })
     }
 
     fn bring_up(
@@ -213,9 +224,12 @@ impl<E: EngineHandle> Device<E> {
         }
         await_node(&self.path(), Node::Block)?;
         let handover = self.engine.as_ref().expect("started above").handover();
-        let first = spec.shared.clone();
-        let status = move || status_of(&handover.latest().map_or_else(|| first.clone(), |leaf| leaf.shared));
-        socket::listen(&self.registry.socket_path(self.info.id), status, self.supervisor.caller())?;
+        let (first, sources) = (spec.shared.clone(), self.sources.clone());
+        let report = move || {
+            let shared = handover.latest().map_or_else(|| first.clone(), |leaf| leaf.shared);
+            Report { status: status_of(&shared), stats: sources.stats(&shared) }
+        };
+        socket::listen(&self.registry.socket_path(self.info.id), report, self.supervisor.caller())?;
         self.record(|entry| entry.started = true)
     }
 
@@ -374,6 +388,7 @@ impl<E: EngineHandle> Device<E> {
                 handover: self.engine.as_ref().expect("started before the queues").handover(),
                 sender: ends.sender,
                 wake: ends.wake,
+                counts: self.sources.queues[usize::from(queue)].clone(),
             },
             front: Front::new(spec.shared.clone(), self.info.depth),
             receiver: ends.receiver,

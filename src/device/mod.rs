@@ -8,7 +8,7 @@
 //! * [`session`], [`layers`], [`open_image`], `writable`: an image checked and ready to be served;
 //! * `fronts`, `served_image`, `snapshot`, [`engine_thread`]: the engine of a writable device, on its own
 //!   thread; how its image becomes the parent of a new one while it is served;
-//! * `order`, `reply`, [`socket`]: how a running daemon gets commands;
+//! * `order`, `reply`, [`socket`]: how a running daemon gets commands; [`stats`]: what it has done;
 //! * [`spec`], `ending`, `supervisor`, [`daemon`]: the device from `ADD_DEV` to `DEL_DEV`;
 //! * `handover`, [`upgrade`]: how another program takes the device over while it is in use;
 //! * [`confine`], [`launch`]: the privileges of that process, and how it is started and reports.
@@ -52,6 +52,7 @@ pub mod session;
 mod snapshot;
 pub mod socket;
 pub mod spec;
+pub mod stats;
 pub mod stop;
 mod supervisor;
 mod sys;

@@ -15,6 +15,7 @@ use super::options::Parameters;
 use super::order::SnapshotOrder;
 use super::spec::{DeviceSpec, EngineHandle};
 use crate::chain::Member;
+use crate::disk::tally::Histogram;
 use crate::disk::{HostFile, ImageFile, Reactor};
 use crate::engine::shared::Shared;
 use crate::error::{Doing, Error, Kind, Locate, Result};
@@ -31,6 +32,8 @@ pub struct OpenImage {
     pub file_write_guid: Uuid,
     /// Whether another daemon could continue if this process is killed.
     pub recoverable: bool,
+    /// How long syncs of the image take.
+    pub sync_times: Arc<Histogram>,
     /// The parents' files, nearest first, locked as long as this lives.
     pub(super) parents: Arc<[Arc<ImageFile>]>,
 }
@@ -56,7 +59,8 @@ impl OpenImage {
         let (parents, maps): (Vec<_>, Vec<_>) = parents.into_iter().unzip();
         let maps = maps.into_iter().map(Arc::new).collect();
         let shared = Arc::new(Shared::of_chain(leaf.into(), maps, true, fixed));
-        Ok(Self { shared, parameters, file_write_guid, recoverable: true, parents: parents.into() })
+        let (sync_times, parents) = (Arc::default(), parents.into());
+        Ok(Self { shared, parameters, file_write_guid, recoverable: true, sync_times, parents })
     }
 
     /// The parents as they were opened: another file may have such a path by now.
@@ -82,6 +86,7 @@ impl OpenImage {
             parameters: self.parameters,
             file_write_guid: self.file_write_guid,
             recoverable: self.recoverable,
+            sync_times: self.sync_times.clone(),
         })
     }
 }

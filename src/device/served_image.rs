@@ -44,7 +44,8 @@ pub(super) fn open_served(
     let engine = Engine::new(Setup { image, disk, parents, tasks, fronts, guids });
     let engine = engine.file(file.path())?;
     let (shared, recoverable) = (engine.shared().clone(), session.is_some());
-    let opened = OpenImage { shared, parameters, file_write_guid, recoverable, parents: parent_files };
+    let (sync_times, parents) = (reactor.sync_times().clone(), parent_files);
+    let opened = OpenImage { shared, parameters, file_write_guid, recoverable, sync_times, parents };
     Ok(ServedImage { engine, opened, session, file, disk_id })
 }
 

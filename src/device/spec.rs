@@ -11,6 +11,7 @@ use uuid::Uuid;
 use super::leaf_handover::LeafHandover;
 use super::options::Parameters;
 use super::order::SnapshotOrder;
+use crate::disk::tally::Histogram;
 use crate::disk::{HostFile, Sparse};
 use crate::engine::shared::Shared;
 use crate::error::Result;
@@ -38,6 +39,8 @@ pub struct DeviceSpec {
     pub sparse: Sparse,
     /// Whether another daemon could continue if this one is killed.
     pub recoverable: bool,
+    /// How long syncs of the image take.
+    pub sync_times: Arc<Histogram>,
 }
 
 /// The engine of a device, once started. It is dropped without [`EngineHandle::close`] only when the process

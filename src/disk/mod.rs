@@ -24,6 +24,7 @@ mod ring;
 mod sectors;
 mod shared_file;
 mod sparse;
+pub mod tally;
 mod transfer;
 mod unfinished;
 mod uring;

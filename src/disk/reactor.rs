@@ -17,6 +17,7 @@ use std::task::{Context, Poll, Wake, Waker};
 use smol::{LocalExecutor, Task};
 
 use super::{ImageFile, Ring, UringDisk};
+use crate::disk::tally::Histogram;
 use crate::error::Result;
 
 /// How many polls may pass before the ring gets its turn: tasks that keep each other busy must not starve
@@ -29,6 +30,7 @@ pub struct Reactor {
     // Dropped in this order: the tasks, with their operations, before the ring that waits for them.
     executor: Rc<LocalExecutor<'static>>,
     ring: Rc<Ring>,
+    sync_times: Arc<Histogram>,
 }
 
 impl Reactor {
@@ -38,7 +40,8 @@ impl Reactor {
     ///
     /// Those of [`Ring::new`].
     pub fn new() -> Result<Self> {
-        Ok(Self { executor: Rc::new(LocalExecutor::new()), ring: Ring::new()? })
+        let executor = Rc::new(LocalExecutor::new());
+        Ok(Self { executor, ring: Ring::new()?, sync_times: Arc::default() })
     }
 
     /// The ring, on which to arm operations.
@@ -54,7 +57,12 @@ impl Reactor {
 
     /// A disk for `file` on this ring.
     pub fn disk(&self, file: Arc<ImageFile>) -> UringDisk {
-        UringDisk::new(Rc::clone(&self.ring), file)
+        UringDisk::new(Rc::clone(&self.ring), file, Arc::clone(&self.sync_times))
+    }
+
+    /// How long the syncs of its disks have taken, for any thread to read.
+    pub fn sync_times(&self) -> &Arc<Histogram> {
+        &self.sync_times
     }
 
     /// Starts a task; it runs while [`Self::block_on`] does. Dropping the handle cancels it, `detach` lets it

@@ -17,11 +17,13 @@ use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Instant;
 
 use super::ring::{Memory, Op, Ring, STALLS_MAX, is_not_begun};
 use super::sparse::Host;
 use super::transfer::{Transfer, assert_paged, invalid, span};
 use super::{Buffer, Disk, ImageFile, PAGE_BYTES, ReadDisk};
+use crate::disk::tally::Histogram;
 
 /// Length of the zero pages that stand in for `fallocate` where the host has none.
 const ZERO_PAGES_BYTES: usize = 1 << 20;
@@ -60,11 +62,12 @@ pub struct UringDisk {
     can_punch: Cell<bool>,
     zero_pages: OnceCell<Rc<Buffer>>,
     counters: Cell<Counters>,
+    sync_times: Arc<Histogram>,
 }
 
 impl UringDisk {
-    /// The disk of `file`, whose operations go through `ring`.
-    pub fn new(ring: Rc<Ring>, file: Arc<ImageFile>) -> Self {
+    /// The disk of `file`, whose operations go through `ring`; `sync_times` gets how long its syncs take.
+    pub fn new(ring: Rc<Ring>, file: Arc<ImageFile>, sync_times: Arc<Histogram>) -> Self {
         Self {
             ring,
             file,
@@ -75,6 +78,7 @@ impl UringDisk {
             can_punch: Cell::new(true),
             zero_pages: OnceCell::new(),
             counters: Cell::new(Counters::default()),
+            sync_times,
         }
     }
 
@@ -235,6 +239,17 @@ impl UringDisk {
             }
         }
     }
+
+    async fn sync_data(&self) -> io::Result<()> {
+        if self.file.keeps_errors_by_handle() {
+            // A server that acknowledges early and fails later reports only to the handle that the write came
+            // by.
+            self.count(|counters| counters.syncs += 1);
+            self.ring.sync_data(self.file.clone()).await.0?;
+        }
+        self.count(|counters| counters.syncs += 1);
+        self.ring.sync_data(Arc::new(Syncing(self.file.clone()))).await.0.map(drop)
+    }
 }
 
 impl ReadDisk for UringDisk {
@@ -279,14 +294,10 @@ impl Disk for UringDisk {
     }
 
     async fn sync(&self) -> io::Result<()> {
-        if self.file.keeps_errors_by_handle() {
-            // A server that acknowledges early and fails later reports only to the handle that the write came
-            // by.
-            self.count(|counters| counters.syncs += 1);
-            self.ring.sync_data(self.file.clone()).await.0?;
-        }
-        self.count(|counters| counters.syncs += 1);
-        self.ring.sync_data(Arc::new(Syncing(self.file.clone()))).await.0.map(drop)
+        let begun = Instant::now();
+        let outcome = self.sync_data().await;
+        self.sync_times.record(begun.elapsed());
+        outcome
     }
 
     /// A plain system call, for a thread that serves nothing yet.

@@ -40,7 +40,7 @@ impl<D: Disk + 'static> Engine<D> {
             self.find_zeros(self.shared.geometry().block_size()).await?
         };
         if !by_sectors && self.needs_parents(old) {
-            self.count(|counters| counters.fills += 1);
+            self.count(|counters| counters.fills.add(1));
             self.fill(block, extent)
                 .await
                 .inspect_err(|_| self.space.borrow_mut().free(extent, Content::Recycled))?;
@@ -49,7 +49,7 @@ impl<D: Disk + 'static> Engine<D> {
             }
         }
         self.check_poison()?;
-        self.count(|counters| counters.grants += 1);
+        self.count(|counters| counters.grants.add(1));
         let offset = extent.offset;
         let new = if by_sectors { BatEntry::partially_present(offset) } else { BatEntry::present(offset) };
         self.remap(block, new);
@@ -67,7 +67,7 @@ impl<D: Disk + 'static> Engine<D> {
     pub(super) async fn find_zeros(self: &Rc<Self>, length: u64) -> Outcome<Extent> {
         let grant = self.find_space(length).await?;
         if grant.content == Content::Recycled {
-            self.count(|counters| counters.recycled_grants += 1);
+            self.count(|counters| counters.recycled_grants.add(1));
             if !planted(Plant::SkipZeroFill) {
                 self.zero_grant(grant.extent).await?;
             }
@@ -92,7 +92,7 @@ impl<D: Disk + 'static> Engine<D> {
         self.shared.map.publish(block, new);
         self.dirty.mark(Page::Bat(self.shared.map.page_of(block)));
         if let Some(extent) = self.space_of(old) {
-            self.count(|counters| counters.unmapped += 1);
+            self.count(|counters| counters.unmapped.add(1));
             self.reclaim.lost(extent);
         }
     }
@@ -183,7 +183,7 @@ impl<D: Disk + 'static> Engine<D> {
             // Zeros that were written are no zeros after a power cut before they are durable.
             self.sync().await?;
         }
-        self.count(|counters| counters.grows += 1);
+        self.count(|counters| counters.grows.add(1));
         self.durability.grown(length);
         self.shared.map.set_file_bytes(length);
         self.space.borrow_mut().extend(length);

@@ -86,6 +86,7 @@ impl<D: Disk + 'static> Engine<D> {
         if self.reclaim.end_batch(batch, outcome.is_ok()) {
             self.start(|engine| async move { engine.release_quarantine().await });
         }
+        self.note_levels();
         for waiter in waiters {
             waiter.keep(outcome);
         }
@@ -102,7 +103,7 @@ impl<D: Disk + 'static> Engine<D> {
         if !self.journal.is_active() {
             self.begin_log().await?;
         }
-        self.count(|counters| counters.commits += 1);
+        self.count(|counters| counters.commits.add(1));
         let mut next = self.copy_round(&mut set);
         if next.as_ref().is_some_and(|round| self.must_sync_before(round)) {
             self.sync().await?;
@@ -199,8 +200,8 @@ impl<D: Disk + 'static> Engine<D> {
             let changes: Vec<Change> = changes.collect();
             let (position, entry) = self.encode_entry(tail, placement, &changes);
             self.count(|counters| {
-                counters.entries += 1;
-                counters.pages += changes.len() as u64;
+                counters.entries.add(1);
+                counters.pages.add(changes.len() as u64);
             });
             self.write_metadata("writing a log entry", position, entry).await?;
         }
@@ -227,6 +228,7 @@ impl<D: Disk + 'static> Engine<D> {
 
     fn round_is_durable(&self, round: &Round) {
         self.journal.active(LogSpace::round_synced);
+        self.count(|counters| counters.rounds.add(1));
         for copy in &round.pages {
             self.dirty.logged(copy.page);
             if let Page::Bat(page) = copy.page {

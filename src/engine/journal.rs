@@ -64,6 +64,11 @@ impl Journal {
         self.log.borrow().as_ref().is_some_and(|log| log.fits(pages))
     }
 
+    /// How far the active log is filled, bytes.
+    pub(super) fn used_bytes(&self) -> u64 {
+        self.log.borrow().as_ref().map_or(0, LogSpace::used_bytes)
+    }
+
     /// Whether a new log may be written over the first sector: see [`LogSpace::spares_first_sector`].
     pub(super) fn spares_first_sector(&self) -> bool {
         self.log.borrow().as_ref().is_none_or(LogSpace::spares_first_sector)

@@ -77,6 +77,11 @@ impl LogSpace {
         self.live.front().map_or(self.head, |round| round.start)
     }
 
+    /// How far it is filled, bytes.
+    pub fn used_bytes(&self) -> u64 {
+        self.head
+    }
+
     /// Whether a round of `pages` pages has room.
     pub fn fits(&self, pages: usize) -> bool {
         let entries = pages.div_ceil(max_descriptors_written());

@@ -23,6 +23,7 @@
 //!
 //! The crash behind each line is described in [`ordering`](crate::design::ordering).
 
+mod activity;
 mod allocate;
 mod close;
 mod commit;
@@ -40,6 +41,7 @@ mod log;
 pub mod message;
 mod partial;
 pub mod port;
+pub mod port_counts;
 mod quarantine;
 mod queue;
 mod reclaim;
@@ -68,6 +70,7 @@ use crate::format::header::OFFSETS;
 use crate::format::metadata::DiskType;
 use crate::image::{FoundLog, Headers, Layout, Space, WritableImage};
 use crate::simulation::{Plant, planted};
+pub use activity::{Activity, Counters, Levels};
 use dirty::DirtySet;
 use durability::Durability;
 use fences::Fences;
@@ -93,41 +96,6 @@ pub trait Fronts {
 /// Where GUIDs come from: randomness is an argument, so that a run can be repeated.
 pub type GuidSource = Box<dyn FnMut() -> Uuid>;
 
-/// Counters of what the engine has done, for tests, benchmarks and the closing log line.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Counters {
-    /// Syncs of the image file.
-    pub syncs: u64,
-    /// Commit cycles that logged something.
-    pub commits: u64,
-    /// Logs begun: the session's first, and each time it started again.
-    pub logs: u64,
-    /// Log entries written.
-    pub entries: u64,
-    /// Pages of the BAT and of sector bitmaps logged.
-    pub pages: u64,
-    /// Blocks granted space.
-    pub grants: u64,
-    /// Grants of recycled space, which had to be zeroed.
-    pub recycled_grants: u64,
-    /// Grants that were filled with the parents' content.
-    pub fills: u64,
-    /// Sector bitmaps begun.
-    pub bitmaps: u64,
-    /// Blocks of which all sectors have come to be there.
-    pub promotions: u64,
-    /// Extensions of the file.
-    pub grows: u64,
-    /// Blocks that lost their space.
-    pub unmapped: u64,
-    /// Blocks and sector bitmaps that have got another place.
-    pub moves: u64,
-    /// Extents that came out of quarantine.
-    pub released: u64,
-    /// Barriers sent.
-    pub barriers: u64,
-}
-
 /// The engine of one writable image. All of it lives on one thread.
 pub struct Engine<D: Disk> {
     disk: D,
@@ -152,7 +120,6 @@ pub struct Engine<D: Disk> {
     fences: Fences,
     turns: Turns,
     open_tasks: Cell<usize>,
-    counters: Cell<Counters>,
 }
 
 /// Work of which one at a time is done, in the order of arrival.
@@ -222,8 +189,8 @@ impl<D: Disk + 'static> Engine<D> {
             fences: Fences::default(),
             turns: Turns::default(),
             open_tasks: Cell::default(),
-            counters: Cell::default(),
         });
+        engine.note_levels();
         engine.start(|engine| async move { engine.commit_loop().await });
         Ok(engine)
     }
@@ -252,7 +219,7 @@ impl<D: Disk + 'static> Engine<D> {
 
     /// What has been done so far.
     pub fn counters(&self) -> Counters {
-        self.counters.get()
+        self.shared.activity().counters()
     }
 
     /// The DataWriteGuid that the file carries.
@@ -276,6 +243,7 @@ impl<D: Disk + 'static> Engine<D> {
             }
             _ => {}
         }
+        self.note_levels();
         outcome
     }
 
@@ -323,12 +291,6 @@ impl<D: Disk + 'static> Engine<D> {
             }
             Err(error) => Err(self.poison(doing, &error)),
         }
-    }
-
-    fn count(&self, change: impl FnOnce(&mut Counters)) {
-        let mut counters = self.counters.get();
-        change(&mut counters);
-        self.counters.set(counters);
     }
 
     fn new_guid(&self) -> Uuid {

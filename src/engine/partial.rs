@@ -55,7 +55,7 @@ impl<D: Disk + 'static> Engine<D> {
                 self.reserve(extent).await.inspect_err(free)?;
             }
             self.check_poison()?;
-            self.count(|counters| counters.bitmaps += 1);
+            self.count(|counters| counters.bitmaps.add(1));
             map.publish_bitmap(chunk, extent.offset);
             self.dirty.mark(Page::Bat(map.page_of_bitmap(chunk)));
             self.dirty.bitmap_begun(chunk);
@@ -116,7 +116,7 @@ impl<D: Disk + 'static> Engine<D> {
             let entry = map.load(block).entry;
             let partial = entry.payload_state() == Some(PayloadState::PartiallyPresent);
             if partial && (map.bitmaps().is_full(geometry, block) || planted(Plant::EarlyPromotion)) {
-                self.count(|counters| counters.promotions += 1);
+                self.count(|counters| counters.promotions.add(1));
                 self.durability.payload_written();
                 let whole = BatEntry::present(entry.offset());
                 assert_eq!(self.space_of(whole), self.space_of(entry), "a block made whole keeps its space");

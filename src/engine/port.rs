@@ -92,6 +92,11 @@ pub trait Port {
     /// Starts file I/O; its end comes back through [`super::front::Front::io_done`], exactly once.
     fn submit(&mut self, piece: PieceId, io: FileIo);
 
+    /// The same for a piece that was submitted before, and of which this is left.
+    fn resubmit(&mut self, piece: PieceId, io: FileIo) {
+        self.submit(piece, io);
+    }
+
     /// Sends a message to the engine; there is always room.
     fn send(&mut self, message: ToEngine);
 

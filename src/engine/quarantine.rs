@@ -22,6 +22,8 @@ pub struct Quarantine {
     next_id: u64,
     /// Fronts that still owe an answer to the outstanding barrier.
     owed: usize,
+    /// All of the space.
+    bytes: u64,
 }
 
 #[derive(Debug)]
@@ -44,6 +46,12 @@ impl Quarantine {
     pub fn add(&mut self, extent: Extent) {
         assert!(extent.length > 0, "a block that loses space had some");
         self.fresh.push(extent);
+        self.bytes += extent.length;
+    }
+
+    /// How much space is here, bytes.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
     }
 
     /// The batch closed last, if any is still here.
@@ -126,6 +134,7 @@ impl Quarantine {
             }
             !leaves
         });
+        self.bytes -= released.iter().map(|extent| extent.length).sum::<u64>();
         merge(released)
     }
 }
@@ -162,10 +171,11 @@ mod tests {
         quarantine.batch_durable(id);
         quarantine.barrier_answered();
         assert!(quarantine.release().is_empty(), "one front has not answered");
+        assert_eq!(quarantine.bytes(), 2 << 20);
         quarantine.barrier_answered();
         assert!(quarantine.holds_batch_until(id));
         assert_eq!(quarantine.release(), [Extent { offset: A.offset, length: 2 << 20 }]);
-        assert_eq!(quarantine.newest_batch(), None);
+        assert_eq!((quarantine.newest_batch(), quarantine.bytes()), (None, 0));
     }
 
     #[test]

@@ -44,6 +44,11 @@ impl Reclaim {
         durable && batch.is_some()
     }
 
+    /// Space in quarantine, bytes.
+    pub(super) fn quarantined_bytes(&self) -> u64 {
+        self.quarantine.borrow().bytes()
+    }
+
     /// A front has answered the barrier.
     pub(super) fn barrier_answered(&self) {
         self.quarantine.borrow_mut().barrier_answered();
@@ -80,7 +85,7 @@ impl<D: Disk + 'static> Engine<D> {
     pub(super) fn send_barrier(self: &Rc<Self>) {
         let fronts = self.fronts.count();
         if self.reclaim.start_barrier(fronts) {
-            self.count(|counters| counters.barriers += 1);
+            self.count(|counters| counters.barriers.add(1));
             (0..fronts).for_each(|front| self.fronts.send(front, ToFront::Barrier));
         }
     }
@@ -90,10 +95,11 @@ impl<D: Disk + 'static> Engine<D> {
     pub(super) async fn release_quarantine(self: &Rc<Self>) {
         self.send_barrier();
         for extent in self.reclaim.begin_release() {
-            self.count(|counters| counters.released += 1);
+            self.count(|counters| counters.released.add(1));
             self.give_back(extent).await;
         }
         self.reclaim.released();
+        self.note_levels();
     }
 
     /// Punches space that belongs to nothing and is not free yet, and frees it.

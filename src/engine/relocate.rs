@@ -260,7 +260,7 @@ impl<D: Disk + 'static> Engine<D> {
             }
         };
         self.dirty.mark(Page::Bat(page));
-        self.count(|counters| counters.moves += 1);
+        self.count(|counters| counters.moves.add(1));
     }
 
     /// Steps 4 and 5.

@@ -133,7 +133,7 @@ impl<D: Disk + 'static> Engine<D> {
         self.sync().await?;
         assert!(self.journal.is_settled(), "the log starts again while it is needed");
         self.update_headers(|header| header.log_guid = guid).await?;
-        self.count(|counters| counters.logs += 1);
+        self.count(|counters| counters.logs.add(1));
         let log = LogSpace::after_initial_entry(guid, self.layout.log.offset, self.layout.log.length);
         self.journal.begin(log);
         Ok(())

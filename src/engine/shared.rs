@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
+use super::activity::Activity;
 use super::dirty_bitmap_pages::DirtyBitmapPages;
 use super::troubles::Troubles;
 use crate::format::bat::{Geometry, PayloadState};
@@ -28,6 +29,7 @@ pub struct Shared {
     can_zero_range: AtomicBool,
     can_punch: AtomicBool,
     troubles: Troubles,
+    activity: Activity,
     /// That a file has lost its end was logged.
     cut_was_said: AtomicBool,
     /// Durable writes of all fronts whose end has not been seen.
@@ -57,6 +59,7 @@ impl Shared {
             can_zero_range: AtomicBool::new(true),
             can_punch: AtomicBool::new(true),
             troubles: Troubles::default(),
+            activity: Activity::default(),
             cut_was_said: AtomicBool::new(false),
             durable_writes: AtomicU32::new(0),
         }
@@ -131,6 +134,11 @@ impl Shared {
     /// What has gone wrong on the host.
     pub fn troubles(&self) -> &Troubles {
         &self.troubles
+    }
+
+    /// What the engine has done, and has before it.
+    pub fn activity(&self) -> &Activity {
+        &self.activity
     }
 
     /// A durable write is about to be submitted.

@@ -18,7 +18,7 @@ impl<D: Disk + 'static> Engine<D> {
     pub(super) async fn sync(self: &Rc<Self>) -> Outcome {
         self.check_poison()?;
         let (issued, applied) = (self.durability.issue(), self.journal.newest_applied());
-        self.count(|counters| counters.syncs += 1);
+        self.count(|counters| counters.syncs.add(1));
         if let Err(error) = self.disk.sync().await {
             return Err(self.poison("syncing the image", &error));
         }

@@ -27,15 +27,25 @@ fn a_million_hits_take_no_memory() {
     let apart = |block| if block < BLOCKS / 2 { BLOCKS - block } else { BLOCKS + block };
     let mut disk = Loopback::new(full_map(BLOCKS * MIB, |block| apart(block) * MIB));
     let mut rng = Rng::with_seed(1);
+    let mut asked = [0; 3];
     let (pieces, requests) = memory::requests_of(|| {
         (0..HITS).fold(0, |pieces, _| {
             let (request, expected) = hit(&mut rng);
+            asked[OPS.iter().position(|op| *op == request.op).expect("one of them")] += 1;
             assert_eq!(disk.request(rng.u16(..TAGS), request), 4096);
             pieces + expected
         })
     });
     assert_eq!(disk.started(), pieces, "borders between blocks that lie apart split, others do not");
     assert!(pieces > HITS + HITS / 32, "too few requests were split: {pieces} pieces");
+    let traffic = disk.traffic();
+    let counted = traffic.requests;
+    assert_eq!([counted.read, counted.write, counted.durable_write], asked, "every request is counted");
+    assert_eq!(
+        (traffic.read_in_all(), traffic.written_bytes),
+        (4096 * asked[0], 4096 * (asked[1] + asked[2]))
+    );
+    assert_eq!((counted.failed, traffic.retries), (0, 0));
     assert_eq!(requests, 0, "the hit path asked for memory {requests} times in {HITS} hits");
 }
 

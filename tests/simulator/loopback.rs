@@ -1,4 +1,5 @@
-//! A front on its own, whose file I/O ends whole and at once: what the front itself costs is all it costs.
+//! A front on its own, whose file I/O ends whole and at once: what the front itself costs, and counting what
+//! it does, is all it costs.
 
 use std::sync::Arc;
 
@@ -6,6 +7,7 @@ use vhdx_ublk::engine::Outcome;
 use vhdx_ublk::engine::front::{Front, MAX_PIECES, Request};
 use vhdx_ublk::engine::message::ToEngine;
 use vhdx_ublk::engine::port::{FileIo, FileOp, PieceId, Port, Ticket};
+use vhdx_ublk::engine::port_counts::{PortCounts, Traffic};
 use vhdx_ublk::engine::shared::Shared;
 use vhdx_ublk::format::bat::{BatEntry, Geometry};
 use vhdx_ublk::image::BlockMap;
@@ -36,6 +38,7 @@ struct Ends {
     /// Pieces so far.
     started: u64,
     result: Option<i32>,
+    counts: PortCounts,
 }
 
 impl Port for Ends {
@@ -45,6 +48,7 @@ impl Port for Ends {
 
     fn submit(&mut self, piece: PieceId, io: FileIo) {
         assert_ne!(io.op, FileOp::FillZero, "{piece:?} misses: every block is in the file");
+        self.counts.submits(io, 1);
         self.pieces[self.live] = (piece, io.length.cast_signed());
         self.live += 1;
         self.started += 1;
@@ -55,6 +59,7 @@ impl Port for Ends {
     }
 
     fn complete(&mut self, _: Ticket, result: Outcome<u32>) {
+        self.counts.ends(result);
         let result = result.map_or_else(|errno| -(errno as i32), u32::cast_signed);
         assert!(self.result.replace(result).is_none(), "a request is completed once");
     }
@@ -65,13 +70,20 @@ impl Loopback {
         let shared = Arc::new(Shared::new(map, false, false));
         shared.open_session();
         let idle = (PieceId { tag: 0, piece: 0 }, 0);
-        let ends = Ends { pieces: [idle; MAX_PIECES], live: 0, started: 0, result: None };
+        let ends = Ends {
+            pieces: [idle; MAX_PIECES],
+            live: 0,
+            started: 0,
+            result: None,
+            counts: PortCounts::default(),
+        };
         Self { front: Front::new(shared, 64), ends }
     }
 
     /// The result of one whole request.
     #[inline]
     pub fn request(&mut self, tag: u16, request: Request) -> i32 {
+        self.ends.counts.begins(request.op);
         self.front.start(tag, request, &mut self.ends);
         while self.ends.live > 0 {
             self.ends.live -= 1;
@@ -79,6 +91,12 @@ impl Loopback {
             self.front.io_done(piece, result, &mut self.ends);
         }
         self.ends.result.take().expect("nothing is left to wait for")
+    }
+
+    /// What was counted so far.
+    #[allow(dead_code, reason = "a benchmark looks at nothing")]
+    pub fn traffic(&self) -> Traffic {
+        self.ends.counts.traffic(1)
     }
 
     /// Pieces of file I/O so far.

@@ -16,7 +16,7 @@ use std::iter;
 use std::mem::offset_of;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use io_uring::types::{Fd, Fixed};
 use io_uring::{IoUring, opcode, squeue};
@@ -35,8 +35,9 @@ use crate::device::region::Region;
 use crate::disk::PAGE_BYTES;
 use crate::engine::Outcome;
 use crate::engine::front::{MAX_PIECES, Request};
-use crate::engine::message::ToEngine;
+use crate::engine::message::{ToEngine, ToFront};
 use crate::engine::port::{FileIo, FileOp, MAX_WRITE_ZEROS, PieceId, Port, Ticket, errno};
+use crate::engine::port_counts::{PortCounts, Reason};
 use crate::engine::shared::{LEAF, Shared};
 use crate::error::{Doing, Error, Result};
 
@@ -81,6 +82,8 @@ pub(in crate::device) struct RingSetup {
     pub(in crate::device) sender: Sender<ToEngine>,
     /// Wakes this queue.
     pub(in crate::device) wake: Arc<EventFd>,
+    /// Counts what goes through it.
+    pub(in crate::device) counts: Arc<PortCounts>,
 }
 
 /// The holder of a tag.
@@ -143,6 +146,8 @@ pub(super) struct QueueRing {
     /// The number of images in the chain.
     layers: usize,
     holders: Box<[Holder]>,
+    /// What each tag asks the engine for, and since when.
+    asked: Box<[Option<(Reason, Instant)>]>,
     /// Pieces that ended as they were submitted, with their lengths.
     filled: Vec<(PieceId, u32)>,
     ended: u16,
@@ -174,6 +179,7 @@ impl QueueRing {
             wake_count: Region::memory(PAGE_BYTES).doing(doing("allocating a page"))?,
             zeros: Region::zeros(bytes(MAX_WRITE_ZEROS)).doing(doing("mapping zeros"))?,
             holders: vec![Holder::Unfetched; usize::from(setup.depth)].into_boxed_slice(),
+            asked: vec![None; usize::from(setup.depth)].into_boxed_slice(),
             filled: Vec::with_capacity(pieces),
             layers: setup.images.len(),
             setup,
@@ -293,6 +299,7 @@ impl QueueRing {
         let Holder::Front { by_command } = before else {
             panic!("a request is completed exactly once (tag {tag}, {before:?})")
         };
+        self.setup.counts.ends(result);
         if by_command {
             // Before the offer, and executed in order: the index is free when the next request needs it.
             let entry = self.command(tag, sys::UBLK_U_IO_UNREGISTER_IO_BUF, 0, u64::from(tag)).build();
@@ -312,6 +319,7 @@ impl QueueRing {
         }
         let descriptor = self.descriptors.descriptor(usize::from(tag));
         if self.buffers.wants_registration(descriptor.op_flags) {
+            self.setup.counts.registers_late();
             *holder = Holder::Registering;
             let entry = self.command(tag, sys::UBLK_U_IO_REGISTER_IO_BUF, 0, u64::from(tag));
             self.push(entry.build(), Token::Register { tag });
@@ -335,7 +343,20 @@ impl QueueRing {
     }
 
     fn request(&self, tag: u16, descriptor: &sys::ublksrv_io_desc) -> Event {
-        Event::Request { tag, request: descriptor::request(descriptor, self.setup.request_bytes) }
+        let request = descriptor::request(descriptor, self.setup.request_bytes);
+        if let Ok(request) = request {
+            self.setup.counts.begins(request.op);
+        }
+        Event::Request { tag, request }
+    }
+
+    /// Notes a message from the engine that has arrived.
+    pub(super) fn received(&mut self, message: ToFront) {
+        if let ToFront::Reply { tag, .. } = message
+            && let Some((reason, since)) = self.asked[usize::from(tag)].take()
+        {
+            self.setup.counts.answered(reason, since.elapsed());
+        }
     }
 
     /// A command that offers `tag` to the kernel.
@@ -395,6 +416,7 @@ impl Port for QueueRing {
         assert!(length > 0, "{piece:?}: I/O of nothing");
         assert!(usize::from(piece.piece) < MAX_PIECES, "{piece:?} of a request of {MAX_PIECES} pieces");
         self.assert_served(piece.tag);
+        self.setup.counts.submits(io, self.layers);
         let entry = match op {
             FileOp::Read => self.buffers.read(self.image(io.layer), piece.tag, io),
             FileOp::FillZero => match self.buffers.fill_zero(ZEROS, piece.tag, io) {
@@ -418,6 +440,11 @@ impl Port for QueueRing {
         self.push(entry, Token::FileIo(piece));
     }
 
+    fn resubmit(&mut self, piece: PieceId, io: FileIo) {
+        self.setup.counts.submits_again();
+        self.submit(piece, io);
+    }
+
     fn change_leaf(&mut self) -> Option<Arc<Shared>> {
         let leaf = self.setup.handover.newer_than(self.layers)?;
         assert!(self.layers < MAX_LAYERS, "a snapshot of a chain with as many layers as there are slots");
@@ -429,6 +456,11 @@ impl Port for QueueRing {
     }
 
     fn send(&mut self, message: ToEngine) {
+        if let ToEngine::Ask { tag, ask } = message {
+            let reason = Reason::of(ask);
+            self.setup.counts.asks(reason);
+            self.asked[usize::from(tag)] = Some((reason, Instant::now()));
+        }
         self.setup.sender.send(message);
     }
 

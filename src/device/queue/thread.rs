@@ -226,6 +226,7 @@ impl Server {
     /// Reads the mailbox, then waits for the next wake, unless this was the last.
     fn receive(&mut self) {
         while let Some(message) = self.receiver.pop() {
+            self.ring.received(message);
             self.front.receive(message, &mut self.ring);
         }
         if !self.calls.over.load(Ordering::Acquire) {

@@ -153,6 +153,7 @@ impl Snapshotter<'_> {
         let switched = self.switch(switch, served, &child);
         if switched.is_ok() {
             let shared = child.engine.shared().clone();
+            shared.activity().continue_from(served.engine.shared().activity());
             self.handover.set(Leaf { shared, file: child.file.clone() });
             self.inbox.change_engine(child.engine.clone());
         }

@@ -10,7 +10,7 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, socket};
 use serde::de::DeserializeOwned;
 
 use super::{
-    ANSWER_DEADLINE, Answer, Command, LINE_DEADLINE, Request, Status, VERSION, read_line, write_line,
+    ANSWER_DEADLINE, Answer, Command, LINE_DEADLINE, Report, Request, Status, VERSION, read_line, write_line,
 };
 use crate::device::order::{HandedOver, Snapped};
 use crate::disk::HostFile;
@@ -54,6 +54,15 @@ pub(in crate::device) fn hand_over(path: &Path, image_file: HostFile) -> Result<
 /// As [`snapshot`], within a second.
 pub fn status(path: &Path) -> Result<Status> {
     send(path, &Command::Status, STATUS_DEADLINE)
+}
+
+/// Requests the status of its device, and what it has done, from the daemon that listens at `path`.
+///
+/// # Errors
+///
+/// As [`status`]; [`Kind::Unsupported`] from a daemon of a version that does not count.
+pub fn report(path: &Path) -> Result<Report> {
+    send(path, &Command::Stats, STATUS_DEADLINE)
 }
 
 fn send<T: DeserializeOwned>(path: &Path, command: &Command, patience: Duration) -> Result<T> {

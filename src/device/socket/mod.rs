@@ -21,10 +21,11 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 pub(super) use client::hand_over;
-pub use client::{snapshot, status};
+pub use client::{report, snapshot, status};
 pub(super) use server::listen;
 
 use super::path;
+use super::stats::Stats;
 use super::wire::Failure;
 use crate::disk::HostFile;
 use crate::error::{Doing, Error, Kind, Result};
@@ -58,6 +59,8 @@ pub enum Command {
     },
     /// Report the status of the device.
     Status,
+    /// Report what the device has done.
+    Stats,
 }
 
 /// The status of a device, as its daemon knows it.
@@ -69,6 +72,17 @@ pub struct Status {
     pub host_full: bool,
     /// The last error of the host, as text.
     pub last_error: Option<String>,
+}
+
+/// What a daemon knows of its device.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Report {
+    /// How the device is.
+    #[serde(flatten)]
+    pub status: Status,
+    /// What it has done.
+    #[serde(flatten)]
+    pub stats: Stats,
 }
 
 #[derive(Debug, Serialize, Deserialize)]

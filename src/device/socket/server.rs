@@ -13,7 +13,7 @@ use nix::sys::socket::{getsockopt, sockopt};
 use serde::Serialize;
 
 use super::{
-    ANSWER_DEADLINE, Answer, Command, LINE_DEADLINE, Request, Status, VERSION, read_line, write_line,
+    ANSWER_DEADLINE, Answer, Command, LINE_DEADLINE, Report, Request, VERSION, read_line, write_line,
 };
 use crate::device::confine::{self, Role};
 use crate::device::order::Call;
@@ -26,10 +26,10 @@ const MAX_CLIENTS: usize = 8;
 /// The pause before the next connection is accepted after that has failed: descriptors may be short.
 const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 
-/// Listens at `path` until the process ends: answers with `status`, and passes calls on to `pass_on`.
+/// Listens at `path` until the process ends: answers with `report`, and passes calls on to `pass_on`.
 pub(in crate::device) fn listen(
     path: &Path,
-    status: impl Fn() -> Status + Clone + Send + 'static,
+    report: impl Fn() -> Report + Clone + Send + 'static,
     pass_on: impl Fn(Call) + Clone + Send + 'static,
 ) -> Result<()> {
     const FAILED: &str = "making the control socket";
@@ -43,7 +43,7 @@ pub(in crate::device) fn listen(
         let clients = Arc::new(());
         for stream in listener.incoming() {
             match stream {
-                Ok(stream) => accept(stream, &clients, (status.clone(), pass_on.clone())),
+                Ok(stream) => accept(stream, &clients, (report.clone(), pass_on.clone())),
                 Err(error) => {
                     tracing::warn!("the control socket: {error:#}");
                     thread::sleep(ACCEPT_PAUSE);
@@ -58,7 +58,7 @@ pub(in crate::device) fn listen(
 fn accept(
     stream: UnixStream,
     clients: &Arc<()>,
-    (status, pass_on): (impl Fn() -> Status + Send + 'static, impl Fn(Call) + Send + 'static),
+    (report, pass_on): (impl Fn() -> Report + Send + 'static, impl Fn(Call) + Send + 'static),
 ) {
     if Arc::strong_count(clients) > MAX_CLIENTS {
         let message = format!("the daemon serves at most {MAX_CLIENTS} connections at a time");
@@ -69,7 +69,7 @@ fn accept(
     }
     let client = clients.clone();
     let serve = move || {
-        if let Err(error) = serve_client(&stream, &status, &pass_on) {
+        if let Err(error) = serve_client(&stream, &report, &pass_on) {
             tracing::warn!("the control socket: {error:#}");
         }
         drop(client);
@@ -81,12 +81,13 @@ fn accept(
 
 fn serve_client(
     stream: &UnixStream,
-    status: &impl Fn() -> Status,
+    report: &impl Fn() -> Report,
     pass_on: &impl Fn(Call),
 ) -> io::Result<()> {
     stream.set_write_timeout(Some(LINE_DEADLINE))?;
     let written = match read_command(stream) {
-        Ok(Command::Status) => write_answer(stream, json(&status())),
+        Ok(Command::Status) => write_answer(stream, json(&report().status)),
+        Ok(Command::Stats) => write_answer(stream, json(&report())),
         Ok(Command::Snapshot { image }) => {
             snapshot_for(stream, image, pass_on);
             Ok(())
@@ -196,7 +197,7 @@ mod tests {
     use std::time::Instant;
 
     use super::*;
-    use crate::device::socket::status;
+    use crate::device::socket::{Status, report, status};
     use crate::disk::HostFile;
 
     fn snapshot() -> Command {
@@ -230,7 +231,7 @@ mod tests {
     fn a_silent_client_does_not_keep_others_from_being_served() {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let path = folder.path().join("7.sock");
-        listen(&path, Status::default, |_| {}).expect("free");
+        listen(&path, Report::default, |_| {}).expect("free");
         let connect = || UnixStream::connect(&path).expect("it listens");
         let mut silent: Vec<UnixStream> = (1..MAX_CLIENTS).map(|_| connect()).collect();
         let answered = status(&path);
@@ -254,10 +255,12 @@ mod tests {
         let path = folder.path().join("7.sock");
         fs::write(&path, "left over").expect("writable");
         let degraded = Status { host_full: true, last_error: Some("no room".into()), ..Status::default() };
-        let reported = degraded.clone();
+        let mut reported = Report { status: degraded.clone(), ..Report::default() };
+        reported.stats.traffic.requests.read = u64::MAX;
+        let told = reported.clone();
         listen(
             &path,
-            move || reported.clone(),
+            move || told.clone(),
             |call: Call| {
                 let refusal = || Error::new(Kind::Exists, "no");
                 match call {
@@ -269,6 +272,10 @@ mod tests {
         .expect("free");
         match status(&path) {
             Ok(status) => assert_eq!(status, degraded),
+            Err(error) => assert_eq!(error.kind(), Kind::Permission, "{error}"),
+        }
+        match report(&path) {
+            Ok(report) => assert_eq!(report, reported),
             Err(error) => assert_eq!(error.kind(), Kind::Permission, "{error}"),
         }
         let outcome = crate::device::socket::snapshot(&path, "/disks/new.vhdx".into());

@@ -353,7 +353,7 @@ impl Front {
             self.slots.piece_mut(id).parity = self.looked_up.enter();
             self.answer_barrier(port);
         }
-        submit(id, rest, port);
+        port.resubmit(id, bounded(rest));
     }
 
     /// The file ends before the end of what is read. What it never had reads as zero: fixed images by QEMU
@@ -423,6 +423,11 @@ impl Front {
 }
 
 fn submit<P: Port>(id: PieceId, rest: FileIo, port: &mut P) {
+    port.submit(id, bounded(rest));
+}
+
+/// As much of `rest` as one operation does.
+fn bounded(rest: FileIo) -> FileIo {
     let length = if rest.op == FileOp::WriteZeros { rest.length.min(MAX_WRITE_ZEROS) } else { rest.length };
-    port.submit(id, FileIo { length, ..rest });
+    FileIo { length, ..rest }
 }

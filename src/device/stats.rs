@@ -1,0 +1,49 @@
+//! What a device has done, put together from its queues, its engine and its syncs.
+
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use crate::disk::tally::{Histogram, Times};
+use crate::engine::port_counts::{PortCounts, Traffic};
+use crate::engine::shared::Shared;
+use crate::engine::{Counters, Levels};
+
+/// What a device has done since its daemon began.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Stats {
+    /// What has gone through its queues.
+    pub traffic: Traffic,
+    /// What its engine has done.
+    pub engine: Counters,
+    /// What its engine has before it.
+    pub levels: Levels,
+    /// How long the engine's syncs of the image have taken.
+    pub syncs: Times,
+}
+
+/// Where the parts of a device count.
+#[derive(Clone, Default)]
+pub(super) struct Sources {
+    /// One for each queue.
+    pub(super) queues: Arc<[Arc<PortCounts>]>,
+    /// The engine's syncs.
+    pub(super) syncs: Arc<Histogram>,
+}
+
+impl Sources {
+    /// Those of a device with so many `queues`, whose engine counts its syncs in `syncs`.
+    pub(super) fn new(queues: u16, syncs: Arc<Histogram>) -> Self {
+        Self { queues: (0..queues).map(|_| Arc::default()).collect(), syncs }
+    }
+
+    /// What they have counted, on a device that serves `shared`.
+    pub(super) fn stats(&self, shared: &Shared) -> Stats {
+        let layers = shared.layers().count();
+        let mut traffic = Traffic::default();
+        self.queues.iter().for_each(|queue| traffic.add(&queue.traffic(layers)));
+        let activity = shared.activity();
+        Stats { traffic, engine: activity.counters(), levels: activity.levels(), syncs: self.syncs.times() }
+    }
+}
