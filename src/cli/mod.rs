@@ -13,6 +13,7 @@ mod create;
 mod del;
 mod detached;
 mod disk_source;
+mod doctor;
 mod drawing;
 mod features;
 mod info;
@@ -21,6 +22,7 @@ mod logging;
 mod map;
 mod measure;
 mod merge;
+mod metrics;
 mod move_chain;
 mod output;
 mod parent_options;
@@ -79,6 +81,8 @@ enum Command {
     Recover(recover::Recover),
     Upgrade(upgrade::Upgrade),
     Stats(stats::Stats),
+    Metrics(metrics::Metrics),
+    Doctor(doctor::Doctor),
     Session(session::Sessions),
     Snapshot(snapshot::Snapshot),
     Create(create::Create),
@@ -103,6 +107,7 @@ impl Command {
         match self {
             Self::List(list) => list.json,
             Self::Stats(stats) => stats.json,
+            Self::Doctor(doctor) => doctor.json,
             Self::Session(sessions) => sessions.wants_json(),
             Self::Info(info) => info.json,
             Self::Map(map) => map.json,
@@ -117,6 +122,7 @@ impl Command {
             Self::Resize(resize) => resize.json,
             Self::Upgrade(upgrade) => upgrade.json,
             Self::Add(_)
+            | Self::Metrics(_)
             | Self::Del(_)
             | Self::Recover(_)
             | Self::Create(_)
@@ -134,6 +140,8 @@ impl Command {
             Self::Del(del) => del.run()?,
             Self::List(list) => return list.run(),
             Self::Stats(stats) => stats.run()?,
+            Self::Metrics(metrics) => metrics.run()?,
+            Self::Doctor(doctor) => return Ok(doctor.run()?),
             Self::Recover(recover) => recover.run()?,
             Self::Upgrade(upgrade) => upgrade.run()?,
             Self::Session(sessions) => sessions.run()?,

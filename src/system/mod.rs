@@ -4,12 +4,16 @@
 //! * [`private_device`]: a device that this process alone uses, and that ends with it;
 //! * `device_disk`, `node`: what is on a device, and the nodes of its partitions;
 //! * `driver`, `mounted`: how the kernel reads each file system, and a mount that no other process sees;
-//! * [`trim`]: the free space of the file systems on a device.
+//! * [`trim`]: the free space of the file systems on a device;
+//! * [`doctor`], [`metrics`]: whether a machine and an image are fit for use; what devices have done, for
+//!   monitoring.
 //!
 //! It may use everything below it, and only `cli` uses it.
 
 mod device_disk;
+pub mod doctor;
 mod driver;
+pub mod metrics;
 mod mounted;
 mod node;
 pub mod private_device;

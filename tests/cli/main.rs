@@ -31,6 +31,7 @@ mod salvage;
 mod set;
 #[path = "../skip/mod.rs"]
 mod skip;
+mod watch;
 
 const MIB: u64 = 1 << 20;
 

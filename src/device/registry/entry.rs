@@ -141,10 +141,10 @@ pub(in crate::device) fn mount_namespace() -> u64 {
 }
 
 #[cfg(test)]
-pub(in crate::device) mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    pub(in crate::device) fn entry(id: u32) -> Entry {
+    pub(crate) fn entry(id: u32) -> Entry {
         Entry {
             format: ENTRY_FORMAT,
             id,

@@ -31,4 +31,4 @@ pub use survey::{Listed, Survey};
 pub use super::process::{Life, ProcessId};
 
 #[cfg(test)]
-pub(super) use entry::tests::entry;
+pub(crate) use entry::tests::entry;
