@@ -15,6 +15,9 @@ pub struct Features {
 }
 
 const AFTER_HELP: &str = "\
+Examples:
+  vhdx-ublk features
+
 JSON: bit, name, meaning, since (the first kernel that has it), supported, used (by this
 program).
 Exit status: 0 success, 1 failure (as when there is no driver), 2 wrong usage.";

@@ -30,6 +30,10 @@ pub struct List {
 const DEAD: u8 = 2;
 
 const AFTER_HELP: &str = "\
+Examples:
+  vhdx-ublk list
+  vhdx-ublk list --check || echo 'a device needs a look'
+
 States: live (served), starting, stopping, quiesced (the daemon was killed: I/O waits for
 `recover`), fail-io (the same, but I/O fails until `recover`), dead (the daemon was killed, and
 I/O fails: `del` removes the device), failed (the device is removed, but its image could not be

@@ -16,9 +16,11 @@ mod disk_source;
 mod doctor;
 mod drawing;
 mod features;
+mod generate;
 mod info;
 mod list;
 mod logging;
+mod manual;
 mod map;
 mod measure;
 mod merge;
@@ -100,6 +102,7 @@ enum Command {
     Compare(compare::Compare),
     Measure(measure::Measure),
     Features(features::Features),
+    Generate(generate::Generate),
 }
 
 impl Command {
@@ -129,7 +132,8 @@ impl Command {
             | Self::Relink(_)
             | Self::Merge(_)
             | Self::Move(_)
-            | Self::Set(_) => false,
+            | Self::Set(_)
+            | Self::Generate(_) => false,
         }
     }
 
@@ -161,6 +165,7 @@ impl Command {
             Self::Compare(compare) => return Ok(compare.run()?),
             Self::Measure(measure) => measure.run()?,
             Self::Features(features) => features.run()?,
+            Self::Generate(generate) => generate.run(Cli::command())?,
         }
         Ok(SUCCESS)
     }
@@ -239,26 +244,36 @@ mod tests {
         Cli::command().debug_assert();
     }
 
-    #[test]
-    fn wrong_usage_is_told_in_one_line_with_advice() {
-        let told = |words: &[&str]| {
-            let error = Cli::try_parse_from(["vhdx-ublk"].iter().chain(words)).err().expect("wrong usage");
-            let arguments: Vec<OsString> = words.iter().map(OsString::from).collect();
-            let error = misuse(&error.to_string(), &arguments);
-            (error.message(), error.remedy_text().unwrap_or_default().to_owned())
+    /// The calls of this program in a line of shell: the words of each, without redirections.
+    fn calls(line: &str) -> Vec<Vec<String>> {
+        let calls = line.match_indices("vhdx-ublk ").map(|(at, _)| &line[at..]);
+        let ends = |call: &str| call.find(['|', ';', ')', '&', '`']).unwrap_or(call.len());
+        let words = |call: &str| {
+            // A comment is set off by two spaces.
+            let call = call[..ends(call)].split("  ").next().unwrap_or_default();
+            let words = call.split(' ').filter(|word| !word.is_empty() && !word.contains(['<', '>']));
+            words.map(|word| word.trim_matches('\'').to_owned()).collect()
         };
-        assert_eq!(
-            told(&["compare", "a", "--json"]),
-            (
-                "the following required arguments were not provided: <OTHER>".into(),
-                "vhdx-ublk compare --help".into()
-            )
-        );
-        let (what, remedy) = told(&["info", "--jsom", "a", "--json"]);
-        assert_eq!(what, "unexpected argument '--jsom' found");
-        assert!(remedy.contains("'--json'"), "{remedy}");
-        let (what, remedy) = told(&["session", "discard", "--frobnicate", "a", "--json"]);
-        assert_eq!(what, "unexpected argument '--frobnicate' found");
-        assert_eq!(remedy, "vhdx-ublk session discard --help");
+        calls.map(words).collect()
+    }
+
+    fn parse_examples(command: &clap::Command, count: &mut usize) {
+        let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+        for line in help.lines().filter(|line| line.starts_with("  ")) {
+            for call in calls(line) {
+                *count += 1;
+                let parsed = Cli::try_parse_from(&call);
+                assert!(parsed.is_ok(), "{line}: {}", parsed.err().expect("looked at"));
+            }
+        }
+        command.get_subcommands().for_each(|command| parse_examples(command, count));
+    }
+
+    /// Every example of a help text is right usage, of commands that need a device too.
+    #[test]
+    fn examples_are_right_usage() {
+        let mut count = 0;
+        parse_examples(&Cli::command(), &mut count);
+        assert!(count > 50, "{count}");
     }
 }

@@ -39,6 +39,9 @@ struct List {
 }
 
 const LIST_HELP: &str = "\
+Examples:
+  vhdx-ublk session list
+
 States: live (a daemon uses it), waiting (its device waits for `recover`), orphan (its device is
 removed: `add` takes it over), idle (the image has everything), poisoned (a write failed),
 outdated (from before the last boot), incomplete, other-version (created by another version of
@@ -64,6 +67,9 @@ struct Discard {
 }
 
 const DISCARD_HELP: &str = "\
+Examples:
+  vhdx-ublk session discard NAME    as `vhdx-ublk session list` shows it
+
 Flushed writes are in the image and stay there. Discard a session that is damaged, or whose image
 was deleted. If another version of vhdx-ublk created the session, use that version to take it over.
 Exit status: 0 all sessions are discarded, 1 some remain, 2 wrong usage.";

@@ -22,6 +22,7 @@ mod damage;
 mod images;
 mod info;
 mod intruder;
+mod manual;
 mod map;
 mod merge;
 mod move_chain;
