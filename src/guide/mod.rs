@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`export`] | Give a device to another machine, by NVMe over TCP or iSCSI. |
 //! | [`upgrade`] | Replace the program while its devices are in use. |
+//! | [`watch`] | See what a device does, and what to do when something is wrong. |
 //!
 //! Each command is explained by its own `--help`; the reasons are in [`design`](crate::design).
 
@@ -12,3 +13,6 @@ pub mod export {}
 
 #[doc = include_str!("upgrade.md")]
 pub mod upgrade {}
+
+#[doc = include_str!("watch.md")]
+pub mod watch {}
