@@ -21,14 +21,14 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, OFlag, PosixFadviseAdvice, fcntl, posix_fadvise};
+use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, PosixFadviseAdvice, fallocate, fcntl, posix_fadvise};
 use nix::sys::statfs::{BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, FsType, TMPFS_MAGIC, XFS_SUPER_MAGIC, fstatfs};
 use nix::sys::statvfs::{Statvfs, fstatvfs, statvfs};
 use nix::unistd::{Gid, Uid, Whence, fchown, lseek};
 
 use super::open::{Links, Opened, open_again, open_regular};
 use super::ring::{DirectAlignment, direct_alignment};
-use super::sparse::{Host, Sparse};
+use super::sparse::{self, Host, Sparse};
 use super::{Access, Buffer, HostFile, lock};
 use crate::error::{Error, Kind, Result};
 
@@ -48,14 +48,21 @@ pub fn host_bytes(found: &fs::Metadata) -> u64 {
     found.blocks() * 512
 }
 
-/// Whether Windows will refuse `file` for its holes: it has some, on a host that marks the file for them.
+/// Whether Windows will refuse `file` for its holes: it is marked for them, or, where the host does not show
+/// the mark, has some on a host that marks files.
 ///
 /// # Errors
 ///
 /// What the operating system says.
 pub fn is_sparse_for_windows(file: &File) -> io::Result<bool> {
+    if Host::of(file) == Host::Plain {
+        return Ok(false);
+    }
+    if let Some(marked) = sparse::is_marked(file) {
+        return Ok(marked);
+    }
     let found = file.metadata()?;
-    Ok(Host::of(file) != Host::Plain && host_bytes(&found) < found.len())
+    Ok(host_bytes(&found) < found.len())
 }
 
 /// An open, locked image file.
@@ -287,6 +294,34 @@ impl ImageFile {
     /// Whether the file must get no holes.
     pub fn is_dense(&self) -> bool {
         self.sparse().is_dense_on(self.host)
+    }
+
+    /// Takes the mark of a sparse file away, as far as its host knows how. The file must have no holes left.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::Unsupported`] when Windows would still refuse the file; [`Kind::Io`].
+    pub fn unmark_sparse(&self) -> Result<()> {
+        let looking = |error| Error::io("looking at the image", error).file(&self.path);
+        if self.host == Host::MarksHolesOfFallocate {
+            // For a whole file the client asks the server to take the mark away, and does nothing else.
+            let whole = i64::try_from(self.length().map_err(looking)?).unwrap_or(i64::MAX);
+            if let Err(errno) = fallocate(&self.file, FallocateFlags::FALLOC_FL_KEEP_SIZE, 0, whole) {
+                tracing::info!("{}: the server keeps the mark: {errno}", self.path.display());
+            }
+        }
+        if is_sparse_for_windows(&self.file).map_err(looking)? {
+            let message =
+                "the holes are filled, but the file is still marked as sparse, and Windows refuses it";
+            let remedy = "copy it: the copy has no mark (`cp --sparse=never`)";
+            return Err(Error::new(Kind::Unsupported, message).remedy(remedy).file(&self.path));
+        }
+        Ok(())
+    }
+
+    /// Whether its host marks files for their holes, and so does not always show holes in their size.
+    pub fn is_on_host_that_marks(&self) -> bool {
+        self.host != Host::Plain
     }
 
     /// What its host does with holes.

@@ -17,6 +17,7 @@
 //! * locks first, look second: of two openers that race at least one sees the other, so both may lose, both
 //!   never win;
 //! * after a failed attempt the description holds no lock of ours;
+//! * nothing is looked at on SMB that the description itself has locked;
 //! * the locks belong to the description, not to the process: they end when the last reference to it ends, an
 //!   operation still in flight in the kernel included.
 
@@ -29,6 +30,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 
+use super::sparse::is_on_smb;
 use crate::error::{Error, Kind, Result};
 
 /// What the opener of an image does with it.
@@ -135,6 +137,11 @@ pub fn lock_past_readers(file: &File) -> Result<()> {
 ///
 /// As [`try_lock`]; `other` has no lock of ours then.
 pub fn join(other: &File, access: Access) -> Result<()> {
+    // The client of SMB has one handle for both, and a lock that it has twice is refused when a server asks
+    // for the locks.
+    if is_on_smb(other) {
+        return Ok(());
+    }
     let held = access.held().iter().map(|permission| HELD_BASE + permission);
     let unshared = UNSHARED.iter().map(|permission| UNSHARED_BASE + permission);
     let locks = held.chain(unshared).map(|byte| (libc::F_RDLCK, byte));
@@ -190,11 +197,39 @@ pub fn share(file: &File) {
 
 /// One round: take every lock, then look for conflicts; give every lock back unless all is well.
 fn attempt(file: &File, access: Access) -> Result<()> {
+    if is_on_smb(file) {
+        return attempt_on_smb(file, access);
+    }
     let outcome = take(file, access).and_then(|()| look(file, access));
     if outcome.is_err() {
         unlock(file);
     }
     outcome
+}
+
+/// The same on SMB, where a look at a byte that the description has locked itself finds that lock, and ends
+/// it at the server. So nothing is looked at that is locked already. A reader and a writer at the same time
+/// still see each other: either locks first what the other looks at last. Two writers meet at their own byte.
+fn attempt_on_smb(file: &File, access: Access) -> Result<()> {
+    let held = access.held().iter().map(|permission| HELD_BASE + permission);
+    let unshared = UNSHARED.map(|permission| UNSHARED_BASE + permission);
+    let against_held = access.held().iter().map(|permission| UNSHARED_BASE + permission);
+    let against_unshared = UNSHARED.map(|permission| HELD_BASE + permission);
+    let writer = (access == Access::ReadWrite).then_some((libc::F_WRLCK, WRITER));
+    let outcome = look_at(file, access, against_unshared)
+        .and_then(|()| set_each(file, access, held.clone().map(|byte| (libc::F_RDLCK, byte)).chain(writer)))
+        .and_then(|()| look_at(file, access, against_held))
+        .and_then(|()| set_each(file, access, unshared.map(|byte| (libc::F_RDLCK, byte))))
+        .and_then(|()| {
+            let not_held =
+                against_unshared.into_iter().filter(|byte| !held.clone().any(|held| held == *byte));
+            look_at(file, access, not_held)
+        });
+    outcome.map_err(|error| {
+        unlock(file);
+        // Its words are of what others have locked.
+        if error.kind() == Kind::InUse { in_use(file, HELD_BASE + WRITE, access) } else { error }
+    })
 }
 
 fn take(file: &File, access: Access) -> Result<()> {
@@ -220,7 +255,11 @@ fn set_each(file: &File, access: Access, locks: impl IntoIterator<Item = (libc::
 fn look(file: &File, access: Access) -> Result<()> {
     let against_held = access.held().iter().map(|permission| UNSHARED_BASE + permission);
     let against_unshared = UNSHARED.iter().map(|permission| HELD_BASE + permission);
-    for byte in against_held.chain(against_unshared) {
+    look_at(file, access, against_held.chain(against_unshared))
+}
+
+fn look_at(file: &File, access: Access, bytes: impl IntoIterator<Item = i64>) -> Result<()> {
+    for byte in bytes {
         if foreign(file, byte)?.is_some() {
             return Err(in_use(file, byte, access));
         }

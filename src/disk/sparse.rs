@@ -6,6 +6,7 @@
 //!
 //! [Rule 109](crate::design::vhdx_rules#rule-109).
 
+use std::ffi::CStr;
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 
@@ -56,6 +57,24 @@ impl Host {
             _ => Self::Plain,
         }
     }
+}
+
+/// Whether `file` comes from a server of SMB.
+pub(super) fn is_on_smb(file: &File) -> bool {
+    Host::of(file) == Host::MarksHolesOfFallocate
+}
+
+/// Whether Windows sees the mark in the attributes of `file`; nothing if the host does not show them.
+pub(super) fn is_marked(file: &File) -> Option<bool> {
+    /// The attributes that Windows keeps with a file, as the client of SMB, ntfs3 and ntfs-3g show them.
+    const NAMES: [&CStr; 2] = [c"user.cifs.dosattrib", c"system.ntfs_attrib"];
+    /// `FILE_ATTRIBUTE_SPARSE_FILE`.
+    const SPARSE: u32 = 0x200;
+    NAMES.iter().find_map(|name| {
+        let mut value = [0; size_of::<u32>()];
+        let read = rustix::fs::fgetxattr(file, *name, &mut value).ok()?;
+        (read == value.len()).then(|| u32::from_ne_bytes(value) & SPARSE != 0)
+    })
 }
 
 /// What is wrong with a file that has holes on such a host.

@@ -5,6 +5,7 @@
 //! | [`export`] | Give a device to another machine, by NVMe over TCP or iSCSI. |
 //! | [`upgrade`] | Replace the program while its devices are in use. |
 //! | [`watch`] | See what a device does, and what to do when something is wrong. |
+//! | [`network_images`] | Keep the file of an image on NFS or SMB. |
 //!
 //! Each command is explained by its own `--help`; the reasons are in [`design`](crate::design).
 
@@ -16,3 +17,6 @@ pub mod upgrade {}
 
 #[doc = include_str!("watch.md")]
 pub mod watch {}
+
+#[doc = include_str!("network-images.md")]
+pub mod network_images {}

@@ -156,7 +156,8 @@ impl Request {
     fn fill(&self, file: &Arc<ImageFile>, reactor: &Reactor, watch: &impl Watch) -> Result<u64> {
         let Figures { host, length } = figures(file).doing("looking at the image").file(file.path())?;
         let holes = length.saturating_sub(host);
-        if self.dry_run || holes == 0 {
+        // What such a host says of the space that a file takes may be its length.
+        if self.dry_run || holes == 0 && !file.is_on_host_that_marks() {
             return Ok(holes);
         }
         room::require(file.host_room(), holes, "filling the holes needs").file(file.path())?;
@@ -170,6 +171,9 @@ impl Request {
             disk.sync().await
         };
         reactor.block_on(filling).doing("filling the holes of the file").file(file.path())?;
+        if !watch.stop_requested() {
+            file.unmark_sparse()?;
+        }
         Ok(holes)
     }
 
