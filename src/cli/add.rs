@@ -34,7 +34,7 @@ use vhdx_ublk::operations::Devices;
 use vhdx_ublk::operations::children::refuse_parent;
 
 use super::parent_options::ParentOptions;
-use super::{detached, output};
+use super::{detached, notify, output};
 
 /// How long a holder of the image may take to leave: a process that was killed keeps its lock until its last
 /// I/O has ended.
@@ -128,8 +128,11 @@ impl Add {
         let options = self.options();
         options.validate()?;
         if self.foreground {
-            confine::prepare();
-            return self.serve(&options, |ready| output::print(&ready.device.display().to_string()));
+            return self.serve_here(|ready| {
+                output::print(&ready.device.display().to_string())?;
+                notify::ready(ready);
+                Ok(())
+            });
         }
         if self.serve {
             let lives = if self.private { Lives::WithItsParent } else { Lives::OnItsOwn };
@@ -137,6 +140,14 @@ impl Add {
         }
         let ready = launch::launch(self.child_arguments(&options))?;
         output::print(&ready.device.display().to_string()).inspect_err(|_| remove(&ready))
+    }
+
+    /// Serves from this process until the device's end.
+    pub fn serve_here(&self, ready: impl FnOnce(&Ready) -> Result<()>) -> Result<()> {
+        let options = self.options();
+        options.validate()?;
+        confine::prepare();
+        self.serve(&options, ready)
     }
 
     fn options(&self) -> Options {

@@ -15,8 +15,10 @@ mod detached;
 mod disk_source;
 mod doctor;
 mod drawing;
+mod enable;
 mod features;
 mod generate;
+mod generator;
 mod info;
 mod list;
 mod logging;
@@ -26,6 +28,7 @@ mod measure;
 mod merge;
 mod metrics;
 mod move_chain;
+mod notify;
 mod output;
 mod parent_options;
 mod progress;
@@ -37,12 +40,14 @@ mod session;
 mod set;
 mod size;
 mod snapshot;
+mod start;
 mod stats;
 mod target_shape;
 mod trim;
 mod upgrade;
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -51,7 +56,8 @@ use anyhow::Result;
 use clap::{CommandFactory, Parser, Subcommand};
 
 use vhdx_ublk::device::confine;
-use vhdx_ublk::error::{Error, Kind};
+use vhdx_ublk::error::Kind;
+use vhdx_ublk::system::units;
 
 /// Exit statuses, as the help text states them.
 const SUCCESS: u8 = 0;
@@ -87,6 +93,11 @@ enum Command {
     Doctor(doctor::Doctor),
     Session(session::Sessions),
     Snapshot(snapshot::Snapshot),
+    Enable(enable::Enable),
+    Disable(enable::Disable),
+    Start(start::Start),
+    #[command(name = units::GENERATOR, hide = true)]
+    Generator(generator::Generator),
     Create(create::Create),
     Info(info::Info),
     Map(map::Map),
@@ -104,6 +115,9 @@ enum Command {
     Features(features::Features),
     Generate(generate::Generate),
 }
+
+/// Commands that are run under names of their own.
+const OTHER_NAMES: [&str; 1] = [units::GENERATOR];
 
 impl Command {
     fn wants_json(&self) -> bool {
@@ -128,6 +142,10 @@ impl Command {
             | Self::Metrics(_)
             | Self::Del(_)
             | Self::Recover(_)
+            | Self::Enable(_)
+            | Self::Disable(_)
+            | Self::Start(_)
+            | Self::Generator(_)
             | Self::Create(_)
             | Self::Relink(_)
             | Self::Merge(_)
@@ -150,6 +168,10 @@ impl Command {
             Self::Upgrade(upgrade) => upgrade.run()?,
             Self::Session(sessions) => sessions.run()?,
             Self::Snapshot(snapshot) => snapshot.run()?,
+            Self::Enable(enable) => enable.run()?,
+            Self::Disable(disable) => disable.run()?,
+            Self::Start(start) => return Ok(start.run()?),
+            Self::Generator(generator) => generator.run(),
             Self::Create(create) => create.run()?,
             Self::Info(info) => return Ok(info.run()?),
             Self::Map(map) => map.run()?,
@@ -176,7 +198,8 @@ pub fn main() -> ExitCode {
     // A write beyond the file size limit (`ulimit -f`) then fails with an error. Otherwise the signal kills
     // the program in the middle of its work.
     let _ = signal_hook::flag::register(signal_hook::consts::SIGXFSZ, Arc::new(AtomicBool::new(false)));
-    let command = match Cli::try_parse() {
+    let arguments = by_name(std::env::args_os().collect());
+    let command = match Cli::try_parse_from(&arguments) {
         Ok(cli) => cli.command,
         Err(error) => return misused(&error),
     };
@@ -191,6 +214,15 @@ pub fn main() -> ExitCode {
     };
     output::report(error.as_ref(), json);
     ExitCode::from(if output::kind(error.as_ref()) == Kind::Usage { misuse } else { failure })
+}
+
+/// The arguments, with the command that the program's own name stands for.
+fn by_name(mut arguments: Vec<OsString>) -> Vec<OsString> {
+    let name = arguments.first().and_then(|path| Path::new(path).file_name());
+    if let Some(command) = OTHER_NAMES.into_iter().find(|other| name == Some(OsStr::new(other))) {
+        arguments.insert(1, command.into());
+    }
+    arguments
 }
 
 /// Prints the help that was asked for, or what is wrong with the command line. The exit status 2 of `check`

@@ -6,6 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use vhdx_ublk::device::claims;
+use vhdx_ublk::device::confine;
 use vhdx_ublk::device::daemon;
 use vhdx_ublk::device::engine_thread::EngineThread;
 use vhdx_ublk::device::launch::{self, Lives};
@@ -114,6 +115,17 @@ impl Recover {
         arguments.extend(["--".into(), listed.entry.id.to_string().into()]);
         let ready = launch::launch_within(arguments, READY_DEADLINE)?;
         output::print(&ready.device.display().to_string())
+    }
+
+    /// The command for the device with this number.
+    pub fn of_device(id: u32) -> Self {
+        Self { target: vec![id.to_string().into()], all: false, accept_loss: false, serve: false }
+    }
+
+    /// Serves the device from this process until the device's end.
+    pub fn serve_here(&self, ready: impl FnOnce(&Ready) -> Result<()>) -> Result<()> {
+        confine::prepare();
+        self.serve(ready)
     }
 
     fn serve(&self, ready: impl FnOnce(&Ready) -> Result<()>) -> Result<()> {

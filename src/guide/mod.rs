@@ -2,12 +2,16 @@
 //!
 //! | page | task |
 //! |---|---|
+//! | [`boot`] | Serve a disk from boot on, and mount it by `/etc/fstab`. |
 //! | [`export`] | Give a device to another machine, by NVMe over TCP or iSCSI. |
 //! | [`upgrade`] | Replace the program while its devices are in use. |
 //! | [`watch`] | See what a device does, and what to do when something is wrong. |
 //! | [`network_images`] | Keep the file of an image on NFS or SMB. |
 //!
 //! Each command is explained by its own `--help`; the reasons are in [`design`](crate::design).
+
+#[doc = include_str!("boot.md")]
+pub mod boot {}
 
 #[doc = include_str!("export.md")]
 pub mod export {}

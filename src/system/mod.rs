@@ -6,15 +6,19 @@
 //! * `driver`, `mounted`: how the kernel reads each file system, and a mount that no other process sees;
 //! * [`trim`]: the free space of the file systems on a device;
 //! * [`doctor`], [`metrics`]: whether a machine and an image are fit for use; what devices have done, for
-//!   monitoring.
+//!   monitoring;
+//! * [`table`], [`units`], `escape`: the disks that are served from boot on, and what systemd learns of them.
 //!
 //! It may use everything below it, and only `cli` uses it.
 
 mod device_disk;
 pub mod doctor;
 mod driver;
+mod escape;
 pub mod metrics;
 mod mounted;
 mod node;
 pub mod private_device;
+pub mod table;
 pub mod trim;
+pub mod units;

@@ -15,8 +15,8 @@ seq 1000000 >/mnt/numbers
 systemctl poweroff --no-block
 INSIDE
     note "the machine was off $(off_seconds) s later"
-    closed disk.vhdx
-    ! grep -E 'I/O error|Buffer I/O' "$machine/console" || fail "the file system saw errors"
+    image_closed disk.vhdx
+    no_io_errors
     "$VHDX_UBLK" convert "$machine/disk.vhdx" "$machine/disk.raw"
     fsck.ext4 -fn "$machine/disk.raw"
     [ "$(debugfs -R 'cat /numbers' "$machine/disk.raw" 2>/dev/null | sha256sum)" = "$(seq 1000000 | sha256sum)" ] ||
@@ -42,5 +42,5 @@ mount /dev/ublkb0 /mnt
 umount /mnt
 vhdx-ublk del /dev/ublkb0
 INSIDE
-    closed disk.vhdx
+    image_closed disk.vhdx
 }

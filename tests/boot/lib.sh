@@ -21,7 +21,7 @@ begin() {
     rm -rf --one-file-system "$machine"
     mkdir -p "$machine/share"
     cp "$VHDX_UBLK" "$machine/share/vhdx-ublk"
-    cp "$here/inside.sh" "$machine/share/"
+    cp -r "$here/inside.sh" "$here/../../tools/package.d" "$machine/share/"
 }
 
 # boot [OPTION...]: boots the machine and runs the standard input in it, as root, then powers off.
@@ -35,15 +35,17 @@ boot_and_cut() { boot --cut 'cut the power' "$@"; }
 
 off_seconds() { printf '%d.%d' $(($(cat "$machine/off_ms") / 1000)) $(($(cat "$machine/off_ms") % 1000 / 100)); }
 
-# image NAME: brings /images/NAME out of the machine, which is off.
+# image NAME: brings /images/NAME out of the machine, which is off; its path is then $machine and the last part of NAME.
 image() {
-    debugfs -R "dump /$1 $machine/$1" "$machine/images.disk" 2>/dev/null
-    [ -s "$machine/$1" ] || fail "the machine has no /images/$1"
+    debugfs -R "dump \"/$1\" $machine/${1##*/}" "$machine/images.disk" 2>/dev/null
+    [ -s "$machine/${1##*/}" ] || fail "the machine has no /images/$1"
 }
 
-# closed NAME: /images/NAME is sound, and was closed: nothing is left to replay.
-closed() {
+# image_closed NAME: /images/NAME is sound, and was closed: nothing is left to replay.
+image_closed() {
     image "$1"
-    "$VHDX_UBLK" check "$machine/$1"
-    "$VHDX_UBLK" info --json "$machine/$1" | grep -q '"state": "clean"' || fail "$1 was not closed"
+    "$VHDX_UBLK" check "$machine/${1##*/}"
+    "$VHDX_UBLK" info --json "$machine/${1##*/}" | grep -q '"state": "clean"' || fail "$1 was not closed"
 }
+
+no_io_errors() { ! grep -aE 'I/O error|EXT4-fs error' "$machine/console" || fail "a file system saw errors"; }

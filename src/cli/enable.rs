@@ -1,0 +1,112 @@
+//! `enable` and `disable`: which disks are served from boot on.
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::{self, Path, PathBuf};
+use std::process::Command;
+
+use vhdx_ublk::device::name::Name;
+use vhdx_ublk::error::{Doing, Error, Kind, Locate, Result};
+use vhdx_ublk::system::table::{self, Disk, Table};
+use vhdx_ublk::system::units;
+
+use super::{output, start};
+
+/// Serve a disk from boot on: add a line to /etc/vhdxtab.
+#[derive(clap::Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct Enable {
+    /// The name of the disk: its device is /dev/vhdx/NAME
+    name: Name,
+    /// The VHDX file
+    image: PathBuf,
+    /// Options of `add` without the dashes, and noauto, nofail, _netdev, separated by commas
+    options: Option<OsString>,
+}
+
+/// Serve a disk no longer from boot on: remove its line from /etc/vhdxtab.
+///
+/// A device that is there stays until it is removed.
+#[derive(clap::Args)]
+#[command(after_help = AFTER_HELP_OF_DISABLE)]
+pub struct Disable {
+    /// The name of the disk
+    name: OsString,
+}
+
+const AFTER_HELP: &str = "\
+Examples:
+  vhdx-ublk enable data /images/data.vhdx
+  vhdx-ublk enable wsl /images/ext4.vhdx read-only,nofail
+
+A line of /etc/fstab then mounts the disk, or a partition of it:
+  /dev/vhdx/data-part2  /data  ntfs3  defaults,nofail
+
+  noauto    do not serve it at boot, but when a mount needs it, or by `systemctl start`
+  nofail    the boot does not wait for it
+  _netdev   its image is reached over a network
+
+In /etc/vhdxtab, \\040 stands for a blank in a path, and \\054 for a comma in an option.";
+
+const AFTER_HELP_OF_DISABLE: &str = "\
+Examples:
+  vhdx-ublk disable data
+  vhdx-ublk del data          remove its device, too";
+
+impl Enable {
+    /// Runs the command.
+    pub fn run(&self) -> Result<()> {
+        let image = path::absolute(&self.image).doing("finding the image").file(&self.image)?;
+        let found = fs::metadata(&image).doing("finding the image").file(&image)?;
+        if !found.is_file() {
+            return Err(Error::new(Kind::Unsupported, "it is not a regular file").file(&image));
+        }
+        let options = self.options.clone().unwrap_or_default();
+        let disk = Disk::new(self.name.as_str().as_ref(), image.as_os_str(), &options)?;
+        start::add_of(&disk)?;
+        Table::read(Path::new(table::PATH))?.add(&disk)?;
+        output::print_line(&format!("{}: added {} with {}", table::PATH, disk.name, image.display()))?;
+        let Some(unit) = reload(&self.name)? else {
+            return output::print_line(&format!("serve it now: vhdx-ublk start {}", self.name));
+        };
+        output::print_line(&format!("systemd has read it; serve it now: systemctl start '{unit}'"))
+    }
+}
+
+impl Disable {
+    /// Runs the command.
+    pub fn run(&self) -> Result<()> {
+        let (name, path) = (self.name.display(), Path::new(table::PATH));
+        if !Table::read(path)?.remove(&self.name)? {
+            let message = format!("no line has the name {name}");
+            return Err(Error::new(Kind::NotFound, message).file(path).remedy("vhdx-ublk list"));
+        }
+        output::print_line(&format!("{}: removed {name}", table::PATH))?;
+        if let Some(name) = self.name.to_str().and_then(|name| name.parse::<Name>().ok()) {
+            reload(&name)?;
+            output::print_line(&format!("a device that is there stays: vhdx-ublk del {name}"))?;
+        }
+        Ok(())
+    }
+}
+
+/// Has systemd read the table again. The unit of the disk; none where systemd does not run the machine.
+fn reload(name: &Name) -> Result<Option<String>> {
+    if !units::has_systemd() {
+        return Ok(None);
+    }
+    if !units::has_generator() {
+        tracing::warn!(
+            "systemd will not read {}: {} is not installed among its generators",
+            table::PATH,
+            units::GENERATOR
+        );
+        return Ok(None);
+    }
+    let status = Command::new("systemctl").arg("daemon-reload").status().doing("running systemctl")?;
+    if !status.success() {
+        return Err(Error::new(Kind::Io, format!("`systemctl daemon-reload` failed ({status})"))
+            .remedy("the table is changed; systemd reads it at the next boot"));
+    }
+    Ok(Some(units::service(name)))
+}
