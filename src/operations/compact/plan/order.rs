@@ -79,6 +79,8 @@ impl Sorting<'_> {
             for index in std::mem::take(&mut self.ready) {
                 let target = self.target(index);
                 if !self.is_there(index) && !self.plan.space.is_used(target.offset..target.end()) {
+                    // Around what stays, the order of the disk may be longer than the file.
+                    self.plan.space.extend(target.end());
                     left.push(self.put(index, target.offset));
                 }
             }
