@@ -241,6 +241,8 @@ pub mod testing {
             zero_copy: true,
             sparse: Sparse::Auto,
             file_write_guid: uuid::Uuid::nil(),
+            disk_id: uuid::Uuid::nil(),
+            disk_sequence: None,
             mark: 0,
             version: "0.1.0".into(),
             started: true,

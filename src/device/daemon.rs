@@ -27,6 +27,7 @@ use super::ending::{Ending, INSISTENCE, Step};
 use super::features;
 use super::handover::{self, QUIESCE_PATIENCE, SETTLE_PATIENCE, Way};
 use super::launch;
+use super::links::{self, Names};
 use super::mailbox::{EngineEnds, FrontEnds, mailboxes};
 use super::node::{Node, await_node};
 use super::options::{Options, Recovery, ZeroCopy};
@@ -230,7 +231,17 @@ impl<E: EngineHandle> Device<E> {
             Report { status: status_of(&shared), stats: sources.stats(&shared) }
         };
         socket::listen(&self.registry.socket_path(self.info.id), report, self.supervisor.caller())?;
-        self.record(|entry| entry.started = true)
+        let disk_sequence = self.publish_names(spec);
+        self.record(|entry| {
+            entry.disk_sequence = disk_sequence;
+            entry.started = true;
+        })
+    }
+
+    fn publish_names(&self, spec: &DeviceSpec) -> Option<u64> {
+        let name = self.entry.lock().unwrap_or_else(PoisonError::into_inner).name.clone();
+        let names = Names { id: self.info.id, disk_id: spec.disk_id, name: name.as_ref() };
+        links::publish(self.registry.directory(), &names)
     }
 
     fn path(&self) -> PathBuf {
@@ -502,6 +513,8 @@ fn describe(info: &DeviceInfo, spec: &DeviceSpec, daemon: ProcessId) -> Entry {
         zero_copy: features::is_in_place(info.flags),
         sparse: spec.sparse,
         file_write_guid: spec.file_write_guid,
+        disk_id: spec.disk_id,
+        disk_sequence: None,
         mark: info.mark,
         version: env!("CARGO_PKG_VERSION").into(),
         started: false,

@@ -36,16 +36,25 @@ impl Name {
         Path::new(FOLDER).join(&self.0)
     }
 
+    /// The link to a partition of the device: `/dev/vhdx/NAME-partN`.
+    pub fn link_to_partition(&self, number: &str) -> PathBuf {
+        Path::new(FOLDER).join(format!("{}{PARTITION}{number}", self.0))
+    }
+
     /// The name in the path of a link to a device or to a partition of it: `/dev/vhdx/NAME[-partN]`.
     pub fn of_link(path: &Path) -> Option<Self> {
-        let name = path.strip_prefix(FOLDER).ok()?.to_str()?;
-        let disk = partition_of(name).map_or(name, |(disk, _)| disk);
+        Self::of_link_name(path.strip_prefix(FOLDER).ok()?.to_str()?)
+    }
+
+    /// The name in the file name of such a link.
+    pub fn of_link_name(file: &str) -> Option<Self> {
+        let disk = partition_of(file).map_or(file, |(disk, _)| disk);
         disk.parse().ok()
     }
 }
 
 /// The N of `ublkbN` and of `ublkbNpM`.
-pub(super) fn id_of_node_name(name: &str) -> Option<u32> {
+pub fn id_of_node_name(name: &str) -> Option<u32> {
     let rest = name.strip_prefix("ublkb")?;
     let (id, partition) = rest.split_once('p').map_or((rest, None), |(id, part)| (id, Some(part)));
     (is_number(id) && partition.is_none_or(is_number)).then(|| id.parse().ok())?

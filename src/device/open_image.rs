@@ -30,6 +30,8 @@ pub struct OpenImage {
     pub parameters: Parameters,
     /// The image's FileWriteGuid.
     pub file_write_guid: Uuid,
+    /// The identifier of the disk.
+    pub disk_id: Uuid,
     /// Whether another daemon could continue if this process is killed.
     pub recoverable: bool,
     /// How long syncs of the image take.
@@ -54,13 +56,14 @@ impl OpenImage {
         let fixed = leaf.image.metadata.kind() == DiskType::Fixed;
         let parameters = parameters(&leaf.file, &leaf.image.metadata, true, &parents)?;
         let file_write_guid = leaf.image.header.header.file_write_guid;
+        let disk_id = leaf.image.metadata.disk_id;
         let (_, leaf) = layers::into_map(leaf)?;
         let parents = parents.into_iter().map(layers::into_map).collect::<Result<Vec<_>>>()?;
         let (parents, maps): (Vec<_>, Vec<_>) = parents.into_iter().unzip();
         let maps = maps.into_iter().map(Arc::new).collect();
         let shared = Arc::new(Shared::of_chain(leaf.into(), maps, true, fixed));
         let (sync_times, parents) = (Arc::default(), parents.into());
-        Ok(Self { shared, parameters, file_write_guid, recoverable: true, sync_times, parents })
+        Ok(Self { shared, parameters, file_write_guid, disk_id, recoverable: true, sync_times, parents })
     }
 
     /// The parents as they were opened: another file may have such a path by now.
@@ -85,6 +88,7 @@ impl OpenImage {
             shared: self.shared.clone(),
             parameters: self.parameters,
             file_write_guid: self.file_write_guid,
+            disk_id: self.disk_id,
             recoverable: self.recoverable,
             sync_times: self.sync_times.clone(),
         })

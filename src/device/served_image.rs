@@ -25,7 +25,6 @@ pub(super) struct ServedImage {
     pub(super) opened: OpenImage,
     pub(super) session: Option<SessionFile>,
     pub(super) file: Arc<ImageFile>,
-    pub(super) disk_id: Uuid,
 }
 
 /// Starts an engine for an image that was opened, and its parents.
@@ -45,8 +44,8 @@ pub(super) fn open_served(
     let engine = engine.file(file.path())?;
     let (shared, recoverable) = (engine.shared().clone(), session.is_some());
     let (sync_times, parents) = (reactor.sync_times().clone(), parent_files);
-    let opened = OpenImage { shared, parameters, file_write_guid, recoverable, sync_times, parents };
-    Ok(ServedImage { engine, opened, session, file, disk_id })
+    let opened = OpenImage { shared, parameters, file_write_guid, disk_id, recoverable, sync_times, parents };
+    Ok(ServedImage { engine, opened, session, file })
 }
 
 impl ServedImage {

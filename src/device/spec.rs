@@ -35,6 +35,8 @@ pub struct DeviceSpec {
     pub parameters: Parameters,
     /// The image's FileWriteGuid.
     pub file_write_guid: Uuid,
+    /// The identifier of the disk, which a snapshot does not change.
+    pub disk_id: Uuid,
     /// Whether the image's file may get holes.
     pub sparse: Sparse,
     /// Whether another daemon could continue if this one is killed.

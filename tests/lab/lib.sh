@@ -126,3 +126,29 @@ kill_daemon() {
     done
     fail "the dead daemon still has $1"
 }
+
+# Why a command was refused.
+refused() {
+    ! "$@" 2>refusal || fail "done, and not refused: $*"
+    sed 's/^/note: /' refusal
+}
+
+# 1 EFI, 2 ext4 `Work`, 3 vfat `STICK`, 4 swap.
+make_partitioned() {
+    local device
+    ublk create "$1" --size 1G
+    device=$(ublk add "$1")
+    sfdisk -q "$device" <<TABLE
+label: gpt
+size=64M, type=uefi
+size=300M, type=linux
+size=100M, type=EBD0A0A2-B9E5-4433-87C0-68B6B72699C7
+size=64M, type=swap
+TABLE
+    udevadm settle --timeout=10
+    mkfs.vfat -n EFI "${device}p1" >/dev/null
+    mkfs.ext4 -q -L Work "${device}p2"
+    mkfs.vfat -n STICK "${device}p3" >/dev/null
+    mkswap -q "${device}p4"
+    ublk del "$device"
+}

@@ -71,6 +71,12 @@ pub struct Entry {
     pub sparse: Sparse,
     /// The image's FileWriteGuid when it was opened.
     pub file_write_guid: Uuid,
+    /// The identifier of the disk.
+    #[serde(default)]
+    pub disk_id: Uuid,
+    /// The number that the kernel gives each disk once; it is known once the device is up.
+    #[serde(default)]
+    pub disk_sequence: Option<u64>,
     /// See [`DeviceInfo::mark`](crate::device::DeviceInfo::mark).
     pub mark: u64,
     /// The version of the daemon.
@@ -164,6 +170,8 @@ pub(crate) mod tests {
             sparse: Sparse::Auto,
             zero_copy: false,
             file_write_guid: Uuid::from_u128(1),
+            disk_id: Uuid::from_u128(2),
+            disk_sequence: None,
             mark: u64::MAX,
             version: "0.1.0".into(),
             started: true,

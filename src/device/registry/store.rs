@@ -11,6 +11,7 @@ use nix::fcntl::{Flock, FlockArg};
 
 use super::entry::{Entry, parse};
 use crate::device::control::POLL_INTERVAL;
+use crate::device::links;
 use crate::device::name::Name;
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::printable::shell;
@@ -89,6 +90,11 @@ impl Registry {
     /// The socket at which the daemon of device `id` listens.
     pub fn socket_path(&self, id: u32) -> PathBuf {
         self.directory.join(format!("{id}.sock"))
+    }
+
+    /// Where it is.
+    pub(in crate::device) fn directory(&self) -> &Path {
+        &self.directory
     }
 
     fn entry_path(&self, id: u32) -> PathBuf {
@@ -262,8 +268,11 @@ impl Locked<'_> {
         Ok(temporary.persist(path).map(drop)?)
     }
 
-    /// Removes the entry of device `id`, its socket, and its log if that is empty.
+    /// Removes the entry of device `id`, its socket, its names, and its log if that is empty.
     pub(super) fn unlink(&self, id: u32) -> Result<()> {
+        if let Ok(Some(Entry { disk_sequence, name, .. })) = self.registry.entry(id) {
+            links::withdraw(&self.registry.directory, id, disk_sequence, name.as_ref());
+        }
         let path = self.registry.entry_path(id);
         match fs::remove_file(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}

@@ -98,7 +98,7 @@ impl Snapshotter<'_> {
             device,
             parent: served.file.clone(),
             data_write_guid: served.engine.data_write_guid(),
-            disk_id: served.disk_id,
+            disk_id: served.opened.disk_id,
             image,
         };
         let hurry = async {

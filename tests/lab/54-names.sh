@@ -1,0 +1,79 @@
+# The names of a device below /dev: made by udev, or by the daemon where udev does not make them.
+# shellcheck shell=bash
+
+# The rule, read by the real udev, for as long as the test runs.
+install_rule() {
+    mkdir -p /run/udev/rules.d
+    cp "$tests/../../tools/package.d/60-vhdx-ublk.rules" /run/udev/rules.d/
+    udevadm control --reload
+}
+
+# Where links lead; a link that is not there leads nowhere.
+leads() { for link; do printf '%s -> %s\n' "$link" "$(readlink -e "$link" || echo nowhere)"; done; }
+
+test_names_by_udev() {
+    local device id uuid
+    install_rule
+    make_partitioned parts.vhdx
+    id=$(ublk info --json parts.vhdx | tr -d ' \n' | sed -n 's/.*"disk_id":"\([^"]*\)".*/\1/p')
+    device=$(ublk add --name data parts.vhdx)
+    [ "$(readlink -f /dev/vhdx/data)" = "$device" ] || fail "no link when add has returned"
+    udevadm settle --timeout=20
+    uuid=$(blkid -o value -s UUID "${device}p2")
+    names() {
+        leads /dev/vhdx/data /dev/vhdx/data-part2 "/dev/disk/by-id/vhdx-$id" "/dev/disk/by-id/vhdx-$id-part3" \
+            "/dev/disk/by-uuid/$uuid" /dev/disk/by-label/Work
+    }
+    names >first
+    sed 's/^/note: /' first
+    ! grep -q nowhere first || fail "a name is missing: $(udevadm info "${device}p2")"
+    kill_daemon parts.vhdx
+    names | cmp first - || fail "names go with the daemon"
+    ublk recover data >/dev/null
+    ublk snapshot data child.vhdx >/dev/null
+    udevadm trigger --action=change --settle "$device" "${device}p2"
+    names | cmp first - || fail "other names after a recovery, a snapshot and an event"
+    ublk create other.vhdx --size 64M
+    refused ublk add --name data other.vhdx
+    grep -q 'has the name data' refusal
+    ublk del /dev/vhdx/data-part2
+    udevadm settle --timeout=20
+    names >last
+    [ "$(grep -c nowhere last)" = 6 ] || fail "names are left: $(cat last)"
+    [ -z "$(ls /run/vhdx-ublk/*.udev 2>/dev/null)" ] || fail "properties are left"
+    # The child has the names now, as after a reboot; a later device of the number does not get them.
+    ublk add --name data child.vhdx >/dev/null
+    udevadm settle --timeout=20
+    names | cmp first - || fail "other names for the same disk"
+    ublk del data
+    ublk add other.vhdx >/dev/null
+    udevadm settle --timeout=20
+    leads /dev/vhdx/data "/dev/disk/by-id/vhdx-$id" >last
+    [ "$(grep -c nowhere last)" = 2 ] || fail "another device has the names: $(cat last)"
+    ublk del 0
+}
+
+# Where no udev runs, or it lacks the rule, the daemon makes the link.
+test_names_without_udev() {
+    local device
+    rm -f /run/udev/rules.d/60-vhdx-ublk.rules
+    udevadm control --reload
+    make_partitioned parts.vhdx
+    device=$(ublk add --name data parts.vhdx)
+    [ "$(readlink /dev/vhdx/data)" = ../ublkb0 ] || fail "no link without the rule"
+    ublk del data
+    [ ! -L /dev/vhdx/data ] || fail "the link stays"
+    mv /run/udev/control /run/udev/away
+    device=$(ublk add --name data parts.vhdx)
+    leads /dev/vhdx/data /dev/vhdx/data-part2 | sed 's/^/note: /'
+    [ "$(readlink -f /dev/vhdx/data-part2)" = "${device}p2" ] || fail "no link to a partition"
+    kill_daemon parts.vhdx
+    ublk del --force data
+    [ ! -L /dev/vhdx/data ] && [ ! -L /dev/vhdx/data-part2 ] || fail "links outlive the device of a dead daemon"
+    mv /run/udev/away /run/udev/control
+}
+
+test_names_rule_is_well_formed() {
+    udevadm --help | grep -q verify || { note "this udev does not verify rules"; return 0; }
+    udevadm verify --resolve-names=never "$tests/../../tools/package.d/60-vhdx-ublk.rules"
+}
