@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use clap::ValueEnum;
+use clap::{Parser, ValueEnum};
 use vhdx_ublk::device::claims::Claims;
 use vhdx_ublk::device::daemon;
 use vhdx_ublk::device::engine_thread::EngineThread;
@@ -96,6 +96,9 @@ pub struct Add {
     /// Serve from this process until it is interrupted (Ctrl-C)
     #[arg(short, long)]
     foreground: bool,
+    /// Remove the device with the last mount of it
+    #[arg(long, hide = true)]
+    for_mount: bool,
     /// This process is the daemon
     #[arg(long, hide = true, conflicts_with = "foreground")]
     serve: bool,
@@ -138,7 +141,7 @@ impl Add {
             let lives = if self.private { Lives::WithItsParent } else { Lives::OnItsOwn };
             return detached::run(self.fd, lives, |ready| self.serve(&options, ready));
         }
-        let ready = launch::launch(self.child_arguments(&options))?;
+        let ready = self.start(&options)?;
         output::print(&ready.device.display().to_string()).inspect_err(|_| remove(&ready))
     }
 
@@ -150,15 +153,46 @@ impl Add {
         self.serve(&options, ready)
     }
 
+    /// A device for a mount: `options` are those of this command.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::Usage`] if they are wrong.
+    pub fn for_mount(image: &Path, options: &[String]) -> Result<Self> {
+        let words = ["add", "--for-mount"].map(OsString::from).into_iter();
+        let options = options.iter().map(OsString::from);
+        let words = words.chain(options).chain(["--".into(), image.into()]);
+        Line::try_parse_from(words).map(|line| line.add).map_err(|error| {
+            let text = error.to_string();
+            let first = text.lines().next().unwrap_or_default();
+            Error::new(Kind::Usage, first.strip_prefix("error: ").unwrap_or(first))
+        })
+    }
+
+    /// Has another process serve it.
+    ///
+    /// # Errors
+    ///
+    /// Whatever prevented it.
+    pub fn launch(&self) -> Result<Ready> {
+        let options = self.options();
+        options.validate()?;
+        self.start(&options)
+    }
+
+    fn start(&self, options: &Options) -> Result<Ready> {
+        launch::launch(self.child_arguments(options))
+    }
+
     fn options(&self) -> Options {
         let cpus = thread::available_parallelism().map_or(1, usize::from);
         let default = u16::try_from(cpus.min(DEFAULT_QUEUES)).expect("a handful");
         // The kernel cuts to the same number; buffers are judged by what there will be.
         let queues = self.queues.unwrap_or(default).min(most_queues());
         let request_bytes = request_bytes(queues, self.depth);
-        let Self { id, depth, recovery, zero_copy, .. } = *self;
+        let Self { id, depth, recovery, zero_copy, for_mount, .. } = *self;
         let name = self.name.clone();
-        Options { id, name, queues, depth, request_bytes, recovery, zero_copy }
+        Options { id, name, for_mount, queues, depth, request_bytes, recovery, zero_copy }
     }
 
     /// The command line of the daemon.
@@ -179,6 +213,7 @@ impl Add {
         arguments.push(format!("--sparse={}", sparse.get_name()).into());
         arguments.extend(self.parents.arguments());
         arguments.extend(self.read_only.then(|| "--read-only".into()));
+        arguments.extend(self.for_mount.then(|| "--for-mount".into()));
         arguments.extend(self.force.then(|| "--force".into()));
         arguments.extend(self.fd.map(|fd| format!("--fd={fd}").into()));
         arguments.extend(self.image.iter().flat_map(|image| ["--".into(), image.into()]));
@@ -255,6 +290,14 @@ pub fn private(file: &File, access: Access, sparse: Sparse, parents: &ParentOpti
     arguments
 }
 
+/// The command alone.
+#[derive(clap::Parser)]
+#[command(name = "add")]
+struct Line {
+    #[command(flatten)]
+    add: Add,
+}
+
 /// How a descriptor is open, by its `/proc/PID/fdinfo`.
 fn open_mode(info: &str) -> Option<i32> {
     let flags = info.lines().find_map(|line| line.strip_prefix("flags:"))?;
@@ -326,15 +369,7 @@ fn request_bytes(queues: u16, depth: u16) -> u32 {
 
 #[cfg(test)]
 mod tests {
-    use clap::Parser;
-
     use super::*;
-
-    #[derive(Parser)]
-    struct Line {
-        #[command(flatten)]
-        add: Add,
-    }
 
     fn parse(arguments: &[&str]) -> Add {
         Line::try_parse_from([&["add"], arguments].concat()).expect("a good command line").add
@@ -348,6 +383,7 @@ mod tests {
             "7",
             "--name",
             "data",
+            "--for-mount",
             "--depth",
             "9",
             "--queues",

@@ -227,6 +227,7 @@ pub mod testing {
             id: 3,
             device: "/dev/ublkb3".into(),
             name: "data".parse().ok(),
+            for_mount: false,
             image: "/images/disk.vhdx".into(),
             parents: Vec::new(),
             parent_files: Vec::new(),

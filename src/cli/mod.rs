@@ -19,6 +19,7 @@ mod enable;
 mod features;
 mod generate;
 mod generator;
+mod helper;
 mod info;
 mod list;
 mod logging;
@@ -27,6 +28,7 @@ mod map;
 mod measure;
 mod merge;
 mod metrics;
+mod mount;
 mod move_chain;
 mod notify;
 mod output;
@@ -44,6 +46,7 @@ mod start;
 mod stats;
 mod target_shape;
 mod trim;
+mod umount;
 mod upgrade;
 
 use std::ffi::{OsStr, OsString};
@@ -98,6 +101,8 @@ enum Command {
     Start(start::Start),
     #[command(name = units::GENERATOR, hide = true)]
     Generator(generator::Generator),
+    Mount(mount::Mount),
+    Umount(umount::Umount),
     Create(create::Create),
     Info(info::Info),
     Map(map::Map),
@@ -114,10 +119,14 @@ enum Command {
     Measure(measure::Measure),
     Features(features::Features),
     Generate(generate::Generate),
+    #[command(name = "mount.vhdx", hide = true)]
+    MountHelper(helper::MountHelper),
+    #[command(name = "umount.vhdx", hide = true)]
+    UmountHelper(helper::UmountHelper),
 }
 
 /// Commands that are run under names of their own.
-const OTHER_NAMES: [&str; 1] = [units::GENERATOR];
+const OTHER_NAMES: [&str; 3] = [units::GENERATOR, "mount.vhdx", "umount.vhdx"];
 
 impl Command {
     fn wants_json(&self) -> bool {
@@ -146,12 +155,26 @@ impl Command {
             | Self::Disable(_)
             | Self::Start(_)
             | Self::Generator(_)
+            | Self::Mount(_)
+            | Self::Umount(_)
+            | Self::MountHelper(_)
+            | Self::UmountHelper(_)
             | Self::Create(_)
             | Self::Relink(_)
             | Self::Merge(_)
             | Self::Move(_)
             | Self::Set(_)
             | Self::Generate(_) => false,
+        }
+    }
+
+    /// The exit statuses for a failure and for wrong usage.
+    fn failures(&self) -> (u8, u8) {
+        match self {
+            Self::Check(_) => (FAILURE, FAILURE),
+            Self::Compare(_) => (compare::FAILURE, WRONG_USAGE),
+            Self::MountHelper(_) | Self::UmountHelper(_) => (helper::FAILURE, helper::WRONG_USAGE),
+            _ => (FAILURE, WRONG_USAGE),
         }
     }
 
@@ -172,6 +195,10 @@ impl Command {
             Self::Disable(disable) => disable.run()?,
             Self::Start(start) => return Ok(start.run()?),
             Self::Generator(generator) => generator.run(),
+            Self::Mount(mount) => mount.run()?,
+            Self::Umount(umount) => umount.run()?,
+            Self::MountHelper(mount) => mount.run()?,
+            Self::UmountHelper(umount) => umount.run()?,
             Self::Create(create) => create.run()?,
             Self::Info(info) => return Ok(info.run()?),
             Self::Map(map) => map.run()?,
@@ -201,13 +228,12 @@ pub fn main() -> ExitCode {
     let arguments = by_name(std::env::args_os().collect());
     let command = match Cli::try_parse_from(&arguments) {
         Ok(cli) => cli.command,
-        Err(error) => return misused(&error),
+        Err(error) => return misused(&error, arguments.get(1)),
     };
     logging::start();
     confine::raise_descriptors();
     let json = command.wants_json();
-    let misuse = if matches!(command, Command::Check(_)) { FAILURE } else { WRONG_USAGE };
-    let failure = if matches!(command, Command::Compare(_)) { compare::FAILURE } else { FAILURE };
+    let (failure, misuse) = command.failures();
     let error = match command.run() {
         Ok(status) => return status.into(),
         Err(error) => error,
@@ -227,18 +253,13 @@ fn by_name(mut arguments: Vec<OsString>) -> Vec<OsString> {
 
 /// Prints the help that was asked for, or what is wrong with the command line. The exit status 2 of `check`
 /// means corruption, so its wrong usage is a plain failure.
-fn misused(error: &clap::Error) -> ExitCode {
-    let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
-    let mut options = arguments.iter().take_while(|argument| *argument != "--");
-    if error.use_stderr() && options.any(|argument| argument == "--json") {
-        output::report(&misuse(&error.to_string(), &arguments), true);
-    } else {
-        // If it cannot be printed, the exit status still shows the failure.
-        let _ = error.print();
-    }
-    match (error.use_stderr(), arguments.first()) {
+fn misused(error: &clap::Error, command: Option<&OsString>) -> ExitCode {
+    // If it cannot be printed, the exit status still shows the failure.
+    let _ = error.print();
+    match (error.use_stderr(), command.and_then(|command| command.to_str())) {
         (false, _) => ExitCode::SUCCESS,
-        (true, Some(command)) if command == "check" => ExitCode::from(FAILURE),
+        (true, Some("check")) => ExitCode::from(FAILURE),
+        (true, Some("mount.vhdx" | "umount.vhdx")) => ExitCode::from(helper::WRONG_USAGE),
         (true, _) => ExitCode::from(WRONG_USAGE),
     }
 }
@@ -307,5 +328,18 @@ mod tests {
         let mut count = 0;
         parse_examples(&Cli::command(), &mut count);
         assert!(count > 50, "{count}");
+    }
+
+    #[test]
+    fn under_another_name_the_program_is_that_command() {
+        let command = |words: &[&str]| {
+            let arguments = by_name(words.iter().map(OsString::from).collect());
+            Cli::try_parse_from(arguments).map(|cli| cli.command)
+        };
+        let mount = ["/sbin/mount.vhdx", "a.vhdx", "/mnt", "-o", "ro,partition=2", "-v"];
+        assert!(matches!(command(&mount), Ok(Command::MountHelper(_))));
+        let umount = ["umount.vhdx", "/mnt", "-l", "-t", "vhdx.ntfs3"];
+        assert!(matches!(command(&umount), Ok(Command::UmountHelper(_))));
+        assert!(matches!(command(&["./vhdx-ublk", "list"]), Ok(Command::List(_))));
     }
 }

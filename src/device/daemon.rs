@@ -159,7 +159,8 @@ impl<E: EngineHandle> Device<E> {
             locked.refuse_name_in_use(name)?;
         }
         let info = control.add(&new)?;
-        let entry = Entry { recovery, name: options.name.clone(), ..describe(&info, spec, daemon) };
+        let (name, for_mount) = (options.name.clone(), options.for_mount);
+        let entry = Entry { name, for_mount, recovery, ..describe(&info, spec, daemon) };
         let written = locked.write(&entry);
         drop(locked);
         let is_test = options.zero_copy == ZeroCopy::Fallback;
@@ -499,6 +500,7 @@ fn describe(info: &DeviceInfo, spec: &DeviceSpec, daemon: ProcessId) -> Entry {
         id: info.id,
         device: device_path(info.id),
         name: None,
+        for_mount: false,
         image: spec.path.clone(),
         image_file: spec.image_file,
         parents: spec.parents.clone(),

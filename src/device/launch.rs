@@ -104,7 +104,7 @@ pub enum Stage {
     Unknown,
 }
 
-/// The daemon's name in lists of processes: the kernel would take the last part of [`SELF`].
+/// The daemon's name, whatever name this process has: under another the program is another command.
 const PROCESS_NAME: &str = "vhdx-ublk";
 
 /// Only root may read logs.
@@ -223,10 +223,9 @@ pub fn report_stopped(outcome: &Result<bool>) -> Result<()> {
 }
 
 fn start(program: &Program, arguments: impl IntoIterator<Item = OsString>) -> Result<Child> {
-    let name = std::env::args_os().next().unwrap_or_else(|| PROCESS_NAME.into());
     let kept = confine::KEPT_VARIABLES.iter().filter_map(|name| Some((name, std::env::var_os(name)?)));
     let child = Command::new(program.link())
-        .arg0(name)
+        .arg0(PROCESS_NAME)
         .args(arguments)
         .env_clear()
         .envs(kept)

@@ -15,7 +15,8 @@
 //!
 //! What other processes see and do: [`registry`], [`usage`], [`stop`], [`health`], [`claims`]; how data
 //! travels between processes: [`path`], `wire`; what the kernel reports of the machine: `process`,
-//! `processes`, `mounts`, `sysfs`; and the nodes in `/dev`: `node`, [`name`], `links`. No two files use each other.
+//! `processes`, [`mounts`], `sysfs`; and the nodes in `/dev`: `node`, [`name`], `links`. No two files use
+//! each other.
 //!
 //! Unsafe code is in `control`, `queue::ring`, `queue::buffers`, `region` and `sys` only. `libublk` gives the
 //! kernel's structures and numbers.
@@ -35,7 +36,7 @@ pub mod layers;
 mod leaf_handover;
 mod links;
 pub mod mailbox;
-mod mounts;
+pub mod mounts;
 pub mod name;
 mod node;
 pub mod open_image;

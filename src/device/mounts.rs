@@ -11,14 +11,14 @@ use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 
 /// The lines of a `mountinfo`.
-pub(super) struct Mounts(Vec<u8>);
+pub struct Mounts(Vec<u8>);
 
 /// A line like `36 35 98:0 /root /mnt rw,noatime master:1 - ext4 /dev/sda1 rw`.
-pub(super) struct Mount<'a> {
+pub struct Mount<'a> {
     /// Unique among the mounts of a namespace.
     pub(super) id: &'a [u8],
     /// The number of its file system, `major:minor`.
-    pub(super) number: &'a [u8],
+    pub number: &'a [u8],
     /// The mount point, escaped.
     point: &'a [u8],
     /// The type of its file system.
@@ -31,7 +31,11 @@ pub(super) struct Mount<'a> {
 
 impl Mounts {
     /// The mounts that this process sees.
-    pub(super) fn of_this_process() -> io::Result<Self> {
+    ///
+    /// # Errors
+    ///
+    /// When `/proc` cannot be read.
+    pub fn of_this_process() -> io::Result<Self> {
         Self::of_process("self")
     }
 
@@ -46,7 +50,7 @@ impl Mounts {
     }
 
     /// The mounts in their order; a line that cannot be read is left out.
-    pub(super) fn iter(&self) -> impl Iterator<Item = Mount<'_>> {
+    pub fn iter(&self) -> impl Iterator<Item = Mount<'_>> {
         self.0.split(|&byte| byte == b'\n').filter_map(Mount::parse)
     }
 }
@@ -67,12 +71,12 @@ impl<'a> Mount<'a> {
     }
 
     /// Where it is mounted.
-    pub(super) fn point(&self) -> PathBuf {
+    pub fn point(&self) -> PathBuf {
         unescape(self.point)
     }
 
     /// What the user of `mount` named as its source: a path only if its file system needs a device.
-    pub(super) fn source(&self) -> PathBuf {
+    pub fn source(&self) -> PathBuf {
         unescape(self.source)
     }
 

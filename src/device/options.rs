@@ -71,6 +71,8 @@ pub struct Options {
     pub id: Option<u32>,
     /// The name by which the user knows it.
     pub name: Option<Name>,
+    /// It is removed with the last mount of it.
+    pub for_mount: bool,
     /// Queues; the kernel gives at most one per CPU.
     pub queues: u16,
     /// Requests in flight per queue.
@@ -88,6 +90,7 @@ impl Default for Options {
         Self {
             id: None,
             name: None,
+            for_mount: false,
             queues: 1,
             depth: 64,
             request_bytes: 512 << 10,

@@ -2,6 +2,8 @@
 //!
 //! | page | task |
 //! |---|---|
+//! | [`wsl`] | Mount the disk of a WSL distribution, or any other image. |
+//! | [`rescue`] | Rescue files from a chain of Hyper-V. |
 //! | [`boot`] | Serve a disk from boot on, and mount it by `/etc/fstab`. |
 //! | [`export`] | Give a device to another machine, by NVMe over TCP or iSCSI. |
 //! | [`upgrade`] | Replace the program while its devices are in use. |
@@ -9,6 +11,12 @@
 //! | [`network_images`] | Keep the file of an image on NFS or SMB. |
 //!
 //! Each command is explained by its own `--help`; the reasons are in [`design`](crate::design).
+
+#[doc = include_str!("wsl.md")]
+pub mod wsl {}
+
+#[doc = include_str!("rescue.md")]
+pub mod rescue {}
 
 #[doc = include_str!("boot.md")]
 pub mod boot {}

@@ -4,6 +4,7 @@
 //! * [`private_device`]: a device that this process alone uses, and that ends with it;
 //! * `device_disk`, `node`: what is on a device, and the nodes of its partitions;
 //! * `driver`, `mounted`: how the kernel reads each file system, and a mount that no other process sees;
+//! * [`mount`]: mounting the file system of an image, and unmounting it;
 //! * [`trim`]: the free space of the file systems on a device;
 //! * [`doctor`], [`metrics`]: whether a machine and an image are fit for use; what devices have done, for
 //!   monitoring;
@@ -16,6 +17,7 @@ pub mod doctor;
 mod driver;
 mod escape;
 pub mod metrics;
+pub mod mount;
 mod mounted;
 mod node;
 pub mod private_device;

@@ -26,6 +26,7 @@ fn first_format() -> u32 {
 
 /// One device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
 pub struct Entry {
     /// The version of this structure.
     #[serde(default = "first_format")]
@@ -37,6 +38,9 @@ pub struct Entry {
     /// The name that the user gave it.
     #[serde(default)]
     pub name: Option<Name>,
+    /// It was made for a mount, and is removed with the last one.
+    #[serde(default)]
+    pub for_mount: bool,
     /// The image, as an absolute path without symbolic links.
     #[serde(with = "path::one")]
     pub image: PathBuf,
@@ -156,6 +160,7 @@ pub(crate) mod tests {
             id,
             device: format!("/dev/ublkb{id}").into(),
             name: None,
+            for_mount: false,
             image: "/images/disk.vhdx".into(),
             parents: Vec::new(),
             parent_files: Vec::new(),

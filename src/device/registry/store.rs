@@ -97,6 +97,11 @@ impl Registry {
         &self.directory
     }
 
+    /// The file that a mount or unmount of an image locks.
+    pub fn mount_lock_path(&self) -> PathBuf {
+        self.directory.join(".mount")
+    }
+
     fn entry_path(&self, id: u32) -> PathBuf {
         self.directory.join(format!("{id}.json"))
     }

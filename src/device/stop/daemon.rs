@@ -44,6 +44,15 @@ pub(super) fn end_daemon(
     Ok(())
 }
 
+/// Asks the daemon of a device in use to end when the use ends.
+///
+/// # Errors
+///
+/// The operating system's.
+pub fn end_when_unused(entry: &Entry) -> Result<()> {
+    signal(entry, "asking the daemon to end", ProcessHandle::terminate)
+}
+
 fn has_not_ended(registry: &Registry, entry: &Entry, how: &How) -> Error {
     let (device, pid, log) = (entry.device.display(), entry.daemon.pid, registry.log_path(entry.id));
     let seconds = how.timeout.as_secs();

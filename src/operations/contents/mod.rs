@@ -98,6 +98,20 @@ impl Contents {
         self.table.as_ref().map_or(&[], |table| &table.partitions)
     }
 
+    /// A disk with these partitions, for tests of those who choose among them.
+    #[cfg(test)]
+    pub(crate) fn of_partitions(partitions: Vec<Partition>) -> Self {
+        let table = Table {
+            kind: TableKind::Gpt,
+            id: None,
+            backup_bytes: 0,
+            backup_at_end: true,
+            partitions,
+            least_bytes: 0,
+        };
+        Self { table: Some(table), volume: None, faults: Vec::new(), minimum_size: None }
+    }
+
     /// The size that the disk must keep, bytes, a multiple of its logical sector: up to the end of the last
     /// partition and the second copy of a GPT behind it, or of the volume that the disk holds as a whole. It
     /// is more than the disk's size if a partition ends behind the disk. `None` if nothing was recognised.

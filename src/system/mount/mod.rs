@@ -1,0 +1,235 @@
+//! Mounting the file system of an image, and unmounting it.
+//!
+//! The image is served by a device, and what is on the device decides what is mounted: nothing changes
+//! between the look and the mount. mount(8) does the mount: it knows the file systems, their options and
+//! their helpers.
+//!
+//! Invariants:
+//!
+//! * a mount that fails takes the device away that was made for it;
+//! * only a device that was made for a mount is removed with the last mount of it; its registry entry says
+//!   so;
+//! * one mount or unmount at a time: two mounts of one image share its device.
+
+mod choice;
+mod lock;
+mod mounted;
+mod options;
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use choice::{Choice, Place};
+use mounted::Mounted;
+pub use options::MountOptions;
+
+use crate::device::claims;
+use crate::device::registry::{Entry, Listed, Registry, State};
+use crate::device::spec::Ready;
+use crate::device::stop::{self, How, Target};
+use crate::disk::HostFile;
+use crate::error::{Doing, Error, Kind, Locate, Result};
+use crate::system::device_disk::DeviceDisk;
+use crate::system::node;
+
+/// Who unmounts: `umount DIR` calls `umount.vhdx`, which removes the device.
+const HELPER: &str = "helper=vhdx";
+
+/// What is to be mounted.
+#[derive(Clone, Debug)]
+pub struct MountRequest {
+    /// The image.
+    pub image: PathBuf,
+    /// Where.
+    pub folder: PathBuf,
+    /// The type of the file system; mount(8) finds out without it.
+    pub kind: Option<String>,
+    /// The options.
+    pub options: MountOptions,
+    /// Options of mount(8) itself, like `-v`.
+    pub flags: Vec<OsString>,
+}
+
+impl MountRequest {
+    /// Whether there is no image, and that is no failure (`nofail`).
+    pub fn is_missing(&self) -> bool {
+        self.options.may_be_missing && !self.image.exists()
+    }
+}
+
+/// What is to be unmounted.
+#[derive(Clone, Debug)]
+pub struct UnmountRequest {
+    /// Where it is mounted.
+    pub folder: PathBuf,
+    /// Detach it now, and end its use later.
+    pub lazy: bool,
+    /// Options of umount(8), like `-v`.
+    pub flags: Vec<OsString>,
+}
+
+/// Mounts the file system of an image. `add` makes the device, if none serves the image yet.
+///
+/// # Errors
+///
+/// Whatever prevented it; nothing is left behind then. The kind is [`Kind::NotFound`] if there is no image.
+pub fn mount(request: &MountRequest, add: impl FnOnce() -> Result<Ready>) -> Result<()> {
+    let file = HostFile::at(&request.image).doing("finding the image").file(&request.image)?;
+    let folder = fs::canonicalize(&request.folder).doing("finding the folder").file(&request.folder)?;
+    let registry = Registry::open()?;
+    let _lock = lock::acquire(&registry)?;
+    let (id, is_new) = match served(file)? {
+        Some(entry) => {
+            refuse_read_only(&entry, request)?;
+            (entry.id, false)
+        }
+        None => (add()?.id, true),
+    };
+    let mounted = mount_device(request, &folder, id);
+    if mounted.is_err() && is_new {
+        remove(&registry, id);
+    }
+    mounted
+}
+
+/// The device that serves the image.
+fn served(image: HostFile) -> Result<Option<Entry>> {
+    let serves = |listed: &Listed| listed.entry.image_file == image && listed.state == State::Live;
+    Ok(claims::devices()?.into_iter().find(serves).map(|listed| listed.entry))
+}
+
+/// A device that is there stays as it is.
+fn refuse_read_only(entry: &Entry, request: &MountRequest) -> Result<()> {
+    if !entry.read_only || request.options.read_only {
+        return Ok(());
+    }
+    let message = format!("{} serves the image read-only", entry.device.display());
+    Err(Error::new(Kind::InUse, message).file(&request.image).remedy("mount it read-only, too (-o ro)"))
+}
+
+fn mount_device(request: &MountRequest, folder: &Path, id: u32) -> Result<()> {
+    let device = PathBuf::from(format!("/dev/ublkb{id}"));
+    let contents = DeviceDisk::open(&device)?.contents();
+    let choice = choice::choose(&contents, request.options.partition.as_deref())?;
+    let insists = ["force", "remove_hiberfile"].iter().any(|option| request.options.has(option));
+    if !request.options.read_only && !insists {
+        choice.refuse_unclean()?;
+    }
+    let source = Source::of(&device, choice.place);
+    if is_mounted(folder, id, &source)? {
+        tracing::info!("{} is mounted at {} already", request.image.display(), folder.display());
+        return Ok(());
+    }
+    let status = command(request, folder, &choice, &source).status().doing("running mount(8)")?;
+    if status.success() {
+        return Ok(());
+    }
+    let node = source.node.display();
+    let error = Error::new(Kind::Io, format!("mount(8) cannot mount {node} ({status})")).file(&request.image);
+    let kind = choice.volume.map(|volume| volume.kind.name());
+    Err(error.remedy(match kind {
+        Some(kind) => format!("the volume is {kind}; dmesg may say more"),
+        None => "what the volume holds was not recognised; dmesg may say more".into(),
+    }))
+}
+
+/// What mount(8) gets to mount.
+struct Source {
+    node: PathBuf,
+    /// Which part of it, if not all of it.
+    options: Vec<String>,
+}
+
+impl Source {
+    /// The source for `place` on the `device`. Where the kernel has no node for the partition, a loop device
+    /// shows that part of the disk.
+    fn of(device: &Path, place: Option<Place>) -> Self {
+        let whole = |options| Self { node: device.to_owned(), options };
+        let Some(Place { number, start, length }) = place else { return whole(Vec::new()) };
+        match node::of_partition(device, number, start, length) {
+            Some(node) => Self { node, options: Vec::new() },
+            None => whole(vec![format!("loop,offset={start},sizelimit={length}")]),
+        }
+    }
+}
+
+/// Whether exactly this is mounted at `folder`, as when `mount -a` runs again.
+fn is_mounted(folder: &Path, id: u32, source: &Source) -> Result<bool> {
+    let Some(Mounted { id: there, node, .. }) = mounted::at(folder)? else { return Ok(false) };
+    let number = mounted::number_of(&source.node).doing("examining the device").file(&source.node)?;
+    Ok(there == id && (node == number || !source.options.is_empty()))
+}
+
+/// The command that mounts the file system.
+fn command(request: &MountRequest, folder: &Path, choice: &Choice, source: &Source) -> Command {
+    let mut options = vec![HELPER.to_owned()];
+    options.extend(source.options.iter().cloned());
+    if request.options.read_only {
+        options.push("ro".into());
+        if let Some(option) = choice.without_replay().filter(|option| !request.options.has(option)) {
+            tracing::warn!(
+                "{}: the file system was not unmounted cleanly; its journal is not replayed, because the \
+                 mount is read-only",
+                request.image.display()
+            );
+            options.push(option.into());
+        }
+    }
+    options.extend(request.options.inner.iter().cloned());
+    let mut command = Command::new("mount");
+    command.args(&request.flags);
+    command.args(request.kind.iter().flat_map(|kind| ["-t", kind]));
+    command.arg("-o").arg(options.join(",")).arg("--").arg(&source.node).arg(folder);
+    command
+}
+
+/// Removes a device that could not be mounted.
+fn remove(registry: &Registry, id: u32) {
+    let how = How { force: true, timeout: stop::DEFAULT_TIMEOUT };
+    let removed =
+        stop::find(registry, &Target::Id(id)).and_then(|found| stop::stop(registry, &found.entry, &how));
+    if let Err(error) = removed {
+        tracing::warn!("/dev/ublkb{id} could not be removed: {error:#}");
+    }
+}
+
+/// Unmounts what is mounted at a folder, and removes its device if it was made for a mount and this was the
+/// last one.
+///
+/// # Errors
+///
+/// [`Kind::NotFound`] if nothing of ours is mounted there; [`Kind::InUse`] if umount(8) fails; as
+/// [`stop::stop`].
+pub fn unmount(request: &UnmountRequest) -> Result<()> {
+    let foreign = || {
+        let message = "no image of this program is mounted there";
+        Error::new(Kind::NotFound, message).file(&request.folder).remedy("`findmnt` shows what is mounted")
+    };
+    let registry = claims::registry()?.ok_or_else(foreign)?;
+    let _lock = lock::acquire(&registry)?;
+    let mounted = mounted::at(&request.folder)?.ok_or_else(foreign)?;
+    let entry = stop::find(&registry, &Target::Id(mounted.id))?.entry;
+    let mut command = Command::new("umount");
+    // This program is the helper.
+    command.arg("-i").args(request.lazy.then_some("-l")).args(&request.flags);
+    command.arg("--").arg(&mounted.point);
+    let status = command.status().doing("running umount(8)")?;
+    if !status.success() {
+        let message = format!("umount(8) cannot unmount it ({status}); the device stays");
+        return Err(Error::new(Kind::InUse, message).file(&request.folder));
+    }
+    if !entry.for_mount || mounted::all()?.iter().any(|other| other.id == mounted.id) {
+        return Ok(());
+    }
+    let how = How { force: false, timeout: stop::DEFAULT_TIMEOUT };
+    let stopped = match stop::stop(&registry, &entry, &how) {
+        Err(error) if error.kind() == Kind::InUse && request.lazy => stop::end_when_unused(&entry),
+        stopped => stopped,
+    };
+    stopped.map_err(|error| {
+        let message = format!("it is unmounted, but its device stays: {error:#}");
+        Error::new(error.kind(), message).file(&request.folder).remedy(format!("vhdx-ublk del {}", entry.id))
+    })
+}

@@ -1,0 +1,257 @@
+# Mounting an image in one command, by mount(8) and by a line of fstab; and what is left when that fails.
+# shellcheck shell=bash
+
+has_no_device() { [ "$(ublk list --json)" = "[]" ]; }
+
+# mount(8) looks for its helpers in /sbin. Here that is a folder of links, for as long as the test runs.
+install_helpers() {
+    mkdir -p /run/sbin
+    mount --bind /usr/sbin /run/sbin
+    mount -t tmpfs tmpfs /usr/sbin
+    ln -s /run/sbin/* /usr/sbin/
+    ln -s "$VHDX_UBLK" /usr/sbin/mount.vhdx
+    ln -s "$VHDX_UBLK" /usr/sbin/umount.vhdx
+}
+
+take_down() {
+    umount -q -i -l "$scratch/other" 2>/dev/null || true
+    [ ! -e /usr/sbin/mount.vhdx ] || { umount /usr/sbin && umount /run/sbin; }
+}
+
+# An image with one file system on the whole disk.
+make_ext4() {
+    local device
+    ublk create "$1" --size 256M
+    device=$(ublk add "$1")
+    mkfs.ext4 -q -L "${2:-data}" "$device"
+    ublk del "$device"
+}
+
+test_mount_images_of_other_programs() {
+    local before
+    unpack ext2 ntfs-dynamic ntfs-fixed fat-parent
+    for image in ext2 ntfs-dynamic ntfs-fixed fat-parent; do
+        before=$(sha "$image.vhdx")
+        case $image in
+        ntfs*) ublk mount -r -t ntfs3 "$image.vhdx" "$mnt" ;;
+        *) ublk mount -r "$image.vhdx" "$mnt" ;;
+        esac
+        note "$image: $(findmnt -no SOURCE,FSTYPE,OPTIONS "$mnt")"
+        find "$mnt" | sed 's/^/note: /' | head -n 4
+        ublk umount "$mnt"
+        has_no_device || fail "the device of $image stays"
+        [ "$(sha "$image.vhdx")" = "$before" ] || fail "$image.vhdx was changed"
+    done
+}
+
+test_mount_by_mount_and_umount() {
+    install_helpers
+    make_ext4 disk.vhdx
+    mount -t vhdx disk.vhdx "$mnt" -o noatime,queues=1,name=data
+    note "$(findmnt -no SOURCE,FSTYPE,OPTIONS "$mnt")"
+    findmnt -no OPTIONS "$mnt" | grep -q noatime || fail "an option of the inner mount is lost"
+    ublk list --json | tr -d ' \n' | grep -q '"name":"data".*"queues":1' || fail "the options of the device are lost"
+    cat /run/mount/utab | sed 's/^/note: /'
+    echo kept >"$mnt/file"
+    umount "$mnt"
+    has_no_device || fail "umount(8) leaves the device"
+    [ ! -s /run/mount/utab ] || fail "utab still has: $(cat /run/mount/utab)"
+    qemu-img check -q disk.vhdx
+    mount -t vhdx.ext4 -r disk.vhdx "$mnt"
+    [ "$(cat "$mnt/file")" = kept ]
+    ! touch "$mnt/other" 2>/dev/null || fail "it is writable"
+    umount "$mnt"
+    has_no_device
+}
+
+test_mount_by_fstab() {
+    install_helpers
+    mkdir -p other
+    make_ext4 disk.vhdx
+    make_partitioned parts.vhdx
+    cat >fstab <<TABLE
+$PWD/disk.vhdx $mnt vhdx defaults,nofail,_netdev,x-systemd.device-timeout=9 0 0
+$PWD/parts.vhdx $scratch/other vhdx ro,partition=STICK 0 0
+$PWD/missing.vhdx /run/nowhere vhdx nofail 0 0
+TABLE
+    mkdir -p /run/nowhere
+    mount -T fstab -a || fail "mount -a: status $?"
+    note "$(findmnt -no SOURCE,OPTIONS "$mnt"), $(findmnt -no SOURCE,OPTIONS "$scratch/other")"
+    mount -T fstab -a || fail "mount -a again: status $?"
+    [ "$(grep -c " $mnt " /proc/self/mounts)" = 1 ] || fail "it is mounted twice"
+    [ "$(findmnt -no FSTYPE "$scratch/other")" = vfat ] || fail "another partition is mounted"
+    umount "$mnt" "$scratch/other"
+    has_no_device
+    mount -T fstab "$mnt"
+    umount "$mnt"
+    has_no_device
+}
+
+# Which partition: the only one, by number, by label; two mounts share a device, which goes with the last.
+test_mount_partitions() {
+    mkdir -p other
+    make_partitioned parts.vhdx
+    refused ublk mount parts.vhdx "$mnt"
+    grep -q '2: ext4 .Work., 300 MiB' refusal && grep -q '3: vfat .STICK.' refusal || fail "it does not list them"
+    has_no_device
+    refused ublk mount --partition 4 parts.vhdx "$mnt"
+    grep -q 'swap space' refusal
+    refused ublk mount --partition 9 parts.vhdx "$mnt"
+    has_no_device
+    ublk mount --partition Work parts.vhdx "$mnt"
+    ublk mount --partition 3 parts.vhdx "$scratch/other"
+    echo 1 >"$mnt/a"
+    echo 2 >"$scratch/other/b"
+    [ "$(ublk list --json | grep -c '"id"')" = 1 ] || fail "two devices serve one image"
+    ublk umount "$mnt"
+    [ "$(cat "$scratch/other/b")" = 2 ]
+    ublk umount "$scratch/other"
+    has_no_device || fail "the device stays"
+    # A device of `add` stays.
+    device=$(ublk add parts.vhdx)
+    ublk mount --partition 2 parts.vhdx "$mnt"
+    [ "$(cat "$mnt/a")" = 1 ]
+    ublk umount "$mnt"
+    ublk del "$device"
+}
+
+test_mount_that_fails_leaves_nothing() {
+    local device before
+    ublk create empty.vhdx --size 64M
+    before=$(sha empty.vhdx)
+    refused ublk mount empty.vhdx "$mnt"
+    has_no_device
+    [ "$(sha empty.vhdx)" = "$before" ] || fail "the image was changed"
+    refused ublk mount empty.vhdx "$scratch/no/folder"
+    refused ublk mount missing.vhdx "$mnt"
+    refused ublk mount -o queues=0 empty.vhdx "$mnt"
+    refused ublk umount "$mnt"
+    # What hides its files says what it is.
+    device=$(ublk add empty.vhdx)
+    printf 'LUKS\272\276\000\002' | dd of="$device" conv=notrunc status=none
+    ublk del "$device"
+    refused ublk mount empty.vhdx "$mnt"
+    grep -q LUKS refusal && grep -q cryptsetup refusal
+    device=$(ublk add empty.vhdx)
+    printf '\353\130\220-FVE-FS-' | dd of="$device" conv=notrunc status=none
+    ublk del "$device"
+    refused ublk mount empty.vhdx "$mnt"
+    grep -q BitLocker refusal
+    # An option that the file system does not know.
+    make_ext4 disk.vhdx
+    refused ublk mount -o no_such_option disk.vhdx "$mnt"
+    has_no_device
+    ! mountpoint -q "$mnt" || fail "something is mounted"
+}
+
+# Sets the bit by which NTFS says that it was not left in order.
+make_dirty() {
+    python3 - "$1" <<'PYTHON'
+import sys
+
+with open(sys.argv[1], "r+b") as disk:
+    boot = disk.read(512)
+    cluster = int.from_bytes(boot[11:13], "little") * boot[13]
+    record = disk.seek(int.from_bytes(boot[48:56], "little") * cluster + 3 * 1024)
+    volume = bytearray(disk.read(1024))
+    at = int.from_bytes(volume[20:22], "little")
+    while int.from_bytes(volume[at : at + 4], "little") != 0x70:
+        at += int.from_bytes(volume[at + 4 : at + 8], "little")
+    volume[at + int.from_bytes(volume[at + 20 : at + 22], "little") + 10] |= 1
+    disk.seek(record)
+    disk.write(volume)
+PYTHON
+}
+
+# An NTFS that its last user did not leave in order is not written.
+test_mount_ntfs_that_is_not_in_order() {
+    local device
+    ublk create disk.vhdx --size 64M
+    device=$(ublk add disk.vhdx)
+    mkntfs -Q -F -L Data "$device" >/dev/null 2>&1
+    mount -t ntfs3 "$device" "$mnt"
+    echo kept >"$mnt/file"
+    umount "$mnt"
+    make_dirty "$device"
+    ublk del "$device"
+    refused ublk mount -t ntfs3 disk.vhdx "$mnt"
+    grep -q 'not shut down cleanly' refusal && grep -q -- '-o ro' refusal
+    has_no_device
+    ublk mount -t ntfs3 -o ro disk.vhdx "$mnt"
+    [ "$(cat "$mnt/file")" = kept ]
+    ublk umount "$mnt"
+}
+
+# A mount in use is not unmounted, and nothing is lost by the attempt.
+test_umount_in_use() {
+    make_ext4 disk.vhdx
+    ublk mount disk.vhdx "$mnt"
+    exec 7>"$mnt/open"
+    refused ublk umount "$mnt"
+    mountpoint -q "$mnt" || fail "it is unmounted"
+    exec 7>&-
+    ublk umount "$mnt"
+    has_no_device
+}
+
+# Detached while it is in use, it goes with its last user, and what that wrote is in the image.
+test_umount_lazily() {
+    install_helpers
+    make_ext4 disk.vhdx
+    mount -t vhdx disk.vhdx "$mnt"
+    exec 7>"$mnt/open"
+    umount -l "$mnt"
+    ! mountpoint -q "$mnt" || fail "it is still mounted"
+    echo late >&7
+    exec 7>&-
+    for _ in $(seq 100); do
+        ! has_no_device || break
+        sleep 0.1
+    done
+    has_no_device || fail "the device outlives its last user"
+    ublk mount -r disk.vhdx "$mnt"
+    [ "$(cat "$mnt/open")" = late ]
+    ublk umount "$mnt"
+}
+
+# ntfs-3g runs in user space, and btrfs has a device number of its own: umount(8) finds the device of both.
+test_mount_file_systems_of_other_kinds() {
+    local kind
+    install_helpers
+    for kind in ntfs btrfs xfs; do
+        ublk create "$kind.vhdx" --size 512M
+        case $kind in
+        ntfs) mkntfs -Q -F "$(ublk add "$kind.vhdx")" >/dev/null 2>&1 ;;
+        *) "mkfs.$kind" -q "$(ublk add "$kind.vhdx")" >/dev/null ;;
+        esac
+        ublk del 0
+        mount -t vhdx "$kind.vhdx" "$mnt"
+        note "$(findmnt -no SOURCE,FSTYPE "$mnt")"
+        echo kept >"$mnt/file"
+        umount "$mnt"
+        has_no_device || fail "the device of a $kind stays"
+        ublk mount -r "$kind.vhdx" "$mnt"
+        [ "$(cat "$mnt/file")" = kept ]
+        ublk umount "$mnt"
+    done
+}
+
+# Read-only, a file system that was not unmounted is mounted as it is, and the image keeps every byte.
+test_mount_a_crashed_file_system_read_only() {
+    local device before
+    make_ext4 disk.vhdx
+    device=$(ublk add disk.vhdx)
+    mount "$device" "$mnt"
+    echo kept >"$mnt/file"
+    sync -f "$mnt"
+    ublk del --force "$device"
+    umount "$mnt"
+    before=$(sha disk.vhdx)
+    ublk mount -r disk.vhdx "$mnt" 2>said
+    grep -q 'its journal is not replayed' said || fail "it does not say so: $(cat said)"
+    ublk umount "$mnt"
+    [ "$(sha disk.vhdx)" = "$before" ] || fail "the image was changed"
+    ublk mount disk.vhdx "$mnt"
+    [ "$(cat "$mnt/file")" = kept ] || fail "its journal was not replayed"
+    ublk umount "$mnt"
+}
