@@ -48,9 +48,10 @@ Examples:
   vhdx-ublk map disk.vhdx --picture                the disk and its file as a picture
   vhdx-ublk map --since disk.vhdx monday.avhdx     what a snapshot's child has changed
 
-Prints how many bytes of the disk are in which state, then how many each layer has. The states are
-those of NBD: 0 data; 2 zero (a block has space, and its host stores nothing); 3 hole,zero. With
---since: a line for each extent, with its start and length in bytes and its state.
+Prints how many bytes of the disk are in which state, then how many bytes of data each layer has:
+bytes, share of the disk, state or layer, size. The states are those of NBD: 0 data; 2 zero (a block
+has space, and its host stores nothing); 3 hole,zero. With --since: a line for each extent, with its
+start and length in bytes and its state.
 
 JSON: start and length (bytes), depth (0 for the image, 1 for its parent, and so on), present (a
 layer has it), zero, data (a file has space for it), compressed (never), offset (in the file of the

@@ -228,7 +228,7 @@ pub fn main() -> ExitCode {
     let arguments = by_name(std::env::args_os().collect());
     let command = match Cli::try_parse_from(&arguments) {
         Ok(cli) => cli.command,
-        Err(error) => return misused(&error, arguments.get(1)),
+        Err(error) => return misused(&error, arguments.get(1..).unwrap_or_default()),
     };
     logging::start();
     confine::raise_descriptors();
@@ -253,10 +253,15 @@ fn by_name(mut arguments: Vec<OsString>) -> Vec<OsString> {
 
 /// Prints the help that was asked for, or what is wrong with the command line. The exit status 2 of `check`
 /// means corruption, so its wrong usage is a plain failure.
-fn misused(error: &clap::Error, command: Option<&OsString>) -> ExitCode {
-    // If it cannot be printed, the exit status still shows the failure.
-    let _ = error.print();
-    match (error.use_stderr(), command.and_then(|command| command.to_str())) {
+fn misused(error: &clap::Error, arguments: &[OsString]) -> ExitCode {
+    let mut options = arguments.iter().take_while(|argument| *argument != "--");
+    if error.use_stderr() && options.any(|argument| argument == "--json") {
+        output::report(&misuse(&error.to_string(), arguments), true);
+    } else {
+        // If it cannot be printed, the exit status still shows the failure.
+        let _ = error.print();
+    }
+    match (error.use_stderr(), arguments.first().and_then(|command| command.to_str())) {
         (false, _) => ExitCode::SUCCESS,
         (true, Some("check")) => ExitCode::from(FAILURE),
         (true, Some("mount.vhdx" | "umount.vhdx")) => ExitCode::from(helper::WRONG_USAGE),
@@ -341,5 +346,28 @@ mod tests {
         let umount = ["umount.vhdx", "/mnt", "-l", "-t", "vhdx.ntfs3"];
         assert!(matches!(command(&umount), Ok(Command::UmountHelper(_))));
         assert!(matches!(command(&["./vhdx-ublk", "list"]), Ok(Command::List(_))));
+    }
+
+    #[test]
+    fn wrong_usage_is_told_in_one_line_with_advice() {
+        let told = |words: &[&str]| {
+            let error = Cli::try_parse_from(["vhdx-ublk"].iter().chain(words)).err().expect("wrong usage");
+            let arguments: Vec<OsString> = words.iter().map(OsString::from).collect();
+            let error = misuse(&error.to_string(), &arguments);
+            (error.message(), error.remedy_text().unwrap_or_default().to_owned())
+        };
+        assert_eq!(
+            told(&["compare", "a", "--json"]),
+            (
+                "the following required arguments were not provided: <OTHER>".into(),
+                "vhdx-ublk compare --help".into()
+            )
+        );
+        let (what, remedy) = told(&["info", "--jsom", "a", "--json"]);
+        assert_eq!(what, "unexpected argument '--jsom' found");
+        assert!(remedy.contains("'--json'"), "{remedy}");
+        let (what, remedy) = told(&["session", "discard", "--frobnicate", "a", "--json"]);
+        assert_eq!(what, "unexpected argument '--frobnicate' found");
+        assert_eq!(remedy, "vhdx-ublk session discard --help");
     }
 }
