@@ -9,6 +9,7 @@
 //! | [`upgrade`] | Replace the program while its devices are in use. |
 //! | [`watch`] | See what a device does, and what to do when something is wrong. |
 //! | [`network_images`] | Keep the file of an image on NFS or SMB. |
+//! | [`kubernetes`] | Give a device to a pod. |
 //!
 //! Each command is explained by its own `--help`; the reasons are in [`design`](crate::design).
 
@@ -32,3 +33,6 @@ pub mod watch {}
 
 #[doc = include_str!("network-images.md")]
 pub mod network_images {}
+
+#[doc = include_str!("kubernetes.md")]
+pub mod kubernetes {}
