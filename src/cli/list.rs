@@ -245,6 +245,7 @@ pub mod testing {
             disk_id: uuid::Uuid::nil(),
             disk_sequence: None,
             mark: 0,
+            notify_socket: None,
             version: "0.1.0".into(),
             started: true,
             failure: None,

@@ -35,6 +35,7 @@ use super::order::{Call, HandedOver, NewLeaf, Snapped, SnapshotOrder};
 use super::queue::{BufferIndex, QueueSetup, RingSetup, Transfer};
 use super::registry::{self, ENTRY_FORMAT, Entry, ProcessId, Registry};
 use super::reply::Reply;
+use super::service_manager::ServiceManager;
 use super::socket::{self, Report, Status};
 use super::spec::{DeviceSpec, EngineHandle, Ready};
 use super::stats::Sources;
@@ -131,6 +132,7 @@ struct Device<E> {
     supervisor: Supervisor,
     /// What it has done.
     sources: Sources,
+    manager: Option<ServiceManager>,
 }
 
 impl<E: EngineHandle> Device<E> {
@@ -165,10 +167,12 @@ impl<E: EngineHandle> Device<E> {
         drop(locked);
         let is_test = options.zero_copy == ZeroCopy::Fallback;
         let transfer = transfer(&info, if is_test { BufferIndex::Impossible } else { BufferIndex::Tag });
+        let manager = manager_of(&entry);
         let entry = Arc::new(Mutex::new(entry));
         let sources = Sources::new(info.queues, spec.sync_times.clone());
+        let (cdev, engine) = (None, None);
         let device =
-            Self { control, info, transfer, registry, entry, cdev: None, engine: None, supervisor, sources };
+            Self { control, info, transfer, registry, entry, cdev, engine, supervisor, sources, manager };
         match check_granted(&new, &info).and(written) {
             Ok(()) => Ok(device),
             Err(error) => Err(device.take_down(Err(error)).expect_err("it failed")),
@@ -192,11 +196,15 @@ impl<E: EngineHandle> Device<E> {
             _ => error,
         })?;
         let (daemon, version) = (ProcessId::this()?, env!("CARGO_PKG_VERSION").into());
-        let entry = Entry { format: ENTRY_FORMAT, daemon, version, started: false, ..entry.clone() };
+        let notify_socket = ServiceManager::socket().or_else(|| entry.notify_socket.clone());
+        let renewed = Entry { format: ENTRY_FORMAT, daemon, version, notify_socket, ..entry.clone() };
+        let entry = Entry { started: false, ..renewed };
         registry.write(&entry)?;
+        let manager = manager_of(&entry);
         let (transfer, entry) = (transfer(&info, BufferIndex::Tag), Arc::new(Mutex::new(entry)));
         let sources = Sources::new(info.queues, spec.sync_times.clone());
-        Ok(Self { control, info, transfer, registry, entry, cdev: None, engine: None, supervisor, sources })
+        let (cdev, engine) = (None, None);
+        Ok(Self { control, info, transfer, registry, entry, cdev, engine, supervisor, sources, manager })
     }
 
     fn bring_up(
@@ -260,8 +268,8 @@ impl<E: EngineHandle> Device<E> {
                     self.snapshot(image, reply);
                     continue;
                 }
-                Demand::Call(Call::HandOver { image_file, reply }) => {
-                    if self.hand_over(image_file, reply) {
+                Demand::Call(Call::HandOver { image_file, successor, reply }) => {
+                    if self.hand_over(image_file, successor, reply) {
                         return Ok(End::HandedOver);
                     }
                     continue;
@@ -297,7 +305,7 @@ impl<E: EngineHandle> Device<E> {
 
     /// Ends serving for the caller, which takes the device over. `false`: that was refused, and the device is
     /// served as before.
-    fn hand_over(&mut self, image_file: HostFile, reply: Reply<HandedOver>) -> bool {
+    fn hand_over(&mut self, image_file: HostFile, successor: u32, reply: Reply<HandedOver>) -> bool {
         let left = || Error::new(Kind::Io, "the caller has stopped waiting");
         let agreed = self.agree(image_file);
         let agreed = agreed.and_then(|way| if reply.claim() { self.pause(way) } else { Err(left()) });
@@ -305,6 +313,11 @@ impl<E: EngineHandle> Device<E> {
             Ok(handed_over) => {
                 tracing::info!("ending: another process serves the device from now on");
                 reply.send(Ok(handed_over));
+                if let Some(manager) = &self.manager
+                    && let Err(error) = manager.announce(successor)
+                {
+                    tracing::warn!("the service manager does not learn of process {successor}: {error}");
+                }
                 // What is not completed now ends with this process, as after a kill.
                 if self.is_quiescable()
                     && let Err(error) = self.supervisor.hand_over()
@@ -465,6 +478,13 @@ impl<E: EngineHandle> Device<E> {
     }
 }
 
+/// The service manager that watches the daemon of a device, if one does.
+fn manager_of(entry: &Entry) -> Option<ServiceManager> {
+    let socket = entry.notify_socket.as_deref()?;
+    let connected = ServiceManager::connect(socket);
+    connected.inspect_err(|error| tracing::warn!("the service manager at {socket}: {error}")).ok()
+}
+
 /// The status of a device that serves `shared`.
 fn status_of(shared: &Shared) -> Status {
     let troubles = shared.troubles();
@@ -518,6 +538,7 @@ fn describe(info: &DeviceInfo, spec: &DeviceSpec, daemon: ProcessId) -> Entry {
         disk_id: spec.disk_id,
         disk_sequence: None,
         mark: info.mark,
+        notify_socket: ServiceManager::socket(),
         version: env!("CARGO_PKG_VERSION").into(),
         started: false,
         failure: None,

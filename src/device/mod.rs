@@ -10,7 +10,8 @@
 //!   thread; how its image becomes the parent of a new one while it is served;
 //! * `order`, `reply`, [`socket`]: how a running daemon gets commands; [`stats`]: what it has done;
 //! * [`spec`], `ending`, `supervisor`, [`daemon`]: the device from `ADD_DEV` to `DEL_DEV`;
-//! * `handover`, [`upgrade`]: how another program takes the device over while it is in use;
+//! * `handover`, [`upgrade`], `service_manager`: how another program takes the device over while it is in
+//!   use, and who learns of that;
 //! * [`confine`], [`launch`]: the privileges of that process, and how it is started and reports.
 //!
 //! What other processes see and do: [`registry`], [`usage`], [`stop`], [`health`], [`claims`]; how data
@@ -50,6 +51,7 @@ mod region;
 pub mod registry;
 mod reply;
 mod served_image;
+mod service_manager;
 pub mod session;
 mod snapshot;
 pub mod socket;

@@ -60,6 +60,8 @@ pub(super) enum Call {
     HandOver {
         /// The image that the caller has opened.
         image_file: HostFile,
+        /// The caller's process.
+        successor: u32,
         reply: Reply<HandedOver>,
     },
 }

@@ -217,3 +217,39 @@ test_upgrade_beside_other_commands() {
     check_stamps "$device" 10 4 7
     ublk del "$device"
 }
+
+# messages NAME: what comes to a service manager's socket of that name, in the file NAME.said.
+messages() {
+    python3 -c '
+import socket, sys
+manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+manager.bind(sys.argv[1])
+while True:
+    print(manager.recv(4096).decode(), flush=True)' "$1" >"$1.said" &
+    for _ in $(seq 200); do [ ! -e "$1" ] || return 0; sleep 0.05; done
+    fail "the socket does not appear"
+}
+
+# A service manager watches the new process from then on, and the new one is in the old one's control group.
+test_upgrade_of_a_service() {
+    local device server groups=/sys/fs/cgroup
+    messages manager
+    server=$!
+    mountpoint -q $groups || mount -t cgroup2 cgroup2 $groups || skipped "no control groups"
+    mkdir -p $groups/service
+    ublk create disk.vhdx --size 1G
+    NOTIFY_SOCKET=$PWD/manager "$VHDX_UBLK" add --foreground disk.vhdx >device &
+    for _ in $(seq 200); do [ ! -s device ] || break; sleep 0.05; done
+    device=$(cat device)
+    echo "$(daemon_pid)" >$groups/service/cgroup.procs
+    write_stamps "$device" 10 4 7
+    upgrade "$device"
+    grep -qx "MAINPID=$(daemon_pid)" manager.said || fail "$(cat manager.said)"
+    upgrade "$device"
+    grep -qx "MAINPID=$(daemon_pid)" manager.said || fail "$(cat manager.said)"
+    [ "$(cat "/proc/$(daemon_pid)/cgroup")" = 0::/service ] || fail "$(cat "/proc/$(daemon_pid)/cgroup")"
+    check_stamps "$device" 10 4 7
+    ublk del "$device"
+    kill $server
+    rmdir $groups/service
+}

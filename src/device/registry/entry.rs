@@ -83,6 +83,9 @@ pub struct Entry {
     pub disk_sequence: Option<u64>,
     /// See [`DeviceInfo::mark`](crate::device::DeviceInfo::mark).
     pub mark: u64,
+    /// The socket of the service manager that has started the first daemon, if one has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub notify_socket: Option<String>,
     /// The version of the daemon.
     pub version: String,
     /// The device was started.
@@ -178,6 +181,7 @@ pub(crate) mod tests {
             disk_id: Uuid::from_u128(2),
             disk_sequence: None,
             mark: u64::MAX,
+            notify_socket: None,
             version: "0.1.0".into(),
             started: true,
             failure: None,

@@ -93,7 +93,8 @@ fn serve_client(
             Ok(())
         }
         Ok(Command::HandOver { image_file }) => {
-            let call = |reply| Call::HandOver { image_file, reply };
+            let successor = u32::try_from(getsockopt(stream, sockopt::PeerCredentials)?.pid()).unwrap_or(0);
+            let call = |reply| Call::HandOver { image_file, successor, reply };
             let outcome = ask(stream, "the handover of the device", pass_on, call);
             write_answer(stream, outcome.and_then(|done| json(&done)))
         }

@@ -10,6 +10,7 @@ use crate::device::launch;
 use crate::device::order::HandedOver;
 use crate::device::process::Life;
 use crate::device::registry::{Entry, Listed, Registry, State};
+use crate::device::service_manager::join_control_group_of;
 use crate::device::session;
 use crate::device::socket;
 use crate::device::sys;
@@ -58,6 +59,9 @@ impl Successor {
         refuse_unserved(listed)?;
         let entry = listed.entry.clone();
         Formats::ours().check(&entry)?;
+        if let Err(error) = join_control_group_of(entry.daemon.pid) {
+            tracing::debug!("this process stays in the control group of its starter: {error}");
+        }
         if let Err(error) = sys::load_program() {
             tracing::warn!("the program may have to be read while its disk waits: {error}");
         }

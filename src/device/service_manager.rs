@@ -1,0 +1,101 @@
+//! The service manager (systemd) that has started a daemon, and watches the process that it knows.
+//!
+//! When another process continues to serve the device, the manager must watch that one, as it would take the
+//! end of this one for the end of the service. The message must come from the process that it watches, which
+//! may make no socket by then: so the socket is made early.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::io;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::path::{Path, PathBuf};
+
+/// The variable by which a manager names its socket.
+const VARIABLE: &str = "NOTIFY_SOCKET";
+
+/// Where the kernel has the groups of processes, one folder each.
+const CONTROL_GROUPS: &str = "/sys/fs/cgroup";
+
+/// See the module's head.
+pub(super) struct ServiceManager(UnixDatagram);
+
+impl ServiceManager {
+    /// The socket of the manager that has started this process, if one has.
+    pub(super) fn socket() -> Option<String> {
+        std::env::var(VARIABLE).ok()
+    }
+
+    /// The manager that listens at `socket`: a path, or an abstract name behind `@`.
+    pub(super) fn connect(socket: &str) -> io::Result<Self> {
+        let address = match socket.strip_prefix('@') {
+            Some(name) => SocketAddr::from_abstract_name(name)?,
+            None => SocketAddr::from_pathname(socket)?,
+        };
+        let datagrams = UnixDatagram::unbound()?;
+        datagrams.connect_addr(&address)?;
+        datagrams.set_nonblocking(true)?;
+        Ok(Self(datagrams))
+    }
+
+    /// Has the manager watch the process `pid` instead of this one.
+    pub(super) fn announce(&self, pid: u32) -> io::Result<()> {
+        self.0.send(format!("MAINPID={pid}").as_bytes()).map(drop)
+    }
+}
+
+/// Moves this process to the control group of process `pid`: it ends and is limited with the service that it
+/// continues, and not with the command that has started it.
+pub(super) fn join_control_group_of(pid: u32) -> io::Result<()> {
+    let group = |process: &str| fs::read(format!("/proc/{process}/cgroup"));
+    let (theirs, ours) = (group(&pid.to_string())?, group("self")?);
+    match folder(&theirs) {
+        Some(folder) if theirs != ours => fs::write(folder.join("cgroup.procs"), "0"),
+        _ => Ok(()),
+    }
+}
+
+/// The folder of the group in the text of a `/proc/PID/cgroup`; none if it is not visible here.
+fn folder(text: &[u8]) -> Option<PathBuf> {
+    let mut lines = text.split(|&byte| byte == b'\n');
+    let path = lines.find_map(|line| line.strip_prefix(b"0::/"))?;
+    let is_visible = path != b".." && !path.starts_with(b"../");
+    is_visible.then(|| Path::new(CONTROL_GROUPS).join(OsStr::from_bytes(path)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_manager_learns_which_process_continues() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let path = folder.path().join("notify");
+        let socket = UnixDatagram::bind(&path).expect("free");
+        let name = path.to_str().expect("an ordinary name");
+        ServiceManager::connect(name).expect("it listens").announce(1234).expect("room");
+        let name = format!("vhdx-ublk-test-{}", std::process::id());
+        let address = SocketAddr::from_abstract_name(&name).expect("a name");
+        let abstract_socket = UnixDatagram::bind_addr(&address).expect("free");
+        let manager = ServiceManager::connect(&format!("@{name}")).expect("it listens");
+        manager.announce(5678).expect("room");
+        for (socket, expected) in [(socket, "MAINPID=1234"), (abstract_socket, "MAINPID=5678")] {
+            let mut text = [0; 64];
+            let length = socket.recv(&mut text).expect("it was sent");
+            assert_eq!(&text[..length], expected.as_bytes());
+        }
+        assert!(ServiceManager::connect("vsock:2:1234").is_err());
+    }
+
+    #[test]
+    fn the_folder_of_a_group_lies_below_all_groups() {
+        let found = folder(b"1:cpu:/x\n0::/system.slice/vhdx-ublk@data.service\n");
+        let expected = "/sys/fs/cgroup/system.slice/vhdx-ublk@data.service";
+        assert_eq!(found.as_deref(), Some(Path::new(expected)));
+        assert_eq!(folder(b"0::/\n").as_deref(), Some(Path::new("/sys/fs/cgroup/")));
+        for hidden in [&b"0::/../../other"[..], b"0::/..", b"1:cpu:/x\n", b""] {
+            assert_eq!(folder(hidden), None);
+        }
+    }
+}
