@@ -155,8 +155,10 @@ fn completions_complete() {
 
 /// Commands whose examples need devices, and with them a kernel with ublk, or change `/etc`: the laboratory
 /// runs those.
-const WITH_DEVICES: [&str; 10] =
-    ["add", "del", "list", "recover", "session", "snapshot", "features", "enable", "disable", "start"];
+const WITH_DEVICES: [&str; 13] = [
+    "add", "del", "list", "recover", "session", "snapshot", "features", "enable", "disable", "start",
+    "stats", "doctor", "metrics",
+];
 
 /// What examples name, and what the test has in its place.
 const STAND_INS: [(&str, &str); 7] = [

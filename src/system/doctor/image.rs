@@ -107,8 +107,9 @@ fn chain(inspected: &Inspected) -> Finding {
 fn space(inspected: &Inspected) -> Finding {
     const CHECK: &str = "space left";
     let size = inspected.image.metadata.virtual_size;
-    match HostRoom::at(folder_of(&inspected.path)) {
-        Ok(room) => judge_space(room.for_this_user(), size.saturating_sub(inspected.host_bytes)),
+    match HostRoom::at(folder_of(&inspected.path)).map(|room| room.for_this_user()) {
+        Ok(Some(free)) => judge_space(free, size.saturating_sub(inspected.host_bytes)),
+        Ok(None) => Finding::fine(CHECK, "the file system does not say"),
         Err(error) => {
             Finding::wrong(CHECK, format!("the host does not say: {error}"), "check the mount of the folder")
         }

@@ -144,7 +144,8 @@ impl Machine {
         let run = self.root.join("run");
         let kind = statfs(&run).map(|found| found.filesystem_type());
         let is_memory = kind.is_ok_and(|kind| kind == TMPFS_MAGIC || kind == RAMFS);
-        run_room(is_memory, HostRoom::at(&run).map_or(0, |room| room.for_this_user()))
+        let free = HostRoom::at(&run).ok().and_then(|room| room.for_this_user());
+        run_room(is_memory, free.unwrap_or(0))
     }
 
     fn locked_memory(&self) -> Finding {
