@@ -19,6 +19,7 @@ mod enable;
 mod features;
 mod generate;
 mod generator;
+mod grow;
 mod helper;
 mod info;
 mod list;

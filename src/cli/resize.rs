@@ -1,17 +1,18 @@
 //! `resize`: makes the disk of an image larger or smaller.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
 use vhdx_ublk::device::claims::Claims;
 use vhdx_ublk::disk::Reactor;
-use vhdx_ublk::error::Result;
+use vhdx_ublk::error::{Error, Kind, Result};
 use vhdx_ublk::operations::resize::{LockedImage, Request, Size};
-use vhdx_ublk::printable::human_size;
+use vhdx_ublk::printable::{both_sizes, human_size, shell};
+use vhdx_ublk::system::grow::{Grown, Plan};
 
 use super::parent_options::ParentOptions;
-use super::{output, size};
+use super::{grow, output, size};
 
 /// Make the disk of an image larger or smaller. The image must not be in use.
 ///
@@ -19,6 +20,7 @@ use super::{output, size};
 /// run the command again.
 #[derive(clap::Args)]
 #[command(after_help = AFTER_HELP)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag of its own on the command line")]
 pub struct Resize {
     /// The image
     image: PathBuf,
@@ -31,6 +33,11 @@ pub struct Resize {
     /// lies behind its new end, which is lost
     #[arg(short, long)]
     force: bool,
+    /// Have the last partition and its file system (ext2, ext3, ext4, XFS, Btrfs), or that of a disk without
+    /// partitions, grow to the end of the disk, too. As root, with the ublk driver; the kernel mounts the
+    /// file system for it
+    #[arg(long, conflicts_with_all = ["minimum", "force"])]
+    grow_fs: bool,
     /// Show what would be done, and change nothing
     #[arg(long)]
     dry_run: bool,
@@ -57,16 +64,21 @@ const AFTER_HELP: &str = "\
 Examples:
   vhdx-ublk resize disk.vhdx --size 200G
   vhdx-ublk resize disk.vhdx --size +50G
+  vhdx-ublk resize disk.vhdx --size +50G --grow-fs the last partition and its file system, too
   vhdx-ublk resize disk.vhdx --minimum --dry-run   show how small the disk can be
 
-Partitions and file systems are not resized: shrink them before the disk, and grow them after it.
+Partitions and file systems do not shrink with the disk: shrink them before it. They grow with it by
+--grow-fs, which serves the image for a moment and runs sfdisk and resize2fs, xfs_growfs or btrfs. It
+is refused, before anything is changed, if one of these is missing, or if the file system was not shut
+down cleanly. If it was interrupted, run the command again with the new size.
 A disk does not shrink below the end of its last partition, which `info` shows as its minimum size.
 On a GPT disk the second copy of the table must then move to the end of the disk: add the image, and
 run `sgdisk -e` or `sfdisk --relocate gpt-bak-std` on its device.
 A fixed image needs the space of all new blocks at once. A differencing image may be larger than its
 parent, of which nothing shows in the new part.
 JSON: image, dry_run, size_before, size, minimum_size (null if nothing is recognised on the disk),
-backup_gpt_must_move.
+backup_gpt_must_move, grown (null without --grow-fs, or partition, type and volume_bytes), next_command
+(null, or what grows the file system).
 Exit status: 0 resized, 1 failure (the disk reads as before), 2 wrong usage.";
 
 /// Reads a size, or a change of one.
@@ -101,33 +113,91 @@ struct Answer {
     minimum_size: Option<u64>,
     /// Whether the second copy of a GPT must move to the end of the disk.
     backup_gpt_must_move: bool,
+    /// What has grown on the disk.
+    grown: Option<Grown>,
+    /// What has it grow, if something on the disk can.
+    next_command: Option<String>,
 }
 
 impl Resize {
     /// Runs the command.
     pub fn run(self) -> Result<()> {
-        let Self { image, wanted: Wanted { size, minimum }, force, dry_run, json, parents, .. } = self;
+        let Self { image, wanted, force, grow_fs, dry_run, json, parents, .. } = self;
+        let Wanted { size, minimum } = wanted;
         assert_ne!(size.is_some(), minimum, "the parser takes one of them");
         let size = size.unwrap_or(Size::Minimum);
         let request = Request { image, size, search: parents.search(), force };
         let reactor = Reactor::new()?;
-        let locked = LockedImage::open(&request, &reactor, &Claims)?;
-        let answer = Answer {
+        let open = || LockedImage::open(&request, &reactor, &Claims);
+        let mut locked = open()?;
+        let plan = Plan::of(locked.contents());
+        let plan = if grow_fs {
+            refuse_shrinking(&locked)?;
+            drop(locked);
+            let plan = plan?;
+            grow::check(&plan, &request.image, &parents)?;
+            locked = open()?;
+            Some(plan)
+        } else {
+            plan.ok()
+        };
+        let mut answer = Answer::of(&locked, dry_run);
+        if !dry_run {
+            locked.resize(&reactor)?;
+        }
+        match plan {
+            Some(plan) if grow_fs && !dry_run => {
+                answer.grown = Some(grow::grow(&plan, &request.image, &parents)?);
+                answer.backup_gpt_must_move = false;
+            }
+            Some(_) if !grow_fs && answer.size > answer.size_before => {
+                answer.next_command = Some(next_command(&request.image, answer.size));
+            }
+            _ => {}
+        }
+        answer.print(json)
+    }
+}
+
+fn refuse_shrinking(locked: &LockedImage) -> Result<()> {
+    if locked.after() >= locked.before() {
+        return Ok(());
+    }
+    Err(Error::new(Kind::Usage, "--grow-fs has something grow, and the disk would shrink"))
+}
+
+fn next_command(image: &Path, size: u64) -> String {
+    format!("vhdx-ublk resize {} --size {size} --grow-fs", shell(image))
+}
+
+impl Answer {
+    fn of(locked: &LockedImage, dry_run: bool) -> Self {
+        Self {
             image: locked.path().display().to_string(),
             dry_run,
             size_before: locked.before(),
             size: locked.after(),
             minimum_size: locked.minimum(),
             backup_gpt_must_move: locked.strands_gpt(),
-        };
-        if !dry_run {
-            locked.resize(&reactor)?;
+            grown: None,
+            next_command: None,
         }
+    }
+
+    fn print(&self, json: bool) -> Result<()> {
         if json {
-            return output::print_json(&answer);
+            return output::print_json(self);
         }
-        output::print_line(&answer.text())?;
-        if answer.backup_gpt_must_move {
+        output::print_line(&self.text())?;
+        if let Some(Grown { partition, r#type, volume_bytes }) = &self.grown {
+            let place = partition.map_or_else(String::new, |number| format!(" on partition {number}"));
+            let size = volume_bytes.map_or_else(String::new, |bytes| format!(" to {}", both_sizes(bytes)));
+            output::print_line(&format!("{}: the {}{place} grew{size}", self.image, r#type))?;
+        }
+        if let Some(command) = &self.next_command {
+            output::print_line(&format!("To have the file system grow, too: {command}"))?;
+        }
+        if self.backup_gpt_must_move {
             tracing::warn!(
                 "the second copy of the GPT must move to the end of the disk: add the image, and run `sgdisk \
                  -e DEVICE` or `sfdisk --relocate gpt-bak-std DEVICE` on its device"
@@ -135,9 +205,7 @@ impl Resize {
         }
         Ok(())
     }
-}
 
-impl Answer {
     fn text(&self) -> String {
         let bytes = |size: u64| format!("{size} bytes ({})", human_size(size));
         let (before, after) = (bytes(self.size_before), bytes(self.size));

@@ -53,8 +53,7 @@ pub struct LockedImage {
     parent_bytes: u64,
     before: u64,
     after: u64,
-    minimum: Option<u64>,
-    has_gpt: bool,
+    found: Contents,
 }
 
 impl LockedImage {
@@ -91,9 +90,7 @@ impl LockedImage {
             let needs = format!("a fixed image that grows to {} needs", human_size(after));
             room::require(file.host_room(), more, &needs).map_err(with_remedy).file(&path)?;
         }
-        let minimum = found.minimum_size();
-        let has_gpt = found.table.is_some_and(|table| table.kind == TableKind::Gpt);
-        Ok(Self { path, content, parent_bytes, before, after, minimum, has_gpt })
+        Ok(Self { path, content, parent_bytes, before, after, found })
     }
 
     /// The file of the image.
@@ -113,12 +110,18 @@ impl LockedImage {
 
     /// What the partitions and volumes on the disk need, bytes, if any was recognised.
     pub fn minimum(&self) -> Option<u64> {
-        self.minimum
+        self.found.minimum_size()
+    }
+
+    /// What is on the disk.
+    pub fn contents(&self) -> &Contents {
+        &self.found
     }
 
     /// Whether the second copy of a GPT is not at the end of the disk any longer.
     pub fn strands_gpt(&self) -> bool {
-        self.has_gpt && self.after != self.before
+        let table = self.found.table.as_ref();
+        table.is_some_and(|table| table.kind == TableKind::Gpt) && self.after != self.before
     }
 
     /// Resizes the disk. If it has the size, at most space is given back that an interrupted resize has left.

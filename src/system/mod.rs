@@ -6,6 +6,7 @@
 //! * `driver`, `mounted`: how the kernel reads each file system, and a mount that no other process sees;
 //! * [`mount`]: mounting the file system of an image, and unmounting it;
 //! * [`trim`]: the free space of the file systems on a device;
+//! * [`grow`]: the file system at the end of a disk that has grown;
 //! * [`doctor`], [`metrics`]: whether a machine and an image are fit for use; what devices have done, for
 //!   monitoring;
 //! * [`table`], [`units`], `escape`: the disks that are served from boot on, and what systemd learns of them.
@@ -16,6 +17,7 @@ mod device_disk;
 pub mod doctor;
 mod driver;
 mod escape;
+pub mod grow;
 pub mod metrics;
 pub mod mount;
 mod mounted;

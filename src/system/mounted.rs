@@ -6,11 +6,11 @@
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
-use rustix::fs::{Mode, OFlags, openat};
+use rustix::fs::{CWD, Mode, OFlags, openat};
 use rustix::io::{Errno, Result};
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_flag, fsconfig_set_string,
-    fsmount, fsopen,
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, fsconfig_create, fsconfig_set_flag,
+    fsconfig_set_string, fsmount, fsopen, move_mount,
 };
 
 use super::driver::Driver;
@@ -27,6 +27,21 @@ pub(super) enum Refusal {
     NoDriver,
     /// The driver does not mount it.
     Mount(Errno),
+}
+
+impl Refusal {
+    /// As users read it: why the file system is left alone.
+    pub(super) fn reason(self, driver: &Driver) -> String {
+        match self {
+            Self::NoDriver => format!("this kernel does not have {}", driver.name),
+            Self::Mount(Errno::ROFS) => {
+                "its journal must be replayed: shut its system down cleanly, or mount it once".into()
+            }
+            Self::Mount(errno) => {
+                format!("the kernel's {} does not mount it: {}", driver.name, std::io::Error::from(errno))
+            }
+        }
+    }
 }
 
 impl Mounted {
@@ -53,6 +68,11 @@ impl Mounted {
             Ok(Self(fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)?))
         };
         mount().map_err(Refusal::Mount)
+    }
+
+    /// Gives it a place in the mount namespace of this thread, where it stays until it is unmounted.
+    pub(super) fn attach(self, folder: &Path) -> Result<()> {
+        move_mount(&self.0, "", CWD, folder, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
     }
 
     /// Has it discard what is free in `length` bytes at `start`; how many bytes it says that it discarded.

@@ -20,7 +20,7 @@ use serde::Serialize;
 
 use super::device_disk::DeviceDisk;
 use super::driver::{self, Driver};
-use super::mounted::{Mounted, Refusal};
+use super::mounted::Mounted;
 use super::node;
 use crate::disk::Access;
 use crate::error::{Error, Kind, Result};
@@ -124,6 +124,12 @@ impl Survey {
     /// Whether there is anything to trim.
     pub fn has_work(&self) -> bool {
         self.volumes.iter().any(|found| found.plan.is_ok())
+    }
+
+    /// Why the volume of this partition is not to be mounted, if it is not.
+    pub fn obstacle(&self, partition: Option<u32>) -> Option<&str> {
+        let found = self.volumes.iter().find(|found| found.place.partition == partition)?;
+        found.plan.as_ref().err().map(String::as_str)
     }
 
     /// What would be done.
@@ -250,7 +256,7 @@ fn probe(
     let node = node_of(device, place)?;
     match Mounted::mount(driver, &node, Access::ReadOnly) {
         Ok(_unmounted_at_once) => Ok(driver),
-        Err(refusal) => Err(why(refusal, driver)),
+        Err(refusal) => Err(refusal.reason(driver)),
     }
 }
 
@@ -258,18 +264,6 @@ fn node_of(device: &Path, place: Place) -> std::result::Result<PathBuf, String> 
     let Some(number) = place.partition else { return Ok(device.to_owned()) };
     let node = node::of_partition(device, number, place.start, place.length);
     node.ok_or_else(|| "the kernel does not show this partition".into())
-}
-
-fn why(refusal: Refusal, driver: &Driver) -> String {
-    match refusal {
-        Refusal::NoDriver => format!("this kernel does not have {}", driver.name),
-        Refusal::Mount(rustix::io::Errno::ROFS) => {
-            "its journal must be replayed: shut its system down cleanly, or mount it once".into()
-        }
-        Refusal::Mount(errno) => {
-            format!("the kernel's {} does not mount it: {}", driver.name, io::Error::from(errno))
-        }
-    }
 }
 
 /// Trims a volume; how many bytes were discarded, or why not. `progress` gets how far it is.
@@ -282,7 +276,7 @@ fn trim_volume(
 ) -> std::result::Result<u64, String> {
     let node = node_of(device, place)?;
     let access = if driver.trims_writable { Access::ReadWrite } else { Access::ReadOnly };
-    let mounted = Mounted::mount(driver, &node, access).map_err(|refusal| why(refusal, driver))?;
+    let mounted = Mounted::mount(driver, &node, access).map_err(|refusal| refusal.reason(driver))?;
     let (mut at, mut bytes) = (0, 0_u64);
     while at < place.length && !watch.stop_requested() {
         progress(at);

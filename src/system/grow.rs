@@ -1,0 +1,215 @@
+//! The file system at the end of a disk that has grown.
+//!
+//! The last partition grows to the end of the disk, and then the file system on it, while it is mounted: so
+//! its journal protects the change. The well-known programs do both. They run in a mount namespace of their
+//! own, in which alone the file system is mounted.
+//!
+//! A power cut leaves the partition or the file system as it was or as it is to be; the same again finishes
+//! it.
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::thread;
+
+use nix::mount::{MsFlags, mount, umount};
+use nix::sched::{CloneFlags, unshare};
+use serde::Serialize;
+
+use super::device_disk::DeviceDisk;
+use super::driver::{self, Driver};
+use super::mounted::Mounted;
+use super::node;
+use crate::device::registry::RUN_DIRECTORY;
+use crate::disk::Access;
+use crate::error::{Doing, Error, Kind, Result};
+use crate::operations::contents::{Contents, Journal, Partition, VolumeKind};
+use crate::printable::printable;
+
+/// Where administrators' programs are, besides the folders of `PATH`.
+const FOLDERS: [&str; 3] = ["/usr/local/sbin", "/usr/sbin", "/sbin"];
+
+/// What grows, and by which programs.
+pub struct Plan {
+    partition: Option<u32>,
+    kind: VolumeKind,
+    driver: &'static Driver,
+    /// Makes the partition longer.
+    sfdisk: Option<PathBuf>,
+    /// Makes the file system larger.
+    tool: PathBuf,
+}
+
+/// What has grown.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Grown {
+    /// The number of the partition; none if the file system has all of the disk.
+    pub partition: Option<u32>,
+    /// The type of the file system.
+    pub r#type: &'static str,
+    /// The length of the file system by its own account, bytes.
+    pub volume_bytes: Option<u64>,
+}
+
+impl Plan {
+    /// What on a disk with these `contents` grows when the disk does.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::Unsupported`] if it is nothing that can be grown; [`Kind::NotFound`] if a program is missing.
+    pub fn of(contents: &Contents) -> Result<Self> {
+        let (partition, kind) = last_volume(contents)?;
+        let (tool, package) = match kind {
+            VolumeKind::Ext2 | VolumeKind::Ext3 | VolumeKind::Ext4 => ("resize2fs", "e2fsprogs"),
+            VolumeKind::Xfs => ("xfs_growfs", "xfsprogs"),
+            VolumeKind::Btrfs => ("btrfs", "btrfs-progs"),
+            _ => return Err(refused(format!("{} is not grown by this program", kind.name()))),
+        };
+        let driver = driver::of(kind).expect("these three are mounted");
+        let sfdisk = partition.map(|_| find("sfdisk", "fdisk")).transpose()?;
+        Ok(Self { partition, kind, driver, sfdisk, tool: find(tool, package)? })
+    }
+
+    /// How people call it: `partition 2 and its ext4`.
+    pub fn name(&self) -> String {
+        match self.partition {
+            Some(number) => format!("partition {number} and its {}", self.kind.name()),
+            None => self.kind.name().into(),
+        }
+    }
+
+    /// The number of the partition that grows.
+    pub fn partition(&self) -> Option<u32> {
+        self.partition
+    }
+
+    /// Has it grow to the end of the device at `device`, which this process alone uses.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel or a program says.
+    pub fn grow(&self, device: &Path) -> Result<Grown> {
+        let node = match (self.partition, &self.sfdisk) {
+            (Some(number), Some(sfdisk)) => grow_partition(sfdisk, device, number)?,
+            _ => device.to_owned(),
+        };
+        thread::scope(|scope| {
+            let apart = scope.spawn(|| self.grow_file_system(&node));
+            apart.join().expect("a panic ends the process")
+        })?;
+        let contents = DeviceDisk::open(device)?.contents();
+        let volume = match self.partition {
+            Some(number) => called(&contents, number)?.volume.as_ref(),
+            None => contents.volume.as_ref(),
+        };
+        let volume_bytes = volume.and_then(|volume| volume.size);
+        Ok(Grown { partition: self.partition, r#type: self.kind.name(), volume_bytes })
+    }
+
+    /// On a thread of its own: leaves the namespace of the process, mounts the file system, and has it grow.
+    fn grow_file_system(&self, node: &Path) -> Result<()> {
+        const LEAVING: &str = "making a mount namespace";
+        let folder = Path::new(RUN_DIRECTORY);
+        unshare(CloneFlags::CLONE_NEWNS).doing(LEAVING)?;
+        let no = None::<&str>;
+        mount(no, "/", no, MsFlags::MS_REC | MsFlags::MS_PRIVATE, no).doing(LEAVING)?;
+        let mounted = Mounted::mount(self.driver, node, Access::ReadWrite)
+            .map_err(|refusal| refused(refusal.reason(self.driver)))?;
+        mounted.attach(folder).doing("mounting the file system")?;
+        let mut command = Command::new(&self.tool);
+        match self.kind {
+            VolumeKind::Xfs => command.arg(folder),
+            VolumeKind::Btrfs => command.args(["filesystem", "resize", "max"]).arg(folder),
+            _ => command.arg(node),
+        };
+        let outcome = run(&mut command, "");
+        umount(folder).doing("unmounting the file system")?;
+        outcome
+    }
+}
+
+/// The last partition, or none, and what it holds.
+fn last_volume(contents: &Contents) -> Result<(Option<u32>, VolumeKind)> {
+    // The second copy of a GPT is behind the disk that was.
+    let is_doubt = |fault: &&String| !fault.starts_with("the backup GPT ");
+    if let Some(fault) = contents.faults.iter().find(is_doubt) {
+        return Err(refused(format!("what is on the disk is not certain: {fault}")));
+    }
+    let is_data = |partition: &&Partition| !partition.is_extended();
+    let last = contents.partitions().iter().filter(is_data).max_by_key(|partition| partition.end());
+    let volume = match last {
+        Some(last) => last.volume.as_ref(),
+        None => contents.volume.as_ref(),
+    };
+    let is_logical = |last: &Partition| {
+        let holds =
+            |other: &Partition| other.is_extended() && (other.start..other.end()).contains(&last.start);
+        contents.partitions().iter().any(holds)
+    };
+    if last.is_some_and(is_logical) {
+        return Err(refused("the last partition lies in an extended partition".into()));
+    }
+    let place = last.map_or("the disk".into(), |last| format!("the last partition, {},", last.number));
+    let Some(volume) = volume else {
+        return Err(refused(format!("nothing is recognised on {place}")));
+    };
+    if volume.journal == Journal::Dirty {
+        let message = format!("the {} on {place} was not shut down cleanly", volume.kind.name());
+        return Err(refused(message));
+    }
+    Ok((last.map(|last| last.number), volume.kind))
+}
+
+fn refused(message: String) -> Error {
+    let remedy = "resize the disk without --grow-fs, and grow what is on it in the guest";
+    Error::new(Kind::Unsupported, message).remedy(remedy)
+}
+
+fn called(contents: &Contents, number: u32) -> Result<&Partition> {
+    let found = contents.partitions().iter().find(|partition| partition.number == number);
+    found.ok_or_else(|| Error::new(Kind::Mismatch, format!("partition {number} is no longer there")))
+}
+
+/// Has the partition reach to the end of the device; its node.
+fn grow_partition(sfdisk: &Path, device: &Path, number: u32) -> Result<PathBuf> {
+    let options = ["--quiet", "--wipe=never", "--wipe-partitions=never", "-N"];
+    run(Command::new(sfdisk).args(options).arg(number.to_string()).arg(device), ", +\n")?;
+    let contents = DeviceDisk::open(device)?.contents();
+    let partition = called(&contents, number)?;
+    let node = node::of_partition(device, number, partition.start, partition.length);
+    node.ok_or_else(|| {
+        let message = format!("the kernel does not show partition {number} as long as it is now");
+        Error::new(Kind::Io, message).remedy("run the command again")
+    })
+}
+
+/// The program `name`.
+fn find(name: &str, package: &str) -> Result<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let folders = std::env::split_paths(&path).filter(|folder| folder.is_absolute());
+    let mut places = folders.chain(FOLDERS.map(PathBuf::from)).map(|folder| folder.join(name));
+    let found = places.find(|place| fs::metadata(place).is_ok_and(|found| found.is_file()));
+    found.ok_or_else(|| {
+        let message = format!("{name} is not installed, which makes what is on the disk larger");
+        Error::new(Kind::NotFound, message).remedy(format!("install it (Debian: {package})"))
+    })
+}
+
+/// Runs a program, with `input`; what it says is shown only if it fails.
+fn run(command: &mut Command, input: &str) -> Result<()> {
+    let name = command.get_program().to_string_lossy().into_owned();
+    let doing = || format!("running {name}");
+    command.env("LC_ALL", "C").stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
+    let mut child = command.spawn().doing(doing())?;
+    let mut stdin = child.stdin.take().expect("it was asked for");
+    let _ = stdin.write_all(input.as_bytes()); // a program that does not read it says why
+    drop(stdin);
+    let output = child.wait_with_output().doing(doing())?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&output.stderr);
+    let said = said.lines().map(str::trim).rfind(|line| !line.is_empty()).unwrap_or("it says nothing");
+    Err(Error::new(Kind::Io, format!("{name} failed ({}): {}", output.status, printable(said))))
+}
