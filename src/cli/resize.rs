@@ -64,7 +64,7 @@ const AFTER_HELP: &str = "\
 Examples:
   vhdx-ublk resize disk.vhdx --size 200G
   vhdx-ublk resize disk.vhdx --size +50G
-  vhdx-ublk resize disk.vhdx --size +50G --grow-fs the last partition and its file system, too
+  vhdx-ublk resize disk.vhdx --size +50G --grow-fs   the last partition and its file system, too
   vhdx-ublk resize disk.vhdx --minimum --dry-run   show how small the disk can be
 
 Partitions and file systems do not shrink with the disk: shrink them before it. They grow with it by
