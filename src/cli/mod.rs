@@ -60,7 +60,7 @@ use anyhow::Result;
 use clap::{CommandFactory, Parser, Subcommand};
 
 use vhdx_ublk::device::confine;
-use vhdx_ublk::error::Kind;
+use vhdx_ublk::error::{Error, Kind};
 use vhdx_ublk::system::units;
 
 /// Exit statuses, as the help text states them.

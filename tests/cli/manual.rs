@@ -155,9 +155,9 @@ fn completions_complete() {
 
 /// Commands whose examples need devices, and with them a kernel with ublk, or change `/etc`: the laboratory
 /// runs those.
-const WITH_DEVICES: [&str; 13] = [
+const WITH_DEVICES: [&str; 14] = [
     "add", "del", "list", "recover", "session", "snapshot", "features", "enable", "disable", "start",
-    "stats", "doctor", "metrics",
+    "stats", "doctor", "metrics", "upgrade",
 ];
 
 /// Options with which other commands need them, too.
