@@ -20,6 +20,7 @@ mod features;
 mod generate;
 mod generator;
 mod grow;
+mod help;
 mod helper;
 mod info;
 mod list;
@@ -70,7 +71,7 @@ const WRONG_USAGE: u8 = 2;
 
 /// Serve VHDX disk images as Linux block devices.
 #[derive(Parser)]
-#[command(version, max_term_width = 100, after_help = AFTER_HELP)]
+#[command(version, max_term_width = 100, after_help = AFTER_HELP, disable_help_subcommand = true)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -87,8 +88,11 @@ Exit status: 0 success, 1 failure, 2 wrong usage; `check` and `compare` have the
 
 #[derive(Subcommand)]
 enum Command {
+    #[command(visible_alias = "attach")]
     Add(add::Add),
+    #[command(visible_aliases = ["detach", "rm", "stop"])]
     Del(del::Del),
+    #[command(visible_alias = "ls")]
     List(list::List),
     Recover(recover::Recover),
     Upgrade(upgrade::Upgrade),
@@ -109,10 +113,12 @@ enum Command {
     Map(map::Map),
     Check(check::Check),
     Relink(relink::Relink),
+    #[command(visible_alias = "grow")]
     Resize(resize::Resize),
     Merge(merge::Merge),
     Move(move_chain::Move),
     Set(set::Set),
+    #[command(visible_alias = "shrink")]
     Compact(compact::Compact),
     Salvage(salvage::Salvage),
     Convert(convert::Convert),
@@ -124,6 +130,7 @@ enum Command {
     MountHelper(helper::MountHelper),
     #[command(name = "umount.vhdx", hide = true)]
     UmountHelper(helper::UmountHelper),
+    Help(help::Help),
 }
 
 /// Commands that are run under names of their own.
@@ -165,7 +172,8 @@ impl Command {
             | Self::Merge(_)
             | Self::Move(_)
             | Self::Set(_)
-            | Self::Generate(_) => false,
+            | Self::Generate(_)
+            | Self::Help(_) => false,
         }
     }
 
@@ -216,6 +224,7 @@ impl Command {
             Self::Measure(measure) => measure.run()?,
             Self::Features(features) => features.run()?,
             Self::Generate(generate) => generate.run(Cli::command())?,
+            Self::Help(help) => help.run(Cli::command())?,
         }
         Ok(SUCCESS)
     }
@@ -328,11 +337,22 @@ mod tests {
         command.get_subcommands().for_each(|command| parse_examples(command, count));
     }
 
-    /// Every example of a help text is right usage, of commands that need a device too.
+    /// Every example of a help text and of the guide is right usage, of commands that need a device too.
     #[test]
     fn examples_are_right_usage() {
         let mut count = 0;
         parse_examples(&Cli::command(), &mut count);
+        for (page, text) in help::PAGES {
+            // The odd parts are between fences; a file or a version behind the name is no command.
+            let blocks = text.split("```").skip(1).step_by(2).flat_map(str::lines);
+            let is_call =
+                |call: &Vec<String>| call.get(1).is_some_and(|word| word.starts_with(char::is_alphabetic));
+            for call in blocks.flat_map(calls).filter(is_call) {
+                count += 1;
+                let parsed = Cli::try_parse_from(&call);
+                assert!(parsed.is_ok(), "{page}: {}", parsed.err().expect("looked at"));
+            }
+        }
         assert!(count > 50, "{count}");
     }
 

@@ -18,7 +18,7 @@ fn commands(of: &[&str]) -> Vec<String> {
     let help = run(&[of, &["--help"]].concat()).succeeded();
     let lines = help.lines().skip_while(|line| *line != "Commands:").skip(1).take_while(|l| !l.is_empty());
     let names = lines.filter_map(|line| line.strip_prefix("  ")?.split(' ').next().map(str::to_owned));
-    names.filter(|name| !name.is_empty() && name != "help").collect()
+    names.filter(|name| !name.is_empty()).collect()
 }
 
 /// The pages, by the names of their files.
@@ -155,9 +155,9 @@ fn completions_complete() {
 
 /// Commands whose examples need devices, and with them a kernel with ublk, or change `/etc`: the laboratory
 /// runs those.
-const WITH_DEVICES: [&str; 14] = [
-    "add", "del", "list", "recover", "session", "snapshot", "features", "enable", "disable", "start",
-    "stats", "doctor", "metrics", "upgrade",
+const WITH_DEVICES: [&str; 16] = [
+    "add", "del", "list", "recover", "session", "snapshot", "features", "upgrade", "stats", "metrics",
+    "doctor", "mount", "umount", "enable", "disable", "start",
 ];
 
 /// Options with which other commands need them, too.
@@ -304,4 +304,34 @@ fn every_example_of_a_help_text_works() {
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     assert!(count > 35, "only {count} examples were found");
+}
+
+/// The words that people try are names of commands, and `help` explains tasks and commands.
+#[test]
+fn help_explains_tasks_and_commands() {
+    let list = run(&["help"]).succeeded();
+    for task in ["shrink", "grow", "backup", "guest", "windows", "export", "upgrade", "boot", "watch"] {
+        assert!(list.contains(&format!("\n  {task} ")), "{list}");
+        let page = run(&["help", task]).succeeded();
+        let title = page.lines().next().expect("a title");
+        assert!(list.contains(title.trim_end_matches('.')) && page.contains("vhdx-ublk "), "{page}");
+    }
+    assert_eq!(run(&["help", "convert"]).succeeded(), run(&["convert", "--help"]).succeeded());
+    let listed = run(&["help", "session", "list"]).succeeded();
+    assert_eq!(listed, run(&["session", "list", "--help"]).succeeded());
+    let message = run(&["help", "bogus"]).failed(2);
+    assert!(message.contains("bogus"), "{message}");
+    for (name, command) in [
+        ("attach", "add"),
+        ("detach", "del"),
+        ("rm", "del"),
+        ("stop", "del"),
+        ("ls", "list"),
+        ("shrink", "compact"),
+        ("grow", "resize"),
+    ] {
+        let help = run(&[name, "--help"]).succeeded();
+        assert_eq!(help, run(&[command, "--help"]).succeeded());
+        assert!(run(&["--help"]).succeeded().contains(name), "{name}");
+    }
 }

@@ -1,0 +1,105 @@
+//! `help`: the help of a command, or a page of the guide.
+
+use clap::Command;
+use clap::error::ErrorKind;
+
+use vhdx_ublk::error::{Doing, Error, Kind, Result};
+
+use super::output;
+
+/// The pages of the guide: the word by which each is asked for, and its text.
+pub const PAGES: [(&str, &str); 13] = [
+    ("wsl", include_str!("../guide/wsl.md")),
+    ("rescue", include_str!("../guide/rescue.md")),
+    ("kubernetes", include_str!("../guide/kubernetes.md")),
+    ("shrink", include_str!("../guide/shrink.md")),
+    ("grow", include_str!("../guide/grow.md")),
+    ("backup", include_str!("../guide/backup.md")),
+    ("guest", include_str!("../guide/guest.md")),
+    ("windows", include_str!("../guide/windows.md")),
+    ("boot", include_str!("../guide/boot.md")),
+    ("watch", include_str!("../guide/watch.md")),
+    ("network-images", include_str!("../guide/network-images.md")),
+    ("upgrade", include_str!("../guide/upgrade.md")),
+    ("export", include_str!("../guide/export.md")),
+];
+
+/// Show how a task is done, or the help of a command.
+///
+/// Without a name it lists the tasks. A task that is called like a command is shown as the task; the help of
+/// that command is in its `--help`.
+#[derive(clap::Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct Help {
+    /// The task or the command
+    #[arg(value_name = "TASK|COMMAND")]
+    names: Vec<String>,
+}
+
+const AFTER_HELP: &str = "\
+Examples:
+  vhdx-ublk help               list the tasks
+  vhdx-ublk help backup        how to back a disk up
+  vhdx-ublk help session list  the help of this command
+
+Exit status: 0 shown, 2 there is no such task and no such command.";
+
+impl Help {
+    /// Runs the command: `line` is the whole command line.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::Usage`] if there is nothing of this name.
+    pub fn run(&self, mut line: Command) -> Result<()> {
+        let [first, rest @ ..] = &self.names[..] else {
+            line.print_help().doing("writing the output")?;
+            return output::print(&tasks());
+        };
+        if let Some((_, text)) = PAGES.iter().find(|(name, _)| name == first).filter(|_| rest.is_empty()) {
+            return output::print(text.trim_end());
+        }
+        let words = ["vhdx-ublk"].into_iter().chain(self.names.iter().map(String::as_str)).chain(["--help"]);
+        match line.try_get_matches_from_mut(words) {
+            Err(help) if help.kind() == ErrorKind::DisplayHelp => help.print().doing("writing the output"),
+            _ => {
+                let message = format!("there is no task and no command {}", self.names.join(" "));
+                Err(Error::new(Kind::Usage, message).remedy("`vhdx-ublk help` lists both"))
+            }
+        }
+    }
+}
+
+/// The list of the tasks, each with the first line of its page.
+fn tasks() -> String {
+    let row = |(name, text): &(&str, &str)| {
+        let title = text.lines().next().unwrap_or_default();
+        format!("\n  {name:14} {}", title.trim_end_matches('.'))
+    };
+    let rows: String = PAGES.iter().map(row).collect();
+    format!("\nTasks, which `vhdx-ublk help TASK` explains:{rows}")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    /// Every page of the guide can be asked for, and begins with its title.
+    #[test]
+    fn no_page_is_missing() {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/src/guide");
+        let names = fs::read_dir(folder).expect("the guide").map(|item| item.expect("readable").file_name());
+        let names = names.map(|name| name.into_string().expect("UTF-8"));
+        let mut there: Vec<_> =
+            names.filter_map(|name| name.strip_suffix(".md").map(str::to_owned)).collect();
+        let mut known = PAGES.map(|(name, _)| name.to_owned()).to_vec();
+        there.sort();
+        known.sort();
+        assert_eq!(known, there);
+        for (name, text) in PAGES {
+            let title = text.lines().next().unwrap_or_default();
+            assert!(title.ends_with('.') && title.len() < 80 && !title.starts_with('#'), "{name}: {title}");
+        }
+    }
+}
