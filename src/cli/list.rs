@@ -272,6 +272,7 @@ mod tests {
             "id": 3, "device": "/dev/ublkb3", "name": "data", "image": "/images/disk.vhdx", "pid": 1234,
             "state": "fail-io", "health": "waiting", "last_error": "no room", "queues": 2, "depth": 64,
             "read_only": true, "zero_copy": true, "recovery": "none", "size": 1_073_741_824, "failure": null,
+            "version": "0.1.0",
         }]);
         assert_eq!(json, expected);
         let json = serde_json::to_value(Row::unknown(1, "damaged".into())).expect("serialisable");
@@ -281,10 +282,10 @@ mod tests {
     #[test]
     fn a_row_says_the_same() {
         let known = row(&Row::of(listed(), condition())).expect("every state has a name");
-        let expected = "/dev/ublkb3 data fail-io waiting read-only 1 GiB 2 64 1234 /images/disk.vhdx";
+        let expected = "/dev/ublkb3 data fail-io waiting read-only 1 GiB 2 64 1234 0.1.0 /images/disk.vhdx";
         assert_eq!(known.join(" "), expected);
         let unknown = row(&Row::unknown(1, "damaged".into())).expect("as well");
-        assert_eq!(unknown.join(" "), "/dev/ublkb1 - unknown unknown ? ? ? ? ? ? (damaged)");
+        assert_eq!(unknown.join(" "), "/dev/ublkb1 - unknown unknown ? ? ? ? ? ? ? (damaged)");
     }
 
     #[test]
