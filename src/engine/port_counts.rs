@@ -17,7 +17,7 @@ use crate::disk::tally::{Histogram, Tally, Times};
 /// What a tag may wait for, by the names that reports use.
 const REASONS: [&str; 5] = ["session", "space", "unmap", "zero", "flush"];
 
-/// Which of [`REASONS`] an ask has.
+/// What an ask waits for, of those that reports name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Reason(usize);
 

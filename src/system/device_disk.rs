@@ -1,4 +1,4 @@
-//! What is on a block device, as [`contents`](crate::operations::contents) reads it.
+//! What is on a block device, as [`contents`] reads it.
 
 use std::os::unix::fs::FileExt;
 use std::path::Path;

@@ -241,7 +241,7 @@ impl Control {
     /// Takes the device from its server, in an orderly way: new requests wait in the kernel, and every tag
     /// that is idle comes back as aborted; those that are served are completed. Where that cannot begin
     /// within `patience`, requests wait all the same. Only the next server's [`Self::end_recovery`] ends
-    /// that, so the server must end. Only where the device has [`QUIESCE_FEATURE`].
+    /// that, so the server must end. Only where the device has `QUIESCE_FEATURE`.
     ///
     /// # Errors
     ///
