@@ -33,8 +33,9 @@ use crate::format::metadata::DiskType;
 use crate::image::{self, BlockMap, Extent, Image, ReadImage, WritableImage, payload_extent};
 use crate::operations::Watch;
 
-/// Bytes that a batch of moves copies, at most, unless a single block is longer.
-const BATCH: u64 = 256 << 20;
+/// Bytes that a batch of moves copies, at most, unless a single block is longer: what a kill costs. A disk
+/// writes them in less than a second, so a compaction that is killed every second ends all the same.
+const BATCH: u64 = 32 << 20;
 
 /// The most blocks with space of an image that is compacted: their plan takes 150 bytes of memory for each.
 const MOST_BLOCKS: u64 = 16 << 20;
