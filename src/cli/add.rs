@@ -30,8 +30,8 @@ use vhdx_ublk::device::{
 };
 use vhdx_ublk::disk::{Access, ImageFile, Sparse};
 use vhdx_ublk::error::{Doing, Error, Kind, Result};
-use vhdx_ublk::operations::Devices;
 use vhdx_ublk::operations::children::refuse_parent;
+use vhdx_ublk::operations::{Devices, refuse_foreign_links};
 
 use super::parent_options::ParentOptions;
 use super::{detached, notify, output};
@@ -190,9 +190,9 @@ impl Add {
         // The kernel cuts to the same number; buffers are judged by what there will be.
         let queues = self.queues.unwrap_or(default).min(most_queues());
         let request_bytes = request_bytes(queues, self.depth);
-        let Self { id, depth, recovery, zero_copy, for_mount, .. } = *self;
+        let Self { id, depth, recovery, zero_copy, for_mount, private, .. } = *self;
         let name = self.name.clone();
-        Options { id, name, for_mount, queues, depth, request_bytes, recovery, zero_copy }
+        Options { id, name, for_mount, private, queues, depth, request_bytes, recovery, zero_copy }
     }
 
     /// The command line of the daemon.
@@ -253,6 +253,9 @@ impl Add {
     fn open(&self) -> Result<(Arc<ImageFile>, Access)> {
         let (path, access) = self.source()?;
         let file = open(&path, access)?;
+        if self.fd.is_none() {
+            refuse_foreign_links(&path, &file)?;
+        }
         file.set_sparse(self.sparse);
         if let Some(fd) = self.fd {
             nix::unistd::close(fd).doing("closing the caller's descriptor")?;

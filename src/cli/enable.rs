@@ -1,12 +1,13 @@
 //! `enable` and `disable`: which disks are served from boot on.
 
 use std::ffi::OsString;
-use std::fs;
 use std::path::{self, Path, PathBuf};
 use std::process::Command;
 
 use vhdx_ublk::device::name::Name;
+use vhdx_ublk::device::registry::Registry;
 use vhdx_ublk::error::{Doing, Error, Kind, Locate, Result};
+use vhdx_ublk::operations::named_file;
 use vhdx_ublk::system::table::{self, Disk, Table};
 use vhdx_ublk::system::units;
 
@@ -57,14 +58,14 @@ impl Enable {
     /// Runs the command.
     pub fn run(&self) -> Result<()> {
         let image = path::absolute(&self.image).doing("finding the image").file(&self.image)?;
-        let found = fs::metadata(&image).doing("finding the image").file(&image)?;
+        let found = named_file::find(&image)?.metadata().doing("finding the image").file(&image)?;
         if !found.is_file() {
             return Err(Error::new(Kind::Unsupported, "it is not a regular file").file(&image));
         }
         let options = self.options.clone().unwrap_or_default();
         let disk = Disk::new(self.name.as_str().as_ref(), image.as_os_str(), &options)?;
         start::add_of(&disk)?;
-        Table::read(Path::new(table::PATH))?.add(&disk)?;
+        table_to_change()?.add(&disk)?;
         output::print_line(&format!("{}: added {} with {}", table::PATH, disk.name, image.display()))?;
         let Some(unit) = reload(&self.name)? else {
             return output::print_line(&format!("serve it now: vhdx-ublk start {}", self.name));
@@ -77,7 +78,7 @@ impl Disable {
     /// Runs the command.
     pub fn run(&self) -> Result<()> {
         let (name, path) = (self.name.display(), Path::new(table::PATH));
-        if !Table::read(path)?.remove(&self.name)? {
+        if !table_to_change()?.remove(&self.name)? {
             let message = format!("no line has the name {name}");
             return Err(Error::new(Kind::NotFound, message).file(path).remedy("vhdx-ublk list"));
         }
@@ -88,6 +89,11 @@ impl Disable {
         }
         Ok(())
     }
+}
+
+/// The table, which no other process changes until it is dropped.
+fn table_to_change() -> Result<Table> {
+    Table::read_to_change(Path::new(table::PATH), &Registry::open()?.table_lock_path())
 }
 
 /// Has systemd read the table again. The unit of the disk; none where systemd does not run the machine.

@@ -60,14 +60,16 @@ An image in another folder than the child is written only if --into names it, an
 The ancestor gets the size of the child: a fixed one needs space for all new blocks, a larger one
 loses the data beyond the end (--shrink).
 With --copy, only FILE and the merged images are written. FILE shares its blocks with the ancestor
-where the host can do that. A command that was interrupted is repeated as it was.
+where the host can do that, and belongs to the child's owner. A command that was interrupted is
+repeated as it was.
 Exit status: 0 merged, 1 failure (the child reads as before), 2 wrong usage.";
 
 impl Merge {
     /// Runs the command.
     pub fn run(self) -> Result<()> {
         let Self { child, into, children, copy, force, shrink, parents, progress } = self;
-        let mut request = Request { child, into, children, search: parents.search(), force, shrink };
+        let mut request =
+            Request { child, into, copied: None, children, search: parents.search(), force, shrink };
         let (reactor, merging) = (Reactor::new()?, Merging(progress.start()?));
         if let Some(copy) = copy {
             request.copy_target(&copy, &reactor, &Claims, &merging)?;

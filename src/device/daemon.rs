@@ -133,6 +133,8 @@ struct Device<E> {
     /// What it has done.
     sources: Sources,
     manager: Option<ServiceManager>,
+    /// It gets no names.
+    private: bool,
 }
 
 impl<E: EngineHandle> Device<E> {
@@ -171,8 +173,20 @@ impl<E: EngineHandle> Device<E> {
         let entry = Arc::new(Mutex::new(entry));
         let sources = Sources::new(info.queues, spec.sync_times.clone());
         let (cdev, engine) = (None, None);
-        let device =
-            Self { control, info, transfer, registry, entry, cdev, engine, supervisor, sources, manager };
+        let private = options.private;
+        let device = Self {
+            control,
+            info,
+            transfer,
+            registry,
+            entry,
+            cdev,
+            engine,
+            supervisor,
+            sources,
+            manager,
+            private,
+        };
         match check_granted(&new, &info).and(written) {
             Ok(()) => Ok(device),
             Err(error) => Err(device.take_down(Err(error)).expect_err("it failed")),
@@ -204,7 +218,21 @@ impl<E: EngineHandle> Device<E> {
         let (transfer, entry) = (transfer(&info, BufferIndex::Tag), Arc::new(Mutex::new(entry)));
         let sources = Sources::new(info.queues, spec.sync_times.clone());
         let (cdev, engine) = (None, None);
-        Ok(Self { control, info, transfer, registry, entry, cdev, engine, supervisor, sources, manager })
+        // A private device is not recovered.
+        let private = false;
+        Ok(Self {
+            control,
+            info,
+            transfer,
+            registry,
+            entry,
+            cdev,
+            engine,
+            supervisor,
+            sources,
+            manager,
+            private,
+        })
     }
 
     fn bring_up(
@@ -248,6 +276,9 @@ impl<E: EngineHandle> Device<E> {
     }
 
     fn publish_names(&self, spec: &DeviceSpec) -> Option<u64> {
+        if self.private {
+            return None;
+        }
         let name = self.entry.lock().unwrap_or_else(PoisonError::into_inner).name.clone();
         let names = Names { id: self.info.id, disk_id: spec.disk_id, name: name.as_ref() };
         links::publish(self.registry.directory(), &names)

@@ -3,7 +3,8 @@
 //! udev makes them, by the rule that comes with this program. What the rule has to know is in a file whose
 //! name is the *disk sequence number*, which the kernel gives each disk once: a later device of the same
 //! number does not get these names. A synthetic event has udev look at the device again. Where udev makes no
-//! link to a name, because it does not run or lacks the rule, the daemon makes it.
+//! link to a name, because it does not run or lacks the rule, the daemon makes it. A private device has no
+//! such file: it gets no names.
 //!
 //! A failure costs the names and not the device: it is a warning.
 

@@ -73,6 +73,8 @@ pub struct Options {
     pub name: Option<Name>,
     /// It is removed with the last mount of it.
     pub for_mount: bool,
+    /// Only the process that has it made uses it: it gets no names.
+    pub private: bool,
     /// Queues; the kernel gives at most one per CPU.
     pub queues: u16,
     /// Requests in flight per queue.
@@ -91,6 +93,7 @@ impl Default for Options {
             id: None,
             name: None,
             for_mount: false,
+            private: false,
             queues: 1,
             depth: 64,
             request_bytes: 512 << 10,

@@ -179,9 +179,18 @@ impl Place {
     ///
     /// What the operating system says.
     pub fn is_taken(&self) -> Result<bool> {
+        self.occupant().map(|found| found.is_some())
+    }
+
+    /// What is here, if there is anything; a link is not followed.
+    ///
+    /// # Errors
+    ///
+    /// What the operating system says.
+    pub fn occupant(&self) -> Result<Option<HostFile>> {
         match fstatat(&self.folder, &*self.name, AtFlags::AT_SYMLINK_NOFOLLOW) {
-            Ok(_) => Ok(true),
-            Err(Errno::ENOENT) => Ok(false),
+            Ok(found) => Ok(Some(HostFile { device: found.st_dev, inode: found.st_ino })),
+            Err(Errno::ENOENT) => Ok(None),
             Err(errno) => Err(Error::io("looking for the file", errno.into()).file(&self.path)),
         }
     }

@@ -13,8 +13,8 @@ use crate::disk::{Disk, ImageFile, PAGE_BYTES, Place, Reactor, ReadDisk, Unfinis
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::format::{MIB, index};
 
-/// All permissions that a file has.
-const EVERYTHING: u32 = 0o777;
+/// What the owner of an image may always do with it.
+const PRIVATE: u32 = 0o600;
 
 /// How much is copied at once, bytes.
 const WINDOW_BYTES: u64 = 4 * MIB;
@@ -25,6 +25,9 @@ pub(super) struct Duplicate<'a> {
     pub(super) of: &'a Member,
     /// Where its copy will be.
     pub(super) at: &'a Place,
+    /// The image whose owner the copy gets, and whose permissions, as far as others have them of the copied
+    /// image.
+    pub(super) like: &'a Member,
     /// The parent that the copy names, if it is not the one of the image.
     pub(super) parent: Option<&'a Path>,
     /// Bytes for which there must be room, if blocks cannot be shared.
@@ -39,7 +42,7 @@ impl Duplicate<'_> {
     /// [`Kind::Exists`] if there is something at its place; [`Kind::NoSpace`]; [`Kind::Stopped`]; what the
     /// operating system says. Nothing of the copy is left then.
     pub(super) fn make(&self, reactor: &Reactor, watch: &impl Watch) -> Result<()> {
-        let Self { of, at, parent, needed } = *self;
+        let Self { of, at, like, parent, needed } = *self;
         let unfinished = Unfinished::default();
         let beside = at.beside(format!(".vhdx-ublk-{}.tmp", Uuid::new_v4().simple()).as_ref())?;
         let file = unfinished.create(beside)?;
@@ -53,7 +56,7 @@ impl Duplicate<'_> {
         }
         let synced = reactor.block_on(reactor.disk(Arc::clone(&file)).sync());
         synced.doing("syncing the copy").file(at.path())?;
-        file.resemble(&of.file, EVERYTHING)?;
+        file.resemble(&like.file, of.file.mode()? | PRIVATE)?;
         unfinished.name(at)
     }
 }

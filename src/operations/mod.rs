@@ -36,6 +36,7 @@ mod watch;
 mod workers;
 
 pub use devices::Devices;
+pub use replaced::refuse_foreign_links;
 pub use watch::Watch;
 
 #[cfg(test)]
@@ -150,6 +151,7 @@ mod tests {
         let request = merge::Request {
             child: child.clone(),
             into,
+            copied: None,
             children: Vec::new(),
             search,
             force: false,

@@ -2,6 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use super::{Devices, locked, replaced};
@@ -14,6 +15,19 @@ pub struct NamedFile {
     pub path: PathBuf,
     /// The file.
     pub file: File,
+}
+
+/// Finds the file of the image at `path`, which is not opened for reading or writing.
+///
+/// # Errors
+///
+/// [`Kind::Permission`](crate::error::Kind::Permission) if a link of another user leads to it; what the
+/// operating system says.
+pub fn find(path: &Path) -> Result<File> {
+    let found = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(path);
+    let found = found.doing("finding the image").file(path)?;
+    replaced::refuse_foreign_links(path, &found)?;
+    Ok(found)
 }
 
 /// Opens the file of the image at `path` for writing, if nothing uses it now. Its name is followed once: what

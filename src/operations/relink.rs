@@ -6,6 +6,7 @@ use super::{Devices, inspect, locked, naming};
 use crate::chain::{self, Layer, Member, Search};
 use crate::disk::{Access, Reactor};
 use crate::error::{Error, Kind, Locate, Result};
+use crate::format::locator::PARENT_LINKAGE2;
 
 /// Has the image at `child` name the image at `parent` as its parent. Only the child's metadata changes, as a
 /// whole or not at all; a child that names the file already does not change. With `ignore_mismatch` the
@@ -24,7 +25,13 @@ pub fn relink(child: &Path, parent: &Path, ignore_mismatch: bool, devices: &dyn 
     }
     let parent = locked::open(&reactor, parent, Access::ReadOnly, devices)?;
     child.image.check_writable().file(child.path())?;
-    let locator = chain::with_parent(&child, &parent, ignore_mismatch)?;
+    let mut locator = chain::with_parent(&child, &parent, ignore_mismatch)?;
+    // A merge into another file that was cut is given up: this parent is as it was before.
+    let is_as_before =
+        locator.linkage().is_ok_and(|linkage| linkage == parent.image.header.header.data_write_guid);
+    if is_as_before && locator.linkage2().is_some() {
+        locator.remove(PARENT_LINKAGE2);
+    }
     refuse_cycle(&child, &parent)?;
     if child.image.metadata.parent_locator.as_ref() == Some(&locator) {
         return Ok(());

@@ -44,7 +44,7 @@ const FOLLOWING: &str = "following the links to the file";
 /// # Errors
 ///
 /// As [`require`].
-pub(super) fn refuse_foreign_links(named: &Path, old: &impl AsFd) -> Result<()> {
+pub fn refuse_foreign_links(named: &Path, old: &impl AsFd) -> Result<()> {
     let opened = fstat(old.as_fd()).doing(FOLLOWING).file(named)?;
     let identity = HostFile { device: opened.st_dev, inode: opened.st_ino };
     let mut path = named.to_owned();

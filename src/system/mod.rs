@@ -9,7 +9,8 @@
 //! * [`grow`]: the file system at the end of a disk that has grown;
 //! * [`doctor`], [`metrics`]: whether a machine and an image are fit for use; what devices have done, for
 //!   monitoring;
-//! * [`table`], [`units`], `escape`: the disks that are served from boot on, and what systemd learns of them.
+//! * [`table`], [`units`], `escape`: the disks that are served from boot on, and what systemd learns of them;
+//! * `lock`: one mount, or change of the table, at a time.
 //!
 //! It may use everything below it, and only `cli` uses it.
 
@@ -18,6 +19,7 @@ pub mod doctor;
 mod driver;
 mod escape;
 pub mod grow;
+mod lock;
 pub mod metrics;
 pub mod mount;
 mod mounted;

@@ -7,7 +7,8 @@
 //! ```
 //!
 //! A line that is wrong spoils no other. The table is replaced as a whole: it is written under another name,
-//! synced and renamed, so a power cut leaves the old one or the new one.
+//! synced and renamed, so a power cut leaves the old one or the new one. Of two changes at once, one waits
+//! until the other has renamed it.
 
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
@@ -17,7 +18,10 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
 
+use nix::fcntl::Flock;
+
 use super::escape::{from_field, to_field};
+use super::lock;
 use crate::device::name::Name;
 use crate::error::{Doing, Error, Kind, Locate, Result};
 
@@ -147,6 +151,8 @@ pub struct Table {
     text: Vec<u8>,
     /// Its owner, group and mode; none if there is no file.
     attributes: Option<(u32, u32, u32)>,
+    /// What keeps other changes waiting.
+    _lock: Option<Flock<File>>,
 }
 
 impl Table {
@@ -159,7 +165,7 @@ impl Table {
         let opened = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path);
         let file = match opened {
             Err(error) if error.kind() == ErrorKind::NotFound => {
-                return Ok(Self { path: path.into(), text: Vec::new(), attributes: None });
+                return Ok(Self { path: path.into(), text: Vec::new(), attributes: None, _lock: None });
             }
             opened => opened.doing("opening the table").file(path)?,
         };
@@ -171,7 +177,18 @@ impl Table {
         let mut text = Vec::new();
         file.take(MAX_BYTES).read_to_end(&mut text).doing("reading the table").file(path)?;
         let attributes = Some((found.uid(), found.gid(), found.permissions().mode() & 0o7777));
-        Ok(Self { path: path.into(), text, attributes })
+        Ok(Self { path: path.into(), text, attributes, _lock: None })
+    }
+
+    /// As [`Self::read`], for a change: until the table is dropped, every other change that locks the file
+    /// `lock` waits.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Self::read`]; [`Kind::InUse`] if another change takes too long.
+    pub fn read_to_change(path: &Path, lock: &Path) -> Result<Self> {
+        let lock = lock::acquire(lock, "another change of the table of disks")?;
+        Ok(Self { _lock: Some(lock), ..Self::read(path)? })
     }
 
     /// Where it is.
@@ -421,6 +438,23 @@ mod tests {
         let error = table.add(&disk("data", "/a", "").expect("good")).expect_err("taken");
         assert_eq!(error.kind(), Kind::Exists);
         assert!(table.remove("data".as_ref()).expect("it can be removed"));
+    }
+
+    /// Each of many changes at once is made to the table that the one before has left.
+    #[test]
+    fn changes_at_once_are_all_made() {
+        let (place, table) = table("");
+        let lock = place.path().join("lock");
+        std::thread::scope(|scope| {
+            for number in 0..16 {
+                let (path, lock) = (&table.path, &lock);
+                scope.spawn(move || {
+                    let disk = disk(&format!("disk{number}"), "/a", "").expect("good");
+                    Table::read_to_change(path, lock).expect("readable").add(&disk).expect("room");
+                });
+            }
+        });
+        assert_eq!(Table::read(&table.path).expect("there").lines().len(), 16);
     }
 
     #[test]

@@ -48,6 +48,52 @@ fn state(path: &Path) -> (u32, u32, u32, Vec<u8>) {
     (found.uid(), found.gid(), found.mode(), fs::read(path).expect("readable"))
 }
 
+/// The copy that a merge leaves is as private as the child was, and as the base that it is a copy of.
+#[test]
+fn a_copy_of_the_parent_belongs_to_the_owner_of_the_child() {
+    if !nix::unistd::geteuid().is_root() {
+        return super::skipped("only root gives files away: the owner of `merge --copy` is not tested");
+    }
+    for (of_base, of_child, of_copy) in [(0o644, 0o600, 0o600), (0o600, 0o644, 0o600), (0o640, 0o666, 0o640)]
+    {
+        let bench = Bench::new();
+        let parent = base(&bench, "base.vhdx");
+        let child = child_of(&bench, &parent, "child.vhdx");
+        for (path, mode) in [(&parent, of_base), (&child, of_child)] {
+            fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("ours");
+        }
+        chown(&child, Some(UNPRIVILEGED), Some(UNPRIVILEGED)).expect("root may");
+        let copy = bench.path("copy.vhdx");
+        let merged = ended_on("merge", &child, &["--copy", copy.to_str().expect("UTF-8")]);
+        assert_eq!(merged.status, Some(0), "{}", merged.stderr);
+        let (owner, group, mode, _) = state(&copy);
+        assert_eq!((owner, group, mode & 0o7777), (UNPRIVILEGED, UNPRIVILEGED, of_copy), "{of_base:o}");
+    }
+}
+
+/// A disk is served from boot on, or mounted, without anybody who looks at the image's name.
+#[test]
+fn an_image_behind_a_link_of_another_user_is_neither_mounted_nor_enabled() {
+    if !nix::unistd::geteuid().is_root() {
+        return super::skipped("only root gives links away: links to mounted images are not tested");
+    }
+    let bench = Bench::new();
+    let image = base(&bench, "image.vhdx");
+    let link = bench.path("link.vhdx");
+    symlink(&image, &link).expect("room");
+    lchown(&link, Some(UNPRIVILEGED), Some(UNPRIVILEGED)).expect("root may");
+    fs::create_dir(bench.path("mnt")).expect("room");
+    let (link, folder) = (link.to_str().expect("UTF-8"), bench.path("mnt"));
+    // The wrong option keeps the table of this machine as it is, whatever happens.
+    for arguments in [["mount", link, folder.to_str().expect("UTF-8"), "-r"], ["enable", "x", link, "wrong"]]
+    {
+        let mut command = program();
+        command.args(arguments);
+        let message = ended(command).failed(1);
+        assert!(message.contains("a symbolic link of another user"), "{message}");
+    }
+}
+
 /// As `/etc/shadow` is.
 fn secret(bench: &Bench) -> PathBuf {
     let path = bench.path("shadow");

@@ -424,14 +424,15 @@ fn a_copy_of_the_parent_leaves_that_to_its_other_children() {
 /// Wherever it was interrupted, the same command finishes; a file that is no copy is left alone.
 #[test]
 fn a_merge_into_a_copy_is_finished_and_takes_no_other_file() {
-    for step in ["copied", "relinked"] {
+    for step in ["copied", "named"] {
         let bench = Bench::new();
         let ([base, one, other], disks) = siblings(&bench);
         let before = Snapshot::of(&base);
         let copy = bench.path("own.vhdx");
-        fs::copy(&base, &copy).expect("room");
-        if step == "relinked" {
-            ran_relink(&one, &copy);
+        if step == "copied" {
+            fs::copy(&base, &copy).expect("room");
+        } else {
+            merged_without_room(&one, &base, &copy);
         }
         merged(&one, &["--copy", copy.to_str().expect("UTF-8")]);
         before.assert_kept(&base);
@@ -452,11 +453,46 @@ fn a_merge_into_a_copy_is_finished_and_takes_no_other_file() {
     for (path, before) in &before {
         before.assert_kept(path);
     }
+    // What the user has made the parent is no copy that this command has made, even after one that was cut.
+    merged_without_room(&one, &base, &bench.path("own.vhdx"));
+    for parent in [&copied, &base] {
+        let relinked = program().arg("relink").args([&one, parent]).output().expect("it runs");
+        Ran::from(relinked).succeeded();
+        let refused = on("merge", &one, &["--copy", parent.to_str().expect("UTF-8")]).failed(1);
+        assert!(refused.contains("an image of the chain"), "{refused}");
+    }
 }
 
-fn ran_relink(child: &Path, parent: &Path) {
-    let relinked = program().arg("relink").arg(child).arg(parent).output().expect("it runs");
-    Ran::from(relinked).succeeded();
+/// Merges into a copy that cannot become larger than the base: it is the parent then, and nothing is merged.
+fn merged_without_room(child: &Path, base: &Path, copy: &Path) {
+    let limit = fs::metadata(base).expect("there").len() / 512;
+    let script = format!(r#"ulimit -f {limit}; exec "$0" merge "$1" --copy "$2""#);
+    let mut command = Command::new("sh");
+    command.args(["-c", &script, env!("CARGO_BIN_EXE_vhdx-ublk")]).args([child, copy]);
+    let message = Ran::from(command.output().expect("it runs")).failed(1);
+    assert!(message.contains("ulimit -f"), "{message}");
+    assert_eq!(info(child)["parent"]["relative_path"], r".\own.vhdx");
+}
+
+/// The parent under another name, a link to it, and itself: it is not a copy, and keeps every byte. Its other
+/// children may be anywhere.
+#[test]
+fn a_merge_into_a_copy_never_takes_the_parent_for_one() {
+    let bench = Bench::new();
+    let base = base(&bench, "base.vhdx");
+    let one = child_of(&bench, &base, "one.vhdx");
+    let mut disk = vec![0; usize::try_from(BLOCKS * MIB).expect("small")];
+    Layer { path: &one, disk: &mut disk }.whole(1, 0x41);
+    let [link, second] = ["link.vhdx", "second.vhdx"].map(|name| bench.path(name));
+    std::os::unix::fs::symlink("base.vhdx", &link).expect("room");
+    fs::hard_link(&base, &second).expect("room");
+    let before = [&base, &one].map(|path| (path, fs::read(path).expect("readable")));
+    for taken in [&base, &link, &second, &one] {
+        on("merge", &one, &["--copy", taken.to_str().expect("UTF-8")]).failed(1);
+        for (path, before) in &before {
+            assert!(fs::read(path).expect("readable") == *before, "{} has changed", path.display());
+        }
+    }
 }
 
 /// Killed at any moment, both disks read as before, and the same command again finishes.

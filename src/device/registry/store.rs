@@ -102,6 +102,11 @@ impl Registry {
         self.directory.join(".mount")
     }
 
+    /// The file that a change of the table of disks locks.
+    pub fn table_lock_path(&self) -> PathBuf {
+        self.directory.join(".table")
+    }
+
     fn entry_path(&self, id: u32) -> PathBuf {
         self.directory.join(format!("{id}.json"))
     }

@@ -3,6 +3,7 @@
 use std::ffi::OsStr;
 use std::fmt;
 use std::fs;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
@@ -25,26 +26,37 @@ pub enum Target {
 }
 
 impl Target {
-    /// `3`, `ublkb3`, `/dev/ublkb3`, a partition of it, a link or another node that leads to one of these, a
-    /// name, `/dev/vhdx/NAME`, or an image's path.
+    /// `3`, `ublkb3`, `/dev/ublkb3`, a partition of it, the path of a link or another node that leads to
+    /// one of these, a name, `/dev/vhdx/NAME`, or an image's path.
+    ///
+    /// A word without `/` is a device's own name or number, or an image in this folder: no link that the
+    /// owner of the folder has put there leads it to a device.
     pub fn parse(text: &OsStr) -> Self {
+        Self::of(text, fs::canonicalize(text).ok())
+    }
+
+    /// As [`Self::parse`], for a path that leads to `resolved`, if there is such a file.
+    fn of(text: &OsStr, resolved: Option<PathBuf>) -> Self {
         let path = Path::new(text);
         if let Some(name) = Name::of_link(path) {
             return Self::Name(name, None);
         }
-        let resolved = fs::canonicalize(path).ok();
-        let in_dev = |path: &Path| id_of_node_name(path.strip_prefix("/dev").ok()?.to_str()?);
         let number = text.to_str().and_then(|text| text.parse().ok());
-        let by_path = || in_dev(path).or_else(|| in_dev(resolved.as_deref()?));
-        let by_node = || id_of_node(resolved.as_deref()?);
-        let by_name = || resolved.is_none().then(|| id_of_node_name(text.to_str()?)).flatten();
-        if let Some(id) = number.or_else(by_path).or_else(by_node).or_else(by_name) {
+        let is_word = !text.as_bytes().contains(&b'/');
+        let by_word = || is_word.then(|| id_of_node_name(text.to_str()?)).flatten();
+        if let Some(id) = number.or_else(by_word) {
             return Self::Id(id);
         }
-        let image = resolved.unwrap_or_else(|| absolute(path));
-        match text.to_str().and_then(|text| text.parse().ok()) {
-            Some(name) => Self::Name(name, Some(image)),
-            None => Self::Image(image),
+        let in_dev = |path: &Path| id_of_node_name(path.strip_prefix("/dev").ok()?.to_str()?);
+        let by_path = || in_dev(path).or_else(|| in_dev(resolved.as_deref()?));
+        let by_node = || id_of_node(resolved.as_deref()?);
+        let device = by_path().or_else(by_node);
+        let name = text.to_str().and_then(|text| text.parse().ok());
+        match (device, name) {
+            (Some(id), _) if !is_word => Self::Id(id),
+            (Some(_), Some(name)) => Self::Name(name, None),
+            (None, Some(name)) => Self::Name(name, Some(resolved.unwrap_or_else(|| absolute(path)))),
+            (_, None) => Self::Image(resolved.unwrap_or_else(|| absolute(path))),
         }
     }
 
@@ -184,6 +196,22 @@ mod tests {
         }
         let either = Target::Name(name("gone.vhdx"), Some(here.join("gone.vhdx")));
         assert_eq!(Target::parse("gone.vhdx".as_ref()), either);
+    }
+
+    /// The owner of the folder may put a link or a file of any name there.
+    #[test]
+    fn a_word_is_led_to_no_device_by_a_link() {
+        let of = |text: &str, resolved: &str| Target::of(text.as_ref(), Some(resolved.into()));
+        let data: Name = "data".parse().expect("a name");
+        assert_eq!(of("data", "/dev/ublkb0"), Target::Name(data.clone(), None));
+        assert_eq!(of("a b", "/dev/ublkb0"), Target::Image("/dev/ublkb0".into()));
+        for text in ["./data", "/tmp/data", "folder/a b"] {
+            assert_eq!(of(text, "/dev/ublkb0"), Target::Id(0), "{text}");
+        }
+        for text in ["3", "ublkb3", "ublkb3p1"] {
+            assert_eq!(of(text, "/images/other.vhdx"), Target::Id(3), "{text}");
+        }
+        assert_eq!(of("data", "/images/a.vhdx"), Target::Name(data, Some("/images/a.vhdx".into())));
     }
 
     #[test]

@@ -31,6 +31,8 @@ pub struct Request {
     pub child: PathBuf,
     /// The image that it is merged into, with all layers between; its parent by default.
     pub into: Option<PathBuf>,
+    /// The file of the copy that the target has become, if it is a copy.
+    pub copied: Option<HostFile>,
     /// Its children in other folders than the chain's. They become children of what it is merged into, as all
     /// its children do.
     pub children: Vec<PathBuf>,
@@ -111,10 +113,8 @@ impl Request {
     /// The child and its parents, and which of them is the target.
     fn find(&self) -> Result<(Vec<Found>, usize)> {
         let leaf = inspect(&self.child)?;
-        let into = self.into.as_ref();
-        let into = into
-            .map(|into| HostFile::at(into).doing("finding the image to merge into").file(into))
-            .transpose()?;
+        let named = |into: &PathBuf| HostFile::at(into).doing("finding the image to merge into").file(into);
+        let into = self.copied.map(Ok).or_else(|| self.into.as_ref().map(named)).transpose()?;
         let parents = chain::open_parents(&leaf, &self.search, inspect)?;
         let found: Vec<Found> = std::iter::once(&leaf).chain(&parents).map(Found::from).collect();
         if parents.is_empty() {

@@ -6,8 +6,10 @@
 //! 2. the lowest of the merged layers names the copy as its parent;
 //! 3. the layers are merged into the copy, as into any parent.
 //!
-//! A second run takes a file that is there for its own only if that is the parent already, or has the same
-//! content, byte by byte.
+//! A second run takes a file that is there for its own only if it has the same content, byte by byte, and is
+//! no image of the chain; or if it is the parent already, and the layer above it says so: with its new parent
+//! that layer gets a second linkage, which is otherwise that of a merge under way. The first images of a
+//! chain are thus never taken for a copy, whatever name or link leads to them.
 
 use std::path::Path;
 
@@ -15,8 +17,11 @@ use super::{Beside, LockedChain, Request};
 use crate::chain::{self, Layer};
 use crate::disk::{Access, Disk, HostFile, Place, Reactor, folder_of};
 use crate::error::{Doing, Error, Kind, Locate, Result};
+use crate::format::guid;
+use crate::format::locator::{PARENT_LINKAGE, PARENT_LINKAGE2};
+use crate::format::metadata::Metadata;
 use crate::operations::duplicate::Duplicate;
-use crate::operations::inspect::inspect;
+use crate::operations::inspect::{Inspected, inspect};
 use crate::operations::likeness::is_alike;
 use crate::operations::{Devices, Watch, locked, naming};
 
@@ -34,33 +39,82 @@ impl Request {
         devices: &dyn Devices,
         watch: &impl Watch,
     ) -> Result<()> {
-        if !self.has_parent(path)? {
-            let chain = LockedChain::lock(self, Beside::Keep, reactor, devices)?;
-            let place = Place::of(path)?;
-            if place.is_taken()? {
-                refuse_other(&chain, &place, reactor, devices)?;
-            } else {
-                // Side by side, one path leads to the parent of both.
-                let moves = folder_of(place.path()) != folder_of(chain.target());
-                let parent = chain.below.first().map(Layer::path).filter(|_| moves);
-                let needed = chain.target.file.host_bytes().doing("reading the attributes of the image");
-                let needed = needed.file(chain.target())?;
-                let made = Duplicate { of: &chain.target, at: &place, parent, needed }.make(reactor, watch);
-                made.map_err(with_remedy)?;
-            }
-            let lowest = chain.layers.last().expect("a merge has a layer");
-            naming::name_parent(lowest, lowest.path(), place.path(), None, reactor)?;
-        }
-        self.into = Some(path.to_owned());
+        let place = Place::of(path)?;
+        let copy = match self.own_copy(&place)? {
+            Some(copy) => copy,
+            None => self.make_copy(&place, reactor, devices, watch)?,
+        };
+        (self.into, self.copied) = (Some(path.to_owned()), Some(copy));
         Ok(())
     }
 
-    /// Whether the file at `path` is one of the child's parents.
-    fn has_parent(&self, path: &Path) -> Result<bool> {
-        let Ok(file) = HostFile::at(path) else { return Ok(false) };
-        let parents = chain::open_parents(&inspect(&self.child)?, &self.search, inspect)?;
-        Ok(parents.iter().any(|parent| parent.file == file))
+    /// The file at `place`, if it is the parent that an earlier run has made.
+    fn own_copy(&self, place: &Place) -> Result<Option<HostFile>> {
+        let Some(file) = place.occupant()? else { return Ok(None) };
+        let leaf = inspect(&self.child)?;
+        let parents = chain::open_parents(&leaf, &self.search, inspect)?;
+        let images: Vec<&Inspected> = std::iter::once(&leaf).chain(&parents).collect();
+        match images.iter().position(|image| image.file == file) {
+            None => Ok(None),
+            Some(number) if number > 0 && is_announced(&images[number - 1].image.metadata) => Ok(Some(file)),
+            Some(_) => Err(of_the_chain(place)),
+        }
     }
+
+    /// Steps 1 and 2 where there is no copy that is the parent. Returns the copy's file.
+    fn make_copy(
+        &self,
+        place: &Place,
+        reactor: &Reactor,
+        devices: &dyn Devices,
+        watch: &impl Watch,
+    ) -> Result<HostFile> {
+        let chain = LockedChain::lock(self, Beside::Keep, reactor, devices)?;
+        if place.is_taken()? {
+            refuse_other(&chain, place, reactor, devices)?;
+        } else {
+            // Side by side, one path leads to the parent of both.
+            let moves = folder_of(place.path()) != folder_of(chain.target());
+            let parent = chain.below.first().map(Layer::path).filter(|_| moves);
+            let needed = chain.target.file.host_bytes().doing("reading the attributes of the image");
+            let needed = needed.file(chain.target())?;
+            let like = &chain.layers[0];
+            let made = Duplicate { of: &chain.target, at: place, like, parent, needed };
+            made.make(reactor, watch).map_err(with_remedy)?;
+        }
+        let copy = place.occupant()?.filter(|copy| !chain.holds(*copy)).ok_or_else(|| of_the_chain(place))?;
+        chain.name_copy(place, reactor)?;
+        Ok(copy)
+    }
+}
+
+impl LockedChain {
+    /// Whether the file is that of one of its images.
+    fn holds(&self, file: HostFile) -> bool {
+        let mut images = self.layers.iter().chain([&self.target]).chain(&self.below).chain(&self.children);
+        images.any(|image| image.file.identity() == file)
+    }
+
+    /// Step 2.
+    fn name_copy(&self, place: &Place, reactor: &Reactor) -> Result<()> {
+        let lowest = self.layers.last().expect("a merge has a layer");
+        let mut locator = naming::locator(lowest, lowest.path(), place.path(), None)?;
+        let linkage = guid::print(self.target.image.header.header.data_write_guid);
+        locator.set(PARENT_LINKAGE, linkage.clone());
+        locator.set(PARENT_LINKAGE2, linkage);
+        naming::amend(&lowest.file, locator, reactor)
+    }
+}
+
+/// Whether the image knows that a merge into its parent is under way.
+fn is_announced(metadata: &Metadata) -> bool {
+    metadata.parent_locator.as_ref().is_some_and(|locator| locator.linkage2().is_some())
+}
+
+fn of_the_chain(place: &Place) -> Error {
+    let message = "it is an image of the chain itself, not a copy";
+    let error = Error::new(Kind::Exists, message).file(place.path());
+    error.remedy("choose another name for the copy")
 }
 
 /// Refuses what is at `place`, unless it is the copy that an earlier run has made.
@@ -70,6 +124,9 @@ fn refuse_other(chain: &LockedChain, place: &Place, reactor: &Reactor, devices: 
         Ok(there) if is_alike(&chain.target, &there, reactor)? => {
             // A link leads to nothing that this command has made.
             place.require(&there.file)?;
+            if chain.holds(there.file.identity()) {
+                return Err(of_the_chain(place));
+            }
             let synced = reactor.block_on(reactor.disk(there.file.clone()).sync());
             synced.doing("syncing the copy").file(place.path())?;
             place.sync()

@@ -95,7 +95,8 @@ pub(super) fn arrive(
     if from.link(&member.file, to)? {
         return Ok(Arrival::Same);
     }
-    let made = Duplicate { of: member, at: to, parent, needed: room.bytes }.make(reactor, moving);
+    let made = Duplicate { of: member, at: to, like: member, parent, needed: room.bytes };
+    let made = made.make(reactor, moving);
     made.map_err(|error| match error.kind() {
         Kind::NoSpace => error.remedy("the chain is complete at its old place: free space, and move again"),
         Kind::Stopped => error.remedy("the chain is complete at its old place; the same command moves it"),

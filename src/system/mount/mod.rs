@@ -12,17 +12,17 @@
 //! * one mount or unmount at a time: two mounts of one image share its device.
 
 mod choice;
-mod lock;
 mod mounted;
 mod options;
 
 use std::ffi::OsString;
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use choice::{Choice, Place};
 use mounted::Mounted;
+use nix::fcntl::Flock;
 pub use options::MountOptions;
 
 use crate::device::claims;
@@ -31,8 +31,9 @@ use crate::device::spec::Ready;
 use crate::device::stop::{self, How, Target};
 use crate::disk::HostFile;
 use crate::error::{Doing, Error, Kind, Locate, Result};
+use crate::operations::named_file;
 use crate::system::device_disk::DeviceDisk;
-use crate::system::node;
+use crate::system::{lock, node};
 
 /// Who unmounts: `umount DIR` calls `umount.vhdx`, which removes the device.
 const HELPER: &str = "helper=vhdx";
@@ -76,10 +77,11 @@ pub struct UnmountRequest {
 ///
 /// Whatever prevented it; nothing is left behind then. The kind is [`Kind::NotFound`] if there is no image.
 pub fn mount(request: &MountRequest, add: impl FnOnce() -> Result<Ready>) -> Result<()> {
-    let file = HostFile::at(&request.image).doing("finding the image").file(&request.image)?;
+    let found = named_file::find(&request.image)?.metadata();
+    let file = HostFile::of(&found.doing("finding the image").file(&request.image)?);
     let folder = fs::canonicalize(&request.folder).doing("finding the folder").file(&request.folder)?;
     let registry = Registry::open()?;
-    let _lock = lock::acquire(&registry)?;
+    let _lock = lock(&registry)?;
     let (id, is_new) = match served(file)? {
         Some(entry) => {
             refuse_read_only(&entry, request)?;
@@ -87,11 +89,25 @@ pub fn mount(request: &MountRequest, add: impl FnOnce() -> Result<Ready>) -> Res
         }
         None => (add()?.id, true),
     };
-    let mounted = mount_device(request, &folder, id);
+    let mounted = require(&registry, id, file, request).and_then(|()| mount_device(request, &folder, id));
     if mounted.is_err() && is_new {
         remove(&registry, id);
     }
     mounted
+}
+
+/// Keeps every other mount and unmount waiting until it is dropped.
+fn lock(registry: &Registry) -> Result<Flock<File>> {
+    lock::acquire(&registry.mount_lock_path(), "another mount or unmount of an image")
+}
+
+/// Fails unless the device serves the file that was examined: its name may lead elsewhere by now.
+fn require(registry: &Registry, id: u32, file: HostFile, request: &MountRequest) -> Result<()> {
+    if stop::find(registry, &Target::Id(id))?.entry.image_file == file {
+        return Ok(());
+    }
+    let error = Error::new(Kind::InUse, "it was replaced while it was being mounted").file(&request.image);
+    Err(error.remedy("find out what changes the folder, and mount it again"))
 }
 
 /// The device that serves the image.
@@ -208,7 +224,7 @@ pub fn unmount(request: &UnmountRequest) -> Result<()> {
         Error::new(Kind::NotFound, message).file(&request.folder).remedy("`findmnt` shows what is mounted")
     };
     let registry = claims::registry()?.ok_or_else(foreign)?;
-    let _lock = lock::acquire(&registry)?;
+    let _lock = lock(&registry)?;
     let mounted = mounted::at(&request.folder)?.ok_or_else(foreign)?;
     let entry = stop::find(&registry, &Target::Id(mounted.id))?.entry;
     let mut command = Command::new("umount");
