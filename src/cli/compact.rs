@@ -79,11 +79,12 @@ The image must not be in use: remove its device first. A parent can be compacted
 stay valid. A fixed image keeps the space of all its blocks.
 Space that a file system on the disk has freed is given back only if it was discarded: run
 `fstrim -a` in the guest before, or use --trim. That serves the image for a moment, mounts each
-ext2, ext3, ext4, XFS, Btrfs, F2FS, NTFS (ntfs3) and FAT where no other process sees it, trims it
-and unmounts it. Files do not change. Left alone, and named with the reason: what was not shut
-down cleanly, what is hibernated or encrypted, LVM, swap space, what is not recognised, and what
-the kernel cannot trim. If none can be trimmed, the other steps are taken all the same. The drivers
-of the kernel then read the image: do not use --trim for an image that you do not trust.
+ext2, ext3, ext4, XFS, Btrfs, NTFS (ntfs3) and FAT where no other process sees it, trims it and
+unmounts it. Files do not change. Left alone, and named with the reason: what was not shut down
+cleanly, what is hibernated or encrypted, what uses other devices (a journal elsewhere, Btrfs on
+several devices, F2FS), LVM, swap space, what is not recognised, and what the kernel cannot trim. If
+none can be trimmed, the other steps are taken all the same. The drivers of the kernel then read the
+image: do not use --trim for an image that you do not trust.
 For a block that is longer than each free run, blocks between the runs are moved to join them, as
 long as at most 64 bytes are copied for each byte that the file becomes shorter.
 Ctrl-C stops the command at the next safe point; what was freed until then stays free. Meanwhile the

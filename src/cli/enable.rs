@@ -2,14 +2,13 @@
 
 use std::ffi::OsString;
 use std::path::{self, Path, PathBuf};
-use std::process::Command;
 
 use vhdx_ublk::device::name::Name;
 use vhdx_ublk::device::registry::Registry;
 use vhdx_ublk::error::{Doing, Error, Kind, Locate, Result};
 use vhdx_ublk::operations::named_file;
 use vhdx_ublk::system::table::{self, Disk, Table};
-use vhdx_ublk::system::units;
+use vhdx_ublk::system::{program, units};
 
 use super::{output, start};
 
@@ -109,7 +108,7 @@ fn reload(name: &Name) -> Result<Option<String>> {
         );
         return Ok(None);
     }
-    let status = Command::new("systemctl").arg("daemon-reload").status().doing("running systemctl")?;
+    let status = program::command("systemctl").arg("daemon-reload").status().doing("running systemctl")?;
     if !status.success() {
         return Err(Error::new(Kind::Io, format!("`systemctl daemon-reload` failed ({status})"))
             .remedy("the table is changed; systemd reads it at the next boot"));

@@ -70,7 +70,9 @@ Examples:
 Partitions and file systems do not shrink with the disk: shrink them before it. They grow with it by
 --grow-fs, which serves the image for a moment and runs sfdisk and resize2fs, xfs_growfs or btrfs. It
 is refused, before anything is changed, if one of these is missing, or if the file system was not shut
-down cleanly. If it was interrupted, run the command again with the new size.
+down cleanly or uses other devices. If it was interrupted, run the command again with the new size.
+The drivers of the kernel and these programs read the image: do not use --grow-fs for an image that
+you do not trust.
 A disk does not shrink below the end of its last partition, which `info` shows as its minimum size.
 On a GPT disk the second copy of the table must then move to the end of the disk: add the image, and
 run `sgdisk -e` or `sfdisk --relocate gpt-bak-std` on its device.

@@ -73,5 +73,5 @@ pub use options::{
     MAX_BUFFER_BYTES, MAX_DEPTH, MAX_ID, MAX_QUEUES, MAX_REQUEST_BYTES, MIN_REQUEST_BYTES, Options,
     Parameters, Recovery, ZeroCopy,
 };
-pub use sys::trim_file_system;
+pub use sys::{btrfs_devices, trim_file_system};
 pub use sysfs::device_number;

@@ -1,8 +1,9 @@
 //! What a thread or the process is to the kernel: its memory, priority, CPUs, signals, descriptors and system
-//! calls; handles on other processes; and the trim of a file system.
+//! calls; handles on other processes; and the trim and the devices of a file system.
 #![allow(
     unsafe_code,
-    reason = "no crate in use wraps close_range, signal, FITRIM, or seccomp with SECCOMP_FILTER_FLAG_LOG"
+    reason = "no crate in use wraps close_range, signal, FITRIM, BTRFS_IOC_FS_INFO, or seccomp with \
+              SECCOMP_FILTER_FLAG_LOG"
 )]
 
 use std::io;
@@ -120,6 +121,33 @@ pub fn trim_file_system(folder: impl AsFd, start: u64, length: u64) -> io::Resul
     // SAFETY: the kernel reads and writes one `struct fstrim_range`, which `range` is, and keeps no pointer.
     check(unsafe { libc::ioctl(folder.as_fd().as_raw_fd(), FITRIM, &raw mut range) })?;
     Ok(range.length)
+}
+
+/// What `BTRFS_IOC_FS_INFO` gives: `struct btrfs_ioctl_fs_info_args` of the kernel.
+#[repr(C)]
+struct BtrfsInfo {
+    largest_number: u64,
+    devices: u64,
+    id: [u8; 16],
+    rest: [u8; 992],
+}
+
+/// `BTRFS_IOC_FS_INFO`: `_IOR(0x94, 31, struct btrfs_ioctl_fs_info_args)`.
+const BTRFS_FS_INFO: libc::Ioctl = libc::_IOR::<BtrfsInfo>(0x94, 31);
+
+const _: () = assert!(size_of::<BtrfsInfo>() == 1024, "the size of the argument is part of the number");
+
+/// The identifier by which the kernel knows the mounted btrfs of the open `folder`, and how many devices it
+/// has.
+///
+/// # Errors
+///
+/// The kernel's: `ENOTTY` if it is no btrfs.
+pub fn btrfs_devices(folder: impl AsFd) -> io::Result<([u8; 16], u64)> {
+    let mut info = BtrfsInfo { largest_number: 0, devices: 0, id: [0; 16], rest: [0; 992] };
+    // SAFETY: the kernel writes one `struct btrfs_ioctl_fs_info_args`, which `info` is, and keeps no pointer.
+    check(unsafe { libc::ioctl(folder.as_fd().as_raw_fd(), BTRFS_FS_INFO, &raw mut info) })?;
+    Ok((info.id, info.devices))
 }
 
 /// A process that cannot be mistaken for a later one of the same number.

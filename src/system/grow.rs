@@ -7,7 +7,6 @@
 //! A power cut leaves the partition or the file system as it was or as it is to be; the same again finishes
 //! it.
 
-use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -20,15 +19,12 @@ use serde::Serialize;
 use super::device_disk::DeviceDisk;
 use super::driver::{self, Driver};
 use super::mounted::Mounted;
-use super::node;
+use super::{node, program};
 use crate::device::registry::RUN_DIRECTORY;
 use crate::disk::Access;
 use crate::error::{Doing, Error, Kind, Result};
 use crate::operations::contents::{Contents, Journal, Partition, VolumeKind};
 use crate::printable::printable;
-
-/// Where administrators' programs are, besides the folders of `PATH`.
-const FOLDERS: [&str; 3] = ["/usr/local/sbin", "/usr/sbin", "/sbin"];
 
 /// What grows, and by which programs.
 pub struct Plan {
@@ -117,7 +113,7 @@ impl Plan {
         let mounted = Mounted::mount(self.driver, node, Access::ReadWrite)
             .map_err(|refusal| refused(refusal.reason(self.driver)))?;
         mounted.attach(folder).doing("mounting the file system")?;
-        let mut command = Command::new(&self.tool);
+        let mut command = program::at(&self.tool);
         match self.kind {
             VolumeKind::Xfs => command.arg(folder),
             VolumeKind::Btrfs => command.args(["filesystem", "resize", "max"]).arg(folder),
@@ -154,6 +150,10 @@ fn last_volume(contents: &Contents) -> Result<(Option<u32>, VolumeKind)> {
     let Some(volume) = volume else {
         return Err(refused(format!("nothing is recognised on {place}")));
     };
+    if volume.other_devices {
+        let why = driver::why_alone(volume.kind);
+        return Err(refused(format!("the {} on {place} cannot grow: {why}", volume.kind.name())));
+    }
     if volume.journal == Journal::Dirty {
         let message = format!("the {} on {place} was not shut down cleanly", volume.kind.name());
         return Err(refused(message));
@@ -174,7 +174,7 @@ fn called(contents: &Contents, number: u32) -> Result<&Partition> {
 /// Has the partition reach to the end of the device; its node.
 fn grow_partition(sfdisk: &Path, device: &Path, number: u32) -> Result<PathBuf> {
     let options = ["--quiet", "--wipe=never", "--wipe-partitions=never", "-N"];
-    run(Command::new(sfdisk).args(options).arg(number.to_string()).arg(device), ", +\n")?;
+    run(program::at(sfdisk).args(options).arg(number.to_string()).arg(device), ", +\n")?;
     let contents = DeviceDisk::open(device)?.contents();
     let partition = called(&contents, number)?;
     let node = node::of_partition(device, number, partition.start, partition.length);
@@ -186,11 +186,7 @@ fn grow_partition(sfdisk: &Path, device: &Path, number: u32) -> Result<PathBuf> 
 
 /// The program `name`.
 fn find(name: &str, package: &str) -> Result<PathBuf> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let folders = std::env::split_paths(&path).filter(|folder| folder.is_absolute());
-    let mut places = folders.chain(FOLDERS.map(PathBuf::from)).map(|folder| folder.join(name));
-    let found = places.find(|place| fs::metadata(place).is_ok_and(|found| found.is_file()));
-    found.ok_or_else(|| {
+    program::find(name).ok_or_else(|| {
         let message = format!("{name} is not installed, which makes what is on the disk larger");
         Error::new(Kind::NotFound, message).remedy(format!("install it (Debian: {package})"))
     })
@@ -200,7 +196,7 @@ fn find(name: &str, package: &str) -> Result<PathBuf> {
 fn run(command: &mut Command, input: &str) -> Result<()> {
     let name = command.get_program().to_string_lossy().into_owned();
     let doing = || format!("running {name}");
-    command.env("LC_ALL", "C").stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
+    command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
     let mut child = command.spawn().doing(doing())?;
     let mut stdin = child.stdin.take().expect("it was asked for");
     let _ = stdin.write_all(input.as_bytes()); // a program that does not read it says why

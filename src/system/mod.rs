@@ -3,6 +3,7 @@
 //!
 //! * [`private_device`]: a device that this process alone uses, and that ends with it;
 //! * `device_disk`, `node`: what is on a device, and the nodes of its partitions;
+//! * [`program`]: how the machine's own programs are run;
 //! * `driver`, `mounted`: how the kernel reads each file system, and a mount that no other process sees;
 //! * [`mount`]: mounting the file system of an image, and unmounting it;
 //! * [`trim`]: the free space of the file systems on a device;
@@ -25,6 +26,7 @@ pub mod mount;
 mod mounted;
 mod node;
 pub mod private_device;
+pub mod program;
 pub mod table;
 pub mod trim;
 pub mod units;

@@ -7,7 +7,8 @@
 //! Invariants:
 //!
 //! * a file system that was not left in order is not changed, nor is what is not recognised;
-//! * it is mounted read-only where its driver trims then: nothing but free space changes;
+//! * it is mounted read-only: nothing but free space changes;
+//! * nothing is discarded on another device of the host, whatever the image names;
 //! * what is on the second device is what was on the first.
 //!
 //! A trim is safe at every moment: the file system does not use what it discards, and a power cut leaves the
@@ -78,7 +79,8 @@ pub struct Trimmed {
 /// The names of the file systems on a disk that may have free space to be trimmed: `ext4 on partition 1`.
 pub fn candidates(contents: &Contents) -> Vec<String> {
     let name = |partition: Option<u32>, volume: &Volume| {
-        driver::of(volume.kind).map(|_| name(partition, Some(volume.kind.name())))
+        let driver = driver::of(volume.kind).filter(|_| !volume.other_devices);
+        driver.map(|_| name(partition, Some(volume.kind.name())))
     };
     let whole = contents.volume.iter().filter_map(|volume| name(None, volume));
     let parts = contents
@@ -204,6 +206,9 @@ fn plan(
 ) -> std::result::Result<&'static Driver, String> {
     let Some(volume) = volume else { return Err("nothing on it is recognised".into()) };
     let Some(driver) = driver::of(volume.kind) else { return Err(not_trimmed(volume.kind).into()) };
+    if volume.other_devices {
+        return Err(driver::why_alone(volume.kind).into());
+    }
     let shares = |other: &&Partition| {
         !other.is_extended()
             && Some(other.number) != place.partition
@@ -228,6 +233,7 @@ fn not_trimmed(kind: VolumeKind) -> &'static str {
         VolumeKind::Bitlocker => "it is encrypted (BitLocker)",
         VolumeKind::Lvm2 => "it belongs to LVM: activate its volumes on a device, and run fstrim there",
         VolumeKind::Swap => "it is swap space",
+        VolumeKind::F2fs => "F2FS names other devices by path: mount it, and run fstrim there",
         VolumeKind::Refs => "Linux has no driver for it",
         _ => "its driver is not used for this",
     }
@@ -275,8 +281,8 @@ fn trim_volume(
     progress: impl Fn(u64),
 ) -> std::result::Result<u64, String> {
     let node = node_of(device, place)?;
-    let access = if driver.trims_writable { Access::ReadWrite } else { Access::ReadOnly };
-    let mounted = Mounted::mount(driver, &node, access).map_err(|refusal| refusal.reason(driver))?;
+    let mounted = Mounted::mount(driver, &node, Access::ReadOnly);
+    let mounted = mounted.map_err(|refusal| refusal.reason(driver))?;
     let (mut at, mut bytes) = (0, 0_u64);
     while at < place.length && !watch.stop_requested() {
         progress(at);
@@ -307,5 +313,39 @@ fn refused(error: &io::Error, driver: &Driver) -> String {
     match error.raw_os_error() {
         Some(libc::EOPNOTSUPP | libc::ENOTTY) => format!("the kernel's {} does not trim", driver.name),
         _ => format!("the kernel's {} does not trim it: {error}", driver.name),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Why a volume that is all of a disk is left alone.
+    fn left_alone(kind: VolumeKind, other_devices: bool) -> Option<String> {
+        let uuid = None;
+        let volume = Volume {
+            kind,
+            version: None,
+            label: None,
+            uuid,
+            size: None,
+            journal: Journal::Clean,
+            other_devices,
+        };
+        let place = Place { partition: None, start: 0, length: 1 << 30 };
+        plan(&Contents::of_partitions(Vec::new()), place, Some(&volume)).err()
+    }
+
+    #[test]
+    fn no_driver_is_led_to_other_devices() {
+        for kind in [VolumeKind::Ext3, VolumeKind::Ext4, VolumeKind::Btrfs] {
+            assert_eq!(left_alone(kind, false), None);
+            let reason = left_alone(kind, true).expect("a part of it is on a device of the host");
+            assert!(reason.contains("device"), "{reason}");
+        }
+        for other_devices in [false, true] {
+            let reason = left_alone(VolumeKind::F2fs, other_devices).expect("it may name devices");
+            assert!(reason.contains("by path") && reason.contains("fstrim"), "{reason}");
+        }
     }
 }

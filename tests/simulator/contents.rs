@@ -135,6 +135,7 @@ fn every_volume_is_what_blkid_takes_it_for() {
         assert!(found.faults.is_empty() && found.table.is_none(), "{found:?}");
         let expected = if kind == VolumeKind::Xfs { Journal::Unknown } else { Journal::Clean };
         assert_eq!(volume.journal, expected, "{program} {options:?}");
+        assert!(!volume.other_devices, "{program} {options:?}");
         let Some(judged) = by_blkid(file.path()) else { continue };
         let ours = [Some(kind.name().to_owned()), volume.label, volume.uuid];
         assert_eq!(ours, judged, "{program} {options:?}");
@@ -163,7 +164,7 @@ fn volume(
     journal: Journal,
 ) -> Volume {
     let [label, uuid] = [label, uuid].map(|text| text.map(str::to_owned));
-    Volume { kind, version: None, label, uuid, size, journal }
+    Volume { kind, version: None, label, uuid, size, journal, other_devices: false }
 }
 
 const ID: [u8; 16] = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16];
@@ -219,6 +220,35 @@ fn volumes_are_read_as_their_specifications_say() {
         // Where a volume does not say how long it is, all of the disk is needed.
         assert_eq!(found.minimum_size(), Some(expected.size.unwrap_or(8 * MIB)));
         assert_eq!(found.volume, Some(expected));
+    }
+}
+
+/// What the superblock at `block` says with `bytes` in it at `at`.
+fn names_others(disk: &[u8], block: usize, at: usize, bytes: &[u8]) -> bool {
+    let mut disk = disk.to_vec();
+    disk[block + at..][..bytes.len()].copy_from_slice(bytes);
+    let size = disk.len() as u64;
+    Drive::new(&disk, size, 512).find().volume.expect("it is recognised").other_devices
+}
+
+#[test]
+fn parts_on_other_devices_show() {
+    let f2fs = crafted().swap_remove(0).0;
+    assert!(!names_others(&f2fs, 1024, 2201, b"\0"));
+    for device in [0, 1, 7] {
+        assert!(names_others(&f2fs, 1024, 2201 + 68 * device, b"/dev/sda"), "{device}");
+    }
+    assert!(!names_others(&f2fs, 1024, 2201 + 68 * 8, b"x"), "that is behind the paths");
+    for second in [4 << 10, 16 << 10, 64 << 10] {
+        let mut f2fs = f2fs.clone();
+        f2fs[second + 1024..][..4].copy_from_slice(&0xf2f5_2010_u32.to_le_bytes());
+        assert!(names_others(&f2fs, second + 1024, 2269, b"/dev/sda"), "the copy at {second}");
+    }
+    if let Some((btrfs, _)) = formatted(110 * MIB, FORMATS[5].0, FORMATS[5].1) {
+        assert!(names_others(&btrfs, 64 << 10, 136, &2_u64.to_le_bytes()));
+    }
+    if let Some((ext4, _)) = formatted(8 * MIB, FORMATS[2].0, FORMATS[2].1) {
+        assert!(names_others(&ext4, 1024, 0xe0, &0_u32.to_le_bytes()));
     }
 }
 

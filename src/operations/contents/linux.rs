@@ -48,6 +48,8 @@ pub(super) fn ext(head: &[u8]) -> Option<Volume> {
         uuid: uuid(array(block, 0x68)?),
         size: blocks.checked_mul(1024 << block_size_log),
         journal: Journal::dirty(dirty),
+        // A journal that is no file of its own is a device, which the superblock names by number.
+        other_devices: has_journal && le32(block, 0xe0)? == 0,
         ..Volume::new(kind)
     })
 }
@@ -77,7 +79,29 @@ pub(super) fn btrfs(head: &[u8]) -> Option<Volume> {
         uuid: uuid(array(block, 32)?),
         size: le64(block, 209),
         journal: Journal::dirty(le64(block, 96)? != 0),
+        other_devices: le64(block, 136)? != 1,
         ..Volume::new(VolumeKind::Btrfs)
+    })
+}
+
+const F2FS_MAGIC: u32 = 0xf2f5_2010;
+
+/// Where a copy of F2FS' superblock may be, beside the first: in the second block, and a block has the length
+/// of a page. The kernel takes any copy that is sound.
+const F2FS_COPIES: [usize; 4] = [0, 4 << 10, 16 << 10, 64 << 10];
+
+/// Where the superblock has the paths of devices, how many, and how far apart.
+const F2FS_DEVICES: usize = 2201;
+const F2FS_MAX_DEVICES: usize = 8;
+const F2FS_DEVICE_BYTES: usize = 68;
+
+/// Whether a superblock at the start of an F2FS names devices by path.
+fn f2fs_names_devices(head: &[u8]) -> bool {
+    let copies = F2FS_COPIES.iter().filter_map(|at| head.get(at + SUPERBLOCK..));
+    let mut copies = copies.filter(|block| le32(block, 0) == Some(F2FS_MAGIC));
+    copies.any(|block| {
+        let paths = block.get(F2FS_DEVICES..).unwrap_or_default().chunks(F2FS_DEVICE_BYTES);
+        paths.take(F2FS_MAX_DEVICES).any(|path| path[0] != 0)
     })
 }
 
@@ -85,13 +109,14 @@ pub(super) fn btrfs(head: &[u8]) -> Option<Volume> {
 pub(super) fn f2fs(head: &[u8]) -> Option<Volume> {
     let block = head.get(SUPERBLOCK..)?;
     let block_size_log = le32(block, 16).filter(|&log| (9..=16).contains(&log))?;
-    if le32(block, 0)? != 0xf2f5_2010 {
+    if le32(block, 0)? != F2FS_MAGIC {
         return None;
     }
     Some(Volume {
         label: wide_text(block, 124, 1024),
         uuid: uuid(array(block, 108)?),
         size: le64(block, 36)?.checked_mul(1 << block_size_log),
+        other_devices: f2fs_names_devices(head),
         ..Volume::new(VolumeKind::F2fs)
     })
 }

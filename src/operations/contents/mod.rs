@@ -14,7 +14,8 @@
 //!   recognised is no statement: an unknown volume may reach to the end of the disk. With
 //!   [`Contents::faults`] there may be more than was recognised.
 //! * [`Volume::journal`] says whether a volume may be mounted without changing what it holds: only
-//!   [`Journal::Clean`] is certain. [`Volume::kind`] says whether it can be.
+//!   [`Journal::Clean`] is certain. [`Volume::kind`] says whether it can be, and [`Volume::other_devices`]
+//!   whether the kernel would open more than this disk for it.
 //! * [`Table::backup_at_end`] says whether the second copy of a GPT is where it belongs.
 //!
 //! ```no_run

@@ -18,6 +18,10 @@ pub struct Volume {
     pub size: Option<u64>,
     /// Whether it was left in order.
     pub journal: Journal,
+    /// Whether it says that a part of it is on other devices: F2FS and ext name these themselves, and the
+    /// kernel opens them when it mounts the volume.
+    #[serde(skip)]
+    pub other_devices: bool,
 }
 
 /// The kinds of volumes that are recognised. Serialised in small letters.
@@ -99,7 +103,15 @@ impl Journal {
 impl Volume {
     /// A volume of which nothing else is known yet.
     pub(super) fn new(kind: VolumeKind) -> Self {
-        Self { kind, version: None, label: None, uuid: None, size: None, journal: Journal::Unknown }
+        Self {
+            kind,
+            version: None,
+            label: None,
+            uuid: None,
+            size: None,
+            journal: Journal::Unknown,
+            other_devices: false,
+        }
     }
 }
 

@@ -34,7 +34,8 @@ const OF_THE_SYSTEM: [&str; 4] = ["EFI system", "Microsoft reserved", "Windows r
 /// # Errors
 ///
 /// [`Kind::NotFound`] if there is none, [`Kind::Usage`] if there are several, both with what the disk has;
-/// [`Kind::Unsupported`] for a volume that holds no file system itself.
+/// [`Kind::Unsupported`] for a volume that holds no file system itself, or that names other devices of the
+/// machine.
 pub(super) fn choose(contents: &Contents, wanted: Option<&str>) -> Result<Choice> {
     if contents.table.is_none() {
         return whole_disk(contents, wanted);
@@ -48,7 +49,7 @@ pub(super) fn choose(contents: &Contents, wanted: Option<&str>) -> Result<Choice
         let message = format!("partition {} holds other partitions, no file system", partition.number);
         return Err(Error::new(Kind::Unsupported, message).remedy(list(contents)));
     }
-    refuse_layer(partition.volume.as_ref(), &format!("partition {}", partition.number))?;
+    refuse(partition.volume.as_ref(), &format!("partition {}", partition.number))?;
     Ok(Choice { place: Some(place), volume: partition.volume.clone() })
 }
 
@@ -58,7 +59,7 @@ fn whole_disk(contents: &Contents, wanted: Option<&str>) -> Result<Choice> {
         let message = format!("there is no partition {wanted}: the disk has no partitions");
         return Err(Error::new(Kind::NotFound, message).remedy("mount it without naming a partition"));
     }
-    refuse_layer(contents.volume.as_ref(), "the disk")?;
+    refuse(contents.volume.as_ref(), "the disk")?;
     Ok(Choice { place: None, volume: contents.volume.clone() })
 }
 
@@ -154,7 +155,12 @@ fn layer_of(partition: &Partition) -> Option<Layer> {
     partition.volume.as_ref().and_then(|volume| layer(volume.kind))
 }
 
-fn refuse_layer(volume: Option<&Volume>, place: &str) -> Result<()> {
+fn refuse(volume: Option<&Volume>, place: &str) -> Result<()> {
+    if volume.is_some_and(|volume| volume.kind == VolumeKind::F2fs && volume.other_devices) {
+        let message = format!("the F2FS on {place} names other devices by path, which the kernel would open");
+        return Err(Error::new(Kind::Unsupported, message)
+            .remedy("if all of them are yours: serve the image with `vhdx-ublk add`, and mount its device"));
+    }
     let Some(Layer { what, remedy }) = volume.and_then(|volume| layer(volume.kind)) else {
         return Ok(());
     };
@@ -220,6 +226,7 @@ mod tests {
             uuid: None,
             size: None,
             journal: Journal::Clean,
+            other_devices: false,
         }
     }
 
@@ -287,6 +294,20 @@ mod tests {
                 assert!(choose(&disk, None).expect_err("no files").message().contains(word));
             }
         }
+    }
+
+    #[test]
+    fn paths_in_an_f2fs_are_not_opened() {
+        let f2fs = |other_devices| Volume { other_devices, ..volume(VolumeKind::F2fs, None) };
+        let error = choose(&disk(&[(DATA, Some(f2fs(true)))]), None).expect_err("it names devices");
+        assert!(error.kind() == Kind::Unsupported && error.message().contains("by path"), "{error}");
+        let whole = |volume| {
+            let mut contents = disk(&[]);
+            (contents.table, contents.volume) = (None, Some(volume));
+            contents
+        };
+        assert_eq!(choose(&whole(f2fs(true)), None).expect_err("the same").kind(), Kind::Unsupported);
+        assert_eq!(choose(&whole(f2fs(false)), None).expect("it names none").place, None);
     }
 
     #[test]
