@@ -47,6 +47,9 @@ sparse=. For another type of the inner file system: -t vhdx.TYPE.
 An image that is served already is mounted from its device. An NTFS volume of a hibernated
 Windows is refused unless the mount is read-only. A read-only mount does not replay the journal
 of a file system that was not unmounted cleanly: the latest changes may be missing.
+If the image or a parent does not belong to root, or its group or others may write to it, it is
+mounted with nosuid and nodev: no program on it gets the rights of its owner, and no node on it
+opens a device. The options suid and dev allow them.
 Exit status: 0 it is mounted, 1 failure (nothing is left behind), 2 wrong usage.";
 
 impl Mount {

@@ -22,7 +22,7 @@ pub struct Mount<'a> {
     /// The mount point, escaped.
     point: &'a [u8],
     /// The type of its file system.
-    pub(super) kind: &'a [u8],
+    pub kind: &'a [u8],
     /// The device, or any text for file systems that have none; escaped.
     source: &'a [u8],
     /// The options of its file system, escaped.
@@ -45,7 +45,7 @@ impl Mounts {
     }
 
     #[cfg(test)]
-    pub(super) fn parse(text: &[u8]) -> Self {
+    pub(crate) fn parse(text: &[u8]) -> Self {
         Self(text.into())
     }
 

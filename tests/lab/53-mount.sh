@@ -64,6 +64,27 @@ test_mount_by_mount_and_umount() {
     has_no_device
 }
 
+# What a user may have put on an image gets no rights by being mounted.
+test_mount_an_image_of_a_user() {
+    make_ext4 disk.vhdx
+    ublk mount disk.vhdx "$mnt"
+    ! findmnt -no OPTIONS "$mnt" | grep -qE 'nosuid|nodev' || fail "an image of root is restricted"
+    ublk umount "$mnt"
+    chown 1000 disk.vhdx
+    ublk mount disk.vhdx "$mnt"
+    findmnt -no OPTIONS "$mnt" | grep -q 'nosuid,nodev' || fail "$(findmnt -no OPTIONS "$mnt")"
+    ublk umount "$mnt"
+    ublk mount -o suid,dev disk.vhdx "$mnt"
+    ! findmnt -no OPTIONS "$mnt" | grep -qE 'nosuid|nodev' || fail "the options do not count"
+    ublk umount "$mnt"
+    chown 0 disk.vhdx
+    chmod g+w disk.vhdx
+    ublk mount disk.vhdx "$mnt"
+    findmnt -no OPTIONS "$mnt" | grep -q 'nosuid,nodev' || fail "its group can write to it"
+    ublk umount "$mnt"
+    has_no_device
+}
+
 test_mount_by_fstab() {
     install_helpers
     mkdir -p other

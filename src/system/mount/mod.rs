@@ -7,6 +7,7 @@
 //! Invariants:
 //!
 //! * a mount that fails takes the device away that was made for it;
+//! * what is on an image that others than root can write to gives no rights, unless the options say so;
 //! * only a device that was made for a mount is removed with the last mount of it; its registry entry says
 //!   so;
 //! * one mount or unmount at a time: two mounts of one image share its device.
@@ -14,6 +15,7 @@
 mod choice;
 mod mounted;
 mod options;
+mod trust;
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -24,6 +26,7 @@ use choice::{Choice, Place};
 use mounted::Mounted;
 use nix::fcntl::Flock;
 pub use options::MountOptions;
+use trust::Held;
 
 use crate::device::claims;
 use crate::device::registry::{Entry, Listed, Registry, State};
@@ -31,9 +34,11 @@ use crate::device::spec::Ready;
 use crate::device::stop::{self, How, Target};
 use crate::disk::HostFile;
 use crate::error::{Doing, Error, Kind, Locate, Result};
-use crate::operations::named_file;
 use crate::system::device_disk::DeviceDisk;
-use crate::system::{lock, node};
+use crate::system::{lock, node, program};
+
+/// What the mount of an image has that others than root can write to, unless the user says otherwise.
+const RESTRICTIONS: [&str; 2] = ["nosuid", "nodev"];
 
 /// Who unmounts: `umount DIR` calls `umount.vhdx`, which removes the device.
 const HELPER: &str = "helper=vhdx";
@@ -77,19 +82,19 @@ pub struct UnmountRequest {
 ///
 /// Whatever prevented it; nothing is left behind then. The kind is [`Kind::NotFound`] if there is no image.
 pub fn mount(request: &MountRequest, add: impl FnOnce() -> Result<Ready>) -> Result<()> {
-    let found = named_file::find(&request.image)?.metadata();
-    let file = HostFile::of(&found.doing("finding the image").file(&request.image)?);
+    let image = Held::at(&request.image)?;
     let folder = fs::canonicalize(&request.folder).doing("finding the folder").file(&request.folder)?;
     let registry = Registry::open()?;
     let _lock = lock(&registry)?;
-    let (id, is_new) = match served(file)? {
+    let (id, is_new) = match served(image.file())? {
         Some(entry) => {
             refuse_read_only(&entry, request)?;
             (entry.id, false)
         }
         None => (add()?.id, true),
     };
-    let mounted = require(&registry, id, file, request).and_then(|()| mount_device(request, &folder, id));
+    let mounted = require(&registry, id, image.file(), request)
+        .and_then(|entry| mount_device(request, &folder, id, image.is_of_root(&entry)));
     if mounted.is_err() && is_new {
         remove(&registry, id);
     }
@@ -101,10 +106,11 @@ fn lock(registry: &Registry) -> Result<Flock<File>> {
     lock::acquire(&registry.mount_lock_path(), "another mount or unmount of an image")
 }
 
-/// Fails unless the device serves the file that was examined: its name may lead elsewhere by now.
-fn require(registry: &Registry, id: u32, file: HostFile, request: &MountRequest) -> Result<()> {
-    if stop::find(registry, &Target::Id(id))?.entry.image_file == file {
-        return Ok(());
+/// The entry of the device. Fails unless it serves the file that was examined: its name may lead elsewhere by now.
+fn require(registry: &Registry, id: u32, file: HostFile, request: &MountRequest) -> Result<Entry> {
+    let entry = stop::find(registry, &Target::Id(id))?.entry;
+    if entry.image_file == file {
+        return Ok(entry);
     }
     let error = Error::new(Kind::InUse, "it was replaced while it was being mounted").file(&request.image);
     Err(error.remedy("find out what changes the folder, and mount it again"))
@@ -125,7 +131,7 @@ fn refuse_read_only(entry: &Entry, request: &MountRequest) -> Result<()> {
     Err(Error::new(Kind::InUse, message).file(&request.image).remedy("mount it read-only, too (-o ro)"))
 }
 
-fn mount_device(request: &MountRequest, folder: &Path, id: u32) -> Result<()> {
+fn mount_device(request: &MountRequest, folder: &Path, id: u32, is_trusted: bool) -> Result<()> {
     let device = PathBuf::from(format!("/dev/ublkb{id}"));
     let contents = DeviceDisk::open(&device)?.contents();
     let choice = choice::choose(&contents, request.options.partition.as_deref())?;
@@ -138,7 +144,8 @@ fn mount_device(request: &MountRequest, folder: &Path, id: u32) -> Result<()> {
         tracing::info!("{} is mounted at {} already", request.image.display(), folder.display());
         return Ok(());
     }
-    let status = command(request, folder, &choice, &source).status().doing("running mount(8)")?;
+    let options = options(request, &choice, &source, is_trusted);
+    let status = command(request, folder, &options, &source).status().doing("running mount(8)")?;
     if status.success() {
         return Ok(());
     }
@@ -178,10 +185,13 @@ fn is_mounted(folder: &Path, id: u32, source: &Source) -> Result<bool> {
     Ok(there == id && (node == number || !source.options.is_empty()))
 }
 
-/// The command that mounts the file system.
-fn command(request: &MountRequest, folder: &Path, choice: &Choice, source: &Source) -> Command {
+/// The options for mount(8): of contradicting ones the last counts, so those of the user come last.
+fn options(request: &MountRequest, choice: &Choice, source: &Source, is_trusted: bool) -> Vec<String> {
     let mut options = vec![HELPER.to_owned()];
     options.extend(source.options.iter().cloned());
+    if !is_trusted {
+        options.extend(RESTRICTIONS.map(str::to_owned));
+    }
     if request.options.read_only {
         options.push("ro".into());
         if let Some(option) = choice.without_replay().filter(|option| !request.options.has(option)) {
@@ -194,7 +204,12 @@ fn command(request: &MountRequest, folder: &Path, choice: &Choice, source: &Sour
         }
     }
     options.extend(request.options.inner.iter().cloned());
-    let mut command = Command::new("mount");
+    options
+}
+
+/// The command that mounts the file system.
+fn command(request: &MountRequest, folder: &Path, options: &[String], source: &Source) -> Command {
+    let mut command = program::command("mount");
     command.args(&request.flags);
     command.args(request.kind.iter().flat_map(|kind| ["-t", kind]));
     command.arg("-o").arg(options.join(",")).arg("--").arg(&source.node).arg(folder);
@@ -224,10 +239,11 @@ pub fn unmount(request: &UnmountRequest) -> Result<()> {
         Error::new(Kind::NotFound, message).file(&request.folder).remedy("`findmnt` shows what is mounted")
     };
     let registry = claims::registry()?.ok_or_else(foreign)?;
+    let point = mounted::point(&request.folder)?;
     let _lock = lock(&registry)?;
-    let mounted = mounted::at(&request.folder)?.ok_or_else(foreign)?;
+    let mounted = mounted::at(&point)?.ok_or_else(foreign)?;
     let entry = stop::find(&registry, &Target::Id(mounted.id))?.entry;
-    let mut command = Command::new("umount");
+    let mut command = program::command("umount");
     // This program is the helper.
     command.arg("-i").args(request.lazy.then_some("-l")).args(&request.flags);
     command.arg("--").arg(&mounted.point);
@@ -248,4 +264,29 @@ pub fn unmount(request: &UnmountRequest) -> Result<()> {
         let message = format!("it is unmounted, but its device stays: {error:#}");
         Error::new(error.kind(), message).file(&request.folder).remedy(format!("vhdx-ublk del {}", entry.id))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The options for mount(8), of an image whose mount gets `text`.
+    fn options_for(text: &str, is_trusted: bool) -> String {
+        let request = MountRequest {
+            image: "/disks/a.vhdx".into(),
+            folder: "/mnt".into(),
+            kind: None,
+            options: MountOptions::parse(text).expect("good options"),
+            flags: Vec::new(),
+        };
+        let source = Source { node: "/dev/ublkb0".into(), options: Vec::new() };
+        options(&request, &Choice { place: None, volume: None }, &source, is_trusted).join(",")
+    }
+
+    #[test]
+    fn an_image_of_a_user_gives_no_rights_unless_root_says_so() {
+        assert_eq!(options_for("noatime", true), "helper=vhdx,noatime");
+        assert_eq!(options_for("noatime", false), "helper=vhdx,nosuid,nodev,noatime");
+        assert_eq!(options_for("ro,suid,dev", false), "helper=vhdx,nosuid,nodev,ro,suid,dev");
+    }
 }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use crate::device::device_number;
 use crate::device::mounts::{Mount, Mounts};
 use crate::device::name::id_of_node_name;
-use crate::error::{Doing, Result};
+use crate::error::{Doing, Locate, Result};
 
 /// A mounted file system that lies on a device of ublk.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,31 +31,50 @@ pub(super) fn all() -> Result<Vec<Mounted>> {
     Ok(mounts.iter().filter_map(|mount| of(&mount)).collect())
 }
 
-/// What is mounted at `folder`: of several, the one on top. A folder is looked up by its name alone first, as
-/// looking at it waits where the device waits.
+/// The mount point that `folder` leads to. A folder is looked up by its name alone first, as looking at it
+/// waits where the device waits; and any path may lead to a file system that never answers.
+///
+/// # Errors
+///
+/// As [`all`]; if there is no such folder.
+pub(super) fn point(folder: &Path) -> Result<PathBuf> {
+    let mounts = Mounts::of_this_process().doing("reading the mounts")?;
+    if mounts.iter().any(|mount| mount.point() == folder) {
+        return Ok(folder.to_owned());
+    }
+    fs::canonicalize(folder).doing("finding the folder").file(folder)
+}
+
+/// What is mounted at the mount point `point`: of several, the one on top.
 ///
 /// # Errors
 ///
 /// As [`all`].
-pub(super) fn at(folder: &Path) -> Result<Option<Mounted>> {
+pub(super) fn at(point: &Path) -> Result<Option<Mounted>> {
     let mounts = Mounts::of_this_process().doing("reading the mounts")?;
-    let on_top = |point: &Path| mounts.iter().filter(|mount| mount.point() == point).last();
-    let found = on_top(folder).or_else(|| on_top(&fs::canonicalize(folder).ok()?));
-    Ok(found.and_then(|mount| of(&mount)))
+    let on_top = mounts.iter().filter(|mount| mount.point() == point).last();
+    Ok(on_top.and_then(|mount| of(&mount)))
 }
 
 fn of(mount: &Mount<'_>) -> Option<Mounted> {
     let by_number = String::from_utf8(mount.number.to_vec()).ok();
     let by_number = by_number.and_then(|node| Some((id_of(&node)?, node)));
-    // A file system on several devices has a number of its own.
     let by_source = || {
-        let source = mount.source();
-        // Any other path could lead to a file system that hangs.
-        let node = source.starts_with("/dev").then(|| number_of(&source).ok())??;
+        let node = number_of(&source_of(mount)?).ok()?;
         Some((id_of(&node)?, node))
     };
     let (id, node) = by_number.or_else(by_source)?;
     Some(Mounted { id, point: mount.point(), node })
+}
+
+/// The node that a btrfs names as its source: it may be on several devices, and has a number of its own. Of
+/// other file systems with such a number any user may choose the source, as with FUSE; and any other path
+/// could lead to a file system that hangs.
+fn source_of(mount: &Mount<'_>) -> Option<PathBuf> {
+    let source = mount.source();
+    let name = source.strip_prefix("/dev").ok()?.to_str()?;
+    let is_node = (name.starts_with("ublkb") || name.starts_with("loop")) && !name.contains('/');
+    (mount.kind == b"btrfs" && is_node).then_some(source)
 }
 
 /// The number of the block device at `path`, `major:minor`.
@@ -87,6 +106,26 @@ mod tests {
     fn a_folder_on_another_kind_of_device_is_on_none_of_ours() {
         assert_eq!(at(Path::new("/proc")).expect("it can be read"), None);
         assert_eq!(at(Path::new("/no/such/folder")).expect("it can be read"), None);
+        assert!(point(Path::new("/no/such/folder")).is_err());
+        assert_eq!(point(Path::new("/proc/../proc/.")).expect("it is there"), Path::new("/proc"));
         assert_eq!(id_of("0:0"), None);
+    }
+
+    #[test]
+    fn only_a_btrfs_has_a_source_that_counts() {
+        let source = |kind: &str, source: &str| {
+            let line = format!("36 35 0:98 / /mnt rw - {kind} {source} rw\n");
+            let mounts = Mounts::parse(line.as_bytes());
+            let found = mounts.iter().next().as_ref().and_then(source_of);
+            found.map(|path| path.display().to_string())
+        };
+        for node in ["/dev/ublkb3", "/dev/ublkb3p1", "/dev/loop0"] {
+            assert_eq!(source("btrfs", node).as_deref(), Some(node));
+            assert_eq!(source("fuse", node), None);
+            assert_eq!(source("fuse.btrfs", node), None);
+        }
+        for path in ["/dev/sda", "/dev/loop/../ublkb3", "/dev/../ublkb3", "ublkb3", "/dev/shm/ublkb3"] {
+            assert_eq!(source("btrfs", path), None);
+        }
     }
 }
