@@ -228,6 +228,7 @@ pub mod testing {
             device: "/dev/ublkb3".into(),
             name: "data".parse().ok(),
             for_mount: false,
+            private: false,
             image: "/images/disk.vhdx".into(),
             parents: Vec::new(),
             parent_files: Vec::new(),

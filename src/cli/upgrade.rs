@@ -24,7 +24,7 @@ pub struct Upgrade {
     /// The device: its number, its name, /dev/ublkbN or a partition of it, or the path of its image
     #[arg(required_unless_present_any = ["all", "formats"], conflicts_with = "all")]
     target: Vec<OsString>,
-    /// Upgrade all devices that are served
+    /// Upgrade all devices that are served, but for those that another command has made for itself
     #[arg(short, long)]
     all: bool,
     /// The program that serves the devices from then on [default: this one]
@@ -49,7 +49,8 @@ Examples:
 The new program is examined first: if it does not read the session of a device, that device stays
 with its program. `vhdx-ublk list` shows the version that serves each device. Devices that were
 added with --recovery fail or none are refused; so are those with --recovery queue before Linux
-6.16. The new daemon runs in the background, also if the old one was added with --foreground.
+6.16, those with an image or a parent on SMB, and those that were asked to end. The new daemon
+runs in the background, also if the old one was added with --foreground.
 JSON: id, device, from, to (versions), pause_us (how long requests waited at most).
 Exit status: 0 the program serves all of the devices, 1 it does not serve some of them (the error
 states which program does), 2 wrong usage.";
@@ -111,8 +112,7 @@ impl Upgrade {
 
     fn targets(&self) -> Result<Vec<Result<Listed>>> {
         if self.all {
-            let is_served = |listed: &Listed| listed.state == State::Live && !listed.is_abandoned();
-            return Ok(claims::devices()?.into_iter().filter(is_served).map(Ok).collect());
+            return Ok(claims::devices()?.into_iter().filter(is_meant_by_all).map(Ok).collect());
         }
         Ok(self.target.iter().map(|text| claims::find(&Target::parse(text))).collect())
     }
@@ -132,6 +132,11 @@ impl Upgrade {
         };
         recover::serve_image(&entry, image, false, ready)
     }
+}
+
+/// Whether it is served, and not for a command alone that ends with it, such as `compact --trim`.
+fn is_meant_by_all(listed: &Listed) -> bool {
+    listed.state == State::Live && !listed.is_abandoned() && !listed.entry.private
 }
 
 fn describe(Upgraded { device, from, to, pause_us, .. }: &Upgraded) -> String {

@@ -18,6 +18,7 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -135,6 +136,8 @@ struct Device<E> {
     manager: Option<ServiceManager>,
     /// It gets no names.
     private: bool,
+    /// The device is being handed over.
+    leaving: Arc<AtomicBool>,
 }
 
 impl<E: EngineHandle> Device<E> {
@@ -163,8 +166,8 @@ impl<E: EngineHandle> Device<E> {
             locked.refuse_name_in_use(name)?;
         }
         let info = control.add(&new)?;
-        let (name, for_mount) = (options.name.clone(), options.for_mount);
-        let entry = Entry { name, for_mount, recovery, ..describe(&info, spec, daemon) };
+        let (name, for_mount, private) = (options.name.clone(), options.for_mount, options.private);
+        let entry = Entry { name, for_mount, private, recovery, ..describe(&info, spec, daemon) };
         let written = locked.write(&entry);
         drop(locked);
         let is_test = options.zero_copy == ZeroCopy::Fallback;
@@ -172,7 +175,7 @@ impl<E: EngineHandle> Device<E> {
         let manager = manager_of(&entry);
         let entry = Arc::new(Mutex::new(entry));
         let sources = Sources::new(info.queues, spec.sync_times.clone());
-        let (cdev, engine) = (None, None);
+        let (cdev, engine, leaving) = (None, None, Arc::default());
         let private = options.private;
         let device = Self {
             control,
@@ -186,6 +189,7 @@ impl<E: EngineHandle> Device<E> {
             sources,
             manager,
             private,
+            leaving,
         };
         match check_granted(&new, &info).and(written) {
             Ok(()) => Ok(device),
@@ -219,7 +223,7 @@ impl<E: EngineHandle> Device<E> {
         let sources = Sources::new(info.queues, spec.sync_times.clone());
         let (cdev, engine) = (None, None);
         // A private device is not recovered.
-        let private = false;
+        let (private, leaving) = (false, Arc::default());
         Ok(Self {
             control,
             info,
@@ -232,6 +236,7 @@ impl<E: EngineHandle> Device<E> {
             sources,
             manager,
             private,
+            leaving,
         })
     }
 
@@ -250,7 +255,7 @@ impl<E: EngineHandle> Device<E> {
         for (queue, ends) in (0..).zip(fronts) {
             self.start_queue(queue, ends, spec, &cdev)?;
         }
-        self.supervisor.await_ready()?;
+        self.supervisor.await_ready(launch::takes_over())?;
         match beginning {
             Beginning::Made => {
                 let in_place = self.transfer != Transfer::Copied;
@@ -263,9 +268,11 @@ impl<E: EngineHandle> Device<E> {
         await_node(&self.path(), Node::Block)?;
         let handover = self.engine.as_ref().expect("started above").handover();
         let (first, sources) = (spec.shared.clone(), self.sources.clone());
+        let leaving = self.leaving.clone();
         let report = move || {
             let shared = handover.latest().map_or_else(|| first.clone(), |leaf| leaf.shared);
-            Report { status: status_of(&shared), stats: sources.stats(&shared) }
+            let status = Status { leaving: leaving.load(Ordering::Acquire), ..status_of(&shared) };
+            Report { status, stats: sources.stats(&shared) }
         };
         socket::listen(&self.registry.socket_path(self.info.id), report, self.supervisor.caller())?;
         let disk_sequence = self.publish_names(spec);
@@ -297,6 +304,10 @@ impl<E: EngineHandle> Device<E> {
             let happening = match self.supervisor.next_demand(ending.due())? {
                 Demand::Call(Call::Snapshot { image, reply }) => {
                     self.snapshot(image, reply);
+                    continue;
+                }
+                Demand::Call(Call::HandOver { reply, .. }) if ending.is_requested() => {
+                    reply.send(Err(self.is_ending()));
                     continue;
                 }
                 Demand::Call(Call::HandOver { image_file, successor, reply }) => {
@@ -334,11 +345,19 @@ impl<E: EngineHandle> Device<E> {
         );
     }
 
+    /// Why a device is not handed over that ends by itself: its successor would not know of that.
+    fn is_ending(&self) -> Error {
+        let message = format!("{} was asked to end, and ends when its use ends", self.path().display());
+        Error::new(Kind::InUse, message).remedy("end its use, then add its image again")
+    }
+
     /// Ends serving for the caller, which takes the device over. `false`: that was refused, and the device is
     /// served as before.
     fn hand_over(&mut self, image_file: HostFile, successor: u32, reply: Reply<HandedOver>) -> bool {
         let left = || Error::new(Kind::Io, "the caller has stopped waiting");
         let agreed = self.agree(image_file);
+        // Whoever asks after the caller's death must not learn later that the device is handed over.
+        self.leaving.store(true, Ordering::Release);
         let agreed = agreed.and_then(|way| if reply.claim() { self.pause(way) } else { Err(left()) });
         match agreed {
             Ok(handed_over) => {
@@ -349,15 +368,19 @@ impl<E: EngineHandle> Device<E> {
                 {
                     tracing::warn!("the service manager does not learn of process {successor}: {error}");
                 }
-                // What is not completed now ends with this process, as after a kill.
-                if self.is_quiescable()
-                    && let Err(error) = self.supervisor.hand_over()
+                // What is not completed or not synced now is the successor's, as after a kill. If a sync
+                // fails, it refuses the session.
+                let is_quiescable = self.is_quiescable();
+                let engine = self.engine.as_ref().expect("a device that is up has an engine");
+                if is_quiescable
+                    && let Err(error) = self.supervisor.hand_over(|| engine.settle(false, SETTLE_PATIENCE))
                 {
                     tracing::warn!("{error:#}");
                 }
                 true
             }
             Err(error) => {
+                self.leaving.store(false, Ordering::Release);
                 tracing::warn!("the device is not handed over: {error:#}");
                 reply.send(Err(error));
                 false
@@ -367,13 +390,14 @@ impl<E: EngineHandle> Device<E> {
 
     /// Whether another process may take the device over, and how. Leaves little to be committed.
     fn agree(&self, image_file: HostFile) -> Result<Way> {
-        let entry = self.entry.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        if entry.image_file != image_file {
-            let message = format!("{} serves another image by now", entry.device.display());
+        let entry = || self.entry.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let way = handover::way(entry().recovery, self.is_quiescable())?;
+        // Snapshots that were requested before are taken first, and change the entry.
+        self.engine().settle(false, SETTLE_PATIENCE)?;
+        if entry().image_file != image_file {
+            let message = format!("{} serves another image by now", self.path().display());
             return Err(Error::new(Kind::InUse, message).remedy("run the command again"));
         }
-        let way = handover::way(entry.recovery, self.is_quiescable())?;
-        self.engine().settle(false, SETTLE_PATIENCE)?;
         Ok(way)
     }
 
@@ -523,6 +547,7 @@ fn status_of(shared: &Shared) -> Status {
         poisoned: shared.session() == Session::Poisoned,
         host_full: troubles.is_host_full(),
         last_error: troubles.last(),
+        leaving: false,
     }
 }
 
@@ -552,6 +577,7 @@ fn describe(info: &DeviceInfo, spec: &DeviceSpec, daemon: ProcessId) -> Entry {
         device: device_path(info.id),
         name: None,
         for_mount: false,
+        private: false,
         image: spec.path.clone(),
         image_file: spec.image_file,
         parents: spec.parents.clone(),

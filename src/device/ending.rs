@@ -69,6 +69,11 @@ impl Ending {
         self.next_check
     }
 
+    /// Whether the daemon was asked to end.
+    pub(super) fn is_requested(&self) -> bool {
+        self.requested.is_some()
+    }
+
     /// What to do about something that happens `now`.
     pub(super) fn on(&mut self, happening: Happening, now: Instant) -> Step {
         match happening {
@@ -126,8 +131,10 @@ mod tests {
     #[test]
     fn a_device_in_use_stays_and_ends_when_its_use_ends() {
         let (mut ending, now) = (Ending::default(), Instant::now());
+        assert!(!ending.is_requested());
         ending.on(Happening::EndRequested, now);
         assert_eq!(ending.on(used(), now), Step::Stay(vec!["mounted at /mnt".into()]));
+        assert!(ending.is_requested(), "it is remembered");
         for second in 1..100 {
             let now = now + Duration::from_secs(second);
             assert!(ending.due().is_some_and(|due| due <= now));

@@ -8,7 +8,8 @@
 //! | recovered with `fail`, or not at all | | refused: requests fail while there is no daemon |
 //!
 //! The order is chosen so that everything that may fail comes before requests wait: dirty metadata is
-//! committed, which shows that the host's storage answers.
+//! committed, which shows that the host's storage answers. Once requests wait and none is under way, what was
+//! acknowledged meanwhile is committed and synced: no failure of the host is left to this process alone.
 
 use std::time::Duration;
 

@@ -118,7 +118,7 @@ mod tests {
         let (poisoned, host_full) = (true, true);
         assert_eq!(health_of(Status::default()), Health::Ok);
         assert_eq!(health_of(Status { host_full, ..Status::default() }), Health::HostFull);
-        assert_eq!(health_of(Status { poisoned, host_full, last_error: None }), Health::Poisoned);
+        assert_eq!(health_of(Status { poisoned, host_full, ..Status::default() }), Health::Poisoned);
     }
 
     #[test]

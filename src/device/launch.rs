@@ -18,7 +18,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -38,12 +38,34 @@ const SELF: &str = "/proc/self/exe";
 /// The longest line that is read of a child, bytes.
 const MAX_LINE_BYTES: u64 = 64 << 10;
 
+/// How long a child that has failed may take to end, or one that was killed: it may wait in the kernel.
+const END_PATIENCE: Duration = Duration::from_secs(10);
+
+/// How often to look for that end.
+const END_INTERVAL: Duration = Duration::from_millis(5);
+
 /// This process takes a device over from a daemon that has stopped serving it: it no longer depends on its
 /// parent.
 static TAKES_OVER: AtomicBool = AtomicBool::new(false);
 
 /// A program to run, whatever its path names by then: an open file, or this one.
 pub struct Program(Option<File>);
+
+/// The first argument of a daemon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FirstArgument(&'static str);
+
+impl FirstArgument {
+    /// The usual one.
+    const USUAL: Self = Self(PROCESS_NAME);
+
+    /// That of the daemon `pid`, if it is one that a daemon may have; otherwise the usual one.
+    pub fn of_process(pid: u32) -> Self {
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let first = line.split(|&byte| byte == 0).next().unwrap_or_default();
+        if first == SPARED_NAME.as_bytes() { Self(SPARED_NAME) } else { Self::USUAL }
+    }
+}
 
 impl Program {
     /// This one.
@@ -107,6 +129,10 @@ pub enum Stage {
 /// The daemon's name, whatever name this process has: under another the program is another command.
 const PROCESS_NAME: &str = "vhdx-ublk";
 
+/// The same for a daemon that the end of a shutdown is to spare, as systemd does with processes whose first
+/// argument begins like this.
+const SPARED_NAME: &str = "@vhdx-ublk";
+
 /// Only root may read logs.
 const LOG_MODE: u32 = 0o600;
 
@@ -132,7 +158,7 @@ enum Line {
 ///
 /// The child's, or that it ended without a line.
 pub fn launch(arguments: impl IntoIterator<Item = OsString>) -> Result<Ready> {
-    let mut child = start(&Program::this(), arguments)?;
+    let mut child = start(&Program::this(), FirstArgument::USUAL, arguments)?;
     let line = read_line(child.stdout.take().expect("it was asked for"));
     let line = line.doing("reading from the daemon")?;
     parse(&line).unwrap_or_else(|| Err(died(child)))
@@ -145,27 +171,43 @@ pub fn launch(arguments: impl IntoIterator<Item = OsString>) -> Result<Ready> {
 ///
 /// As [`launch`], and [`Kind::Io`] at the deadline.
 pub fn launch_within(arguments: impl IntoIterator<Item = OsString>, patience: Duration) -> Result<Ready> {
-    launch_program(&Program::this(), arguments, patience).map_err(|failed| failed.error)
+    launch_program(&Program::this(), FirstArgument::USUAL, arguments, patience).map_err(|failed| failed.error)
 }
 
-/// As [`launch_within`], for any program.
+/// As [`launch_within`], for any program. One that has failed has ended, if that can be seen within
+/// [`END_PATIENCE`]: it keeps no lock then.
 ///
 /// # Errors
 ///
 /// As [`launch_within`].
 pub fn launch_program(
     program: &Program,
+    first: FirstArgument,
     arguments: impl IntoIterator<Item = OsString>,
     patience: Duration,
 ) -> std::result::Result<Ready, Failed> {
-    let failed = |stage| move |error| Failed { error, stage };
-    let mut child = start(program, arguments).map_err(failed(Stage::Before))?;
-    let line = read_ready(&mut child, patience).map_err(failed(Stage::Unknown))?;
-    match serde_json::from_str(&line) {
-        Ok(Line::Ready(ready)) => Ok(ready),
-        Ok(Line::Error(failure)) => Err(failed(Stage::Before)(failure.into())),
-        Ok(Line::Abandoned(failure)) => Err(failed(Stage::Begun)(failure.into())),
-        Ok(Line::Stopped(_)) | Err(_) => Err(failed(Stage::Unknown)(died(child))),
+    let mut child =
+        start(program, first, arguments).map_err(|error| Failed { error, stage: Stage::Before })?;
+    let (stage, error) = match read_ready(&mut child, patience) {
+        Ok(line) => match serde_json::from_str(&line) {
+            Ok(Line::Ready(ready)) => return Ok(ready),
+            Ok(Line::Error(failure)) => (Stage::Before, failure.into()),
+            Ok(Line::Abandoned(failure)) => (Stage::Begun, failure.into()),
+            Ok(Line::Stopped(_)) | Err(_) => {
+                return Err(Failed { error: died(child), stage: Stage::Unknown });
+            }
+        },
+        Err(error) => (Stage::Unknown, error),
+    };
+    await_end(&mut child);
+    Err(Failed { error, stage })
+}
+
+/// Waits a while for the end of a child that has nothing left to do.
+fn await_end(child: &mut Child) {
+    let until = Instant::now() + END_PATIENCE;
+    while matches!(child.try_wait(), Ok(None)) && Instant::now() < until {
+        thread::sleep(END_INTERVAL);
     }
 }
 
@@ -187,7 +229,7 @@ pub fn answer(
     arguments: impl IntoIterator<Item = OsString>,
     patience: Duration,
 ) -> Result<Option<String>> {
-    let mut child = start(program, arguments)?;
+    let mut child = start(program, FirstArgument::USUAL, arguments)?;
     let line = line_within(&mut child, patience)?;
     let _ = child.kill(); // it has nothing left to do
     child.wait().doing("waiting for the program's end")?;
@@ -201,7 +243,7 @@ pub fn answer(
 ///
 /// The child's, or that it ended without a line.
 pub fn run_child(arguments: impl IntoIterator<Item = OsString>, patience: Duration) -> Result<Option<bool>> {
-    let mut child = start(&Program::this(), arguments)?;
+    let mut child = start(&Program::this(), FirstArgument::USUAL, arguments)?;
     let Some(line) = line_within(&mut child, patience)? else { return Ok(None) };
     match serde_json::from_str(&line) {
         Ok(Line::Stopped(stopped)) => Ok(Some(stopped)),
@@ -222,10 +264,14 @@ pub fn report_stopped(outcome: &Result<bool>) -> Result<()> {
     })
 }
 
-fn start(program: &Program, arguments: impl IntoIterator<Item = OsString>) -> Result<Child> {
+fn start(
+    program: &Program,
+    first: FirstArgument,
+    arguments: impl IntoIterator<Item = OsString>,
+) -> Result<Child> {
     let kept = confine::KEPT_VARIABLES.iter().filter_map(|name| Some((name, std::env::var_os(name)?)));
     let child = Command::new(program.link())
-        .arg0(PROCESS_NAME)
+        .arg0(first.0)
         .args(arguments)
         .env_clear()
         .envs(kept)
@@ -330,7 +376,7 @@ pub fn announce(ready: &Ready, lives: Lives) -> Result<()> {
     unistd::dup2_stderr(&log).doing("detaching the errors")?;
     if lives == Lives::OnItsOwn {
         // The parent ends when it knows of the device.
-        prctl::set_pdeathsig(None).doing("leaving the parent")?;
+        leave_parent()?;
     }
     let told = write_line(&Line::Ready(ready.clone()));
     if !takes_over() {
@@ -367,14 +413,18 @@ pub(super) fn takes_over() -> bool {
     TAKES_OVER.load(Ordering::Relaxed)
 }
 
-/// In the child: the daemon before this one has stopped serving, so this one must not end with its parent.
+/// In the child: it no longer ends with its parent.
 ///
 /// # Errors
 ///
 /// The kernel's.
-pub(super) fn take_over() -> Result<()> {
-    TAKES_OVER.store(true, Ordering::Relaxed);
+pub(super) fn leave_parent() -> Result<()> {
     prctl::set_pdeathsig(None).doing("leaving the parent")
+}
+
+/// In the child, after [`leave_parent`]: the daemon before this one has stopped serving.
+pub(super) fn take_over() {
+    TAKES_OVER.store(true, Ordering::Relaxed);
 }
 
 fn write_line(line: &Line) -> Result<()> {
@@ -409,6 +459,28 @@ mod tests {
         assert_eq!(text, r#"{"error":{"kind":"no-space","message":"a.vhdx: no","remedy":"do this"}}"#);
         let found = parse(&text).expect("a line").expect_err("an error");
         assert_eq!(found.remedy_text(), Some("do this"));
+    }
+
+    /// A process whose first argument is `name`, and what a daemon gets that succeeds it.
+    fn succeeded(name: &str) -> FirstArgument {
+        let mut command = Command::new("sh");
+        command.arg0(name).args(["-c", "echo begun; read line"]);
+        let child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
+        let mut child = child.expect("sh starts");
+        // Before that the kernel may not show its arguments.
+        assert_eq!(read_line(child.stdout.take().expect("piped")).expect("readable"), "begun\n");
+        let first = FirstArgument::of_process(child.id());
+        child.kill().expect("it runs");
+        child.wait().expect("it ends");
+        first
+    }
+
+    #[test]
+    fn a_successor_is_spared_at_shutdown_if_its_predecessor_was() {
+        assert_eq!(succeeded("@vhdx-ublk"), FirstArgument(SPARED_NAME));
+        assert_eq!(succeeded("vhdx-ublk"), FirstArgument::USUAL);
+        assert_eq!(succeeded("@vhdx-ublk2"), FirstArgument::USUAL);
+        assert_eq!(FirstArgument::of_process(0), FirstArgument::USUAL);
     }
 
     #[test]

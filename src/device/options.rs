@@ -73,7 +73,7 @@ pub struct Options {
     pub name: Option<Name>,
     /// It is removed with the last mount of it.
     pub for_mount: bool,
-    /// Only the process that has it made uses it: it gets no names.
+    /// The process that has it made uses it alone, and it ends with that. It gets no names.
     pub private: bool,
     /// Queues; the kernel gives at most one per CPU.
     pub queues: u16,

@@ -81,7 +81,8 @@ pub(super) enum Order {
     Snapshot(SnapshotOrder),
     /// Commit what is dirty, for a successor that has little to do then.
     Settle {
-        /// Afterwards the fronts hold for good: nothing is under way, and the process ends.
+        /// Afterwards the fronts hold for good, and what is dirty since is committed: nothing is under way,
+        /// and the process ends.
         hold: bool,
         /// Takes the outcome as a rendezvous. If nothing receives it, the fronts continue.
         settled: mpsc::SyncSender<Result<()>>,

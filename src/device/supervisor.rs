@@ -73,9 +73,11 @@ impl Supervisor {
         Ok(())
     }
 
-    /// Waits until every queue is ready. An error if one is not, or if a signal comes.
-    pub(super) fn await_ready(&mut self) -> Result<()> {
+    /// Waits until every queue is ready. An error if one is not, or if a signal asks for the end, unless the
+    /// process `takes_over` a device that may be in use: then that is the first demand.
+    pub(super) fn await_ready(&mut self, takes_over: bool) -> Result<()> {
         let until = Instant::now() + READY_DEADLINE;
+        let mut requests = 0;
         while self.starting > 0 {
             match self.next(Some(until))? {
                 Event::Queue(_, Report::Unready(error) | Report::Failed(error)) => return Err(error),
@@ -83,6 +85,7 @@ impl Supervisor {
                     let message = format!("queue {queue} was stopped before the device was up");
                     return Err(Error::new(Kind::Io, message));
                 }
+                Event::Happening(Happening::EndRequested) if takes_over => requests += 1,
                 Event::Happening(Happening::EndRequested) => {
                     let message = "a signal asked the daemon to end before the device was up";
                     return Err(Error::new(Kind::Io, message));
@@ -90,6 +93,10 @@ impl Supervisor {
                 Event::Queue(_, Report::Ready) | Event::Happening(_) => {}
                 Event::Call(_) => panic!("the socket is made when the queues are ready"),
             }
+        }
+        for _ in 0..requests {
+            // It is received here.
+            let _ = self.sender.send(Event::Happening(Happening::EndRequested));
         }
         Ok(())
     }
@@ -151,11 +158,13 @@ impl Supervisor {
     }
 
     /// Has every queue of a device that the kernel has quiesced complete what it serves, and waits for that.
-    pub(super) fn hand_over(&mut self) -> Result<()> {
+    /// Then nothing is under way, and the queues answer the engine as long as it does what `settle` does.
+    pub(super) fn hand_over(&mut self, settle: impl FnOnce() -> Result<()>) -> Result<()> {
         self.queues.iter().for_each(Queue::hand_over);
         self.drain()?;
+        let settled = settle();
         self.finish();
-        Ok(())
+        settled
     }
 
     /// Takes events until `is_done`. A queue that fails is an error. Everything else is only counted, also
@@ -252,14 +261,14 @@ mod tests {
     #[test]
     fn the_device_is_up_when_every_queue_is_ready() {
         let mut both = supervisor(2, [Report::Ready, Report::Ready]);
-        assert!(both.await_ready().is_ok());
+        assert!(both.await_ready(false).is_ok());
         assert_eq!((both.starting, both.drained), (0, 0));
     }
 
     #[test]
     fn a_queue_that_cannot_begin_is_reported_and_no_longer_waited_for() {
         let mut both = supervisor(2, [Report::Unready(failure()), Report::Ready, Report::Drained]);
-        assert_eq!(both.await_ready().expect_err("one is not ready").to_string(), "no");
+        assert_eq!(both.await_ready(false).expect_err("one is not ready").to_string(), "no");
         both.settle().expect("the other one has begun");
         assert_eq!((both.starting, both.drained), (0, 1));
         both.next(None).expect("drained");
@@ -268,7 +277,7 @@ mod tests {
 
     #[test]
     fn a_queue_that_fails_is_an_error_at_any_time() {
-        assert!(supervisor(1, [Report::Failed(failure())]).await_ready().is_err());
+        assert!(supervisor(1, [Report::Failed(failure())]).await_ready(false).is_err());
         assert!(supervisor(1, [Report::Failed(failure())]).settle().is_err());
         let mut up = supervisor(0, [Report::Failed(failure())]);
         assert!(up.next_demand(None).is_err());
@@ -284,7 +293,12 @@ mod tests {
         for happening in [Happening::HungUp, Happening::EndRequested] {
             coming_up.sender.send(Event::Happening(happening)).expect("the receiver is here");
         }
-        assert!(coming_up.await_ready().expect_err("a request").to_string().contains("daemon to end"));
+        assert!(coming_up.await_ready(false).expect_err("a request").to_string().contains("daemon to end"));
+        let mut successor = supervisor(1, []);
+        let asked = [Event::Happening(Happening::EndRequested), Event::Queue(0, Report::Ready)];
+        asked.into_iter().for_each(|event| successor.sender.send(event).expect("the receiver is here"));
+        successor.await_ready(true).expect("the device may be in use");
+        assert!(matches!(successor.next_demand(None), Ok(Demand::Happening(Happening::EndRequested))));
         let mut up = supervisor(0, []);
         up.sender.send(Event::Happening(Happening::EndRequested)).expect("the receiver is here");
         assert!(matches!(up.next_demand(None), Ok(Demand::Happening(Happening::EndRequested))));

@@ -82,6 +82,11 @@ pub(super) fn reset_signals() -> io::Result<()> {
     Ok(SigSet::empty().thread_set_mask()?)
 }
 
+/// Blocks the signals that request something in this thread, and in those that it starts: they wait.
+pub(super) fn block_requests() -> io::Result<()> {
+    Ok(SigSet::from_iter(REQUESTS).thread_block()?)
+}
+
 /// Binds every thread of this process, now and later, to `filter`, and has refused calls logged.
 pub(super) fn install_filter(filter: BpfProgramRef<'_>) -> io::Result<()> {
     let length = u16::try_from(filter.len()).map_err(|_| io::ErrorKind::InvalidInput)?;

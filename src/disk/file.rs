@@ -243,6 +243,17 @@ impl ImageFile {
         opened.map_err(|error| error.file(path))
     }
 
+    /// Whether the file at `path` comes from a server of SMB. No lock is taken or looked at.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be opened, or is no regular file.
+    pub fn is_on_smb(path: &Path) -> Result<bool> {
+        let opened = open_regular(path, Access::ReadOnly, Links::Follow);
+        let Opened { file, .. } = opened.map_err(|error| error.file(path))?;
+        Ok(Host::of(&file).is_smb())
+    }
+
     /// Completes the lock of a file from [`Self::open_beside`]. Waits up to `wait` for the process before to
     /// end, its last I/O included.
     ///

@@ -154,8 +154,12 @@ pub fn join(other: &File, access: Access) -> Result<()> {
 ///
 /// # Errors
 ///
-/// As [`try_lock`]; `file` has no lock of ours then.
+/// As [`try_lock`]; [`Kind::Unsupported`] on SMB, where no lock can lie beside another of the same client.
+/// `file` has no lock of ours then.
 pub fn lock_beside(file: &File) -> Result<()> {
+    if is_on_smb(file) {
+        return Err(Error::new(Kind::Unsupported, "a file on SMB cannot be locked beside its user"));
+    }
     join(file, Access::ReadWrite)
 }
 

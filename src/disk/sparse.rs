@@ -57,11 +57,16 @@ impl Host {
             _ => Self::Plain,
         }
     }
+
+    /// Whether it is a server of SMB.
+    pub(super) fn is_smb(self) -> bool {
+        self == Self::MarksHolesOfFallocate
+    }
 }
 
 /// Whether `file` comes from a server of SMB.
 pub(super) fn is_on_smb(file: &File) -> bool {
-    Host::of(file) == Host::MarksHolesOfFallocate
+    Host::of(file).is_smb()
 }
 
 /// Whether Windows sees the mark in the attributes of `file`; nothing if the host does not show them.

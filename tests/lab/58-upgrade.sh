@@ -238,7 +238,7 @@ test_upgrade_of_a_service() {
     mountpoint -q $groups || mount -t cgroup2 cgroup2 $groups || skipped "no control groups"
     mkdir -p $groups/service
     ublk create disk.vhdx --size 1G
-    NOTIFY_SOCKET=$PWD/manager "$VHDX_UBLK" add --foreground disk.vhdx >device &
+    (NOTIFY_SOCKET=$PWD/manager exec -a @vhdx-ublk "$VHDX_UBLK" add --foreground disk.vhdx >device) &
     for _ in $(seq 200); do [ ! -s device ] || break; sleep 0.05; done
     device=$(cat device)
     echo "$(daemon_pid)" >$groups/service/cgroup.procs
@@ -248,6 +248,7 @@ test_upgrade_of_a_service() {
     upgrade "$device"
     grep -qx "MAINPID=$(daemon_pid)" manager.said || fail "$(cat manager.said)"
     [ "$(cat "/proc/$(daemon_pid)/cgroup")" = 0::/service ] || fail "$(cat "/proc/$(daemon_pid)/cgroup")"
+    tr '\0' ' ' <"/proc/$(daemon_pid)/cmdline" | grep -q '^@vhdx-ublk ' || fail "a shutdown does not spare it"
     check_stamps "$device" 10 4 7
     ublk del "$device"
     kill $server

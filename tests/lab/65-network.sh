@@ -156,6 +156,7 @@ test_network_image_on_smb() {
     refused "another program has it open" ublk check far/disk.vhdx
     refused "has it open\|running daemon" ublk add far/disk.vhdx
     refused "has it open\|running daemon" ublk add near/disk.vhdx
+    refused "lies on SMB" ublk upgrade "$device"
     kill -9 "$(daemon_pid)"
     timeout 60 "$VHDX_UBLK" recover "$device"
     check_stamps "$device" 300 8 3

@@ -241,7 +241,8 @@ impl Control {
     /// Takes the device from its server, in an orderly way: new requests wait in the kernel, and every tag
     /// that is idle comes back as aborted; those that are served are completed. Where that cannot begin
     /// within `patience`, requests wait all the same. Only the next server's [`Self::end_recovery`] ends
-    /// that, so the server must end. Only where the device has `QUIESCE_FEATURE`.
+    /// that, so the server must end, also if the kernel does not answer. Only where the device has
+    /// `QUIESCE_FEATURE`.
     ///
     /// # Errors
     ///
@@ -251,6 +252,11 @@ impl Control {
         assert!(patience_ms > 0, "the kernel takes zero for no limit");
         match self.exchange(QUIESCE, id, patience_ms, ()) {
             Err(error) if error.os_error() == Some(libc::EBUSY) => Ok(()),
+            // Only an answer has a number.
+            Err(error) if error.os_error().is_none() => {
+                tracing::warn!("{error:#}");
+                Ok(())
+            }
             outcome => outcome.map(drop),
         }
     }

@@ -41,6 +41,9 @@ pub struct Entry {
     /// It was made for a mount, and is removed with the last one.
     #[serde(default)]
     pub for_mount: bool,
+    /// The process that had it made uses it alone, and it ends with that.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub private: bool,
     /// The image, as an absolute path without symbolic links.
     #[serde(with = "path::one")]
     pub image: PathBuf,
@@ -164,6 +167,7 @@ pub(crate) mod tests {
             device: format!("/dev/ublkb{id}").into(),
             name: None,
             for_mount: false,
+            private: false,
             image: "/images/disk.vhdx".into(),
             parents: Vec::new(),
             parent_files: Vec::new(),

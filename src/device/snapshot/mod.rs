@@ -74,13 +74,19 @@ impl Snapshotter<'_> {
 
     /// See [`Order::Settle`](super::order::Order::Settle).
     pub(super) fn settle(&self, hold: bool, settled: &SyncSender<Result<()>>, served: &ServedImage) {
-        let flushed = self.reactor.block_on(served.engine.flush());
-        let outcome = check("committing dirty metadata", flushed, served);
+        let flush = || {
+            let flushed = self.reactor.block_on(served.engine.flush());
+            check("committing dirty metadata", flushed, served)
+        };
+        let mut outcome = flush();
         let holds = hold && outcome.is_ok();
         if holds {
             self.inbox.hold(self.reactor, self.fronts);
+            // What was acknowledged meanwhile.
+            outcome = flush();
         }
-        if settled.send(outcome).is_err() && holds {
+        let is_settled = outcome.is_ok();
+        if (settled.send(outcome).is_err() || !is_settled) && holds {
             self.fronts.release();
         }
     }

@@ -72,6 +72,9 @@ pub struct Status {
     pub host_full: bool,
     /// The last error of the host, as text.
     pub last_error: Option<String>,
+    /// The daemon is handing its device over, and ends.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub leaving: bool,
 }
 
 /// What a daemon knows of its device.

@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use super::formats::Formats;
-use crate::device::launch::{self, Failed, Program, Stage};
+use crate::device::launch::{self, Failed, FirstArgument, Program, Stage};
 use crate::device::process::Life;
-use crate::device::registry::{Entry, Listed};
+use crate::device::registry::{Entry, Listed, Registry};
+use crate::device::socket;
 use crate::error::{Error, Kind, Result};
 use crate::printable::printable;
 
@@ -20,8 +21,8 @@ const READY_DEADLINE: Duration = Duration::from_secs(180);
 /// How long to watch whether the daemon ends, when its successor has not said how far it came.
 const WATCH: Duration = Duration::from_secs(3);
 
-/// How long the daemon may take to end, when its successor has said that it will.
-const END_PATIENCE: Duration = Duration::from_secs(40);
+/// How long the daemon may take to end, once it has begun to hand its device over.
+const END_PATIENCE: Duration = Duration::from_secs(50);
 
 /// The upgrade of devices to one program.
 pub struct Exchange {
@@ -60,13 +61,15 @@ impl Exchange {
         let entry = &listed.entry;
         self.formats.check(entry)?;
         let old = Program::of_process(entry.daemon.pid)?;
+        let first = FirstArgument::of_process(entry.daemon.pid);
+        let arguments = with_id(&self.succeed, entry);
         // Otherwise it may be the program of a later process with this number.
         if !entry.daemon.is_alive() {
             let message = format!("the daemon of {} is gone", entry.device.display());
             let remedy = format!("vhdx-ublk recover {}", entry.device.display());
             return Err(Error::new(Kind::NotFound, message).remedy(remedy));
         }
-        match launch::launch_program(&self.program, with_id(&self.succeed, entry), READY_DEADLINE) {
+        match launch::launch_program(&self.program, first, arguments, READY_DEADLINE) {
             Ok(ready) => Ok(Upgraded {
                 id: entry.id,
                 device: entry.device.clone(),
@@ -74,28 +77,37 @@ impl Exchange {
                 to: printable(&self.formats.version).into(),
                 pause_us: ready.pause_us.unwrap_or_default(),
             }),
-            Err(Failed { error, stage }) => Err(self.after_failure(entry, &old, error, stage)),
+            Err(Failed { error, stage }) => Err(self.after_failure(entry, (&old, first), error, stage)),
         }
     }
 
     /// Sees to it that the device is served, and says by which program.
-    fn after_failure(&self, entry: &Entry, old: &Program, error: Error, stage: Stage) -> Error {
+    fn after_failure(
+        &self,
+        entry: &Entry,
+        (old, first): (&Program, FirstArgument),
+        error: Error,
+        stage: Stage,
+    ) -> Error {
+        if stage == Stage::Before {
+            return error;
+        }
         let device = entry.device.display();
-        let patience = match stage {
-            Stage::Before => return error,
-            Stage::Begun => END_PATIENCE,
-            Stage::Unknown => WATCH,
-        };
-        let until = Instant::now() + patience;
+        let (begun, mut is_leaving) = (Instant::now(), stage == Stage::Begun);
         while entry.daemon.life() != Life::Ended {
-            if Instant::now() >= until {
+            let patience = if is_leaving { END_PATIENCE } else { WATCH };
+            if begun.elapsed() >= patience {
+                if !is_leaving && leaves(entry) {
+                    is_leaving = true;
+                    continue;
+                }
                 let message = format!("{error:#}; the program before has not ended");
                 return Error::new(error.kind(), message)
                     .remedy(format!("`vhdx-ublk list` shows whether {device} is served"));
             }
             thread::sleep(Duration::from_millis(10));
         }
-        match launch::launch_program(old, with_id(&self.recover, entry), READY_DEADLINE) {
+        match launch::launch_program(old, first, with_id(&self.recover, entry), READY_DEADLINE) {
             Ok(_) => {
                 let message = format!("{error:#}; the program before serves {device} again");
                 Error::new(error.kind(), message).remedy("nothing was lost; see the log of the device")
@@ -108,6 +120,13 @@ impl Exchange {
             }
         }
     }
+}
+
+/// Whether the daemon, which has not ended, has begun to hand its device over. One that does not answer may
+/// have: only a daemon that serves on is certain to say so.
+fn leaves(entry: &Entry) -> bool {
+    let status = Registry::open().and_then(|registry| socket::status(&registry.socket_path(entry.id)));
+    status.map_or(true, |status| status.leaving)
 }
 
 fn with_id(arguments: &[OsString], entry: &Entry) -> Vec<OsString> {

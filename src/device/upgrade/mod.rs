@@ -6,8 +6,9 @@
 //! 1. the command opens the program of the daemon, which may have been removed from its folder, and asks the
 //!    new program which [`Formats`] it reads;
 //! 2. the successor opens the image and its parents, and locks them beside the daemon;
-//! 3. it asks the daemon for the device. The daemon commits what is dirty, has new requests wait, completes
-//!    those that it serves, and ends as if it had been killed (see `handover`);
+//! 3. it leaves its parent, blocks the signals that request something, and asks the daemon for the device.
+//!    The daemon commits what is dirty, has new requests wait, completes those that it serves, syncs them,
+//!    and ends as if it had been killed (see `handover`);
 //! 4. the successor waits for the end of the daemon's last I/O, takes over the session, and serves;
 //! 5. if it does not, the command starts the program of 1 to recover the device.
 //!
@@ -26,6 +27,9 @@
 //! * from 2 on no other program can lock the image for writing: the successor's lock lies beside the daemon's
 //!   until that ends, and the byte that makes a writer passes only then, after the last I/O;
 //! * the session stays open all the time. No process marks it clean, and a successor that fails leaves it;
+//! * a request to end is not lost: a daemon that has one refuses, and those that come to its successor wait
+//!   until that serves;
+//! * nothing lies on SMB: no lock can lie beside another there;
 //! * one upgrade runs at a time.
 
 mod exchange;

@@ -15,10 +15,10 @@ use crate::device::session;
 use crate::device::socket;
 use crate::device::sys;
 use crate::disk::{Access, ImageFile};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Doing, Error, Kind, Result};
 
 /// How long the daemon may take to end once it has agreed: its last I/O included.
-const END_PATIENCE: Duration = Duration::from_secs(40);
+const END_PATIENCE: Duration = Duration::from_secs(50);
 
 /// How long a daemon that does not answer may take to be seen as ended.
 const DEATH_PATIENCE: Duration = Duration::from_secs(1);
@@ -59,6 +59,7 @@ impl Successor {
         refuse_unserved(listed)?;
         let entry = listed.entry.clone();
         Formats::ours().check(&entry)?;
+        refuse_smb(&entry)?;
         if let Err(error) = join_control_group_of(entry.daemon.pid) {
             tracing::debug!("this process stays in the control group of its starter: {error}");
         }
@@ -79,6 +80,7 @@ impl Successor {
             refuse_another(&entry, path, parent.identity() == *file)?;
             parents.push(parent);
         }
+        refuse_ended(&entry)?;
         Ok(Self { entry, image, parents })
     }
 
@@ -89,6 +91,10 @@ impl Successor {
     /// The daemon's refusal: nothing has changed. That it does not end in time.
     pub fn take_over(self, registry: &Registry) -> Result<TakenOver> {
         let Self { entry, image, parents } = self;
+        // From the daemon's end on this process must outlive its starter; after a refusal it ends by itself.
+        launch::leave_parent()?;
+        // What asks the daemon to end from now on, asks its successor.
+        sys::block_requests().doing("blocking signals")?;
         let asked_at_us = now_us()?;
         let asked = socket::hand_over(&registry.socket_path(entry.id), entry.image_file);
         let paused_at_us = match asked {
@@ -97,7 +103,7 @@ impl Successor {
             Err(error) if error.kind() == Kind::Io && has_ended(&entry, DEATH_PATIENCE) => asked_at_us,
             Err(error) => return Err(without_command(&entry, error)),
         };
-        launch::take_over()?;
+        launch::take_over();
         if !has_ended(&entry, END_PATIENCE) {
             let message = format!(
                 "the daemon of {} (pid {}) has not ended within {} s",
@@ -159,6 +165,36 @@ fn refuse_unserved(listed: &Listed) -> Result<()> {
     }
 }
 
+/// A client of SMB has one lock for all descriptions of a file: the two processes could not both have it, and
+/// another program would get in between.
+fn refuse_smb(entry: &Entry) -> Result<()> {
+    for path in std::iter::once(&entry.image).chain(&entry.parents) {
+        if ImageFile::is_on_smb(path).map_err(|error| entry.explain(error))? {
+            return Err(on_smb(entry, path));
+        }
+    }
+    Ok(())
+}
+
+fn on_smb(entry: &Entry, path: &Path) -> Error {
+    let device = entry.device.display();
+    let message = format!("the file lies on SMB: {device} cannot be taken over while it is in use");
+    Error::new(Kind::Unsupported, message)
+        .file(path)
+        .remedy("end the use of the device, then remove and add it (`vhdx-ublk del`, `vhdx-ublk add`)")
+}
+
+/// Before the locks were taken beside a daemon that has ended, another program may have written the image.
+fn refuse_ended(entry: &Entry) -> Result<()> {
+    if entry.daemon.life() == Life::Runs {
+        return Ok(());
+    }
+    let device = entry.device.display();
+    let message =
+        format!("the daemon of {device} (pid {}) has ended meanwhile, or was stopped", entry.daemon.pid);
+    Err(Error::new(Kind::NotFound, message).remedy(format!("if it has ended: `vhdx-ublk recover {device}`")))
+}
+
 fn refuse_another(entry: &Entry, path: &Path, is_it: bool) -> Result<()> {
     if is_it {
         return Ok(());
@@ -202,6 +238,28 @@ mod tests {
         }
         let hidden = Entry { daemon: ProcessId { namespace: 1, ..daemon }, ..entry(3) };
         assert!(refusal(&Listed { entry: hidden, state: State::Live }).to_string().contains("namespace"));
+    }
+
+    #[test]
+    fn a_daemon_that_has_ended_while_the_files_were_opened_is_not_succeeded() {
+        let daemon = ProcessId::this().expect("/proc");
+        refuse_ended(&Entry { daemon, ..entry(3) }).expect("it runs");
+        let daemon = ProcessId { start_time: daemon.start_time + 1, ..daemon };
+        let error = refuse_ended(&Entry { daemon, ..entry(3) }).expect_err("refused");
+        assert!(error.remedy_text().is_some_and(|text| text.contains("recover /dev/ublkb3")));
+    }
+
+    #[test]
+    fn a_file_on_smb_is_named_with_what_to_do() {
+        let error = on_smb(&entry(3), Path::new("/images/base.vhdx"));
+        assert_eq!(
+            (error.kind(), error.file_path()),
+            (Kind::Unsupported, Some(Path::new("/images/base.vhdx")))
+        );
+        assert!(error.remedy_text().is_some_and(|text| text.contains("vhdx-ublk add")));
+        let file = tempfile::NamedTempFile::new().expect("a temporary file");
+        let image = file.path().canonicalize().expect("there");
+        refuse_smb(&Entry { image, ..entry(3) }).expect("it is a local file");
     }
 
     #[test]
