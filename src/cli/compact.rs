@@ -91,10 +91,10 @@ Ctrl-C stops the command at the next safe point; what was freed until then stays
 file may be longer than before, with --defragment by 64 MiB and more.
 --json prints image, dry_run and stopped (whether a signal ended it); host_bytes_before and _after
 (space on the host; none after a dry run), file_bytes_before and _after; zero_blocks and
-unmapped_blocks (blocks that held zeros; blocks without content that named space) and given_up_bytes;
-moves and moved_bytes; filled_bytes (--dense); free_bytes (free space that stays in the file) and
-free_before (the structure behind it that is not moved); unread_parents (why zeros of a child were
-not searched for).
+unmapped_blocks (blocks that held zeros; blocks without content that named space) and
+given_up_bytes; moves and moved_bytes; filled_bytes (--dense); free_bytes (free space that stays
+in the file) and free_before (the structure behind it that is not moved); unread_parents (why zeros
+of a child were not searched for).
 Exit status: 0 compacted, 1 failure or stopped (the disk reads as before), or --trim was not
 possible; 2 wrong usage.";
 

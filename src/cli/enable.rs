@@ -24,7 +24,7 @@ pub struct Enable {
     options: Option<OsString>,
 }
 
-/// Serve a disk no longer from boot on: remove its line from /etc/vhdxtab.
+/// Stop serving a disk from boot on: remove its line from /etc/vhdxtab.
 ///
 /// A device that is there stays until it is removed.
 #[derive(clap::Args)]
@@ -46,12 +46,15 @@ A line of /etc/fstab then mounts the disk, or a partition of it:
   nofail    the boot does not wait for it
   _netdev   its image is reached over a network
 
-In /etc/vhdxtab, \\040 stands for a blank in a path, and \\054 for a comma in an option.";
+In /etc/vhdxtab, \\040 stands for a blank in a path, and \\054 for a comma in an option.
+Exit status: 0 the line is in the table, 1 failure (the table is unchanged), 2 wrong usage.";
 
 const AFTER_HELP_OF_DISABLE: &str = "\
 Examples:
   vhdx-ublk disable data
-  vhdx-ublk del data          remove its device, too";
+  vhdx-ublk del data          remove its device, too
+
+Exit status: 0 the line is removed, 1 failure, 2 wrong usage.";
 
 impl Enable {
     /// Runs the command.
@@ -78,8 +81,9 @@ impl Disable {
     pub fn run(&self) -> Result<()> {
         let (name, path) = (self.name.display(), Path::new(table::PATH));
         if !table_to_change()?.remove(&self.name)? {
-            let message = format!("no line has the name {name}");
-            return Err(Error::new(Kind::NotFound, message).file(path).remedy("vhdx-ublk list"));
+            let message = format!("no line names {name}");
+            let remedy = format!("`cat {}` shows the names", table::PATH);
+            return Err(Error::new(Kind::NotFound, message).file(path).remedy(remedy));
         }
         output::print_line(&format!("{}: removed {name}", table::PATH))?;
         if let Some(name) = self.name.to_str().and_then(|name| name.parse::<Name>().ok()) {

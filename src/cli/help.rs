@@ -1,5 +1,7 @@
 //! `help`: the help of a command, or a page of the guide.
 
+use std::fmt::Write as _;
+
 use clap::Command;
 use clap::error::ErrorKind;
 
@@ -56,7 +58,7 @@ impl Help {
             return output::print(&tasks());
         };
         if let Some((_, text)) = PAGES.iter().find(|(name, _)| name == first).filter(|_| rest.is_empty()) {
-            return output::print(text.trim_end());
+            return output::print(plain(text).trim_end());
         }
         let words = ["vhdx-ublk"].into_iter().chain(self.names.iter().map(String::as_str)).chain(["--help"]);
         match line.try_get_matches_from_mut(words) {
@@ -67,6 +69,19 @@ impl Help {
             }
         }
     }
+}
+
+/// A page as a terminal shows it: `[text](crate::guide::page)` becomes `text (vhdx-ublk help page)`.
+fn plain(text: &str) -> String {
+    let mut shown = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some((before, after)) = rest.split_once("](crate::guide::") {
+        let link = before.rsplit_once('[').zip(after.split_once(')'));
+        let ((lead, name), (page, behind)) = link.expect("a link has both brackets");
+        let _ = write!(shown, "{lead}{name} (vhdx-ublk help {})", page.replace('_', "-"));
+        rest = behind;
+    }
+    shown + rest
 }
 
 /// The list of the tasks, each with the first line of its page.
@@ -84,6 +99,22 @@ mod tests {
     use std::fs;
 
     use super::*;
+
+    /// No link of rustdoc is shown, and each leads to a page.
+    #[test]
+    fn links_are_shown_as_commands() {
+        assert_eq!(
+            plain("see [`a`](crate::guide::b_c), [d](crate::guide::e)."),
+            "see `a` (vhdx-ublk help b-c), d (vhdx-ublk help e)."
+        );
+        for (name, text) in PAGES {
+            let shown = plain(text);
+            assert!(!shown.contains("](crate::"), "{name}");
+            let marks = shown.split("(vhdx-ublk help ").skip(1);
+            let pages = marks.map(|rest| rest.split(')').next().unwrap_or_default());
+            pages.for_each(|page| assert!(PAGES.iter().any(|(known, _)| *known == page), "{name}: {page}"));
+        }
+    }
 
     /// Every page of the guide can be asked for, and begins with its title.
     #[test]

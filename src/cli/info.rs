@@ -145,7 +145,8 @@ impl Info {
     /// Runs the command; returns the exit status.
     pub fn run(self) -> Result<u8> {
         if !self.chain {
-            self.parents.refuse_without("--chain")?;
+            let refused = self.parents.refuse_without("--chain");
+            refused.map_err(|error| error.remedy("vhdx-ublk info --help"))?;
         }
         if self.brief {
             return brief(&self.images);

@@ -57,14 +57,8 @@ JSON: start and length (bytes), depth (0 for the image, 1 for its parent, and so
 layer has it), zero, data (a file has space for it), compressed (never), offset (in the file of the
 layer, only with data).
 
-An incremental backup copies what has changed since the last one. Here disk.vhdx was frozen by the
-snapshot that made monday.avhdx, which a second snapshot froze:
-  vhdx-ublk add --read-only monday.avhdx                        prints /dev/ublkb1
-  vhdx-ublk map --since disk.vhdx monday.avhdx | while read start length state; do
-    dd if=/dev/ublkb1 of=backup.raw conv=notrunc status=none bs=1M skip=$start seek=$start \\
-       count=$length iflag=skip_bytes,count_bytes oflag=seek_bytes
-  done
-
+An incremental backup copies what has changed since the last one: `vhdx-ublk help backup` has the
+commands.
 Blocks that were discarded or filled with zeros count as changed. An image that is being written
 cannot be mapped; the layers below it can.
 Exit status: 0 success, 1 failure, 2 wrong usage.";

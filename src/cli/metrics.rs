@@ -26,7 +26,7 @@ Examples:
   vhdx-ublk metrics
   vhdx-ublk metrics --textfile /var/lib/prometheus/node-exporter/vhdx-ublk.prom
 
-The second one is for the textfile collector of node_exporter. The timer
+The second command is for the textfile collector of node_exporter. The timer
 vhdx-ublk-metrics.timer runs it every 15 s.
 Exit status: 0 success, 1 failure, 2 wrong usage.";
 

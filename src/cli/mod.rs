@@ -312,6 +312,21 @@ mod tests {
         Cli::command().debug_assert();
     }
 
+    /// Longer lines would be wrapped raggedly.
+    fn long_lines(command: &clap::Command, found: &mut Vec<String>) {
+        let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+        let long = help.lines().filter(|line| line.chars().count() > 100);
+        found.extend(long.map(|line| format!("{}: {line}", command.get_name())));
+        command.get_subcommands().for_each(|command| long_lines(command, found));
+    }
+
+    #[test]
+    fn lines_of_help_texts_fit_the_terminal() {
+        let mut found = Vec::new();
+        long_lines(&Cli::command(), &mut found);
+        assert_eq!(found, Vec::<String>::new());
+    }
+
     /// The calls of this program in a line of shell: the words of each, without redirections.
     fn calls(line: &str) -> Vec<Vec<String>> {
         let calls = line.match_indices("vhdx-ublk ").map(|(at, _)| &line[at..]);

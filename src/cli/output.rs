@@ -69,8 +69,12 @@ pub fn word(value: &impl Serialize) -> anyhow::Result<String> {
     Ok(value.as_str().unwrap_or_default().to_owned())
 }
 
-/// Prints what went wrong, and what to do about it.
+/// Prints what went wrong, and what to do about it. If the reader of standard output has left, only the exit
+/// status shows it.
 pub fn report(error: &(dyn StdError + 'static), json: bool) {
+    if has_no_reader(error) {
+        return;
+    }
     // If it cannot be written, the exit status still shows the failure.
     if json {
         let _ = print_json(&Report { error: Failure::of(error) });
@@ -81,6 +85,13 @@ pub fn report(error: &(dyn StdError + 'static), json: bool) {
     if let Some(remedy) = remedy(error) {
         let _ = writeln!(stderr, "  try: {}", printable(remedy));
     }
+}
+
+/// Whether standard output is a pipe without a reader.
+fn has_no_reader(error: &(dyn StdError + 'static)) -> bool {
+    let is_output = |text: String| ["writing the output", "writing standard output"].contains(&text.as_str());
+    os_error(error).is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+        && Chain::new(error).any(|cause| is_output(cause.to_string()))
 }
 
 /// The last failure of all `outcomes`, each of which is asked for; earlier ones are reported at once.
@@ -296,6 +307,15 @@ mod tests {
         let full =
             anyhow::Error::from(io::Error::from_raw_os_error(libc::ENOSPC)).context("writing the output");
         assert_eq!(kind(full.as_ref()), Kind::NoSpace);
+    }
+
+    #[test]
+    fn only_a_broken_pipe_of_standard_output_is_no_message() {
+        let broken = |doing: &str| Error::io(doing, io::ErrorKind::BrokenPipe.into());
+        assert!(has_no_reader(&broken("writing the output")));
+        assert!(has_no_reader(anyhow::Error::from(broken("writing standard output")).context("x").as_ref()));
+        assert!(!has_no_reader(&broken("asking the daemon")));
+        assert!(!has_no_reader(&Error::io("writing the output", io::ErrorKind::StorageFull.into())));
     }
 
     #[test]

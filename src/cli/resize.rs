@@ -67,20 +67,22 @@ Examples:
   vhdx-ublk resize disk.vhdx --size +50G --grow-fs   the last partition and its file system, too
   vhdx-ublk resize disk.vhdx --minimum --dry-run   show how small the disk can be
 
-Partitions and file systems do not shrink with the disk: shrink them before it. They grow with it by
---grow-fs, which serves the image for a moment and runs sfdisk and resize2fs, xfs_growfs or btrfs. It
-is refused, before anything is changed, if one of these is missing, or if the file system was not shut
-down cleanly or uses other devices. If it was interrupted, run the command again with the new size.
-The drivers of the kernel and these programs read the image: do not use --grow-fs for an image that
-you do not trust.
+Partitions and file systems do not shrink with the disk: shrink them before it. They grow with it
+by --grow-fs, which serves the image for a moment and runs sfdisk and resize2fs, xfs_growfs or
+btrfs. It is refused, before anything is changed, if one of these is missing, or if the file system
+was not shut down cleanly or uses other devices. If it was interrupted, run the command again with
+the new size. The drivers of the kernel and these programs read the image: do not use --grow-fs for
+an image that you do not trust.
 A disk does not shrink below the end of its last partition, which `info` shows as its minimum size.
 On a GPT disk the second copy of the table must then move to the end of the disk: add the image, and
 run `sgdisk -e` or `sfdisk --relocate gpt-bak-std` on its device.
 A fixed image needs the space of all new blocks at once. A differencing image may be larger than its
 parent, of which nothing shows in the new part.
+Children are found if devices use them, or in the folder of the image; make sure yourself that it
+has none elsewhere.
 JSON: image, dry_run, size_before, size, minimum_size (null if nothing is recognised on the disk),
-backup_gpt_must_move, grown (null without --grow-fs, or partition, type and volume_bytes), next_command
-(null, or what grows the file system).
+backup_gpt_must_move, grown (null without --grow-fs, or partition, type and volume_bytes),
+next_command (null, or what grows the file system).
 Exit status: 0 resized, 1 failure (the disk reads as before), 2 wrong usage.";
 
 /// Reads a size, or a change of one.

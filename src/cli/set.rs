@@ -39,6 +39,8 @@ Prints the identifier of the disk, if it is given. Both values are part of what 
 disk, so the DataWriteGuid of the image changes, by which children know their parent: an image with
 children is refused without --force. A child has values of its own, which this command changes
 without harm to its parent.
+Children are found if devices use them, or in the folder of the image; make sure yourself that it
+has none elsewhere.
 Exit status: 0 the image has the values, 1 failure (it is unchanged), 2 wrong usage.";
 
 /// What can be set.

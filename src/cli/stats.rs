@@ -55,10 +55,10 @@ log is.
 
 JSON: id, device, image, poisoned, host_full, last_error, requests (by kind, and failed),
 read (an array: image, bytes), zero_filled_bytes, written_bytes, zeroed_bytes, retries, zero_copy,
-late_registrations, waits (an array: for, waiting, count, sum_us, buckets), engine (counters), levels
-(log_bytes, log_used_bytes, dirty_pages, quarantined_bytes), syncs (count, sum_us, buckets). The
-first bucket has what took up to 16 us, the next one up to 32 us, and so on; the last one has the
-rest.
+late_registrations, waits (an array: for, waiting, count, sum_us, buckets), engine (counters),
+levels (log_bytes, log_used_bytes, dirty_pages, quarantined_bytes), syncs (count, sum_us, buckets).
+The first bucket has what took up to 16 us, the next one up to 32 us, and so on; the last one has
+the rest.
 Exit status: 0 success, 1 failure, 2 wrong usage.";
 
 /// The time between two lines.

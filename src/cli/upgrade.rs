@@ -13,7 +13,7 @@ use vhdx_ublk::error::{Doing, Error, Kind, Locate, Result};
 
 use super::{add, detached, output, recover};
 
-/// Have this program serve devices that an older one serves, while they are in use.
+/// Replace the program that serves devices with this one, while they are in use.
 ///
 /// Mounted file systems stay mounted. Requests wait for some milliseconds, and none fails. If the new
 /// program cannot take a device over, the old one continues to serve it.
@@ -50,7 +50,7 @@ The new program is examined first: if it does not read the session of a device, 
 with its program. `vhdx-ublk list` shows the version that serves each device. Devices that were
 added with --recovery fail or none are refused; so are those with --recovery queue before Linux
 6.16, those with an image or a parent on SMB, and those that were asked to end. The new daemon
-runs in the background, also if the old one was added with --foreground.
+runs in the background, even if the device was added with --foreground.
 JSON: id, device, from, to (versions), pause_us (how long requests waited at most).
 Exit status: 0 the program serves all of the devices, 1 it does not serve some of them (the error
 states which program does), 2 wrong usage.";

@@ -7,7 +7,7 @@ use super::registry::{Entry, Listed, RUN_DIRECTORY, Registry, State};
 use super::stop::{self, Target};
 use super::{session, usage};
 use crate::disk::{Access, HostFile, ImageFile};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Locate, Result};
 use crate::image::Image;
 use crate::operations::Devices;
 use crate::printable::shell;
@@ -18,13 +18,16 @@ use crate::printable::shell;
 ///
 /// When the caller may not read it.
 pub fn registry() -> Result<Option<Registry>> {
+    registry_or("only root can list the devices")
+}
+
+/// The registry; for a user who may not read it, this message.
+fn registry_or(refusal: &str) -> Result<Option<Registry>> {
     if !Path::new(RUN_DIRECTORY).exists() {
         return Ok(None);
     }
     if !nix::unistd::geteuid().is_root() {
-        return Err(
-            Error::new(Kind::Permission, "only root can list the devices").remedy("run the command as root")
-        );
+        return Err(Error::new(Kind::Permission, refusal).remedy("run the command as root"));
     }
     Registry::open().map(Some)
 }
@@ -96,7 +99,10 @@ impl Devices for Claims {
         let both_read = |listed: &Listed| listed.entry.read_only && access == Access::ReadOnly;
         let concerns =
             |listed: &Listed| listed.may_be_abandoned() && !both_read(listed) && listed.entry.reads(file);
-        let Some(listed) = devices()?.into_iter().find(concerns) else { return Ok(()) };
+        let refusal = "only root can see whether a killed daemon has left data for this image that is not in \
+                       the file";
+        let Some(registry) = registry_or(refusal).file(image.path())? else { return Ok(()) };
+        let Some(listed) = registry.survey()?.devices.into_iter().find(concerns) else { return Ok(()) };
         let device = listed.entry.device.display();
         let remedy =
             format!("`vhdx-ublk recover {device}` serves it again, `vhdx-ublk del {device}` removes it");

@@ -296,7 +296,9 @@ mod tests {
         assert!(coming_up.await_ready(false).expect_err("a request").to_string().contains("daemon to end"));
         let mut successor = supervisor(1, []);
         let asked = [Event::Happening(Happening::EndRequested), Event::Queue(0, Report::Ready)];
-        asked.into_iter().for_each(|event| successor.sender.send(event).expect("the receiver is here"));
+        for event in asked {
+            successor.sender.send(event).expect("the receiver is here");
+        }
         successor.await_ready(true).expect("the device may be in use");
         assert!(matches!(successor.next_demand(None), Ok(Demand::Happening(Happening::EndRequested))));
         let mut up = supervisor(0, []);

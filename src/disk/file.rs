@@ -619,7 +619,7 @@ mod tests {
         let fifo = directory.path().join("fifo");
         nix::unistd::mkfifo(&fifo, Mode::S_IRWXU).expect("a FIFO can be made");
         for (path, name) in [
-            (directory.path(), "a directory"),
+            (directory.path(), "a folder"),
             (&fifo, "a FIFO"),
             (Path::new("/dev/null"), "a character device"),
         ] {

@@ -148,7 +148,10 @@ fn refuse_irregular(found: &File) -> Result<()> {
     let looking = |error| Error::io("looking at the image", error);
     let kind = found.metadata().map_err(looking)?.file_type();
     if !kind.is_file() {
-        let message = format!("this is {}, and an image is a regular file", name(kind));
+        let message = match kind {
+            _ if kind.is_dir() => "this is a folder: name the image in it".into(),
+            _ => format!("this is {}, and an image is a regular file", name(kind)),
+        };
         return Err(Error::new(Kind::Unsupported, message));
     }
     let host = fstatfs(found).map_err(|errno| looking(errno.into()))?.filesystem_type();
@@ -164,7 +167,6 @@ fn refuse_irregular(found: &File) -> Result<()> {
 
 fn name(kind: FileType) -> &'static str {
     match kind {
-        _ if kind.is_dir() => "a directory",
         _ if kind.is_symlink() => "a symbolic link",
         _ if kind.is_block_device() => "a block device",
         _ if kind.is_char_device() => "a character device",
@@ -195,7 +197,7 @@ mod tests {
         let fifo = folder.path().join("fifo");
         nix::unistd::mkfifo(&fifo, Mode::S_IRWXU).expect("a FIFO can be made");
         assert!(refusal(&fifo, Links::Follow).contains("a FIFO"));
-        assert!(refusal(folder.path(), Links::Follow).contains("a directory"));
+        assert!(refusal(folder.path(), Links::Follow).contains("a folder"));
         assert!(refusal(Path::new("/dev/null"), Links::Follow).contains("a character device"));
         for of_kernel in ["/proc/self/status", "/proc/kmsg", "/sys/kernel/uevent_seqnum"] {
             if Path::new(of_kernel).exists() {

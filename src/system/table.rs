@@ -242,7 +242,7 @@ impl Table {
             }
         }
         let missing = || {
-            let message = format!("no line has the name {}", name.display());
+            let message = format!("no line names {}", name.display());
             Error::new(Kind::NotFound, message).file(&self.path).remedy("vhdx-ublk enable NAME IMAGE")
         };
         Err(first_error.unwrap_or_else(missing))

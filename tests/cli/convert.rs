@@ -534,3 +534,31 @@ fn a_replaced_file_shows_its_readers_nothing_new() {
         convert(&link, &bench.path("c.raw"), &[]).failed(1);
     }
 }
+
+/// What helps is the folder, not free space.
+#[test]
+fn a_target_in_a_missing_folder_is_told_as_such() {
+    let bench = Bench::new();
+    let image = bench.image("a.vhdx", &["--size", "64M"]);
+    let target = bench.path("none/b.raw");
+    for options in [&[][..], &["--ignore-room"]] {
+        let ran = program().arg("convert").args(options).args([&image, &target]).output().expect("it runs");
+        let refusal = Ran::from(ran).failed(1);
+        assert!(refusal.contains("there is no such folder"), "{refusal}");
+        assert!(refusal.contains("create it first: mkdir -p "), "{refusal}");
+    }
+    assert_eq!(bench.names(), ["a.vhdx"]);
+}
+
+/// As of a pipe to `head`: the exit status shows it.
+#[test]
+fn a_reader_that_leaves_is_told_nothing() {
+    let bench = Bench::new();
+    let image = bench.image("a.vhdx", &["--size", "64M"]);
+    let mut command = program();
+    command.arg("convert").arg(&image).arg("-").stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().expect("it runs");
+    drop(child.stdout.take());
+    let ran = child.wait_with_output().expect("it ends");
+    assert_eq!((ran.status.code(), String::from_utf8_lossy(&ran.stderr)), (Some(1), "".into()));
+}

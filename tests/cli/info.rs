@@ -91,3 +91,11 @@ fn several_images_are_shown_and_one_that_fails_does_not_hide_the_others() {
     assert_eq!(found["images"][1]["error"]["kind"], "not-found");
     run(&["info", "--brief", "--json", base]).misused();
 }
+
+#[test]
+fn parents_without_the_chain_are_wrong_usage_of_info() {
+    let bench = Bench::new();
+    let image = bench.image("a.vhdx", &["--size", "64M"]);
+    let refusal = on("info", &image, &["--parent", "b.vhdx"]).failed(2);
+    assert!(refusal.contains("try: vhdx-ublk info --help"), "{refusal}");
+}

@@ -48,6 +48,7 @@ fn doctor_leaves_the_image_and_its_folder_as_they_were() {
     for name in ["image", "lock", "chain", "sparse for Windows", "change tracking"] {
         assert_eq!(check(&found, name)["fine"], true, "{found:?}");
     }
+    assert_eq!(check(&found, "image")["found"], "VHDX, dynamic, 64 MiB");
     for name in ["file system", "direct I/O", "giving space back", "sync", "space left"] {
         check(&found, name);
     }
@@ -78,6 +79,10 @@ fn doctor_finds_what_is_wrong_with_an_image() {
     let (status, found) =
         checks(&run(&["doctor", "--json", bench.path("text.vhdx").to_str().expect("UTF-8")]));
     assert_eq!((status, found.len()), (Some(1), 1));
+    let (status, found) =
+        checks(&run(&["doctor", "--json", bench.path("missing.vhdx").to_str().expect("UTF-8")]));
+    assert_eq!((status, found.len()), (Some(1), 1));
+    assert_eq!(found[0]["remedy"], "check the spelling of the path");
 }
 
 #[test]

@@ -55,7 +55,7 @@ pub(super) fn refuse_lasting(directory: &File) -> Result<()> {
         return Ok(());
     }
     let message = "it is not a tmpfs: a session file in it would survive a power cut";
-    Err(Error::new(Kind::Unsupported, message).remedy("mount a tmpfs on /run"))
+    Err(Error::new(Kind::Unsupported, message).remedy("mount a tmpfs on /run/vhdx-ublk"))
 }
 
 /// A session's file, which reserves room for the session.

@@ -20,6 +20,7 @@ use crate::disk::{
 };
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::operations::children::refuse_replacing_parent;
+use crate::operations::folder::missing;
 use crate::operations::source::{DiskFormat, Sectors, Source, probe};
 use crate::operations::{Devices, locked, replaced, room};
 use crate::printable::{both_sizes, shell};
@@ -263,7 +264,7 @@ impl NewTarget {
     fn make(path: &Path, old: Option<ImageFile>, sparse: Sparse) -> Result<Self> {
         let place = match &old {
             Some(old) => Place::of_file(old)?,
-            None => Place::of(path)?,
+            None => Place::of(path).map_err(|error| missing(error, folder_of(path)))?,
         };
         let unfinished = Unfinished::default();
         let name = OsString::from(format!(".vhdx-ublk-{}.tmp", Uuid::new_v4().simple()));
@@ -393,8 +394,12 @@ fn check_room(conversion: &Conversion, path: &Path, planned: Converted) -> Resul
         DiskFormat::Vhd if conversion.shape.fixed && !reserves(conversion) => return Ok(()),
         _ => measured.required,
     };
-    let remedy = "free space; or, if much of the disk is zeros that its file has stored, begin all the same: \
-                  --ignore-room";
     let required = room::require(HostRoom::at(folder_of(path)), needed, "the target needs at most");
-    required.map_err(|error| error.file(path).remedy(remedy))
+    required.map_err(|error| match missing(error, folder_of(path)).file(path) {
+        error if error.kind() == Kind::NoSpace => error.remedy(
+            "free space; or, if much of the disk is zeros that its file has stored, begin all the same: \
+             --ignore-room",
+        ),
+        error => error,
+    })
 }

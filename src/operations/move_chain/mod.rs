@@ -21,6 +21,7 @@ use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
 
+use super::folder::missing;
 use super::inspect::identify;
 use super::{Devices, Watch, locked, naming, replaced};
 use crate::chain::{self, Layer, Member, Search};
@@ -120,10 +121,8 @@ impl Request {
 /// errors of the host, [`Kind::Stopped`], those of `moving`. The same move again finishes it.
 pub fn move_chain(request: &Request, devices: &dyn Devices, moving: &impl Moving) -> Result<PathBuf> {
     let Request { leaf, folder, .. } = request;
-    let folder = folder.canonicalize().doing("finding the folder").file(folder).map_err(|error| {
-        let missing = error.kind() == Kind::NotFound;
-        if missing { error.remedy(format!("create it first: mkdir -p {}", shell(folder))) } else { error }
-    })?;
+    let found = folder.canonicalize().doing("finding the folder").file(folder);
+    let folder = found.map_err(|error| missing(error, folder))?;
     // The user may have named a link.
     let named = leaf.canonicalize();
     let name = named.as_deref().unwrap_or(leaf).file_name();

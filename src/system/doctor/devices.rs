@@ -30,7 +30,12 @@ fn daemons(devices: &[Listed]) -> Finding {
     let old = living.iter().filter(|listed| is_old(&listed.entry.version, &program(listed)));
     let old: Vec<String> = old.map(|listed| listed.entry.device.display().to_string()).collect();
     if old.is_empty() {
-        return Finding::fine(CHECK, format!("{} serve devices, all of this version", living.len()));
+        let found = match living.len() {
+            0 => "none is running".into(),
+            1 => "one, of this version".into(),
+            count => format!("{count}, all of this version"),
+        };
+        return Finding::fine(CHECK, found);
     }
     let found = format!("{} are served by a program that has been replaced since", old.join(", "));
     let remedy = format!("vhdx-ublk upgrade {}", old.join(" "));
@@ -47,7 +52,12 @@ fn sessions(kept: &[Kept]) -> Finding {
     const CHECK: &str = "sessions";
     let orphans: Vec<&Kept> = kept.iter().filter(|kept| kept.state != KeptState::Live).collect();
     let [first, ..] = &orphans[..] else {
-        return Finding::fine(CHECK, format!("{}, each in use by a daemon", kept.len()));
+        let found = match kept.len() {
+            0 => "none".into(),
+            1 => "one, in use by a daemon".into(),
+            count => format!("{count}, each in use by a daemon"),
+        };
+        return Finding::fine(CHECK, found);
     };
     let image = first.image.as_deref().map_or("an unknown image".into(), |image| image.display().to_string());
     let found = format!("{} have no daemon, of {image} for example", orphans.len());

@@ -23,8 +23,7 @@ pub(super) fn checks(path: &Path) -> Vec<Finding> {
     let inspected = match inspect(path) {
         Ok(inspected) => inspected,
         Err(error) => {
-            let remedy = format!("`vhdx-ublk check {}` shows the damage", shell(path));
-            return vec![Finding::failed("image", &error, &remedy)];
+            return vec![Finding::failed("image", &error, &remedy(error.kind(), path))];
         }
     };
     let folder = folder_of(&inspected.path);
@@ -35,6 +34,17 @@ pub(super) fn checks(path: &Path) -> Vec<Finding> {
     checks
 }
 
+/// What helps with an image that cannot be read for such a reason.
+fn remedy(kind: Kind, path: &Path) -> String {
+    match kind {
+        Kind::Corrupt | Kind::Truncated => format!("`vhdx-ublk check {}` shows the damage", shell(path)),
+        Kind::NotFound => "check the spelling of the path".into(),
+        Kind::NotVhdx => "check the name of the file: this is no VHDX".into(),
+        Kind::Permission => "run the command as root, or as a user with access to the file".into(),
+        _ => format!("vhdx-ublk info {}", shell(path)),
+    }
+}
+
 fn structure(inspected: &Inspected) -> Finding {
     const CHECK: &str = "image";
     let damaged: Vec<&str> = inspected
@@ -43,12 +53,9 @@ fn structure(inspected: &Inspected) -> Finding {
         .filter(|warning| *warning != crate::disk::SPARSE_FOR_WINDOWS)
         .collect();
     if damaged.is_empty() {
-        let kind = inspected.image.metadata.kind();
+        let kind = format!("{:?}", inspected.image.metadata.kind()).to_lowercase();
         let size = human_size(inspected.image.metadata.virtual_size);
-        return Finding::fine(
-            CHECK,
-            format!("VHDX, {kind:?}, {size}").to_lowercase().replacen("vhdx", "VHDX", 1),
-        );
+        return Finding::fine(CHECK, format!("VHDX, {kind}, {size}"));
     }
     let path = shell(&inspected.path);
     Finding::wrong(CHECK, damaged.join("; "), format!("vhdx-ublk check --repair {path}"))

@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::Read;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use nix::sys::statfs::{FsType, TMPFS_MAGIC, statfs};
@@ -99,7 +100,7 @@ impl Machine {
         const CHECK: &str = "permissions";
         if !geteuid().is_root() {
             let remedy = "run the command as root: some checks need it, and devices do, too";
-            return Finding::wrong(CHECK, "this process is not root's", remedy);
+            return Finding::wrong(CHECK, "not running as root", remedy);
         }
         let is_driver_there = self.has("sys/module/ublk_drv");
         let opened = File::options().read(true).write(true).open(self.root.join("dev/ublk-control"));
@@ -110,7 +111,7 @@ impl Machine {
                     "in a container: let it have /dev/ublk-control and /dev/ublkcN, and CAP_SYS_ADMIN";
                 Finding::wrong(CHECK, format!("/dev/ublk-control cannot be opened: {error}"), remedy)
             }
-            Err(_) => Finding::fine(CHECK, "this process is root's; the driver is not loaded yet"),
+            Err(_) => Finding::fine(CHECK, "running as root; the driver is not loaded yet"),
         }
     }
 
@@ -141,11 +142,15 @@ impl Machine {
     }
 
     fn run_room(&self) -> Finding {
-        let run = self.root.join("run");
-        let kind = statfs(&run).map(|found| found.filesystem_type());
+        let (run, own) = (self.root.join("run"), self.root.join("run/vhdx-ublk"));
+        let device = |path: &Path| fs::symlink_metadata(path).ok().map(|found| found.dev());
+        // The folder of the sessions may be a file system of its own.
+        let is_apart = device(&own).is_some_and(|own| device(&run) != Some(own));
+        let (folder, name) = if is_apart { (own, "/run/vhdx-ublk") } else { (run, "/run") };
+        let kind = statfs(&folder).map(|found| found.filesystem_type());
         let is_memory = kind.is_ok_and(|kind| kind == TMPFS_MAGIC || kind == RAMFS);
-        let free = HostRoom::at(&run).ok().and_then(|room| room.for_this_user());
-        run_room(is_memory, free.unwrap_or(0))
+        let free = HostRoom::at(&folder).ok().and_then(|room| room.for_this_user());
+        run_room(name, is_memory, free.unwrap_or(0))
     }
 
     fn locked_memory(&self) -> Finding {
@@ -182,20 +187,19 @@ impl Machine {
     }
 }
 
-/// What is found of `/run`, with so many bytes free.
-fn run_room(is_memory: bool, free: u64) -> Finding {
+/// What is found of the `folder` whose file system has the sessions, with so many bytes free.
+fn run_room(folder: &str, is_memory: bool, free: u64) -> Finding {
     const CHECK: &str = "room in /run";
     let found = format!("{} free", human_size(free));
     if !is_memory {
-        let remedy = "mount -t tmpfs tmpfs /run: until then a killed daemon cannot be recovered";
-        return Finding::wrong(
-            CHECK,
-            "/run is not in memory (tmpfs), so sessions cannot be kept there",
-            remedy,
-        );
+        // A tmpfs on /run itself would hide the sockets of the running system.
+        let remedy = "until then a killed daemon cannot be recovered; when no device is served: mkdir -p \
+                      /run/vhdx-ublk && mount -t tmpfs -o mode=700 tmpfs /run/vhdx-ublk";
+        let found = format!("{folder} is not in memory (tmpfs), so sessions cannot be kept there");
+        return Finding::wrong(CHECK, found, remedy);
     }
     if free < RUN_BYTES {
-        let remedy = "remove what fills /run, or enlarge it: mount -o remount,size=25% /run";
+        let remedy = format!("remove what fills {folder}, or enlarge it: mount -o remount,size=25% {folder}");
         return Finding::wrong(CHECK, format!("{found}: sessions of devices need room there"), remedy);
     }
     Finding::fine(CHECK, found)
@@ -278,9 +282,12 @@ mod tests {
 
     #[test]
     fn run_is_memory_and_has_room() {
-        assert!(run_room(true, RUN_BYTES).fine);
-        assert!(!run_room(true, RUN_BYTES - 1).fine);
-        assert!(!run_room(false, u64::MAX).fine);
+        assert!(run_room("/run", true, RUN_BYTES).fine);
+        let full = run_room("/run/vhdx-ublk", true, RUN_BYTES - 1);
+        assert!(full.remedy.is_some_and(|remedy| remedy.ends_with("size=25% /run/vhdx-ublk")));
+        let lasting = run_room("/run", false, u64::MAX);
+        let remedy = lasting.remedy.expect("it is not fine");
+        assert!(!remedy.contains("tmpfs /run ") && remedy.ends_with("tmpfs /run/vhdx-ublk"), "{remedy}");
     }
 
     #[test]

@@ -58,7 +58,7 @@ fn punch(file: &File) -> Finding {
         "discards give no space back here: `vhdx-ublk compact` shortens the image when it is at rest";
     match punched(file) {
         Ok((before, after)) if after < before => {
-            Finding::fine(PUNCH, "works (tried on a nameless file in the folder)")
+            Finding::fine(PUNCH, "works, tried on a temporary file in the same folder")
         }
         Ok(_) => Finding::wrong(PUNCH, "the host punches holes, and they take the same space", remedy),
         Err(error) => Finding::wrong(PUNCH, format!("the host punches no holes: {error}"), remedy),
@@ -87,13 +87,21 @@ fn sync(file: &File) -> Finding {
 }
 
 fn judge_sync(median: Duration) -> Finding {
-    let found =
-        format!("{} us in the middle of {SYNCS} (on a nameless file in the folder)", median.as_micros());
+    let time = shown(median);
+    let found = format!("median of {SYNCS}: {time}, on a temporary file in the same folder");
     if median < SLOW {
         return Finding::fine(SYNC, found);
     }
     let remedy = "every flush of the device waits as long: use a disk with a faster sync for busy images";
     Finding::wrong(SYNC, found, remedy)
+}
+
+/// Milliseconds to the tenth; less than one in microseconds.
+fn shown(time: Duration) -> String {
+    match time.as_micros() {
+        micros @ ..1000 => format!("{micros} us"),
+        micros => format!("{}.{} ms", micros / 1000, micros % 1000 / 100),
+    }
 }
 
 fn median_sync(file: &File) -> io::Result<Duration> {
@@ -128,6 +136,9 @@ mod tests {
     #[test]
     fn a_slow_sync_is_reported_and_a_file_that_cannot_be_written_as_well() {
         assert!(judge_sync(SLOW.mul_f32(0.9)).fine && !judge_sync(SLOW).fine);
+        let found = judge_sync(Duration::from_micros(3388)).found;
+        assert_eq!(found, "median of 9: 3.3 ms, on a temporary file in the same folder");
+        assert_eq!(shown(Duration::from_micros(40)), "40 us");
         let null = File::open("/dev/null").expect("there");
         assert!(!punch(&null).fine && !sync(&null).fine, "it was opened for reading");
     }

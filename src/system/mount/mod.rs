@@ -106,7 +106,8 @@ fn lock(registry: &Registry) -> Result<Flock<File>> {
     lock::acquire(&registry.mount_lock_path(), "another mount or unmount of an image")
 }
 
-/// The entry of the device. Fails unless it serves the file that was examined: its name may lead elsewhere by now.
+/// The entry of the device. Fails unless it serves the file that was examined: its name may lead elsewhere
+/// by now.
 fn require(registry: &Registry, id: u32, file: HostFile, request: &MountRequest) -> Result<Entry> {
     let entry = stop::find(registry, &Target::Id(id))?.entry;
     if entry.image_file == file {
