@@ -148,10 +148,7 @@ fn refuse_irregular(found: &File) -> Result<()> {
     let looking = |error| Error::io("looking at the image", error);
     let kind = found.metadata().map_err(looking)?.file_type();
     if !kind.is_file() {
-        let message = match kind {
-            _ if kind.is_dir() => "this is a folder: name the image in it".into(),
-            _ => format!("this is {}, and an image is a regular file", name(kind)),
-        };
+        let message = format!("this is {}, and an image is a regular file", name(kind));
         return Err(Error::new(Kind::Unsupported, message));
     }
     let host = fstatfs(found).map_err(|errno| looking(errno.into()))?.filesystem_type();
@@ -167,6 +164,7 @@ fn refuse_irregular(found: &File) -> Result<()> {
 
 fn name(kind: FileType) -> &'static str {
     match kind {
+        _ if kind.is_dir() => "a folder",
         _ if kind.is_symlink() => "a symbolic link",
         _ if kind.is_block_device() => "a block device",
         _ if kind.is_char_device() => "a character device",

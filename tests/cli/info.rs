@@ -89,7 +89,10 @@ fn several_images_are_shown_and_one_that_fails_does_not_hide_the_others() {
     let found: Value = serde_json::from_str(&found.stdout).expect("one value, errors too");
     assert_eq!(found["images"][0]["type"], "dynamic");
     assert_eq!(found["images"][1]["error"]["kind"], "not-found");
-    run(&["info", "--brief", "--json", base]).misused();
+    let refused = run(&["info", "--brief", "--json", base]);
+    assert_eq!((refused.status, refused.stderr.as_str()), (Some(2), ""));
+    let refused: Value = serde_json::from_str(&refused.stdout).expect("wrong usage is JSON, too");
+    assert_eq!(refused["error"]["kind"], "usage");
 }
 
 #[test]

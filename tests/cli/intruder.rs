@@ -231,7 +231,7 @@ fn intruders(bench: &Bench) -> Vec<(PathBuf, &'static str)> {
         (secret(bench), "not a VHDX"),
         ("/dev/zero".into(), "a character device"),
         ("/proc/self/status".into(), "a file of the kernel's (procfs)"),
-        (bench.0.path().to_owned(), "a directory"),
+        (bench.0.path().to_owned(), "a folder"),
     ];
     if Path::new("/proc/kmsg").exists() {
         intruders.push(("/proc/kmsg".into(), "a file of the kernel's (procfs)"));
