@@ -175,7 +175,7 @@ pub fn launch_within(arguments: impl IntoIterator<Item = OsString>, patience: Du
 }
 
 /// As [`launch_within`], for any program. One that has failed has ended, if that can be seen within
-/// [`END_PATIENCE`]: it keeps no lock then.
+/// `END_PATIENCE`: it keeps no lock then.
 ///
 /// # Errors
 ///

@@ -43,7 +43,7 @@ const FOLLOWING: &str = "following the links to the file";
 ///
 /// # Errors
 ///
-/// As [`require`].
+/// [`Kind::Permission`] if a link of another user leads to the file; I/O errors.
 pub fn refuse_foreign_links(named: &Path, old: &impl AsFd) -> Result<()> {
     let opened = fstat(old.as_fd()).doing(FOLLOWING).file(named)?;
     let identity = HostFile { device: opened.st_dev, inode: opened.st_ino };

@@ -653,7 +653,7 @@ fn only_regular_files_are_images() {
     let fifo = bench.path("fifo");
     nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).expect("a FIFO can be made");
     for (path, what) in
-        [(bench.0.path(), "a directory"), (&fifo, "a FIFO"), (Path::new("/dev/null"), "a character device")]
+        [(bench.0.path(), "a folder"), (&fifo, "a FIFO"), (Path::new("/dev/null"), "a character device")]
     {
         let name = path.display().to_string();
         for message in
