@@ -29,7 +29,7 @@ pub struct Merge {
     #[arg(long = "child", value_name = "FILE")]
     children: Vec<PathBuf>,
     /// Leave the ancestor as it is, for its other children: copy it to FILE, and merge into that
-    #[arg(long, value_name = "FILE", conflicts_with = "force")]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["force", "parent"])]
     copy: Option<PathBuf>,
     /// Merge even if the ancestor has other children, which become unreadable
     #[arg(short, long)]
@@ -62,7 +62,7 @@ The ancestor gets the size of the child: a fixed one needs space for all new blo
 loses the data beyond the end (--shrink).
 With --copy, only FILE and the merged images are written. FILE shares its blocks with the ancestor
 where the host can do that, and belongs to the child's owner. A command that was interrupted is
-repeated as it was.
+repeated as it was. --copy does not go with --parent: `vhdx-ublk relink` the child first.
 Exit status: 0 merged, 1 failure (the child reads as before), 2 wrong usage.";
 
 impl Merge {

@@ -450,6 +450,7 @@ fn a_merge_into_a_copy_is_finished_and_takes_no_other_file() {
         on("merge", &one, &["--copy", taken.to_str().expect("UTF-8")]).failed(1);
     }
     on("merge", &one, &["--copy", "x.vhdx", "--force"]).misused();
+    on("merge", &one, &["--copy", "x.vhdx", "--parent", "base.vhdx"]).misused();
     for (path, before) in &before {
         before.assert_kept(path);
     }
