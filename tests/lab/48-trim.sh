@@ -104,6 +104,7 @@ test_trim_a_file_that_is_cut_under_its_device_fails_reads() {
         fail "what was cut off reads as something"
     dd if="$device" of=/dev/null bs=1M count=8 iflag=direct status=none || fail "what is left cannot be read"
     dd if="$device" of=/dev/null bs=1M skip=40 count=8 iflag=direct status=none || fail "an absent block fails"
-    [ "$(grep -c 'another program has cut it' "/run/vhdx-ublk/${device#/dev/ublkb}.log")" = 1 ] || fail "it was not said, or more than once"
+    [ "$(grep -c 'another program has cut it' "/run/vhdx-ublk/${device#/dev/ublkb}.log")" = 1 ] ||
+        fail "the device's log does not say it, or says it more than once"
     ublk del "$device" --force || true
 }
