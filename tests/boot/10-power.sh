@@ -5,7 +5,7 @@
 # systemctl sends SIGTERM to every process of a session before it unmounts: the daemon must stay until then.
 test_a_machine_powers_off_with_a_device_mounted_that_was_added_by_hand() {
     boot <<'INSIDE'
-install_program
+install_package
 modprobe -q ublk_drv || true
 vhdx-ublk create /images/disk.vhdx --size 1G
 systemd-run --quiet --scope --slice=user.slice vhdx-ublk add /images/disk.vhdx
@@ -25,7 +25,7 @@ INSIDE
 
 test_a_power_cut_leaves_what_was_flushed() {
     boot_and_cut <<'INSIDE'
-install_program
+install_package
 vhdx-ublk create /images/disk.vhdx --size 1G
 vhdx-ublk add /images/disk.vhdx
 mkfs.ext4 -q /dev/ublkb0

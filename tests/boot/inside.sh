@@ -6,20 +6,9 @@ share=/run/laboratory/share
 trap 'echo "failed in line $LINENO: $BASH_COMMAND" >&2; journalctl -b --no-pager -n 60 >&2' ERR
 fail() { echo "$*" >&2; return 1; }
 
-# The program, and what a package installs with it.
-install_program() {
-    local files=$share/package.d rules
-    install -m 755 "$share/vhdx-ublk" /usr/sbin/vhdx-ublk
-    install -m 644 "$files"/*.service /lib/systemd/system/
-    for rules in "$files"/*.rules; do
-        [ ! -e "$rules" ] || install -m 644 "$rules" /lib/udev/rules.d/
-    done
-    install -m 644 "$files/vhdxtab" /etc/vhdxtab
-    install -m 644 "$files/vhdx-ublk.conf" /usr/lib/tmpfiles.d/
-    ln -sf /usr/sbin/vhdx-ublk /lib/systemd/system-generators/vhdx-ublk-generator
-    sync -f /usr/sbin/vhdx-ublk
-    systemctl daemon-reload
-    udevadm control --reload
+# install_package [FILE]: the package of the program, as an administrator installs it.
+install_package() {
+    DEBIAN_FRONTEND=noninteractive dpkg --install "$share/${1:-vhdx-ublk.deb}"
 }
 
 milliseconds() { echo $(($(date +%s%N) / 1000000)); }
@@ -44,4 +33,59 @@ cut_power() {
     echo 'cut the power'
     sleep 60
     fail "the power was not cut"
+}
+
+# --- What the story of an administrator needs ---------------------------------
+
+# The links that lead to disks, each with the identifier of what is there.
+names() {
+    local link
+    for link in /dev/vhdx/* /dev/disk/by-id/vhdx-* /dev/disk/by-uuid/*; do
+        echo "$link $(blkid -p -o value -s UUID -s PTUUID "$link")"
+    done
+}
+
+mounts() { grep -E ' /(data|part1|part2|plain) ' /proc/self/mountinfo | sort; }
+
+# The programs of all daemons.
+programs() { readlink /proc/[0-9]*/exe | grep vhdx-ublk; }
+
+# Everything is mounted, under the names that it had, and no file system has seen an error.
+all_there() {
+    local folder
+    [ "$(mounts | wc -l)" -eq 4 ] || fail "not all are mounted: $(mounts)"
+    for folder in /data /part1 /part2 /plain; do seq 200000 | cmp - $folder/numbers; done
+    udevadm settle
+    names | diff /names -
+    ! dmesg | grep -E 'I/O error|EXT4-fs error|XFS.*[Ee]rror'
+}
+
+# under_writes WHAT COMMAND...: while fio writes to two file systems and verifies what it has written.
+under_writes() {
+    local folder writers=() writer before
+    before=$(mounts)
+    rm -f /tmp/enough /tmp/fio.*
+    for folder in data plain; do
+        until [ -e /tmp/enough ]; do
+            fio --name=verify --filename=/$folder/fio --size=32M --rw=randwrite --bs=4k --ioengine=psync --direct=1 \
+                --runtime=3 --time_based --verify=crc32c --verify_backlog=256 --eta=never --output-format=json \
+                --output="/tmp/fio.$folder.$(milliseconds)"
+        done &
+        writers+=($!)
+    done
+    sleep 1
+    "${@:2}" >/tmp/said 2>&1 || { cat /tmp/said >&2; fail "failed: ${*:2}"; }
+    sleep 0.5
+    touch /tmp/enough
+    for writer in "${writers[@]}"; do wait "$writer"; done
+    cat /tmp/said
+    sed -n "s/.*: vhdx-ublk .* (pause: \\(.*\\))/note: $1: requests waited \\1, as the daemon counts/p" /tmp/said
+    echo "note: $1: the longest write took $(longest /tmp/fio.*) ms"
+    [ "$(mounts)" = "$before" ] || fail "mounts have changed"
+}
+
+# The longest completion time of a write in reports of fio, in ms.
+longest() {
+    cat "$@" | sed -n '/"write" : {/,/"trim" : {/{/"clat_ns"/,/}/s/.*"max" : \([0-9]*\).*/\1/p}' | sort -n |
+        awk 'END { print int($1 / 1000000) }'
 }

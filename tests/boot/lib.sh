@@ -16,12 +16,33 @@ wanted() {
     return 1
 }
 
-# A new machine, which finds the program in its shared folder.
+# make_package: the package that every machine installs, once for all tests.
+make_package() {
+    "$here/../../tools/package" deb --binary "$VHDX_UBLK" --level 0 --to "$VHDX_BOOT_SCRATCH/package"
+}
+
+# A new machine, which finds the package in its shared folder.
 begin() {
     rm -rf --one-file-system "$machine"
     mkdir -p "$machine/share"
-    cp "$VHDX_UBLK" "$machine/share/vhdx-ublk"
-    cp -r "$here/inside.sh" "$here/../../tools/package.d" "$machine/share/"
+    cp "$VHDX_BOOT_SCRATCH"/package/*.deb "$machine/share/vhdx-ublk.deb"
+    cp "$here/inside.sh" "$machine/share/"
+}
+
+# The package of a version before this one, of the same program.
+older_package() {
+    local tree=$VHDX_BOOT_SCRATCH/older
+    rm -rf "$tree"
+    dpkg-deb --raw-extract "$machine/share/vhdx-ublk.deb" "$tree"
+    sed -i 's/^Version: .*/&~before/' "$tree/DEBIAN/control"
+    dpkg-deb --build --root-owner-group -Znone "$tree" "$tree.deb" >&2
+    cat "$tree.deb"
+}
+
+# unpack NAME...: images made by other software, in the shared folder.
+unpack() {
+    local name
+    for name; do xz -dc "$here/../images/$name.vhdx.xz" >"$machine/share/$name.vhdx"; done
 }
 
 # boot [OPTION...]: boots the machine and runs the standard input in it, as root, then powers off.
@@ -48,4 +69,8 @@ image_closed() {
     "$VHDX_UBLK" info --json "$machine/${1##*/}" | grep -q '"state": "clean"' || fail "$1 was not closed"
 }
 
-no_io_errors() { ! grep -aE 'I/O error|EXT4-fs error' "$machine/console" || fail "a file system saw errors"; }
+# Reads are left out: udev may look at a device that is just being removed. A file system whose read fails says so.
+no_io_errors() {
+    ! grep -aE 'I/O error.* op 0x[1-9]|lost (async|sync) page write|(EXT4-fs|XFS|JBD2).*[Ee]rror' "$machine/console" ||
+        fail "a file system saw errors"
+}

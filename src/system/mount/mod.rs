@@ -154,6 +154,10 @@ fn mount_device(request: &MountRequest, folder: &Path, id: u32, is_trusted: bool
     let error = Error::new(Kind::Io, format!("mount(8) cannot mount {node} ({status})")).file(&request.image);
     let kind = choice.volume.map(|volume| volume.kind.name());
     Err(error.remedy(match kind {
+        Some("ntfs") if request.kind.is_none() => {
+            "where ntfs-3g is not installed, name the kernel's driver: -t ntfs3, for mount(8) -t vhdx.ntfs3"
+                .into()
+        }
         Some(kind) => format!("the volume is {kind}; dmesg may say more"),
         None => "what the volume holds was not recognised; dmesg may say more".into(),
     }))
