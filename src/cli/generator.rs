@@ -3,7 +3,7 @@
 //! The boot must not depend on it: it always ends with success, and what is wrong with the table is one line
 //! each in the kernel's log, the only one that there is so early. The journal has these lines, too.
 
-use std::fs::OpenOptions;
+use std::fs::{self, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
@@ -35,8 +35,10 @@ impl Generator {
     /// Runs the command.
     pub fn run(&self) {
         let check = |disk: &table::Disk| start::add_of(disk).map(drop);
+        // What cannot be read mounts nothing.
+        let fstab = fs::read(units::FSTAB).unwrap_or_default();
         match Table::read(Path::new(table::PATH)) {
-            Ok(table) => units::generate(&table, &self.folder, check).iter().for_each(log),
+            Ok(table) => units::generate(&table, &fstab, &self.folder, check).iter().for_each(log),
             Err(error) => log(&error),
         }
     }

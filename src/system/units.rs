@@ -7,20 +7,25 @@
 //! | a drop-in of the unit | the mounts below the image come first, and what waits for the disk comes later |
 //! | a link in `local-fs.target.wants`, or `remote-fs.target.wants` with `_netdev` | it is served from boot on; not with `noauto` |
 //! | a link in `dev-vhdx-NAME.device.wants` | it is served when a mount asks for its device |
+//! | the same for each partition that `/etc/fstab` names, `/dev/vhdx/NAME-partN` | that is a device of its own to systemd |
 //!
 //! Links are *wants*, never *requires*: a disk that cannot be served stops no boot, and a daemon that is
 //! started again after a crash must not have the file systems on its disk unmounted.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
-use super::escape::{in_unit_name, in_unit_setting};
+use super::escape::{from_field, in_unit_name, in_unit_setting};
 use super::table::{Disk, Table};
 use crate::device::name::Name;
 use crate::disk::folder_of;
 use crate::error::{Doing, Error, Locate, Result};
+
+/// The table of mounts.
+pub const FSTAB: &str = "/etc/fstab";
 
 /// The installed template, to which links lead.
 const TEMPLATE: &str = "/lib/systemd/system/vhdx-ublk@.service";
@@ -30,23 +35,47 @@ pub fn service(name: &Name) -> String {
     format!("vhdx-ublk@{}.service", in_unit_name(name.as_str()))
 }
 
-/// Writes the units for the lines of `table` below `folder`. `check` judges options. What is wrong with a
-/// line, or its files, is returned; the other lines have theirs.
-pub fn generate(table: &Table, folder: &Path, check: impl Fn(&Disk) -> Result<()>) -> Vec<Error> {
+/// Writes the units for the lines of `table` below `folder`. `fstab` is the text of the table of mounts;
+/// `check` judges options. What is wrong with a line, or its files, is returned; the other lines have theirs.
+pub fn generate(
+    table: &Table,
+    fstab: &[u8],
+    folder: &Path,
+    check: impl Fn(&Disk) -> Result<()>,
+) -> Vec<Error> {
+    let mounted = partitions(fstab);
     let generate = |disk: Result<Disk>, number| {
         let disk = disk?;
         check(&disk).map_err(|error| table.locate(&error, number))?;
-        write(&disk, number, table.path(), folder).doing("writing the units").file(folder)
+        let of_disk = |link: &&PathBuf| Name::of_link(link).as_ref() == Some(&disk.name);
+        let mounted: Vec<_> = mounted.iter().filter(of_disk).map(|link| unit_of(link)).collect();
+        write(&disk, &mounted, number, table.path(), folder).doing("writing the units").file(folder)
     };
     table.lines().into_iter().filter_map(|line| generate(line.disk, line.number).err()).collect()
 }
 
-fn write(disk: &Disk, number: usize, table: &Path, folder: &Path) -> io::Result<()> {
+/// The partitions of named disks that a table of mounts has: `/dev/vhdx/NAME-partN`.
+fn partitions(fstab: &[u8]) -> BTreeSet<PathBuf> {
+    let first = |line: &[u8]| {
+        let mut fields = line.split(u8::is_ascii_whitespace);
+        fields.find(|field| !field.is_empty()).map(|field| PathBuf::from(from_field(field)))
+    };
+    let is_partition = |link: &PathBuf| Name::of_link(link).is_some_and(|name| name.link() != *link);
+    fstab.split(|&byte| byte == b'\n').filter_map(first).filter(is_partition).collect()
+}
+
+/// What the names of units have for a link below /dev.
+fn unit_of(link: &Path) -> String {
+    in_unit_name(&link.display().to_string()[1..])
+}
+
+/// `mounted`: the partitions of the disk that are mounted, as units have them.
+fn write(disk: &Disk, mounted: &[String], number: usize, table: &Path, folder: &Path) -> io::Result<()> {
     let service = service(&disk.name);
     let drop_ins = folder.join(format!("{service}.d"));
     fs::create_dir_all(&drop_ins)?;
-    fs::write(drop_ins.join("50-vhdxtab.conf"), drop_in(disk, number, table))?;
-    for target in wanted_by(disk) {
+    fs::write(drop_ins.join("50-vhdxtab.conf"), drop_in(disk, mounted, number, table))?;
+    for target in wanted_by(disk, mounted) {
         let wants = folder.join(format!("{target}.wants"));
         fs::create_dir_all(&wants)?;
         symlink(TEMPLATE, wants.join(&service))?;
@@ -60,13 +89,14 @@ fn target(disk: &Disk) -> &'static str {
 }
 
 /// The units that have it started.
-fn wanted_by(disk: &Disk) -> Vec<String> {
-    let device = format!("{}.device", in_unit_name(&disk.name.link().display().to_string()[1..]));
+fn wanted_by(disk: &Disk, mounted: &[String]) -> Vec<String> {
+    let whole = unit_of(&disk.name.link());
+    let devices = mounted.iter().chain([&whole]).map(|unit| format!("{unit}.device"));
     let boot = (!disk.noauto).then(|| target(disk).to_owned());
-    boot.into_iter().chain([device]).collect()
+    boot.into_iter().chain(devices).collect()
 }
 
-fn drop_in(disk: &Disk, number: usize, table: &Path) -> String {
+fn drop_in(disk: &Disk, mounted: &[String], number: usize, table: &Path) -> String {
     let (table, folder) = (table.display(), mounts_for(&disk.image));
     let before = match target(disk) {
         target if !disk.noauto && !disk.nofail => format!("Before={target}\n"),
@@ -77,9 +107,12 @@ fn drop_in(disk: &Disk, number: usize, table: &Path) -> String {
     } else {
         ""
     };
+    // As the template has it for the whole disk: mounts are made after these targets, and end before them.
+    let prepared = |unit: &String| format!("Wants=blockdev@{unit}.target\nBefore=blockdev@{unit}.target\n");
+    let prepared: String = mounted.iter().map(prepared).collect();
     format!(
         "# Made by vhdx-ublk-generator from line {number} of {table}.\n[Unit]\nSourcePath={table}\n\
-         RequiresMountsFor={folder}\n{before}{network}"
+         RequiresMountsFor={folder}\n{before}{network}{prepared}"
     )
 }
 
@@ -120,6 +153,11 @@ mod tests {
 
     /// The files and links that a table of these lines makes, with what is in them, and the errors.
     fn generated(lines: &str) -> (BTreeMap<String, String>, Vec<String>) {
+        generated_with("", lines)
+    }
+
+    /// The same with this table of mounts.
+    fn generated_with(fstab: &str, lines: &str) -> (BTreeMap<String, String>, Vec<String>) {
         let place = tempfile::tempdir().expect("a directory");
         let (table, folder) = (place.path().join("vhdxtab"), place.path().join("units"));
         fs::write(&table, lines).expect("room");
@@ -127,7 +165,7 @@ mod tests {
             Some(_) => Err(Error::new(Kind::Usage, "odd")),
             None => Ok(()),
         };
-        let errors = generate(&Table::read(&table).expect("there"), &folder, check);
+        let errors = generate(&Table::read(&table).expect("there"), fstab.as_bytes(), &folder, check);
         let mut made = BTreeMap::new();
         for unit in fs::read_dir(&folder).into_iter().flatten() {
             for file in fs::read_dir(unit.expect("readable").path()).expect("a folder") {
@@ -177,6 +215,31 @@ mod tests {
             drop_in.contains("Before=remote-fs.target") && drop_in.contains("network-online"),
             "{drop_in}"
         );
+    }
+
+    #[test]
+    fn a_partition_that_is_mounted_starts_its_disk_and_ends_before_it() {
+        let fstab = "/dev/vhdx/my-disk-part2 /a ext4 defaults\n\t/dev/vhdx/my-disk-part11 /b auto noauto\n\
+            # /dev/vhdx/my-disk-part3 /c auto\n/dev/vhdx/other-part4 /d auto\nUUID=1 /e auto\n\n\
+            /dev/vhdx/my-disk /f auto\n/dev/vhdx/my-disk-part2 /g auto\n/dev/vhdx/my-disk-part5/.. /h auto\n";
+        let (made, errors) = generated_with(fstab, "my-disk /a noauto\n");
+        assert_eq!(errors, [""; 0]);
+        let unit = "vhdx-ublk@my\\x2ddisk.service";
+        let links: Vec<_> =
+            made.keys().filter_map(|name| name.strip_suffix(&format!(".device.wants/{unit}"))).collect();
+        let (second, eleventh) = ("dev-vhdx-my\\x2ddisk\\x2dpart2", "dev-vhdx-my\\x2ddisk\\x2dpart11");
+        assert_eq!(links, ["dev-vhdx-my\\x2ddisk", eleventh, second]);
+        let drop_in = &made[&format!("{unit}.d/50-vhdxtab.conf")];
+        for part in [second, eleventh] {
+            for setting in ["Wants", "Before"] {
+                assert_eq!(
+                    drop_in.matches(&format!("\n{setting}=blockdev@{part}.target\n")).count(),
+                    1,
+                    "{drop_in}"
+                );
+            }
+        }
+        assert_eq!(drop_in.matches("blockdev@").count(), 4, "{drop_in}");
     }
 
     /// A boot must not fail, and no other disk be missing, for one line.

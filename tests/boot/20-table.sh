@@ -25,12 +25,19 @@ INSIDE
         fail "what was written is not there"
 }
 
+# A disk with noauto is served because its partition is mounted.
 test_no_line_of_the_table_stops_a_boot_or_another_line() {
     boot <<'INSIDE'
 install_package
 vhdx-ublk create /images/data.vhdx --size 1G
 mkfs.ext4 -q "$(vhdx-ublk add /images/data.vhdx)"
 vhdx-ublk del /images/data.vhdx
+vhdx-ublk create /images/parts.vhdx --size 1G
+vhdx-ublk add --name parts /images/parts.vhdx
+sfdisk -q /dev/vhdx/parts <<<$'label: gpt\n,400M\n,'
+udevadm settle
+mkfs.ext4 -q /dev/vhdx/parts-part2
+vhdx-ublk del parts
 cat >/etc/vhdxtab <<'TABLE'
 # what may go wrong
 nothing
@@ -40,19 +47,33 @@ gone /images/gone.vhdx nofail
 missing /images/missing.vhdx
 data /images/data.vhdx
 data /images/other.vhdx
+parts /images/parts.vhdx noauto
 TABLE
-mkdir /data
-echo '/dev/vhdx/data /data ext4 defaults 0 2' >>/etc/fstab
+mkdir /data /part2 /gone /lost
+cat >>/etc/fstab <<'TABLE'
+/dev/vhdx/data /data ext4 defaults 0 2
+/dev/vhdx/parts-part2 /part2 ext4 defaults 0 2
+/dev/vhdx/gone-part1 /gone ext4 nofail,x-systemd.device-timeout=5 0 2
+/images/lost.vhdx /lost vhdx nofail 0 0
+TABLE
 INSIDE
     boot <<'INSIDE'
 mountpoint -q /data
+mountpoint -q /part2
 for line in 'line 2: it has a name' 'line 3: the path' 'line 4: its options' \
     'line 8: the name data is that of line 7'; do
     [ "$(dmesg | grep -c "vhdx-ublk-generator: /etc/vhdxtab: $line")" -eq 1 ] || fail "no such line, or several: $line"
+    [ "$(journalctl -b -o cat -t vhdx-ublk-generator | grep -c "^/etc/vhdxtab: $line")" -eq 1 ] || fail "journal: $line"
 done
 for name in gone missing; do
     [ "$(systemctl is-failed "vhdx-ublk@$name")" = failed ]
-    journalctl -b -u "vhdx-ublk@$name" | grep -F "/images/$name.vhdx"
+    [ "$(journalctl -b -o cat -u "vhdx-ublk@$name" | grep -c "^vhdx-ublk: .*/images/$name.vhdx")" -eq 1 ]
 done
+! mountpoint -q /lost
+[ "$(systemctl is-failed lost.mount)" = failed ]
+[ "$(journalctl -b -o cat -u lost.mount | grep -c '/images/lost.vhdx')" -ge 1 ]
+[ "$(systemctl is-system-running)" != maintenance ]
 INSIDE
+    no_io_errors
+    image_closed parts.vhdx
 }
