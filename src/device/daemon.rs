@@ -20,7 +20,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::confine::{self, Role};
 use super::control::{self, Control, DeviceInfo, NewDevice};
@@ -47,6 +47,12 @@ use crate::disk::HostFile;
 use crate::engine::front::Front;
 use crate::engine::shared::{Session, Shared};
 use crate::error::{Error, Kind, Result};
+
+/// How long a service manager that stops the daemon is asked to wait for the next check of its users.
+const CHECK_PATIENCE: Duration = Duration::from_secs(5);
+
+/// The same for closing the image: what is dirty is written and synced, on whatever storage.
+const CLOSING_PATIENCE: Duration = Duration::from_secs(60);
 
 /// Serves an image as a block device until a termination signal comes or another process stops the device.
 ///
@@ -324,7 +330,12 @@ impl<E: EngineHandle> Device<E> {
             };
             match ending.on(happening, Instant::now()) {
                 Step::Nothing => {}
-                Step::FindUsers => self.supervisor.find_users(self.info.id),
+                Step::FindUsers => {
+                    if ending.wants_time(self.sources.requests(), Instant::now()) {
+                        self.ask_for_time(CHECK_PATIENCE);
+                    }
+                    self.supervisor.find_users(self.info.id);
+                }
                 Step::Stay(users) => self.warn_of_users(&users),
                 Step::Reopen => launch::reopen_log(),
                 Step::End => {
@@ -332,6 +343,15 @@ impl<E: EngineHandle> Device<E> {
                     return Ok(End::Down);
                 }
             }
+        }
+    }
+
+    /// Has the service manager wait, if one stops this daemon.
+    fn ask_for_time(&self, time: Duration) {
+        if let Some(manager) = &self.manager
+            && let Err(error) = manager.ask_for_time(time)
+        {
+            tracing::warn!("the service manager may not wait: {error}");
         }
     }
 
@@ -487,6 +507,7 @@ impl<E: EngineHandle> Device<E> {
 
     /// The whole way down. Returns the first failure, including that of `outcome`.
     fn take_down(mut self, outcome: Result<()>) -> Result<()> {
+        self.ask_for_time(CLOSING_PATIENCE);
         if let Err(error) = self.stop() {
             return Err(outcome.err().unwrap_or(error));
         }

@@ -7,16 +7,22 @@
 //! | signal | device is not in use | device is in use |
 //! |---|---|---|
 //! | SIGTERM, SIGINT | ends | stays, logs that, and ends when its use ends |
-//! | another one within [`INSISTENCE`] | ends | ends: what uses it sees I/O errors |
+//! | another one within [`INSISTENCE`], but not from process 1 | ends | ends: what uses it sees I/O errors |
 //! | SIGHUP | reopens its log | reopens its log |
 //! | faults of the program | dies: `vhdx-ublk recover` continues | the same |
 //! | every other that can be ignored | nothing | nothing |
 //!
 //! `vhdx-ublk del` sends no signal: it has the kernel stop the device, which the daemon notices.
 //!
+//! A service manager that stops the daemon waits for a short time only: what stays in use until the machine
+//! goes off must not hold up a shutdown. It is asked for more as long as requests come, as they do while a
+//! file system is unmounted, but for no more than [`UNMOUNT_PATIENCE`] in all.
+//!
 //! Decisions are made here; the caller finds the users, which takes time, and acts.
 
 use std::time::{Duration, Instant};
+
+use crate::engine::port_counts::Requests;
 
 /// How soon a second signal must follow the first to mean that the user insists.
 pub(super) const INSISTENCE: Duration = Duration::from_secs(5);
@@ -24,11 +30,16 @@ pub(super) const INSISTENCE: Duration = Duration::from_secs(5);
 /// How often to check whether a device that is to end is still in use: a shutdown waits for it.
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
+/// How long a service manager is asked to wait for the end of a use that continues. A shutdown may take this
+/// long, and the little that the manager waits by itself.
+const UNMOUNT_PATIENCE: Duration = Duration::from_secs(40);
+
 /// What happens.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Happening {
-    /// A signal asks the daemon to end.
-    EndRequested,
+    /// A signal asks the daemon to end. The first process, the service manager among them, sends it again by
+    /// itself when it has waited for long enough: that is no insistence.
+    EndRequested { by_init: bool },
     /// The log is to be reopened.
     HungUp,
     /// The users of the device that a check has found.
@@ -55,8 +66,12 @@ pub(super) enum Step {
 /// The requests so far.
 #[derive(Debug, Default)]
 pub(super) struct Ending {
-    /// The time of the last request.
+    /// The time of the first request to end.
+    since: Option<Instant>,
+    /// The time of the last one.
     requested: Option<Instant>,
+    /// The requests to the device that had come by the last check.
+    served: Option<Requests>,
     /// When to check next; none while a check is under way, and before the first request.
     next_check: Option<Instant>,
     /// The users that were logged last.
@@ -78,7 +93,7 @@ impl Ending {
     pub(super) fn on(&mut self, happening: Happening, now: Instant) -> Step {
         match happening {
             Happening::HungUp => Step::Reopen,
-            Happening::EndRequested => self.request(now),
+            Happening::EndRequested { by_init } => self.request(by_init, now),
             Happening::UsersFound(users) if users.is_empty() => Step::End,
             Happening::UsersFound(users) => {
                 self.next_check = Some(now + CHECK_INTERVAL);
@@ -95,10 +110,18 @@ impl Ending {
         }
     }
 
-    fn request(&mut self, now: Instant) -> Step {
+    /// Whether to ask the service manager for more time `now`, when the device has had the requests `served`.
+    pub(super) fn wants_time(&mut self, served: Requests, now: Instant) -> bool {
+        let is_in_time = self.since.is_some_and(|since| now.duration_since(since) < UNMOUNT_PATIENCE);
+        let before = self.served.replace(served);
+        is_in_time && before.is_some_and(|before| before != served)
+    }
+
+    fn request(&mut self, by_init: bool, now: Instant) -> Step {
+        self.since.get_or_insert(now);
         let before = self.requested.replace(now);
         match before {
-            Some(before) if now.duration_since(before) < INSISTENCE => Step::End,
+            Some(before) if !by_init && now.duration_since(before) < INSISTENCE => Step::End,
             // The result of the check that is under way, or of the next one, is logged again.
             Some(_) => {
                 self.logged = None;
@@ -113,6 +136,8 @@ impl Ending {
 mod tests {
     use super::*;
 
+    const ASKED: Happening = Happening::EndRequested { by_init: false };
+
     fn used() -> Happening {
         Happening::UsersFound(vec!["mounted at /mnt".into()])
     }
@@ -124,7 +149,7 @@ mod tests {
     #[test]
     fn a_device_that_is_not_in_use_ends_on_request() {
         let (mut ending, now) = (Ending::default(), Instant::now());
-        assert_eq!((ending.due(), ending.on(Happening::EndRequested, now)), (None, Step::FindUsers));
+        assert_eq!((ending.due(), ending.on(ASKED, now)), (None, Step::FindUsers));
         assert_eq!(ending.on(unused(), now), Step::End);
     }
 
@@ -132,7 +157,7 @@ mod tests {
     fn a_device_in_use_stays_and_ends_when_its_use_ends() {
         let (mut ending, now) = (Ending::default(), Instant::now());
         assert!(!ending.is_requested());
-        ending.on(Happening::EndRequested, now);
+        ending.on(ASKED, now);
         assert_eq!(ending.on(used(), now), Step::Stay(vec!["mounted at /mnt".into()]));
         assert!(ending.is_requested(), "it is remembered");
         for second in 1..100 {
@@ -151,20 +176,48 @@ mod tests {
     #[test]
     fn a_second_request_insists_and_a_much_later_one_does_not() {
         let (mut ending, now) = (Ending::default(), Instant::now());
-        ending.on(Happening::EndRequested, now);
-        assert_eq!(
-            ending.on(Happening::EndRequested, now + Duration::from_secs(1)),
-            Step::End,
-            "during a check"
-        );
+        ending.on(ASKED, now);
+        assert_eq!(ending.on(ASKED, now + Duration::from_secs(1)), Step::End, "during a check");
         let mut ending = Ending::default();
-        ending.on(Happening::EndRequested, now);
+        ending.on(ASKED, now);
         ending.on(used(), now);
         let later = now + INSISTENCE;
-        assert_eq!(ending.on(Happening::EndRequested, later), Step::Nothing);
+        assert_eq!(ending.on(ASKED, later), Step::Nothing);
         assert!(ending.due().is_some(), "it continues to check");
         assert!(matches!(ending.on(used(), later), Step::Stay(_)), "and logs it again");
-        assert_eq!(ending.on(Happening::EndRequested, later + Duration::from_secs(1)), Step::End);
+        assert_eq!(ending.on(ASKED, later + Duration::from_secs(1)), Step::End);
+    }
+
+    #[test]
+    fn a_service_manager_that_repeats_its_request_does_not_insist() {
+        let (mut ending, now) = (Ending::default(), Instant::now());
+        let stop = || Happening::EndRequested { by_init: true };
+        assert_eq!(ending.on(stop(), now), Step::FindUsers);
+        ending.on(used(), now);
+        assert_eq!(ending.on(stop(), now + Duration::from_secs(1)), Step::Nothing);
+        assert_eq!(ending.on(ASKED, now + Duration::from_secs(2)), Step::End, "a user may");
+    }
+
+    #[test]
+    fn a_manager_is_asked_for_time_while_requests_come_but_not_for_ever() {
+        let (mut ending, now) = (Ending::default(), Instant::now());
+        let served = |write| Requests { write, ..Requests::default() };
+        assert!(!ending.wants_time(served(1), now), "it was not asked to end");
+        assert!(!ending.wants_time(served(2), now));
+        let (mut ending, mut asked) = (Ending::default(), Vec::new());
+        ending.on(ASKED, now);
+        for second in 0..100 {
+            if second == 30 {
+                ending.on(ASKED, now + Duration::from_secs(30));
+            }
+            // Nothing comes in the tenth second.
+            let served = served(if second == 10 { 9 } else { second });
+            asked.push(ending.wants_time(served, now + Duration::from_secs(second)));
+        }
+        let patience = usize::try_from(UNMOUNT_PATIENCE.as_secs()).expect("small");
+        let expected: Vec<bool> =
+            (0..100).map(|second| !matches!(second, 0 | 10) && second < patience).collect();
+        assert_eq!(asked, expected);
     }
 
     #[test]
@@ -172,10 +225,6 @@ mod tests {
         let (mut ending, now) = (Ending::default(), Instant::now());
         assert_eq!(ending.on(Happening::HungUp, now), Step::Reopen);
         assert_eq!(ending.due(), None);
-        assert_eq!(
-            ending.on(Happening::EndRequested, now),
-            Step::FindUsers,
-            "a hangup does not count as a request"
-        );
+        assert_eq!(ending.on(ASKED, now), Step::FindUsers, "a hangup does not count as a request");
     }
 }

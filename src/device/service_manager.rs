@@ -11,6 +11,7 @@ use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// The variable by which a manager names its socket.
 const VARIABLE: &str = "NOTIFY_SOCKET";
@@ -42,6 +43,11 @@ impl ServiceManager {
     /// Has the manager watch the process `pid` instead of this one.
     pub(super) fn announce(&self, pid: u32) -> io::Result<()> {
         self.0.send(format!("MAINPID={pid}").as_bytes()).map(drop)
+    }
+
+    /// Has the manager wait for `time` from now on, if it would wait for less: it stops the service.
+    pub(super) fn ask_for_time(&self, time: Duration) -> io::Result<()> {
+        self.0.send(format!("EXTEND_TIMEOUT_USEC={}", time.as_micros()).as_bytes()).map(drop)
     }
 }
 
@@ -80,7 +86,10 @@ mod tests {
         let abstract_socket = UnixDatagram::bind_addr(&address).expect("free");
         let manager = ServiceManager::connect(&format!("@{name}")).expect("it listens");
         manager.announce(5678).expect("room");
-        for (socket, expected) in [(socket, "MAINPID=1234"), (abstract_socket, "MAINPID=5678")] {
+        manager.ask_for_time(Duration::from_secs(2)).expect("room");
+        let time = "EXTEND_TIMEOUT_USEC=2000000";
+        let sent = [(&socket, "MAINPID=1234"), (&abstract_socket, "MAINPID=5678"), (&abstract_socket, time)];
+        for (socket, expected) in sent {
             let mut text = [0; 64];
             let length = socket.recv(&mut text).expect("it was sent");
             assert_eq!(&text[..length], expected.as_bytes());

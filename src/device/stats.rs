@@ -5,7 +5,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::disk::tally::{Histogram, Times};
-use crate::engine::port_counts::{PortCounts, Traffic};
+use crate::engine::port_counts::{PortCounts, Requests, Traffic};
 use crate::engine::shared::Shared;
 use crate::engine::{Counters, Levels};
 
@@ -36,6 +36,12 @@ impl Sources {
     /// Those of a device with so many `queues`, whose engine counts its syncs in `syncs`.
     pub(super) fn new(queues: u16, syncs: Arc<Histogram>) -> Self {
         Self { queues: (0..queues).map(|_| Arc::default()).collect(), syncs }
+    }
+
+    /// The requests that have come.
+    pub(super) fn requests(&self) -> Requests {
+        let of_each = self.queues.iter().map(|queue| queue.traffic(0).requests);
+        of_each.fold(Requests::default(), |sum, requests| sum.plus(&requests))
     }
 
     /// What they have counted, on a device that serves `shared`.

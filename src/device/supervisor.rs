@@ -25,6 +25,9 @@ const READY_DEADLINE: Duration = Duration::from_secs(60);
 /// How long a queue may take to drain once the kernel has stopped the device: nothing is left to wait for.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(30);
 
+/// The first process of a system, which may be a service manager.
+const INIT: u32 = 1;
+
 /// What the device's thread waits for.
 enum Event {
     Happening(Happening),
@@ -77,7 +80,7 @@ impl Supervisor {
     /// process `takes_over` a device that may be in use: then that is the first demand.
     pub(super) fn await_ready(&mut self, takes_over: bool) -> Result<()> {
         let until = Instant::now() + READY_DEADLINE;
-        let mut requests = 0;
+        let mut requests = Vec::new();
         while self.starting > 0 {
             match self.next(Some(until))? {
                 Event::Queue(_, Report::Unready(error) | Report::Failed(error)) => return Err(error),
@@ -85,8 +88,10 @@ impl Supervisor {
                     let message = format!("queue {queue} was stopped before the device was up");
                     return Err(Error::new(Kind::Io, message));
                 }
-                Event::Happening(Happening::EndRequested) if takes_over => requests += 1,
-                Event::Happening(Happening::EndRequested) => {
+                Event::Happening(request @ Happening::EndRequested { .. }) if takes_over => {
+                    requests.push(request);
+                }
+                Event::Happening(Happening::EndRequested { .. }) => {
                     let message = "a signal asked the daemon to end before the device was up";
                     return Err(Error::new(Kind::Io, message));
                 }
@@ -94,9 +99,9 @@ impl Supervisor {
                 Event::Call(_) => panic!("the socket is made when the queues are ready"),
             }
         }
-        for _ in 0..requests {
+        for request in requests {
             // It is received here.
-            let _ = self.sender.send(Event::Happening(Happening::EndRequested));
+            let _ = self.sender.send(Event::Happening(request));
         }
         Ok(())
     }
@@ -238,12 +243,17 @@ fn watch_signals(sender: mpsc::Sender<Event>) -> Result<()> {
 
 fn meaning(signal: &siginfo) -> Happening {
     let hangup = u32::try_from(Signal::SIGHUP as i32).expect("signals are counted from one");
-    if signal.ssi_signo == hangup { Happening::HungUp } else { Happening::EndRequested }
+    match signal.ssi_signo {
+        number if number == hangup => Happening::HungUp,
+        _ => Happening::EndRequested { by_init: signal.ssi_pid == INIT },
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const ASKED: Happening = Happening::EndRequested { by_init: true };
 
     /// A supervisor of `starting` queues, which have no threads, and their reports.
     fn supervisor(starting: usize, reports: impl IntoIterator<Item = Report>) -> Supervisor {
@@ -290,20 +300,20 @@ mod tests {
     #[test]
     fn a_request_to_end_stops_a_device_that_is_not_up() {
         let mut coming_up = supervisor(1, []);
-        for happening in [Happening::HungUp, Happening::EndRequested] {
+        for happening in [Happening::HungUp, ASKED] {
             coming_up.sender.send(Event::Happening(happening)).expect("the receiver is here");
         }
         assert!(coming_up.await_ready(false).expect_err("a request").to_string().contains("daemon to end"));
         let mut successor = supervisor(1, []);
-        let asked = [Event::Happening(Happening::EndRequested), Event::Queue(0, Report::Ready)];
+        let asked = [Event::Happening(ASKED), Event::Queue(0, Report::Ready)];
         for event in asked {
             successor.sender.send(event).expect("the receiver is here");
         }
         successor.await_ready(true).expect("the device may be in use");
-        assert!(matches!(successor.next_demand(None), Ok(Demand::Happening(Happening::EndRequested))));
+        assert!(matches!(successor.next_demand(None), Ok(Demand::Happening(Happening::EndRequested { .. }))));
         let mut up = supervisor(0, []);
-        up.sender.send(Event::Happening(Happening::EndRequested)).expect("the receiver is here");
-        assert!(matches!(up.next_demand(None), Ok(Demand::Happening(Happening::EndRequested))));
+        up.sender.send(Event::Happening(ASKED)).expect("the receiver is here");
+        assert!(matches!(up.next_demand(None), Ok(Demand::Happening(Happening::EndRequested { .. }))));
         let due = Some(Instant::now());
         assert!(matches!(up.next_demand(due), Ok(Demand::Happening(Happening::Time))));
     }
