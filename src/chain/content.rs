@@ -86,6 +86,7 @@ impl<D> Content<D> {
                     read_sectors(&self.layers[usize::from(layer)].disk, offset, piece).await?;
                 }
                 Location::Zero | Location::Undefined | Location::Below => piece.fill(0),
+                Location::Lost => return Err(io::Error::from_raw_os_error(libc::EIO)),
             }
             at = past;
         }

@@ -21,12 +21,13 @@ use vhdx_ublk::device::layers::Parents;
 use vhdx_ublk::device::name::Name;
 use vhdx_ublk::device::open_image::{NoEngine, OpenImage};
 use vhdx_ublk::device::registry::Registry;
+use vhdx_ublk::device::salvaged;
 use vhdx_ublk::device::session::Plan;
 use vhdx_ublk::device::spec::Ready;
 use vhdx_ublk::device::stop::{self, How, Target};
 use vhdx_ublk::device::{
-    MAX_BUFFER_BYTES, MAX_DEPTH, MAX_QUEUES, MIN_REQUEST_BYTES, Options, Recovery, ZeroCopy, confine,
-    features, launch,
+    MAX_BUFFER_BYTES, MAX_DEPTH, MAX_QUEUES, MIN_REQUEST_BYTES, Options, Recovery, Salvage, ZeroCopy,
+    confine, features, launch,
 };
 use vhdx_ublk::disk::{Access, ImageFile, Sparse};
 use vhdx_ublk::error::{Doing, Error, Kind, Result};
@@ -61,6 +62,14 @@ pub struct Add {
     /// Refuse all writes; the file is not changed
     #[arg(short, long)]
     read_only: bool,
+    /// Show what is left of a damaged image: reads of what is lost fail, and all others do not. What only a
+    /// missing parent has reads as zeros. Read-only: the file is not changed
+    #[arg(long, conflicts_with = "force")]
+    salvage: bool,
+    /// Use what can only be guessed: where the regions are if no table names them, what the disk is like if
+    /// the metadata are lost
+    #[arg(long, requires = "salvage")]
+    assume: bool,
     /// Allow writes to an image that has children; the first write makes them unreadable
     #[arg(long, conflicts_with = "read_only")]
     force: bool,
@@ -113,6 +122,7 @@ Examples:
   vhdx-ublk add --name data disk.vhdx     later: vhdx-ublk del data
   lsblk $(vhdx-ublk add --read-only disk.vhdx)
   vhdx-ublk add --fd 3 3<>disk.vhdx
+  vhdx-ublk add --salvage damaged.vhdx    later: mount -o ro,noload /dev/ublkb0 /mnt
 
 If the daemon is killed, no acknowledged write is lost: I/O waits until `vhdx-ublk recover`. For
 this, a writable device uses memory under /run: 8 bytes per block, and for a child one bit per
@@ -213,6 +223,8 @@ impl Add {
         arguments.push(format!("--sparse={}", sparse.get_name()).into());
         arguments.extend(self.parents.arguments());
         arguments.extend(self.read_only.then(|| "--read-only".into()));
+        arguments.extend(self.salvage.then(|| "--salvage".into()));
+        arguments.extend(self.assume.then(|| "--assume".into()));
         arguments.extend(self.for_mount.then(|| "--for-mount".into()));
         arguments.extend(self.force.then(|| "--force".into()));
         arguments.extend(self.fd.map(|fd| format!("--fd={fd}").into()));
@@ -224,7 +236,7 @@ impl Add {
     fn source(&self) -> Result<(PathBuf, Access)> {
         let access = |may_write| if may_write { Access::ReadWrite } else { Access::ReadOnly };
         let (None, Some(fd)) = (&self.image, self.fd) else {
-            return Ok((self.image.clone().unwrap_or_default(), access(!self.read_only)));
+            return Ok((self.image.clone().unwrap_or_default(), access(!self.reads_only())));
         };
         let path = PathBuf::from(format!("/proc/self/fd/{fd}"));
         let found = fs::metadata(&path)
@@ -246,7 +258,12 @@ impl Add {
                 return Err(Error::new(Kind::Permission, message).remedy("open it for reading and writing"));
             }
         };
-        Ok((path, access(may_write && !self.read_only)))
+        Ok((path, access(may_write && !self.reads_only())))
+    }
+
+    /// Whether nothing may be written, whatever the file allows.
+    fn reads_only(&self) -> bool {
+        self.read_only || self.salvage
     }
 
     /// Opens the image, and closes the caller's descriptor: the file has its own.
@@ -269,8 +286,13 @@ impl Add {
         let parents = Parents { search: self.parents.search(), open: |path| open(path, Access::ReadOnly) };
         let (file, access) = self.open()?;
         if access == Access::ReadOnly {
-            let opened = OpenImage::read_only(file.clone(), &parents)?;
-            return daemon::serve(&opened.spec(&file)?, options, |ends| Ok(NoEngine(ends)), ready);
+            let opened = if self.salvage {
+                salvaged::open(file.clone(), &parents, Salvage { assume: self.assume }, None)?
+            } else {
+                OpenImage::read_only(file.clone(), &parents)?
+            };
+            let start = |ends| Ok(NoEngine::new(&opened, ends));
+            return daemon::serve(&opened.spec(&file)?, options, start, ready);
         }
         refuse_parent(file.path(), &parents.search, self.force, &Claims)?;
         let keep = self.recovery != Some(Recovery::None);
@@ -438,6 +460,9 @@ mod tests {
         let add = parse(&["--force", "x"]);
         let again = Line::try_parse_from(add.child_arguments(&add.options())).expect("its own words").add;
         assert!(again.force && !again.read_only && !parse(&["x"]).force);
+        let add = parse(&["--salvage", "--assume", "x"]);
+        let again = Line::try_parse_from(add.child_arguments(&add.options())).expect("its own words").add;
+        assert!(again.salvage && again.assume && again.reads_only() && !parse(&["x"]).salvage);
     }
 
     #[test]

@@ -149,7 +149,11 @@ fn salvageable(report: &Report, image: &str) -> String {
     if report.beyond_repair == 0 {
         return String::new();
     }
-    format!("\n\nwhat is left of the disk can be copied: vhdx-ublk salvage {} COPY", shell(image.as_ref()))
+    let image = shell(image.as_ref());
+    format!(
+        "\n\nwhat is left of the disk can be read as a device: vhdx-ublk add --salvage {image}\n\
+         what is left of the disk can be copied: vhdx-ublk salvage {image} COPY"
+    )
 }
 
 /// What `--repair` would do.

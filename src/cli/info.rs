@@ -64,8 +64,9 @@ guid, offset, size, required}], file_size, host_bytes (space used on the host), 
 inside), parent (null, or the entries of the parent locator), minimum_size (null if nothing is
 recognised), contents {table {kind (gpt, mbr), id, backup_bytes, backup_at_end, partitions
 [{number, start, length, type, name, volume}]}, volume {kind, version, label, uuid, size, journal
-(clean, dirty, unknown)}, faults}, attached (null, or the device), in_use, used_by, session_bytes
-(the most memory under /run that a writable device of the image uses), warnings.
+(clean, dirty, unknown)}, faults}, attached (null, or the device), attached_salvage (that device
+is one of `add --salvage`), in_use, used_by, session_bytes (the most memory under /run that a
+writable device of the image uses), warnings.
 With --chain: chain, a list of such objects; contents are those of the first.
 With several images: images, a list of objects; of an image that cannot be read: image, error.
 Exit status: 0 success, 1 failure, 2 wrong usage.";
@@ -95,6 +96,8 @@ struct Report {
     minimum_size: Option<u64>,
     contents: Option<Contents>,
     attached: Option<String>,
+    /// That device shows what is left of the image.
+    attached_salvage: bool,
     in_use: bool,
     used_by: Vec<String>,
     /// The most memory under `/run` that the session of a writable device of it takes, bytes.
@@ -234,6 +237,7 @@ impl Report {
     fn of(inspected: &Inspected, contents: Option<Contents>) -> Self {
         let Image { creator, header, regions, metadata, map, space, .. } = &*inspected.image;
         let blocks = BlockCounts::of(&inspected.image);
+        let served = claims::served(&inspected.path);
         Self {
             image: inspected.path.to_string_lossy().into_owned(),
             format: "vhdx",
@@ -261,7 +265,8 @@ impl Report {
             parent: metadata.parent_locator.as_ref().map(|locator| locator.entries.iter().cloned().collect()),
             minimum_size: contents.as_ref().and_then(Contents::minimum_size),
             contents,
-            attached: claims::device_of(&inspected.path).map(|device| device.display().to_string()),
+            attached: served.as_ref().map(|entry| entry.device.display().to_string()),
+            attached_salvage: served.is_some_and(|entry| entry.salvage.is_some()),
             in_use: inspected.in_use,
             used_by: claims::processes(&inspected.path),
             session_bytes: SessionMemory::most_bytes(map.geometry()),
@@ -410,7 +415,8 @@ impl std::fmt::Display for Chain {
 impl Report {
     fn describe_use(&self, fields: &mut Fields) {
         if let Some(device) = &self.attached {
-            fields.add("attached", device.as_str());
+            let how = if self.attached_salvage { " (salvage: what is left of the image)" } else { "" };
+            fields.add("attached", format!("{device}{how}"));
         }
         let users = self.used_by.join(", ");
         if self.in_use {

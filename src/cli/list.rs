@@ -44,10 +44,11 @@ writes fail until the device is removed and added again), waiting (for `recover`
 signal stopped the daemon), no-answer (the daemon did not answer within a second), dead, unknown.
 
 JSON: id, device, name (null or a text), image, pid, state, health, last_error (null or a text),
-queues, depth, read_only, zero_copy, recovery, size (bytes), version (of the program that serves
-it: `vhdx-ublk upgrade` replaces an old one), failure (null, or why the image could not be
-closed or the entry could not be read). If only the kernel knows the device, all but id, device,
-state, health are null. A path that is not UTF-8 is an object: lossy (a text), hex (its bytes).
+queues, depth, read_only, salvage (`add --salvage`), zero_copy, recovery, size (bytes), version
+(of the program that serves it: `vhdx-ublk upgrade` replaces an old one), failure (null, or why
+the image could not be closed or the entry could not be read). If only the kernel knows the
+device, all but id, device, state, health are null. A path that is not UTF-8 is an object: lossy
+(a text), hex (its bytes).
 Exit status: 0 success, 1 failure, 2 wrong usage. With --check: 0 all devices are healthy, 1 some
 are not, or it is unknown, 2 some are dead.";
 
@@ -66,6 +67,7 @@ struct Row {
     queues: Option<u16>,
     depth: Option<u16>,
     read_only: Option<bool>,
+    salvage: Option<bool>,
     zero_copy: Option<bool>,
     recovery: Option<Recovery>,
     size: Option<u64>,
@@ -88,6 +90,7 @@ impl Row {
             queues: Some(entry.queues),
             depth: Some(entry.depth),
             read_only: Some(entry.read_only),
+            salvage: Some(entry.salvage.is_some()),
             zero_copy: Some(entry.zero_copy),
             recovery: Some(entry.recovery),
             size: Some(entry.size_bytes),
@@ -110,6 +113,7 @@ impl Row {
             queues: None,
             depth: None,
             read_only: None,
+            salvage: None,
             zero_copy: None,
             recovery: None,
             size: None,
@@ -195,7 +199,10 @@ fn row(device: &Row) -> Result<[String; 11]> {
     fn text<T: ToString>(value: Option<T>) -> String {
         value.map_or_else(|| "?".into(), |value| value.to_string())
     }
-    let mode = device.read_only.map(|read_only| if read_only { "read-only" } else { "read-write" });
+    let mode = match (device.read_only, device.salvage) {
+        (_, Some(true)) => Some("salvage"),
+        (read_only, _) => read_only.map(|read_only| if read_only { "read-only" } else { "read-write" }),
+    };
     let image = device.image.as_ref().map(|image| image.display().to_string());
     let failure = device.failure.clone().unwrap_or_default();
     Ok([
@@ -239,6 +246,7 @@ pub mod testing {
             depth: 64,
             size_bytes: 1 << 30,
             read_only: true,
+            salvage: None,
             recovery: Recovery::None,
             zero_copy: true,
             sparse: Sparse::Auto,
@@ -272,7 +280,8 @@ mod tests {
         let expected = serde_json::json!([{
             "id": 3, "device": "/dev/ublkb3", "name": "data", "image": "/images/disk.vhdx", "pid": 1234,
             "state": "fail-io", "health": "waiting", "last_error": "no room", "queues": 2, "depth": 64,
-            "read_only": true, "zero_copy": true, "recovery": "none", "size": 1_073_741_824, "failure": null,
+            "read_only": true, "salvage": false, "zero_copy": true, "recovery": "none",
+            "size": 1_073_741_824, "failure": null,
             "version": "0.1.0",
         }]);
         assert_eq!(json, expected);
@@ -285,6 +294,8 @@ mod tests {
         let known = row(&Row::of(listed(), condition())).expect("every state has a name");
         let expected = "/dev/ublkb3 data fail-io waiting read-only 1 GiB 2 64 1234 0.1.0 /images/disk.vhdx";
         assert_eq!(known.join(" "), expected);
+        let salvage = Row { salvage: Some(true), ..Row::of(listed(), condition()) };
+        assert_eq!(row(&salvage).expect("every state has a name")[4], "salvage");
         let unknown = row(&Row::unknown(1, "damaged".into())).expect("as well");
         assert_eq!(unknown.join(" "), "/dev/ublkb1 - unknown unknown ? ? ? ? ? ? ? (damaged)");
     }

@@ -13,6 +13,7 @@ use vhdx_ublk::device::launch::{self, Lives};
 use vhdx_ublk::device::layers::Parents;
 use vhdx_ublk::device::open_image::{NoEngine, OpenImage};
 use vhdx_ublk::device::registry::{Entry, Listed, State};
+use vhdx_ublk::device::salvaged;
 use vhdx_ublk::device::session::Plan;
 use vhdx_ublk::device::spec::Ready;
 use vhdx_ublk::device::stop::{self, Target};
@@ -152,11 +153,16 @@ pub fn serve_image(
     let parents = Parents::of_device(entry, |path| add::open_locked(path, Access::ReadOnly));
     let file = Arc::new(image);
     if entry.read_only {
-        let opened = OpenImage::read_only(file.clone(), &parents)?;
+        let known = (!accept_loss).then_some(&entry.parent_files[..]);
+        let opened = match entry.salvage {
+            Some(salvage) => salvaged::open(file.clone(), &parents, salvage, known)?,
+            None => OpenImage::read_only(file.clone(), &parents)?,
+        };
         if opened.file_write_guid != entry.file_write_guid && !accept_loss {
             return Err(changed(entry));
         }
-        return daemon::recover(&opened.spec(&file)?, entry, |ends| Ok(NoEngine(ends)), ready);
+        let start = |ends| Ok(NoEngine::new(&opened, ends));
+        return daemon::recover(&opened.spec(&file)?, entry, start, ready);
     }
     let engine = EngineThread::open(file.clone(), Plan::Resume { accept_loss }, parents)?;
     let served = engine.opened().spec(&file)?;

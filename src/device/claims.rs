@@ -58,15 +58,19 @@ pub fn no_devices(target: &Target) -> Error {
 
 /// The device that serves the file at `path` and is not being removed.
 pub fn device_of(path: &Path) -> Option<PathBuf> {
+    served(path).map(|entry| entry.device)
+}
+
+/// The entry of the device that serves the file at `path` and is not being removed.
+pub fn served(path: &Path) -> Option<Entry> {
     let stays = |state| !matches!(state, State::Stopping | State::Dead | State::Failed);
-    device_with(path, |listed, file| listed.entry.image_file == file && stays(listed.state))
+    entry_with(path, |listed, file| listed.entry.image_file == file && stays(listed.state))
 }
 
 /// The first device that has to do with the file at `path`.
-fn device_with(path: &Path, is_it: impl Fn(&Listed, HostFile) -> bool) -> Option<PathBuf> {
+fn entry_with(path: &Path, is_it: impl Fn(&Listed, HostFile) -> bool) -> Option<Entry> {
     let file = HostFile::at(path).ok()?;
-    let listed = devices().ok()?.into_iter().find(|listed| is_it(listed, file))?;
-    Some(listed.entry.device)
+    devices().ok()?.into_iter().find(|listed| is_it(listed, file)).map(|listed| listed.entry)
 }
 
 /// Which processes have the file at `path` open: `open in fio (pid 123)`. Only root sees all of them.
@@ -79,7 +83,7 @@ pub struct Claims;
 
 impl Devices for Claims {
     fn serve(&self, path: &Path) -> bool {
-        device_with(path, |Listed { entry, state }, file| {
+        entry_with(path, |Listed { entry, state }, file| {
             entry.reads(file) && *state == State::Live && entry.daemon.is_alive()
         })
         .is_some()
@@ -129,8 +133,8 @@ impl Devices for Claims {
                 return error
                     .remedy(format!("{device} serves it; `vhdx-ublk del {device}` removes the device"));
             }
-            if let Some(device) = device_with(path, |listed, file| listed.entry.reads(file)) {
-                let device = device.display();
+            if let Some(entry) = entry_with(path, |listed, file| listed.entry.reads(file)) {
+                let device = entry.device.display();
                 return error.remedy(format!(
                     "{device} reads it as a parent of its image; `vhdx-ublk del {device}` removes the device"
                 ));

@@ -609,6 +609,7 @@ fn describe(info: &DeviceInfo, spec: &DeviceSpec, daemon: ProcessId) -> Entry {
         depth: info.depth,
         size_bytes: spec.parameters.size_bytes,
         read_only: spec.parameters.read_only,
+        salvage: spec.salvage,
         recovery: Recovery::None,
         zero_copy: features::is_in_place(info.flags),
         sparse: spec.sparse,

@@ -186,7 +186,8 @@ impl EngineLoop {
 
     fn open_engine(&self, reactor: &Reactor, fronts: &Rc<Mailboxes>) -> Result<ServedImage> {
         let WritableChain { image, session, parents } = self.opener.open(reactor, &self.file)?;
-        let parameters = parameters(&self.file, &image.metadata, false, &parents)?;
+        let files = std::iter::once(&self.file).chain(parents.iter().map(|parent| &parent.file));
+        let parameters = parameters(files.map(Arc::as_ref), &image.metadata, false)?;
         let parents = layers::for_engine(reactor, parents)?;
         open_served(reactor, fronts, self.file.clone(), image, session, parents, parameters)
     }

@@ -45,7 +45,7 @@ impl Parents {
 pub(super) fn read(reactor: &Reactor, file: Arc<ImageFile>) -> Result<Member> {
     let member = Member::read(reactor, file)?;
     let Member { file, image } = &member;
-    refuse_empty(image).file(file.path())?;
+    refuse_empty(&image.metadata).file(file.path())?;
     reactor.block_on(image.read_bitmaps(&reactor.disk(file.clone()))).file(file.path())?;
     session::refuse_orphan(file, Some(image))?;
     Ok(member)
@@ -72,12 +72,13 @@ pub(super) fn for_engine(reactor: &Reactor, parents: Vec<Member>) -> Result<Engi
 /// Reads and checks the image on `disk`, and replays a dirty log in memory.
 pub(super) async fn read_image(disk: &UringDisk) -> Result<ReadImage> {
     let image = Image::read(disk).await?;
-    refuse_empty(&image)?;
+    refuse_empty(&image.metadata)?;
     Ok(image)
 }
 
-fn refuse_empty(image: &Image) -> Result<()> {
-    if image.metadata.virtual_size > 0 {
+/// Refuses a disk without a byte.
+pub(super) fn refuse_empty(metadata: &Metadata) -> Result<()> {
+    if metadata.virtual_size > 0 {
         return Ok(());
     }
     let message = "the virtual disk is empty, and the kernel has no such devices";

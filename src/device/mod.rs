@@ -50,6 +50,7 @@ mod queue;
 mod region;
 pub mod registry;
 mod reply;
+pub mod salvaged;
 mod served_image;
 mod service_manager;
 pub mod session;
@@ -71,7 +72,7 @@ mod writable;
 pub use control::{Control, DeviceInfo, KernelState, NewDevice};
 pub use options::{
     MAX_BUFFER_BYTES, MAX_DEPTH, MAX_ID, MAX_QUEUES, MAX_REQUEST_BYTES, MIN_REQUEST_BYTES, Options,
-    Parameters, Recovery, ZeroCopy,
+    Parameters, Recovery, Salvage, ZeroCopy,
 };
 pub use sys::{btrfs_devices, trim_file_system};
 pub use sysfs::device_number;

@@ -11,10 +11,9 @@ use super::control::Control;
 use super::layers::{self, Parents};
 use super::leaf_handover::LeafHandover;
 use super::mailbox::EngineEnds;
-use super::options::Parameters;
+use super::options::{Parameters, Salvage};
 use super::order::SnapshotOrder;
 use super::spec::{DeviceSpec, EngineHandle};
-use crate::chain::Member;
 use crate::disk::tally::Histogram;
 use crate::disk::{HostFile, ImageFile, Reactor};
 use crate::engine::shared::Shared;
@@ -34,6 +33,8 @@ pub struct OpenImage {
     pub disk_id: Uuid,
     /// Whether another daemon could continue if this process is killed.
     pub recoverable: bool,
+    /// What is left of a damaged image is shown.
+    pub salvage: Option<Salvage>,
     /// How long syncs of the image take.
     pub sync_times: Arc<Histogram>,
     /// The parents' files, nearest first, locked as long as this lives.
@@ -54,7 +55,8 @@ impl OpenImage {
         let parents = parents.of(&leaf.image, leaf.file.path(), &reactor)?;
         Control::open()?;
         let fixed = leaf.image.metadata.kind() == DiskType::Fixed;
-        let parameters = parameters(&leaf.file, &leaf.image.metadata, true, &parents)?;
+        let files = std::iter::once(&leaf).chain(&parents).map(|member| &*member.file);
+        let parameters = parameters(files, &leaf.image.metadata, true)?;
         let file_write_guid = leaf.image.header.header.file_write_guid;
         let disk_id = leaf.image.metadata.disk_id;
         let (_, leaf) = layers::into_map(leaf)?;
@@ -63,7 +65,16 @@ impl OpenImage {
         let maps = maps.into_iter().map(Arc::new).collect();
         let shared = Arc::new(Shared::of_chain(leaf.into(), maps, true, fixed));
         let (sync_times, parents) = (Arc::default(), parents.into());
-        Ok(Self { shared, parameters, file_write_guid, disk_id, recoverable: true, sync_times, parents })
+        Ok(Self {
+            shared,
+            parameters,
+            file_write_guid,
+            disk_id,
+            recoverable: true,
+            salvage: None,
+            sync_times,
+            parents,
+        })
     }
 
     /// The parents as they were opened: another file may have such a path by now.
@@ -90,6 +101,7 @@ impl OpenImage {
             file_write_guid: self.file_write_guid,
             disk_id: self.disk_id,
             recoverable: self.recoverable,
+            salvage: self.salvage,
             sync_times: self.sync_times.clone(),
         })
     }
@@ -101,14 +113,12 @@ fn same_description(file: &ImageFile) -> Result<File> {
     same.map(File::from).file(file.path())
 }
 
-/// The disk as the kernel sees it, with its data in `file` and in `parents`.
-pub(super) fn parameters(
-    file: &ImageFile,
+/// The disk as the kernel sees it, with its data in `files`.
+pub(super) fn parameters<'a>(
+    files: impl Iterator<Item = &'a ImageFile>,
     metadata: &Metadata,
     read_only: bool,
-    parents: &[Member],
 ) -> Result<Parameters> {
-    let files = std::iter::once(file).chain(parents.iter().map(|parent| parent.file.as_ref()));
     let alignments = files.map(|file| file.memory_alignment(metadata.logical_sector_size));
     Ok(Parameters {
         size_bytes: metadata.virtual_size,
@@ -121,7 +131,17 @@ pub(super) fn parameters(
 
 /// Replaces the engine of a read-only device, whose fronts never send anything. Keeps its ends of the
 /// mailboxes.
-pub struct NoEngine(pub EngineEnds);
+pub struct NoEngine {
+    _ends: EngineEnds,
+    salvage: Option<Salvage>,
+}
+
+impl NoEngine {
+    /// For a device of `opened`, which is only read.
+    pub fn new(opened: &OpenImage, ends: EngineEnds) -> Self {
+        Self { _ends: ends, salvage: opened.salvage }
+    }
+}
 
 impl EngineHandle for NoEngine {
     fn handover(&self) -> LeafHandover {
@@ -133,8 +153,14 @@ impl EngineHandle for NoEngine {
     }
 
     fn snapshot(&self, order: SnapshotOrder) {
-        let message = "the device is read-only: a snapshot would be identical";
-        order.reply.send(Err(Error::new(Kind::Unsupported, message)));
+        let error = if self.salvage.is_some() {
+            let message = "the device shows what is left of a damaged image, to which nothing is written";
+            Error::new(Kind::Unsupported, message)
+                .remedy("`vhdx-ublk salvage` makes an image of it, which can be written")
+        } else {
+            Error::new(Kind::Unsupported, "the device is read-only: a snapshot would be identical")
+        };
+        order.reply.send(Err(error));
     }
 
     fn close(self) -> Result<()> {

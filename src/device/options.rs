@@ -64,6 +64,13 @@ pub enum ZeroCopy {
     Fallback,
 }
 
+/// How a damaged image is shown: what is left of it is read, and what is lost fails.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Salvage {
+    /// What is a guess is used.
+    pub assume: bool,
+}
+
 /// The choices for a device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Options {

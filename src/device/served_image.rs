@@ -44,7 +44,16 @@ pub(super) fn open_served(
     let engine = engine.file(file.path())?;
     let (shared, recoverable) = (engine.shared().clone(), session.is_some());
     let (sync_times, parents) = (reactor.sync_times().clone(), parent_files);
-    let opened = OpenImage { shared, parameters, file_write_guid, disk_id, recoverable, sync_times, parents };
+    let opened = OpenImage {
+        shared,
+        parameters,
+        file_write_guid,
+        disk_id,
+        recoverable,
+        salvage: None,
+        sync_times,
+        parents,
+    };
     Ok(ServedImage { engine, opened, session, file })
 }
 

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::leaf_handover::LeafHandover;
-use super::options::Parameters;
+use super::options::{Parameters, Salvage};
 use super::order::SnapshotOrder;
 use crate::disk::tally::Histogram;
 use crate::disk::{HostFile, Sparse};
@@ -41,6 +41,8 @@ pub struct DeviceSpec {
     pub sparse: Sparse,
     /// Whether another daemon could continue if this one is killed.
     pub recoverable: bool,
+    /// What is left of a damaged image is shown.
+    pub salvage: Option<Salvage>,
     /// How long syncs of the image take.
     pub sync_times: Arc<Histogram>,
 }

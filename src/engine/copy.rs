@@ -6,6 +6,8 @@
 
 use std::rc::Rc;
 
+use nix::errno::Errno;
+
 use super::shared::Session;
 use super::{Engine, Outcome, errno};
 use crate::chain::ReadLayer;
@@ -42,6 +44,7 @@ impl<D: Disk + 'static> Engine<D> {
                 }
                 Location::Zero | Location::Undefined => self.make_zero(at, past, end).await?,
                 Location::Below => {}
+                Location::Lost => return Err(Errno::EIO),
             }
             at = past;
             copied(at)?;

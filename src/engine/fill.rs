@@ -71,7 +71,7 @@ impl<D: Disk + 'static> Engine<D> {
         };
         let end = offset + target.len() as u64;
         let length = disk.length().await.map_err(|error| errno(&error))?;
-        if length < end && self.shared.has_lost(layer, length) {
+        if length < end && self.shared.has_lost(layer, length..end) {
             return Err(Errno::EIO);
         }
         read_sectors(disk, offset, target).await.map_err(|error| errno(&error))

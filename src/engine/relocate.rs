@@ -199,7 +199,7 @@ impl<D: Disk + 'static> Engine<D> {
             return Ok(());
         }
         let length = self.disk.length().await.map_err(|error| errno(&error))?;
-        if length < from.end() && self.shared.has_lost(LEAF, length) {
+        if length < from.end() && self.shared.has_lost(LEAF, length..from.end()) {
             return Err(Errno::EIO);
         }
         let mut at = from.offset;

@@ -1,6 +1,7 @@
 //! What every thread of a device sees: the block maps of the chain, the session word, what the host's file
 //! can do.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
@@ -98,12 +99,14 @@ impl Shared {
         }
     }
 
-    /// Whether byte `offset` of a layer's file, which is read and lies past the file's end, was there before.
-    /// Another program has cut the file then, which is logged once.
-    pub(super) fn has_lost(&self, layer: u8, offset: u64) -> bool {
+    /// Whether any of these `bytes` of a layer's file, which are read and lie past the file's end, were there
+    /// before. Another program has cut the file then, which is logged once; or it is damaged, and the device
+    /// shows what is left.
+    pub(super) fn has_lost(&self, layer: u8, bytes: Range<u64>) -> bool {
         let map = self.layers().nth(usize::from(layer)).expect("a layer of this chain");
-        let lost = offset < map.file_bytes();
-        if lost && !self.cut_was_said.swap(true, Ordering::Relaxed) {
+        let offset = bytes.start;
+        let is_cut = offset < map.file_bytes();
+        if is_cut && !self.cut_was_said.swap(true, Ordering::Relaxed) {
             let whose =
                 if layer == LEAF { "the image's file".into() } else { format!("the file of parent {layer}") };
             tracing::error!(
@@ -112,7 +115,7 @@ impl Shared {
                 map.file_bytes()
             );
         }
-        lost
+        is_cut || bytes.end > map.lost_from()
     }
 
     /// The session word.
@@ -190,9 +193,10 @@ mod tests {
         let map = || Arc::new(BlockMap::empty(geometry));
         let shared = Shared::of_chain(map(), vec![map()].into(), false, false);
         shared.map.set_file_bytes(5 << 20);
-        assert!(shared.has_lost(LEAF, (5 << 20) - 1) && !shared.has_lost(LEAF, 5 << 20));
-        assert!(!shared.has_lost(LEAF + 1, 0), "the parent's length is its own");
+        let has_lost = |layer, offset| shared.has_lost(layer, offset..offset + 512);
+        assert!(has_lost(LEAF, (5 << 20) - 1) && !has_lost(LEAF, 5 << 20));
+        assert!(!has_lost(LEAF + 1, 0), "the parent's length is its own");
         shared.map.set_file_bytes(6 << 20);
-        assert!(shared.has_lost(LEAF, 5 << 20));
+        assert!(has_lost(LEAF, 5 << 20));
     }
 }

@@ -35,6 +35,7 @@ impl Span {
             Some(PayloadState::Zero) => Location::Zero,
             Some(PayloadState::PartiallyPresent) if geometry.is_differencing() => here(),
             Some(PayloadState::NotPresent) if geometry.is_differencing() => Location::Below,
+            None => Location::Lost,
             _ => Location::Undefined,
         };
         let partial = state == Some(PayloadState::PartiallyPresent);
@@ -84,7 +85,9 @@ impl Span {
             (Location::File { layer, offset }, next @ Location::File { .. }) => {
                 next == Location::File { layer, offset: offset + u64::from(self.length) }
             }
-            (Location::File { .. }, _) | (_, Location::File { .. }) => false,
+            (Location::File { .. } | Location::Lost, _) | (_, Location::File { .. } | Location::Lost) => {
+                false
+            }
             _ => true,
         }
     }

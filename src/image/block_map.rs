@@ -23,9 +23,13 @@ pub const SLOTS_PER_PAGE: u64 = (PAGE_BYTES / size_of::<u64>()) as u64;
 /// BAT pages that one word has bits for.
 const PAGES_PER_WORD: usize = u64::BITS as usize;
 
+/// In memory only, and of a salvaged image: a reserved state, which no image that opens has.
+const LOST: BatEntry = BatEntry(4);
+
 /// In memory only: the entry that logged this word has been synced.
 const DURABLE: u64 = 1 << 3;
 
+const _: () = assert!(LOST.payload_state().is_none(), "a lost block is taken for no other");
 const _: () = assert!(BatEntry(DURABLE).reserved_bits() == DURABLE, "no entry of a file has the bit");
 const _: () = assert!(SLOTS_PER_PAGE * ENTRY_SIZE as u64 == PAGE_BYTES as u64, "slots fill a page");
 
@@ -48,6 +52,8 @@ pub struct BlockMap {
     set_pages: Box<[AtomicU64]>,
     /// How long the file surely is, bytes.
     file_bytes: AtomicU64,
+    /// From which byte on nothing is known of the file.
+    lost_from: u64,
 }
 
 impl BlockMap {
@@ -69,6 +75,7 @@ impl BlockMap {
             geometry,
             set_pages: (0..words).map(|_| AtomicU64::new(0)).collect(),
             file_bytes: AtomicU64::new(0),
+            lost_from: u64::MAX,
         }
     }
 
@@ -97,6 +104,20 @@ impl BlockMap {
     /// The file has so many bytes from now on.
     pub fn set_file_bytes(&self, bytes: u64) {
         self.file_bytes.store(bytes, Ordering::Release);
+    }
+
+    /// From which byte on nothing is known of the file: what blocks have there is lost.
+    pub fn lost_from(&self) -> u64 {
+        self.lost_from
+    }
+
+    /// It is the map of a damaged file: `blocks` are lost, and so is what lies from byte `lost_from` of the
+    /// file on.
+    pub(super) fn lose(&mut self, blocks: impl Iterator<Item = u64>, lost_from: u64) {
+        for block in blocks {
+            self.store(self.geometry.payload_slot(block), LOST.0);
+        }
+        self.lost_from = lost_from;
     }
 
     /// The memory it is in.

@@ -19,6 +19,8 @@ pub enum Location {
     Undefined,
     /// In the layer below, or nowhere if there is none.
     Below,
+    /// They were somewhere, and it is not known where: only maps of salvaged images say so.
+    Lost,
 }
 
 /// Where the bytes from `from` on are by `map`, the map of layer number `layer`, and for how many that holds,
@@ -39,6 +41,7 @@ pub fn locate(layer: u8, map: &BlockMap, from: u64, end: u64) -> (Location, u64)
         }
         Some(PayloadState::NotPresent) if geometry.is_differencing() => (Location::Below, length),
         Some(PayloadState::Zero) => (Location::Zero, length),
+        None => (Location::Lost, length),
         _ => (Location::Undefined, length),
     }
 }

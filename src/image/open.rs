@@ -578,6 +578,9 @@ fn checked_bitmap(entry: BatEntry, slot: u64) -> Result<Option<Extent>> {
     }
 }
 
+/// Why an image whose log was replayed in memory is not read.
+pub(super) const PAYLOAD_IN_LOG: &str = "the log changes payload, which is not replayed in memory";
+
 /// A log that was replayed in memory must not change payload: that is read from the file directly.
 fn check_overlay(overlay: &Overlay, image: &Image) -> Result<()> {
     let regions = image.regions.table.entries().iter().copied().map(extent_of);
@@ -588,13 +591,10 @@ fn check_overlay(overlay: &Overlay, image: &Image) -> Result<()> {
         let behind = metadata.partition_point(|extent| extent.offset <= range.start);
         let inside = behind > 0 && range.end <= metadata[behind - 1].end();
         if !inside && image.space.is_used(range.start.max(crate::format::HEADER_SECTION)..range.end) {
-            return Err(Error::new(
-                Kind::Unsupported,
-                "the log changes payload, which is not replayed in memory",
-            )
-            .in_structure("log")
-            .at(range.start)
-            .remedy("open the image for writing once, which replays the log in place"));
+            return Err(Error::new(Kind::Unsupported, PAYLOAD_IN_LOG)
+                .in_structure("log")
+                .at(range.start)
+                .remedy("open the image for writing once, which replays the log in place"));
         }
     }
     Ok(())

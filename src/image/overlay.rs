@@ -4,6 +4,7 @@
 //! would. Its memory is bounded by the log's own length.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use crate::format::log::Change;
 use crate::format::{MIB, PAGE, index};
@@ -64,6 +65,14 @@ impl Overlay {
         piece.is_some_and(|(&start, piece)| offset < piece.end(start))
     }
 
+    /// The first byte of `bytes` of the file that the log has changed.
+    pub fn first_in(&self, bytes: Range<u64>) -> Option<u64> {
+        if self.covers(bytes.start) {
+            return Some(bytes.start);
+        }
+        self.ranges.range(bytes).next().map(|(start, _)| *start)
+    }
+
     /// Replaces in `bytes`, read from the file at `offset`, what the log has changed.
     pub fn patch(&self, offset: u64, bytes: &mut [u8]) {
         let end = offset + bytes.len() as u64;
@@ -84,7 +93,7 @@ impl Overlay {
     }
 
     /// The changed ranges of the file, bytes, in ascending order.
-    pub fn ranges(&self) -> impl Iterator<Item = std::ops::Range<u64>> {
+    pub fn ranges(&self) -> impl Iterator<Item = Range<u64>> {
         self.ranges.iter().map(|(&start, piece)| start..piece.end(start))
     }
 

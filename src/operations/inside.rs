@@ -90,6 +90,7 @@ impl ReadAt for Disk<'_> {
                     return Err(Error::new(Kind::NotFound, MISSING));
                 }
                 Location::Zero | Location::Undefined | Location::Below => piece.fill(0),
+                Location::Lost => unreachable!("only a salvaged image has lost blocks"),
             }
             at = past;
         }

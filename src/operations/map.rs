@@ -140,6 +140,7 @@ impl<'a> Extents<'a> {
                 }
                 Location::Zero => extent.present = true,
                 Location::Undefined => extent.present = !is_absent(self.map_of(layer), start),
+                Location::Lost => unreachable!("only a salvaged image has lost blocks"),
             }
             extent.depth = layer;
             break;

@@ -185,7 +185,11 @@ fn check_ends_with_the_command_that_saves_what_is_left() {
         damage(&path, change);
         let checked = super::on("check", &path, &[]);
         assert_eq!(checked.status, Some(2), "{number}: {}", checked.stderr);
-        let last = checked.stdout.lines().last().expect("a line");
+        let mut lines = checked.stdout.lines().rev();
+        let last = lines.next().expect("a line");
+        let as_device = lines.next().and_then(|line| line.split_once("as a device: vhdx-ublk "));
+        let (_, as_device) = as_device.unwrap_or_else(|| panic!("{number}: {}", checked.stdout));
+        assert_eq!(as_device, format!("add --salvage {}", path.display()), "{number}");
         let (_, command) =
             last.split_once("can be copied: vhdx-ublk ").unwrap_or_else(|| panic!("{number}: {last}"));
         let copy = bench.path("COPY");
@@ -234,4 +238,52 @@ fn another_format_is_called_by_its_name() {
     fs::write(&path, bytes).expect("room");
     let error = run(&["salvage".as_ref(), path.as_os_str(), "--dry-run".as_ref()]).failed(1);
     assert!(error.contains("VHD") && !error.contains("photorec"), "{error}");
+}
+
+/// The device needs what the copy needs: consent to guesses, and something that leads to the disk. Whatever
+/// comes of it, the image keeps every byte.
+#[test]
+fn a_device_of_what_is_left_needs_what_a_copy_needs() {
+    let bench = Bench::new();
+    let (path, _) = image(&bench);
+    let name = path.to_str().expect("UTF-8");
+    for wrong in [&["--salvage", "--force"][..], &["--assume"], &["--read-only", "--assume"]] {
+        super::on("add", &path, wrong).misused();
+    }
+    damage(&path, |bytes| bytes[REGION_TABLES[0]..METADATA + (128 << 10)].fill(0x5a));
+    let before = Snapshot::of(&path);
+    let refused = super::on("add", &path, &["--salvage"]).failed(1);
+    assert!(refused.contains("by its shape") && refused.contains("--assume"), "{refused}");
+    // Every guess is said; then the machine needs the driver.
+    let said = run(&["add", "--salvage", "--assume", name]).stderr;
+    assert!(said.contains("BAT (a guess): it was found at byte"), "{said}");
+    assert!(!said.contains("only with guesses"), "{said}");
+    super::on("add", &path, &["--read-only"]).failed(1);
+    before.assert_kept(&path);
+    damage(&path, |bytes| bytes.truncate(METADATA));
+    let refused = super::on("add", &path, &["--salvage", "--assume"]).failed(1);
+    assert!(refused.contains("photorec") && refused.contains(name), "{refused}");
+}
+
+/// What is lost, what is not known, and that a parent is missing is said before the device is there.
+#[test]
+fn a_device_of_what_is_left_says_what_it_lacks() {
+    let bench = Bench::new();
+    let (path, _) = image(&bench);
+    damage(&path, |bytes| bytes[BAT + 8..BAT + 24].fill(0x5c));
+    let said = super::on("add", &path, &["--salvage"]).stderr;
+    for part in ["cannot be true: 2", "2 MiB are lost, and reads of them fail"] {
+        assert!(said.contains(part), "{part} is missing: {said}");
+    }
+    let parent = bench.image("parent.vhdx", &["--size", "8M"]);
+    let child = bench.image("child.vhdx", &["--parent", parent.to_str().expect("UTF-8")]);
+    fs::remove_file(&parent).expect("ours");
+    let said = super::on("add", &child, &["--salvage"]).stderr;
+    for part in ["a parent is missing", "8 MiB are not known"] {
+        assert!(said.contains(part), "{part} is missing: {said}");
+    }
+    // A parent that the user names, and that the image does not have, is wrong usage.
+    let name = child.to_str().expect("UTF-8");
+    let wrong = super::on("add", &path, &["--salvage", &format!("--parent={name}")]);
+    assert_eq!(wrong.status, Some(2), "{}", wrong.stderr);
 }

@@ -2,6 +2,8 @@
 //! that is wrong is listed as right. Known images are damaged in one structure after the other, overwritten,
 //! unreadable or cut off, and what comes back is compared with what could, by the places of the damage alone.
 
+mod served;
+
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::io;
@@ -84,8 +86,15 @@ pub struct Outcome {
     pub copy: Store,
 }
 
-/// Salvages what is left of a chain.
+/// Salvages what is left of a chain, and sees that a device gives out the same.
 pub fn salvage<D: ReadDisk>(layers: Vec<D>) -> Result<Outcome> {
+    let (outcome, remains) = copied(layers)?;
+    served::assert_same(remains.into_layers(), &outcome);
+    Ok(outcome)
+}
+
+/// Salvages what is left of a chain.
+fn copied<D: ReadDisk>(layers: Vec<D>) -> Result<(Outcome, Remains<D>)> {
     let mut remains = Vec::new();
     for disk in layers {
         let image = block_on(Salvaged::read(&disk))?;
@@ -106,7 +115,7 @@ pub fn salvage<D: ReadDisk>(layers: Vec<D>) -> Result<Outcome> {
     remains.plan(|range, status| planned.add(range.end - range.start, status));
     assert!(planned.finished_bytes >= totals.finished_bytes, "more came back than could");
     copied.0.resize(remains.virtual_size());
-    Ok(Outcome { totals, runs, copy: copied.0 })
+    Ok((Outcome { totals, runs, copy: copied.0 }, remains))
 }
 
 /// The disk of a chain that is not damaged, as any reader has it.
@@ -453,12 +462,12 @@ fn an_error_of_the_moment_is_no_loss() {
     let mut failed = 0;
     for at in 1..40 {
         let disk = Busy(intact(&[known()]).remove(0), RefCell::new(at));
-        match salvage(vec![disk]) {
+        match copied(vec![disk]) {
             Err(error) => {
                 assert_eq!(error.os_error(), Some(libc::ENOMEM), "{error:#}");
                 failed += 1;
             }
-            Ok(outcome) => assert_eq!(outcome.totals.finished_bytes, SIZE),
+            Ok((outcome, _)) => assert_eq!(outcome.totals.finished_bytes, SIZE),
         }
     }
     assert!(failed > 10, "{failed}");

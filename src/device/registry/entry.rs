@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::device::name::Name;
-use crate::device::options::Recovery;
+use crate::device::options::{Recovery, Salvage};
 use crate::device::path;
 use crate::device::process::ProcessId;
 use crate::disk::{HostFile, Sparse};
@@ -68,6 +68,9 @@ pub struct Entry {
     pub size_bytes: u64,
     /// Nothing may be written.
     pub read_only: bool,
+    /// What is left of a damaged image is shown.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub salvage: Option<Salvage>,
     /// What happens to it when its daemon is killed.
     pub recovery: Recovery,
     /// The data of requests is not copied.
@@ -178,6 +181,7 @@ pub(crate) mod tests {
             depth: 64,
             size_bytes: 1 << 30,
             read_only: false,
+            salvage: None,
             recovery: Recovery::Reissue,
             sparse: Sparse::Auto,
             zero_copy: false,
@@ -217,6 +221,15 @@ pub(crate) mod tests {
         }
         assert!(error.remedy_text().is_some_and(|remedy| remedy.contains("use the vhdx-ublk")));
         assert_eq!(parse("{}").expect_err("damaged").kind(), Kind::Corrupt);
+    }
+
+    #[test]
+    fn how_a_damaged_image_is_shown_is_kept_and_no_earlier_program_knows_it() {
+        let shown = Entry { salvage: Some(Salvage { assume: true }), ..entry(1) };
+        let text = serde_json::to_string(&shown).expect("serialisable");
+        assert!(text.contains(r#""salvage":{"assume":true}"#), "{text}");
+        assert_eq!(parse(&text).expect("its own words"), shown);
+        assert!(!serde_json::to_string(&entry(1)).expect("serialisable").contains("salvage"));
     }
 
     #[test]

@@ -360,7 +360,8 @@ impl Front {
     /// end inside their last block. What it had when it was opened, another program has cut off.
     fn fill_past_end<P: Port>(&mut self, id: PieceId, done: u32, port: &mut P) {
         let rest = self.slots.piece(id).rest;
-        if self.shared.has_lost(rest.layer, rest.file_offset + u64::from(done)) {
+        let [start, end] = [done, rest.length].map(|bytes| rest.file_offset + u64::from(bytes));
+        if self.shared.has_lost(rest.layer, start..end) {
             return self.end_piece(id, Err(Errno::EIO), port);
         }
         let rest = FileIo {

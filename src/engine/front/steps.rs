@@ -42,6 +42,10 @@ impl Front {
             self.start_piece(tag, &span, FileOp::Read, false, port);
             return Step::Again;
         }
+        if span.location == Location::Lost {
+            self.slots[tag].fail(Errno::EIO);
+            return Step::Again;
+        }
         let io = FileIo {
             op: FileOp::FillZero,
             layer: LEAF,

@@ -36,7 +36,7 @@ pub(super) struct Blocks {
     /// Chunks whose sector bitmap is lost.
     lost_bitmaps: FixedBitSet,
     /// The slots that were read, ascending; all others are zero.
-    stored: Vec<Range<u64>>,
+    pub(super) stored: Vec<Range<u64>>,
     /// MiB of the file that something names, and those that two things name.
     used: FixedBitSet,
     shared: FixedBitSet,

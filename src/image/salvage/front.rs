@@ -4,8 +4,6 @@
 //! log that should be there, the newest changes of the metadata are missing: what no block says of the disk
 //! is then in doubt.
 
-use uuid::Uuid;
-
 use super::notes::Notes;
 use super::source::Forgiving;
 use crate::disk::{PAGE_BYTES, ReadDisk};
@@ -21,13 +19,15 @@ use crate::image::view::{View, file_length};
 
 /// What is left of the front.
 pub(super) struct Front {
-    /// What children know the image by, if a header says it.
-    pub(super) data_write_guid: Option<Uuid>,
+    /// The newest header, if one is left.
+    pub(super) header: Option<Header>,
     /// Where the log lies, if a header says it.
     pub(super) log: Option<Extent>,
     /// The replayed log, if there is anything in it.
     pub(super) overlay: Option<Overlay>,
-    /// How long the file should be, bytes.
+    /// How long the file is, bytes.
+    pub(super) file_bytes: u64,
+    /// How long it should be.
     pub(super) length: u64,
     /// Everything that the log may hold is known.
     pub(super) has_whole_log: bool,
@@ -39,11 +39,12 @@ impl Front {
         let length = file_length(disk).await?;
         note_file_id(&forgiving, notes).await?;
         let mut front =
-            Self { data_write_guid: None, log: None, overlay: None, length, has_whole_log: false };
+            Self { header: None, log: None, overlay: None, file_bytes: length, length, has_whole_log: false };
         if let Some(header) = read_header(&forgiving, length, notes).await? {
             let log = Extent { offset: header.log_offset, length: header.log_length.into() };
-            (front.data_write_guid, front.log) = (Some(header.data_write_guid), Some(log));
+            front.log = Some(log);
             front.replay(disk, &header, notes).await?;
+            front.header = Some(header);
         }
         Ok(front)
     }

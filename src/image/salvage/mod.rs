@@ -33,14 +33,15 @@ use self::search::Traces;
 use self::source::Source;
 use super::block_map::BlockMap;
 use super::locate::{Location, locate};
-use super::open::read_file_id;
+use super::open::{PAYLOAD_IN_LOG, payload_extent, read_file_id};
 use super::overlay::Overlay;
 use super::space::Extent;
 use super::view::View;
 use crate::disk::{PAGE_BYTES, ReadDisk};
 use crate::error::{Error, Kind, Result};
-use crate::format::bat::Geometry;
+use crate::format::bat::{ENTRY_SIZE, Geometry, Role};
 use crate::format::file_id::UNKNOWN;
+use crate::format::header::Header;
 use crate::format::metadata::Metadata;
 use crate::format::{HEADER_SECTION, MIB, index};
 
@@ -62,11 +63,15 @@ pub enum Trace {
 /// What is left of an image.
 pub struct Salvaged {
     metadata: Metadata,
-    data_write_guid: Option<Uuid>,
+    header: Option<Header>,
     map: BlockMap,
+    /// The slots of its BAT that the file has.
+    stored: Vec<Range<u64>>,
     lost: FixedBitSet,
     overlay: Option<Overlay>,
-    /// The file's length, bytes: what should lie behind is missing.
+    /// How long the file is, bytes.
+    file_bytes: u64,
+    /// How long the file and its log are: what should lie behind is missing.
     length: u64,
     has_whole_log: bool,
     resident_bytes: u64,
@@ -80,7 +85,7 @@ impl Salvaged {
     /// Corrupt if nothing leads to the blocks; errors of the host that say nothing of its medium.
     pub async fn read<D: ReadDisk>(disk: &D) -> Result<Self> {
         let mut notes = Notes::default();
-        let Front { data_write_guid, log, overlay, length, has_whole_log } =
+        let Front { header, log, overlay, file_bytes, length, has_whole_log } =
             Front::read(disk, &mut notes).await?;
         let source = Source { disk, overlay: overlay.as_ref(), length };
         let regions = Regions::read(&source, &mut notes).await?;
@@ -101,13 +106,15 @@ impl Salvaged {
         let fixtures: Vec<Extent> = fixtures.map(whole).collect();
         let blocks = Blocks::read(&source, geometry, bat, &fixtures, &mut notes).await?;
         let (resident_bytes, notes) = (blocks.resident_bytes(), notes.0);
-        let Blocks { map, lost, .. } = blocks;
+        let Blocks { map, lost, stored, .. } = blocks;
         Ok(Self {
             metadata,
-            data_write_guid,
+            header,
             map,
+            stored,
             lost,
             overlay,
+            file_bytes,
             length,
             has_whole_log,
             resident_bytes,
@@ -122,12 +129,17 @@ impl Salvaged {
 
     /// What children know the image by, if that is left.
     pub fn data_write_guid(&self) -> Option<Uuid> {
-        self.data_write_guid
+        self.header.as_ref().map(|header| header.data_write_guid)
     }
 
-    /// The memory that it takes, bytes: its BAT as far as the file has one, and its bits.
+    /// What a program changes when it begins to write to the image, if that is left.
+    pub fn file_write_guid(&self) -> Option<Uuid> {
+        self.header.as_ref().map(|header| header.file_write_guid)
+    }
+
+    /// The memory that it takes, bytes: its BAT as far as the file has one or has lost it, and its bits.
     pub fn resident_bytes(&self) -> u64 {
-        self.resident_bytes
+        self.resident_bytes + self.lost.count_ones(..) as u64 * ENTRY_SIZE as u64
     }
 
     /// What is damaged, and which readings were taken.
@@ -159,6 +171,7 @@ impl Salvaged {
                 return (Trace::File(offset), from + stored);
             }
             Location::Below => Trace::Below,
+            Location::Lost => Trace::Lost,
             // The log may have said something newer.
             Location::Zero | Location::Undefined if !self.has_whole_log => Trace::Unknown,
             Location::Zero | Location::Undefined => Trace::Zero,
@@ -166,6 +179,38 @@ impl Salvaged {
         let past = from + length;
         let is_absent = location == Location::Undefined && self.map.load(block).entry.0 == 0;
         (trace, if is_absent { self.end_of_absence(block).clamp(past, end) } else { past })
+    }
+
+    /// Where each block lies, for a reader that knows the file and not its log: what is lost is lost in it.
+    ///
+    /// # Errors
+    /// Unsupported if the log, which was replayed in memory, changes payload.
+    pub fn into_map(mut self) -> Result<BlockMap> {
+        if let Some(overlay) = &self.overlay
+            && let Some(offset) = self.first_payload_in(overlay)
+        {
+            return Err(Error::new(Kind::Unsupported, PAYLOAD_IN_LOG)
+                .in_structure("log")
+                .at(offset)
+                .remedy("`vhdx-ublk salvage FILE COPY` makes a copy that has it"));
+        }
+        self.map.set_file_bytes(self.file_bytes);
+        self.map.lose(self.lost.ones().map(|block| block as u64), self.length);
+        Ok(self.map)
+    }
+
+    /// Where in the file the first byte of a block lies that the log has changed, if there is one.
+    fn first_payload_in(&self, overlay: &Overlay) -> Option<u64> {
+        let geometry = self.map.geometry();
+        for (_, role) in self.stored.iter().cloned().flat_map(|slots| geometry.walk(slots)) {
+            let Role::Block(block) = role else { continue };
+            let extent = payload_extent(self.map.load(block).entry, geometry);
+            let changed = extent.and_then(|extent| overlay.first_in(extent.offset..extent.end()));
+            if changed.is_some() && !self.lost.contains(index(block)) {
+                return changed;
+            }
+        }
+        None
     }
 
     /// The end of the absent blocks from `block` on, as far as one look shows: of a large disk there are

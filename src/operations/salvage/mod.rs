@@ -32,7 +32,7 @@ use crate::chain::{self, Relative, Search};
 use crate::disk::{Access, Disk, ImageFile, PAGE_BYTES, Reactor, UringDisk};
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::format::metadata::Metadata;
-use crate::image::{DEFAULT_LOG_LENGTH, InitialState, NewImage, Note, Salvaged};
+use crate::image::{BlockMap, DEFAULT_LOG_LENGTH, InitialState, NewImage, Note, Salvaged};
 
 /// A damaged image that is open, with its parents as far as they were found.
 pub struct Damaged {
@@ -73,6 +73,14 @@ struct Member {
     data_write_guid: Uuid,
 }
 
+impl Member {
+    fn read(file: Arc<ImageFile>, reactor: &Reactor) -> Result<Self> {
+        let image = reactor.block_on(Salvaged::read(&reactor.disk(file.clone()))).file(file.path())?;
+        let data_write_guid = image.data_write_guid().unwrap_or_else(Uuid::new_v4);
+        Ok(Self { file, image, data_write_guid })
+    }
+}
+
 impl Relative for Member {
     fn metadata(&self) -> &Metadata {
         self.image.metadata()
@@ -100,16 +108,29 @@ impl Damaged {
     /// Those of [`Salvaged::read`]; [`Kind::InUse`] if another process writes to the image, or a device waits
     /// for a new daemon to serve it. What is wrong with a parent is no error.
     pub fn open(path: &Path, search: &Search, reactor: &Reactor, devices: &dyn Devices) -> Result<Self> {
-        let open = |path: &Path| {
-            let file = Arc::new(locked::lock(path, Access::ReadOnly, devices)?);
-            let image = reactor.block_on(Salvaged::read(&reactor.disk(file.clone()))).file(path)?;
-            let data_write_guid = image.data_write_guid().unwrap_or_else(Uuid::new_v4);
-            Ok(Member { file, image, data_write_guid })
-        };
-        let leaf = open(path)?;
-        replaced::refuse_foreign_links(path, &leaf.file)?;
+        let lock = |path: &Path| locked::lock(path, Access::ReadOnly, devices);
+        let file = lock(path)?;
+        replaced::refuse_foreign_links(path, &file)?;
+        Self::read(Arc::new(file), search, reactor, lock, devices)
+    }
+
+    /// Reads the image in `file`, which is locked, and its parents where `search` leads to them; `open` opens
+    /// and locks them.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Salvaged::read`]. What is wrong with a parent is no error.
+    pub fn read(
+        file: Arc<ImageFile>,
+        search: &Search,
+        reactor: &Reactor,
+        mut open: impl FnMut(&Path) -> Result<ImageFile>,
+        devices: &dyn Devices,
+    ) -> Result<Self> {
+        let leaf = Member::read(file, reactor)?;
         let left_session = devices.refuse_orphan(&leaf.file, None).err();
         let mut parents = Vec::new();
+        let open = |path: &Path| Member::read(Arc::new(open(path)?), reactor);
         let missing_parent = match chain::follow_parents(&leaf, search, &mut parents, open) {
             Err(error) if error.kind() == Kind::Usage => return Err(error),
             followed => followed.err(),
@@ -146,6 +167,38 @@ impl Damaged {
     /// The size of the virtual disk, bytes.
     pub fn virtual_size(&self) -> u64 {
         self.remains.virtual_size()
+    }
+
+    /// How many images were found, the image itself included.
+    pub fn image_count(&self) -> usize {
+        self.files.len()
+    }
+
+    /// How much will come back if all of the files can be read.
+    pub fn totals(&self) -> Totals {
+        let mut totals = Totals::default();
+        self.remains.plan(|range, status| totals.add(range.end - range.start, status));
+        totals
+    }
+
+    /// The image itself.
+    pub fn leaf(&self) -> &Salvaged {
+        self.remains.leaf()
+    }
+
+    /// The files and what is left in them, the image's own first: for a reader that fails where bytes are
+    /// lost.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Salvaged::into_map`].
+    pub fn into_maps(self) -> Result<Vec<(Arc<ImageFile>, BlockMap)>> {
+        let layers = self.files.into_iter().zip(self.remains.into_layers());
+        let maps = layers.map(|(file, layer)| {
+            let map = layer.image.into_map().file(file.path())?;
+            Ok((file, map))
+        });
+        maps.collect()
     }
 
     /// What will come back if all of the files can be read.
@@ -250,7 +303,12 @@ impl Damaged {
         Ok(totals)
     }
 
-    fn refuse_guesses(&self) -> Result<()> {
+    /// Refuses an image that can be read only with guesses.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::Corrupt`], with the guesses.
+    pub fn refuse_guesses(&self) -> Result<()> {
         let guesses: Vec<&str> =
             self.notes().filter(|(_, note)| note.is_guess).map(|(_, note)| &*note.what).collect();
         if guesses.is_empty() {

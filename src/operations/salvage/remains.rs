@@ -121,6 +121,11 @@ impl<D> Remains<D> {
         &self.layers[0].image
     }
 
+    /// The images and their files, the leaf first.
+    pub fn into_layers(self) -> Vec<RemainsLayer<D>> {
+        self.layers
+    }
+
     /// The size of the virtual disk, bytes.
     pub fn virtual_size(&self) -> u64 {
         self.leaf().metadata().virtual_size

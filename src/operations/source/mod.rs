@@ -335,6 +335,7 @@ impl<'a> Walk<'a> {
             Map::Chain(content) => match content.locate(from, *size) {
                 (Location::File { layer, offset }, past) => (Some((layer.into(), offset)), past),
                 (Location::Zero | Location::Undefined | Location::Below, past) => (None, past),
+                (Location::Lost, _) => unreachable!("only a salvaged image has lost blocks"),
             },
         };
         assert!(past > from && past <= *size, "a walk advances, from {from} to {past}");

@@ -44,6 +44,11 @@ impl MountOptions {
                     return Err(Error::new(Kind::Usage, message));
                 }
                 ("ro", None) => found.read_only = true,
+                ("salvage", None) => {
+                    found.device.push("--salvage".into());
+                    found.read_only = true;
+                }
+                ("assume", None) => found.device.push("--assume".into()),
                 ("rw", None) => found.read_only = false,
                 ("nofail", None) => found.may_be_missing = true,
                 // What decides whether to mount at all.
@@ -91,6 +96,8 @@ mod tests {
         assert_eq!(found.partition.as_deref(), Some("2"));
         assert_eq!(found.device, ["--queues=1", "--parent=/a,b"]);
         assert_eq!(found.inner, ["noatime", "_netdev", "x-systemd.idle-timeout=9", "context=\"a,b\""]);
+        assert_eq!(MountOptions::parse("rw,salvage,assume").expect("good").device, ["--salvage", "--assume"]);
+        assert!(MountOptions::parse("rw,salvage").expect("good").read_only);
         assert!(found.read_only && found.may_be_missing && found.has("noatime") && !found.has("ro"));
         assert_eq!(MountOptions::parse("ro,rw,,auto,defaults").expect("good"), MountOptions::default());
     }

@@ -66,6 +66,7 @@ fn found(Opened { image, store }: &Opened, at: u64) -> Option<u64> {
         }
         Location::Below if image.metadata.has_parent => None,
         Location::Below | Location::Zero | Location::Undefined => Some(0),
+        Location::Lost => unreachable!("only a salvaged image has lost blocks"),
     }
 }
 
