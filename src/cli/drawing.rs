@@ -2,12 +2,12 @@
 
 use std::fmt::Write;
 
-use vhdx_ublk::operations::picture::{Cell, LAYERS, Picture, Strip};
+use vhdx_ublk::operations::picture::{Cell, LAYERS, PARTS, Picture, Strip};
 use vhdx_ublk::printable::human_size;
 
 /// The columns of a screen, and the rows of characters that each part of the picture has.
 const COLUMNS: usize = 80;
-const ROWS: usize = 8;
+const ROWS: usize = 6;
 
 /// The most cells of a part that is drawn in colours: a character has two.
 pub const CELLS: usize = COLUMNS * ROWS * 2;
@@ -15,42 +15,54 @@ pub const CELLS: usize = COLUMNS * ROWS * 2;
 /// The most cells of a part that is drawn without: a character has one, and its kind shows what is there.
 pub const PLAIN_CELLS: usize = COLUMNS * ROWS;
 
-/// The colours of the layers, of 256, and as SVG writes them.
-const COLOURS: [(u8, &str); LAYERS] = [
-    (33, "#0087ff"),
-    (208, "#ff8700"),
-    (40, "#00d700"),
-    (170, "#d75fd7"),
-    (220, "#ffd700"),
-    (44, "#00d7d7"),
-    (167, "#d75f5f"),
-    (245, "#8a8a8a"),
+/// The colours of the layers, of the 256 that terminals have.
+const COLOURS: [u8; LAYERS] = [33, 208, 40, 170, 220, 44, 167, 245];
+
+/// The colours of the parts of the disk: a rainbow.
+const RAINBOW: [u8; PARTS] = [
+    21, 27, 33, 39, 45, 51, 50, 49, 48, 47, 46, 82, 118, 154, 190, 226, 220, 214, 208, 202, 196, 197, 198,
+    199, 200, 201,
 ];
 
 /// What shows a layer without colours: its number.
 const CHARACTERS: [char; LAYERS] = ['0', '1', '2', '3', '4', '5', '6', '7'];
 
+/// What shows a part of the disk without colours: a letter.
+const LETTERS: [u8; PARTS] = *b"abcdefghijklmnopqrstuvwxyz";
+
 /// What shows an empty cell without colours.
 const EMPTY: char = '.';
 
 /// The colour of what describes the image.
-const STRUCTURES: (u8, &str) = (250, "#bcbcbc");
+const STRUCTURES: u8 = 250;
 
-fn colour(cell: Cell) -> Option<(u8, &'static str)> {
+fn colour(cell: Cell) -> Option<u8> {
     match cell {
         Cell::Empty => None,
         Cell::Layer(layer) => Some(COLOURS[layer]),
+        Cell::Part(part) => Some(RAINBOW[part]),
         Cell::Structures => Some(STRUCTURES),
     }
 }
 
-/// The parts of a picture under their names.
-fn parts(picture: &Picture) -> [(&'static str, &Strip); 2] {
-    [("disk", &picture.disk), ("file", &picture.file)]
+/// A colour of a terminal as SVG writes it: 16 to 231 are a cube, those behind are grey.
+fn rgb(colour: u8) -> String {
+    const LEVELS: [u8; 6] = [0, 95, 135, 175, 215, 255];
+    const GREY: u8 = 232;
+    let level = |place: u8| LEVELS[usize::from((colour - 16) / place % 6)];
+    let [red, green, blue] =
+        if colour >= GREY { [8 + 10 * (colour - GREY); 3] } else { [36, 6, 1].map(level) };
+    format!("#{red:02x}{green:02x}{blue:02x}")
 }
 
-fn headline(name: &str, strip: &Strip) -> String {
-    format!("{name}: {}, {} each cell", human_size(strip.bytes), human_size(strip.per_cell))
+/// The parts of a picture under their headlines.
+fn parts(picture: &Picture) -> [(String, &Strip); 3] {
+    let sized = |name: &str, strip: &Strip| {
+        format!("{name}: {}, {} each cell", human_size(strip.bytes), human_size(strip.per_cell))
+    };
+    let Picture { disk, file, order } = picture;
+    let ordered = "order: which part of the disk the blocks of the file are from".to_owned();
+    [(sized("disk", disk), disk), (sized("file", file), file), (ordered, order)]
 }
 
 /// The layers and whatever else the picture shows.
@@ -61,7 +73,9 @@ fn shown(picture: &Picture) -> Vec<(Cell, String)> {
             if layer == LAYERS - 1 { format!("layer {layer} and below") } else { format!("layer {layer}") };
         (Cell::Layer(layer), name)
     });
-    let all = layers.chain([(Cell::Structures, "structures of the file".to_owned())]);
+    let ends = [(Cell::Part(0), "first part"), (Cell::Part(PARTS - 1), "last part")];
+    let others = [(Cell::Structures, "structures of the file")].into_iter().chain(ends);
+    let all = layers.chain(others.map(|(cell, name)| (cell, name.to_owned())));
     all.filter(|(cell, _)| seen(*cell)).collect()
 }
 
@@ -91,8 +105,8 @@ fn text(
     sample: impl Fn(Cell) -> String,
 ) -> String {
     let mut text = String::new();
-    for (name, strip) in parts(picture) {
-        text += &headline(name, strip);
+    for (headline, strip) in parts(picture) {
+        text += &headline;
         text.push('\n');
         for cells in strip.cells.chunks(cells) {
             text += line(cells).trim_end();
@@ -107,10 +121,10 @@ fn text(
 fn halves(upper: Cell, lower: Cell) -> String {
     match (colour(upper), colour(lower)) {
         (None, None) => " ".to_owned(),
-        (Some((above, _)), None) => format!("\x1b[38;5;{above}m▀\x1b[0m"),
-        (None, Some((below, _))) => format!("\x1b[38;5;{below}m▄\x1b[0m"),
-        (Some((above, _)), Some((below, _))) if above == below => format!("\x1b[38;5;{above}m█\x1b[0m"),
-        (Some((above, _)), Some((below, _))) => format!("\x1b[38;5;{above};48;5;{below}m▀\x1b[0m"),
+        (Some(above), None) => format!("\x1b[38;5;{above}m▀\x1b[0m"),
+        (None, Some(below)) => format!("\x1b[38;5;{below}m▄\x1b[0m"),
+        (Some(above), Some(below)) if above == below => format!("\x1b[38;5;{above}m█\x1b[0m"),
+        (Some(above), Some(below)) => format!("\x1b[38;5;{above};48;5;{below}m▀\x1b[0m"),
     }
 }
 
@@ -119,6 +133,7 @@ fn character(cell: Cell) -> char {
     match cell {
         Cell::Empty => EMPTY,
         Cell::Layer(layer) => CHARACTERS[layer],
+        Cell::Part(part) => char::from(LETTERS[part]),
         Cell::Structures => '#',
     }
 }
@@ -132,14 +147,14 @@ pub fn svg(picture: &Picture) -> String {
     let mut body = String::new();
     let mut y = 0;
     let mut put = |text: std::fmt::Arguments<'_>| body.write_fmt(text).expect("a string takes everything");
-    for (name, strip) in parts(picture) {
+    for (headline, strip) in parts(picture) {
         y += LINE;
-        put(format_args!("<text x=\"0\" y=\"{}\">{}</text>\n", y - 5, headline(name, strip)));
+        put(format_args!("<text x=\"0\" y=\"{}\">{headline}</text>\n", y - 5));
         for row in strip.cells.chunks(COLUMNS) {
             let mut x = 0;
             for run in row.chunk_by(|one, other| one == other) {
                 let width = run.len() * SIDE;
-                let fill = colour(run[0]).map_or("#f2f2f2", |(_, fill)| fill);
+                let fill = colour(run[0]).map_or_else(|| "#f2f2f2".to_owned(), rgb);
                 put(format_args!(
                     "<rect x=\"{x}\" y=\"{y}\" width=\"{width}\" height=\"{SIDE}\" fill=\"{fill}\"/>\n"
                 ));
@@ -150,7 +165,7 @@ pub fn svg(picture: &Picture) -> String {
     }
     for (cell, name) in shown(picture) {
         y += LINE;
-        let fill = colour(cell).map_or("none", |(_, fill)| fill);
+        let fill = colour(cell).map_or_else(|| "none".to_owned(), rgb);
         put(format_args!(
             "<rect x=\"0\" y=\"{}\" width=\"{SIDE}\" height=\"{SIDE}\" fill=\"{fill}\"/>\n\
              <text x=\"{LINE}\" y=\"{}\">{name}</text>\n",

@@ -28,8 +28,9 @@ pub struct Map {
     /// Show only what has changed since LAYER, one of the parents, was the image
     #[arg(long, value_name = "LAYER")]
     since: Option<PathBuf>,
-    /// Draw the disk and the file: colours, or digits where there are none, show the layers, empty cells of
-    /// the file the holes in it
+    /// Draw the disk, the file, and the order of the blocks in the file: colours, or digits where there are
+    /// none, show the layers, empty cells of the file the holes in it. In a file without fragmentation the
+    /// order is that of a rainbow, or of the alphabet
     #[arg(long, conflicts_with_all = ["json", "since"])]
     picture: bool,
     /// Write the picture as SVG to FILE, which must not exist; - writes it to standard output

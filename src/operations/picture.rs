@@ -1,8 +1,9 @@
-//! A picture of an image: how its disk is filled, and how its file is.
+//! A picture of an image: how its disk is filled, how its file is, and in which order.
 //!
-//! Both are divided into equal cells. A cell of the disk shows the layer that has most of what is there, and
+//! All are divided into equal cells. A cell of the disk shows the layer that has most of what is there, and
 //! is empty only if no layer has any of it. A cell of the file shows what takes most of it; an empty one is a
-//! hole, which other blocks could fill.
+//! hole, which other blocks could fill. A cell of the order shows from which part of the disk most of its
+//! blocks are.
 
 use std::ops::Range;
 
@@ -11,10 +12,13 @@ use super::map::Extents;
 use super::opened::OpenChain;
 use crate::error::Result;
 use crate::format::index;
-use crate::image::payload_extent;
+use crate::image::{Extent, payload_extent};
 
 /// The layers that have a colour of their own; those below them look like the last of these.
 pub const LAYERS: usize = 8;
+
+/// The parts of the disk that the order shows. Each has as many of the file's blocks as any other.
+pub const PARTS: usize = 26;
 
 /// What a cell shows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,6 +27,8 @@ pub enum Cell {
     Empty,
     /// Blocks of this layer.
     Layer(usize),
+    /// Blocks of this part of the disk.
+    Part(usize),
     /// What describes the image: headers, log, block allocation table, metadata, sector bitmaps.
     Structures,
 }
@@ -43,6 +49,8 @@ pub struct Picture {
     pub disk: Strip,
     /// The file of the leaf.
     pub file: Strip,
+    /// The file of the leaf again, by the places that its blocks have on the disk.
+    pub order: Strip,
 }
 
 impl Picture {
@@ -52,7 +60,8 @@ impl Picture {
     ///
     /// Those of [`Extents`].
     pub fn of(chain: &OpenChain, leaf: &Inspected, cells: usize) -> Result<Self> {
-        Ok(Self { disk: disk(chain, cells)?, file: file(leaf, cells) })
+        let file = file(leaf, cells);
+        Ok(Self { disk: disk(chain, cells)?, order: order(leaf, &file, cells), file })
     }
 }
 
@@ -106,13 +115,7 @@ fn file(leaf: &Inspected, cells: usize) -> Strip {
     let used_end = image.space.used_end().min(bytes);
     let free = image.space.free_runs().map(|run| run.offset..run.end());
     free.chain(std::iter::once(used_end..bytes)).for_each(|range| weights.add(FREE, range));
-    let geometry = image.map.geometry();
-    let slots = image.stored_slots.iter().cloned().flatten();
-    for block in slots.filter_map(|slot| geometry.block_of_slot(slot)) {
-        if let Some(extent) = payload_extent(image.map.load(block).entry, geometry) {
-            weights.add(BLOCKS, extent.offset..extent.end());
-        }
-    }
+    extents(leaf).for_each(|extent| weights.add(BLOCKS, extent.offset..extent.end()));
     let cells = (0..).zip(&weights.cells).map(|(number, weights_here)| {
         let length = weights.per_cell.min(bytes - number * weights.per_cell);
         let structures = length.saturating_sub(weights_here[FREE] + weights_here[BLOCKS]);
@@ -123,4 +126,27 @@ fn file(leaf: &Inspected, cells: usize) -> Strip {
         }
     });
     Strip { bytes, per_cell: weights.per_cell, cells: cells.collect() }
+}
+
+/// Where in the file the blocks are, in the order of the disk.
+fn extents(leaf: &Inspected) -> impl Iterator<Item = Extent> {
+    let (map, geometry) = (&leaf.image.map, leaf.image.map.geometry());
+    let slots = leaf.image.stored_slots.iter().cloned().flatten();
+    let blocks = slots.filter_map(|slot| geometry.block_of_slot(slot));
+    blocks.filter_map(|block| payload_extent(map.load(block).entry, geometry))
+}
+
+/// The cells of `file` that show blocks, by the part of the disk that most of them are from.
+fn order(leaf: &Inspected, file: &Strip, cells: usize) -> Strip {
+    let mut weights = Weights::<PARTS>::new(file.bytes, cells);
+    let count = extents(leaf).count();
+    for (number, extent) in extents(leaf).enumerate() {
+        weights.add(number * PARTS / count, extent.offset..extent.end());
+    }
+    let cell = |(shown, weights): (&Cell, &[u64; PARTS])| match shown {
+        Cell::Layer(_) => Cell::Part((0..PARTS).max_by_key(|&part| weights[part]).expect("there are parts")),
+        other => *other,
+    };
+    let cells = file.cells.iter().zip(&weights.cells).map(cell).collect();
+    Strip { cells, ..*file }
 }

@@ -256,11 +256,16 @@ fn a_picture_fits_a_screen_and_is_plain_where_no_terminal_is() {
     assert!(text.is_ascii() && !text.contains('\x1b'), "{text}");
     let rows: Vec<&str> = text.lines().collect();
     let file = rows.iter().position(|row| row.starts_with("file: ")).expect("the second part");
+    let order = rows.iter().position(|row| row.starts_with("order: ")).expect("the third part");
     let kinds = |rows: &[&str]| rows.concat().chars().collect::<BTreeSet<char>>();
     // Blocks, the structures of the image, and a hole each have a sign of their own, which is explained.
     assert_eq!(kinds(&rows[1..file]), BTreeSet::from(['.', '0']), "{text}");
-    assert_eq!(kinds(&rows[file + 1..rows.len() - 1]), BTreeSet::from(['#', '.', '0']), "{text}");
-    assert_eq!(rows[rows.len() - 1], "0 layer 0, # structures of the file, . empty");
+    assert_eq!(kinds(&rows[file + 1..order]), BTreeSet::from(['#', '.', '0']), "{text}");
+    // Of two blocks, each is half of the parts.
+    assert_eq!(kinds(&rows[order + 1..rows.len() - 1]), BTreeSet::from(['#', '.', 'a', 'n']), "{text}");
+    let blocks: String = rows[order + 1..rows.len() - 1].concat().replace(['#', '.'], "");
+    assert!(blocks.starts_with('a') && blocks.ends_with('n'), "{text}");
+    assert_eq!(rows[rows.len() - 1], "0 layer 0, # structures of the file, a first part, . empty");
     let drawing = bench.path("a.svg");
     let options = ["--svg", drawing.to_str().expect("UTF-8")];
     assert_eq!(on("map", &image, &options).succeeded(), "");
@@ -271,6 +276,36 @@ fn a_picture_fits_a_screen_and_is_plain_where_no_terminal_is() {
     assert_eq!(on("map", &image, &["--svg", "-"]).succeeded(), svg);
     on("map", &image, &["--svg", "-", "--picture"]).misused();
     assert_eq!(bench.names(), ["a.svg", "a.vhdx"]);
+}
+
+/// The order shows what `compact --defragment` is for: letters that go to and fro before, and from a to z
+/// after.
+#[test]
+fn the_picture_of_a_file_shows_the_order_of_its_blocks() {
+    let bench = Bench::new();
+    let image = bench.image("a.vhdx", &["--size", "128M"]);
+    // Every third block of the disk, then the next of each three, and so on.
+    for block in (0..3).flat_map(|first| (first..42).step_by(3)) {
+        set(&image, block, Block::Data);
+    }
+    let order = || {
+        let text = on("map", &image, &["--picture"]).succeeded();
+        let rows = text.lines().skip_while(|row| !row.starts_with("order: ")).skip(1).collect::<Vec<_>>();
+        let mut letters: Vec<char> = rows[..rows.len() - 1].concat().chars().collect();
+        letters.retain(char::is_ascii_alphabetic);
+        letters.dedup();
+        letters
+    };
+    let before = order();
+    assert!(!before.is_sorted() && before.contains(&'a') && before.contains(&'z'), "{before:?}");
+    let picture_before = on("map", &image, &["--svg", "-"]).succeeded();
+    assert_eq!(on("compact", &image, &["--defragment"]).status, Some(0));
+    assert_eq!(order(), ('a'..='z').collect::<Vec<_>>());
+    let picture = on("map", &image, &["--svg", "-"]).succeeded();
+    assert_ne!(picture, picture_before);
+    // Blue comes first, then green, then red.
+    let places = ["#0000ff", "#00ff00", "#ff0000"].map(|colour| picture.find(colour).expect("drawn"));
+    assert!(places.is_sorted(), "{places:?}");
 }
 
 #[test]
