@@ -13,7 +13,7 @@ use vhdx_ublk::operations::check::{Checked, CheckedChain, check, repair};
 use vhdx_ublk::printable::{human_size, printable, shell};
 
 use super::output::{self, Failure};
-use super::parent_options::ParentOptions;
+use super::parent_options::AnswerOptions;
 
 /// Check the structure of an image: every header, table, log entry and block; for a differencing image, those
 /// of its parents too.
@@ -29,10 +29,7 @@ pub struct Check {
     #[arg(long)]
     repair: bool,
     #[command(flatten)]
-    parents: ParentOptions,
-    /// As JSON: one object, errors too
-    #[arg(long)]
-    pub json: bool,
+    pub answer: AnswerOptions,
 }
 
 const AFTER_HELP: &str = "\
@@ -68,10 +65,10 @@ const LEAKING: u8 = 3;
 impl Check {
     /// Runs the command; returns the exit status.
     pub fn run(self) -> Result<u8> {
-        let search = self.parents.search();
+        let search = self.answer.parents.search();
         let examine = if self.repair { repair } else { check };
         let checked = examine(&self.image, &search, &Claims)?;
-        if self.json {
+        if self.answer.json {
             output::print_json(&Json::of(&checked))?;
         } else {
             output::print(&text(&checked))?;

@@ -13,7 +13,7 @@ use vhdx_ublk::operations::source::Source;
 
 use super::disk_source::{self, FormatName};
 use super::output;
-use super::parent_options::ParentOptions;
+use super::parent_options::AnswerOptions;
 use super::progress::ProgressOptions;
 
 /// Compare the content of two disks: VHDX with all their parents, VHDs, raw files or block devices.
@@ -34,10 +34,7 @@ pub struct Compare {
     #[arg(long, value_enum, value_name = "FORMAT")]
     other_from: Option<FormatName>,
     #[command(flatten)]
-    parents: ParentOptions,
-    /// Print the result as JSON
-    #[arg(long)]
-    pub json: bool,
+    pub answer: AnswerOptions,
     #[command(flatten)]
     progress: ProgressOptions,
 }
@@ -69,7 +66,8 @@ struct Json {
 impl Compare {
     /// Runs the command; returns the exit status.
     pub fn run(self) -> Result<u8> {
-        let Self { one, other, strict, from, other_from, parents, json, progress } = self;
+        let Self { one, other, strict, from, other_from, answer, progress } = self;
+        let AnswerOptions { parents, json } = answer;
         let reactor = Reactor::new()?;
         let open =
             |path, from, search| Source::open(&disk_source::request(path, from, search)?, &reactor, &Claims);

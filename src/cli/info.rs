@@ -20,7 +20,7 @@ use vhdx_ublk::operations::inspect::{self, Inspected, Opened};
 use vhdx_ublk::printable::{both_sizes, human_size};
 
 use super::output::{self, Failure, Fields};
-use super::parent_options::ParentOptions;
+use super::parent_options::AnswerOptions;
 use super::{FAILURE, SUCCESS};
 
 /// Show the properties of images, and what is on their disks, without changing them.
@@ -40,10 +40,7 @@ pub struct Info {
     #[arg(short, long, conflicts_with_all = ["chain", "json"])]
     brief: bool,
     #[command(flatten)]
-    parents: ParentOptions,
-    /// As JSON: one object, errors too
-    #[arg(long)]
-    pub json: bool,
+    pub answer: AnswerOptions,
 }
 
 const AFTER_HELP: &str = "\
@@ -148,15 +145,15 @@ impl Info {
     /// Runs the command; returns the exit status.
     pub fn run(self) -> Result<u8> {
         if !self.chain {
-            let refused = self.parents.refuse_without("--chain");
+            let refused = self.answer.parents.refuse_without("--chain");
             refused.map_err(|error| error.remedy("vhdx-ublk info --help"))?;
         }
         if self.brief {
             return brief(&self.images);
         }
         match &self.images[..] {
-            [image] if self.json => output::print_json(&self.answer(image)?).map(|()| SUCCESS),
-            images if self.json => self.json(images),
+            [image] if self.answer.json => output::print_json(&self.answer(image)?).map(|()| SUCCESS),
+            images if self.answer.json => self.json(images),
             images => self.text(images),
         }
     }
@@ -171,7 +168,8 @@ impl Info {
     fn look(&self, image: &Path) -> Result<(Answer, Option<Error>)> {
         let leaf = inspect::open(image)?;
         let mut parents = Vec::new();
-        let followed = chain::follow_parents(&leaf, &self.parents.search(), &mut parents, inspect::open);
+        let followed =
+            chain::follow_parents(&leaf, &self.answer.parents.search(), &mut parents, inspect::open);
         let broken = followed.err();
         let layers: Vec<&Opened> = std::iter::once(&leaf).chain(&parents).collect();
         let contents = inside::contents(&layers, broken.as_ref());

@@ -11,7 +11,7 @@ use vhdx_ublk::printable::both_sizes;
 
 use super::disk_source::{self, FormatName};
 use super::output::{self, Fields};
-use super::parent_options::ParentOptions;
+use super::parent_options::AnswerOptions;
 use super::target_shape::ShapeOptions;
 
 /// Compute how many bytes a disk takes in another format.
@@ -31,10 +31,7 @@ pub struct Measure {
     #[command(flatten)]
     shape: ShapeOptions,
     #[command(flatten)]
-    parents: ParentOptions,
-    /// Print the result as JSON, with the names that `qemu-img measure` gives
-    #[arg(long)]
-    pub json: bool,
+    pub answer: AnswerOptions,
 }
 
 const AFTER_HELP: &str = "\
@@ -42,12 +39,13 @@ Examples:
   vhdx-ublk measure disk.raw --to vhdx
   vhdx-ublk measure disk.vhdx --to vhd --type fixed --json
 
+JSON: the names that `qemu-img measure` gives.
 Exit status: 0 success, 1 failure, 2 wrong usage.";
 
 impl Measure {
     /// Runs the command.
     pub fn run(self) -> Result<()> {
-        let Self { source, to, from, shape, parents, json } = self;
+        let Self { source, to, from, shape, answer: AnswerOptions { parents, json } } = self;
         let shape = shape.shape(to.unwrap_or(FormatName::Vhd).format(TO_QCOW2)?)?;
         let request = disk_source::request(source, from, parents.search())?;
         let source = Source::open(&request, &Reactor::new()?, &Claims)?;

@@ -1,4 +1,4 @@
-//! The options that say where the parents of a differencing image are.
+//! The options of the commands that open whole chains: where the parents are, and how to answer.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -16,6 +16,16 @@ pub struct ParentOptions {
     /// Where a Windows drive, volume or share is on this machine, as in 'C:\=/mnt/c'; can be repeated
     #[arg(long, value_name = "FROM=TO")]
     parent_map: Vec<PathMap>,
+}
+
+/// Options of the commands that look at whole chains, and say in one answer what they have found.
+#[derive(clap::Args)]
+pub struct AnswerOptions {
+    #[command(flatten)]
+    pub parents: ParentOptions,
+    /// As JSON: one object, errors too
+    #[arg(long)]
+    pub json: bool,
 }
 
 impl ParentOptions {

@@ -139,7 +139,8 @@ test_salvage_device_gives_out_what_a_copy_has() {
             grep -q -- --assume said || { cat said; fail "$what: no word of --assume"; }
             assume=(--assume)
         fi
-        ublk salvage --force disk.vhdx copy.raw --mapfile copy.map "${assume[@]}" >said || [ $? = 3 ]
+        rm -f copy.raw copy.map
+        ublk salvage disk.vhdx copy.raw --mapfile copy.map "${assume[@]}" >said || [ $? = 3 ]
         device=$(ublk add --salvage "${assume[@]}" disk.vhdx)
         note "$what ${assume[*]}"
         same_as_copy "$device" copy.raw copy.map
