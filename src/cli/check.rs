@@ -50,8 +50,9 @@ corruptions, leaks, notes, beyond_repair (corruptions that --repair cannot repai
 (findings that it can repair), log (clean, dirty, virgin, torn, unknown), log_entries (to replay),
 blocks, allocated_blocks, free_bytes, leaked_bytes, unused_tail_bytes, findings [{severity,
 structure, offset, what, remedy, repairable}] (at most 1000 of each severity), before (null, or
-the same before --repair), parents (a list of the same: parents, nearest first, up to the first
-broken link), chain_fault (null, or the error of that link).
+the same before --repair), done (what --repair did, a list of texts), parents (a list of the
+same: parents, nearest first, up to the first broken link), chain_fault (null, or the error of
+that link).
 Exit status: 0 sound, 1 unknown (not readable, not a VHDX image, in use; wrong usage too), or the
 image is sound but a parent has corruptions or the chain is broken, 2 corruptions, 3 leaks and no
 corruption. After --repair, the exit status describes the repaired image.";
@@ -94,6 +95,7 @@ struct Json<'a> {
     image: Examined<'a>,
     is_sparse_for_windows: bool,
     before: Option<&'a Report>,
+    done: Vec<String>,
     parents: Vec<Examined<'a>>,
     chain_fault: Option<Failure<'a>>,
 }
@@ -112,6 +114,7 @@ impl<'a> Json<'a> {
             image: examined(path, report),
             is_sparse_for_windows: *is_sparse_for_windows,
             before: before.as_ref(),
+            done: before.as_ref().map(|before| mended(before, report)).unwrap_or_default(),
             parents: chain.parents.iter().map(|(path, report)| examined(path, report)).collect(),
             chain_fault: chain.fault.as_ref().map(|fault| Failure::of(fault)),
         }
@@ -123,10 +126,12 @@ fn text(Checked { path, is_sparse_for_windows, report, before, chain }: &Checked
     let path = path.to_string_lossy();
     let image = &*printable(&path);
     let repaired = before.is_some();
-    let mut text = match before.as_ref().filter(|before| *before != report) {
-        Some(before) => {
-            format!("{image} was repaired. Before: {}{}\n\nNow: ", summary(before), findings(before, true))
+    let mut text = match before {
+        Some(before) if before != report => {
+            let (done, was) = (mended(before, report).join(", "), summary(before));
+            format!("{image} was repaired: {done}. Before: {was}{}\n\nNow: ", findings(before, true))
         }
+        Some(_) => format!("{image}: nothing to repair; "),
         None => format!("{image}: "),
     };
     text += &summary(report);
@@ -139,6 +144,28 @@ fn text(Checked { path, is_sparse_for_windows, report, before, chain }: &Checked
     }
     text += &salvageable(report, image);
     text + &parents(chain, repaired)
+}
+
+/// What a repair has done to the image that was as `before`, and is as `after` now.
+fn mended(before: &Report, after: &Report) -> Vec<String> {
+    let log = match (before.log, after.log, before.log_entries) {
+        (LogFound::Dirty, LogFound::Clean, 1) => Some("1 log entry replayed".to_owned()),
+        (LogFound::Dirty, LogFound::Clean, count) => Some(format!("{count} log entries replayed")),
+        (LogFound::Virgin, LogFound::Clean, _) => Some("the log declared empty".to_owned()),
+        _ => None,
+    };
+    let repaired = match before.repairable.saturating_sub(after.repairable) {
+        0 => None,
+        1 => Some("1 finding repaired".to_owned()),
+        count => Some(format!("{count} findings repaired")),
+    };
+    let bytes = |before: u64, after: u64, what: &str| {
+        let fewer = before.saturating_sub(after);
+        (fewer > 0).then(|| format!("{} {what}", human_size(fewer)))
+    };
+    let given = bytes(before.leaked_bytes, after.leaked_bytes, "given back to the host");
+    let cut = bytes(before.unused_tail_bytes, after.unused_tail_bytes, "cut off the end of the file");
+    [log, repaired, given, cut].into_iter().flatten().collect()
 }
 
 /// What can be done about an image that stays damaged.

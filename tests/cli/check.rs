@@ -314,6 +314,8 @@ fn every_fault_is_found_and_what_is_certain_is_repaired() {
         before.assert_kept(&image);
         let repaired = report(&image, &["--repair"], after);
         assert_eq!(repaired["before"]["findings"], found["findings"], "{name}");
+        let done = repaired["done"].as_array().expect("an array");
+        assert_eq!(done.is_empty(), found["repairable"] == 0, "{name}: {done:?}");
         if found["repairable"] == 0 {
             assert!(
                 fs::read(&image).expect("readable") == bytes,
