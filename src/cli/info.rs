@@ -172,7 +172,12 @@ impl Info {
             chain::follow_parents(&leaf, &self.answer.parents.search(), &mut parents, inspect::open);
         let broken = followed.err();
         let layers: Vec<&Opened> = std::iter::once(&leaf).chain(&parents).collect();
-        let contents = inside::contents(&layers, broken.as_ref());
+        let fault = broken.as_ref().map(|error| {
+            let fault = "what its parents have is unknown";
+            // Of a chain that is shown, the error follows.
+            if self.chain { fault.to_owned() } else { format!("{fault}: {error:#}") }
+        });
+        let contents = inside::contents(&layers, fault);
         let report = Report::of(&leaf.inspected, Some(contents));
         if !self.chain {
             return Ok((Answer::Image(report.into()), broken));

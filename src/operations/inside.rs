@@ -14,18 +14,19 @@ use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::format::index;
 use crate::image::Location;
 
-/// What is on the disk of the chain of these `layers`, the leaf first; `broken` is why it ends early.
+/// What is on the disk of the chain of these `layers`, the leaf first; `broken` is the fault if it ends
+/// early.
 ///
 /// # Panics
 ///
 /// Without a leaf.
-pub fn contents(layers: &[&Opened], broken: Option<&Error>) -> Contents {
+pub fn contents(layers: &[&Opened], broken: Option<String>) -> Contents {
     assert!(!layers.is_empty(), "a chain has a leaf");
     let mut found = smol::future::block_on(contents::find(&Disk { layers, known: RefCell::default() }));
-    if let Some(error) = broken {
+    if let Some(fault) = broken {
         // One fact, one line.
         found.faults.retain(|fault| !fault.ends_with(MISSING));
-        found.faults.insert(0, format!("what its parents have is unknown: {error:#}"));
+        found.faults.insert(0, fault);
     }
     found
 }

@@ -788,6 +788,9 @@ fn images_of_others_are_read() {
             fs::copy(&image, &alone).expect("room");
             let (printed, message) = on("info", &alone, &["--chain"]).broke_off();
             assert!(printed.contains("alone.vhdx") && message.contains("--parent-map"), "{message}");
+            assert!(printed.contains("what its parents have is unknown"), "{printed}");
+            let said = "in none of the places";
+            assert!(message.contains(said) && !printed.contains(said), "it is said once: {printed}");
             on("info", &alone, &["--chain", "--json"]).failed_as_json();
             let parent = bench.path("fat-parent.vhdx");
             on("info", &alone, &["--chain", "--parent", parent.to_str().expect("UTF-8")]).succeeded();
