@@ -11,6 +11,7 @@
 //!
 //! [Rules 44 to 59](crate::design::vhdx_rules#rule-44).
 
+use std::fmt;
 use std::ops::Range;
 
 use super::{MAX_BLOCK_SIZE, MAX_VIRTUAL_SIZE, MIB, MIN_BLOCK_SIZE, SECTOR_SIZES};
@@ -163,6 +164,16 @@ pub enum Role {
     Bitmap(u64),
     /// Nothing: it lies behind the last block's.
     Nothing,
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Block(block) => write!(f, "block {block}"),
+            Self::Bitmap(chunk) => write!(f, "the sector bitmap of chunk {chunk}"),
+            Self::Nothing => f.write_str("an entry without a block"),
+        }
+    }
 }
 
 /// The shape of a virtual disk: which slot belongs to which block. Sizes and offsets in bytes.

@@ -499,7 +499,7 @@ fn take_words(
     for ((slot, role), word) in geometry.walk(first..first + words.len() as u64).zip(words) {
         let entry = BatEntry::read(*word);
         if entry.0 != 0 {
-            let taken = take_entry(entry, (slot, role), geometry, layout.file_length, space);
+            let taken = take_entry(entry, role, geometry, layout.file_length, space);
             taken.map_err(|error| error.at(layout.bat.offset + slot * ENTRY_SIZE as u64))?;
         }
     }
@@ -510,36 +510,36 @@ fn take_words(
 #[inline]
 fn take_entry(
     entry: BatEntry,
-    (slot, role): (u64, Role),
+    role: Role,
     geometry: &Geometry,
     file_length: u64,
     space: &mut Space,
 ) -> Result<()> {
     let extent = match role {
         Role::Block(block) => checked_payload(entry, block, geometry)?,
-        Role::Bitmap(_) if geometry.is_differencing() => checked_bitmap(entry, slot)?,
+        Role::Bitmap(chunk) if geometry.is_differencing() => checked_bitmap(entry, chunk)?,
         // Images exist whose unused slots hold garbage, or a bitmap no reader may use: it is kept, not
         // obeyed.
         Role::Bitmap(_) | Role::Nothing => None,
     };
     if let Some(extent) = extent {
         if extent.offset >= file_length {
-            return Err(past_the_end(slot, extent, file_length));
+            return Err(past_the_end(role, extent, file_length));
         }
-        space.occupy(extent, "payload block").map_err(|error| of_slot(slot, &error))?;
+        space.occupy(extent, "payload block").map_err(|error| of_role(role, &error))?;
     }
     Ok(())
 }
 
 #[cold]
-fn past_the_end(slot: u64, extent: Extent, file_length: u64) -> Error {
-    let message = format!("slot {slot} names byte {}, the file has {file_length} bytes", extent.offset);
+fn past_the_end(role: Role, extent: Extent, file_length: u64) -> Error {
+    let message = format!("{role} lies at byte {}, the file has {file_length} bytes", extent.offset);
     Error::new(Kind::Truncated, message).in_structure("BAT").remedy(CUT_SHORT)
 }
 
 #[cold]
-fn of_slot(slot: u64, error: &Error) -> Error {
-    let in_bat = Error::corrupt("BAT", format!("slot {slot}: {error}"));
+fn of_role(role: Role, error: &Error) -> Error {
+    let in_bat = Error::corrupt("BAT", format!("{role}: {error}"));
     match error.remedy_text() {
         Some(remedy) => in_bat.remedy(remedy),
         None => in_bat,
@@ -568,13 +568,16 @@ fn illegal(block: u64, what: &str) -> Error {
     Error::corrupt("BAT", format!("the entry of block {block} {what}"))
 }
 
-fn checked_bitmap(entry: BatEntry, slot: u64) -> Result<Option<Extent>> {
+fn checked_bitmap(entry: BatEntry, chunk: u64) -> Result<Option<Extent>> {
     match entry.bitmap_state() {
         Some(BitmapState::NotPresent) => Ok(None),
         Some(BitmapState::Present) if entry.offset() != 0 => {
             Ok(Some(Extent { offset: entry.offset(), length: BITMAP_BLOCK_SIZE }))
         }
-        _ => Err(Error::corrupt("BAT", format!("slot {slot} is no legal sector bitmap entry"))),
+        _ => {
+            let role = Role::Bitmap(chunk);
+            Err(Error::corrupt("BAT", format!("{role} has an entry that is not legal")))
+        }
     }
 }
 

@@ -142,7 +142,7 @@ impl WritableImage {
             }
             return Ok(());
         }
-        let wrong = |what: &str| Err(wrong(slot, what));
+        let wrong = |what: &str| Err(wrong(role, what));
         if live.durable {
             return wrong("was durable and is not in the file");
         }
@@ -153,7 +153,7 @@ impl WritableImage {
         let block = match role {
             Role::Block(block) => block,
             Role::Bitmap(chunk) => return self.reconcile_bitmap_slot(slot, chunk, live.entry, map),
-            Role::Nothing => return wrong("belongs to no block"),
+            Role::Nothing => return wrong("is not empty"),
         };
         let new = checked_payload(live.entry, block, map.geometry())?;
         let old = payload_extent(in_file, map.geometry());
@@ -179,7 +179,7 @@ impl WritableImage {
             && self.map.load_slot(slot).entry == BatEntry::not_present()
             && map.geometry().is_differencing();
         if !begun || live.offset() >= self.layout.file_length {
-            return Err(wrong(slot, "is a sector bitmap's and differs from the file's"));
+            return Err(wrong(Role::Bitmap(chunk), "differs from the file's"));
         }
         let extent = Extent { offset: live.offset(), length: BITMAP_BLOCK_SIZE };
         self.space.occupy(extent, "sector bitmap of the session")?;
@@ -207,7 +207,7 @@ impl WritableImage {
             };
             let in_file = self.map.load_slot(slot).entry.payload_state();
             if !all && in_file == Some(PayloadState::PartiallyPresent) {
-                return Err(wrong(slot, "lacks sectors that the file has"));
+                return Err(wrong(Role::Block(block), "lacks sectors that the file has"));
             }
             if !same && !planted(Plant::ForgetResumedBits) {
                 let pages = SectorBitmaps::pages(&geometry, block);
@@ -242,6 +242,6 @@ async fn ask_host<D: Disk>(disk: &D, memory: &SessionMemory) -> Result<()> {
 const LOST: &str = "it may be of this image: look for the cause (dmesg); `vhdx-ublk recover --accept-loss` \
      gives up what was not flushed, `vhdx-ublk del` removes the device";
 
-fn wrong(slot: u64, what: &str) -> Error {
-    Error::corrupt("session", format!("slot {slot} {what}"))
+fn wrong(role: Role, what: &str) -> Error {
+    Error::corrupt("session", format!("{role} {what}"))
 }

@@ -121,7 +121,13 @@ const CASES: [Case; 30] = [
         "shares",
     ),
     ("a block in the log", |b| block(b, 3, MIB | PRESENT), "corrupt", Some("BAT"), "shares"),
-    ("a block behind the end", |b| block(b, 3, (1 << 40) | PRESENT), "truncated", Some("BAT"), "slot 3"),
+    (
+        "a block behind the end",
+        |b| block(b, 3, (1 << 40) | PRESENT),
+        "truncated",
+        Some("BAT"),
+        "block 3 lies at byte",
+    ),
     ("a state that does not exist", |b| block(b, 3, 4), "corrupt", Some("BAT"), "block 3"),
 ];
 

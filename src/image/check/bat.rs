@@ -110,7 +110,8 @@ impl Walk<'_> {
             None if !self.geometry.is_bitmap_slot(slot) => {}
             None if self.geometry.is_differencing() => self.bitmap(slot, entry),
             None => {
-                let what = format!("slot {slot} has a sector bitmap, which an image without parent has not");
+                let what =
+                    format!("BAT entry {slot} is a sector bitmap's, which an image without parent has not");
                 self.mend(slot, Finding::note(BAT, self.place(slot), what), BatEntry::not_present());
             }
         }
