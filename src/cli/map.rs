@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use tempfile::NamedTempFile;
 
 use vhdx_ublk::device::claims::Claims;
-use vhdx_ublk::disk::{Reactor, folder_of};
+use vhdx_ublk::disk::{CHOOSE, Reactor, folder_of, missing_folder, taken};
 use vhdx_ublk::error::{Doing, Error, Kind, Locate, Result};
 use vhdx_ublk::operations::inspect::inspect;
 use vhdx_ublk::operations::map::{Extent, Extents};
@@ -195,12 +195,12 @@ fn percent(bytes: u64, size: u64) -> String {
 /// Writes a file that was not there; it gets its name when it is whole.
 fn write_new(path: &Path, text: &str) -> Result<()> {
     const WRITING: &str = "writing the picture";
-    let mut file = NamedTempFile::new_in(folder_of(path)).doing(WRITING)?;
+    let folder = folder_of(path);
+    let made = NamedTempFile::new_in(folder).doing(WRITING);
+    let mut file = made.map_err(|error| missing_folder(error, folder))?;
     file.write_all(text.as_bytes()).doing(WRITING)?;
     file.persist_noclobber(path).map(drop).map_err(|failed| match failed.error.kind() {
-        io::ErrorKind::AlreadyExists => {
-            Error::new(Kind::Exists, "there is a file").remedy("choose another name, or remove it")
-        }
+        io::ErrorKind::AlreadyExists => taken(path).remedy(CHOOSE),
         _ => Error::io(WRITING, failed.error),
     })
 }

@@ -17,6 +17,7 @@ use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, RenameFlags, openat, renameat, rename
 use nix::sys::stat::{Mode, fstatat};
 use nix::unistd::{UnlinkatFlags, linkat, unlinkat};
 
+use super::refusal::{missing_folder, taken};
 use super::{Access, HostFile, ImageFile, folder_of};
 use crate::error::{Error, Kind, Result};
 
@@ -40,8 +41,8 @@ impl Place {
             return Err(Error::new(Kind::Usage, "the path ends in no name of a file").file(path));
         };
         let flags = libc::O_DIRECTORY | libc::O_NONBLOCK;
-        let folder =
-            OpenOptions::new().read(true).custom_flags(flags).open(folder_of(path)).map_err(failed)?;
+        let folder = OpenOptions::new().read(true).custom_flags(flags).open(folder_of(path)).map_err(failed);
+        let folder = folder.map_err(|error| missing_folder(error, folder_of(path)))?;
         // The folder's own path: what it was called by may be a link.
         let way = std::fs::read_link(format!("/proc/self/fd/{}", folder.as_raw_fd())).map_err(failed)?;
         Ok(Self { folder, name: name.to_owned(), path: way.join(name) })
@@ -69,6 +70,14 @@ impl Place {
         Ok(Self { folder, name: name.to_owned(), path: self.path.with_file_name(name) })
     }
 
+    /// Why the host has made nothing here while `doing` something.
+    fn refused(&self, doing: &str, errno: Errno) -> Error {
+        match errno {
+            Errno::EEXIST => taken(&self.path),
+            errno => Error::io(doing, errno.into()).file(&self.path),
+        }
+    }
+
     /// The absolute path, as it was when the folder was opened.
     pub fn path(&self) -> &Path {
         &self.path
@@ -83,7 +92,7 @@ impl Place {
     pub fn create(&self) -> Result<ImageFile> {
         let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         let made = openat(&self.folder, &*self.name, flags, Mode::S_IRUSR | Mode::S_IWUSR);
-        let made = made.map_err(|errno| Error::io("making the image", errno.into()).file(&self.path))?;
+        let made = made.map_err(|errno| self.refused("making the image", errno))?;
         let locked = ImageFile::locked(made.into(), &self.path, Access::ReadWrite, Duration::ZERO);
         locked.map_err(|error| error.file(&self.path))
     }
@@ -135,7 +144,7 @@ impl Place {
             Err(Errno::EINVAL) => return self.rename_by_link(file, to),
             renamed => renamed,
         };
-        renamed.map_err(|errno| Error::io("naming the file", errno.into()).file(&to.path))
+        renamed.map_err(|errno| to.refused("naming the file", errno))
     }
 
     /// As [`Self::rename_to_free`], in two steps: a cut between them leaves both names.
@@ -166,7 +175,7 @@ impl Place {
             Err(Errno::EXDEV | Errno::EPERM | Errno::EOPNOTSUPP | Errno::EMLINK | Errno::ENOSYS) => {
                 return Ok(false);
             }
-            Err(errno) => return Err(Error::io("naming the file", errno.into()).file(&to.path)),
+            Err(errno) => return Err(to.refused("naming the file", errno)),
         }
         to.require(file)?;
         to.sync()?;

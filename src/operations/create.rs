@@ -17,7 +17,7 @@ use super::children::children;
 use super::inspect::{Inspected, identify, inspect_locked};
 use super::{Devices, replaced, room};
 use crate::chain::{self, Search};
-use crate::disk::{Access, ImageFile, Place, Reactor, Remover, Sparse, Unfinished, folder_of};
+use crate::disk::{Access, ImageFile, Place, REPLACE, Reactor, Remover, Sparse, Unfinished, folder_of};
 use crate::error::{Error, Kind, Locate, Result};
 use crate::image::NewImage;
 use crate::printable::human_size;
@@ -79,7 +79,7 @@ impl Creation {
             return unfinished.replace(&place, old);
         }
         let file = unfinished.create(place).map_err(|error| match error.kind() {
-            Kind::Exists => error.remedy("choose another name, or replace the file with --force"),
+            Kind::Exists => error.remedy(REPLACE),
             _ => error,
         })?;
         file.set_sparse(sparse);

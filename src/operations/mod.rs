@@ -14,7 +14,6 @@ pub mod convert;
 pub mod create;
 mod devices;
 mod duplicate;
-mod folder;
 pub mod inside;
 pub mod inspect;
 mod likeness;

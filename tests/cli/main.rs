@@ -798,3 +798,36 @@ fn images_of_others_are_read() {
         before.assert_kept(&image);
     }
 }
+
+/// What is in the way, or missing, has the same words in every command that makes a file, and nothing is
+/// left.
+#[test]
+fn a_file_in_the_way_and_a_missing_folder_have_one_wording() {
+    let bench = Bench::new();
+    let base = bench.image("base.vhdx", &["--size", "8M"]);
+    let child = bench.image("child.vhdx", &["--parent", base.to_str().expect("UTF-8")]);
+    let taken = bench.path("taken.vhdx");
+    fs::write(&taken, "mine").expect("room");
+    let nowhere = bench.path("nowhere").join("new.vhdx");
+    for (place, words) in [(&taken, "there is a file already"), (&nowhere, "there is no such folder")] {
+        let copy = format!("--copy={}", place.display());
+        let svg = format!("--svg={}", place.display());
+        let [base, child] = [&base, &child].map(|path| path.to_str().expect("UTF-8"));
+        let place = place.to_str().expect("UTF-8");
+        for arguments in [
+            &["create", "--size", "8M", place][..],
+            &["convert", base, place],
+            &["salvage", base, place],
+            &["merge", child, &copy],
+            &["map", base, &svg],
+        ] {
+            let message = run(arguments).failed(1);
+            assert!(message.contains(words), "{arguments:?}: {message}");
+            let remedy =
+                if words.contains("folder") { "create it first: mkdir -p" } else { "choose another name" };
+            assert!(message.contains(remedy), "{arguments:?}: {message}");
+        }
+    }
+    assert_eq!(fs::read_to_string(&taken).expect("readable"), "mine");
+    assert_eq!(bench.names(), ["base.vhdx", "child.vhdx", "taken.vhdx"]);
+}

@@ -15,12 +15,11 @@ use super::copy::Layout;
 use super::vhd_draft::VhdDraft;
 use super::{Conversion, Converted, Output, Shape, kinship};
 use crate::disk::{
-    Access, BlockDevice, Disk, HostFile, HostRoom, ImageFile, Place, Reactor, ReadDisk, Remover, SharedFile,
-    Sparse, Unfinished, folder_of,
+    Access, BlockDevice, CHOOSE, Disk, HostFile, HostRoom, ImageFile, Place, REPLACE, Reactor, ReadDisk,
+    Remover, SharedFile, Sparse, Unfinished, folder_of, missing_folder, taken,
 };
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::operations::children::refuse_replacing_parent;
-use crate::operations::folder::missing;
 use crate::operations::source::{DiskFormat, Sectors, Source, probe};
 use crate::operations::{Devices, locked, replaced, room};
 use crate::printable::{both_sizes, shell};
@@ -264,7 +263,7 @@ impl NewTarget {
     fn make(path: &Path, old: Option<ImageFile>, sparse: Sparse) -> Result<Self> {
         let place = match &old {
             Some(old) => Place::of_file(old)?,
-            None => Place::of(path).map_err(|error| missing(error, folder_of(path)))?,
+            None => Place::of(path)?,
         };
         let unfinished = Unfinished::default();
         let name = OsString::from(format!(".vhdx-ublk-{}.tmp", Uuid::new_v4().simple()));
@@ -346,7 +345,7 @@ fn lock_old(
         return Ok(None);
     }
     if !replace {
-        return Err(exists(Error::new(Kind::Exists, "there is a file already").file(path)));
+        return Err(exists(taken(path)));
     }
     refuse_replacing_parent(path, devices)?;
     let old = locked::lock(path, Access::ReadWrite, devices)?;
@@ -358,9 +357,7 @@ fn lock_old(
     }
     let message =
         format!("it is not a disk image, and --force replaces only images and empty files by a {format}");
-    Err(Error::new(Kind::Unsupported, message)
-        .file(path)
-        .remedy("choose another name, or remove the file yourself"))
+    Err(Error::new(Kind::Unsupported, message).file(path).remedy(CHOOSE))
 }
 
 fn refuse_source(path: &Path, source: Option<&Source>) -> Result<()> {
@@ -375,7 +372,7 @@ fn own_source(path: &Path) -> Error {
 
 fn exists(error: Error) -> Error {
     match error.kind() {
-        Kind::Exists => error.remedy("choose another name, or replace the file with --force"),
+        Kind::Exists => error.remedy(REPLACE),
         _ => error,
     }
 }
@@ -395,7 +392,7 @@ fn check_room(conversion: &Conversion, path: &Path, planned: Converted) -> Resul
         _ => measured.required,
     };
     let required = room::require(HostRoom::at(folder_of(path)), needed, "the target needs at most");
-    required.map_err(|error| match missing(error, folder_of(path)).file(path) {
+    required.map_err(|error| match missing_folder(error, folder_of(path)).file(path) {
         error if error.kind() == Kind::NoSpace => error.remedy(
             "free space; or, if much of the disk is zeros that its file has stored, begin all the same: \
              --ignore-room",

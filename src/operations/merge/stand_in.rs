@@ -15,7 +15,7 @@ use std::path::Path;
 
 use super::{Beside, LockedChain, Request};
 use crate::chain::{self, Layer};
-use crate::disk::{Access, Disk, HostFile, Place, Reactor, folder_of};
+use crate::disk::{Access, CHOOSE, Disk, HostFile, Place, Reactor, folder_of, taken};
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::format::guid;
 use crate::format::locator::{PARENT_LINKAGE, PARENT_LINKAGE2};
@@ -132,10 +132,7 @@ fn refuse_other(chain: &LockedChain, place: &Place, reactor: &Reactor, devices: 
             place.sync()
         }
         Err(error) if error.kind() == Kind::InUse => Err(error),
-        _ => {
-            let error = Error::new(Kind::Exists, "there is another file already").file(place.path());
-            Err(error.remedy("choose another name for the copy"))
-        }
+        _ => Err(taken(place.path()).remedy(CHOOSE)),
     }
 }
 

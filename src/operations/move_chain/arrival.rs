@@ -6,7 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use super::{Moving, Traveller};
-use crate::disk::{Access, HostFile, ImageFile, Links, PlainDisk, Reactor};
+use crate::disk::{Access, HostFile, ImageFile, Links, PlainDisk, Reactor, taken};
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::operations::duplicate::Duplicate;
 use crate::operations::likeness::is_alike;
@@ -42,11 +42,7 @@ impl Arrival {
         match there.transpose() {
             Ok(Some(there)) if is_alike(&traveller.member, &there, reactor)? => Ok(Self::Copied),
             Err(error) if error.kind() == Kind::InUse => Err(error),
-            _ => {
-                let message = "another file has the name in the folder";
-                let error = Error::new(Kind::Exists, message).file(path);
-                Err(error.remedy("move that file away, or choose another folder"))
-            }
+            _ => Err(taken(path).remedy("move that file away, or choose another folder")),
         }
     }
 }

@@ -21,11 +21,10 @@ use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
 
-use super::folder::missing;
 use super::inspect::identify;
 use super::{Devices, Watch, locked, naming, replaced};
 use crate::chain::{self, Layer, Member, Search};
-use crate::disk::{Access, HostFile, Place, Reactor, Unfinished, folder_of};
+use crate::disk::{Access, HostFile, Place, Reactor, Unfinished, folder_of, missing_folder};
 
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::printable::shell;
@@ -122,7 +121,7 @@ impl Request {
 pub fn move_chain(request: &Request, devices: &dyn Devices, moving: &impl Moving) -> Result<PathBuf> {
     let Request { leaf, folder, .. } = request;
     let found = folder.canonicalize().doing("finding the folder").file(folder);
-    let folder = found.map_err(|error| missing(error, folder))?;
+    let folder = found.map_err(|error| missing_folder(error, folder))?;
     // The user may have named a link.
     let named = leaf.canonicalize();
     let name = named.as_deref().unwrap_or(leaf).file_name();

@@ -6,7 +6,9 @@ use std::sync::Arc;
 use uuid::Uuid;
 
 use super::mapfile::MAPFILE;
-use crate::disk::{Access, ImageFile, PAGE_BYTES, Place, PlainDisk, ReadDisk, Remover, Unfinished};
+use crate::disk::{
+    Access, CHOOSE, ImageFile, PAGE_BYTES, Place, PlainDisk, REPLACE, ReadDisk, Remover, Unfinished, taken,
+};
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::operations::children::refuse_replacing_parent;
 use crate::operations::inspect::identify_locked;
@@ -47,12 +49,11 @@ impl Output {
             if !is_empty && !may_be_replaced(&old) {
                 let message = "--force replaces empty files, images by copies, and mapfiles by mapfiles";
                 let error = Error::new(Kind::Exists, message).file(path);
-                return Err(error.remedy("choose another name, or remove the file yourself"));
+                return Err(error.remedy(CHOOSE));
             }
             Some(old)
         } else {
-            let error = Error::new(Kind::Exists, "there is a file already").file(path);
-            return Err(error.remedy("choose another name, or replace the file with --force"));
+            return Err(taken(path).remedy(REPLACE));
         };
         let place = match &old {
             Some(old) => Place::of_file(old)?,
