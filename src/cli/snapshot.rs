@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 use vhdx_ublk::device::claims;
 use vhdx_ublk::device::socket;
 use vhdx_ublk::device::stop::{self, Target};
-use vhdx_ublk::disk::folder_of;
+use vhdx_ublk::disk::{folder_of, missing_folder};
 use vhdx_ublk::error::{Doing, Error, Kind, Locate, Result};
+use vhdx_ublk::system::table::{self, Table};
 
 use super::output;
 
@@ -36,6 +37,7 @@ Examples:
 
 The new image names its parent by a relative path: move both or neither. The frozen image lacks
 what the file system has not written yet: run `sync` first, or `fsfreeze` for consistent files.
+A line of /etc/vhdxtab that names the frozen image is warned of: it must name the new one.
 Exit status: 0 the new image is served, 1 failure (`vhdx-ublk list` shows what is served), 2
 wrong usage.";
 
@@ -52,6 +54,7 @@ impl Snapshot {
         }
         let image = absolute(&self.image)?;
         let snapped = socket::snapshot(&registry.socket_path(entry.id), image)?;
+        warn_of_table(&snapped.parent, &snapped.image);
         if self.json {
             return output::print_json(&snapped);
         }
@@ -63,9 +66,24 @@ impl Snapshot {
     }
 }
 
+/// A line of the table that names the frozen image serves an old state of the disk from the next boot on.
+fn warn_of_table(frozen: &Path, image: &Path) {
+    let numbers = Table::read(table::PATH.as_ref()).map(|table| table.lines_with(frozen));
+    for number in numbers.unwrap_or_default() {
+        tracing::warn!(
+            "{}: line {number} names {}, which is frozen now: change it to {}, or the next boot serves the \
+             disk as it was",
+            table::PATH,
+            frozen.display(),
+            image.display()
+        );
+    }
+}
+
 /// The absolute path of a file that does not exist yet.
 fn absolute(path: &Path) -> Result<PathBuf> {
-    let folder = fs::canonicalize(folder_of(path)).doing("finding the folder").file(path)?;
+    let folder = fs::canonicalize(folder_of(path)).doing("finding the folder").file(path);
+    let folder = folder.map_err(|error| missing_folder(error, folder_of(path)))?;
     let name = path.file_name().ok_or_else(|| {
         Error::new(Kind::Usage, "the path of the new image ends in no file name").file(path)
     })?;

@@ -22,6 +22,7 @@ use nix::fcntl::Flock;
 
 use super::escape::{from_field, to_field};
 use super::lock;
+use crate::chain::same_file;
 use crate::device::name::Name;
 use crate::error::{Doing, Error, Kind, Locate, Result};
 
@@ -223,6 +224,12 @@ impl Table {
             Some(remedy) => located.remedy(remedy),
             None => located.remedy(format!("correct the line in {}", self.path.display())),
         }
+    }
+
+    /// The numbers of the lines that name the file at `image`, by whatever path.
+    pub fn lines_with(&self, image: &Path) -> Vec<usize> {
+        let names = |line: &Line| line.disk.as_ref().is_ok_and(|disk| same_file(&disk.image, image));
+        self.lines().into_iter().filter(names).map(|line| line.number).collect()
     }
 
     /// The disk of that name.
@@ -468,5 +475,22 @@ mod tests {
         assert_eq!(fs::metadata(&path).expect("made").permissions().mode() & 0o7777, 0o644);
         fs::write(&path, vec![b'\n'; 1 + usize::try_from(MAX_BYTES).expect("small")]).expect("room");
         assert_eq!(Table::read(&path).expect_err("too long").kind(), Kind::Unsupported);
+    }
+
+    /// An image is found by its file: links and other paths lead to it, too.
+    #[test]
+    fn the_lines_that_name_an_image_are_found_whatever_it_is_called() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let at = |name: &str| folder.path().join(name);
+        fs::write(at("disk.vhdx"), "").expect("room");
+        fs::write(at("other.vhdx"), "").expect("room");
+        std::os::unix::fs::symlink("disk.vhdx", at("link.vhdx")).expect("room");
+        let line = |name: &str, image: &str| format!("{name} {}\n", at(image).display());
+        let lines = [("a", "other.vhdx"), ("b", "disk.vhdx"), ("c", "link.vhdx"), ("d", "gone.vhdx")];
+        let text: String = lines.map(|(name, image)| line(name, image)).concat();
+        fs::write(at("table"), format!("# disks\n{text}b relative\n")).expect("room");
+        let table = Table::read(&at("table")).expect("readable");
+        assert_eq!(table.lines_with(&at("disk.vhdx")), [3, 4]);
+        assert_eq!(table.lines_with(&at("gone.vhdx")), Vec::<usize>::new());
     }
 }
