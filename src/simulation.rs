@@ -148,11 +148,17 @@ pub enum Plant {
     KeepOldSlots,
     /// A child that grows shows its parent behind its old end.
     ShowParentsEnd,
+    /// A chain that moves loses its old names before its children name their parents at both places.
+    SkipMoveRelink,
+    /// A chain that moves loses its leaf's old name first, and nothing leads to the others any longer.
+    RemoveLeafFirst,
+    /// A file that has the name of an image that moves counts as its copy.
+    TrustStranger,
 }
 
 impl Plant {
     /// All of them.
-    pub const ALL: [Self; 68] = [
+    pub const ALL: [Self; 71] = [
         Self::SkipRecyclingSync,
         Self::SkipGrowthSync,
         Self::ApplyBeforeLog,
@@ -221,6 +227,9 @@ impl Plant {
         Self::KeepOldEnd,
         Self::KeepOldSlots,
         Self::ShowParentsEnd,
+        Self::SkipMoveRelink,
+        Self::RemoveLeafFirst,
+        Self::TrustStranger,
     ];
 }
 

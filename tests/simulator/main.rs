@@ -24,6 +24,7 @@ mod loopback;
 #[allow(unsafe_code, reason = "a global allocator is unsafe by its trait")]
 mod memory;
 mod merge;
+mod move_chain;
 #[cfg(feature = "simulation")]
 mod plants;
 mod qemu;

@@ -26,7 +26,7 @@ use crate::sim::tasks::block_on;
 use crate::sim::violation::{broken_promise, message, violated};
 use crate::sim::world::death::place;
 use crate::sim::world::{Config, World, new_image};
-use crate::{amend, compact};
+use crate::{amend, compact, move_chain};
 
 /// Seeds that a planted bug may take to be caught.
 const SEEDS: u64 = 200;
@@ -55,6 +55,9 @@ fn test_for(planted: Plant) -> Option<fn()> {
         Plant::SkipMoveSync | Plant::ReuseMovedEarly | Plant::MoveBareBitmap => compact::moves_survive_cuts,
         Plant::KeepOldEnd | Plant::KeepOldSlots | Plant::ShowParentsEnd => {
             resize::what_comes_into_a_disk_is_zero
+        }
+        Plant::SkipMoveRelink | Plant::RemoveLeafFirst | Plant::TrustStranger => {
+            move_chain::a_chain_is_at_one_place_wherever_a_move_is_cut
         }
         Plant::SilentChange => amend::what_a_guest_sees_changes_under_a_new_guid,
         Plant::EarlyRegion | Plant::EarlyOrphans => resize::a_bat_that_moves_is_durable_before_it_is_named,

@@ -28,6 +28,7 @@ use crate::disk::{Access, HostFile, Place, Reactor, Unfinished, folder_of, missi
 
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::printable::shell;
+use crate::simulation::{Plant, planted};
 use arrival::{Arrival, Room};
 
 /// A step of a move that is done.
@@ -176,6 +177,7 @@ fn move_files(
         let old =
             (folder_of(child.from.path()) != folder_of(parent.from.path())).then_some(parent.from.path());
         if *arrival == Arrival::Same
+            && !planted(Plant::SkipMoveRelink)
             && naming::name_parent(&child.member, child.to.path(), parent.to.path(), old, &reactor)?
         {
             moving.done(Step::Relinked(child.to.path()))?;
@@ -192,6 +194,9 @@ fn move_files(
     // A second run may find what the first has not made durable.
     for (traveller, arrival) in travellers.iter().zip(&arrivals).filter(|(traveller, _)| !traveller.stays) {
         arrival.make_durable(traveller)?;
+    }
+    if planted(Plant::RemoveLeafFirst) {
+        travellers.reverse();
     }
     for traveller in travellers.iter().rev().filter(|traveller| !traveller.stays) {
         traveller.from.remove(&traveller.member.file)?;
