@@ -48,7 +48,7 @@ unpack() {
 # boot [OPTION...]: boots the machine and runs the standard input in it, as root, then powers off.
 boot() {
     { echo '. /run/laboratory/share/inside.sh'; cat; } >"$machine/script"
-    "$here/../../tools/boot" run "$@" "$machine" "$machine/script"
+    "$here/../../tools/boot" run --release "${VHDX_BOOT_RELEASE:-bookworm}" "$@" "$machine" "$machine/script"
 }
 
 # boot_and_cut [OPTION...]: the same; the power is cut where the script says `cut_power`.
