@@ -12,7 +12,7 @@ use vhdx_ublk::device::engine_thread::EngineThread;
 use vhdx_ublk::device::launch::{self, Lives};
 use vhdx_ublk::device::layers::Parents;
 use vhdx_ublk::device::open_image::{NoEngine, OpenImage};
-use vhdx_ublk::device::registry::{Entry, Listed, State};
+use vhdx_ublk::device::registry::{Entry, Listed, Registry, Reserved, State};
 use vhdx_ublk::device::salvaged;
 use vhdx_ublk::device::session::Plan;
 use vhdx_ublk::device::spec::Ready;
@@ -139,14 +139,17 @@ impl Recover {
         let access = if entry.read_only { Access::ReadOnly } else { Access::ReadWrite };
         let image = self.open(entry, access)?;
         refuse_changed(entry)?;
-        serve_image(entry, image, self.accept_loss, ready)
+        // With less room than that it may be enough to replace one entry.
+        let room = Registry::open()?.reserve(entry).unwrap_or_default();
+        serve_image(entry, (image, room), self.accept_loss, ready)
     }
 }
 
-/// Serves the device of `entry`, which has no daemon, with `image`, which is locked.
+/// Serves the device of `entry`, which has no daemon, with `image`, which is locked; `room` is for its new
+/// entry.
 pub fn serve_image(
     entry: &Entry,
-    image: ImageFile,
+    (image, room): (ImageFile, Reserved),
     accept_loss: bool,
     ready: impl FnOnce(&Ready) -> Result<()>,
 ) -> Result<()> {
@@ -162,12 +165,12 @@ pub fn serve_image(
             return Err(changed(entry));
         }
         let start = |ends| Ok(NoEngine::new(&opened, ends));
-        return daemon::recover(&opened.spec(&file)?, entry, start, ready);
+        return daemon::recover(&opened.spec(&file)?, (entry, room), start, ready);
     }
     let engine = EngineThread::open(file.clone(), Plan::Resume { accept_loss }, parents)?;
     let served = engine.opened().spec(&file)?;
     let entry = &Entry { image_file: served.image_file, ..entry.clone() };
-    daemon::recover(&served, entry, |ends| Ok(engine.start(ends)), ready)
+    daemon::recover(&served, (entry, room), |ends| Ok(engine.start(ends)), ready)
 }
 
 impl Recover {

@@ -124,13 +124,13 @@ impl Upgrade {
         };
         let target = Target::parse(text);
         let registry = claims::registry()?.ok_or_else(|| claims::no_devices(&target))?;
-        let successor = Successor::prepare(&claims::find(&target)?, add::open_locked)?;
-        let TakenOver { entry, image, parents, pause } = successor.take_over(&registry)?;
+        let successor = Successor::prepare(&registry, &claims::find(&target)?, add::open_locked)?;
+        let TakenOver { entry, image, parents, room, pause } = successor.take_over(&registry)?;
         let ready = |served: &Ready| {
             drop(parents);
             ready(&Ready { pause_us: Some(pause.until_now_us()?), ..served.clone() })
         };
-        recover::serve_image(&entry, image, false, ready)
+        recover::serve_image(&entry, (image, room), false, ready)
     }
 }
 

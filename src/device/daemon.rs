@@ -34,7 +34,7 @@ use super::node::{Node, await_node};
 use super::options::{Options, Recovery, ZeroCopy};
 use super::order::{Call, HandedOver, NewLeaf, Snapped, SnapshotOrder};
 use super::queue::{BufferIndex, QueueSetup, RingSetup, Transfer};
-use super::registry::{self, ENTRY_FORMAT, Entry, ProcessId, Registry};
+use super::registry::{self, ENTRY_FORMAT, Entry, ProcessId, Registry, Reserved};
 use super::reply::Reply;
 use super::service_manager::ServiceManager;
 use super::socket::{self, Report, Status};
@@ -79,7 +79,8 @@ pub fn serve<E: EngineHandle>(
     device.finish(outcome)
 }
 
-/// Continues to serve the device of `entry`, whose daemon was killed, until it ends as by [`serve`].
+/// Continues to serve the device of `entry`, whose daemon was killed, until it ends as by [`serve`]. Its new
+/// entry is written in `room`, as far as there is some.
 ///
 /// Call it before any thread has been started, with the image opened as the device's session says.
 ///
@@ -89,14 +90,14 @@ pub fn serve<E: EngineHandle>(
 /// served again: what kept the image from being closed cleanly.
 pub fn recover<E: EngineHandle>(
     spec: &DeviceSpec,
-    entry: &Entry,
+    (entry, room): (&Entry, Reserved),
     start_engine: impl FnOnce(EngineEnds) -> Result<E>,
     ready: impl FnOnce(&Ready) -> Result<()>,
 ) -> Result<()> {
     prepare_process();
     let supervisor = Supervisor::new()?;
     let registry = Registry::open()?;
-    let mut device = Device::take_over(registry, supervisor, spec, entry)?;
+    let mut device = Device::take_over(registry, supervisor, spec, (entry, room))?;
     device.bring_up(spec, start_engine, Beginning::TakenOver)?;
     ready(&device.ready())?;
     device.say_what_is_continued();
@@ -140,6 +141,8 @@ struct Device<E> {
     /// What it has done.
     sources: Sources,
     manager: Option<ServiceManager>,
+    /// Room for its entry, until it serves.
+    room: Reserved,
     /// It gets no names.
     private: bool,
     /// The device is being handed over.
@@ -194,6 +197,7 @@ impl<E: EngineHandle> Device<E> {
             supervisor,
             sources,
             manager,
+            room: Reserved::default(),
             private,
             leaving,
         };
@@ -208,7 +212,7 @@ impl<E: EngineHandle> Device<E> {
         registry: Registry,
         supervisor: Supervisor,
         spec: &DeviceSpec,
-        entry: &Entry,
+        (entry, mut room): (&Entry, Reserved),
     ) -> Result<Self> {
         let control = Control::open()?;
         let found = control.info(entry.id)?.filter(|info| info.mark == entry.mark);
@@ -220,10 +224,10 @@ impl<E: EngineHandle> Device<E> {
             _ => error,
         })?;
         let (daemon, version) = (ProcessId::this()?, env!("CARGO_PKG_VERSION").into());
+        registry.name_daemon(entry, daemon, &mut room)?;
         let notify_socket = ServiceManager::socket().or_else(|| entry.notify_socket.clone());
         let renewed = Entry { format: ENTRY_FORMAT, daemon, version, notify_socket, ..entry.clone() };
         let entry = Entry { started: false, ..renewed };
-        registry.write(&entry)?;
         let manager = manager_of(&entry);
         let (transfer, entry) = (transfer(&info, BufferIndex::Tag), Arc::new(Mutex::new(entry)));
         let sources = Sources::new(info.queues, spec.sync_times.clone());
@@ -241,6 +245,7 @@ impl<E: EngineHandle> Device<E> {
             supervisor,
             sources,
             manager,
+            room,
             private,
             leaving,
         })
@@ -282,8 +287,9 @@ impl<E: EngineHandle> Device<E> {
         };
         socket::listen(&self.registry.socket_path(self.info.id), report, self.supervisor.caller())?;
         let disk_sequence = self.publish_names(spec);
-        self.record(|entry| {
-            entry.disk_sequence = disk_sequence;
+        let mut room = std::mem::take(&mut self.room);
+        change_entry(&self.registry, &self.entry, &mut room, |entry| {
+            entry.disk_sequence = disk_sequence.or(entry.disk_sequence);
             entry.started = true;
         })
     }
@@ -442,7 +448,7 @@ impl<E: EngineHandle> Device<E> {
     fn snapshot(&self, image: PathBuf, reply: Reply<Snapped>) {
         let entry = self.entry.clone();
         let switch = Box::new(move |leaf: NewLeaf| {
-            change_entry(&Registry::open()?, &entry, |entry| {
+            change_entry(&Registry::open()?, &entry, &mut Reserved::default(), |entry| {
                 entry.image = leaf.image;
                 entry.image_file = leaf.image_file;
                 entry.parent_files = leaf.parent_files;
@@ -465,7 +471,7 @@ impl<E: EngineHandle> Device<E> {
 
     /// Changes the device's entry.
     fn record(&self, change: impl FnOnce(&mut Entry)) -> Result<()> {
-        change_entry(&self.registry, &self.entry, change)
+        change_entry(&self.registry, &self.entry, &mut Reserved::default(), change)
     }
 
     fn start_queue(
@@ -573,11 +579,16 @@ fn status_of(shared: &Shared) -> Status {
 }
 
 /// Changes an entry, first in the registry.
-fn change_entry(registry: &Registry, entry: &Mutex<Entry>, change: impl FnOnce(&mut Entry)) -> Result<()> {
+fn change_entry(
+    registry: &Registry,
+    entry: &Mutex<Entry>,
+    room: &mut Reserved,
+    change: impl FnOnce(&mut Entry),
+) -> Result<()> {
     let mut entry = entry.lock().unwrap_or_else(PoisonError::into_inner);
     let mut changed = entry.clone();
     change(&mut changed);
-    registry.write(&changed)?;
+    registry.write_in(&changed, room)?;
     *entry = changed;
     Ok(())
 }

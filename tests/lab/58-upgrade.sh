@@ -254,3 +254,53 @@ test_upgrade_of_a_service() {
     kill $server
     rmdir $groups/service
 }
+
+# At the moment when the successor has taken its room, every other byte of /run is taken: the device is served
+# all the same. Without any room the upgrade is refused before anything has changed.
+test_upgrade_with_a_full_run() {
+    local device pid
+    mount -t tmpfs -o size=2m none /run/vhdx-ublk
+    chmod 700 /run/vhdx-ublk
+    ublk create disk.vhdx --size 1G
+    device=$(ublk add disk.vhdx)
+    write_stamps "$device" 10 4 7
+    pid=$(pid_of "$device")
+    cat >fill.py <<'PYTHON'
+import glob, os, signal, sys
+pid = int(sys.argv[1])
+def has_room():
+    links = glob.glob(f"/proc/{pid}/fd/*")
+    return any(os.path.lexists(link) and os.readlink(link).startswith("/run/vhdx-ublk/#") for link in links)
+while os.path.exists(f"/proc/{pid}/stat"):
+    try:
+        if has_room():
+            os.kill(pid, signal.SIGSTOP)
+            try:
+                with open("/run/vhdx-ublk/filler", "wb", buffering=0) as filler:
+                    while filler.write(bytes(4096)): pass
+            except OSError: pass
+            open("filled", "w").close()
+            os.kill(pid, signal.SIGCONT)
+            break
+    except OSError: pass
+PYTHON
+    script full.sh '[ "$2" != --formats ] || exec "$real" "$@"
+python3 '"$PWD"'/fill.py $$ >/dev/null & exec "$real" "$@"'
+    ublk upgrade "$device" --binary full.sh || { cat /run/vhdx-ublk/*.log; fail "a full /run stops an upgrade"; }
+    [ -e filled ] || note "/run was filled too late to matter"
+    [ "$(pid_of "$device")" != "$pid" ] || fail "the same daemon serves it"
+    check_stamps "$device" 10 4 7
+    pid=$(pid_of "$device")
+    while head -c 4096 /dev/zero 2>/dev/null >>/run/vhdx-ublk/filler; do :; done
+    ublk upgrade "$device" 2>said && fail "there is no room for its entry"
+    grep -q 'free some space in /run' said || fail "$(cat said)"
+    [ "$(pid_of "$device")" = "$pid" ] || fail "the daemon has changed"
+    write_stamps "$device" 20 4 8
+    check_stamps "$device" 10 4 7
+    rm /run/vhdx-ublk/filler
+    upgrade "$device"
+    check_stamps "$device" 20 4 8
+    ublk del "$device"
+    umount /run/vhdx-ublk
+    qemu-img check -q disk.vhdx
+}

@@ -6,7 +6,10 @@
 //! its daemon was killed between making the device and writing the entry, or the directory was lost. It is
 //! known by its mark.
 //!
-//! Order: an entry is written under another name, then renamed; a reader never sees half of one.
+//! Order: an entry is written under another name, then renamed; a reader never sees half of one. The room for
+//! what must not fail is taken before (`reserved`). A process that takes a device over changes nothing in its
+//! entry but the daemon until it serves: the program before can read the entry until then, whatever version
+//! the new one writes.
 //!
 //! Invariants:
 //!
@@ -16,15 +19,17 @@
 //!   is no device with that number and mark: a device added between the check and the removal keeps its own.
 
 mod entry;
+mod reserved;
 mod sight;
 mod store;
 mod survey;
 
 pub(super) use entry::mount_namespace;
 pub use entry::{ENTRY_FORMAT, Entry};
+pub(super) use reserved::FILE_MODE;
+pub use reserved::Reserved;
 pub(super) use sight::Sight;
 pub use sight::State;
-pub(super) use store::FILE_MODE;
 pub use store::{Locked, RUN_DIRECTORY, Registry, Unreadable};
 pub use survey::{Listed, Survey};
 

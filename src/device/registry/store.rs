@@ -10,9 +10,11 @@ use std::time::{Duration, Instant};
 use nix::fcntl::{Flock, FlockArg};
 
 use super::entry::{Entry, parse};
+use super::reserved::{FILE_MODE, Reserved};
 use crate::device::control::POLL_INTERVAL;
 use crate::device::links;
 use crate::device::name::Name;
+use crate::device::process::ProcessId;
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::printable::shell;
 
@@ -21,11 +23,13 @@ pub const RUN_DIRECTORY: &str = "/run/vhdx-ublk";
 
 /// Mode of the directory, and of what is in it.
 const DIRECTORY_MODE: u32 = 0o700;
-pub(in crate::device) const FILE_MODE: u32 = 0o600;
 
 /// How long to wait for the lock of the directory: its holder may wait for the kernel to make a device, which
 /// has a deadline of half a minute.
 const LOCK_PATIENCE: Duration = Duration::from_secs(35);
+
+/// How often a new daemon writes the entry of a device that it takes over: its name, and all once it serves.
+const ENTRIES_OF_TAKEOVER: usize = 2;
 
 /// An entry that cannot be read.
 #[derive(Debug)]
@@ -156,7 +160,40 @@ impl Registry {
     ///
     /// If the file cannot be written.
     pub fn write(&self, entry: &Entry) -> Result<()> {
-        self.lock()?.write(entry)
+        self.write_in(entry, &mut Reserved::default())
+    }
+
+    /// The same in room that was taken before, as long as there is some.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::write`].
+    pub fn write_in(&self, entry: &Entry, room: &mut Reserved) -> Result<()> {
+        self.lock()?.put(entry.id, &text_of(entry)?, room)
+    }
+
+    /// Takes the room that a new daemon of the device needs for its entry.
+    ///
+    /// # Errors
+    ///
+    /// If there is none.
+    pub fn reserve(&self, entry: &Entry) -> Result<Reserved> {
+        let room = Reserved::take(&self.directory, &text_of(entry)?, ENTRIES_OF_TAKEOVER);
+        room.doing("taking room for the device's entry").file(&self.directory).map_err(with_room)
+    }
+
+    /// Names `daemon` as that of the device of `entry`, and leaves everything else in its entry as it is,
+    /// also what this program does not know: the program that wrote it can still read it.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::write`].
+    pub fn name_daemon(&self, entry: &Entry, daemon: ProcessId, room: &mut Reserved) -> Result<()> {
+        let locked = self.lock()?;
+        let text = fs::read_to_string(self.entry_path(entry.id)).ok();
+        let found = text.as_deref().and_then(|text| with_daemon(text, entry.mark, daemon));
+        let text = found.map_or_else(|| text_of(&Entry { daemon, ..entry.clone() }), Ok)?;
+        locked.put(entry.id, &text, room)
     }
 
     /// Removes the entry of device `id` with this mark, and the log if it is empty. A later device of the
@@ -221,6 +258,21 @@ impl Registry {
     }
 }
 
+/// An entry as it is written.
+fn text_of(entry: &Entry) -> Result<String> {
+    serde_json::to_string_pretty(entry).doing("describing the device").file(&entry.image)
+}
+
+/// The `text` of an entry with this mark, with another daemon.
+fn with_daemon(text: &str, mark: u64, daemon: ProcessId) -> Option<String> {
+    let mut entry: serde_json::Value = serde_json::from_str(text).ok()?;
+    if entry.get("mark")?.as_u64() != Some(mark) {
+        return None;
+    }
+    *entry.get_mut("daemon")? = serde_json::to_value(daemon).ok()?;
+    serde_json::to_string_pretty(&entry).ok()
+}
+
 /// `error` of a change, with what makes changes possible. A device that no other command could find is not
 /// served.
 fn with_room(error: Error) -> Error {
@@ -247,9 +299,13 @@ impl Locked<'_> {
     ///
     /// If the file cannot be written.
     pub fn write(&self, entry: &Entry) -> Result<()> {
-        let path = self.registry.entry_path(entry.id);
-        let text = serde_json::to_string_pretty(entry).doing("describing the device").file(&entry.image)?;
-        self.replace(&path, &text).doing("writing the device's entry").file(&path).map_err(with_room)
+        self.put(entry.id, &text_of(entry)?, &mut Reserved::default())
+    }
+
+    fn put(&self, id: u32, text: &str, room: &mut Reserved) -> Result<()> {
+        let path = self.registry.entry_path(id);
+        let written = room.put(text, &path).unwrap_or_else(|| self.replace(&path, text));
+        written.doing("writing the device's entry").file(&path).map_err(with_room)
     }
 
     /// Refuses a name that a device has.
@@ -302,6 +358,9 @@ mod tests {
     use std::os::unix::ffi::OsStringExt;
     use std::os::unix::fs::PermissionsExt;
 
+    use nix::mount::{MsFlags, mount};
+    use nix::sched::{CloneFlags, unshare};
+
     use super::super::entry::tests::entry;
     use super::*;
 
@@ -352,6 +411,56 @@ mod tests {
         let registry = Registry { directory: place.path().join("gone") };
         let error = Locked { registry: &registry, _lock: locked(place.path()) }.write(&entry(7));
         assert_eq!(error.expect_err("no directory").os_error(), Some(libc::ENOENT));
+    }
+
+    /// On a tmpfs that no other thread sees; only root may make one.
+    #[test]
+    fn what_a_takeover_writes_has_its_room_however_full_the_directory_is() {
+        let place = tempfile::tempdir().expect("a directory");
+        let apart = || {
+            let no = None::<&str>;
+            let mounted = unshare(CloneFlags::CLONE_NEWNS)
+                .and_then(|()| mount(no, "/", no, MsFlags::MS_REC | MsFlags::MS_PRIVATE, no))
+                .and_then(|()| mount(no, place.path(), Some("tmpfs"), MsFlags::empty(), Some("size=64k")));
+            if mounted.is_err() {
+                assert!(!nix::unistd::geteuid().is_root(), "root may mount: {mounted:?}");
+                return;
+            }
+            let registry = Registry::at(&place.path().join("run")).expect("made");
+            registry.write(&entry(3)).expect("written");
+            let mut room = registry.reserve(&entry(3)).expect("there is room");
+            let rest = fs::write(place.path().join("filler"), vec![1; 64 << 10]).expect_err("full");
+            assert_eq!(rest.raw_os_error(), Some(libc::ENOSPC));
+            let error = registry.reserve(&entry(3)).expect_err("no room is left");
+            assert!(error.remedy_text().is_some_and(|text| text.contains("space in /run")), "{error:?}");
+            let other = ProcessId { pid: 77, start_time: 1, namespace: 0 };
+            registry.name_daemon(&entry(3), other, &mut room).expect("in its room");
+            fs::write(place.path().join("more"), [1]).expect("that of the entry before");
+            let long = Entry { notify_socket: Some("x".repeat(500)), daemon: other, ..entry(3) };
+            registry.write_in(&long, &mut room).expect("in its room");
+            assert_eq!(registry.entry(3).expect("read"), Some(long));
+            let names: Vec<_> = fs::read_dir(&registry.directory).expect("readable").flatten().collect();
+            assert_eq!(names.len(), 2, "the entry and the lock: {names:?}");
+        };
+        thread::scope(|scope| scope.spawn(apart).join()).expect("it does not panic");
+    }
+
+    #[test]
+    fn a_daemon_is_named_in_an_entry_that_its_writer_still_reads() {
+        let place = tempfile::tempdir().expect("a directory");
+        let registry = Registry::at(&place.path().join("run")).expect("made");
+        let ours =
+            text_of(&entry(3)).expect("text").replace("\"format\": 1", "\"format\": 9, \"later\": [7]");
+        fs::write(registry.entry_path(3), ours).expect("room");
+        let daemon = ProcessId { pid: 77, start_time: 1, namespace: 0 };
+        registry.name_daemon(&entry(3), daemon, &mut Reserved::default()).expect("written");
+        let found = fs::read_to_string(registry.entry_path(3)).expect("there");
+        let found: serde_json::Value = serde_json::from_str(&found).expect("JSON");
+        assert_eq!((&found["format"], &found["later"][0]), (&9.into(), &7.into()));
+        assert_eq!(found["daemon"]["pid"], 77);
+        let another = Entry { mark: 5, ..entry(3) };
+        registry.name_daemon(&another, daemon, &mut Reserved::default()).expect("written");
+        assert_eq!(registry.entry(3).expect("whole"), Some(Entry { daemon, ..another }));
     }
 
     #[test]

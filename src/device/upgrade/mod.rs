@@ -5,12 +5,16 @@
 //!
 //! 1. the command opens the program of the daemon, which may have been removed from its folder, and asks the
 //!    new program which [`Formats`] it reads;
-//! 2. the successor opens the image and its parents, and locks them beside the daemon;
+//! 2. the successor takes room in `/run` for the device's entry, opens the image and its parents, and locks
+//!    them beside the daemon;
 //! 3. it leaves its parent, blocks the signals that request something, and asks the daemon for the device.
 //!    The daemon commits what is dirty, has new requests wait, completes those that it serves, syncs them,
 //!    and ends as if it had been killed (see `handover`);
-//! 4. the successor waits for the end of the daemon's last I/O, takes over the session, and serves;
-//! 5. if it does not, the command starts the program of 1 to recover the device.
+//! 4. the successor waits for the end of the daemon's last I/O, takes over the session, and serves; only then
+//!    it writes an entry of its own version;
+//! 5. if it does not, the command starts the program of 1 to recover the device. It does so in the control
+//!    group of the daemon, in which it has been since 1: so the service is not over, and its manager can
+//!    watch the process that continues it.
 //!
 //! What a kill leaves at each step:
 //!

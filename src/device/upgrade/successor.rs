@@ -31,6 +31,7 @@ pub struct Successor {
     entry: Entry,
     image: ImageFile,
     parents: Vec<ImageFile>,
+    room: Reserved,
 }
 
 /// A device whose daemon has ended for this process.
@@ -41,6 +42,8 @@ pub struct TakenOver {
     pub image: ImageFile,
     /// The image's parents, locked until they have been opened once more.
     pub parents: Vec<ImageFile>,
+    /// Room for its new entry.
+    pub room: Reserved,
     /// Since when requests wait.
     pub pause: Pause,
 }
@@ -55,7 +58,11 @@ impl Successor {
     /// # Errors
     ///
     /// If the device is not served, or this program could not serve it.
-    pub fn prepare(listed: &Listed, open: fn(&Path, Access) -> Result<ImageFile>) -> Result<Self> {
+    pub fn prepare(
+        registry: &Registry,
+        listed: &Listed,
+        open: fn(&Path, Access) -> Result<ImageFile>,
+    ) -> Result<Self> {
         refuse_unserved(listed)?;
         let entry = listed.entry.clone();
         Formats::ours().check(&entry)?;
@@ -81,7 +88,7 @@ impl Successor {
             parents.push(parent);
         }
         refuse_ended(&entry)?;
-        Ok(Self { entry, image, parents })
+        Ok(Self { entry, image, parents, room })
     }
 
     /// Has the daemon end, and waits for that.
@@ -90,7 +97,7 @@ impl Successor {
     ///
     /// The daemon's refusal: nothing has changed. That it does not end in time.
     pub fn take_over(self, registry: &Registry) -> Result<TakenOver> {
-        let Self { entry, image, parents } = self;
+        let Self { entry, image, parents, room } = self;
         // From the daemon's end on this process must outlive its starter; after a refusal it ends by itself.
         launch::leave_parent()?;
         // What asks the daemon to end from now on, asks its successor.
@@ -117,7 +124,7 @@ impl Successor {
             image.become_writer(END_PATIENCE)?;
             session::await_free(entry.image_file, END_PATIENCE)?;
         }
-        Ok(TakenOver { entry, image, parents, pause: Pause(paused_at_us) })
+        Ok(TakenOver { entry, image, parents, room, pause: Pause(paused_at_us) })
     }
 }
 
