@@ -99,6 +99,7 @@ pub fn recover<E: EngineHandle>(
     let registry = Registry::open()?;
     let mut device = Device::take_over(registry, supervisor, spec, (entry, room))?;
     device.bring_up(spec, start_engine, Beginning::TakenOver)?;
+    device.announce_to_manager(std::process::id());
     ready(&device.ready())?;
     device.say_what_is_continued();
     let outcome = device.run();
@@ -388,12 +389,11 @@ impl<E: EngineHandle> Device<E> {
         match agreed {
             Ok(handed_over) => {
                 tracing::info!("ending: another process serves the device from now on");
-                reply.send(Ok(handed_over));
-                if let Some(manager) = &self.manager
-                    && let Err(error) = manager.announce(successor)
-                {
-                    tracing::warn!("the service manager does not learn of process {successor}: {error}");
+                if let Err(error) = self.supervisor.leave_to(successor) {
+                    tracing::warn!("a request to end that comes now is lost: {error:#}");
                 }
+                reply.send(Ok(handed_over));
+                self.announce_to_manager(successor);
                 // What is not completed or not synced now is the successor's, as after a kill. If a sync
                 // fails, it refuses the session.
                 let is_quiescable = self.is_quiescable();
@@ -411,6 +411,15 @@ impl<E: EngineHandle> Device<E> {
                 reply.send(Err(error));
                 false
             }
+        }
+    }
+
+    /// Has the service manager, if there is one, watch the process `pid`.
+    fn announce_to_manager(&self, pid: u32) {
+        if let Some(manager) = &self.manager
+            && let Err(error) = manager.announce(pid)
+        {
+            tracing::warn!("the service manager does not learn of process {pid}: {error}");
         }
     }
 
@@ -504,9 +513,12 @@ impl<E: EngineHandle> Device<E> {
     }
 
     /// The way down, unless there is none: the device stays for the next process.
-    fn finish(self, outcome: Result<End>) -> Result<()> {
+    fn finish(mut self, outcome: Result<End>) -> Result<()> {
         match outcome {
-            Ok(End::HandedOver) => Ok(()),
+            Ok(End::HandedOver) => {
+                self.supervisor.pass_on_requests();
+                Ok(())
+            }
             outcome => self.take_down(outcome.map(drop)),
         }
     }

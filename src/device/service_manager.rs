@@ -2,7 +2,8 @@
 //!
 //! When another process continues to serve the device, the manager must watch that one, as it would take the
 //! end of this one for the end of the service. The message must come from the process that it watches, which
-//! may make no socket by then: so the socket is made early.
+//! may make no socket by then: so the socket is made early. If that process has ended without such a message,
+//! any process of the service may send one, where its unit allows that (`NotifyAccess=all`).
 
 use std::ffi::OsStr;
 use std::fs;
@@ -51,15 +52,39 @@ impl ServiceManager {
     }
 }
 
-/// Moves this process to the control group of process `pid`: it ends and is limited with the service that it
-/// continues, and not with the command that has started it.
-pub(super) fn join_control_group_of(pid: u32) -> io::Result<()> {
-    let group = |process: &str| fs::read(format!("/proc/{process}/cgroup"));
-    let (theirs, ours) = (group(&pid.to_string())?, group("self")?);
-    match folder(&theirs) {
-        Some(folder) if theirs != ours => fs::write(folder.join("cgroup.procs"), "0"),
-        _ => Ok(()),
+/// This process in the control group of another one. It goes back when this is dropped.
+pub(super) struct GroupVisit(Option<PathBuf>);
+
+impl GroupVisit {
+    /// Moves this process to the control group of process `pid`: what it starts there ends and is limited
+    /// with the service that it continues, and the service is not over while its daemons change.
+    pub(super) fn of(pid: u32) -> io::Result<Self> {
+        let group = |process: &str| fs::read(format!("/proc/{process}/cgroup"));
+        let (theirs, ours) = (group(&pid.to_string())?, group("self")?);
+        match (folder(&theirs), folder(&ours)) {
+            (Some(folder), home) if theirs != ours => enter(&folder).map(|()| Self(home)),
+            _ => Ok(Self(None)),
+        }
     }
+
+    /// Stays there.
+    pub(super) fn stay(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for GroupVisit {
+    fn drop(&mut self) {
+        if let Some(home) = &self.0
+            && let Err(error) = enter(home)
+        {
+            tracing::debug!("this process stays in the control group of a daemon: {error}");
+        }
+    }
+}
+
+fn enter(folder: &Path) -> io::Result<()> {
+    fs::write(folder.join("cgroup.procs"), "0")
 }
 
 /// The folder of the group in the text of a `/proc/PID/cgroup`; none if it is not visible here.

@@ -4,8 +4,12 @@
 //! Order on the way down: *settled* (every queue that was started has begun or has failed to), then the
 //! kernel stops the device, then *drained*, then *finished*. A queue that offered its tags only after the
 //! stop would never get them back: older kernels, such as 6.12, accept them.
+//!
+//! A request to end that comes while the device is left to another process is passed on to that process.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -16,6 +20,7 @@ use super::confine::{self, Role};
 use super::ending::Happening;
 use super::order::Call;
 use super::queue::{Queue, QueueSetup, Report};
+use super::sys::ProcessHandle;
 use super::{sys, usage};
 use crate::error::{Doing, Error, Kind, Result};
 
@@ -54,14 +59,49 @@ pub(super) struct Supervisor {
     drained: usize,
     /// A queue has failed: its requests end with the process and not before.
     failed: bool,
+    /// The process that serves the device from now on.
+    successor: Arc<Successor>,
+    /// A request to end has come since, or while events were only counted.
+    end_requested: bool,
+}
+
+/// The process to which the device is left.
+#[derive(Default)]
+struct Successor {
+    process: OnceLock<ProcessHandle>,
+    /// It was asked to end. A second request would mean that the user insists.
+    is_asked: AtomicBool,
+}
+
+impl Successor {
+    fn is_known(&self) -> bool {
+        self.process.get().is_some()
+    }
+
+    /// Has it end when nothing uses the device.
+    fn pass_on(&self) {
+        let Some(process) = self.process.get().filter(|_| !self.is_asked.swap(true, Ordering::Relaxed))
+        else {
+            return;
+        };
+        match process.terminate() {
+            Ok(()) => {
+                tracing::info!("the request to end is passed on to the process that serves the device now")
+            }
+            Err(error) => tracing::warn!("a request to end is lost: it cannot be passed on: {error}"),
+        }
+    }
 }
 
 impl Supervisor {
     /// A supervisor without queues. Signals that request something are events from now on.
     pub(super) fn new() -> Result<Self> {
         let (sender, events) = mpsc::channel();
-        watch_signals(sender.clone())?;
-        Ok(Self { sender, events, queues: Vec::new(), starting: 0, drained: 0, failed: false })
+        let successor = Arc::default();
+        watch_signals(sender.clone(), Arc::clone(&successor))?;
+        let queues = Vec::new();
+        let (starting, drained, failed, end_requested) = (0, 0, false, false);
+        Ok(Self { sender, events, queues, starting, drained, failed, successor, end_requested })
     }
 
     /// Starts a queue.
@@ -172,13 +212,32 @@ impl Supervisor {
         settled
     }
 
+    /// Has the process `pid` get the requests to end that come from now on.
+    pub(super) fn leave_to(&self, pid: u32) -> Result<()> {
+        let handle = ProcessHandle::open(pid).doing(format!("finding process {pid}"))?;
+        let _ = self.successor.process.set(handle); // a device is left once
+        Ok(())
+    }
+
+    /// Passes on a request to end that came before this process knew where to, and was not acted on.
+    pub(super) fn pass_on_requests(&mut self) {
+        while let Ok(event) = self.events.try_recv() {
+            self.end_requested |= matches!(event, Event::Happening(Happening::EndRequested { .. }));
+        }
+        if std::mem::take(&mut self.end_requested) {
+            self.successor.pass_on();
+        }
+    }
+
     /// Takes events until `is_done`. A queue that fails is an error. Everything else is only counted, also
     /// signals and calls: the device is being taken down already.
     fn work_off(&mut self, deadline: Duration, is_done: impl Fn(&Self) -> bool) -> Result<()> {
         let until = Instant::now() + deadline;
         while !self.failed && !is_done(self) {
-            if let Event::Queue(_, Report::Failed(error)) = self.next(Some(until))? {
-                return Err(error);
+            match self.next(Some(until))? {
+                Event::Queue(_, Report::Failed(error)) => return Err(error),
+                Event::Happening(Happening::EndRequested { .. }) => self.end_requested = true,
+                _ => {}
             }
         }
         if self.failed {
@@ -222,8 +281,8 @@ impl Supervisor {
 }
 
 /// Blocks the signals that request something, here and in every thread started later, and has one thread turn
-/// them into events.
-fn watch_signals(sender: mpsc::Sender<Event>) -> Result<()> {
+/// them into events, or pass them on to the `successor`.
+fn watch_signals(sender: mpsc::Sender<Event>, successor: Arc<Successor>) -> Result<()> {
     let signals = SigSet::from_iter(sys::REQUESTS);
     signals.thread_block().doing("blocking signals")?;
     let signals = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC).doing("receiving signals")?;
@@ -232,6 +291,12 @@ fn watch_signals(sender: mpsc::Sender<Event>) -> Result<()> {
         while let Ok(Some(signal)) = signals.read_signal() {
             let happening = meaning(&signal);
             tracing::info!("signal {} from process {}: {happening:?}", signal.ssi_signo, signal.ssi_pid);
+            if successor.is_known() {
+                if matches!(happening, Happening::EndRequested { .. }) {
+                    successor.pass_on();
+                }
+                continue;
+            }
             if sender.send(Event::Happening(happening)).is_err() {
                 return;
             }
@@ -251,6 +316,9 @@ fn meaning(signal: &siginfo) -> Happening {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::process::ExitStatusExt;
+    use std::process::Command;
+
     use super::*;
 
     const ASKED: Happening = Happening::EndRequested { by_init: true };
@@ -261,7 +329,9 @@ mod tests {
         for report in reports {
             sender.send(Event::Queue(0, report)).expect("the receiver is here");
         }
-        Supervisor { sender, events, queues: Vec::new(), starting, drained: 0, failed: false }
+        let (queues, successor) = (Vec::new(), Arc::default());
+        let (drained, failed, end_requested) = (0, false, false);
+        Supervisor { sender, events, queues, starting, drained, failed, successor, end_requested }
     }
 
     fn failure() -> Error {
@@ -295,6 +365,35 @@ mod tests {
             up.settle().is_err(),
             "the kernel must not be asked to stop the device: it would never answer"
         );
+    }
+
+    #[test]
+    fn a_request_that_comes_while_the_device_is_left_is_passed_on() {
+        let ends_by = |asked_before: bool, asked_while: bool| {
+            let mut child = Command::new("sleep").arg("60").spawn().expect("every machine has it");
+            let mut leaving = supervisor(1, []);
+            let ask = |sender: &mpsc::Sender<Event>| {
+                sender.send(Event::Happening(ASKED)).expect("the receiver is here");
+            };
+            leaving.leave_to(child.id()).expect("it runs");
+            if asked_before {
+                ask(&leaving.sender);
+            }
+            leaving.sender.send(Event::Queue(0, Report::Ready)).expect("the receiver is here");
+            leaving.settle().expect("its only queue has begun");
+            if asked_while {
+                ask(&leaving.sender);
+            }
+            leaving.pass_on_requests();
+            let running = child.try_wait().expect("ours").is_none() && !asked_before && !asked_while;
+            if running {
+                child.kill().expect("it runs");
+            }
+            child.wait().expect("it ends").signal()
+        };
+        assert_eq!(ends_by(false, false), Some(libc::SIGKILL), "without a request it is left alone");
+        assert_eq!(ends_by(true, false), Some(libc::SIGTERM));
+        assert_eq!(ends_by(false, true), Some(libc::SIGTERM));
     }
 
     #[test]

@@ -77,3 +77,41 @@ INSIDE
     no_io_errors
     image_closed parts.vhdx
 }
+
+# The new program dies when the old one has ended: the old one serves the disk again, in the same unit.
+test_a_failed_upgrade_leaves_the_disk_with_its_unit() {
+    boot <<'INSIDE'
+install_program
+vhdx-ublk create /images/data.vhdx --size 1G
+vhdx-ublk enable data /images/data.vhdx
+systemctl start vhdx-ublk@data
+mkfs.ext4 -q /dev/vhdx/data
+mount /dev/vhdx/data /mnt
+old=$(systemctl show -P MainPID vhdx-ublk@data)
+cat >/root/dies.sh <<SCRIPT
+#!/bin/bash
+[ "\$2" != --formats ] || exec vhdx-ublk "\$@"
+vhdx-ublk "\$@" >/dev/null & new=\$!
+while [ -e /proc/$old/fd/0 ]; do :; done
+kill -STOP \$new
+sleep 1
+kill -9 \$new; wait \$new; exit 1
+SCRIPT
+chmod +x /root/dies.sh
+! vhdx-ublk upgrade data --binary /root/dies.sh
+pid=$(vhdx-ublk list --json | tr -d ' \n' | grep -o '"pid":[0-9]*' | cut -d: -f2)
+[ "$pid" != "$old" ]
+main() { [ "$(systemctl show -P MainPID vhdx-ublk@data)" = "$pid" ]; }
+within 10 main || { systemctl status vhdx-ublk@data; cat "/proc/$pid/cgroup"; journalctl -b -n 40; exit 1; } >&2
+[ "$(systemctl is-active vhdx-ublk@data)" = active ]
+seq 1000 >/mnt/numbers
+sync -f /mnt/numbers
+kill -9 "$pid"
+within 30 restarted vhdx-ublk@data "$pid"
+seq 1000 | cmp - /mnt/numbers
+umount /mnt
+systemctl stop vhdx-ublk@data
+[ "$(vhdx-ublk list --json)" = '[]' ]
+INSIDE
+    image_closed data.vhdx
+}

@@ -304,3 +304,68 @@ python3 '"$PWD"'/fill.py $$ >/dev/null & exec "$real" "$@"'
     umount /run/vhdx-ublk
     qemu-img check -q disk.vhdx
 }
+
+# What asks the old daemon to end when it has handed its device over, ends the next one when nothing uses it.
+test_upgrade_loses_no_request_to_end() {
+    local device old writer log=/run/vhdx-ublk/0.log
+    ublk create disk.vhdx --size 2G --block-size 1M
+    device=$(RUST_LOG=info ublk add disk.vhdx --queues 2)
+    cat >ask.py <<'PYTHON'
+import os, signal, sys
+log, pid = open(sys.argv[1]), int(sys.argv[2])
+log.seek(0, os.SEEK_END)
+open("watching", "w").close()
+while os.path.exists(f"/proc/{pid}/fd/0"):
+    if "another process serves the device from now on" in log.readline():
+        os.kill(pid, signal.SIGTERM)
+        break
+PYTHON
+    rm -f stop
+    stamper "$device" stop >stamper.log 2>&1 &
+    writer=$!
+    for _ in $(seq 20); do
+        old=$(daemon_pid)
+        rm -f watching
+        python3 ask.py $log "$old" &
+        for _ in $(seq 200); do [ ! -e watching ] || break; sleep 0.05; done
+        RUST_LOG=info "$VHDX_UBLK" upgrade "$device" >said 2>&1 || fail "$(cat said)"
+        wait $! || true
+        ! grep -q "$old.*signal 15" $log || break
+    done
+    touch stop
+    wait $writer || { cat stamper.log; fail "something was lost"; }
+    # A daemon may be too quick to be asked, twenty times.
+    grep -q "$old.*signal 15" $log || { note "no daemon was asked in time"; ublk del "$device"; return 0; }
+    for _ in $(seq 200); do [ "$(ublk list --json)" != "[]" ] || break; sleep 0.05; done
+    [ "$(ublk list --json)" = "[]" ] || { cat said $log; fail "the request to end is lost"; }
+    qemu-img check -q disk.vhdx
+}
+
+# A service whose upgrade fails keeps its control group, and its manager watches the program before.
+test_a_failed_upgrade_of_a_service_stays_in_it() {
+    local device server groups=/sys/fs/cgroup
+    messages manager
+    server=$!
+    mountpoint -q $groups || mount -t cgroup2 cgroup2 $groups || skipped "no control groups"
+    mkdir -p $groups/service
+    ublk create disk.vhdx --size 1G
+    (NOTIFY_SOCKET=$PWD/manager exec -a @vhdx-ublk "$VHDX_UBLK" add --foreground disk.vhdx >device) &
+    for _ in $(seq 200); do [ ! -s device ] || break; sleep 0.05; done
+    device=$(cat device)
+    daemon_pid >$groups/service/cgroup.procs
+    write_stamps "$device" 10 4 7
+    script dies.sh '[ "$2" != --formats ] || exec "$real" "$@"
+"$real" "$@" >/dev/null & new=$!
+while [ -e /proc/'"$(pid_of "$device")"'/fd/0 ]; do :; done
+kill -9 $new; exit 1'
+    ublk upgrade "$device" --binary dies.sh 2>said && fail "the new program has died"
+    grep -q "the program before serves $device again" said || fail "$(cat said)"
+    grep -q 'NotifyAccess=all' said || fail "$(cat said)"
+    [ "$(tail -n 1 manager.said)" = "MAINPID=$(daemon_pid)" ] || fail "$(cat manager.said)"
+    [ "$(cat "/proc/$(daemon_pid)/cgroup")" = 0::/service ] || fail "$(cat "/proc/$(daemon_pid)/cgroup")"
+    [ "$(cat /proc/self/cgroup)" != 0::/service ]
+    check_stamps "$device" 10 4 7
+    ublk del "$device"
+    kill $server
+    rmdir $groups/service
+}

@@ -11,6 +11,7 @@ use super::formats::Formats;
 use crate::device::launch::{self, Failed, FirstArgument, Program, Stage};
 use crate::device::process::Life;
 use crate::device::registry::{Entry, Listed, Registry};
+use crate::device::service_manager::GroupVisit;
 use crate::device::socket;
 use crate::error::{Error, Kind, Result};
 use crate::printable::printable;
@@ -69,6 +70,11 @@ impl Exchange {
             let remedy = format!("vhdx-ublk recover {}", entry.device.display());
             return Err(Error::new(Kind::NotFound, message).remedy(remedy));
         }
+        // A service whose control group is empty for a moment is over.
+        let visit = GroupVisit::of(entry.daemon.pid);
+        if let Err(error) = &visit {
+            tracing::debug!("this process stays in its control group: {error}");
+        }
         match launch::launch_program(&self.program, first, arguments, READY_DEADLINE) {
             Ok(ready) => Ok(Upgraded {
                 id: entry.id,
@@ -110,7 +116,10 @@ impl Exchange {
         match launch::launch_program(old, first, with_id(&self.recover, entry), READY_DEADLINE) {
             Ok(_) => {
                 let message = format!("{error:#}; the program before serves {device} again");
-                Error::new(error.kind(), message).remedy("nothing was lost; see the log of the device")
+                let unit = "; its service manager watches it only if its unit has NotifyAccess=all";
+                let unit = entry.notify_socket.as_ref().map_or("", |_| unit);
+                let remedy = format!("nothing was lost; see the log of the device{unit}");
+                Error::new(error.kind(), message).remedy(remedy)
             }
             Err(second) => {
                 let message =

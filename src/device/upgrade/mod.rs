@@ -31,8 +31,8 @@
 //! * from 2 on no other program can lock the image for writing: the successor's lock lies beside the daemon's
 //!   until that ends, and the byte that makes a writer passes only then, after the last I/O;
 //! * the session stays open all the time. No process marks it clean, and a successor that fails leaves it;
-//! * a request to end is not lost: a daemon that has one refuses, and those that come to its successor wait
-//!   until that serves;
+//! * a request to end is not lost: a daemon that has one refuses, and passes on what comes after it has
+//!   agreed; those that come to its successor wait until that serves;
 //! * nothing lies on SMB: no lock can lie beside another there;
 //! * one upgrade runs at a time.
 

@@ -9,8 +9,8 @@ use crate::device::handover::now_us;
 use crate::device::launch;
 use crate::device::order::HandedOver;
 use crate::device::process::Life;
-use crate::device::registry::{Entry, Listed, Registry, State};
-use crate::device::service_manager::join_control_group_of;
+use crate::device::registry::{Entry, Listed, Registry, Reserved, State};
+use crate::device::service_manager::GroupVisit;
 use crate::device::session;
 use crate::device::socket;
 use crate::device::sys;
@@ -67,8 +67,10 @@ impl Successor {
         let entry = listed.entry.clone();
         Formats::ours().check(&entry)?;
         refuse_smb(&entry)?;
-        if let Err(error) = join_control_group_of(entry.daemon.pid) {
-            tracing::debug!("this process stays in the control group of its starter: {error}");
+        let room = registry.reserve(&entry)?;
+        match GroupVisit::of(entry.daemon.pid) {
+            Ok(visit) => visit.stay(),
+            Err(error) => tracing::debug!("this process stays in the control group of its starter: {error}"),
         }
         if let Err(error) = sys::load_program() {
             tracing::warn!("the program may have to be read while its disk waits: {error}");
