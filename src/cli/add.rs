@@ -21,6 +21,7 @@ use vhdx_ublk::device::layers::Parents;
 use vhdx_ublk::device::name::Name;
 use vhdx_ublk::device::open_image::{NoEngine, OpenImage};
 use vhdx_ublk::device::registry::Registry;
+use vhdx_ublk::device::respawn::refuse_useless;
 use vhdx_ublk::device::salvaged;
 use vhdx_ublk::device::session::Plan;
 use vhdx_ublk::device::spec::Ready;
@@ -35,7 +36,7 @@ use vhdx_ublk::operations::children::refuse_parent;
 use vhdx_ublk::operations::{Devices, refuse_foreign_links};
 
 use super::parent_options::ParentOptions;
-use super::{detached, notify, output};
+use super::{detached, notify, output, respawn};
 
 /// How long a holder of the image may take to leave: a process that was killed keeps its lock until its last
 /// I/O has ended.
@@ -105,6 +106,10 @@ pub struct Add {
     /// Serve from this process until it is interrupted (Ctrl-C)
     #[arg(short, long)]
     foreground: bool,
+    /// Start a small process that recovers the device whenever its daemon dies, until the device is removed.
+    /// For machines without a service manager: a unit of systemd does the same
+    #[arg(long, conflicts_with = "foreground")]
+    respawn: bool,
     /// Remove the device with the last mount of it
     #[arg(long, hide = true)]
     for_mount: bool,
@@ -123,8 +128,10 @@ Examples:
   lsblk $(vhdx-ublk add --read-only disk.vhdx)
   vhdx-ublk add --fd 3 3<>disk.vhdx
   vhdx-ublk add --salvage damaged.vhdx    later: mount -o ro,noload /dev/ublkb0 /mnt
+  vhdx-ublk add --respawn disk.vhdx
 
-If the daemon is killed, no acknowledged write is lost: I/O waits until `vhdx-ublk recover`. For
+If the daemon is killed, no acknowledged write is lost: I/O waits until `vhdx-ublk recover`, which
+--respawn runs by itself; after 20 failures in a row it gives up, and the log says so. For
 this, a writable device uses memory under /run: 8 bytes per block, and for a child one bit per
 sector of its partially present blocks (`vhdx-ublk info` shows the maximum). Sessions leave an
 eighth of /run free, their bits a quarter. If there is no room, or /run is not a tmpfs, the
@@ -140,6 +147,9 @@ impl Add {
     pub fn run(self) -> Result<()> {
         let options = self.options();
         options.validate()?;
+        if self.respawn {
+            refuse_useless(self.recovery)?;
+        }
         if self.foreground {
             return self.serve_here(|ready| {
                 output::print(&ready.device.display().to_string())?;
@@ -152,11 +162,19 @@ impl Add {
             return detached::run(self.fd, lives, |ready| self.serve(&options, ready));
         }
         let ready = self.start(&options)?;
+        if self.respawn {
+            respawn::start(&ready).inspect_err(|_| remove(&ready))?;
+        }
         output::print(&ready.device.display().to_string()).inspect_err(|_| remove(&ready))
     }
 
     /// Serves from this process until the device's end.
     pub fn serve_here(&self, ready: impl FnOnce(&Ready) -> Result<()>) -> Result<()> {
+        if self.respawn {
+            let message = "--respawn does not go with a daemon in the foreground";
+            return Err(Error::new(Kind::Usage, message)
+                .remedy("omit it: what has started this process starts it again (Restart=on-failure)"));
+        }
         let options = self.options();
         options.validate()?;
         confine::prepare();

@@ -39,6 +39,7 @@ mod progress;
 mod recover;
 mod relink;
 mod resize;
+mod respawn;
 mod salvage;
 mod session;
 mod set;
@@ -126,6 +127,8 @@ enum Command {
     Measure(measure::Measure),
     Features(features::Features),
     Generate(generate::Generate),
+    #[command(hide = true)]
+    Respawn(respawn::Respawn),
     #[command(name = "mount.vhdx", hide = true)]
     MountHelper(helper::MountHelper),
     #[command(name = "umount.vhdx", hide = true)]
@@ -159,6 +162,7 @@ impl Command {
             | Self::Metrics(_)
             | Self::Del(_)
             | Self::Recover(_)
+            | Self::Respawn(_)
             | Self::Enable(_)
             | Self::Disable(_)
             | Self::Start(_)
@@ -197,6 +201,7 @@ impl Command {
             Self::Metrics(metrics) => metrics.run()?,
             Self::Doctor(doctor) => return Ok(doctor.run()?),
             Self::Recover(recover) => recover.run()?,
+            Self::Respawn(respawn) => respawn.run()?,
             Self::Upgrade(upgrade) => upgrade.run()?,
             Self::Session(sessions) => sessions.run()?,
             Self::Snapshot(snapshot) => snapshot.run()?,

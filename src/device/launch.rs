@@ -57,7 +57,7 @@ pub struct FirstArgument(&'static str);
 
 impl FirstArgument {
     /// The usual one.
-    const USUAL: Self = Self(PROCESS_NAME);
+    pub(super) const USUAL: Self = Self(PROCESS_NAME);
 
     /// That of the daemon `pid`, if it is one that a daemon may have; otherwise the usual one.
     pub fn of_process(pid: u32) -> Self {

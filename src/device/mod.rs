@@ -12,7 +12,8 @@
 //! * [`spec`], `ending`, `supervisor`, [`daemon`]: the device from `ADD_DEV` to `DEL_DEV`;
 //! * `handover`, [`upgrade`], `service_manager`: how another program takes the device over while it is in
 //!   use, and who learns of that;
-//! * [`confine`], [`launch`]: the privileges of that process, and how it is started and reports.
+//! * [`confine`], [`launch`]: the privileges of that process, and how it is started and reports; [`respawn`]:
+//!   how it is started again when it dies.
 //!
 //! What other processes see and do: [`registry`], [`usage`], [`stop`], [`health`], [`claims`]; how data
 //! travels between processes: [`path`], `wire`; what the kernel reports of the machine: `process`,
@@ -50,6 +51,7 @@ mod queue;
 mod region;
 pub mod registry;
 mod reply;
+pub mod respawn;
 pub mod salvaged;
 mod served_image;
 mod service_manager;

@@ -9,6 +9,8 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use rustix::mm::{MlockAllFlags, mlockall};
 use rustix::process::{self, Pid, PidfdFlags, pidfd_open, pidfd_send_signal};
@@ -168,6 +170,17 @@ impl ProcessHandle {
     /// Requests it to end, if its device is not in use.
     pub(super) fn terminate(&self) -> io::Result<()> {
         Ok(pidfd_send_signal(&self.0, process::Signal::TERM)?)
+    }
+
+    /// Waits for its end.
+    pub(super) fn await_end(&self) -> io::Result<()> {
+        loop {
+            match poll(&mut [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE) {
+                Ok(1..) => return Ok(()),
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
     }
 
     /// Ends it.

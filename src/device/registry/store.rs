@@ -28,6 +28,9 @@ const DIRECTORY_MODE: u32 = 0o700;
 /// has a deadline of half a minute.
 const LOCK_PATIENCE: Duration = Duration::from_secs(35);
 
+/// Why a keeper's file is locked.
+const BEING_RECOVERED: &str = "the device is being served again, or removed";
+
 /// How often a new daemon writes the entry of a device that it takes over: its name, and all once it serves.
 const ENTRIES_OF_TAKEOVER: usize = 2;
 
@@ -132,6 +135,29 @@ impl Registry {
     /// As [`Self::lock`].
     pub fn lock_upgrades(&self) -> Result<Flock<File>> {
         self.lock_file(".upgrade", "another upgrade is under way")
+    }
+
+    /// Says that a process serves device `id` again whenever its daemon dies.
+    ///
+    /// # Errors
+    ///
+    /// The host's.
+    pub fn announce_keeper(&self, id: u32) -> Result<()> {
+        self.lock_file(&keeper_name(id), BEING_RECOVERED).map(drop)
+    }
+
+    /// Keeps that process from serving the device again until this is dropped; waits while it does. `None` if
+    /// there is no such process.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::lock`].
+    pub fn hold_keeper(&self, id: u32) -> Result<Option<Flock<File>>> {
+        let name = keeper_name(id);
+        if !self.directory.join(&name).exists() {
+            return Ok(None);
+        }
+        self.lock_file(&name, BEING_RECOVERED).map(Some)
     }
 
     fn lock_file(&self, name: &str, held: &str) -> Result<Flock<File>> {
@@ -258,6 +284,11 @@ impl Registry {
     }
 }
 
+/// The file that the keeper of device `id` makes, and locks while it serves that again.
+fn keeper_name(id: u32) -> String {
+    format!("{id}.respawn")
+}
+
 /// An entry as it is written.
 fn text_of(entry: &Entry) -> Result<String> {
     serde_json::to_string_pretty(entry).doing("describing the device").file(&entry.image)
@@ -345,6 +376,7 @@ impl Locked<'_> {
             removed => removed.doing("removing the device's entry").file(&path)?,
         }
         let _ = fs::remove_file(self.registry.socket_path(id)); // no process listens there
+        let _ = fs::remove_file(self.registry.directory.join(keeper_name(id))); // there may be none
         let log = self.registry.log_path(id);
         if fs::metadata(&log).is_ok_and(|metadata| metadata.len() == 0) {
             let _ = fs::remove_file(log); // an empty log does no harm either

@@ -124,6 +124,17 @@ fn not_the_server(id: u32, pid: u32) -> Error {
 /// [`Kind::InUse`] if it is in use, unless `how` forces it; [`Kind::Poisoned`] if it is gone but its image
 /// could not be closed cleanly; what went wrong otherwise.
 pub fn stop(registry: &Registry, entry: &Entry, how: &How) -> Result<()> {
+    let kept = match registry.hold_keeper(entry.id) {
+        Err(error) if how.force => {
+            tracing::warn!("{error:#}");
+            None
+        }
+        held => held?,
+    };
+    // Until then the keeper may have started another daemon.
+    let newer = kept.as_ref().and_then(|_| registry.entry(entry.id).ok().flatten());
+    let newer = newer.filter(|newer| newer.mark == entry.mark);
+    let entry = newer.as_ref().unwrap_or(entry);
     let sight = Sight::open()?;
     let state = sight.state_of(entry)?;
     let control = match sight {

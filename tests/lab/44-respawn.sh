@@ -1,0 +1,116 @@
+# `add --respawn`: a device comes back by itself whenever its daemon dies, until it is removed.
+# shellcheck shell=bash
+
+stamper() { "${VHDX_STAMPER:-$(dirname "$VHDX_UBLK")/examples/stamper}" "$@"; }
+health() { ublk list --json | tr -d ' \n' | grep -o '"health":"[a-z-]*"' | cut -d'"' -f4; }
+keepers() { pgrep -fc -- 'respawn --mark' || true; }
+
+# served_by_another PID: another daemon than PID serves the only device, without a hand.
+served_by_another() {
+    for _ in $(seq 300); do
+        if [ "$(daemon_pid)" != "$1" ] && [ "$(health)" = ok ]; then return 0; fi
+        sleep 0.1
+    done
+    ublk list
+    cat /run/vhdx-ublk/*.log
+    fail "the device did not come back"
+}
+
+no_keeper_is_left() {
+    for _ in $(seq 100); do [ "$(keepers)" != 0 ] || return 0; sleep 0.1; done
+    ps ax
+    fail "the process that watched the device outlives it"
+}
+
+test_a_device_comes_back_ten_times() {
+    local device writer status=0 old
+    ublk create disk.vhdx --size 2G --block-size 1M
+    device=$(ublk add disk.vhdx --queues 2 --respawn)
+    [ "$(keepers)" = 1 ] || fail "no process watches it"
+    rm -f stop
+    stamper "$device" stop >stamper.log 2>&1 &
+    writer=$!
+    fio --name=verify --filename="$device" --direct=1 --ioengine=io_uring --iodepth=32 --rw=randrw --bs=4k \
+        --offset=1536m --size=256m --verify=crc32c --verify_fatal=1 --verify_backlog=256 --time_based --runtime=25 \
+        --minimal >fio.log 2>&1 &
+    for ((i = 0; i < 10; i++)); do
+        sleep "0.$((RANDOM % 9))"
+        old=$(daemon_pid)
+        kill -9 "$old"
+        served_by_another "$old" || { status=1; break; }
+    done
+    touch stop
+    wait $writer || status=1
+    wait $! || { cut -c1-300 fio.log; status=1; }
+    note "$i kills: $(tail -n 1 stamper.log)"
+    [ $status -eq 0 ] || { cat stamper.log /run/vhdx-ublk/*.log; fail "a kill was noticed"; }
+    ublk del "$device"
+    no_keeper_is_left
+    [ -z "$(ls /run/vhdx-ublk/*.respawn 2>/dev/null)" ]
+    qemu-img check -q disk.vhdx
+}
+
+# It watches whichever process serves the device, and leaves it alone while that changes or is removed.
+test_respawn_beside_other_commands() {
+    local device old
+    ublk create disk.vhdx --size 1G
+    device=$(ublk add disk.vhdx --respawn)
+    write_stamps "$device" 10 4 7
+    for _ in 1 2 3; do
+        old=$(daemon_pid)
+        ublk upgrade "$device" >said
+        served_by_another "$old"
+        grep -q pause said
+    done
+    old=$(daemon_pid)
+    kill -9 "$old"
+    served_by_another "$old"
+    check_stamps "$device" 10 4 7
+    [ "$(keepers)" = 1 ]
+    old=$(daemon_pid)
+    kill -9 "$old"
+    ublk recover "$device" >/dev/null 2>&1 || true # one of the two is first
+    served_by_another "$old"
+    check_stamps "$device" 10 4 7
+    kill -STOP "$(daemon_pid)"
+    ublk del --force --timeout 2 "$device" 2>/dev/null || true
+    no_keeper_is_left
+    [ "$(ublk list --json)" = "[]" ] || { ublk list; fail "it has come back"; }
+    device=$(ublk add --read-only disk.vhdx --respawn)
+    old=$(daemon_pid)
+    kill -9 "$old"
+    ublk del "$device" 2>/dev/null || ublk del "$device"
+    no_keeper_is_left
+    [ "$(ublk list --json)" = "[]" ] || { ublk list; fail "it has come back"; }
+    qemu-img check -q disk.vhdx
+}
+
+# What cannot be served again is given up with one line, and waits.
+test_respawn_gives_up() {
+    local device mark
+    ublk create disk.vhdx --size 1G
+    device=$(ublk add disk.vhdx)
+    write_stamps "$device" 10 4 7
+    mark=$(grep -o '"mark": [0-9]*' /run/vhdx-ublk/0.json | grep -o '[0-9]*$')
+    "$VHDX_UBLK" respawn --mark "$mark" --attempts 3 -- 0 >begun &
+    for _ in $(seq 100); do ! grep -q ready begun || break; sleep 0.1; done
+    mv disk.vhdx away.vhdx
+    kill -9 "$(daemon_pid)"
+    no_keeper_is_left
+    [ "$(grep -c 'is not served again: 3 attempts in a row have failed' /run/vhdx-ublk/0.log)" = 1 ] ||
+        fail "$(cat /run/vhdx-ublk/0.log)"
+    [ "$(health)" = waiting ]
+    mv away.vhdx disk.vhdx
+    ublk recover "$device"
+    check_stamps "$device" 10 4 7
+    ublk del "$device"
+}
+
+test_respawn_is_refused_where_it_is_of_no_use() {
+    ublk create disk.vhdx --size 1G
+    ublk add disk.vhdx --respawn --recovery none 2>said && fail "it cannot be recovered"
+    grep -q 'cannot be served again' said || fail "$(cat said)"
+    NOTIFY_SOCKET=@manager ublk add disk.vhdx --respawn 2>said && fail "a service manager does the same"
+    grep -q 'Restart=on-failure' said || fail "$(cat said)"
+    [ "$(ublk list --json)" = "[]" ]
+}
