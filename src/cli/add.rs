@@ -34,6 +34,7 @@ use vhdx_ublk::disk::{Access, ImageFile, Sparse};
 use vhdx_ublk::error::{Doing, Error, Kind, Result};
 use vhdx_ublk::operations::children::refuse_parent;
 use vhdx_ublk::operations::{Devices, refuse_foreign_links};
+use vhdx_ublk::system::module;
 
 use super::parent_options::ParentOptions;
 use super::{detached, notify, output, respawn};
@@ -136,6 +137,7 @@ this, a writable device uses memory under /run: 8 bytes per block, and for a chi
 sector of its partially present blocks (`vhdx-ublk info` shows the maximum). Sessions leave an
 eighth of /run free, their bits a quarter. If there is no room, or /run is not a tmpfs, the
 device works but cannot be recovered, and `add` warns about it.
+If the kernel has no ublk driver yet, its module is loaded (modprobe ublk_drv), and a line says so.
 Warnings of a running device go to /run/vhdx-ublk/N.log.
 Writing to a parent invalidates its children. `add` refuses if it finds any, and lists them; use
 --read-only or --force. It finds children that devices use, and those among the first 256 images
@@ -177,6 +179,7 @@ impl Add {
         }
         let options = self.options();
         options.validate()?;
+        module::load_driver();
         confine::prepare();
         self.serve(&options, ready)
     }
@@ -209,6 +212,7 @@ impl Add {
     }
 
     fn start(&self, options: &Options) -> Result<Ready> {
+        module::load_driver();
         launch::launch(self.child_arguments(options))
     }
 

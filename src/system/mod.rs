@@ -3,7 +3,9 @@
 //!
 //! * [`private_device`]: a device that this process alone uses, and that ends with it;
 //! * `device_disk`, `node`: what is on a device, and the nodes of its partitions;
-//! * [`program`]: how the machine's own programs are run;
+//! * [`program`]: how the machine's own programs are run; [`module`]: the kernel's driver, loaded by one of
+//!   them;
+//! * `btrfs`: the devices that the kernel would join with those of an image;
 //! * `driver`, `mounted`: how the kernel reads each file system, and a mount that no other process sees;
 //! * [`mount`]: mounting the file system of an image, and unmounting it;
 //! * [`trim`]: the free space of the file systems on a device;
@@ -23,6 +25,7 @@ pub mod grow;
 mod lock;
 pub mod metrics;
 pub mod mount;
+pub mod module;
 mod mounted;
 mod node;
 pub mod private_device;

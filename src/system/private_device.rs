@@ -13,6 +13,7 @@ use crate::device::launch;
 use crate::device::registry::{Entry, Registry};
 use crate::device::stop::{self, DEFAULT_TIMEOUT, How, Target};
 use crate::error::{Doing, Error, Kind, Result};
+use crate::system::module;
 
 /// A device that is removed when this is dropped.
 pub struct PrivateDevice {
@@ -30,6 +31,7 @@ impl PrivateDevice {
     /// Whatever keeps the image from being served.
     pub fn add(arguments: impl IntoIterator<Item = OsString>, file: &File) -> Result<Self> {
         const PASSING: &str = "passing the image to its daemon";
+        module::load_driver();
         fcntl(file, FcntlArg::F_SETFD(FdFlag::empty())).doing(PASSING)?;
         let launched = launch::launch(arguments);
         fcntl(file, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).doing(PASSING)?;

@@ -62,3 +62,32 @@ test_stock_kernel_recovery() {
     done
     qemu-img check -q disk.vhdx
 }
+
+# What needs the driver has it loaded, and says so; in a container without it, the reason and what helps.
+test_stock_kernel_driver_is_loaded() {
+    local device
+    [[ ${VHDX_LAB_KERNEL:-} == debian-6.12* ]] || { note "the driver of this kernel is no module"; return 0; }
+    ublk create disk.vhdx --size 1G
+    rmmod ublk_drv
+    [ ! -e /dev/ublk-control ]
+    device=$(ublk add disk.vhdx 2>said)
+    grep -qx 'vhdx-ublk: the kernel has loaded ublk_drv' said || fail "$(cat said)"
+    mkfs.ext4 -q -F "$device"
+    ublk del "$device"
+    device=$(ublk add disk.vhdx 2>said)
+    [ ! -s said ] || fail "it is there: $(cat said)"
+    ublk del "$device"
+    rmmod ublk_drv
+    ublk mount disk.vhdx "$mnt"
+    ublk umount "$mnt"
+    rmmod ublk_drv
+    ublk compact --trim disk.vhdx >said 2>&1 || fail "$(cat said)"
+    rmmod ublk_drv
+    echo >/run/.containerenv
+    mount --bind /dev/null /sbin/modprobe
+    ublk add disk.vhdx 2>said && fail "there is no driver"
+    umount /sbin/modprobe
+    rm /run/.containerenv
+    grep -q 'a container cannot load a driver' said || fail "$(cat said)"
+    modprobe ublk_drv
+}

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::path::Path;
 
 use super::{CONTROL_PATH, device_ids};
 use crate::error::{Error, Kind};
@@ -9,17 +10,46 @@ use crate::error::{Error, Kind};
 /// The kernel's limit of devices at once; for all users before Linux 6.15.
 const DEVICES_LIMIT: &str = "/sys/module/ublk_drv/parameters/ublks_max";
 
+/// Where the kernel shows the driver, whatever `/dev` has.
+const IN_KERNEL: &str = "/sys/class/misc/ublk-control";
+
+/// What shows that this is a container: of podman, of docker, of systemd.
+const CONTAINERS: [&str; 3] = ["/run/.containerenv", "/.dockerenv", "/run/systemd/container"];
+
 pub(super) fn unavailable(error: io::Error) -> Error {
     match error.raw_os_error() {
         Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => {
-            Error::new(Kind::NoDriver, format!("{CONTROL_PATH} does not exist: this kernel offers no ublk"))
-                .remedy("modprobe ublk_drv (CONFIG_BLK_DEV_UBLK, Linux 6.0 or newer)")
+            let is_container = CONTAINERS.iter().any(|path| Path::new(path).exists());
+            missing(Path::new(IN_KERNEL).exists(), is_container)
         }
         Some(libc::EACCES | libc::EPERM) => {
             forbidden(Error::io(format!("opening {CONTROL_PATH}"), error), nix::unistd::geteuid().is_root())
         }
         _ => Error::io(format!("opening {CONTROL_PATH}"), error),
     }
+}
+
+/// The driver's control device is not there. It may be in the kernel all the same, outside of a container
+/// with a `/dev` of its own.
+fn missing(is_in_kernel: bool, is_container: bool) -> Error {
+    const SHARE: &str = "give the container the host's devices, folder and rights: `podman run --privileged \
+                         -v /dev:/dev -v /run/vhdx-ublk:/run/vhdx-ublk`";
+    let (why, remedy) = match (is_in_kernel, is_container) {
+        (true, _) => (
+            "the kernel has ublk, but this is a container, or /dev is no devtmpfs",
+            format!("run the command on the host; or {SHARE}"),
+        ),
+        (false, true) => (
+            "the kernel offers no ublk, and a container cannot load a driver",
+            format!("on the host: `modprobe ublk_drv`; then {SHARE}"),
+        ),
+        (false, false) => (
+            "this kernel offers no ublk",
+            "modprobe ublk_drv (CONFIG_BLK_DEV_UBLK, Linux 6.0 or newer)".into(),
+        ),
+    };
+    let message = format!("{CONTROL_PATH} does not exist: {why}");
+    Error::new(Kind::NoDriver, message).remedy(remedy)
 }
 
 /// The remedy for a command that is not permitted.
@@ -58,7 +88,16 @@ mod tests {
     fn a_missing_driver_and_a_missing_right_are_told_apart() {
         let error = unavailable(io::Error::from_raw_os_error(libc::ENOENT));
         assert_eq!(error.kind(), Kind::NoDriver);
-        assert!(error.remedy_text().is_some_and(|text| text.contains("modprobe ublk_drv")));
+        let remedy = |is_in_kernel, is_container| {
+            let error = missing(is_in_kernel, is_container);
+            error.remedy_text().unwrap_or_default().to_owned()
+        };
+        assert!(remedy(false, false).starts_with("modprobe ublk_drv"));
+        assert!(remedy(false, true).starts_with("on the host: `modprobe ublk_drv`"));
+        for is_container in [false, true] {
+            let remedy = remedy(true, is_container);
+            assert!(remedy.contains("-v /dev:/dev") && !remedy.contains("modprobe"), "{remedy}");
+        }
         let error = unavailable(io::Error::from_raw_os_error(libc::EACCES));
         assert_eq!(error.kind(), Kind::Permission);
     }
