@@ -91,3 +91,37 @@ test_stock_kernel_driver_is_loaded() {
     grep -q 'a container cannot load a driver' said || fail "$(cat said)"
     modprobe ublk_drv
 }
+
+# Without QUIESCE_DEV the old daemon holds requests, and the kernel repeats them to the new one.
+test_stock_kernel_upgrade() {
+    local device writer status=0 old features
+    features=$(ublk features | grep QUIESCE || true)
+    note "${features:-QUIESCE is not known to this kernel}"
+    ublk create disk.vhdx --size 1G --block-size 1M
+    device=$(ublk add disk.vhdx --queues 2)
+    write_stamps "$device" 900 8 7
+    rm -f stop
+    "${VHDX_STAMPER:-$(dirname "$VHDX_UBLK")/examples/stamper}" "$device" stop >stamper.log 2>&1 &
+    writer=$!
+    for _ in 1 2 3 4 5; do
+        sleep 2
+        old=$(daemon_pid)
+        ublk upgrade "$device" >said 2>&1 || { status=1; break; }
+        note "$(cat said)"
+        [ "$(daemon_pid)" != "$old" ] || status=1
+    done
+    touch stop
+    wait $writer || status=1
+    note "$(tail -n 1 stamper.log)"
+    [ $status -eq 0 ] || { cat said stamper.log /run/vhdx-ublk/*.log; fail "an upgrade was noticed"; }
+    ublk del "$device"
+    device=$(ublk add disk.vhdx --recovery queue)
+    old=$(daemon_pid)
+    if [[ ${VHDX_LAB_KERNEL:-} == debian-6.12* ]]; then
+        ublk upgrade "$device" 2>said && fail "requests in flight would have failed"
+        grep -q 'this kernel cannot quiesce it' said || fail "$(cat said)"
+        [ "$(daemon_pid)" = "$old" ] || fail "the daemon has changed"
+    fi
+    ublk del "$device"
+    qemu-img check -q disk.vhdx
+}
