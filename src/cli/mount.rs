@@ -50,6 +50,8 @@ of a file system that was not unmounted cleanly: the latest changes may be missi
 If the image or a parent does not belong to root, or its group or others may write to it, it is
 mounted with nosuid and nodev: no program on it gets the rights of its owner, and no node on it
 opens a device. The options suid and dev allow them.
+A file system with parts on other devices is refused: an ext with its journal elsewhere, a btrfs of
+several devices, or with the identifier of another one of this machine, an F2FS that names devices.
 Exit status: 0 it is mounted, 1 failure (nothing is left behind), 2 wrong usage.";
 
 impl Mount {

@@ -61,6 +61,7 @@ pub(super) fn of(kind: VolumeKind) -> Option<&'static Driver> {
 pub(super) fn why_alone(kind: VolumeKind) -> &'static str {
     match kind {
         VolumeKind::Ext2 | VolumeKind::Ext3 | VolumeKind::Ext4 => "its journal is on another device",
+        VolumeKind::F2fs => "it names them by path",
         _ => "it is one of several devices of a file system",
     }
 }

@@ -17,6 +17,7 @@
 //!
 //! It may use everything below it, and only `cli` uses it.
 
+mod btrfs;
 mod device_disk;
 pub mod doctor;
 mod driver;
@@ -24,8 +25,8 @@ mod escape;
 pub mod grow;
 mod lock;
 pub mod metrics;
-pub mod mount;
 pub mod module;
+pub mod mount;
 mod mounted;
 mod node;
 pub mod private_device;

@@ -17,6 +17,7 @@ use rustix::mount::{
 };
 use uuid::Uuid;
 
+use super::btrfs;
 use super::driver::Driver;
 use crate::device::{btrfs_devices, device_number, trim_file_system};
 use crate::disk::Access;
@@ -78,11 +79,14 @@ impl Mounted {
             fsconfig_create(&context)?;
             Ok(Self(fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)?))
         };
+        let failed = |error| Refusal::Mount(Errno::from_io_error(&error).unwrap_or(Errno::IO));
+        if driver.joins_devices && btrfs::has_other_devices(node, 0).map_err(failed)? {
+            return Err(Refusal::OtherDevices);
+        }
         let mounted = mount().map_err(Refusal::Mount)?;
-        if driver.joins_devices {
-            let is_alone = mounted.is_on_one_device(node);
-            let failed = |error| Refusal::Mount(Errno::from_io_error(&error).unwrap_or(Errno::IO));
-            is_alone.map_err(failed)?.then_some(()).ok_or(Refusal::OtherDevices)?;
+        // Another device may have come since.
+        if driver.joins_devices && !mounted.is_on_one_device(node).map_err(failed)? {
+            return Err(Refusal::OtherDevices);
         }
         Ok(mounted)
     }

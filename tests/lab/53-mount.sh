@@ -276,3 +276,43 @@ test_mount_a_crashed_file_system_read_only() {
     [ "$(cat "$mnt/file")" = kept ] || fail "its journal was not replayed"
     ublk umount "$mnt"
 }
+
+# Whatever an image says, no other device of the machine is opened for it; nothing is mounted to find out.
+test_mount_leads_to_no_other_device() {
+    local device host
+    ublk create two.vhdx --size 512M
+    device=$(ublk add two.vhdx)
+    truncate -s 256M other.img
+    host=$(losetup --find --show other.img)
+    mkfs.btrfs -q -f -d single -m single "$device" "$host"
+    ublk del two.vhdx
+    ublk mount two.vhdx "$mnt" 2>said && fail "a btrfs of two devices"
+    grep -q 'one of several devices' said || fail "$(cat said)"
+    has_no_device || fail "its device stays"
+    # The image says that it is all there is, with the identifier of a btrfs of the machine.
+    ublk create hostile.vhdx --size 512M
+    device=$(ublk add hostile.vhdx)
+    mkfs.btrfs -q -f -U 0f1e2d3c-0000-4000-8000-000000000001 "$device"
+    ublk del hostile.vhdx
+    wipefs -qa "$host"
+    mkfs.btrfs -q -f -U 0f1e2d3c-0000-4000-8000-000000000002 "$host"
+    btrfstune -f -U 0f1e2d3c-0000-4000-8000-000000000001 "$host" >/dev/null
+    mkdir -p mine
+    mount "$host" mine
+    dmesg -C
+    ublk mount hostile.vhdx "$mnt" 2>said && fail "a btrfs with the identifier of another one"
+    grep -q 'another device of this machine has a btrfs' said || fail "$(cat said)"
+    ! dmesg | grep -i 'btrfs' || fail "it was mounted to find out"
+    umount mine
+    has_no_device || fail "its device stays"
+    ublk create journal.vhdx --size 512M
+    device=$(ublk add journal.vhdx)
+    wipefs -qa "$host"
+    mke2fs -q -F -b 4096 -O journal_dev "$host"
+    mkfs.ext4 -q -F -b 4096 -J device="$host" "$device"
+    ublk del journal.vhdx
+    ublk mount journal.vhdx "$mnt" 2>said && fail "an ext4 whose journal is elsewhere"
+    grep -q 'its journal is on another device' said || fail "$(cat said)"
+    has_no_device || fail "its device stays"
+    losetup -d "$host"
+}

@@ -1,10 +1,12 @@
 //! Which file system of a disk is to be mounted.
 
 use std::fmt::Write;
+use std::path::Path;
 
-use crate::error::{Error, Kind, Result};
+use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::operations::contents::{Contents, Journal, Partition, Volume, VolumeKind};
 use crate::printable::{human_size, printable};
+use crate::system::{btrfs, driver};
 
 /// A file system that was chosen.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -156,10 +158,8 @@ fn layer_of(partition: &Partition) -> Option<Layer> {
 }
 
 fn refuse(volume: Option<&Volume>, place: &str) -> Result<()> {
-    if volume.is_some_and(|volume| volume.kind == VolumeKind::F2fs && volume.other_devices) {
-        let message = format!("the F2FS on {place} names other devices by path, which the kernel would open");
-        return Err(Error::new(Kind::Unsupported, message)
-            .remedy("if all of them are yours: serve the image with `vhdx-ublk add`, and mount its device"));
+    if let Some(volume) = volume.filter(|volume| volume.other_devices) {
+        return Err(needs_other_devices(volume.kind, place));
     }
     let Some(Layer { what, remedy }) = volume.and_then(|volume| layer(volume.kind)) else {
         return Ok(());
@@ -169,6 +169,14 @@ fn refuse(volume: Option<&Volume>, place: &str) -> Result<()> {
         Some(remedy) => error.remedy(remedy),
         None => error,
     })
+}
+
+/// The kernel would open devices of the machine for it.
+fn needs_other_devices(kind: VolumeKind, place: &str) -> Error {
+    let why = driver::why_alone(kind);
+    let message = format!("the {} on {place} leads the kernel to other devices: {why}", kind.name());
+    Error::new(Kind::Unsupported, message)
+        .remedy("if all of them are yours: serve the image with `vhdx-ublk add`, and mount its device")
 }
 
 /// What there is to choose from.
@@ -190,6 +198,29 @@ fn list(contents: &Contents) -> String {
 }
 
 impl Choice {
+    /// Where it begins on the disk, bytes.
+    pub(super) fn start(&self) -> u64 {
+        self.place.map_or(0, |place| place.start)
+    }
+
+    /// Refuses a btrfs that the kernel would put together with devices of the machine, whatever its own bytes
+    /// say: it is not mounted to find out. It begins at byte `start` of the device at `node`.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::Unsupported`]; if the device cannot be read.
+    pub(super) fn refuse_joined(&self, node: &Path, start: u64) -> Result<()> {
+        let is_btrfs = self.volume.as_ref().is_some_and(|volume| volume.kind == VolumeKind::Btrfs);
+        if !is_btrfs || !btrfs::has_other_devices(node, start).doing("reading the device").file(node)? {
+            return Ok(());
+        }
+        let message = "another device of this machine has a btrfs with the same identifier, and the kernel \
+                       would take both for parts of one";
+        Err(Error::new(Kind::Unsupported, message).remedy(
+            "unmount the other one, if it is a copy; `btrfstune -u` gives one of them another identifier",
+        ))
+    }
+
     /// Refuses to write to a Windows volume that Windows still has in memory, or has not put in order.
     ///
     /// # Errors
@@ -293,6 +324,16 @@ mod tests {
             if kind != VolumeKind::Swap {
                 assert!(choose(&disk, None).expect_err("no files").message().contains(word));
             }
+        }
+    }
+
+    #[test]
+    fn nothing_is_mounted_that_leads_to_other_devices() {
+        for kind in [VolumeKind::Ext3, VolumeKind::Ext4, VolumeKind::Btrfs] {
+            let with = |other_devices| disk(&[(DATA, Some(Volume { other_devices, ..volume(kind, None) }))]);
+            let error = choose(&with(true), None).expect_err("a part of it is elsewhere");
+            assert!(error.kind() == Kind::Unsupported && error.message().contains("other device"), "{error}");
+            choose(&with(false), None).expect("all of it is here");
         }
     }
 

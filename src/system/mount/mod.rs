@@ -7,6 +7,7 @@
 //! Invariants:
 //!
 //! * a mount that fails takes the device away that was made for it;
+//! * no file system is mounted that leads the kernel to other devices of the machine;
 //! * what is on an image that others than root can write to gives no rights, unless the options say so;
 //! * only a device that was made for a mount is removed with the last mount of it; its registry entry says
 //!   so;
@@ -145,6 +146,7 @@ fn mount_device(request: &MountRequest, folder: &Path, id: u32, is_trusted: bool
         tracing::info!("{} is mounted at {} already", request.image.display(), folder.display());
         return Ok(());
     }
+    choice.refuse_joined(&source.node, if source.options.is_empty() { 0 } else { choice.start() })?;
     let options = options(request, &choice, &source, is_trusted);
     let status = command(request, folder, &options, &source).status().doing("running mount(8)")?;
     if status.success() {
