@@ -154,11 +154,15 @@ pub enum Plant {
     RemoveLeafFirst,
     /// A file that has the name of an image that moves counts as its copy.
     TrustStranger,
+    /// The successor of a daemon writes the image before the daemon's last request has ended.
+    EarlyWriter,
+    /// The successor of a daemon replaces the device's entry before it serves the device.
+    EarlyEntry,
 }
 
 impl Plant {
     /// All of them.
-    pub const ALL: [Self; 71] = [
+    pub const ALL: [Self; 73] = [
         Self::SkipRecyclingSync,
         Self::SkipGrowthSync,
         Self::ApplyBeforeLog,
@@ -230,6 +234,8 @@ impl Plant {
         Self::SkipMoveRelink,
         Self::RemoveLeafFirst,
         Self::TrustStranger,
+        Self::EarlyWriter,
+        Self::EarlyEntry,
     ];
 }
 

@@ -17,6 +17,7 @@ use crate::device::name::Name;
 use crate::device::process::ProcessId;
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::printable::shell;
+use crate::simulation::{Plant, planted};
 
 /// The directory of entries and of the daemons' logs; only root may read it.
 pub const RUN_DIRECTORY: &str = "/run/vhdx-ublk";
@@ -217,7 +218,8 @@ impl Registry {
     pub fn name_daemon(&self, entry: &Entry, daemon: ProcessId, room: &mut Reserved) -> Result<()> {
         let locked = self.lock()?;
         let text = fs::read_to_string(self.entry_path(entry.id)).ok();
-        let found = text.as_deref().and_then(|text| with_daemon(text, entry.mark, daemon));
+        let found = text.as_deref().filter(|_| !planted(Plant::EarlyEntry));
+        let found = found.and_then(|text| with_daemon(text, entry.mark, daemon));
         let text = found.map_or_else(|| text_of(&Entry { daemon, ..entry.clone() }), Ok)?;
         locked.put(entry.id, &text, room)
     }
