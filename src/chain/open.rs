@@ -5,7 +5,7 @@ use std::path::Path;
 use super::path;
 use super::relative::{Relative, is_made_of};
 use super::search::{Candidate, Search};
-use crate::disk::HostFile;
+use crate::disk::{HostFile, folder_of};
 use crate::error::{Error, Kind, Result};
 use crate::format::guid;
 use crate::format::locator::ParentLocator;
@@ -75,7 +75,14 @@ fn follow<R: Relative>(
             None => search.candidates(child.path(), locator),
         };
         let used: Vec<&Path> = std::iter::once(leaf.path()).chain(parents.iter().map(R::path)).collect();
+        if search.beside_only && places.is_empty() {
+            return Err(not_beside(child));
+        }
         let parent = first_fitting(child, locator, (places, by_user), &used, &mut open)?;
+        // The folder may have changed between the look and the opening.
+        if search.beside_only && folder_of(parent.path()) != folder_of(child.path()) {
+            return Err(not_beside(child));
+        }
         resident = resident.saturating_add(parent.resident_bytes());
         if resident > MAX_CHAIN_BYTES {
             let most = MAX_CHAIN_BYTES >> 30;
@@ -176,6 +183,14 @@ pub(super) fn same_sectors(child: &dyn Relative, parent: &dyn Relative) -> Resul
         return Err(Error::corrupt("metadata", message).file(parent.path()));
     }
     Ok(())
+}
+
+fn not_beside(child: &dyn Relative) -> Error {
+    let message = "its parent is not in its own folder, and no other folder is searched";
+    Error::new(Kind::NotFound, message)
+        .in_structure("parent locator")
+        .file(child.path())
+        .remedy("copy the parent into that folder; or, if you trust the image, open it without this limit")
 }
 
 fn nowhere(child: &dyn Relative, locator: &ParentLocator) -> Error {

@@ -1,5 +1,6 @@
 //! Where a parent may be.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::path::{self, PathMap};
@@ -13,6 +14,8 @@ pub struct Search {
     pub parents: Vec<PathBuf>,
     /// Where Windows' drives, volumes and shares are.
     pub maps: Vec<PathMap>,
+    /// Only what is in the folder of the image is opened.
+    pub beside_only: bool,
 }
 
 impl Search {
@@ -28,6 +31,7 @@ impl Search {
         let mut found: Vec<Candidate> = Vec::new();
         for (path, guessed) in named.chain(beside.map(|path| (path, true))) {
             if let Some(path) = path::existing(&path)
+                && (!self.beside_only || is_beside(child, &path))
                 && !found.iter().any(|earlier| earlier.path == path)
             {
                 found.push(Candidate { path, guessed });
@@ -63,6 +67,12 @@ impl Search {
     }
 }
 
+/// Whether both files are in one folder, where the paths lead.
+fn is_beside(child: &Path, other: &Path) -> bool {
+    let folder = |path: &Path| fs::canonicalize(path).ok().map(|path| folder_of(&path).to_owned());
+    folder(other).is_some_and(|found| folder(child) == Some(found))
+}
+
 /// The keys of paths that begin at a drive or a volume.
 const ABSOLUTE_KEYS: [&str; 2] = [VOLUME_PATH, ABSOLUTE_WIN32_PATH];
 
@@ -83,8 +93,6 @@ pub(super) fn is_direct(child: &Path, locator: &ParentLocator, parent: &Path) ->
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
-
     use super::*;
 
     fn locator(entries: &[(&str, &str)]) -> ParentLocator {
@@ -94,6 +102,27 @@ mod tests {
 
     fn paths(search: &Search, child: &Path, locator: &ParentLocator) -> Vec<PathBuf> {
         search.candidates(child, locator).into_iter().map(|candidate| candidate.path).collect()
+    }
+
+    #[test]
+    fn beside_the_image_is_where_the_path_leads() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let at = |name: &str| folder.path().join(name);
+        fs::create_dir(at("in")).expect("a folder");
+        for file in ["in/child.vhdx", "in/base.vhdx", "base.vhdx"] {
+            fs::write(at(file), "").expect("a file");
+        }
+        std::os::unix::fs::symlink(at("base.vhdx"), at("in/link.vhdx")).expect("a link");
+        let beside_only = Search { beside_only: true, ..Search::default() };
+        let beside = fs::canonicalize(at("in/base.vhdx")).expect("there");
+        for named in ["base.vhdx", r"..\in\base.vhdx", r"..\base.vhdx"] {
+            let found = paths(&beside_only, &at("in/child.vhdx"), &locator(&[(RELATIVE_PATH, named)]));
+            let found: Vec<PathBuf> = found.iter().map(|path| path.canonicalize().expect("there")).collect();
+            assert!(!found.is_empty() && found.iter().all(|path| *path == beside), "{named}: {found:?}");
+        }
+        let link = locator(&[(RELATIVE_PATH, "link.vhdx")]);
+        assert_eq!(paths(&beside_only, &at("in/child.vhdx"), &link), Vec::<PathBuf>::new());
+        assert_eq!(paths(&Search::default(), &at("in/child.vhdx"), &link), [at("in/link.vhdx")]);
     }
 
     #[test]

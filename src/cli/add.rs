@@ -13,6 +13,7 @@ use std::thread;
 use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
+use vhdx_ublk::chain::Search;
 use vhdx_ublk::device::claims::Claims;
 use vhdx_ublk::device::daemon;
 use vhdx_ublk::device::engine_thread::EngineThread;
@@ -104,6 +105,13 @@ pub struct Add {
     zero_copy: ZeroCopy,
     #[command(flatten)]
     parents: ParentOptions,
+    /// Keep the kernel from looking for partitions on the disk
+    #[arg(long)]
+    no_partitions: bool,
+    /// Serve an image that may be malicious: read-only, without partitions, with parents from its own folder
+    /// only, and ignored by desktops (udisks), where the udev rule is installed
+    #[arg(long, conflicts_with_all = ["parent", "parent_map", "force"])]
+    untrusted: bool,
     /// Serve from this process until it is interrupted (Ctrl-C)
     #[arg(short, long)]
     foreground: bool,
@@ -130,6 +138,7 @@ Examples:
   vhdx-ublk add --fd 3 3<>disk.vhdx
   vhdx-ublk add --salvage damaged.vhdx    later: mount -o ro,noload /dev/ublkb0 /mnt
   vhdx-ublk add --respawn disk.vhdx
+  vhdx-ublk add --untrusted received.vhdx
 
 If the daemon is killed, no acknowledged write is lost: I/O waits until `vhdx-ublk recover`, which
 --respawn runs by itself; after 20 failures in a row it gives up, and the log says so. For
@@ -222,9 +231,21 @@ impl Add {
         // The kernel cuts to the same number; buffers are judged by what there will be.
         let queues = self.queues.unwrap_or(default).min(most_queues());
         let request_bytes = request_bytes(queues, self.depth);
-        let Self { id, depth, recovery, zero_copy, for_mount, private, .. } = *self;
-        let name = self.name.clone();
-        Options { id, name, for_mount, private, queues, depth, request_bytes, recovery, zero_copy }
+        let Self { id, depth, recovery, zero_copy, for_mount, private, untrusted, .. } = *self;
+        let (name, no_partitions) = (self.name.clone(), self.no_partitions || untrusted);
+        Options {
+            id,
+            name,
+            for_mount,
+            private,
+            queues,
+            depth,
+            request_bytes,
+            recovery,
+            zero_copy,
+            no_partitions,
+            untrusted,
+        }
     }
 
     /// The command line of the daemon.
@@ -247,6 +268,8 @@ impl Add {
         arguments.extend(self.read_only.then(|| "--read-only".into()));
         arguments.extend(self.salvage.then(|| "--salvage".into()));
         arguments.extend(self.assume.then(|| "--assume".into()));
+        arguments.extend(self.no_partitions.then(|| "--no-partitions".into()));
+        arguments.extend(self.untrusted.then(|| "--untrusted".into()));
         arguments.extend(self.for_mount.then(|| "--for-mount".into()));
         arguments.extend(self.force.then(|| "--force".into()));
         arguments.extend(self.fd.map(|fd| format!("--fd={fd}").into()));
@@ -285,7 +308,7 @@ impl Add {
 
     /// Whether nothing may be written, whatever the file allows.
     fn reads_only(&self) -> bool {
-        self.read_only || self.salvage
+        self.read_only || self.salvage || self.untrusted
     }
 
     /// Opens the image, and closes the caller's descriptor: the file has its own.
@@ -305,7 +328,8 @@ impl Add {
     /// Serves until the device's end.
     fn serve(&self, options: &Options, ready: impl FnOnce(&Ready) -> Result<()>) -> Result<()> {
         features::check(options)?;
-        let parents = Parents { search: self.parents.search(), open: |path| open(path, Access::ReadOnly) };
+        let search = Search { beside_only: self.untrusted, ..self.parents.search() };
+        let parents = Parents { search, open: |path| open(path, Access::ReadOnly) };
         let (file, access) = self.open()?;
         if access == Access::ReadOnly {
             let opened = if self.salvage {
@@ -455,6 +479,21 @@ mod tests {
         let search = again.parents.search();
         assert_eq!(search.parents, [Path::new("-one"), Path::new("two")]);
         assert_eq!(search.maps, add.parents.search().maps);
+    }
+
+    #[test]
+    fn an_untrusted_image_is_read_only_and_its_partitions_are_left_alone() {
+        let add = parse(&["--untrusted", "x"]);
+        let again = Line::try_parse_from(add.child_arguments(&add.options())).expect("its own words").add;
+        assert!(again.options().no_partitions && again.options().untrusted);
+        assert_eq!(again.source().expect("a path").1, Access::ReadOnly);
+        let add = parse(&["--no-partitions", "x"]);
+        let again = Line::try_parse_from(add.child_arguments(&add.options())).expect("its own words").add;
+        assert!(again.options().no_partitions && !again.options().untrusted);
+        assert_eq!(again.source().expect("a path").1, Access::ReadWrite);
+        for wrong in [["--parent", "y"], ["--parent-map", r"C:\=/c"]] {
+            assert!(Line::try_parse_from([&["add", "--untrusted", "x"], &wrong[..]].concat()).is_err());
+        }
     }
 
     #[test]

@@ -146,6 +146,8 @@ struct Device<E> {
     room: Reserved,
     /// It gets no names.
     private: bool,
+    /// The kernel may look for partitions when it starts.
+    may_scan: bool,
     /// The device is being handed over.
     leaving: Arc<AtomicBool>,
 }
@@ -165,6 +167,7 @@ impl<E: EngineHandle> Device<E> {
             request_bytes: options.request_bytes,
             flags: features::wanted(recovery)
                 | features::handover(control.features(), recovery)
+                | features::no_partitions(control.features(), options.no_partitions)?
                 | features::transfer(control.features(), options.zero_copy)?,
             mark: control::new_mark(),
         };
@@ -178,7 +181,7 @@ impl<E: EngineHandle> Device<E> {
         let info = control.add(&new)?;
         let (name, for_mount, private) = (options.name.clone(), options.for_mount, options.private);
         let entry = Entry { name, for_mount, private, recovery, ..describe(&info, spec, daemon) };
-        let written = locked.write(&entry);
+        let written = locked.mark_untrusted(entry.id, options.untrusted).and_then(|()| locked.write(&entry));
         drop(locked);
         let is_test = options.zero_copy == ZeroCopy::Fallback;
         let transfer = transfer(&info, if is_test { BufferIndex::Impossible } else { BufferIndex::Tag });
@@ -200,6 +203,7 @@ impl<E: EngineHandle> Device<E> {
             manager,
             room: Reserved::default(),
             private,
+            may_scan: !options.no_partitions,
             leaving,
         };
         match check_granted(&new, &info).and(written) {
@@ -248,6 +252,8 @@ impl<E: EngineHandle> Device<E> {
             manager,
             room,
             private,
+            // It has been started before.
+            may_scan: true,
             leaving,
         })
     }
@@ -508,6 +514,7 @@ impl<E: EngineHandle> Device<E> {
             front: Front::new(spec.shared.clone(), self.info.depth),
             receiver: ends.receiver,
             cpus: self.control.queue_cpus(self.info.id, queue)?,
+            may_scan: self.may_scan,
         };
         self.supervisor.start(setup)
     }

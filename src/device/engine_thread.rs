@@ -456,7 +456,8 @@ mod tests {
         let elsewhere = bench.directory.path().join("elsewhere");
         let map = format!(r"C:\={}", elsewhere.display());
         fs::create_dir(&elsewhere).expect("room");
-        let search = Search { parents: vec![parent.clone()], maps: vec![map.parse().expect("a good map")] };
+        let maps = vec![map.parse().expect("a good map")];
+        let search = Search { parents: vec![parent.clone()], maps, beside_only: false };
         let open = |search: Search, may_write: fn() -> Result<()>| {
             let parents = Parents { search, open: reading };
             let opener = WritableOpener { may_write, parents, ..child.opener(Plan::Fresh { keep: true }) };

@@ -89,6 +89,9 @@ pub(super) fn recovery(driver: Option<u64>, chosen: Option<Recovery>) -> Result<
     }
 }
 
+/// The kernel looks for partitions only by request (Linux 7.0).
+pub(super) const NO_PARTITION_SCAN: u64 = sys::UBLK_F_NO_AUTO_PART_SCAN as u64;
+
 const IN_PLACE: u64 = sys::UBLK_F_SUPPORT_ZERO_COPY as u64 | sys::UBLK_F_AUTO_BUF_REG as u64;
 
 /// The features of a device whose requests are not copied; none where copying is faster.
@@ -107,6 +110,21 @@ pub(super) fn transfer(driver: Option<u64>, chosen: ZeroCopy) -> Result<u64> {
     }
 }
 
+/// The feature of a device whose partitions the kernel leaves alone. A driver without it leaves them alone,
+/// too, if no process with `CAP_SYS_ADMIN` offers the tags (Linux 6.3).
+///
+/// # Errors
+///
+/// [`Kind::Unsupported`] if the driver is too old to say what it has.
+pub(super) fn no_partitions(driver: Option<u64>, no_partitions: bool) -> Result<u64> {
+    match driver {
+        _ if !no_partitions => Ok(0),
+        Some(driver) => Ok(NO_PARTITION_SCAN & driver),
+        None => Err(Error::new(Kind::Unsupported, "this kernel's ublk driver always looks for partitions")
+            .remedy("Linux 6.5 or newer can be kept from it")),
+    }
+}
+
 /// Whether the driver has what `options` choose: checked before an image is touched. A missing driver is
 /// reported later, after whatever is wrong with the image.
 ///
@@ -116,6 +134,7 @@ pub(super) fn transfer(driver: Option<u64>, chosen: ZeroCopy) -> Result<u64> {
 pub fn check(options: &Options) -> Result<()> {
     let Ok(control) = Control::open() else { return Ok(()) };
     recovery(control.features(), options.recovery)?;
+    no_partitions(control.features(), options.no_partitions)?;
     transfer(control.features(), options.zero_copy).map(drop)
 }
 
@@ -125,8 +144,13 @@ pub(super) fn is_in_place(flags: u64) -> bool {
 }
 
 /// The features that are used if the driver has them.
-const USED: u64 =
-    REISSUE | FAIL | IN_PLACE | sys::UBLK_F_CMD_IOCTL_ENCODE as u64 | SAFE_STOP | QUIESCE_FEATURE;
+const USED: u64 = REISSUE
+    | FAIL
+    | IN_PLACE
+    | sys::UBLK_F_CMD_IOCTL_ENCODE as u64
+    | SAFE_STOP
+    | QUIESCE_FEATURE
+    | NO_PARTITION_SCAN;
 
 /// All features that the driver has, and all that this program knows.
 ///

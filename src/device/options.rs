@@ -73,6 +73,7 @@ pub struct Salvage {
 
 /// The choices for a device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a choice of its own")]
 pub struct Options {
     /// The N of `/dev/ublkbN`; the kernel chooses when there is none.
     pub id: Option<u32>,
@@ -92,6 +93,10 @@ pub struct Options {
     pub recovery: Option<Recovery>,
     /// Whether data is copied.
     pub zero_copy: ZeroCopy,
+    /// The kernel leaves its partitions alone.
+    pub no_partitions: bool,
+    /// Its image may be anybody's: programs of the machine that mount what they find are to leave it alone.
+    pub untrusted: bool,
 }
 
 impl Default for Options {
@@ -106,6 +111,8 @@ impl Default for Options {
             request_bytes: 512 << 10,
             recovery: None,
             zero_copy: ZeroCopy::Auto,
+            no_partitions: false,
+            untrusted: false,
         }
     }
 }

@@ -73,6 +73,28 @@ test_names_without_udev() {
     mv /run/udev/away /run/udev/control
 }
 
+# Desktops leave it alone, and what is on it gets no link.
+test_names_of_an_untrusted_image() {
+    local device
+    install_rule
+    ublk create data.vhdx --size 64M
+    device=$(ublk add data.vhdx)
+    mkfs.ext4 -q -F -L Received "$device"
+    ublk del 0
+    device=$(ublk add --untrusted --name data data.vhdx)
+    udevadm settle --timeout=20
+    udevadm info -q property "$device" >properties
+    grep -qx UDISKS_IGNORE=1 properties || fail "$(cat properties)"
+    [ "$(readlink -f /dev/vhdx/data)" = "$device" ] || fail "it has no name"
+    [ ! -L /dev/disk/by-label/Received ] || note "another rule makes links for ublk devices"
+    ublk del 0
+    [ -z "$(ls /run/vhdx-ublk/*.untrusted 2>/dev/null)" ] || fail "its mark is left"
+    device=$(ublk add --read-only data.vhdx)
+    udevadm settle --timeout=20
+    ! udevadm info -q property "$device" | grep UDISKS_IGNORE || fail "another device of the number is ignored"
+    ublk del 0
+}
+
 test_names_rule_is_well_formed() {
     udevadm --help | grep -q verify || { note "this udev does not verify rules"; return 0; }
     udevadm verify --resolve-names=never "$tests/../../tools/package.d/60-vhdx-ublk.rules"

@@ -63,35 +63,6 @@ test_stock_kernel_recovery() {
     qemu-img check -q disk.vhdx
 }
 
-# What needs the driver has it loaded, and says so; in a container without it, the reason and what helps.
-test_stock_kernel_driver_is_loaded() {
-    local device
-    [[ ${VHDX_LAB_KERNEL:-} == debian-6.12* ]] || { note "the driver of this kernel is no module"; return 0; }
-    ublk create disk.vhdx --size 1G
-    rmmod ublk_drv
-    [ ! -e /dev/ublk-control ]
-    device=$(ublk add disk.vhdx 2>said)
-    grep -qx 'vhdx-ublk: the kernel has loaded ublk_drv' said || fail "$(cat said)"
-    mkfs.ext4 -q -F "$device"
-    ublk del "$device"
-    device=$(ublk add disk.vhdx 2>said)
-    [ ! -s said ] || fail "it is there: $(cat said)"
-    ublk del "$device"
-    rmmod ublk_drv
-    ublk mount disk.vhdx "$mnt"
-    ublk umount "$mnt"
-    rmmod ublk_drv
-    ublk compact --trim disk.vhdx >said 2>&1 || fail "$(cat said)"
-    rmmod ublk_drv
-    echo >/run/.containerenv
-    mount --bind /dev/null /sbin/modprobe
-    ublk add disk.vhdx 2>said && fail "there is no driver"
-    umount /sbin/modprobe
-    rm /run/.containerenv
-    grep -q 'a container cannot load a driver' said || fail "$(cat said)"
-    modprobe ublk_drv
-}
-
 # Without QUIESCE_DEV the old daemon holds requests, and the kernel repeats them to the new one.
 test_stock_kernel_upgrade() {
     local device writer status=0 old features
@@ -124,4 +95,50 @@ test_stock_kernel_upgrade() {
     fi
     ublk del "$device"
     qemu-img check -q disk.vhdx
+}
+
+# What needs the driver has it loaded, and says so; in a container without it, the reason and what helps.
+test_stock_kernel_driver_is_loaded() {
+    local device
+    [[ ${VHDX_LAB_KERNEL:-} == debian-6.12* ]] || { note "the driver of this kernel is no module"; return 0; }
+    ublk create disk.vhdx --size 1G
+    rmmod ublk_drv
+    [ ! -e /dev/ublk-control ]
+    device=$(ublk add disk.vhdx 2>said)
+    grep -qx 'vhdx-ublk: the kernel has loaded ublk_drv' said || fail "$(cat said)"
+    mkfs.ext4 -q -F "$device"
+    ublk del "$device"
+    device=$(ublk add disk.vhdx 2>said)
+    [ ! -s said ] || fail "it is there: $(cat said)"
+    ublk del "$device"
+    rmmod ublk_drv
+    ublk mount disk.vhdx "$mnt"
+    ublk umount "$mnt"
+    rmmod ublk_drv
+    ublk compact --trim disk.vhdx >said 2>&1 || fail "$(cat said)"
+    rmmod ublk_drv
+    echo >/run/.containerenv
+    mount --bind /dev/null /sbin/modprobe
+    ublk add disk.vhdx 2>said && fail "there is no driver"
+    umount /sbin/modprobe
+    rm /run/.containerenv
+    grep -q 'a container cannot load a driver' said || fail "$(cat said)"
+    modprobe ublk_drv
+}
+
+# Without the feature of newer kernels, none of the threads that begin to serve has the right to scan.
+test_stock_kernel_leaves_partitions_alone() {
+    local device
+    ublk create disk.vhdx --size 64M
+    device=$(ublk add disk.vhdx)
+    printf 'label: gpt\nsize=8M\n' | sfdisk -q "$device"
+    ublk del "$device"
+    device=$(ublk add disk.vhdx)
+    for _ in $(seq 50); do [ ! -e "/sys/class/block/${device#/dev/}p1" ] || break; sleep 0.1; done
+    [ -e "/sys/class/block/${device#/dev/}p1" ] || fail "this kernel finds no partitions at all"
+    ublk del "$device"
+    device=$(ublk add --no-partitions disk.vhdx)
+    sleep 2
+    [ ! -e "/sys/class/block/${device#/dev/}p1" ] || fail "the kernel has read its partition table"
+    ublk del "$device"
 }

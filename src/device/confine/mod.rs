@@ -147,6 +147,11 @@ pub(super) fn become_(role: Role) {
     }
 }
 
+/// Whether the calling thread has `CAP_SYS_ADMIN`.
+pub(super) fn is_admin() -> bool {
+    caps::has_cap(None, CapSet::Effective, Capability::CAP_SYS_ADMIN).unwrap_or(true)
+}
+
 /// Reduces the system calls of the process to those that serving needs. Binds every thread, now and later.
 pub(super) fn seal() {
     let sealed = filter::programs().and_then(|programs| {

@@ -37,6 +37,8 @@ pub(in crate::device) struct QueueSetup {
     pub(in crate::device) receiver: Receiver<ToFront>,
     /// The CPUs whose requests it gets.
     pub(in crate::device) cpus: Vec<usize>,
+    /// The kernel may look for partitions.
+    pub(in crate::device) may_scan: bool,
 }
 
 /// What a queue reports to the device.
@@ -109,12 +111,19 @@ impl Queue {
 
 fn serve(setup: QueueSetup, calls: Arc<Calls>, report: &dyn Fn(Report)) {
     prepare_thread(&setup);
+    // The kernel scans the partitions of a device only if every tag was first offered with CAP_SYS_ADMIN.
+    if !setup.may_scan {
+        confine::become_(Role::Plain);
+        if confine::is_admin() {
+            let message = "the kernel would look for partitions: this thread cannot give up CAP_SYS_ADMIN";
+            return report(Report::Unready(Error::new(Kind::Unsupported, message)));
+        }
+    }
     let mut server = match QueueRing::new(setup.ring) {
         Ok(ring) => Server { front: setup.front, receiver: setup.receiver, ring, calls },
         Err(error) => return report(Report::Unready(error)),
     };
     let begun = server.begin();
-    // The kernel scans the partitions of a device only if every tag was first offered with CAP_SYS_ADMIN.
     // Nothing else needs a privilege; no request has come yet.
     confine::become_(Role::Plain);
     if let Err(error) = begun {

@@ -291,6 +291,11 @@ fn keeper_name(id: u32) -> String {
     format!("{id}.respawn")
 }
 
+/// The file by which the rule of udev knows that the image of device `id` is not trusted.
+fn untrusted_name(id: u32) -> String {
+    format!("{id}.untrusted")
+}
+
 /// An entry as it is written.
 fn text_of(entry: &Entry) -> Result<String> {
     serde_json::to_string_pretty(entry).doing("describing the device").file(&entry.image)
@@ -341,6 +346,24 @@ impl Locked<'_> {
         written.doing("writing the device's entry").file(&path).map_err(with_room)
     }
 
+    /// Has the rule of udev know whether the image of device `id` is trusted, before the device is there.
+    ///
+    /// # Errors
+    ///
+    /// The host's.
+    pub fn mark_untrusted(&self, id: u32, is_untrusted: bool) -> Result<()> {
+        const FAILED: &str = "marking the device as untrusted";
+        let path = self.registry.directory.join(untrusted_name(id));
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            removed => removed.doing(FAILED).file(&path)?,
+        }
+        if is_untrusted {
+            File::create_new(&path).doing(FAILED).file(&path).map_err(with_room)?;
+        }
+        Ok(())
+    }
+
     /// Refuses a name that a device has.
     ///
     /// # Errors
@@ -378,7 +401,9 @@ impl Locked<'_> {
             removed => removed.doing("removing the device's entry").file(&path)?,
         }
         let _ = fs::remove_file(self.registry.socket_path(id)); // no process listens there
-        let _ = fs::remove_file(self.registry.directory.join(keeper_name(id))); // there may be none
+        for name in [keeper_name(id), untrusted_name(id)] {
+            let _ = fs::remove_file(self.registry.directory.join(name)); // there may be none
+        }
         let log = self.registry.log_path(id);
         if fs::metadata(&log).is_ok_and(|metadata| metadata.len() == 0) {
             let _ = fs::remove_file(log); // an empty log does no harm either

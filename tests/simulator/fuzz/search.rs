@@ -93,7 +93,7 @@ fn run(bytes: &[u8]) -> Outcome {
         }
     }
     let maps = parts.filter_map(|map| map.parse().ok()).collect();
-    let search = Search { parents: Vec::new(), maps };
+    let search = Search { maps, ..Search::default() };
     let leaf = known(folder().join("child.vhdx"), Some(locator.clone()), Uuid::from_u128(7));
     let mut looks = 0;
     let open = |path: &Path| {
