@@ -302,10 +302,11 @@ impl<E: EngineHandle> Device<E> {
     }
 
     fn publish_names(&self, spec: &DeviceSpec) -> Option<u64> {
+        let name = self.entry.lock().unwrap_or_else(PoisonError::into_inner).name.clone();
+        links::remove_stale(self.info.id, name.as_ref());
         if self.private {
             return None;
         }
-        let name = self.entry.lock().unwrap_or_else(PoisonError::into_inner).name.clone();
         let names = Names { id: self.info.id, disk_id: spec.disk_id, name: name.as_ref() };
         links::publish(self.registry.directory(), &names)
     }

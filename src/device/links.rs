@@ -56,6 +56,28 @@ pub(super) fn publish(directory: &Path, names: &Names<'_>) -> Option<u64> {
     published.ok()
 }
 
+/// Removes every link in the folder of names that leads to the device `id` or to a partition of it, but for
+/// those of its own `name`: an earlier device of this number has left them, which ended with its entry lost.
+pub(super) fn remove_stale(id: u32, name: Option<&Name>) {
+    remove_stale_in(Path::new(FOLDER), id, name);
+}
+
+fn remove_stale_in(folder: &Path, id: u32, own: Option<&Name>) {
+    for file in names_in(folder) {
+        let link = folder.join(&file);
+        if leads_to_device(&link, id) && Name::of_link_name(&file).as_ref() != own {
+            let _ = fs::remove_file(link); // udev may have been first
+        }
+    }
+}
+
+/// Whether the link leads to the device or to a partition of it, there or not.
+fn leads_to_device(link: &Path, id: u32) -> bool {
+    let target = fs::read_link(link).ok();
+    let node = target.as_deref().and_then(Path::file_name).and_then(|node| node.to_str());
+    node.and_then(id_of_node_name) == Some(id)
+}
+
 /// Takes the names away, once the device is gone. udev does the same by itself.
 pub(super) fn withdraw(directory: &Path, id: u32, sequence: Option<u64>, name: Option<&Name>) {
     if let Some(sequence) = sequence {
@@ -71,9 +93,7 @@ pub(super) fn withdraw(directory: &Path, id: u32, sequence: Option<u64>, name: O
 fn remove_links(folder: &Path, id: u32, name: &Name) {
     for file in names_in(folder) {
         let link = folder.join(&file);
-        let target = fs::read_link(&link).ok();
-        let node = target.as_deref().and_then(Path::file_name).and_then(|node| node.to_str());
-        if Name::of_link_name(&file).as_ref() == Some(name) && node.and_then(id_of_node_name) == Some(id) {
+        if Name::of_link_name(&file).as_ref() == Some(name) && leads_to_device(&link, id) {
             let _ = fs::remove_file(link); // udev may have been first
         }
     }
@@ -193,6 +213,28 @@ mod tests {
         fs::write(&link, "precious").expect("room");
         assert!(make_link(&link, &target_of("ublkb1")).is_err());
         assert_eq!(fs::read_to_string(&link).expect("it stays"), "precious");
+    }
+
+    #[test]
+    fn a_number_that_is_used_again_does_not_keep_the_names_of_before() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let links = [
+            ("old", "ublkb1"),
+            ("old-part2", "ublkb1p2"),
+            ("own", "ublkb1"),
+            ("other", "ublkb11"),
+            ("disk", "sda"),
+        ];
+        for (link, node) in links {
+            make_link(&directory.path().join(link), &target_of(node)).expect("free");
+        }
+        fs::write(directory.path().join("file"), "").expect("room");
+        let left = |own: Option<&Name>| {
+            remove_stale_in(directory.path(), 1, own);
+            names_in(directory.path())
+        };
+        assert_eq!(left(Some(&"own".parse().expect("a name"))), ["disk", "file", "other", "own"]);
+        assert_eq!(left(None), ["disk", "file", "other"]);
     }
 
     #[test]

@@ -81,7 +81,7 @@ INSIDE
 # The new program dies when the old one has ended: the old one serves the disk again, in the same unit.
 test_a_failed_upgrade_leaves_the_disk_with_its_unit() {
     boot <<'INSIDE'
-install_program
+install_package
 vhdx-ublk create /images/data.vhdx --size 1G
 vhdx-ublk enable data /images/data.vhdx
 systemctl start vhdx-ublk@data

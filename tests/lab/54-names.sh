@@ -73,6 +73,39 @@ test_names_without_udev() {
     mv /run/udev/away /run/udev/control
 }
 
+# A device that has lost its entry leaves its link; the next one of the number does not answer to it.
+test_names_of_a_number_that_is_used_again() {
+    rm -f /run/udev/rules.d/60-vhdx-ublk.rules
+    udevadm control --reload
+    ublk create data.vhdx --size 64M
+    ublk create other.vhdx --size 64M
+    ublk add --name data --recovery none data.vhdx >/dev/null
+    kill_daemon data.vhdx
+    rm /run/vhdx-ublk/0.json
+    ublk del --force 0
+    [ "$(readlink /dev/vhdx/data)" = ../ublkb0 ] || note "nothing is left to be removed"
+    [ "$(ublk add other.vhdx)" = /dev/ublkb0 ]
+    [ ! -L /dev/vhdx/data ] || fail "another image has the name"
+    ublk del 0
+}
+
+# The same disk, larger: the same names.
+test_names_survive_a_resize() {
+    local device id
+    install_rule
+    ublk create data.vhdx --size 64M
+    id=$(ublk info --json data.vhdx | tr -d ' \n' | sed -n 's/.*"disk_id":"\([^"]*\)".*/\1/p')
+    for size in 64M 128M; do
+        [ "$size" = 64M ] || ublk resize --size "$size" data.vhdx
+        device=$(ublk add --name data data.vhdx)
+        udevadm settle --timeout=20
+        for link in /dev/vhdx/data "/dev/disk/by-id/vhdx-$id"; do
+            [ "$(readlink -f "$link")" = "$device" ] || fail "$size: $link leads to $(readlink -f "$link")"
+        done
+        ublk del data
+    done
+}
+
 # Desktops leave it alone, and what is on it gets no link.
 test_names_of_an_untrusted_image() {
     local device
