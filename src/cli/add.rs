@@ -29,7 +29,7 @@ use vhdx_ublk::device::spec::Ready;
 use vhdx_ublk::device::stop::{self, How, Target};
 use vhdx_ublk::device::{
     MAX_BUFFER_BYTES, MAX_DEPTH, MAX_QUEUES, MIN_REQUEST_BYTES, Options, Recovery, Salvage, ZeroCopy,
-    confine, features, launch,
+    confine, features, launch, private_mounts,
 };
 use vhdx_ublk::disk::{Access, ImageFile, Sparse};
 use vhdx_ublk::error::{Doing, Error, Kind, Result};
@@ -108,6 +108,10 @@ pub struct Add {
     /// Keep the kernel from looking for partitions on the disk
     #[arg(long)]
     no_partitions: bool,
+    /// Give the daemon a mount namespace of its own: what is mounted later is not mounted for it. For an
+    /// image whose path may come to lead to a file system on its own device
+    #[arg(long)]
+    private_mounts: bool,
     /// Serve an image that may be malicious: read-only, without partitions, with parents from its own folder
     /// only, and ignored by desktops (udisks), where the udev rule is installed
     #[arg(long, conflicts_with_all = ["parent", "parent_map", "force"])]
@@ -147,6 +151,7 @@ sector of its partially present blocks (`vhdx-ublk info` shows the maximum). Ses
 eighth of /run free, their bits a quarter. If there is no room, or /run is not a tmpfs, the
 device works but cannot be recovered, and `add` warns about it.
 If the kernel has no ublk driver yet, its module is loaded (modprobe ublk_drv), and a line says so.
+With --private-mounts, a snapshot goes to a file system that the image or a parent of it is on.
 Warnings of a running device go to /run/vhdx-ublk/N.log.
 Writing to a parent invalidates its children. `add` refuses if it finds any, and lists them; use
 --read-only or --force. It finds children that devices use, and those among the first 256 images
@@ -231,7 +236,8 @@ impl Add {
         // The kernel cuts to the same number; buffers are judged by what there will be.
         let queues = self.queues.unwrap_or(default).min(most_queues());
         let request_bytes = request_bytes(queues, self.depth);
-        let Self { id, depth, recovery, zero_copy, for_mount, private, untrusted, .. } = *self;
+        let Self { id, depth, recovery, zero_copy, for_mount, private, private_mounts, untrusted, .. } =
+            *self;
         let (name, no_partitions) = (self.name.clone(), self.no_partitions || untrusted);
         Options {
             id,
@@ -243,6 +249,7 @@ impl Add {
             request_bytes,
             recovery,
             zero_copy,
+            private_mounts,
             no_partitions,
             untrusted,
         }
@@ -269,6 +276,7 @@ impl Add {
         arguments.extend(self.salvage.then(|| "--salvage".into()));
         arguments.extend(self.assume.then(|| "--assume".into()));
         arguments.extend(self.no_partitions.then(|| "--no-partitions".into()));
+        arguments.extend(self.private_mounts.then(|| "--private-mounts".into()));
         arguments.extend(self.untrusted.then(|| "--untrusted".into()));
         arguments.extend(self.for_mount.then(|| "--for-mount".into()));
         arguments.extend(self.force.then(|| "--force".into()));
@@ -328,6 +336,9 @@ impl Add {
     /// Serves until the device's end.
     fn serve(&self, options: &Options, ready: impl FnOnce(&Ready) -> Result<()>) -> Result<()> {
         features::check(options)?;
+        if options.private_mounts {
+            private_mounts::leave()?;
+        }
         let search = Search { beside_only: self.untrusted, ..self.parents.search() };
         let parents = Parents { search, open: |path| open(path, Access::ReadOnly) };
         let (file, access) = self.open()?;

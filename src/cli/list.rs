@@ -240,6 +240,7 @@ pub mod testing {
             parents: Vec::new(),
             parent_files: Vec::new(),
             mount_namespace: 0,
+            private_mounts: false,
             image_file: HostFile { device: 1, inode: 2 },
             daemon: ProcessId { pid: 1234, start_time: 5678, namespace: 0 },
             queues: 2,

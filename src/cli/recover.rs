@@ -12,6 +12,7 @@ use vhdx_ublk::device::engine_thread::EngineThread;
 use vhdx_ublk::device::launch::{self, Lives};
 use vhdx_ublk::device::layers::Parents;
 use vhdx_ublk::device::open_image::{NoEngine, OpenImage};
+use vhdx_ublk::device::private_mounts;
 use vhdx_ublk::device::registry::{Entry, Listed, Registry, Reserved, State};
 use vhdx_ublk::device::salvaged;
 use vhdx_ublk::device::session::Plan;
@@ -136,6 +137,9 @@ impl Recover {
         let listed = claims::find(&Target::parse(text))?;
         refuse_served(&listed)?;
         let entry = &listed.entry;
+        if entry.private_mounts {
+            private_mounts::leave()?;
+        }
         let access = if entry.read_only { Access::ReadOnly } else { Access::ReadWrite };
         let image = self.open(entry, access)?;
         refuse_changed(entry)?;

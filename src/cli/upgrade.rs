@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use vhdx_ublk::device::claims;
 use vhdx_ublk::device::launch::{Lives, Program};
+use vhdx_ublk::device::private_mounts;
 use vhdx_ublk::device::registry::{Listed, State};
 use vhdx_ublk::device::spec::Ready;
 use vhdx_ublk::device::stop::Target;
@@ -124,7 +125,11 @@ impl Upgrade {
         };
         let target = Target::parse(text);
         let registry = claims::registry()?.ok_or_else(|| claims::no_devices(&target))?;
-        let successor = Successor::prepare(&registry, &claims::find(&target)?, add::open_locked)?;
+        let listed = claims::find(&target)?;
+        if listed.entry.private_mounts {
+            private_mounts::leave()?;
+        }
+        let successor = Successor::prepare(&registry, &listed, add::open_locked)?;
         let TakenOver { entry, image, parents, room, pause } = successor.take_over(&registry)?;
         let ready = |served: &Ready| {
             drop(parents);

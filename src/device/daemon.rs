@@ -33,6 +33,7 @@ use super::mailbox::{EngineEnds, FrontEnds, mailboxes};
 use super::node::{Node, await_node};
 use super::options::{Options, Recovery, ZeroCopy};
 use super::order::{Call, HandedOver, NewLeaf, Snapped, SnapshotOrder};
+use super::private_mounts;
 use super::queue::{BufferIndex, QueueSetup, RingSetup, Transfer};
 use super::registry::{self, ENTRY_FORMAT, Entry, ProcessId, Registry, Reserved};
 use super::reply::Reply;
@@ -71,6 +72,9 @@ pub fn serve<E: EngineHandle>(
 ) -> Result<()> {
     options.validate()?;
     prepare_process();
+    if options.private_mounts {
+        keep_mounts_of(spec);
+    }
     let supervisor = Supervisor::new()?;
     let registry = Registry::open()?;
     let mut device = Device::add(registry, supervisor, spec, options)?;
@@ -95,6 +99,9 @@ pub fn recover<E: EngineHandle>(
     ready: impl FnOnce(&Ready) -> Result<()>,
 ) -> Result<()> {
     prepare_process();
+    if entry.private_mounts {
+        keep_mounts_of(spec);
+    }
     let supervisor = Supervisor::new()?;
     let registry = Registry::open()?;
     let mut device = Device::take_over(registry, supervisor, spec, (entry, room))?;
@@ -111,6 +118,12 @@ fn prepare_process() {
     if let Err(error) = sys::keep_in_memory() {
         tracing::warn!("the daemon may be swapped out: {error}");
     }
+}
+
+/// In a mount namespace of its own, keeps what leads to the images.
+fn keep_mounts_of(spec: &DeviceSpec) {
+    let parents = spec.parents.iter().map(PathBuf::as_path);
+    private_mounts::keep_only(&std::iter::once(spec.path.as_path()).chain(parents).collect::<Vec<_>>());
 }
 
 /// How this process got the device.
@@ -180,7 +193,9 @@ impl<E: EngineHandle> Device<E> {
         }
         let info = control.add(&new)?;
         let (name, for_mount, private) = (options.name.clone(), options.for_mount, options.private);
-        let entry = Entry { name, for_mount, private, recovery, ..describe(&info, spec, daemon) };
+        let private_mounts = options.private_mounts;
+        let described = describe(&info, spec, daemon);
+        let entry = Entry { name, for_mount, private, private_mounts, recovery, ..described };
         let written = locked.mark_untrusted(entry.id, options.untrusted).and_then(|()| locked.write(&entry));
         drop(locked);
         let is_test = options.zero_copy == ZeroCopy::Fallback;
@@ -231,7 +246,9 @@ impl<E: EngineHandle> Device<E> {
         let (daemon, version) = (ProcessId::this()?, env!("CARGO_PKG_VERSION").into());
         registry.name_daemon(entry, daemon, &mut room)?;
         let notify_socket = ServiceManager::socket().or_else(|| entry.notify_socket.clone());
-        let renewed = Entry { format: ENTRY_FORMAT, daemon, version, notify_socket, ..entry.clone() };
+        let mount_namespace = registry::mount_namespace();
+        let renewed =
+            Entry { format: ENTRY_FORMAT, daemon, version, notify_socket, mount_namespace, ..entry.clone() };
         let entry = Entry { started: false, ..renewed };
         let manager = manager_of(&entry);
         let (transfer, entry) = (transfer(&info, BufferIndex::Tag), Arc::new(Mutex::new(entry)));
@@ -635,6 +652,7 @@ fn describe(info: &DeviceInfo, spec: &DeviceSpec, daemon: ProcessId) -> Entry {
         parents: spec.parents.clone(),
         parent_files: spec.parent_files.clone(),
         mount_namespace: registry::mount_namespace(),
+        private_mounts: false,
         daemon,
         queues: info.queues,
         depth: info.depth,

@@ -16,9 +16,9 @@
 //!   how it is started again when it dies.
 //!
 //! What other processes see and do: [`registry`], [`usage`], [`stop`], [`health`], [`claims`]; how data
-//! travels between processes: [`path`], `wire`; what the kernel reports of the machine: `process`,
-//! `processes`, [`mounts`], `sysfs`; and the nodes in `/dev`: `node`, [`name`], `links`. No two files use
-//! each other.
+//! travels between processes: [`path`], `wire`; what the kernel reports of the machine, and a daemon's view
+//! of it: `process`, `processes`, [`mounts`], [`private_mounts`], `sysfs`; and the nodes in `/dev`: `node`,
+//! [`name`], `links`. No two files use each other.
 //!
 //! Unsafe code is in `control`, `queue::ring`, `queue::buffers`, `region` and `sys` only. `libublk` gives the
 //! kernel's structures and numbers.
@@ -45,6 +45,7 @@ pub mod open_image;
 mod options;
 pub mod order;
 pub mod path;
+pub mod private_mounts;
 mod process;
 mod processes;
 mod queue;

@@ -93,6 +93,8 @@ pub struct Options {
     pub recovery: Option<Recovery>,
     /// Whether data is copied.
     pub zero_copy: ZeroCopy,
+    /// The daemon has a mount namespace of its own.
+    pub private_mounts: bool,
     /// The kernel leaves its partitions alone.
     pub no_partitions: bool,
     /// Its image may be anybody's: programs of the machine that mount what they find are to leave it alone.
@@ -111,6 +113,7 @@ impl Default for Options {
             request_bytes: 512 << 10,
             recovery: None,
             zero_copy: ZeroCopy::Auto,
+            private_mounts: false,
             no_partitions: false,
             untrusted: false,
         }

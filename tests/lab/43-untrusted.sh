@@ -44,3 +44,40 @@ test_untrusted_images_read_parents_of_their_own_folder_only() {
     ublk list --json | grep -q received/child.vhdx
     ublk del "$device"
 }
+
+# What is mounted over the image later is not mounted for the daemon, which keeps no other file system mounted.
+test_private_mounts_of_a_daemon() {
+    local device other pid
+    mkdir images elsewhere
+    truncate -s 64M other.img
+    other=$(losetup --find --show other.img)
+    mkfs.ext4 -q -F "$other"
+    mount "$other" elsewhere
+    ublk create images/disk.vhdx --size 512M
+    device=$(ublk add --private-mounts images/disk.vhdx)
+    umount elsewhere
+    mkfs.ext4 -q -F "$other" || fail "the daemon keeps another file system mounted"
+    mkfs.ext4 -q -F "$device"
+    mount "$device" images
+    [ ! -e images/disk.vhdx ]
+    pid=$(daemon_pid)
+    [ -e "/proc/$pid/root$PWD/images/disk.vhdx" ] || fail "the daemon sees what is mounted over its image"
+    ! grep "$device" "/proc/$pid/mountinfo" || fail "its own device is mounted for it"
+    copy_real_files 8 "$PWD/images/files"
+    ublk snapshot "$device" "$PWD/images/child.vhdx"
+    [ ! -e images/child.vhdx ]
+    [ -e "/proc/$pid/root$PWD/images/child.vhdx" ]
+    umount images
+    [ -e images/child.vhdx ]
+    mount "$device" "$mnt"
+    kill_daemon images/child.vhdx
+    ublk recover "$device"
+    ! grep "$device" "/proc/$(daemon_pid)/mountinfo" || fail "after a recovery its own device is mounted for it"
+    ublk upgrade "$device"
+    ! grep "$device" "/proc/$(daemon_pid)/mountinfo" || fail "after an upgrade its own device is mounted for it"
+    [ "$(cd "$mnt/files" && find . -type f | wc -l)" -gt 0 ]
+    umount "$mnt"
+    mkfs.ext4 -q -F "$device" || fail "the file system stays mounted somewhere"
+    ublk del "$device"
+    losetup -d "$other"
+}

@@ -58,6 +58,9 @@ pub struct Entry {
     /// The mount namespace in which the paths lead to these files; 0 if it was not recorded.
     #[serde(default)]
     pub mount_namespace: u64,
+    /// The daemon has a mount namespace of its own.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub private_mounts: bool,
     /// The daemon.
     pub daemon: ProcessId,
     /// Queues.
@@ -175,6 +178,7 @@ pub(crate) mod tests {
             parents: Vec::new(),
             parent_files: Vec::new(),
             mount_namespace: 0,
+            private_mounts: false,
             image_file: HostFile { device: 1, inode: 2 },
             daemon: ProcessId { pid: 1234, start_time: 5678, namespace: 0 },
             queues: 2,
