@@ -106,7 +106,7 @@ fn open_to_sync(file: &File, identity: HostFile) -> Result<File> {
 /// # Errors
 ///
 /// What the operating system says.
-pub(super) fn next_data(file: &File, offset: u64) -> io::Result<Option<u64>> {
+pub(crate) fn next_data(file: &File, offset: u64) -> io::Result<Option<u64>> {
     let from = i64::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
     // Every other access to the file names its offset: the position this moves means nothing.
     match lseek(file, from, Whence::SeekData) {
@@ -120,7 +120,11 @@ pub(super) fn next_data(file: &File, offset: u64) -> io::Result<Option<u64>> {
 
 /// Where the stored bytes that begin at `offset` end: at the next hole, or at the end of the file. Hosts that
 /// do not know have no holes.
-fn next_hole(file: &File, offset: u64) -> io::Result<u64> {
+///
+/// # Errors
+///
+/// What the operating system says.
+pub(crate) fn next_hole(file: &File, offset: u64) -> io::Result<u64> {
     let from = i64::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
     match lseek(file, from, Whence::SeekHole) {
         Ok(found) if found >= from => Ok(found.cast_unsigned()),

@@ -33,6 +33,7 @@ mod uring;
 pub use block_device::BlockDevice;
 pub use buffer::{Buffer, PAGE_BYTES, is_zero};
 pub use file::{HostRoom, ImageFile, PayloadIo, folder_of, host_bytes, is_sparse_for_windows};
+pub(crate) use file::{next_data, next_hole};
 pub use host_file::HostFile;
 pub use lock::Access;
 pub use open::{Links, Opened, open_regular};

@@ -85,12 +85,20 @@ impl BlockMap {
     /// If the memory was made for another geometry.
     pub(super) fn left_in(memory: SessionMemory, geometry: Geometry) -> Self {
         let map = Self::over(memory, geometry);
-        for page in 0..map.page_count() {
-            let slots = map.page_slots(page);
-            let mut words = map.memory.slots()[index(slots.start)..index(slots.end)].iter();
-            if words.any(|word| word.load(Ordering::Relaxed) != 0) {
-                map.note_set(slots.start);
+        let (mut page, last) = (0, index(geometry.slot_count()));
+        while page < map.page_count()
+            && let Some(written) = map.memory.written_slots(index(page * SLOTS_PER_PAGE)..last)
+        {
+            page = written.start as u64 / SLOTS_PER_PAGE;
+            let past = (written.end as u64).div_ceil(SLOTS_PER_PAGE);
+            for page in page..past {
+                let slots = map.page_slots(page);
+                let mut words = map.memory.slots()[index(slots.start)..index(slots.end)].iter();
+                if words.any(|word| word.load(Ordering::Relaxed) != 0) {
+                    map.note_set(slots.start);
+                }
             }
+            page = past;
         }
         map
     }
@@ -153,6 +161,13 @@ impl BlockMap {
             block = self.geometry.first_block_from((self.page_of(block) + 1) * SLOTS_PER_PAGE);
         }
         block.min(blocks.end)
+    }
+
+    /// The slots of all pages of which this map or `other`, a map of the same disk, may have a slot set.
+    pub(super) fn slots_set_with<'a>(&'a self, other: &'a Self) -> impl Iterator<Item = Range<u64>> + 'a {
+        assert_eq!(self.geometry, other.geometry, "both are maps of one disk");
+        let is_set = |&page: &u64| self.is_set(page) || other.is_set(page);
+        (0..self.page_count()).filter(is_set).map(|page| self.page_slots(page))
     }
 
     /// Publishes a new mapping of payload block `block`, not yet durable. Engine only.
@@ -326,6 +341,7 @@ impl BlockMap {
 mod tests {
     use fastrand::Rng;
 
+    use super::super::memory::HEADER_WORDS;
     use super::*;
     use crate::format::MIB;
 
@@ -363,5 +379,30 @@ mod tests {
         let first = left.first_set(0..geometry.block_count());
         assert_eq!(left.page_of(first), left.page_of(777_777));
         assert_eq!(left.first_set(first..777_778), first);
+    }
+
+    /// Only what was written is looked at.
+    #[test]
+    fn what_a_killed_process_has_not_written_is_passed_over() {
+        let geometry = Geometry::new(1 << 40, 1 << 20, 512, false);
+        let count = SessionMemory::words_for(&geometry);
+        let words: &[AtomicU64] = (0..count).map(|_| AtomicU64::new(0)).collect::<Vec<_>>().leak();
+        let pages = |range: Range<usize>| range.start * HEADER_WORDS..range.end * HEADER_WORDS;
+        let written = [pages(3..5), pages(100..101)];
+        for page in [3, 4, 7, 100] {
+            words[page * HEADER_WORDS + 9].store(BatEntry::present(MIB).0, Ordering::Relaxed);
+        }
+        let find = move |asked: Range<usize>| {
+            let cut = |part: &Range<usize>| part.start.max(asked.start)..part.end.min(asked.end);
+            written.iter().map(cut).find(|part| part.start < part.end)
+        };
+        let none = Arc::new(|_| Err(std::io::ErrorKind::ReadOnlyFilesystem.into()));
+        let left = BlockMap::left_in(SessionMemory::shared(words, none, Arc::new(find)), geometry);
+        // The first page of the memory is its header, and page 7 was not said to be written.
+        let set: Vec<u64> = left.slots_set_with(&left).map(|slots| slots.start / SLOTS_PER_PAGE).collect();
+        assert_eq!(set, [2, 3, 99]);
+        let other = BlockMap::empty(geometry);
+        other.publish(0, BatEntry::present(MIB));
+        assert_eq!(left.slots_set_with(&other).count(), 4);
     }
 }

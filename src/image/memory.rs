@@ -30,6 +30,7 @@
 //! a BAT is.
 
 use std::ffi::OsString;
+use std::ops::Range;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -39,7 +40,7 @@ use uuid::Uuid;
 use zerocopy::FromZeros;
 
 use super::bitmaps::{MAX_BITMAP_BYTES, SectorBitmaps, WORDS_PER_CHUNK};
-use super::words::{Reserve, Shared};
+use super::words::{Reserve, Shared, Written};
 use crate::disk::PAGE_BYTES;
 use crate::format::bat::Geometry;
 use crate::format::index;
@@ -174,11 +175,11 @@ impl SessionMemory {
     }
 
     /// Memory that others may have used before, and may use afterwards. There is room for its first
-    /// [`Self::reserved_words`]; `reserve` makes more.
-    pub fn shared(words: &'static [AtomicU64], reserve: Reserve) -> Self {
+    /// [`Self::reserved_words`]; `reserve` makes more. `written` finds what others have left.
+    pub fn shared(words: &'static [AtomicU64], reserve: Reserve, written: Written) -> Self {
         // No more than that for a disk of no blocks, which a hostile image may have.
         assert!(words.len() >= HEADER_WORDS, "a header");
-        Self(Words::Shared(Shared { words, reserve }))
+        Self(Words::Shared(Shared { words, reserve, written }))
     }
 
     /// How many words a map of `geometry` needs from the start.
@@ -225,6 +226,20 @@ impl SessionMemory {
     #[inline]
     pub(super) fn slots(&self) -> &[AtomicU64] {
         &self.words()[HEADER_WORDS..]
+    }
+
+    /// The first of `slots` that may hold anything but zeros, and those behind them up to the next that does
+    /// not; `None` if there are none.
+    pub(super) fn written_slots(&self, slots: Range<usize>) -> Option<Range<usize>> {
+        assert!(slots.start <= slots.end && slots.end <= self.slots().len(), "{slots:?} are in the memory");
+        if slots.is_empty() {
+            return None;
+        }
+        let Words::Shared(shared) = &self.0 else { return Some(slots) };
+        let words = (shared.written)(HEADER_WORDS + slots.start..HEADER_WORDS + slots.end)?;
+        let written = words.start.max(HEADER_WORDS + slots.start)..words.end.min(HEADER_WORDS + slots.end);
+        assert!(written.start < written.end, "{words:?} were asked for");
+        Some(written.start - HEADER_WORDS..written.end - HEADER_WORDS)
     }
 
     #[inline]
@@ -478,7 +493,7 @@ mod tests {
         let words = bytes.chunks_exact(size_of::<u64>());
         let words = words.map(|word| u64::from_le_bytes(word.try_into().expect("eight bytes")).into());
         let none = Arc::new(|_| Err(std::io::ErrorKind::ReadOnlyFilesystem.into()));
-        SessionMemory::shared(words.collect::<Vec<AtomicU64>>().leak(), none)
+        SessionMemory::shared(words.collect::<Vec<AtomicU64>>().leak(), none, Arc::new(Some))
     }
 
     #[test]

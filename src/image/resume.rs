@@ -117,7 +117,8 @@ impl WritableImage {
         let geometry = *image.map.geometry();
         let map = BlockMap::left_in(memory, geometry);
         map.set_file_bytes(image.map.file_bytes());
-        for slot in geometry.walk(0..geometry.slot_count()) {
+        let set: Vec<_> = map.slots_set_with(&image.map).collect();
+        for slot in set.into_iter().flat_map(|slots| geometry.walk(slots)) {
             image.reconcile(slot, &map)?;
         }
         image.reconcile_bitmaps(disk, &map).await?;
@@ -192,7 +193,7 @@ impl WritableImage {
         let geometry = *map.geometry();
         let file = View { disk, overlay: None };
         let mut bitmap = BitmapReader::default();
-        for block in partial_blocks(map, 0..geometry.slot_count()) {
+        for block in map.slots_set_with(map).flat_map(|slots| partial_blocks(map, slots)) {
             let slot = geometry.payload_slot(block);
             let chunk = geometry.chunk_of_block(block);
             map.bitmap_place(chunk).ok_or_else(|| missing(chunk))?;

@@ -14,6 +14,16 @@ test_limit_64_tib_in_1_mib_blocks() {
     stamps x 0 1 9 | dd of="$device" bs=1M seek=$((64 * 1024 * 1024 - 1)) oflag=direct iflag=fullblock status=none
     pid=$(ublk list --json | tr -d ' \n' | grep -o '"pid":[0-9]*' | cut -d: -f2)
     note "resident after one write: $(sed -n 's/^VmRSS: *//p' "/proc/$pid/status")"
+    kill -9 "$pid"
+    started=$(date +%s%N)
+    ublk recover "$device" >/dev/null
+    note "recover: $((($(date +%s%N) - started) / 1000000)) ms"
+    check_stamps "$device" $((64 * 1024 * 1024 - 1)) 1 9
+    ublk upgrade "$device" >said
+    note "$(cat said)"
+    check_stamps "$device" $((64 * 1024 * 1024 - 1)) 1 9
+    pid=$(ublk list --json | tr -d ' \n' | grep -o '"pid":[0-9]*' | cut -d: -f2)
+    note "resident after recovery and upgrade: $(sed -n 's/^VmRSS: *//p' "/proc/$pid/status")"
     ublk del "$device"
     note "host_bytes: $(host_bytes disk.vhdx)"
     device=$(ublk add --read-only disk.vhdx)

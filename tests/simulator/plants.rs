@@ -300,7 +300,7 @@ fn changed_session(number: usize, change: impl Fn(u64) -> u64) -> Result<(), Mis
     let count = SessionMemory::words_for(image.map.geometry());
     let words: &'static [AtomicU64] = (0..count).map(|_| AtomicU64::new(0)).collect::<Vec<_>>().leak();
     let owner = image.owner(place(1));
-    let memory = SessionMemory::shared(words, Arc::new(|_| Ok(())));
+    let memory = SessionMemory::shared(words, Arc::new(|_| Ok(())), Arc::new(Some));
     image.start_session(memory.clone(), &owner).expect("there is room");
     memory.check(&owner, image.header.header.file_write_guid).expect("it is whole");
     words[number].store(change(words[number].load(Ordering::Relaxed)), Ordering::Relaxed);

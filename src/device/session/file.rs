@@ -152,7 +152,8 @@ impl Sessions {
             Err((file, _)) => {
                 let words = shared_words(&file, count).doing("mapping the session file").file(&path)?;
                 let none = Arc::new(|_| Err(ErrorKind::ReadOnlyFilesystem.into()));
-                return Ok(Some(Found::Held(Some(SessionMemory::shared(words, none)))));
+                let memory = SessionMemory::shared(words, none, Arc::new(Some));
+                return Ok(Some(Found::Held(Some(memory))));
             }
         };
         let reserved = Reserved { file: Arc::new(file), share: Share::of_found() };

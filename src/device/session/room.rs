@@ -13,9 +13,9 @@ use nix::sys::statfs::{self, fstatfs};
 use nix::sys::statvfs::fstatvfs;
 
 use crate::device::region::shared_words;
-use crate::disk::PAGE_BYTES;
+use crate::disk::{PAGE_BYTES, next_data, next_hole};
 use crate::error::{Doing, Error, Kind, Result};
-use crate::image::{HEADER_WORDS, SessionMemory};
+use crate::image::{HEADER_WORDS, SessionMemory, Written};
 
 /// How much of its file system a session leaves free: one of so many parts.
 #[derive(Clone, Debug)]
@@ -70,7 +70,8 @@ impl Reserved {
     pub(super) fn map(self, count: usize) -> io::Result<SessionMemory> {
         assert!(count >= HEADER_WORDS, "a session of {count} words");
         let words = shared_words(&self.file, count)?;
-        Ok(SessionMemory::shared(words, Arc::new(move |range| self.reserve(range))))
+        let written = written_in(self.file.clone());
+        Ok(SessionMemory::shared(words, Arc::new(move |range| self.reserve(range)), written))
     }
 
     /// Reserves room for a range of words.
@@ -100,6 +101,21 @@ impl Reserved {
     }
 }
 
+/// Finds what was written in `file`: room that was reserved and never touched is a hole of it.
+fn written_in(file: Arc<Flock<File>>) -> Written {
+    let word = size_of::<AtomicU64>();
+    let words_of = |bytes: u64| usize::try_from(bytes).unwrap_or(usize::MAX);
+    Arc::new(move |words: Range<usize>| {
+        let first = match next_data(&file, (words.start * word) as u64) {
+            Ok(found) => words_of(found?) / word,
+            // Where it cannot be known, everything counts.
+            Err(_) => return Some(words),
+        };
+        let past = next_hole(&file, (first * word) as u64).map_or(words.end, |past| words_of(past) / word);
+        (first < words.end).then(|| first..past.min(words.end))
+    })
+}
+
 const _: () = assert!(HEADER_WORDS * size_of::<AtomicU64>() == PAGE_BYTES);
 
 /// A folder in memory.
@@ -112,6 +128,8 @@ pub(in crate::device) fn folder_in_memory() -> tempfile::TempDir {
 
 #[cfg(test)]
 mod tests {
+    use nix::fcntl::FlockArg;
+
     use super::*;
 
     /// A power cut does not empty it.
@@ -119,5 +137,26 @@ mod tests {
     fn a_folder_that_is_no_memory_has_no_sessions() {
         let lasting = File::open("/proc").expect("every Linux has it");
         assert_eq!(refuse_lasting(&lasting).expect_err("it is no tmpfs").kind(), Kind::Unsupported);
+    }
+
+    /// What was only reserved takes no memory when it is looked for.
+    #[test]
+    fn what_was_written_is_found_and_what_was_reserved_is_not() {
+        let page = HEADER_WORDS;
+        let folder = folder_in_memory();
+        let file = tempfile::tempfile_in(folder.path()).expect("room in memory");
+        let length = 64 * PAGE_BYTES;
+        file.set_len(length as u64).expect("an empty file");
+        fallocate(&file, FallocateFlags::empty(), 0, length.try_into().expect("short")).expect("room");
+        let words = shared_words(&file, 64 * page).expect("mapped");
+        for place in [3 * page + 7, 4 * page, 63 * page + page - 1] {
+            words[place].store(1, Ordering::Relaxed);
+        }
+        let locked = Flock::lock(file, FlockArg::LockExclusiveNonblock).expect("nothing else has it");
+        let written = written_in(Arc::new(locked));
+        assert_eq!(written(0..64 * page), Some(3 * page..5 * page));
+        assert_eq!(written(4 * page..4 * page + 9), Some(4 * page..4 * page + 9));
+        assert_eq!(written(5 * page..64 * page), Some(63 * page..64 * page));
+        assert_eq!(written(5 * page..63 * page), None);
     }
 }

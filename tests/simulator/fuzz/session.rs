@@ -62,6 +62,7 @@ fn memory(count: usize, bytes: &[u8]) -> SessionMemory {
             assert!(range.end <= count, "room for {range:?} of {count} words");
             Ok(())
         }),
+        Arc::new(Some),
     )
 }
 
