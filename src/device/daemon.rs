@@ -234,6 +234,7 @@ impl<E: EngineHandle> Device<E> {
         spec: &DeviceSpec,
         (entry, mut room): (&Entry, Reserved),
     ) -> Result<Self> {
+        handover::note("the image is open");
         let control = Control::open()?;
         let found = control.info(entry.id)?.filter(|info| info.mark == entry.mark);
         let info =
@@ -244,6 +245,7 @@ impl<E: EngineHandle> Device<E> {
             _ => error,
         })?;
         let (daemon, version) = (ProcessId::this()?, env!("CARGO_PKG_VERSION").into());
+        handover::note("the kernel has released the device");
         registry.name_daemon(entry, daemon, &mut room)?;
         let notify_socket = ServiceManager::socket().or_else(|| entry.notify_socket.clone());
         let mount_namespace = registry::mount_namespace();
@@ -285,12 +287,14 @@ impl<E: EngineHandle> Device<E> {
         let path = format!("/dev/ublkc{}", self.info.id);
         let cdev = Arc::new(await_node(Path::new(&path), Node::Character)?);
         self.cdev = Some(cdev.clone());
+        handover::note("the entry is written");
         let (engine, fronts) = mailboxes(self.info.queues, self.info.depth)?;
         self.engine = Some(start_engine(engine)?);
         for (queue, ends) in (0..).zip(fronts) {
             self.start_queue(queue, ends, spec, &cdev)?;
         }
         self.supervisor.await_ready(launch::takes_over())?;
+        handover::note("the queues are ready");
         match beginning {
             Beginning::Made => {
                 let in_place = self.transfer != Transfer::Copied;
@@ -300,6 +304,7 @@ impl<E: EngineHandle> Device<E> {
             }
             Beginning::TakenOver => self.control.end_recovery(self.info.id)?,
         }
+        handover::note("requests flow");
         await_node(&self.path(), Node::Block)?;
         let handover = self.engine.as_ref().expect("started above").handover();
         let (first, sources) = (spec.shared.clone(), self.sources.clone());
@@ -406,12 +411,15 @@ impl<E: EngineHandle> Device<E> {
     /// served as before.
     fn hand_over(&mut self, image_file: HostFile, successor: u32, reply: Reply<HandedOver>) -> bool {
         let left = || Error::new(Kind::Io, "the caller has stopped waiting");
+        handover::note("asked for");
         let agreed = self.agree(image_file);
+        handover::note("agreed");
         // Whoever asks after the caller's death must not learn later that the device is handed over.
         self.leaving.store(true, Ordering::Release);
         let agreed = agreed.and_then(|way| if reply.claim() { self.pause(way) } else { Err(left()) });
         match agreed {
             Ok(handed_over) => {
+                handover::note("requests wait");
                 tracing::info!("ending: another process serves the device from now on");
                 if let Err(error) = self.supervisor.leave_to(successor) {
                     tracing::warn!("a request to end that comes now is lost: {error:#}");
@@ -427,6 +435,7 @@ impl<E: EngineHandle> Device<E> {
                 {
                     tracing::warn!("{error:#}");
                 }
+                handover::note("the process ends");
                 true
             }
             Err(error) => {

@@ -56,6 +56,12 @@ pub(super) fn now_us() -> Result<u64> {
     Ok(seconds * 1_000_000 + nanoseconds / 1000)
 }
 
+/// Notes in the log when a stage of a handover, or of a recovery, was reached, for those who look at where
+/// its time goes: the clock is the one that all processes share.
+pub(super) fn note(stage: &str) {
+    tracing::debug!("handover: {stage} at {} us", now_us().unwrap_or_default());
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -18,6 +18,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd, siginfo};
 
 use super::confine::{self, Role};
 use super::ending::Happening;
+use super::handover;
 use super::order::Call;
 use super::queue::{Queue, QueueSetup, Report};
 use super::sys::ProcessHandle;
@@ -203,13 +204,15 @@ impl Supervisor {
     }
 
     /// Has every queue of a device that the kernel has quiesced complete what it serves, and waits for that.
-    /// Then nothing is under way, and the queues answer the engine as long as it does what `settle` does.
+    /// Then nothing is under way, and the queues answer the engine, which does what `settle` does, until the
+    /// process ends.
     pub(super) fn hand_over(&mut self, settle: impl FnOnce() -> Result<()>) -> Result<()> {
         self.queues.iter().for_each(Queue::hand_over);
         self.drain()?;
-        let settled = settle();
-        self.finish();
-        settled
+        handover::note("requests are completed");
+        settle()?;
+        handover::note("they are synced");
+        Ok(())
     }
 
     /// Has the process `pid` get the requests to end that come from now on.

@@ -59,9 +59,11 @@ impl WritableOpener {
         file.read_anew();
         let found = reactor.block_on(self.check(&disk, &place)).file(path)?;
         let parents_of = |image: &Image| self.parents.of(image, path, reactor);
+        super::handover::note("the image is read");
         let early_parents = found.image.as_deref().map(parents_of).transpose()?;
         (self.may_write)()?;
         let (mut image, mut session) = reactor.block_on(self.load(&disk, found)).file(path)?;
+        super::handover::note("the session is taken over");
         let parents = early_parents.map_or_else(|| parents_of(&image), Ok)?;
         if session.is_none() {
             image = reactor.block_on(self.redirect(&disk, image, parents.first())).file(path)?;

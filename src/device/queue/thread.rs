@@ -5,7 +5,8 @@
 //! answers the engine's barriers, so that the engine can close the image in its own order.
 //!
 //! A queue whose device the kernel has quiesced, for another program, is drained when it serves no request.
-//! The tags that it offers then never get one; the end of its thread takes them back.
+//! The tags that it offers then never get one. Requests wait, so it is not ended by itself: the end of the
+//! process takes the tags of all queues back at once.
 //!
 //! Only the end of the process helps a queue that fails: the kernel aborts its requests then, and not before.
 //! The queue reports that, and leaks the memory that the kernel may still write to.
@@ -70,15 +71,6 @@ struct Calls {
     quiesced: AtomicBool,
 }
 
-/// How a queue ends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum End {
-    /// Nothing is under way.
-    Over,
-    /// Another program serves the device from now on.
-    HandedOver,
-}
-
 impl Queue {
     /// Starts the thread. Its reports go to `report`: first [`Report::Ready`] or [`Report::Unready`].
     pub(in crate::device) fn start<R>(setup: QueueSetup, report: R) -> Result<Self>
@@ -95,7 +87,7 @@ impl Queue {
         Ok(Self { thread: thread.doing("starting a queue's thread")?, calls, wake })
     }
 
-    /// The kernel has quiesced the device: the queue completes what it serves, and ends.
+    /// The kernel has quiesced the device: the queue completes what it serves.
     pub(in crate::device) fn hand_over(&self) {
         self.calls.quiesced.store(true, Ordering::Release);
         wake_up(&self.wake);
@@ -132,9 +124,7 @@ fn serve(setup: QueueSetup, calls: Arc<Calls>, report: &dyn Fn(Report)) {
     }
     report(Report::Ready);
     match server.run(report) {
-        Ok(End::Over) => server.ring.close(),
-        // Its commands are out until the thread has ended.
-        Ok(End::HandedOver) => std::mem::forget(server),
+        Ok(()) => server.ring.close(),
         Err(error) => {
             tracing::error!("{error:#}");
             std::mem::forget(server);
@@ -169,14 +159,13 @@ impl Server {
         Ok(())
     }
 
-    fn run(&mut self, report: &dyn Fn(Report)) -> Result<End> {
+    fn run(&mut self, report: &dyn Fn(Report)) -> Result<()> {
         while !(self.ring.has_ended() && self.front.is_idle()) {
             self.ring.wait()?;
             self.handle_events()?;
             if self.calls.quiesced.load(Ordering::Acquire) && self.is_handed_over()? {
                 report(Report::Drained);
-                self.answer_engine()?;
-                return Ok(End::HandedOver);
+                return self.answer_engine();
             }
         }
         report(Report::Drained);
@@ -185,16 +174,16 @@ impl Server {
             self.handle_events()?;
         }
         assert!(self.front.is_idle(), "the engine sends nothing to a front that is over");
-        Ok(End::Over)
+        Ok(())
     }
 
-    /// Requests of other queues may need the engine, which needs the answers of all fronts.
+    /// Until the process ends, or the queue fails. Requests of other queues may need the engine, which needs
+    /// the answers of all fronts.
     fn answer_engine(&mut self) -> Result<()> {
-        while !self.calls.over.load(Ordering::Acquire) {
+        loop {
             self.ring.wait()?;
             self.handle_events()?;
         }
-        Ok(())
     }
 
     /// Whether the queue of a quiesced device serves nothing, and nothing is on the way in either direction:
