@@ -16,7 +16,8 @@ use vhdx_ublk::device::private_mounts;
 use vhdx_ublk::device::registry::{Entry, Listed, Registry, Reserved, State};
 use vhdx_ublk::device::salvaged;
 use vhdx_ublk::device::session::Plan;
-use vhdx_ublk::device::spec::Ready;
+use vhdx_ublk::device::spare_buffers::SpareBuffers;
+use vhdx_ublk::device::spec::{DeviceSpec, Ready};
 use vhdx_ublk::device::stop::{self, Target};
 use vhdx_ublk::device::usage;
 use vhdx_ublk::disk::{Access, ImageFile};
@@ -145,15 +146,15 @@ impl Recover {
         refuse_changed(entry)?;
         // With less room than that it may be enough to replace one entry.
         let room = Registry::open()?.reserve(entry).unwrap_or_default();
-        serve_image(entry, (image, room), self.accept_loss, ready)
+        serve_image(entry, (image, room, SpareBuffers::default()), self.accept_loss, ready)
     }
 }
 
-/// Serves the device of `entry`, which has no daemon, with `image`, which is locked; `room` is for its new
-/// entry.
+/// Serves the device of `entry`, which has no daemon, with `image`, which is locked, and with `spare` buffers;
+/// `room` is for its new entry.
 pub fn serve_image(
     entry: &Entry,
-    (image, room): (ImageFile, Reserved),
+    (image, room, spare): (ImageFile, Reserved, SpareBuffers),
     accept_loss: bool,
     ready: impl FnOnce(&Ready) -> Result<()>,
 ) -> Result<()> {
@@ -168,11 +169,12 @@ pub fn serve_image(
         if opened.file_write_guid != entry.file_write_guid && !accept_loss {
             return Err(changed(entry));
         }
+        let served = DeviceSpec { spare, ..opened.spec(&file)? };
         let start = |ends| Ok(NoEngine::new(&opened, ends));
-        return daemon::recover(&opened.spec(&file)?, (entry, room), start, ready);
+        return daemon::recover(&served, (entry, room), start, ready);
     }
     let engine = EngineThread::open(file.clone(), Plan::Resume { accept_loss }, parents)?;
-    let served = engine.opened().spec(&file)?;
+    let served = DeviceSpec { spare, ..engine.opened().spec(&file)? };
     let entry = &Entry { image_file: served.image_file, ..entry.clone() };
     daemon::recover(&served, (entry, room), |ends| Ok(engine.start(ends)), ready)
 }

@@ -130,12 +130,12 @@ impl Upgrade {
             private_mounts::leave()?;
         }
         let successor = Successor::prepare(&registry, &listed, add::open_locked)?;
-        let TakenOver { entry, image, parents, room, pause } = successor.take_over(&registry)?;
+        let TakenOver { entry, image, parents, room, spare, pause } = successor.take_over(&registry)?;
         let ready = |served: &Ready| {
             drop(parents);
             ready(&Ready { pause_us: Some(pause.until_now_us()?), ..served.clone() })
         };
-        recover::serve_image(&entry, (image, room), false, ready)
+        recover::serve_image(&entry, (image, room, spare), false, ready)
     }
 }
 

@@ -529,6 +529,7 @@ impl<E: EngineHandle> Device<E> {
                 queue,
                 depth: self.info.depth,
                 request_bytes: self.info.request_bytes,
+                spare: spec.spare.take(),
                 ioctl_numbers: self.info.has_ioctl_numbers(),
                 transfer: self.transfer,
                 character_device: cdev.clone(),

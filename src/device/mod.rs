@@ -59,6 +59,7 @@ mod service_manager;
 pub mod session;
 mod snapshot;
 pub mod socket;
+pub mod spare_buffers;
 pub mod spec;
 pub mod stats;
 pub mod stop;

@@ -13,6 +13,7 @@ use super::leaf_handover::LeafHandover;
 use super::mailbox::EngineEnds;
 use super::options::{Parameters, Salvage};
 use super::order::SnapshotOrder;
+use super::spare_buffers::SpareBuffers;
 use super::spec::{DeviceSpec, EngineHandle};
 use crate::disk::tally::Histogram;
 use crate::disk::{HostFile, ImageFile, Reactor};
@@ -103,6 +104,7 @@ impl OpenImage {
             recoverable: self.recoverable,
             salvage: self.salvage,
             sync_times: self.sync_times.clone(),
+            spare: SpareBuffers::default(),
         })
     }
 }

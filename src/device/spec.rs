@@ -11,6 +11,7 @@ use uuid::Uuid;
 use super::leaf_handover::LeafHandover;
 use super::options::{Parameters, Salvage};
 use super::order::SnapshotOrder;
+use super::spare_buffers::SpareBuffers;
 use crate::disk::tally::Histogram;
 use crate::disk::{HostFile, Sparse};
 use crate::engine::shared::Shared;
@@ -45,6 +46,8 @@ pub struct DeviceSpec {
     pub salvage: Option<Salvage>,
     /// How long syncs of the image take.
     pub sync_times: Arc<Histogram>,
+    /// Buffers for its queues, as far as they were made before.
+    pub spare: SpareBuffers,
 }
 
 /// The engine of a device, once started. It is dropped without [`EngineHandle::close`] only when the process

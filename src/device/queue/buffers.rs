@@ -72,17 +72,26 @@ pub(in crate::device) enum BufferIndex {
 }
 
 impl RequestBuffers {
-    /// The data of `depth` tags, of at most `request_bytes` each.
-    pub(super) fn new(transfer: Transfer, depth: u16, request_bytes: u32) -> io::Result<Self> {
+    /// The data of `depth` tags, of at most `request_bytes` each; in `spare`, if there is some.
+    pub(super) fn new(
+        transfer: Transfer,
+        depth: u16,
+        request_bytes: u32,
+        spare: Option<Region>,
+    ) -> io::Result<Self> {
         match transfer {
-            Transfer::Copied => Self::copied(depth, request_bytes),
+            Transfer::Copied => Self::copied(depth, request_bytes, spare),
             Transfer::InPlace(index) => Self::in_place(index),
         }
     }
 
-    fn copied(depth: u16, request_bytes: u32) -> io::Result<Self> {
+    fn copied(depth: u16, request_bytes: u32, spare: Option<Region>) -> io::Result<Self> {
         let request_bytes = request_bytes as usize;
-        let region = Region::memory(usize::from(depth) * request_bytes)?;
+        let length = usize::from(depth) * request_bytes;
+        let region = match spare.filter(|spare| spare.length() == length) {
+            Some(spare) => spare,
+            None => Region::memory(length)?,
+        };
         Ok(Self::Copied(Buffers { region, request_bytes, registered: false }))
     }
 
@@ -218,12 +227,12 @@ mod tests {
     fn only_pages_may_be_unregistered_and_only_when_the_kernel_says_so() {
         let in_place = RequestBuffers::in_place(BufferIndex::Tag).expect("there is a /dev/zero");
         assert!(in_place.wants_registration(1 | 1 << 17) && !in_place.wants_registration(1));
-        assert!(!RequestBuffers::copied(1, 4096).expect("memory").wants_registration(1 << 17));
+        assert!(!RequestBuffers::copied(1, 4096, None).expect("memory").wants_registration(1 << 17));
     }
 
     #[test]
     fn buffers_lie_side_by_side_and_are_filled_at_once() {
-        let mut data = RequestBuffers::copied(2, 8192).expect("memory");
+        let mut data = RequestBuffers::copied(2, 8192, None).expect("memory");
         let first = data.offer(0).0;
         assert_eq!(data.offer(1).0, first + 8192);
         let io =
@@ -234,7 +243,7 @@ mod tests {
     #[test]
     #[should_panic(expected = "leaves the tag's buffer")]
     fn a_piece_never_reaches_into_the_next_tags_buffer() {
-        let data = RequestBuffers::copied(2, 8192).expect("memory");
+        let data = RequestBuffers::copied(2, 8192, None).expect("memory");
         data.read(
             Fixed(1),
             0,

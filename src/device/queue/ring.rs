@@ -68,6 +68,8 @@ pub(in crate::device) struct RingSetup {
     pub(in crate::device) depth: u16,
     /// Longest request, bytes.
     pub(in crate::device) request_bytes: u32,
+    /// Buffers for its requests, if they were made before.
+    pub(in crate::device) spare: Option<Region>,
     /// Whether the kernel takes commands by their `ioctl` numbers.
     pub(in crate::device) ioctl_numbers: bool,
     /// How data reaches the file.
@@ -157,11 +159,12 @@ pub(super) struct QueueRing {
 
 impl QueueRing {
     /// Makes the ring and its memory. Nothing is submitted yet.
-    pub(super) fn new(setup: RingSetup) -> Result<Self> {
+    pub(super) fn new(mut setup: RingSetup) -> Result<Self> {
         assert!((1..=MAX_LAYERS).contains(&setup.images.len()), "{} images", setup.images.len());
-        let doing = |what: &str| format!("queue {}: {what}", setup.queue);
+        let (queue, spare) = (setup.queue, setup.spare.take());
+        let doing = |what: &str| format!("queue {queue}: {what}");
         let uring = build_ring(setup.depth).doing(doing("making its ring"))?;
-        let buffers = RequestBuffers::new(setup.transfer, setup.depth, setup.request_bytes);
+        let buffers = RequestBuffers::new(setup.transfer, setup.depth, setup.request_bytes, spare);
         let mut buffers = buffers.doing(doing("allocating its buffers"))?;
         buffers.register(&uring, setup.depth).doing(doing("registering its buffers"))?;
         let images =

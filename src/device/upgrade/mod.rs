@@ -6,7 +6,8 @@
 //! 1. the command opens the program of the daemon, which may have been removed from its folder, and asks the
 //!    new program which [`Formats`] it reads;
 //! 2. the successor takes room in `/run` for the device's entry, opens the image and its parents, and locks
-//!    them beside the daemon;
+//!    them beside the daemon; it brings the buffers of its queues into memory, so that there is enough and
+//!    requests do not wait for that;
 //! 3. it leaves its parent, blocks the signals that request something, and asks the daemon for the device.
 //!    The daemon commits what is dirty, has new requests wait, completes those that it serves, syncs them,
 //!    and ends as if it had been killed (see `handover`);

@@ -5,7 +5,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::formats::Formats;
-use crate::device::handover::now_us;
+use crate::device::control::Control;
+use crate::device::handover::{note, now_us};
 use crate::device::launch;
 use crate::device::order::HandedOver;
 use crate::device::process::Life;
@@ -13,6 +14,7 @@ use crate::device::registry::{Entry, Listed, Registry, Reserved, State};
 use crate::device::service_manager::GroupVisit;
 use crate::device::session;
 use crate::device::socket;
+use crate::device::spare_buffers::SpareBuffers;
 use crate::device::sys;
 use crate::disk::{Access, ImageFile};
 use crate::error::{Doing, Error, Kind, Result};
@@ -32,6 +34,7 @@ pub struct Successor {
     image: ImageFile,
     parents: Vec<ImageFile>,
     room: Reserved,
+    spare: SpareBuffers,
 }
 
 /// A device whose daemon has ended for this process.
@@ -44,6 +47,8 @@ pub struct TakenOver {
     pub parents: Vec<ImageFile>,
     /// Room for its new entry.
     pub room: Reserved,
+    /// Buffers for its queues.
+    pub spare: SpareBuffers,
     /// Since when requests wait.
     pub pause: Pause,
 }
@@ -89,8 +94,14 @@ impl Successor {
             refuse_another(&entry, path, parent.identity() == *file)?;
             parents.push(parent);
         }
+        // Before memory is locked as it is touched: such memory is not brought in by its allocation.
+        let info = Control::open()?.info(entry.id)?;
+        let spare = info.map(|info| SpareBuffers::of(&info)).transpose()?.unwrap_or_default();
+        if let Err(error) = sys::keep_in_memory() {
+            tracing::warn!("the daemon may be swapped out: {error}");
+        }
         refuse_ended(&entry)?;
-        Ok(Self { entry, image, parents, room })
+        Ok(Self { entry, image, parents, room, spare })
     }
 
     /// Has the daemon end, and waits for that.
@@ -99,7 +110,7 @@ impl Successor {
     ///
     /// The daemon's refusal: nothing has changed. That it does not end in time.
     pub fn take_over(self, registry: &Registry) -> Result<TakenOver> {
-        let Self { entry, image, parents, room } = self;
+        let Self { entry, image, parents, room, spare } = self;
         // From the daemon's end on this process must outlive its starter; after a refusal it ends by itself.
         launch::leave_parent()?;
         // What asks the daemon to end from now on, asks its successor.
@@ -113,6 +124,7 @@ impl Successor {
             Err(error) => return Err(without_command(&entry, error)),
         };
         launch::take_over();
+        note("the daemon has answered");
         if !has_ended(&entry, END_PATIENCE) {
             let message = format!(
                 "the daemon of {} (pid {}) has not ended within {} s",
@@ -122,11 +134,13 @@ impl Successor {
             );
             return Err(Error::new(Kind::InUse, message).remedy("check dmesg and the host's storage"));
         }
+        note("the daemon has ended");
         if !entry.read_only {
             image.become_writer(END_PATIENCE)?;
             session::await_free(entry.image_file, END_PATIENCE)?;
         }
-        Ok(TakenOver { entry, image, parents, room, pause: Pause(paused_at_us) })
+        note("the locks are here");
+        Ok(TakenOver { entry, image, parents, room, spare, pause: Pause(paused_at_us) })
     }
 }
 
