@@ -30,7 +30,7 @@ pub const SALVAGE: &str =
     "`vhdx-ublk salvage FILE COPY` copies what is left of the disk, and does not change the file";
 
 /// What went wrong, as far as a caller needs to tell cases apart. Serialised in kebab case: `not-vhdx`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Kind {
     /// The file is no VHDX at all.
@@ -41,7 +41,7 @@ pub enum Kind {
     Truncated,
     /// Legal, but not something this program handles.
     Unsupported,
-    /// Somebody else has the image or the device.
+    /// Another program has the image or the device.
     InUse,
     /// The host has no room.
     NoSpace,

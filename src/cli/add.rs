@@ -13,6 +13,8 @@ use std::thread;
 use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
+use schemars::JsonSchema;
+use serde::Serialize;
 use vhdx_ublk::chain::Search;
 use vhdx_ublk::device::claims::Claims;
 use vhdx_ublk::device::daemon;
@@ -123,6 +125,9 @@ pub struct Add {
     /// For machines without a service manager: a unit of systemd does the same
     #[arg(long, conflicts_with = "foreground")]
     respawn: bool,
+    /// As JSON: one object, errors too
+    #[arg(long)]
+    json: bool,
     /// Remove the device with the last mount of it
     #[arg(long, hide = true)]
     for_mount: bool,
@@ -156,7 +161,21 @@ Warnings of a running device go to /run/vhdx-ublk/N.log.
 Writing to a parent invalidates its children. `add` refuses if it finds any, and lists them; use
 --read-only or --force. It finds children that devices use, and those among the first 256 images
 of the folder.
+JSON: id, device, name (null or a text), log (null with --foreground).
 Exit status: 0 the device can be used, 1 failure (nothing is left behind), 2 wrong usage.";
+
+/// What is printed as JSON.
+#[derive(Serialize, JsonSchema)]
+pub struct Answer {
+    /// The N of `/dev/ublkbN`.
+    pub id: u32,
+    /// `/dev/ublkbN`.
+    pub device: PathBuf,
+    /// The name that the device was given.
+    pub name: Option<Name>,
+    /// Where warnings are written from now on; null if this process serves.
+    pub log: Option<PathBuf>,
+}
 
 impl Add {
     /// Runs the command.
@@ -168,7 +187,7 @@ impl Add {
         }
         if self.foreground {
             return self.serve_here(|ready| {
-                output::print(&ready.device.display().to_string())?;
+                self.print(ready)?;
                 notify::ready(ready);
                 Ok(())
             });
@@ -181,7 +200,16 @@ impl Add {
         if self.respawn {
             respawn::start(&ready).inspect_err(|_| remove(&ready))?;
         }
-        output::print(&ready.device.display().to_string()).inspect_err(|_| remove(&ready))
+        self.print(&ready).inspect_err(|_| remove(&ready))
+    }
+
+    fn print(&self, ready: &Ready) -> Result<()> {
+        if !self.json {
+            return output::print(&ready.device.display().to_string());
+        }
+        let Ready { id, device, log, .. } = ready.clone();
+        let log = (!self.foreground).then_some(log);
+        output::print_json(&Answer { id, device, name: self.name.clone(), log })
     }
 
     /// Serves from this process until the device's end.

@@ -3,9 +3,11 @@
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use vhdx_ublk::device::claims::Claims;
+use vhdx_ublk::device::path::WrittenPath;
 use vhdx_ublk::disk::SPARSE_FOR_WINDOWS;
 use vhdx_ublk::error::{Error, Result};
 use vhdx_ublk::image::{Finding, LogFound, Report, Severity};
@@ -89,8 +91,8 @@ fn status(Checked { report, chain, .. }: &Checked) -> u8 {
 }
 
 /// What is printed as JSON.
-#[derive(Serialize)]
-struct Json<'a> {
+#[derive(Serialize, JsonSchema)]
+pub struct Json<'a> {
     #[serde(flatten)]
     image: Examined<'a>,
     is_sparse_for_windows: bool,
@@ -100,16 +102,16 @@ struct Json<'a> {
     chain_fault: Option<Failure<'a>>,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 struct Examined<'a> {
-    image: String,
+    image: WrittenPath,
     #[serde(flatten)]
     report: &'a Report,
 }
 
 impl<'a> Json<'a> {
     fn of(Checked { path, is_sparse_for_windows, report, before, chain }: &'a Checked) -> Self {
-        let examined = |path: &Path, report| Examined { image: path.to_string_lossy().into_owned(), report };
+        let examined = |path: &Path, report| Examined { image: WrittenPath::of(path), report };
         Self {
             image: examined(path, report),
             is_sparse_for_windows: *is_sparse_for_windows,

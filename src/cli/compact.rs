@@ -3,9 +3,11 @@
 use std::fmt::Write as _;
 use std::path::PathBuf;
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use vhdx_ublk::device::claims::Claims;
+use vhdx_ublk::device::path::WrittenPath;
 use vhdx_ublk::disk::{Reactor, Sparse};
 use vhdx_ublk::error::Result;
 use vhdx_ublk::format::metadata::DiskType;
@@ -138,9 +140,9 @@ fn parse_rate(text: &str) -> std::result::Result<u64, String> {
 }
 
 /// The answer as JSON has it. What would be done only has no figures of the file afterwards but its length.
-#[derive(Serialize)]
-struct Answer {
-    image: String,
+#[derive(Serialize, JsonSchema)]
+pub struct Answer {
+    image: WrittenPath,
     dry_run: bool,
     stopped: bool,
     host_bytes_before: u64,
@@ -164,7 +166,7 @@ fn answer(compacted: &Compacted) -> Answer {
     let Compacted { path, before, after, done, filled_bytes, unread, .. } = compacted;
     Answer {
         filled_bytes: *filled_bytes,
-        image: path.to_string_lossy().into_owned(),
+        image: WrittenPath::of(path),
         dry_run: after.is_none(),
         stopped: done.stopped,
         host_bytes_before: before.host,

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use vhdx_ublk::chain::Search;
@@ -55,8 +56,8 @@ const DIFFERENT: u8 = 1;
 pub const FAILURE: u8 = 2;
 
 /// What is printed as JSON.
-#[derive(Serialize)]
-struct Json {
+#[derive(Serialize, JsonSchema)]
+pub struct Json {
     same: bool,
     first_difference: Option<u64>,
     sizes: [u64; 2],

@@ -4,9 +4,11 @@ use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use vhdx_ublk::device::claims::Claims;
+use vhdx_ublk::device::path::WrittenPath;
 use vhdx_ublk::disk::{BlockDevice, Sparse};
 use vhdx_ublk::error::{Error, Kind, Result};
 use vhdx_ublk::operations::convert::{Conversion, Converted, Input, Output};
@@ -93,9 +95,9 @@ source and target share on their host), and seconds (null after a dry run).
 Exit status: 0 converted, 1 failure (no unfinished target is left), 2 wrong usage.";
 
 /// What is printed as JSON.
-#[derive(Serialize)]
-struct Json {
-    target: Option<String>,
+#[derive(Serialize, JsonSchema)]
+pub struct Json {
+    target: Option<WrittenPath>,
     format: DiskFormat,
     virtual_size: Option<u64>,
     required: Option<u64>,
@@ -204,7 +206,7 @@ impl Convert {
     ) -> Result<()> {
         let Converted { size, measured, written, shared } = converted;
         output::print_json(&Json {
-            target: Some(self.target.to_string_lossy().into_owned()),
+            target: Some(WrittenPath::of(&self.target)),
             format: conversion.shape.format,
             virtual_size: size,
             required: measured.map(|measured| measured.required),

@@ -4,16 +4,19 @@ use std::path::PathBuf;
 use std::thread;
 
 use clap::ValueEnum;
+use schemars::JsonSchema;
+use serde::Serialize;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use vhdx_ublk::device::claims::Claims;
+use vhdx_ublk::device::path::WrittenPath;
 use vhdx_ublk::disk::{Remover, Sparse};
 use vhdx_ublk::error::{Doing, Error, Kind, Result};
 use vhdx_ublk::image::{InitialState, NewImage};
 use vhdx_ublk::operations::create::Creation;
 
-use super::size;
+use super::{output, size};
 
 /// Create a new, empty image.
 ///
@@ -72,6 +75,9 @@ pub struct Create {
     /// old file stays
     #[arg(short, long)]
     force: bool,
+    /// As JSON: one object, errors too
+    #[arg(long)]
+    json: bool,
 }
 
 const AFTER_HELP: &str = "\
@@ -80,6 +86,7 @@ Examples:
   vhdx-ublk create disk.vhdx --size 1T --type fixed --logical-sector-size 4096
   vhdx-ublk create child.vhdx --type differencing --parent disk.vhdx
 
+JSON: image, parent (null or a path); `vhdx-ublk info --json` has the rest.
 Exit status: 0 the image is created, 1 failure (no unfinished file is left), 2 wrong usage.";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -102,12 +109,23 @@ fn parse_mode(text: &str) -> std::result::Result<u32, String> {
     })
 }
 
+/// What is printed as JSON.
+#[derive(Serialize, JsonSchema)]
+pub struct Answer {
+    /// The new image, as it was named.
+    image: WrittenPath,
+    /// Its parent, as it was named.
+    parent: Option<WrittenPath>,
+}
+
 impl Create {
     /// Runs the command.
     pub fn run(self) -> Result<()> {
         let new = self.plan()?;
-        let Self { image, parent, mode, force: replace, sparse, .. } = self;
-        Creation { image, new, parent, mode, replace, sparse }.run(&Claims, remove_on_signals)
+        let Self { image, parent, mode, force: replace, sparse, json, .. } = self;
+        let answer = Answer { image: WrittenPath::of(&image), parent: parent.as_ref().map(WrittenPath::of) };
+        Creation { image, new, parent, mode, replace, sparse }.run(&Claims, remove_on_signals)?;
+        if json { output::print_json(&answer) } else { Ok(()) }
     }
 
     /// Refuses a name that promises another format than the one that is made.

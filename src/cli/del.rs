@@ -8,7 +8,7 @@ use vhdx_ublk::device::stop::{self, How, Openers, Target};
 use vhdx_ublk::device::{Control, DeviceInfo, claims, launch};
 use vhdx_ublk::error::{Error, Kind, Result};
 
-use super::output;
+use super::{SUCCESS, output};
 
 /// Remove devices and close their images.
 ///
@@ -30,6 +30,9 @@ pub struct Del {
     #[arg(long, value_name = "SECONDS", default_value_t = stop::DEFAULT_TIMEOUT.as_secs())]
     #[arg(value_parser = clap::value_parser!(u64).range(1..=86_400))]
     timeout: u64,
+    /// As JSON: an array of objects, errors too
+    #[arg(long)]
+    json: bool,
     /// This process is the child that waits in the kernel; the number is the device's mark
     #[arg(long, hide = true, conflicts_with = "all")]
     stop_device: Option<u64>,
@@ -45,6 +48,7 @@ Examples:
 A device is in use while it is mounted, used as swap, open, exported by the kernel (nvmet, LIO),
 or has a loop device, a mapper or an array on it. If --force kills a daemon, its session remains,
 and `del` writes what was acknowledged from it to the image.
+JSON: target (as it was named), error (null, or why the device remains or what its image lacks).
 Exit status: 0 all devices are removed, 1 some remain or their image could not be closed cleanly,
 2 wrong usage.";
 
@@ -62,6 +66,13 @@ impl Doomed {
         }
     }
 
+    fn device(&self) -> OsString {
+        match self {
+            Self::Known(listed) => listed.entry.device.clone().into(),
+            Self::Orphan(info) => format!("/dev/ublkb{}", info.id).into(),
+        }
+    }
+
     fn take_away(&self, registry: &Registry, how: &How) -> Result<()> {
         match self {
             Self::Known(listed) => stop::stop(registry, &listed.entry, how),
@@ -71,11 +82,11 @@ impl Doomed {
 }
 
 impl Del {
-    /// Runs the command. Every target is tried; the last failure is returned, earlier ones are reported at
-    /// once.
-    pub fn run(self) -> Result<()> {
+    /// Runs the command; returns the exit status. Every target is tried; the last failure is returned,
+    /// earlier ones are reported at once.
+    pub fn run(self) -> Result<u8> {
         if let Some(mark) = self.stop_device {
-            return self.stop_device(mark);
+            return self.stop_device(mark).map(|()| SUCCESS);
         }
         let registry = claims::registry()?;
         let outcomes = match &registry {
@@ -85,43 +96,47 @@ impl Del {
                 if self.all { self.all(registry)? } else { self.named(registry) }
             }
             None if self.all => Vec::new(),
-            None => self.target.iter().map(|text| Err(claims::no_devices(&Target::parse(text)))).collect(),
+            None => {
+                let none = |text: &OsString| (text.clone(), Err(claims::no_devices(&Target::parse(text))));
+                self.target.iter().map(none).collect()
+            }
         };
-        output::last_failure(outcomes.into_iter())
+        output::finish(outcomes, self.json)
     }
 
     fn how(&self) -> How {
         How { force: self.force, timeout: Duration::from_secs(self.timeout) }
     }
 
-    fn named(&self, registry: &Registry) -> Vec<Result<()>> {
-        let take = |text: &OsString| stop::take_away(registry, &Target::parse(text), &self.how());
+    fn named(&self, registry: &Registry) -> Vec<(OsString, Result<()>)> {
+        let take =
+            |text: &OsString| (text.clone(), stop::take_away(registry, &Target::parse(text), &self.how()));
         self.target.iter().map(take).collect()
     }
 
     /// Removes all devices. A device in use is tried again after another has been removed, which may have
     /// lain on it.
-    fn all(&self, registry: &Registry) -> Result<Vec<Result<()>>> {
+    fn all(&self, registry: &Registry) -> Result<Vec<(OsString, Result<()>)>> {
         let survey = registry.survey()?;
         let known = survey.devices.into_iter().map(|listed| Doomed::Known(listed.into()));
         let all = known.chain(survey.orphans.into_iter().map(Doomed::Orphan)).collect();
-        let mut left = stop::nested_first(all, Doomed::lies_on);
+        let (mut left, mut outcomes) = (stop::nested_first(all, Doomed::lies_on), Vec::new());
         loop {
-            let (count, mut failures, mut again) = (left.len(), Vec::new(), Vec::new());
+            let (count, mut again, mut in_use) = (left.len(), Vec::new(), Vec::new());
             for doomed in left {
-                if let Err(error) = doomed.take_away(registry, &self.how()) {
-                    // With any other error the device is removed, and the fault is its image's.
-                    if error.kind() == Kind::InUse {
-                        again.push(doomed);
-                    }
-                    failures.push(Err(error));
+                let (device, outcome) = (doomed.device(), doomed.take_away(registry, &self.how()));
+                // With any other error the device is removed, and the fault is its image's.
+                if is_in_use(&outcome) {
+                    again.push(doomed);
+                    in_use.push((device, outcome));
+                } else {
+                    outcomes.push((device, outcome));
                 }
             }
             if again.is_empty() || again.len() == count {
-                return Ok(failures);
+                outcomes.extend(in_use);
+                return Ok(outcomes);
             }
-            output::last_failure(failures.into_iter().filter(|failure| !is_in_use(failure)))
-                .unwrap_or_else(|error| output::report(&error, false));
             left = again;
         }
     }

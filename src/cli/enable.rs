@@ -3,7 +3,11 @@
 use std::ffi::OsString;
 use std::path::{self, Path, PathBuf};
 
+use schemars::JsonSchema;
+use serde::Serialize;
+
 use vhdx_ublk::device::name::Name;
+use vhdx_ublk::device::path::WrittenPath;
 use vhdx_ublk::device::registry::Registry;
 use vhdx_ublk::error::{Doing, Error, Kind, Locate, Result};
 use vhdx_ublk::operations::named_file;
@@ -22,6 +26,9 @@ pub struct Enable {
     image: PathBuf,
     /// Options of `add` without the dashes, and noauto, nofail, _netdev, separated by commas
     options: Option<OsString>,
+    /// As JSON: one object, errors too
+    #[arg(long)]
+    json: bool,
 }
 
 /// Stop serving a disk from boot on: remove its line from /etc/vhdxtab.
@@ -32,6 +39,9 @@ pub struct Enable {
 pub struct Disable {
     /// The name of the disk
     name: OsString,
+    /// As JSON: one object, errors too
+    #[arg(long)]
+    json: bool,
 }
 
 const AFTER_HELP: &str = "\
@@ -47,6 +57,7 @@ A line of /etc/fstab then mounts the disk, or a partition of it:
   _netdev   its image is reached over a network
 
 In /etc/vhdxtab, \\040 stands for a blank in a path, and \\054 for a comma in an option.
+JSON: table, name, image, next_command (what serves it now).
 Exit status: 0 the line is in the table, 1 failure (the table is unchanged), 2 wrong usage.";
 
 const AFTER_HELP_OF_DISABLE: &str = "\
@@ -54,7 +65,32 @@ Examples:
   vhdx-ublk disable data
   vhdx-ublk del data          remove its device, too
 
+JSON: table, name, next_command (null, or what removes a device that is there).
 Exit status: 0 the line is removed, 1 failure, 2 wrong usage.";
+
+/// What `enable` prints as JSON.
+#[derive(Serialize, JsonSchema)]
+pub struct Enabled {
+    /// The table that has the line.
+    table: &'static str,
+    /// The name of the disk.
+    name: Name,
+    /// The image, an absolute path.
+    image: WrittenPath,
+    /// What serves the disk now.
+    next_command: String,
+}
+
+/// What `disable` prints as JSON.
+#[derive(Serialize, JsonSchema)]
+pub struct Disabled {
+    /// The table that had the line.
+    table: &'static str,
+    /// The name of the disk.
+    name: WrittenPath,
+    /// What removes a device that is there.
+    next_command: Option<String>,
+}
 
 impl Enable {
     /// Runs the command.
@@ -68,11 +104,19 @@ impl Enable {
         let disk = Disk::new(self.name.as_str().as_ref(), image.as_os_str(), &options)?;
         start::add_of(&disk)?;
         table_to_change()?.add(&disk)?;
-        output::print_line(&format!("{}: added {} with {}", table::PATH, disk.name, image.display()))?;
-        let Some(unit) = reload(&self.name)? else {
-            return output::print_line(&format!("serve it now: vhdx-ublk start {}", self.name));
+        if !self.json {
+            output::print_line(&format!("{}: added {} with {}", table::PATH, disk.name, image.display()))?;
+        }
+        let unit = reload(&self.name)?;
+        let (read, next_command) = match &unit {
+            None => ("", format!("vhdx-ublk start {}", self.name)),
+            Some(unit) => ("systemd has read it; ", format!("systemctl start '{unit}'")),
         };
-        output::print_line(&format!("systemd has read it; serve it now: systemctl start '{unit}'"))
+        if !self.json {
+            return output::print_line(&format!("{read}serve it now: {next_command}"));
+        }
+        let (table, name, image) = (table::PATH, self.name.clone(), WrittenPath::of(image));
+        output::print_json(&Enabled { table, name, image, next_command })
     }
 }
 
@@ -85,12 +129,22 @@ impl Disable {
             let remedy = format!("`cat {}` shows the names", table::PATH);
             return Err(Error::new(Kind::NotFound, message).file(path).remedy(remedy));
         }
-        output::print_line(&format!("{}: removed {name}", table::PATH))?;
+        if !self.json {
+            output::print_line(&format!("{}: removed {name}", table::PATH))?;
+        }
+        let mut next_command = None;
         if let Some(name) = self.name.to_str().and_then(|name| name.parse::<Name>().ok()) {
             reload(&name)?;
-            output::print_line(&format!("a device that is there stays: vhdx-ublk del {name}"))?;
+            next_command = Some(format!("vhdx-ublk del {name}"));
         }
-        Ok(())
+        match next_command {
+            next_command if self.json => {
+                let name = WrittenPath::of(&self.name);
+                output::print_json(&Disabled { table: table::PATH, name, next_command })
+            }
+            Some(command) => output::print_line(&format!("a device that is there stays: {command}")),
+            None => Ok(()),
+        }
     }
 }
 

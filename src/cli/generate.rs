@@ -7,10 +7,13 @@ use std::path::{Path, PathBuf};
 
 use clap::Command;
 use clap_complete::Shell;
+use schemars::JsonSchema;
+use serde::Serialize;
 
+use vhdx_ublk::device::path::WrittenPath;
 use vhdx_ublk::error::{Doing, Result};
 
-use super::manual;
+use super::{manual, output};
 
 /// The shells that get completions.
 const SHELLS: [Shell; 3] = [Shell::Bash, Shell::Zsh, Shell::Fish];
@@ -18,7 +21,7 @@ const SHELLS: [Shell; 3] = [Shell::Bash, Shell::Zsh, Shell::Fish];
 /// The permissions of what is made.
 const MODE: u32 = 0o644;
 
-/// Write the man pages or the shell completions into a folder.
+/// Write the man pages, the shell completions or the schemas of the JSON into a folder.
 ///
 /// For packages and for installations by hand. Files of the same names are replaced.
 #[derive(clap::Args)]
@@ -30,6 +33,16 @@ pub struct Generate {
     /// The folder; it is created if there is none
     #[arg(value_name = "DIR")]
     folder: PathBuf,
+    /// As JSON: one object, errors too
+    #[arg(long)]
+    json: bool,
+}
+
+/// What is printed as JSON.
+#[derive(Serialize, JsonSchema)]
+pub struct Answer {
+    /// The files that were written.
+    files: Vec<WrittenPath>,
 }
 
 #[derive(Clone, Copy, clap::ValueEnum)]
@@ -38,6 +51,8 @@ enum What {
     Man,
     /// For bash (vhdx-ublk.bash), zsh (_vhdx-ublk) and fish (vhdx-ublk.fish)
     Completions,
+    /// A JSON schema for each command with --json, and for errors: add.json, list.json, error.json, ...
+    Schema,
 }
 
 const AFTER_HELP: &str = "\
@@ -46,22 +61,30 @@ Examples:
   man --local-file man8/vhdx-ublk-add.8          read one
   vhdx-ublk generate completions completions     write the completions
   . completions/vhdx-ublk.bash                   use them in this shell
+  vhdx-ublk generate schema schema               write the schemas of what --json prints
 
+JSON: files (an array of paths).
 Exit status: 0 all files are written, 1 failure, 2 wrong usage.";
 
 impl Generate {
-    /// Runs the command: `line` is the whole command line.
+    /// Runs the command: `line` is the whole command line, `schemas` has the names and texts of the schemas.
     ///
     /// # Errors
     ///
     /// If a file or the folder cannot be written.
-    pub fn run(&self, line: Command) -> Result<()> {
+    pub fn run(&self, line: Command, schemas: impl FnOnce() -> Vec<(String, String)>) -> Result<()> {
         fs::create_dir_all(&self.folder).doing("creating the folder").map_err(|e| e.file(&self.folder))?;
         let files = match self.what {
             What::Man => manual::pages(line),
+            What::Schema => schemas(),
             What::Completions => SHELLS.map(|shell| completions(shell, line.clone())).into(),
         };
-        files.into_iter().try_for_each(|(name, text)| write(&self.folder, &name, &text))
+        files.iter().try_for_each(|(name, text)| write(&self.folder, name, text))?;
+        if !self.json {
+            return Ok(());
+        }
+        let files = files.iter().map(|(name, _)| WrittenPath::of(self.folder.join(name))).collect();
+        output::print_json(&Answer { files })
     }
 }
 

@@ -10,7 +10,7 @@ use vhdx_ublk::error::{Doing, Error, Kind, Result};
 use super::output;
 
 /// The pages of the guide: the word by which each is asked for, and its text.
-pub const PAGES: [(&str, &str); 13] = [
+pub const PAGES: [(&str, &str); 14] = [
     ("wsl", include_str!("../guide/wsl.md")),
     ("rescue", include_str!("../guide/rescue.md")),
     ("kubernetes", include_str!("../guide/kubernetes.md")),
@@ -24,6 +24,7 @@ pub const PAGES: [(&str, &str); 13] = [
     ("network-images", include_str!("../guide/network-images.md")),
     ("upgrade", include_str!("../guide/upgrade.md")),
     ("export", include_str!("../guide/export.md")),
+    ("json", include_str!("../guide/json.md")),
 ];
 
 /// Show how a task is done, or the help of a command.

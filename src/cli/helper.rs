@@ -72,7 +72,7 @@ impl MountHelper {
         };
         match super::mount::run(&request) {
             Err(error) if error.kind() == Kind::NotFound && request.is_missing() => Ok(()),
-            outcome => outcome,
+            outcome => outcome.map(drop),
         }
     }
 }

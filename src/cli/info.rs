@@ -3,11 +3,13 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use vhdx_ublk::chain;
 use vhdx_ublk::device::claims;
-use vhdx_ublk::error::{Doing, Error, Result};
+use vhdx_ublk::device::path::WrittenPath;
+use vhdx_ublk::error::{Error, Result};
 use vhdx_ublk::format::guid;
 use vhdx_ublk::format::locator::{ABSOLUTE_WIN32_PATH, RELATIVE_PATH, VOLUME_PATH};
 use vhdx_ublk::format::metadata::DiskType;
@@ -68,9 +70,9 @@ With --chain: chain, a list of such objects; contents are those of the first.
 With several images: images, a list of objects; of an image that cannot be read: image, error.
 Exit status: 0 success, 1 failure, 2 wrong usage.";
 
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 struct Report {
-    image: String,
+    image: WrittenPath,
     format: &'static str,
     r#type: &'static str,
     virtual_size: u64,
@@ -103,12 +105,12 @@ struct Report {
 }
 
 /// Every layer, from the one that was named to the one without a parent.
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 struct Chain {
     chain: Vec<Report>,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 struct Log {
     state: &'static str,
     size: u64,
@@ -117,7 +119,7 @@ struct Log {
     entries: usize,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 struct RegionReport {
     name: &'static str,
     guid: String,
@@ -127,18 +129,37 @@ struct RegionReport {
 }
 
 /// What is known of one image.
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 #[serde(untagged)]
 enum Answer {
     Image(Box<Report>),
     Chain(Chain),
 }
 
-/// An image that cannot be read, among others.
-#[derive(Serialize)]
-struct Unreadable<'a> {
-    image: String,
-    error: Failure<'a>,
+/// One of several images.
+#[derive(Serialize, JsonSchema)]
+#[serde(untagged)]
+enum OneOfSeveral<'a> {
+    Readable(&'a Answer),
+    Unreadable { image: WrittenPath, error: Failure<'a> },
+}
+
+impl<'a> OneOfSeveral<'a> {
+    fn of(image: &Path, answer: &'a Result<Answer>) -> Self {
+        match answer {
+            Ok(answer) => Self::Readable(answer),
+            Err(error) => Self::Unreadable { image: WrittenPath::of(image), error: Failure::of(error) },
+        }
+    }
+}
+
+/// What is printed as JSON.
+#[derive(Serialize, JsonSchema)]
+#[serde(untagged)]
+#[expect(private_interfaces, reason = "it is public for its schema only")]
+pub enum Printed<'a> {
+    One(&'a Answer),
+    Several { images: Vec<OneOfSeveral<'a>> },
 }
 
 impl Info {
@@ -152,7 +173,9 @@ impl Info {
             return brief(&self.images);
         }
         match &self.images[..] {
-            [image] if self.answer.json => output::print_json(&self.answer(image)?).map(|()| SUCCESS),
+            [image] if self.answer.json => {
+                output::print_json(&Printed::One(&self.answer(image)?)).map(|()| SUCCESS)
+            }
             images if self.answer.json => self.json(images),
             images => self.text(images),
         }
@@ -188,17 +211,9 @@ impl Info {
 
     fn json(&self, images: &[PathBuf]) -> Result<u8> {
         let answers: Vec<_> = images.iter().map(|image| self.answer(image)).collect();
-        let value = |(image, answer): (&PathBuf, &Result<Answer>)| match answer {
-            Ok(answer) => serde_json::to_value(answer),
-            Err(error) => {
-                let (image, error) = (image.to_string_lossy().into_owned(), Failure::of(error));
-                serde_json::to_value(Unreadable { image, error })
-            }
-        };
-        let values = images.iter().zip(&answers).map(value);
-        let values =
-            values.collect::<std::result::Result<Vec<_>, _>>().doing("writing the output as JSON")?;
-        output::print_json(&BTreeMap::from([("images", values)]))?;
+        let images =
+            images.iter().zip(&answers).map(|(image, answer)| OneOfSeveral::of(image, answer)).collect();
+        output::print_json(&Printed::Several { images })?;
         Ok(if answers.iter().all(Result::is_ok) { SUCCESS } else { FAILURE })
     }
 
@@ -242,7 +257,7 @@ impl Report {
         let blocks = BlockCounts::of(&inspected.image);
         let served = claims::served(&inspected.path);
         Self {
-            image: inspected.path.to_string_lossy().into_owned(),
+            image: WrittenPath::of(&inspected.path),
             format: "vhdx",
             r#type: match metadata.kind() {
                 DiskType::Fixed => "fixed",
@@ -304,7 +319,7 @@ impl RegionReport {
 impl std::fmt::Display for Report {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let mut fields = Fields::default();
-        fields.add("image", self.image.as_str());
+        fields.add("image", self.image.text());
         fields.add("format", format!("VHDX, {}", self.r#type));
         self.describe_use(&mut fields);
         fields.add("virtual size", both_sizes(self.virtual_size));

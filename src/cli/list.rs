@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::thread;
 
 use anyhow::Result;
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use vhdx_ublk::device::health::{Condition, Grade, Health};
@@ -53,12 +54,13 @@ Exit status: 0 success, 1 failure, 2 wrong usage. With --check: 0 all devices ar
 are not, or it is unknown, 2 some are dead.";
 
 /// A device as it is shown.
-#[derive(Serialize)]
-struct Row {
+#[derive(Serialize, JsonSchema)]
+pub struct Row {
     id: u32,
     device: PathBuf,
     name: Option<Name>,
     #[serde(with = "path::optional")]
+    #[schemars(with = "Option<path::WrittenPath>")]
     image: Option<PathBuf>,
     pid: Option<u32>,
     state: State,

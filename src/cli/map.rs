@@ -4,6 +4,8 @@ use std::fmt::Write as _;
 use std::io::{self, BufWriter, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 
+use schemars::JsonSchema;
+use serde::Serialize;
 use tempfile::NamedTempFile;
 
 use vhdx_ublk::device::claims::Claims;
@@ -77,6 +79,7 @@ impl Map {
             None => Extents::all(&chain),
         };
         if self.json {
+            let json = |extent: &Extent| serde_json::to_string(&Json::of(extent)).expect("numbers");
             return print_each(extents, ("[", ",\n", "]"), json);
         }
         if self.since.is_some() {
@@ -122,15 +125,34 @@ fn state(extent: &Extent) -> (u32, &'static str) {
     }
 }
 
-/// An extent as QEMU writes it.
-fn json(extent: &Extent) -> String {
-    let Extent { start, length, depth, present, zero, offset } = extent;
-    let data = extent.is_data();
-    let offset = offset.map(|offset| format!(", \"offset\": {offset}")).unwrap_or_default();
-    format!(
-        "{{ \"start\": {start}, \"length\": {length}, \"depth\": {depth}, \"present\": {present}, \
-         \"zero\": {zero}, \"data\": {data}, \"compressed\": false{offset}}}"
-    )
+/// An extent as QEMU describes it.
+#[derive(Serialize, JsonSchema)]
+#[expect(clippy::struct_excessive_bools, reason = "QEMU has the same")]
+pub struct Json {
+    /// Where it starts on the disk.
+    start: u64,
+    /// How long it is, bytes.
+    length: u64,
+    /// The layer that has it: 0 for the image, 1 for its parent, and so on.
+    depth: usize,
+    /// Whether a layer has it.
+    present: bool,
+    /// Whether it reads as zeros.
+    zero: bool,
+    /// Whether a file has space for it.
+    data: bool,
+    /// Never.
+    compressed: bool,
+    /// Where it is in the file of its layer, if that has space for it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    offset: Option<u64>,
+}
+
+impl Json {
+    fn of(extent: &Extent) -> Self {
+        let Extent { start, length, depth, present, zero, offset } = *extent;
+        Self { start, length, depth, present, zero, data: extent.is_data(), compressed: false, offset }
+    }
 }
 
 /// Prints the extents as they are found. A reader that has left ends it.

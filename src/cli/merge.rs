@@ -1,8 +1,13 @@
 //! `merge`: merges a child into its parent and removes the child.
 
+use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 
+use schemars::JsonSchema;
+use serde::Serialize;
+
 use vhdx_ublk::device::claims::Claims;
+use vhdx_ublk::device::path::WrittenPath;
 use vhdx_ublk::disk::{Reactor, Remover};
 use vhdx_ublk::error::Result;
 use vhdx_ublk::operations::Watch;
@@ -42,6 +47,9 @@ pub struct Merge {
     parents: ParentOptions,
     #[command(flatten)]
     progress: ProgressOptions,
+    /// As JSON: one object, errors too
+    #[arg(long)]
+    json: bool,
 }
 
 const AFTER_HELP: &str = "\
@@ -63,43 +71,69 @@ loses the data beyond the end (--shrink).
 With --copy, only FILE and the merged images are written. FILE shares its blocks with the ancestor
 where the host can do that, and belongs to the child's owner. A command that was interrupted is
 repeated as it was. --copy does not go with --parent: `vhdx-ublk relink` the child first.
+JSON: child, target (the image that has the content now), removed (an array of paths).
 Exit status: 0 merged, 1 failure (the child reads as before), 2 wrong usage.";
+
+/// What is printed as JSON.
+#[derive(Serialize, JsonSchema)]
+pub struct Answer {
+    /// The image that was merged.
+    child: WrittenPath,
+    /// The image that has its content now.
+    target: WrittenPath,
+    /// The files that were removed.
+    removed: Vec<WrittenPath>,
+}
 
 impl Merge {
     /// Runs the command.
     pub fn run(self) -> Result<()> {
-        let Self { child, into, children, copy, force, shrink, parents, progress } = self;
+        let Self { child, into, children, copy, force, shrink, parents, progress, json } = self;
         let mut request =
             Request { child, into, copied: None, children, search: parents.search(), force, shrink };
-        let (reactor, merging) = (Reactor::new()?, Merging(progress.start()?));
+        let removed = json.then(RefCell::default);
+        let (reactor, merging) = (Reactor::new()?, Merging { shown: progress.start()?, removed });
         if let Some(copy) = copy {
             request.copy_target(&copy, &reactor, &Claims, &merging)?;
         }
         let chain = LockedChain::open(&request, &reactor, &Claims)?;
         tracing::info!("merging {} into {}", chain.child().display(), chain.target().display());
-        chain.merge(&reactor, &merging)
+        let (child, target) = (WrittenPath::of(chain.child()), WrittenPath::of(chain.target()));
+        chain.merge(&reactor, &merging)?;
+        match merging.removed {
+            Some(removed) => output::print_json(&Answer { child, target, removed: removed.into_inner() }),
+            None => Ok(()),
+        }
     }
 }
 
 /// What the user sees of the merge.
-struct Merging(Shown);
+struct Merging {
+    shown: Shown,
+    /// What was removed, if it is shown at the end.
+    removed: Option<RefCell<Vec<WrittenPath>>>,
+}
 
 impl Watch for Merging {
     fn progress(&self, done: u64, total: u64) {
-        self.0.progress(done, total);
+        self.shown.progress(done, total);
     }
 
     fn stop_requested(&self) -> bool {
-        self.0.stop_requested()
+        self.shown.stop_requested()
     }
 
     fn unfinished(&self, remover: Remover) {
-        self.0.unfinished(remover);
+        self.shown.unfinished(remover);
     }
 }
 
 impl Progress for Merging {
     fn removed(&self, path: &Path) -> Result<()> {
-        self.0.suspend(|| output::print_line(&path.display().to_string()))
+        match &self.removed {
+            Some(removed) => removed.borrow_mut().push(WrittenPath::of(path)),
+            None => self.shown.suspend(|| output::print_line(&path.display().to_string()))?,
+        }
+        Ok(())
     }
 }

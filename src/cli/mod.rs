@@ -41,6 +41,7 @@ mod relink;
 mod resize;
 mod respawn;
 mod salvage;
+mod schema;
 mod session;
 mod set;
 mod size;
@@ -59,7 +60,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use anyhow::Result;
-use clap::{CommandFactory, Parser, Subcommand};
+use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use vhdx_ublk::device::confine;
 use vhdx_ublk::error::{Error, Kind};
@@ -140,47 +141,6 @@ enum Command {
 const OTHER_NAMES: [&str; 3] = [units::GENERATOR, "mount.vhdx", "umount.vhdx"];
 
 impl Command {
-    fn wants_json(&self) -> bool {
-        match self {
-            Self::List(list) => list.json,
-            Self::Stats(stats) => stats.json,
-            Self::Doctor(doctor) => doctor.json,
-            Self::Session(sessions) => sessions.wants_json(),
-            Self::Info(info) => info.answer.json,
-            Self::Map(map) => map.json,
-            Self::Check(check) => check.answer.json,
-            Self::Salvage(salvage) => salvage.json,
-            Self::Features(features) => features.json,
-            Self::Snapshot(snapshot) => snapshot.json,
-            Self::Compact(compact) => compact.json,
-            Self::Convert(convert) => convert.json,
-            Self::Compare(compare) => compare.answer.json,
-            Self::Measure(measure) => measure.answer.json,
-            Self::Resize(resize) => resize.json,
-            Self::Upgrade(upgrade) => upgrade.json,
-            Self::Add(_)
-            | Self::Metrics(_)
-            | Self::Del(_)
-            | Self::Recover(_)
-            | Self::Respawn(_)
-            | Self::Enable(_)
-            | Self::Disable(_)
-            | Self::Start(_)
-            | Self::Generator(_)
-            | Self::Mount(_)
-            | Self::Umount(_)
-            | Self::MountHelper(_)
-            | Self::UmountHelper(_)
-            | Self::Create(_)
-            | Self::Relink(_)
-            | Self::Merge(_)
-            | Self::Move(_)
-            | Self::Set(_)
-            | Self::Generate(_)
-            | Self::Help(_) => false,
-        }
-    }
-
     /// The exit statuses for a failure and for wrong usage.
     fn failures(&self) -> (u8, u8) {
         match self {
@@ -195,12 +155,12 @@ impl Command {
     fn run(self) -> Result<u8> {
         match self {
             Self::Add(add) => add.run()?,
-            Self::Del(del) => del.run()?,
+            Self::Del(del) => return Ok(del.run()?),
             Self::List(list) => return list.run(),
             Self::Stats(stats) => stats.run()?,
             Self::Metrics(metrics) => metrics.run()?,
             Self::Doctor(doctor) => return Ok(doctor.run()?),
-            Self::Recover(recover) => recover.run()?,
+            Self::Recover(recover) => return Ok(recover.run()?),
             Self::Respawn(respawn) => respawn.run()?,
             Self::Upgrade(upgrade) => upgrade.run()?,
             Self::Session(sessions) => sessions.run()?,
@@ -210,7 +170,7 @@ impl Command {
             Self::Start(start) => return Ok(start.run()?),
             Self::Generator(generator) => generator.run(),
             Self::Mount(mount) => mount.run()?,
-            Self::Umount(umount) => umount.run()?,
+            Self::Umount(umount) => return Ok(umount.run()?),
             Self::MountHelper(mount) => mount.run()?,
             Self::UmountHelper(umount) => umount.run()?,
             Self::Create(create) => create.run()?,
@@ -228,7 +188,7 @@ impl Command {
             Self::Compare(compare) => return Ok(compare.run()?),
             Self::Measure(measure) => measure.run()?,
             Self::Features(features) => features.run()?,
-            Self::Generate(generate) => generate.run(Cli::command())?,
+            Self::Generate(generate) => generate.run(Cli::command(), schema::files)?,
             Self::Help(help) => help.run(Cli::command())?,
         }
         Ok(SUCCESS)
@@ -241,13 +201,12 @@ pub fn main() -> ExitCode {
     // the program in the middle of its work.
     let _ = signal_hook::flag::register(signal_hook::consts::SIGXFSZ, Arc::new(AtomicBool::new(false)));
     let arguments = by_name(std::env::args_os().collect());
-    let command = match Cli::try_parse_from(&arguments) {
-        Ok(cli) => cli.command,
+    let (command, json) = match parse(&arguments) {
+        Ok((cli, json)) => (cli.command, json),
         Err(error) => return misused(&error, arguments.get(1..).unwrap_or_default()),
     };
     logging::start();
     confine::raise_descriptors();
-    let json = command.wants_json();
     let (failure, misuse) = command.failures();
     let error = match command.run() {
         Ok(status) => return status.into(),
@@ -255,6 +214,23 @@ pub fn main() -> ExitCode {
     };
     output::report(error.as_ref(), json);
     ExitCode::from(if output::kind(error.as_ref()) == Kind::Usage { misuse } else { failure })
+}
+
+/// The command line, and whether it asks for JSON.
+fn parse(arguments: &[OsString]) -> clap::error::Result<(Cli, bool)> {
+    let mut line = Cli::command();
+    let mut matches = line.try_get_matches_from_mut(arguments)?;
+    let json = wants_json(&matches);
+    let cli = Cli::from_arg_matches_mut(&mut matches).map_err(|error| error.format(&mut line))?;
+    Ok((cli, json))
+}
+
+/// Whether the innermost command has `--json`.
+fn wants_json(matches: &ArgMatches) -> bool {
+    match matches.subcommand() {
+        Some((_, matches)) => wants_json(matches),
+        None => matches.try_get_one("json").is_ok_and(|json| json == Some(&true)),
+    }
 }
 
 /// The arguments, with the command that the program's own name stands for.

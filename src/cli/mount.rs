@@ -2,10 +2,15 @@
 
 use std::path::PathBuf;
 
+use schemars::JsonSchema;
+use serde::Serialize;
+
+use vhdx_ublk::device::path::WrittenPath;
 use vhdx_ublk::error::Result;
 use vhdx_ublk::system::mount::{self, MountOptions, MountRequest};
 
 use super::add::Add;
+use super::output;
 
 /// Mount the file system of an image.
 ///
@@ -31,6 +36,9 @@ pub struct Mount {
     /// The type of the file system [default: mount(8) finds out]
     #[arg(short = 't', long = "type", value_name = "TYPE")]
     kind: Option<String>,
+    /// As JSON: one object, errors too
+    #[arg(long)]
+    json: bool,
 }
 
 const AFTER_HELP: &str = "\
@@ -52,7 +60,19 @@ mounted with nosuid and nodev: no program on it gets the rights of its owner, an
 opens a device. The options suid and dev allow them.
 A file system with parts on other devices is refused: an ext with its journal elsewhere, a btrfs of
 several devices, or with the identifier of another one of this machine, an F2FS that names devices.
+JSON: image, folder, source (the device, or the partition of it, that is mounted).
 Exit status: 0 it is mounted, 1 failure (nothing is left behind), 2 wrong usage.";
+
+/// What is printed as JSON.
+#[derive(Serialize, JsonSchema)]
+pub struct Answer {
+    /// The image, as it was named.
+    image: WrittenPath,
+    /// Where it is mounted, as it was named.
+    folder: WrittenPath,
+    /// `/dev/ublkbN`, or a partition of it.
+    source: PathBuf,
+}
 
 impl Mount {
     /// Runs the command.
@@ -62,13 +82,19 @@ impl Mount {
         if self.partition.is_some() {
             options.partition = self.partition;
         }
-        let Self { image, folder, kind, .. } = self;
-        run(&MountRequest { image, folder, kind, options, flags: Vec::new() })
+        let Self { image, folder, kind, json, .. } = self;
+        let request = MountRequest { image, folder, kind, options, flags: Vec::new() };
+        let source = run(&request)?;
+        if !json {
+            return Ok(());
+        }
+        let MountRequest { image, folder, .. } = request;
+        output::print_json(&Answer { image: WrittenPath::of(image), folder: WrittenPath::of(folder), source })
     }
 }
 
-/// Mounts what is requested; serves its image first, where no device does.
-pub fn run(request: &MountRequest) -> Result<()> {
+/// Mounts what is requested; serves its image first, where no device does. The node that is mounted.
+pub fn run(request: &MountRequest) -> Result<PathBuf> {
     let mut device = request.options.device.clone();
     device.extend(request.options.read_only.then(|| "--read-only".into()));
     let add = Add::for_mount(&request.image, &device)?;

@@ -2,7 +2,11 @@
 
 use std::path::PathBuf;
 
+use schemars::JsonSchema;
+use serde::Serialize;
+
 use vhdx_ublk::device::claims::Claims;
+use vhdx_ublk::device::path::WrittenPath;
 use vhdx_ublk::disk::Remover;
 use vhdx_ublk::error::Result;
 use vhdx_ublk::operations::Watch;
@@ -28,6 +32,9 @@ pub struct Move {
     parents: Vec<PathBuf>,
     #[command(flatten)]
     progress: ProgressOptions,
+    /// As JSON: one object, errors too
+    #[arg(long)]
+    json: bool,
 }
 
 const AFTER_HELP: &str = "\
@@ -40,14 +47,25 @@ Prints the new path of the image. Parents in other folders must be named (--pare
 refused if a name is taken in the folder, if an image is in use, or if another image in the folders
 of the chain has one of its images as its parent.
 All parents must be where their children name them: relink those that are not.
+JSON: image (its new path).
 Exit status: 0 moved, 1 failure (the chain opens at its old or at its new place), 2 wrong usage.";
+
+/// What is printed as JSON.
+#[derive(Serialize, JsonSchema)]
+pub struct Answer {
+    /// The new path of the image.
+    image: WrittenPath,
+}
 
 impl Move {
     /// Runs the command.
     pub fn run(self) -> Result<()> {
-        let Self { image, folder, parents, progress } = self;
+        let Self { image, folder, parents, progress, json } = self;
         let request = Request { leaf: image, folder, parents };
         let leaf = move_chain(&request, &Claims, &Shows(progress.start()?))?;
+        if json {
+            return output::print_json(&Answer { image: WrittenPath::of(leaf) });
+        }
         output::print_line(&leaf.display().to_string())
     }
 }

@@ -3,14 +3,19 @@
 //! Names in it are made printable: in text as Rust writes them, `\u{9b}`, in JSON as JSON does, `\u009b`.
 
 use std::error::Error as StdError;
+use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::io::{self, Write as _};
 
 use anyhow::{Chain, Context};
+use schemars::JsonSchema;
 use serde::Serialize;
 
+use vhdx_ublk::device::path::WrittenPath;
 use vhdx_ublk::error::{Doing, Error, Kind, Result, SALVAGE};
 use vhdx_ublk::printable::{is_printable, printable};
+
+use super::{FAILURE, SUCCESS};
 
 /// Writes one line to standard output, as [`print()`].
 ///
@@ -109,20 +114,50 @@ pub fn last_failure(outcomes: impl Iterator<Item = Result<()>>) -> Result<()> {
     failure.map_or(Ok(()), Err)
 }
 
-#[derive(Serialize)]
-struct Report<'a> {
+/// Ends a command that was given several targets, with what became of each: as JSON, or the last failure,
+/// and earlier ones at once. The exit status.
+///
+/// # Errors
+///
+/// That failure; as [`print()`].
+pub fn finish(outcomes: Vec<(OsString, Result<()>)>, json: bool) -> Result<u8> {
+    if !json {
+        return last_failure(outcomes.into_iter().map(|(_, outcome)| outcome)).map(|()| SUCCESS);
+    }
+    print_json(&outcomes.iter().map(Outcome::of).collect::<Vec<_>>())?;
+    Ok(if outcomes.iter().all(|(_, outcome)| outcome.is_ok()) { SUCCESS } else { FAILURE })
+}
+
+/// What a command prints that has failed.
+#[derive(Serialize, JsonSchema)]
+pub struct Report<'a> {
     error: Failure<'a>,
 }
 
 /// An error as JSON.
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 pub struct Failure<'a> {
+    /// What went wrong, in a word.
     kind: Kind,
+    /// What went wrong, in a line.
     message: String,
-    file: Option<String>,
+    /// The file concerned.
+    file: Option<WrittenPath>,
+    /// The structure in it.
     structure: Option<&'static str>,
+    /// Where that is in the file, bytes.
     offset: Option<u64>,
+    /// What to do about it.
     remedy: Option<&'a str>,
+}
+
+/// What became of one of several targets.
+#[derive(Serialize, JsonSchema)]
+pub struct Outcome<'a> {
+    /// The target, as it was named.
+    target: WrittenPath,
+    /// Why the command has failed for it.
+    error: Option<Failure<'a>>,
 }
 
 impl<'a> Failure<'a> {
@@ -133,11 +168,18 @@ impl<'a> Failure<'a> {
         Self {
             kind: kind(error),
             message: message(error),
-            file: file.map(|path| path.to_string_lossy().into_owned()),
+            file: file.map(WrittenPath::of),
             structure: known.and_then(Error::structure),
             offset: known.and_then(Error::offset),
             remedy: remedy(error),
         }
+    }
+}
+
+impl<'a> Outcome<'a> {
+    fn of((target, outcome): &'a (OsString, Result<()>)) -> Self {
+        let error = outcome.as_ref().err().map(|error| Failure::of(error));
+        Self { target: WrittenPath::of(target), error }
     }
 }
 

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
 use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
+use schemars::JsonSchema;
 use serde::Serialize;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -97,10 +98,13 @@ pub struct Shown {
 }
 
 /// A line of `--progress json`.
-#[derive(Serialize)]
-struct Line {
+#[derive(Serialize, JsonSchema)]
+pub struct Line {
+    /// What is done.
     done_bytes: u64,
+    /// What there is to do, as far as it is known.
     total_bytes: u64,
+    /// The rate since the line before.
     bytes_per_second: u64,
 }
 

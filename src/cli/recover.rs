@@ -1,10 +1,13 @@
 //! `recover`: serves devices again whose daemon was killed.
 
 use std::ffi::OsString;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use schemars::JsonSchema;
+use serde::Serialize;
 use vhdx_ublk::device::claims;
 use vhdx_ublk::device::confine;
 use vhdx_ublk::device::daemon;
@@ -12,6 +15,7 @@ use vhdx_ublk::device::engine_thread::EngineThread;
 use vhdx_ublk::device::launch::{self, Lives};
 use vhdx_ublk::device::layers::Parents;
 use vhdx_ublk::device::open_image::{NoEngine, OpenImage};
+use vhdx_ublk::device::path::WrittenPath;
 use vhdx_ublk::device::private_mounts;
 use vhdx_ublk::device::registry::{Entry, Listed, Registry, Reserved, State};
 use vhdx_ublk::device::salvaged;
@@ -24,7 +28,8 @@ use vhdx_ublk::disk::{Access, ImageFile};
 use vhdx_ublk::error::{Error, Kind, Result};
 use vhdx_ublk::printable::shell;
 
-use super::{add, detached, output};
+use super::output::{self, Failure};
+use super::{FAILURE, SUCCESS, add, detached};
 
 /// How long a killed daemon may take to be gone.
 const END_WAIT: Duration = Duration::from_secs(2);
@@ -38,6 +43,7 @@ const READY_DEADLINE: Duration = Duration::from_secs(120);
 /// No acknowledged write is lost, flushed or not, and waiting I/O continues. Prints the paths of the devices.
 #[derive(clap::Args)]
 #[command(after_help = AFTER_HELP)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag of its own on the command line")]
 pub struct Recover {
     /// The device: its number, its name, /dev/ublkbN or a partition of it, or the path of its image
     #[arg(required_unless_present = "all", conflicts_with = "all")]
@@ -48,6 +54,9 @@ pub struct Recover {
     /// If the session does not match the image, serve what was flushed: this may damage a mounted file system
     #[arg(long)]
     accept_loss: bool,
+    /// As JSON: an array of objects, errors too
+    #[arg(long)]
+    json: bool,
     /// This process is the daemon
     #[arg(long, hide = true, conflicts_with = "all")]
     serve: bool,
@@ -59,52 +68,80 @@ Examples:
   vhdx-ublk recover --all
 
 All devices are recovered at the same time, because the image of one may lie on another.
+JSON: target (as it was named), device (null if it is not served), error (null, or why not).
 Exit status: 0 all devices are served again, 1 some are not (their I/O still waits), 2 wrong
 usage.";
 
+/// What is printed as JSON of one target.
+#[derive(Serialize, JsonSchema)]
+pub struct Answer<'a> {
+    /// The target, as it was named.
+    target: WrittenPath,
+    /// `/dev/ublkbN`; null if it is not served.
+    device: Option<PathBuf>,
+    /// Why it is not served.
+    error: Option<Failure<'a>>,
+}
+
 impl Recover {
-    /// Runs the command. Every target is tried; the last failure is returned, earlier ones are reported at
-    /// once.
-    pub fn run(self) -> Result<()> {
+    /// Runs the command; returns the exit status. Every target is tried; the last failure is returned,
+    /// earlier ones are reported at once.
+    pub fn run(self) -> Result<u8> {
         if self.serve {
-            return detached::run(None, Lives::OnItsOwn, |ready| self.serve(ready));
+            return detached::run(None, Lives::OnItsOwn, |ready| self.serve(ready)).map(|()| SUCCESS);
         }
-        let mut outcomes: Vec<Result<()>> = Vec::new();
-        let mut devices = Vec::new();
-        for target in self.targets()? {
-            match target {
-                Ok(listed) => devices.push(listed),
-                Err(error) => outcomes.push(Err(error)),
+        let (mut outcomes, mut devices) = (Vec::new(), Vec::new());
+        for (target, found) in self.targets()? {
+            match found {
+                Ok(listed) => devices.push((target, listed)),
+                Err(error) => outcomes.push((target, Err(error))),
             }
         }
         outcomes.extend(self.recover_all(&devices));
-        output::last_failure(outcomes.into_iter())
+        if !self.json {
+            let outcomes = outcomes.into_iter().map(|(_, outcome)| outcome.map(drop));
+            return output::last_failure(outcomes).map(|()| SUCCESS);
+        }
+        output::print_json(&outcomes.iter().map(Answer::of).collect::<Vec<_>>())?;
+        Ok(if outcomes.iter().all(|(_, outcome)| outcome.is_ok()) { SUCCESS } else { FAILURE })
     }
 
-    fn targets(&self) -> Result<Vec<Result<Listed>>> {
+    /// The devices, each with the name by which it is meant.
+    fn targets(&self) -> Result<Vec<(OsString, Result<Listed>)>> {
         if self.all {
-            return Ok(claims::devices()?.into_iter().filter(Listed::is_abandoned).map(Ok).collect());
+            let abandoned = claims::devices()?.into_iter().filter(Listed::is_abandoned);
+            return Ok(abandoned.map(|listed| (listed.entry.device.clone().into(), Ok(listed))).collect());
         }
         let find = |text: &OsString| {
             let target = Target::parse(text);
-            claims::find(&target).map_err(|error| nothing_to_recover(error, &target))
+            let found = claims::find(&target).map_err(|error| nothing_to_recover(error, &target));
+            (text.clone(), found)
         };
         Ok(self.target.iter().map(find).collect())
     }
 
     /// Recovers all `devices` at once: the image of one may lie on another, and cannot be read before that is
     /// back.
-    fn recover_all(&self, devices: &[Listed]) -> Vec<Result<()>> {
+    fn recover_all(&self, devices: &[(OsString, Listed)]) -> Vec<(OsString, Result<PathBuf>)> {
+        let all: Vec<&Listed> = devices.iter().map(|(_, listed)| listed).collect();
         thread::scope(|scope| {
             let threads: Vec<_> =
-                devices.iter().map(|listed| scope.spawn(|| self.recover(listed, devices))).collect();
+                all.iter().map(|listed| scope.spawn(|| self.recover_and_print(listed, &all))).collect();
             let joined = threads.into_iter().map(|thread| thread.join().expect("a panic ends the process"));
-            joined.collect()
+            devices.iter().map(|(target, _)| target.clone()).zip(joined).collect()
         })
     }
 
+    fn recover_and_print(&self, listed: &Listed, all: &[&Listed]) -> Result<PathBuf> {
+        let device = self.recover(listed, all)?.device;
+        if !self.json {
+            output::print(&device.display().to_string())?;
+        }
+        Ok(device)
+    }
+
     /// Has a daemon of its own take the device over, as `all` of these are.
-    fn recover(&self, listed: &Listed, all: &[Listed]) -> Result<()> {
+    fn recover(&self, listed: &Listed, all: &[&Listed]) -> Result<Ready> {
         await_end(listed);
         refuse_served(listed)?;
         if let Some(registry) = claims::registry()?
@@ -116,13 +153,22 @@ impl Recover {
         let mut arguments: Vec<OsString> = vec!["recover".into(), "--serve".into()];
         arguments.extend(self.accept_loss.then(|| "--accept-loss".into()));
         arguments.extend(["--".into(), listed.entry.id.to_string().into()]);
-        let ready = launch::launch_within(arguments, READY_DEADLINE)?;
-        output::print(&ready.device.display().to_string())
+        launch::launch_within(arguments, READY_DEADLINE)
     }
 
     /// The command for the device with this number.
     pub fn of_device(id: u32) -> Self {
-        Self { target: vec![id.to_string().into()], all: false, accept_loss: false, serve: false }
+        let target = vec![id.to_string().into()];
+        Self { target, all: false, accept_loss: false, json: false, serve: false }
+    }
+
+    /// Has another process serve the device of `listed`.
+    ///
+    /// # Errors
+    ///
+    /// Whatever prevented it.
+    pub fn launch(&self, listed: &Listed) -> Result<Ready> {
+        self.recover(listed, &[])
     }
 
     /// Serves the device from this process until the device's end.
@@ -147,6 +193,16 @@ impl Recover {
         // With less room than that it may be enough to replace one entry.
         let room = Registry::open()?.reserve(entry).unwrap_or_default();
         serve_image(entry, (image, room, SpareBuffers::default()), self.accept_loss, ready)
+    }
+}
+
+impl<'a> Answer<'a> {
+    fn of((target, outcome): &'a (OsString, Result<PathBuf>)) -> Self {
+        Self {
+            target: WrittenPath::of(target),
+            device: outcome.as_ref().ok().cloned(),
+            error: outcome.as_ref().err().map(|error| Failure::of(error)),
+        }
     }
 }
 

@@ -2,9 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use vhdx_ublk::device::claims::Claims;
+use vhdx_ublk::device::path::WrittenPath;
 use vhdx_ublk::disk::Reactor;
 use vhdx_ublk::error::{Error, Kind, Result};
 use vhdx_ublk::operations::resize::{LockedImage, Request, Size};
@@ -107,9 +109,9 @@ fn misplaced(text: &str) -> std::result::Result<u64, String> {
 }
 
 /// The answer.
-#[derive(Serialize)]
-struct Answer {
-    image: String,
+#[derive(Serialize, JsonSchema)]
+pub struct Answer {
+    image: WrittenPath,
     /// Whether the disk keeps its size, because this is only shown.
     dry_run: bool,
     size_before: u64,
@@ -177,7 +179,7 @@ fn next_command(image: &Path, size: u64) -> String {
 impl Answer {
     fn of(locked: &LockedImage, dry_run: bool) -> Self {
         Self {
-            image: locked.path().display().to_string(),
+            image: WrittenPath::of(locked.path()),
             dry_run,
             size_before: locked.before(),
             size: locked.after(),
@@ -196,7 +198,7 @@ impl Answer {
         if let Some(Grown { partition, r#type, volume_bytes }) = &self.grown {
             let place = partition.map_or_else(String::new, |number| format!(" on partition {number}"));
             let size = volume_bytes.map_or_else(String::new, |bytes| format!(" to {}", both_sizes(bytes)));
-            output::print_line(&format!("{}: the {}{place} grew{size}", self.image, r#type))?;
+            output::print_line(&format!("{}: the {}{place} grew{size}", self.image.text(), r#type))?;
         }
         if let Some(command) = &self.next_command {
             output::print_line(&format!("To have the file system grow, too: {command}"))?;
@@ -213,7 +215,7 @@ impl Answer {
     fn text(&self) -> String {
         let bytes = |size: u64| format!("{size} bytes ({})", human_size(size));
         let (before, after) = (bytes(self.size_before), bytes(self.size));
-        let image = &self.image;
+        let image = self.image.text();
         match (self.size_before == self.size, self.dry_run) {
             (true, _) => format!("{image}: the disk has {after}, and stays as it is"),
             (false, true) => format!("{image}: the disk would change from {before} to {after}"),

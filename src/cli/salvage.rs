@@ -3,9 +3,11 @@
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use vhdx_ublk::device::claims::Claims;
+use vhdx_ublk::device::path::WrittenPath;
 use vhdx_ublk::disk::Reactor;
 use vhdx_ublk::error::Result;
 use vhdx_ublk::image::Note;
@@ -80,11 +82,11 @@ const WHOLE: u8 = 0;
 const WITH_LOSSES: u8 = 3;
 
 /// What is printed as JSON.
-#[derive(Serialize)]
-struct Report<'a> {
-    image: String,
-    target: Option<String>,
-    mapfile: Option<String>,
+#[derive(Serialize, JsonSchema)]
+pub struct Report<'a> {
+    image: WrittenPath,
+    target: Option<WrittenPath>,
+    mapfile: Option<WrittenPath>,
     virtual_size: u64,
     #[serde(flatten)]
     tally: Tally,
@@ -93,9 +95,9 @@ struct Report<'a> {
     left_session: Option<Failure<'a>>,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 struct NoteOf<'a> {
-    image: String,
+    image: WrittenPath,
     #[serde(flatten)]
     note: &'a Note,
 }
@@ -128,14 +130,16 @@ impl Salvage {
 
 impl<'a> Report<'a> {
     fn of(damaged: &'a Damaged, tally: Tally, target: Option<&Path>, mapfile: Option<&Path>) -> Self {
-        let text = |path: &Path| path.to_string_lossy().into_owned();
         Self {
-            image: text(damaged.path()),
-            target: target.map(text),
-            mapfile: mapfile.map(text),
+            image: WrittenPath::of(damaged.path()),
+            target: target.map(WrittenPath::of),
+            mapfile: mapfile.map(WrittenPath::of),
             virtual_size: damaged.virtual_size(),
             tally,
-            notes: damaged.notes().map(|(path, note)| NoteOf { image: text(path), note }).collect(),
+            notes: damaged
+                .notes()
+                .map(|(path, note)| NoteOf { image: WrittenPath::of(path), note })
+                .collect(),
             missing_parent: damaged.missing_parent().map(|error| Failure::of(error)),
             left_session: damaged.left_session().map(|error| Failure::of(error)),
         }
@@ -143,9 +147,9 @@ impl<'a> Report<'a> {
 
     fn text(&self) -> String {
         let mut fields = Fields::default();
-        fields.add("image", &*self.image);
+        fields.add("image", self.image.text());
         if let Some(target) = &self.target {
-            fields.add("copy", &**target);
+            fields.add("copy", target.text());
         }
         fields.add("disk", both_sizes(self.virtual_size));
         let Totals { finished_bytes, lost_bytes, unknown_bytes } = self.tally.totals;
@@ -169,7 +173,8 @@ impl<'a> Report<'a> {
         let mut text = fields.to_string();
         for NoteOf { image, note } in &self.notes {
             let guess = if note.is_guess { " (a guess)" } else { "" };
-            let place = if *image == self.image { String::new() } else { format!("{}: ", printable(image)) };
+            let place =
+                if *image == self.image { String::new() } else { format!("{}: ", printable(image.text())) };
             let _ = write!(text, "\n{place}{}{guess}: {}", note.structure, printable(&note.what));
         }
         let failures =

@@ -3,9 +3,11 @@
 use std::path::PathBuf;
 
 use anyhow::Result;
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use vhdx_ublk::device::claims;
+use vhdx_ublk::device::path::WrittenPath;
 use vhdx_ublk::device::registry::Listed;
 use vhdx_ublk::device::session::{self, Kept, KeptState};
 use vhdx_ublk::error::{Error, Kind};
@@ -75,18 +77,18 @@ was deleted. If another version of vhdx-ublk created the session, use that versi
 Exit status: 0 all sessions are discarded, 1 some remain, 2 wrong usage.";
 
 /// A session as it is shown.
-#[derive(Debug, PartialEq, Eq, Serialize)]
-struct Row {
+#[derive(Debug, PartialEq, Eq, Serialize, JsonSchema)]
+pub struct Row {
     name: String,
     state: State,
     device: Option<PathBuf>,
-    image: Option<String>,
+    image: Option<WrittenPath>,
     memory: u64,
     version: Option<u64>,
 }
 
 /// What a session is worth, as far as files and devices tell.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 enum State {
     /// Its device waits for its daemon to be replaced.
@@ -107,7 +109,7 @@ impl Row {
             name: kept.name,
             state: if waits { State::Waiting } else { State::Kept(kept.state) },
             device: listed.map(|listed| listed.entry.device.clone()),
-            image: kept.image.map(|path| path.to_string_lossy().into_owned()),
+            image: kept.image.map(WrittenPath::of),
             memory: kept.memory_bytes,
             version: kept.version,
         }
@@ -115,13 +117,6 @@ impl Row {
 }
 
 impl Sessions {
-    pub fn wants_json(&self) -> bool {
-        match &self.command {
-            Command::List(list) => list.json,
-            Command::Discard(discard) => discard.json,
-        }
-    }
-
     /// Runs the command.
     pub fn run(&self) -> Result<()> {
         match &self.command {
@@ -159,7 +154,7 @@ fn cells(row: &Row) -> Result<[String; 5]> {
         output::word(&row.state)?,
         or_none(device),
         human_size(row.memory),
-        or_none(row.image.clone()),
+        or_none(row.image.as_ref().map(|image| image.text().to_owned())),
     ])
 }
 

@@ -3,9 +3,12 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use schemars::JsonSchema;
+use serde::Serialize;
 use uuid::Uuid;
 
 use vhdx_ublk::device::claims::Claims;
+use vhdx_ublk::device::path::WrittenPath;
 use vhdx_ublk::error::{Error, Kind, Result};
 use vhdx_ublk::operations::set::{Settings, set};
 
@@ -28,6 +31,9 @@ pub struct Set {
     /// Change the image even if it has children, which then no longer recognise it as their parent
     #[arg(short, long)]
     force: bool,
+    /// As JSON: one object, errors too
+    #[arg(long)]
+    json: bool,
 }
 
 const AFTER_HELP: &str = "\
@@ -41,6 +47,7 @@ children is refused without --force. A child has values of its own, which this c
 without harm to its parent.
 Children are found if devices use them, or in the folder of the image; make sure yourself that it
 has none elsewhere.
+JSON: image, disk_id and physical_sector_size (null if they were not given).
 Exit status: 0 the image has the values, 1 failure (it is unchanged), 2 wrong usage.";
 
 /// What can be set.
@@ -61,10 +68,21 @@ impl FromStr for DiskId {
     }
 }
 
+/// What is printed as JSON.
+#[derive(Serialize, JsonSchema)]
+pub struct Answer {
+    /// The image, as it was named.
+    image: WrittenPath,
+    /// The identifier of the disk, if it was set.
+    disk_id: Option<String>,
+    /// The size of a physical sector, if it was set.
+    physical_sector_size: Option<u32>,
+}
+
 impl Set {
     /// Runs the command.
     pub fn run(self) -> Result<()> {
-        let Self { image, disk_id, physical_sector_size, force } = self;
+        let Self { image, disk_id, physical_sector_size, force, json } = self;
         if disk_id.is_none() && physical_sector_size.is_none() {
             let error = Error::new(Kind::Usage, "nothing is to be changed").file(&image);
             return Err(error.remedy(SETTABLE));
@@ -72,6 +90,11 @@ impl Set {
         let disk_id = disk_id.map(|DiskId(id)| id);
         let physical_sector_size = physical_sector_size.map(|size| size.parse().expect("one of two numbers"));
         set(&image, Settings { disk_id, physical_sector_size, force }, &Claims)?;
-        disk_id.map_or(Ok(()), |id| output::print_line(&id.to_string()))
+        let disk_id = disk_id.map(|id| id.to_string());
+        if json {
+            let image = WrittenPath::of(image);
+            return output::print_json(&Answer { image, disk_id, physical_sector_size });
+        }
+        disk_id.map_or(Ok(()), |id| output::print_line(&id))
     }
 }

@@ -1,9 +1,11 @@
 //! `start`: serves a disk of `/etc/vhdxtab`, as the unit `vhdx-ublk@NAME.service` does.
 
 use std::cell::Cell;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use clap::Parser;
+use schemars::JsonSchema;
+use serde::Serialize;
 use vhdx_ublk::device::claims;
 use vhdx_ublk::device::name::Name;
 use vhdx_ublk::device::registry::Listed;
@@ -30,6 +32,9 @@ pub struct Start {
     /// Serve from this process until it is asked to end, as a unit of systemd does (Type=notify)
     #[arg(short, long)]
     foreground: bool,
+    /// As JSON: one object, errors too
+    #[arg(long, conflicts_with = "foreground")]
+    json: bool,
 }
 
 const AFTER_HELP: &str = "\
@@ -39,6 +44,7 @@ Examples:
 
 Where systemd runs the machine, use `systemctl start vhdx-ublk@NAME`: it starts the daemon again
 if that is killed.
+JSON: name, device, recovered (whether the device was there, and waited for a daemon).
 Exit status: 0 the device can be used (with --foreground: it has ended), 1 failure, 2 wrong usage,
 3 the device waits for a daemon, and this one could not serve it.";
 
@@ -64,16 +70,28 @@ pub fn add_of(disk: &Disk) -> Result<Add> {
     Ok(words.add)
 }
 
+/// What is printed as JSON.
+#[derive(Serialize, JsonSchema)]
+pub struct Answer {
+    /// The name of the disk.
+    name: Name,
+    /// `/dev/ublkbN`.
+    device: PathBuf,
+    /// Whether the device was there, and waited for a daemon.
+    recovered: bool,
+}
+
 impl Start {
     /// Runs the command; returns the exit status.
     pub fn run(&self) -> Result<u8> {
         // A device that waits is recovered whatever the table says by now: it may be in use.
         if let Some(listed) = waiting(&self.name)? {
-            let recover = || Recover::of_device(listed.entry.id);
-            return self.serve(true, |ready| recover().serve_here(ready), || recover().run());
+            let here =
+                |ready: &dyn Fn(&Ready) -> Result<()>| Recover::of_device(listed.entry.id).serve_here(ready);
+            return self.serve(true, here, || Recover::of_device(listed.entry.id).launch(&listed));
         }
         let disk = Table::read(Path::new(table::PATH))?.find(self.name.as_str().as_ref())?;
-        self.serve(false, |ready| add_of(&disk)?.serve_here(ready), || add_of(&disk)?.run())
+        self.serve(false, |ready| add_of(&disk)?.serve_here(ready), || add_of(&disk)?.launch())
     }
 
     /// Serves from this process by `here`, or has a daemon do it by `apart`.
@@ -81,10 +99,10 @@ impl Start {
         &self,
         is_waiting: bool,
         here: impl FnOnce(&dyn Fn(&Ready) -> Result<()>) -> Result<()>,
-        apart: impl FnOnce() -> Result<()>,
+        apart: impl FnOnce() -> Result<Ready>,
     ) -> Result<u8> {
         if !self.foreground {
-            return apart().map(|()| SUCCESS);
+            return self.print(apart()?.device, is_waiting).map(|()| SUCCESS);
         }
         let is_up = Cell::new(is_waiting);
         let ready = |ready: &Ready| {
@@ -100,6 +118,15 @@ impl Start {
             }
             outcome => outcome.map(|()| SUCCESS),
         }
+    }
+}
+
+impl Start {
+    fn print(&self, device: PathBuf, recovered: bool) -> Result<()> {
+        if !self.json {
+            return output::print(&device.display().to_string());
+        }
+        output::print_json(&Answer { name: self.name.clone(), device, recovered })
     }
 }
 

@@ -6,6 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use vhdx_ublk::device::registry::{Listed, Registry};
@@ -68,11 +69,12 @@ const INTERVAL: Duration = Duration::from_secs(1);
 const HEADLINE_ROUNDS: usize = 20;
 
 /// One device, as it is shown.
-#[derive(Clone, Debug, Serialize)]
-struct Row {
+#[derive(Clone, Debug, Serialize, JsonSchema)]
+pub struct Row {
     id: u32,
     device: PathBuf,
     #[serde(with = "path::one")]
+    #[schemars(with = "path::WrittenPath")]
     image: PathBuf,
     poisoned: bool,
     host_full: bool,
@@ -92,9 +94,10 @@ struct Row {
 }
 
 /// What was read from one image.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 struct Layer {
     #[serde(with = "path::one")]
+    #[schemars(with = "path::WrittenPath")]
     image: PathBuf,
     bytes: u64,
 }

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use vhdx_ublk::chain;
@@ -35,7 +36,7 @@ pub struct Outcome {
 }
 
 /// What is printed as JSON.
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 pub struct Answer {
     not_possible: Option<String>,
     volumes: Vec<VolumeTrim>,

@@ -20,6 +20,9 @@ pub struct Umount {
     /// Detach it now; it is unmounted and its device removed when it is no longer in use
     #[arg(short, long)]
     lazy: bool,
+    /// As JSON: an array of objects, errors too
+    #[arg(long)]
+    json: bool,
 }
 
 const AFTER_HELP: &str = "\
@@ -27,14 +30,18 @@ Examples:
   vhdx-ublk umount /mnt
   umount /mnt             the same, where umount.vhdx is installed
 
+JSON: target (the folder), error (null, or why it is still mounted or its image not closed).
 Exit status: 0 all are unmounted and their images are closed, 1 failure, 2 wrong usage.";
 
 impl Umount {
-    /// Runs the command. Every folder is tried; the last failure is returned, earlier ones are reported at
-    /// once.
-    pub fn run(self) -> Result<()> {
+    /// Runs the command; returns the exit status. Every folder is tried; the last failure is returned,
+    /// earlier ones are reported at once.
+    pub fn run(self) -> Result<u8> {
         let lazy = self.lazy;
-        let unmount = |folder| mount::unmount(&UnmountRequest { folder, lazy, flags: Vec::new() });
-        output::last_failure(self.folder.into_iter().map(unmount))
+        let unmount = |folder: PathBuf| {
+            let target = folder.clone().into();
+            (target, mount::unmount(&UnmountRequest { folder, lazy, flags: Vec::new() }))
+        };
+        output::finish(self.folder.into_iter().map(unmount).collect(), self.json)
     }
 }

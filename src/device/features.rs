@@ -1,6 +1,7 @@
 //! The features of the kernel's ublk driver, and those that this program uses.
 
 use libublk::sys;
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::control::{Control, QUIESCE_FEATURE, SAFE_STOP};
@@ -8,7 +9,7 @@ use super::options::{Options, Recovery, ZeroCopy};
 use crate::error::{Error, Kind, Result};
 
 /// One feature of the driver.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Feature {
     /// Its bit in `UBLK_F_*`.
     pub bit: u32,

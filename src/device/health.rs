@@ -1,5 +1,6 @@
 //! The health of a device, in one word, from the kernel, its process and its daemon.
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::options::Recovery;
@@ -8,7 +9,7 @@ use super::socket::{self, Status};
 use crate::error::{Kind, Result};
 
 /// The worst that is true of a device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Health {
     /// All is well.

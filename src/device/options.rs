@@ -3,6 +3,7 @@
 use std::mem::offset_of;
 
 use libublk::sys;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::name::Name;
@@ -34,7 +35,7 @@ const _: () = assert!(MAX_DEPTH as u32 == sys::UBLK_MAX_QUEUE_DEPTH);
 const _: () = assert!((MAX_QUEUES as u32) <= sys::UBLK_MAX_NR_QUEUES);
 
 /// What happens to a device whose daemon is killed.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Recovery {
     /// Its requests fail, and so do all later ones.

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::sync::mpsc;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -12,13 +13,15 @@ use crate::disk::HostFile;
 use crate::error::Result;
 
 /// A snapshot that was taken.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Snapped {
     /// The image that is served now.
     #[serde(with = "path::one")]
+    #[schemars(with = "path::WrittenPath")]
     pub image: PathBuf,
     /// Its parent, which was served before and no longer changes.
     #[serde(with = "path::one")]
+    #[schemars(with = "path::WrittenPath")]
     pub parent: PathBuf,
     /// How long requests had to wait, microseconds.
     pub pause_us: u64,

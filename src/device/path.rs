@@ -1,4 +1,4 @@
-//! Paths in JSON: the registry, the control socket and `list --json` represent every path that Linux allows.
+//! Paths in JSON: the registry, the control socket and every `--json` represent each path that Linux allows.
 //!
 //! A path that is UTF-8 is a string. Any other is an object: `{"lossy": "/disks/a\ufffd.vhdx", "hex":
 //! "2f6469736b732f61ff2e76686478"}`, its text for people and its bytes.
@@ -7,22 +7,40 @@ use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-#[derive(Serialize, Deserialize)]
+/// A path, or a file name: a text if it is UTF-8, otherwise its text for people and its bytes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(untagged)]
-enum Written {
+pub enum WrittenPath {
+    /// It is UTF-8.
     Text(String),
-    Bytes { lossy: String, hex: String },
+    /// It is not.
+    Bytes {
+        /// Its text, in which U+FFFD stands for what is not UTF-8.
+        lossy: String,
+        /// Its bytes, two digits each.
+        hex: String,
+    },
 }
 
-impl Written {
-    fn of(path: &Path) -> Self {
+impl WrittenPath {
+    /// This path.
+    pub fn of(path: impl AsRef<Path>) -> Self {
+        let path = path.as_ref();
         match path.to_str() {
             Some(text) => Self::Text(text.into()),
             None => {
                 Self::Bytes { lossy: path.to_string_lossy().into(), hex: hex(path.as_os_str().as_bytes()) }
             }
+        }
+    }
+
+    /// Its text for people. Not printable yet.
+    pub fn text(&self) -> &str {
+        match self {
+            Self::Text(text) | Self::Bytes { lossy: text, .. } => text,
         }
     }
 
@@ -53,7 +71,7 @@ pub mod one {
 
     use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
 
-    use super::Written;
+    use super::WrittenPath;
 
     /// Writes it.
     ///
@@ -61,7 +79,7 @@ pub mod one {
     ///
     /// The serializer's.
     pub fn serialize<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
-        Written::of(path).serialize(serializer)
+        WrittenPath::of(path).serialize(serializer)
     }
 
     /// Reads it.
@@ -70,7 +88,7 @@ pub mod one {
     ///
     /// When it has another form.
     pub fn deserialize<'a, D: Deserializer<'a>>(deserializer: D) -> Result<PathBuf, D::Error> {
-        Written::deserialize(deserializer)?.path().map_err(D::Error::custom)
+        WrittenPath::deserialize(deserializer)?.path().map_err(D::Error::custom)
     }
 }
 
@@ -80,7 +98,7 @@ pub mod optional {
 
     use serde::{Serialize, Serializer};
 
-    use super::Written;
+    use super::WrittenPath;
 
     /// Writes it.
     ///
@@ -88,7 +106,7 @@ pub mod optional {
     ///
     /// The serializer's.
     pub fn serialize<S: Serializer>(path: &Option<PathBuf>, serializer: S) -> Result<S::Ok, S::Error> {
-        path.as_deref().map(Written::of).serialize(serializer)
+        path.as_ref().map(WrittenPath::of).serialize(serializer)
     }
 }
 
@@ -98,7 +116,7 @@ pub mod many {
 
     use serde::{Deserialize, Deserializer, Serializer, de::Error};
 
-    use super::Written;
+    use super::WrittenPath;
 
     /// Writes them.
     ///
@@ -106,7 +124,7 @@ pub mod many {
     ///
     /// The serializer's.
     pub fn serialize<S: Serializer>(paths: &[PathBuf], serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_seq(paths.iter().map(|path| Written::of(path)))
+        serializer.collect_seq(paths.iter().map(WrittenPath::of))
     }
 
     /// Reads them.
@@ -115,7 +133,7 @@ pub mod many {
     ///
     /// When one has another form.
     pub fn deserialize<'a, D: Deserializer<'a>>(deserializer: D) -> Result<Vec<PathBuf>, D::Error> {
-        let written = Vec::<Written>::deserialize(deserializer)?;
+        let written = Vec::<WrittenPath>::deserialize(deserializer)?;
         written.into_iter().map(|path| path.path().map_err(D::Error::custom)).collect()
     }
 }
@@ -145,7 +163,7 @@ mod tests {
     #[test]
     fn bytes_that_are_no_hex_digits_are_refused() {
         for hex in ["2", "2g", "é"] {
-            assert!(Written::Bytes { lossy: String::new(), hex: hex.into() }.path().is_err(), "{hex}");
+            assert!(WrittenPath::Bytes { lossy: String::new(), hex: hex.into() }.path().is_err(), "{hex}");
         }
     }
 }

@@ -7,6 +7,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// The first bucket of a histogram has the durations up to so many microseconds; each further one reaches
@@ -69,7 +70,7 @@ fn bucket(micros: u64) -> usize {
 }
 
 /// What a [`Histogram`] has counted.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct Times {
     /// Durations.

@@ -2,6 +2,7 @@
 //!
 //! Nothing depends on it. The engine's thread is the only one that writes.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::Engine;
@@ -9,8 +10,9 @@ use crate::disk::Disk;
 use crate::disk::tally::Tally;
 
 /// Counters of what the engine has done, for `stats`, tests, benchmarks and the closing log line.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
+#[schemars(bound = "T: JsonSchema + Serialize + Default")]
 pub struct Counters<T = u64> {
     /// Syncs of the image file.
     pub syncs: T,
@@ -71,8 +73,9 @@ impl<T> Counters<T> {
 }
 
 /// What the engine has before it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
+#[schemars(bound = "T: JsonSchema + Serialize + Default")]
 pub struct Levels<T = u64> {
     /// The log's length, bytes.
     pub log_bytes: T,

@@ -5,6 +5,7 @@
 
 use std::time::Duration;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::Outcome;
@@ -144,8 +145,9 @@ impl PortCounts {
 }
 
 /// Requests by kind.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
+#[schemars(bound = "T: JsonSchema + Serialize + Default")]
 pub struct Requests<T = u64> {
     /// Reads.
     pub read: T,
@@ -193,7 +195,7 @@ impl Requests {
 }
 
 /// What has gone over one port, or several together.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct Traffic {
     /// Requests.
@@ -216,7 +218,7 @@ pub struct Traffic {
 }
 
 /// Waits for the engine.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Wait {
     /// What for.
     #[serde(rename = "for")]

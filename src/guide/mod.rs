@@ -14,6 +14,7 @@
 //! | [`upgrade`] | Replace the program while its devices are in use. |
 //! | [`watch`] | See what a device does, and what to do when something is wrong. |
 //! | [`network_images`] | Keep the file of an image on NFS or SMB. |
+//! | [`json`] | Use the commands from a program. |
 //! | [`kubernetes`] | Give a device to a pod. |
 //!
 //! `vhdx-ublk help TASK` shows them. Each command is explained by its own `--help`; the reasons are in
@@ -57,3 +58,6 @@ pub mod guest {}
 
 #[doc = include_str!("windows.md")]
 pub mod windows {}
+
+#[doc = include_str!("json.md")]
+pub mod json {}

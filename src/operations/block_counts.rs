@@ -3,13 +3,14 @@
 use std::fmt::{self, Write};
 use std::ops::Range;
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::format::bat::{BatEntry, PayloadState};
 use crate::image::{BlockMap, Image};
 
 /// Payload blocks by state.
-#[derive(Default, Debug, PartialEq, Eq, Serialize)]
+#[derive(Default, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct BlockCounts {
     /// All blocks of the disk.
     pub total: u64,

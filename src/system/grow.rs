@@ -14,6 +14,7 @@ use std::thread;
 
 use nix::mount::{MsFlags, mount, umount};
 use nix::sched::{CloneFlags, unshare};
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::device_disk::DeviceDisk;
@@ -38,7 +39,7 @@ pub struct Plan {
 }
 
 /// What has grown.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Grown {
     /// The number of the partition; none if the file system has all of the disk.
     pub partition: Option<u32>,

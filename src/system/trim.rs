@@ -17,6 +17,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::device_disk::DeviceDisk;
@@ -41,7 +42,7 @@ pub struct Survey {
 }
 
 /// A volume, and what becomes of it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct VolumeTrim {
     /// The number of its partition; none if it is the disk as a whole.
     pub partition: Option<u32>,

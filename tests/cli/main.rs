@@ -29,6 +29,7 @@ mod move_chain;
 mod relink;
 mod resize;
 mod salvage;
+mod schema;
 mod set;
 #[path = "../skip/mod.rs"]
 mod skip;

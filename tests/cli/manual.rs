@@ -14,7 +14,7 @@ use crate::skip::skipped;
 const SECTIONS: [&str; 6] = ["NAME", "SYNOPSIS", "DESCRIPTION", "OPTIONS", "EXIT STATUS", "SEE ALSO"];
 
 /// The commands that `--help` lists.
-fn commands(of: &[&str]) -> Vec<String> {
+pub fn commands(of: &[&str]) -> Vec<String> {
     let help = run(&[of, &["--help"]].concat()).succeeded();
     let lines = help.lines().skip_while(|line| *line != "Commands:").skip(1).take_while(|l| !l.is_empty());
     let names = lines.filter_map(|line| line.strip_prefix("  ")?.split(' ').next().map(str::to_owned));

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::entry::Entry;
@@ -13,7 +14,7 @@ use crate::error::{Kind, Result};
 const DRIVERS: &str = "/sys/class/misc";
 
 /// The state of a device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum State {
     /// Its daemon is bringing it up.

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::file::{Found, Sessions};
@@ -15,7 +16,7 @@ use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::image::{Mismatch, Session, SessionMemory};
 
 /// The state of a kept session.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum KeptState {
     /// A daemon uses it.

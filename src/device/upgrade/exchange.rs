@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::formats::Formats;
@@ -38,7 +39,7 @@ pub struct Exchange {
 }
 
 /// A device that was taken over.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Upgraded {
     /// The N of `/dev/ublkbN`.
     pub id: u32,

@@ -1,5 +1,6 @@
 //! What an examination found, for people and for programs.
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::error::Error;
@@ -9,7 +10,7 @@ use crate::error::Error;
 pub const KEPT_FINDINGS: u64 = 1000;
 
 /// How bad a finding is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Severity {
     /// Contradicts the format: data may be lost already, and the image is not to be written to.
@@ -21,7 +22,7 @@ pub enum Severity {
 }
 
 /// One thing found.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Finding {
     /// How bad it is.
     pub severity: Severity,
@@ -84,7 +85,7 @@ impl Finding {
 }
 
 /// What was found in the log.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum LogFound {
     /// The examination did not come so far.
@@ -101,7 +102,7 @@ pub enum LogFound {
 }
 
 /// The result of an examination.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Report {
     /// Whether every structure could be examined.
     pub complete: bool,

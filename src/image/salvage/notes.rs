@@ -1,9 +1,10 @@
 //! What was found damaged while an image was salvaged, and which reading was taken.
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 /// One thing found.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Note {
     /// The structure concerned.
     pub structure: &'static str,

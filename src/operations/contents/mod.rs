@@ -36,6 +36,7 @@ mod ntfs;
 mod partition;
 mod volume;
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::chain::Content;
@@ -81,7 +82,7 @@ impl<D: ReadDisk> ReadAt for Content<D> {
 const HEAD: usize = 68 << 10;
 
 /// What is on a disk.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Contents {
     /// Its partition table.
     pub table: Option<Table>,

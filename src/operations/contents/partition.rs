@@ -1,11 +1,12 @@
 //! A partition table and its partitions, whichever kind of table it is.
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::volume::Volume;
 
 /// A partition table.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Table {
     /// What kind it is.
     pub kind: TableKind,
@@ -24,7 +25,7 @@ pub struct Table {
 }
 
 /// The kinds of tables. Serialised in small letters.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum TableKind {
     /// The table of UEFI.
@@ -34,7 +35,7 @@ pub enum TableKind {
 }
 
 /// A partition.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Partition {
     /// Its number, as Linux counts.
     pub number: u32,

@@ -1,10 +1,11 @@
 //! What a partition, or a disk without partitions, holds.
 
+use schemars::JsonSchema;
 use serde::Serialize;
 use uuid::Uuid;
 
 /// A file system, swap space, or a layer that hides what it holds.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Volume {
     /// What it is.
     pub kind: VolumeKind,
@@ -25,7 +26,7 @@ pub struct Volume {
 }
 
 /// The kinds of volumes that are recognised. Serialised in small letters.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum VolumeKind {
     /// Linux, without a journal.
@@ -82,7 +83,7 @@ impl VolumeKind {
 
 /// Whether a volume was left in order. Mounting one that was not replays its journal, or repairs it: the
 /// volume changes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Journal {
     /// It was unmounted cleanly.

@@ -1,5 +1,6 @@
 //! What a target will take.
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::shape::Shape;
@@ -9,7 +10,7 @@ use crate::format::vhd;
 use crate::operations::source::{DiskFormat, Source, Walk};
 
 /// The bytes that a target will take.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct Measured {
     /// At most, with the data that the disk has now. Data that turns out to be zero takes less.

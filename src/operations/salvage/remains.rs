@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::disk::ReadDisk;
@@ -60,7 +61,7 @@ pub(super) struct Window {
 }
 
 /// How many bytes of the disk are what.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Totals {
     /// Known to be what the disk had.
     pub finished_bytes: u64,

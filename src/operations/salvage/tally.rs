@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::remains::{Status, Totals};
@@ -11,7 +12,7 @@ use crate::operations::contents::{Contents, Partition};
 pub const MOST_PARTITIONS: usize = 128;
 
 /// What came back of a disk.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct Tally {
     /// In all.
     #[serde(flatten)]
@@ -21,7 +22,7 @@ pub struct Tally {
 }
 
 /// What came back of a partition.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct PartitionTally {
     /// The partition.
     #[serde(flatten)]

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::path::Path;
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::disk::{ImageFile, SharedFile};
@@ -11,7 +12,7 @@ use crate::format::file_id::CONVERT;
 use crate::format::vhd::{FOOTER_COOKIE, FOOTER_SIZE};
 
 /// The format of a disk image.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum DiskFormat {
     /// The disk itself.

@@ -1,11 +1,12 @@
 //! One thing that was examined.
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::error::Error;
 
 /// What was examined, whether it is fine, and what to do if it is not.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Finding {
     /// What was examined, in a word or two.
     pub check: &'static str,

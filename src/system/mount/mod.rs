@@ -77,12 +77,13 @@ pub struct UnmountRequest {
     pub flags: Vec<OsString>,
 }
 
-/// Mounts the file system of an image. `add` makes the device, if none serves the image yet.
+/// Mounts the file system of an image; returns the node that is mounted. `add` makes the device, if none
+/// serves the image yet.
 ///
 /// # Errors
 ///
 /// Whatever prevented it; nothing is left behind then. The kind is [`Kind::NotFound`] if there is no image.
-pub fn mount(request: &MountRequest, add: impl FnOnce() -> Result<Ready>) -> Result<()> {
+pub fn mount(request: &MountRequest, add: impl FnOnce() -> Result<Ready>) -> Result<PathBuf> {
     let image = Held::at(&request.image)?;
     let folder = fs::canonicalize(&request.folder).doing("finding the folder").file(&request.folder)?;
     let registry = Registry::open()?;
@@ -133,7 +134,7 @@ fn refuse_read_only(entry: &Entry, request: &MountRequest) -> Result<()> {
     Err(Error::new(Kind::InUse, message).file(&request.image).remedy("mount it read-only, too (-o ro)"))
 }
 
-fn mount_device(request: &MountRequest, folder: &Path, id: u32, is_trusted: bool) -> Result<()> {
+fn mount_device(request: &MountRequest, folder: &Path, id: u32, is_trusted: bool) -> Result<PathBuf> {
     let device = PathBuf::from(format!("/dev/ublkb{id}"));
     let contents = DeviceDisk::open(&device)?.contents();
     let choice = choice::choose(&contents, request.options.partition.as_deref())?;
@@ -144,13 +145,13 @@ fn mount_device(request: &MountRequest, folder: &Path, id: u32, is_trusted: bool
     let source = Source::of(&device, choice.place);
     if is_mounted(folder, id, &source)? {
         tracing::info!("{} is mounted at {} already", request.image.display(), folder.display());
-        return Ok(());
+        return Ok(source.node);
     }
     choice.refuse_joined(&source.node, if source.options.is_empty() { 0 } else { choice.start() })?;
     let options = options(request, &choice, &source, is_trusted);
     let status = command(request, folder, &options, &source).status().doing("running mount(8)")?;
     if status.success() {
-        return Ok(());
+        return Ok(source.node);
     }
     let node = source.node.display();
     let error = Error::new(Kind::Io, format!("mount(8) cannot mount {node} ({status})")).file(&request.image);
