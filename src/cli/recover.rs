@@ -206,8 +206,8 @@ impl<'a> Answer<'a> {
     }
 }
 
-/// Serves the device of `entry`, which has no daemon, with `image`, which is locked, and with `spare` buffers;
-/// `room` is for its new entry.
+/// Serves the device of `entry`, which has no daemon, with `image`, which is locked, and with `spare`
+/// buffers; `room` is for its new entry.
 pub fn serve_image(
     entry: &Entry,
     (image, room, spare): (ImageFile, Reserved, SpareBuffers),

@@ -11,8 +11,8 @@ pub const WORD_BITS: u64 = u64::BITS as u64;
 /// Makes room for a range of shared memory, in words: touching memory without room would kill the process.
 pub type Reserve = Arc<dyn Fn(Range<usize>) -> io::Result<()> + Send + Sync>;
 
-/// Finds the first part of a range of shared memory that may hold anything but zeros, in words; `None` if there
-/// is none. Looking at the rest would take memory, a page at a time.
+/// Finds the first part of a range of shared memory that may hold anything but zeros, in words; `None` if
+/// there is none. Looking at the rest would take memory, a page at a time.
 pub type Written = Arc<dyn Fn(Range<usize>) -> Option<Range<usize>> + Send + Sync>;
 
 /// Memory that others may have used before, and may use afterwards.

@@ -139,7 +139,7 @@ mod tests {
         assert_eq!(refuse_lasting(&lasting).expect_err("it is no tmpfs").kind(), Kind::Unsupported);
     }
 
-    /// What was only reserved takes no memory when it is looked for.
+    /// A search takes no memory for what was only reserved.
     #[test]
     fn what_was_written_is_found_and_what_was_reserved_is_not() {
         let page = HEADER_WORDS;
