@@ -86,9 +86,7 @@ impl Successor {
             return;
         };
         match process.terminate() {
-            Ok(()) => {
-                tracing::info!("the request to end is passed on to the process that serves the device now")
-            }
+            Ok(()) => tracing::info!("the request to end is passed on to the process that serves the device"),
             Err(error) => tracing::warn!("a request to end is lost: it cannot be passed on: {error}"),
         }
     }
