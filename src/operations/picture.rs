@@ -17,7 +17,8 @@ use crate::image::{Extent, payload_extent};
 /// The layers that have a colour of their own; those below them look like the last of these.
 pub const LAYERS: usize = 8;
 
-/// The parts of the disk that the order shows. Each has as many of the file's blocks as any other.
+/// The parts of the disk that the order shows. The file's blocks are spread over all
+/// of them, however few they are.
 pub const PARTS: usize = 26;
 
 /// What a cell shows.
@@ -141,7 +142,8 @@ fn order(leaf: &Inspected, file: &Strip, cells: usize) -> Strip {
     let mut weights = Weights::<PARTS>::new(file.bytes, cells);
     let count = extents(leaf).count();
     for (number, extent) in extents(leaf).enumerate() {
-        weights.add(number * PARTS / count, extent.offset..extent.end());
+        // The first block is in the first part, and the last one in the last.
+        weights.add(number * (PARTS - 1) / (count - 1).max(1), extent.offset..extent.end());
     }
     let cell = |(shown, weights): (&Cell, &[u64; PARTS])| match shown {
         Cell::Layer(_) => Cell::Part((0..PARTS).max_by_key(|&part| weights[part]).expect("there are parts")),
