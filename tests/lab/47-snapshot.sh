@@ -218,3 +218,22 @@ test_snapshot_to_a_place_that_hangs() {
     [ "$(daemon_pid)" = "" ] && [ ! -e "/proc/$pid" ] || fail "the daemon stays"
     [ ! -e hung/more.vhdx ] || ublk check hung/more.vhdx >/dev/null || fail "half an image was left"
 }
+
+# From the next boot on, a line of the table that names the frozen image would serve the disk as it was.
+test_snapshot_warns_of_a_line_of_the_table() {
+    local device
+    take_down() { umount -q /etc etc || true; }
+    mkdir etc
+    mount -t tmpfs tmpfs etc
+    cp -a /etc/. etc
+    mount --bind etc /etc
+    ublk create disk.vhdx --size 64M
+    device=$(ublk add disk.vhdx)
+    printf '# disks\ndata %s\n' "$PWD/disk.vhdx" >/etc/vhdxtab
+    ublk snapshot "$device" first.vhdx 2>said
+    grep -q "/etc/vhdxtab: line 2 names $PWD/disk.vhdx, which is frozen now: change it to $PWD/first.vhdx" said ||
+        { cat said; fail "nothing is said of the line"; }
+    ublk snapshot "$device" second.vhdx 2>said
+    ! grep -q vhdxtab said || { cat said; fail "no line names this image"; }
+    ublk del "$device"
+}
