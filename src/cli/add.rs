@@ -23,6 +23,7 @@ use vhdx_ublk::device::launch::Lives;
 use vhdx_ublk::device::layers::Parents;
 use vhdx_ublk::device::name::Name;
 use vhdx_ublk::device::open_image::{NoEngine, OpenImage};
+use vhdx_ublk::device::path::WrittenPath;
 use vhdx_ublk::device::registry::Registry;
 use vhdx_ublk::device::respawn::refuse_useless;
 use vhdx_ublk::device::salvaged;
@@ -40,7 +41,7 @@ use vhdx_ublk::operations::{Devices, refuse_foreign_links};
 use vhdx_ublk::system::module;
 
 use super::parent_options::ParentOptions;
-use super::{detached, notify, output, respawn};
+use super::{detached, logging, notify, output, respawn};
 
 /// How long a holder of the image may take to leave: a process that was killed keeps its lock until its last
 /// I/O has ended.
@@ -157,11 +158,13 @@ eighth of /run free, their bits a quarter. If there is no room, or /run is not a
 device works but cannot be recovered, and `add` warns about it.
 If the kernel has no ublk driver yet, its module is loaded (modprobe ublk_drv), and a line says so.
 With --private-mounts, a snapshot goes to a file system that the image or a parent of it is on.
-Warnings of a running device go to /run/vhdx-ublk/N.log.
+Warnings of a running device go to /run/vhdx-ublk/N.log; a full log (1 MiB) becomes N.log.1. With
+--foreground in a service of systemd they go to the journal, with the fields VHDX_DEVICE and
+VHDX_IMAGE: `journalctl VHDX_DEVICE=/dev/ublkb0`.
 Writing to a parent invalidates its children. `add` refuses if it finds any, and lists them; use
 --read-only or --force. It finds children that devices use, and those among the first 256 images
 of the folder.
-JSON: id, device, name (null or a text), log (null with --foreground).
+JSON: id, device, name (null or a text), image, log (null with --foreground).
 Exit status: 0 the device can be used, 1 failure (nothing is left behind), 2 wrong usage.";
 
 /// What is printed as JSON.
@@ -173,6 +176,8 @@ pub struct Answer {
     pub device: PathBuf,
     /// The name that the device was given.
     pub name: Option<Name>,
+    /// The image, as an absolute path without symbolic links.
+    pub image: WrittenPath,
     /// Where warnings are written from now on; null if this process serves.
     pub log: Option<PathBuf>,
 }
@@ -188,6 +193,7 @@ impl Add {
         if self.foreground {
             return self.serve_here(|ready| {
                 self.print(ready)?;
+                logging::serving(ready);
                 notify::ready(ready);
                 Ok(())
             });
@@ -207,9 +213,15 @@ impl Add {
         if !self.json {
             return output::print(&ready.device.display().to_string());
         }
-        let Ready { id, device, log, .. } = ready.clone();
+        let Ready { id, device, image, log, .. } = ready.clone();
         let log = (!self.foreground).then_some(log);
-        output::print_json(&Answer { id, device, name: self.name.clone(), log })
+        output::print_json(&Answer {
+            id,
+            device,
+            name: self.name.clone(),
+            image: WrittenPath::of(image),
+            log,
+        })
     }
 
     /// Serves from this process until the device's end.
@@ -300,6 +312,7 @@ impl Add {
         let sparse = self.sparse.to_possible_value().expect("every choice has a name");
         arguments.push(format!("--sparse={}", sparse.get_name()).into());
         arguments.extend(self.parents.arguments());
+        arguments.extend(logging::arguments());
         arguments.extend(self.read_only.then(|| "--read-only".into()));
         arguments.extend(self.salvage.then(|| "--salvage".into()));
         arguments.extend(self.assume.then(|| "--assume".into()));

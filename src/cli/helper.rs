@@ -43,9 +43,6 @@ pub struct MountHelper {
     /// Writable, as -o rw
     #[arg(short = 'w', conflicts_with = "read_only")]
     writable: bool,
-    /// Say what is done
-    #[arg(short)]
-    verbose: bool,
     /// The type: vhdx, or vhdx.TYPE for a certain inner file system
     #[arg(short = 't', value_name = "TYPE")]
     kind: Option<String>,
@@ -56,13 +53,13 @@ pub struct MountHelper {
 
 impl MountHelper {
     /// Runs the command.
-    pub fn run(self) -> Result<()> {
+    pub fn run(self, verbose: bool) -> Result<()> {
         let mut options = MountOptions::parse(&self.options.join(","))?;
         options.read_only = (options.read_only || self.read_only) && !self.writable;
         if self.fake {
             return Ok(());
         }
-        let given = [(self.sloppy, "-s"), (self.no_record, "-n"), (self.verbose, "-v")];
+        let given = [(self.sloppy, "-s"), (self.no_record, "-n"), (verbose, "-v")];
         let request = MountRequest {
             image: self.image,
             folder: self.folder,
@@ -95,9 +92,6 @@ pub struct UmountHelper {
     /// If it cannot be unmounted, make it read-only
     #[arg(short)]
     read_only: bool,
-    /// Say what is done
-    #[arg(short)]
-    verbose: bool,
     /// The type; it is not needed
     #[arg(short = 't', value_name = "TYPE")]
     kind: Option<String>,
@@ -108,9 +102,8 @@ pub struct UmountHelper {
 
 impl UmountHelper {
     /// Runs the command.
-    pub fn run(self) -> Result<()> {
-        let given =
-            [(self.no_record, "-n"), (self.force, "-f"), (self.read_only, "-r"), (self.verbose, "-v")];
+    pub fn run(self, verbose: bool) -> Result<()> {
+        let given = [(self.no_record, "-n"), (self.force, "-f"), (self.read_only, "-r"), (verbose, "-v")];
         let flags = flags(&given, self.namespace);
         mount::unmount(&UnmountRequest { folder: self.folder, lazy: self.lazy, flags })
     }

@@ -10,6 +10,7 @@ use serde::Serialize;
 use vhdx_ublk::device::health::{Condition, Grade, Health};
 use vhdx_ublk::device::name::Name;
 use vhdx_ublk::device::registry::{Listed, Registry, State, Survey, Unreadable};
+use vhdx_ublk::device::warnings::Warning;
 use vhdx_ublk::device::{DeviceInfo, KernelState, Recovery, claims, path};
 use vhdx_ublk::printable::human_size;
 
@@ -26,6 +27,9 @@ pub struct List {
     #[arg(long)]
     check: bool,
 }
+
+/// The most characters of a warning in a row.
+const MAX_WARNING: usize = 60;
 
 /// With `--check`: a device is dead.
 const DEAD: u8 = 2;
@@ -45,11 +49,12 @@ writes fail until the device is removed and added again), waiting (for `recover`
 signal stopped the daemon), no-answer (the daemon did not answer within a second), dead, unknown.
 
 JSON: id, device, name (null or a text), image, pid, state, health, last_error (null or a text),
-queues, depth, read_only, salvage (`add --salvage`), zero_copy, recovery, size (bytes), version
-(of the program that serves it: `vhdx-ublk upgrade` replaces an old one), failure (null, or why
-the image could not be closed or the entry could not be read). If only the kernel knows the
-device, all but id, device, state, health are null. A path that is not UTF-8 is an object: lossy
-(a text), hex (its bytes).
+last_warning (null, or time in seconds since 1970, and text, at most 200 characters), queues,
+depth, read_only, salvage (`add --salvage`), zero_copy, recovery, size (bytes), version (of the
+program that serves it: `vhdx-ublk upgrade` replaces an old one), failure (null, or why the image
+could not be closed or the entry could not be read). If only the kernel knows the device, all but
+id, device, state, health are null. A path that is not UTF-8 is an object: lossy (a text), hex
+(its bytes).
 Exit status: 0 success, 1 failure, 2 wrong usage. With --check: 0 all devices are healthy, 1 some
 are not, or it is unknown, 2 some are dead.";
 
@@ -66,6 +71,8 @@ pub struct Row {
     state: State,
     health: Health,
     last_error: Option<String>,
+    /// The last warning of its daemon.
+    last_warning: Option<Warning>,
     queues: Option<u16>,
     depth: Option<u16>,
     read_only: Option<bool>,
@@ -89,6 +96,7 @@ impl Row {
             state,
             health: condition.health,
             last_error: condition.last_error,
+            last_warning: condition.last_warning,
             queues: Some(entry.queues),
             depth: Some(entry.depth),
             read_only: Some(entry.read_only),
@@ -112,6 +120,7 @@ impl Row {
             state: State::Unknown,
             health: Health::Unknown,
             last_error: None,
+            last_warning: None,
             queues: None,
             depth: None,
             read_only: None,
@@ -158,7 +167,7 @@ impl List {
             output::print(&output::table(
                 [
                     "DEVICE", "NAME", "STATE", "HEALTH", "MODE", "SIZE", "QUEUES", "DEPTH", "PID", "VERSION",
-                    "IMAGE",
+                    "IMAGE", "WARNING",
                 ],
                 &rows,
             ))?;
@@ -197,7 +206,7 @@ fn rows(registry: &Registry, survey: Survey) -> Vec<Row> {
     rows
 }
 
-fn row(device: &Row) -> Result<[String; 11]> {
+fn row(device: &Row) -> Result<[String; 12]> {
     fn text<T: ToString>(value: Option<T>) -> String {
         value.map_or_else(|| "?".into(), |value| value.to_string())
     }
@@ -219,7 +228,16 @@ fn row(device: &Row) -> Result<[String; 11]> {
         text(device.pid),
         text(device.version.clone()),
         image.unwrap_or_else(|| format!("? ({failure})")),
+        device.last_warning.as_ref().map_or_else(|| "-".into(), |warning| short(&warning.text)),
     ])
+}
+
+/// What fits a line.
+fn short(text: &str) -> String {
+    match text.char_indices().nth(MAX_WARNING) {
+        Some((end, _)) => format!("{}...", &text[..end]),
+        None => text.to_owned(),
+    }
 }
 
 /// A device for tests.
@@ -274,7 +292,8 @@ mod tests {
     use super::*;
 
     fn condition() -> Condition {
-        Condition { health: Health::Waiting, last_error: Some("no room".into()) }
+        let last_warning = Some(Warning { time: 7, text: "w".repeat(61) });
+        Condition { health: Health::Waiting, last_error: Some("no room".into()), last_warning }
     }
 
     #[test]
@@ -283,6 +302,7 @@ mod tests {
         let expected = serde_json::json!([{
             "id": 3, "device": "/dev/ublkb3", "name": "data", "image": "/images/disk.vhdx", "pid": 1234,
             "state": "fail-io", "health": "waiting", "last_error": "no room", "queues": 2, "depth": 64,
+            "last_warning": {"time": 7, "text": "w".repeat(61)},
             "read_only": true, "salvage": false, "zero_copy": true, "recovery": "none",
             "size": 1_073_741_824, "failure": null,
             "version": "0.1.0",
@@ -296,11 +316,11 @@ mod tests {
     fn a_row_says_the_same() {
         let known = row(&Row::of(listed(), condition())).expect("every state has a name");
         let expected = "/dev/ublkb3 data fail-io waiting read-only 1 GiB 2 64 1234 0.1.0 /images/disk.vhdx";
-        assert_eq!(known.join(" "), expected);
+        assert_eq!(known.join(" "), format!("{expected} {}...", "w".repeat(60)));
         let salvage = Row { salvage: Some(true), ..Row::of(listed(), condition()) };
         assert_eq!(row(&salvage).expect("every state has a name")[4], "salvage");
         let unknown = row(&Row::unknown(1, "damaged".into())).expect("as well");
-        assert_eq!(unknown.join(" "), "/dev/ublkb1 - unknown unknown ? ? ? ? ? ? ? (damaged)");
+        assert_eq!(unknown.join(" "), "/dev/ublkb1 - unknown unknown ? ? ? ? ? ? ? (damaged) -");
     }
 
     #[test]

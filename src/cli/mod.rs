@@ -77,6 +77,8 @@ const WRONG_USAGE: u8 = 2;
 struct Cli {
     #[command(subcommand)]
     command: Command,
+    #[command(flatten)]
+    verbosity: logging::Verbosity,
 }
 
 const AFTER_HELP: &str = "\
@@ -152,7 +154,7 @@ impl Command {
     }
 
     /// Runs the command; returns the exit status.
-    fn run(self) -> Result<u8> {
+    fn run(self, verbose: bool) -> Result<u8> {
         match self {
             Self::Add(add) => add.run()?,
             Self::Del(del) => return Ok(del.run()?),
@@ -171,8 +173,8 @@ impl Command {
             Self::Generator(generator) => generator.run(),
             Self::Mount(mount) => mount.run()?,
             Self::Umount(umount) => return Ok(umount.run()?),
-            Self::MountHelper(mount) => mount.run()?,
-            Self::UmountHelper(umount) => umount.run()?,
+            Self::MountHelper(mount) => mount.run(verbose)?,
+            Self::UmountHelper(umount) => umount.run(verbose)?,
             Self::Create(create) => create.run()?,
             Self::Info(info) => return Ok(info.run()?),
             Self::Map(map) => map.run()?,
@@ -201,14 +203,14 @@ pub fn main() -> ExitCode {
     // the program in the middle of its work.
     let _ = signal_hook::flag::register(signal_hook::consts::SIGXFSZ, Arc::new(AtomicBool::new(false)));
     let arguments = by_name(std::env::args_os().collect());
-    let (command, json) = match parse(&arguments) {
-        Ok((cli, json)) => (cli.command, json),
+    let (Cli { command, verbosity }, json) = match parse(&arguments) {
+        Ok(parsed) => parsed,
         Err(error) => return misused(&error, arguments.get(1..).unwrap_or_default()),
     };
-    logging::start();
+    logging::start(verbosity);
     confine::raise_descriptors();
     let (failure, misuse) = command.failures();
-    let error = match command.run() {
+    let error = match command.run(verbosity.is_verbose()) {
         Ok(status) => return status.into(),
         Err(error) => error,
     };

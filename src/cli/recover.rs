@@ -29,7 +29,7 @@ use vhdx_ublk::error::{Error, Kind, Result};
 use vhdx_ublk::printable::shell;
 
 use super::output::{self, Failure};
-use super::{FAILURE, SUCCESS, add, detached};
+use super::{FAILURE, SUCCESS, add, detached, logging};
 
 /// How long a killed daemon may take to be gone.
 const END_WAIT: Duration = Duration::from_secs(2);
@@ -151,6 +151,7 @@ impl Recover {
             return Err(stop::lies_on_waiting(&listed.entry, &below));
         }
         let mut arguments: Vec<OsString> = vec!["recover".into(), "--serve".into()];
+        arguments.extend(logging::arguments());
         arguments.extend(self.accept_loss.then(|| "--accept-loss".into()));
         arguments.extend(["--".into(), listed.entry.id.to_string().into()]);
         launch::launch_within(arguments, READY_DEADLINE)

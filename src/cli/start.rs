@@ -15,7 +15,7 @@ use vhdx_ublk::system::table::{self, Disk, Table};
 
 use super::add::Add;
 use super::recover::Recover;
-use super::{SUCCESS, notify, output};
+use super::{SUCCESS, logging, notify, output};
 
 /// The exit status if the device waits for a daemon: another attempt may be successful.
 const WAITING: u8 = 3;
@@ -107,6 +107,7 @@ impl Start {
         let is_up = Cell::new(is_waiting);
         let ready = |ready: &Ready| {
             is_up.set(true);
+            logging::serving(ready);
             notify::ready(ready);
             Ok(())
         };

@@ -29,6 +29,7 @@ use super::features;
 use super::handover::{self, QUIESCE_PATIENCE, SETTLE_PATIENCE, Way};
 use super::launch;
 use super::links::{self, Names};
+use super::log_file;
 use super::mailbox::{EngineEnds, FrontEnds, mailboxes};
 use super::node::{Node, await_node};
 use super::options::{Options, Recovery, ZeroCopy};
@@ -44,6 +45,7 @@ use super::stats::Sources;
 use super::supervisor::{Demand, Supervisor};
 use super::sys;
 use super::usage;
+use super::warnings;
 use crate::disk::HostFile;
 use crate::engine::front::Front;
 use crate::engine::shared::{Session, Shared};
@@ -373,7 +375,7 @@ impl<E: EngineHandle> Device<E> {
                     self.supervisor.find_users(self.info.id);
                 }
                 Step::Stay(users) => self.warn_of_users(&users),
-                Step::Reopen => launch::reopen_log(),
+                Step::Reopen => log_file::reopen(),
                 Step::End => {
                     tracing::info!("ending on request");
                     return Ok(End::Down);
@@ -603,7 +605,8 @@ impl<E: EngineHandle> Device<E> {
 
     fn ready(&self) -> Ready {
         let log = self.registry.log_path(self.info.id);
-        Ready { id: self.info.id, device: self.path(), log, pause_us: None }
+        let image = self.entry.lock().unwrap_or_else(PoisonError::into_inner).image.clone();
+        Ready { id: self.info.id, device: self.path(), image, log, pause_us: None }
     }
 }
 
@@ -621,6 +624,7 @@ fn status_of(shared: &Shared) -> Status {
         poisoned: shared.session() == Session::Poisoned,
         host_full: troubles.is_host_full(),
         last_error: troubles.last(),
+        last_warning: warnings::last(),
         leaving: false,
     }
 }

@@ -6,6 +6,7 @@ use serde::Serialize;
 use super::options::Recovery;
 use super::registry::{Life, Listed, Registry, State};
 use super::socket::{self, Status};
+use super::warnings::Warning;
 use crate::error::{Kind, Result};
 
 /// The worst that is true of a device.
@@ -64,6 +65,8 @@ pub struct Condition {
     pub health: Health,
     /// The last error of the host that its daemon saw, or why the daemon did not answer.
     pub last_error: Option<String>,
+    /// The last warning of its daemon.
+    pub last_warning: Option<Warning>,
 }
 
 impl Condition {
@@ -77,18 +80,21 @@ impl Condition {
 
 fn judge(listed: &Listed, life: Life, answer: Option<Result<Status>>) -> Condition {
     let failure = listed.entry.failure.clone();
-    let only = |health| Condition { health, last_error: failure.clone() };
+    let only = |health| Condition { health, last_error: failure.clone(), last_warning: None };
     match (listed.state, life, answer) {
         (State::Dead | State::Failed, ..) => only(Health::Dead),
         (State::Unknown, ..) => only(Health::Unknown),
         (State::Live, Life::Ended, _) if listed.entry.recovery == Recovery::None => only(Health::Dead),
         (State::Quiesced | State::FailIo, ..) | (State::Live, Life::Ended, _) => only(Health::Waiting),
         (_, Life::Stopped, _) => only(Health::Stopped),
-        (_, _, Some(Ok(status))) => Condition { health: of_status(&status), last_error: status.last_error },
+        (_, _, Some(Ok(status))) => {
+            let health = of_status(&status);
+            Condition { health, last_error: status.last_error, last_warning: status.last_warning }
+        }
         // A daemon of an older version answers, but not this.
         (_, _, Some(Err(error))) if error.kind() == Kind::Unsupported => only(Health::Unknown),
         (_, _, Some(Err(error))) => {
-            Condition { health: Health::NoAnswer, last_error: Some(format!("{error:#}")) }
+            Condition { last_error: Some(format!("{error:#}")), ..only(Health::NoAnswer) }
         }
         (State::Live | State::Starting | State::Stopping, _, None) => only(Health::Ok),
     }

@@ -14,7 +14,6 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
@@ -28,6 +27,7 @@ use nix::unistd;
 use serde::{Deserialize, Serialize};
 
 use super::confine;
+use super::log_file;
 use super::spec::Ready;
 use super::wire::Failure;
 use crate::error::{Doing, Error, Kind, Locate, Result};
@@ -132,12 +132,6 @@ const PROCESS_NAME: &str = "vhdx-ublk";
 /// The same for a daemon that the end of a shutdown is to spare, as systemd does with processes whose first
 /// argument begins like this.
 const SPARED_NAME: &str = "@vhdx-ublk";
-
-/// Only root may read logs.
-const LOG_MODE: u32 = 0o600;
-
-/// Where warnings are written since this process has detached.
-static LOG: OnceLock<PathBuf> = OnceLock::new();
 
 /// The one line.
 #[derive(Debug, Serialize, Deserialize)]
@@ -368,7 +362,7 @@ pub enum Lives {
 /// If the parent is gone, or the log cannot be written. The device should be taken down then: no process
 /// knows of it.
 pub fn announce(ready: &Ready, lives: Lives) -> Result<()> {
-    let log = open_log(&ready.log).doing("opening the log").file(&ready.log)?;
+    let log = log_file::open(&ready.log)?;
     let null = OpenOptions::new().read(true).write(true).open("/dev/null");
     let null = null.doing("opening /dev/null")?;
     unistd::chdir(Path::new("/")).doing("leaving the directory")?;
@@ -382,21 +376,8 @@ pub fn announce(ready: &Ready, lives: Lives) -> Result<()> {
     if !takes_over() {
         told?;
     }
-    LOG.get_or_init(|| ready.log.clone());
+    log_file::begin(&ready.log);
     unistd::dup2_stdout(&null).doing("detaching the output")
-}
-
-fn open_log(path: &Path) -> io::Result<File> {
-    OpenOptions::new().create(true).append(true).mode(LOG_MODE).open(path)
-}
-
-/// Reopens the log, which may have been moved away. A process that has not detached has none.
-pub(super) fn reopen_log() {
-    let Some(path) = LOG.get() else { return };
-    let opened = open_log(path).and_then(|log| Ok(unistd::dup2_stderr(&log)?));
-    if let Err(error) = opened {
-        tracing::warn!("{}: the log cannot be reopened: {error}", path.display());
-    }
 }
 
 /// In the child: reports to the parent why there is no device.
@@ -445,8 +426,13 @@ mod tests {
 
     #[test]
     fn a_device_is_announced_as_documented() {
-        let ready =
-            Ready { id: 0, device: "/dev/ublkb0".into(), log: "/run/vhdx-ublk/0.log".into(), pause_us: None };
+        let ready = Ready {
+            id: 0,
+            device: "/dev/ublkb0".into(),
+            log: "/run/vhdx-ublk/0.log".into(),
+            image: "/a.vhdx".into(),
+            pause_us: None,
+        };
         let text = serde_json::to_string(&Line::Ready(ready.clone())).expect("serialisable");
         assert!(text.starts_with(r#"{"ready":{"id":0,"device":"/dev/ublkb0""#), "{text}");
         assert_eq!(through_the_pipe(&Line::Ready(ready.clone())).expect("ready"), ready);

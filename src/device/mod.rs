@@ -13,7 +13,7 @@
 //! * `handover`, [`upgrade`], `service_manager`: how another program takes the device over while it is in
 //!   use, and who learns of that;
 //! * [`confine`], [`launch`]: the privileges of that process, and how it is started and reports; [`respawn`]:
-//!   how it is started again when it dies.
+//!   how it is started again when it dies; [`log_file`], [`warnings`]: what it warns of.
 //!
 //! What other processes see and do: [`registry`], [`usage`], [`stop`], [`health`], [`claims`]; how data
 //! travels between processes: [`path`], `wire`; what the kernel reports of the machine, and a daemon's view
@@ -37,6 +37,7 @@ pub mod launch;
 pub mod layers;
 mod leaf_handover;
 mod links;
+pub mod log_file;
 pub mod mailbox;
 pub mod mounts;
 pub mod name;
@@ -70,6 +71,7 @@ mod sysfs;
 mod testing;
 pub mod upgrade;
 pub mod usage;
+pub mod warnings;
 mod wire;
 mod writable;
 

@@ -97,7 +97,9 @@ impl Keeper {
     /// What the keeper reports when it has begun.
     pub fn ready(&self) -> Ready {
         let device = format!("/dev/ublkb{}", self.id).into();
-        Ready { id: self.id, device, log: self.registry.log_path(self.id), pause_us: None }
+        let entry = self.registry.entry(self.id).ok().flatten();
+        let image = entry.map(|entry| entry.image).unwrap_or_default();
+        Ready { id: self.id, device, image, log: self.registry.log_path(self.id), pause_us: None }
     }
 
     /// Makes this process the keeper.

@@ -11,6 +11,7 @@ use uuid::Uuid;
 use super::leaf_handover::LeafHandover;
 use super::options::{Parameters, Salvage};
 use super::order::SnapshotOrder;
+use super::path;
 use super::spare_buffers::SpareBuffers;
 use crate::disk::tally::Histogram;
 use crate::disk::{HostFile, Sparse};
@@ -82,6 +83,9 @@ pub struct Ready {
     pub id: u32,
     /// `/dev/ublkbN`.
     pub device: PathBuf,
+    /// The image, as an absolute path without symbolic links.
+    #[serde(default, with = "path::one")]
+    pub image: PathBuf,
     /// Where warnings are written from now on, if the daemon has detached from its terminal.
     pub log: PathBuf,
     /// How long requests had to wait, if it was taken over in an upgrade: microseconds.

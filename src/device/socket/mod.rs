@@ -26,6 +26,7 @@ pub(super) use server::listen;
 
 use super::path;
 use super::stats::Stats;
+use super::warnings::Warning;
 use super::wire::Failure;
 use crate::disk::HostFile;
 use crate::error::{Doing, Error, Kind, Result};
@@ -72,6 +73,9 @@ pub struct Status {
     pub host_full: bool,
     /// The last error of the host, as text.
     pub last_error: Option<String>,
+    /// The last warning of the daemon.
+    #[serde(default)]
+    pub last_warning: Option<Warning>,
     /// The daemon is handing its device over, and ends.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub leaving: bool,
