@@ -101,13 +101,15 @@ pub fn recover<E: EngineHandle>(
     ready: impl FnOnce(&Ready) -> Result<()>,
 ) -> Result<()> {
     prepare_process();
-    if entry.private_mounts {
-        keep_mounts_of(spec);
-    }
     let supervisor = Supervisor::new()?;
     let registry = Registry::open()?;
     let mut device = Device::take_over(registry, supervisor, spec, (entry, room))?;
     device.bring_up(spec, start_engine, Beginning::TakenOver)?;
+    // Not before requests flow: it may be the last unmount of a file system on the device itself, which is
+    // written then.
+    if entry.private_mounts {
+        keep_mounts_of(spec);
+    }
     device.announce_to_manager(std::process::id());
     ready(&device.ready())?;
     device.say_what_is_continued();

@@ -5,6 +5,7 @@
 //! mounted for it either, so that it keeps no other file system from being unmounted.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
@@ -12,6 +13,9 @@ use nix::sched::{CloneFlags, unshare};
 use super::mounts::Mounts;
 use super::registry::RUN_DIRECTORY;
 use crate::error::{Doing, Result};
+
+/// Whether this process has left the mount namespace of its caller.
+static LEFT: AtomicBool = AtomicBool::new(false);
 
 /// What a daemon needs beside its images.
 const NEEDED: [&str; 4] = ["/dev", "/proc", "/sys", RUN_DIRECTORY];
@@ -26,12 +30,15 @@ pub fn leave() -> Result<()> {
     const LEAVING: &str = "making a mount namespace";
     let no = None::<&str>;
     unshare(CloneFlags::CLONE_NEWNS).doing(LEAVING)?;
-    mount(no, "/", no, MsFlags::MS_REC | MsFlags::MS_PRIVATE, no).doing(LEAVING)
+    mount(no, "/", no, MsFlags::MS_REC | MsFlags::MS_PRIVATE, no).doing(LEAVING)?;
+    LEFT.store(true, Ordering::Relaxed);
+    Ok(())
 }
 
 /// Unmounts, in the namespace of this process, what leads to none of `files`. What stays mounted is logged:
 /// it cannot be unmounted elsewhere as long as the daemon lives.
 pub(super) fn keep_only(files: &[&Path]) {
+    assert!(LEFT.load(Ordering::Relaxed), "otherwise it would unmount the machine's file systems");
     let points = match Mounts::of_this_process() {
         Ok(mounts) => mounts.iter().map(|mount| mount.point()).collect(),
         Err(error) => {

@@ -291,16 +291,16 @@ fn watch_signals(sender: mpsc::Sender<Event>, successor: Arc<Successor>) -> Resu
         confine::become_(Role::Plain);
         while let Ok(Some(signal)) = signals.read_signal() {
             let happening = meaning(&signal);
-            tracing::info!("signal {} from process {}: {happening:?}", signal.ssi_signo, signal.ssi_pid);
-            if successor.is_known() {
-                if matches!(happening, Happening::EndRequested { .. }) {
-                    successor.pass_on();
-                }
-                continue;
-            }
-            if sender.send(Event::Happening(happening)).is_err() {
+            let is_end = matches!(happening, Happening::EndRequested { .. });
+            let heard = format!("signal {} from process {}: {happening:?}", signal.ssi_signo, signal.ssi_pid);
+            if !successor.is_known() && sender.send(Event::Happening(happening)).is_err() {
                 return;
             }
+            // Also if it became known meanwhile: this process may end before it takes another event.
+            if is_end && successor.is_known() {
+                successor.pass_on();
+            }
+            tracing::info!("{heard}");
         }
     };
     let thread = thread::Builder::new().name("ublk-signals".into()).spawn(watch);

@@ -33,7 +33,8 @@
 //!   until that ends, and the byte that makes a writer passes only then, after the last I/O;
 //! * the session stays open all the time. No process marks it clean, and a successor that fails leaves it;
 //! * a request to end is not lost: a daemon that has one refuses, and passes on what comes after it has
-//!   agreed; those that come to its successor wait until that serves;
+//!   agreed; those that come to its successor wait until that serves. Only if the successor fails is what it
+//!   was asked lost with it: the device stays then;
 //! * nothing lies on SMB: no lock can lie beside another there;
 //! * one upgrade runs at a time.
 
