@@ -251,7 +251,10 @@ fn make(bench: &Bench, name: &str, line: &str, disk: &Path) {
             child(bench, name, parent);
         }
         None if name == "disk.raw" => _ = fs::copy(disk, path).expect("a copy"),
-        None => _ = run(&["convert".as_ref(), disk.as_os_str(), path.as_os_str()]).succeeded(),
+        None => {
+            _ = run(&["convert".as_ref(), "--progress=none".as_ref(), disk.as_os_str(), path.as_os_str()])
+                .succeeded()
+        }
     }
     if line.contains("relink") || line.contains("--parent backup/base.vhdx") {
         // The parent is elsewhere by now.
