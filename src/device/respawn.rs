@@ -129,7 +129,9 @@ impl Keeper {
                 Ok(None) => return Ok(()),
                 Ok(Some(listed)) if listed.entry.daemon.is_alive() => {
                     match Program::of_process(listed.entry.daemon.pid) {
-                        Ok(of_daemon) => program = of_daemon,
+                        // Otherwise it may be the program of a later process with this number.
+                        Ok(of_daemon) if listed.entry.daemon.is_alive() => program = of_daemon,
+                        Ok(_) => {}
                         Err(error) => tracing::debug!("the program of the daemon is not known: {error:#}"),
                     }
                     await_end(&listed.entry).map(|lived| series.after_death(lived))
