@@ -9,9 +9,12 @@ use std::process::Command;
 /// Where the programs of the machine are: the `PATH` of those that are run.
 const FOLDERS: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
 
+/// Where its administrator puts others.
+const OF_ADMINISTRATOR: &str = "/usr/local/sbin:/usr/local/bin";
+
 /// A command that runs the program `name` of the machine.
 pub fn command(name: &str) -> Command {
-    at(&find(name).unwrap_or_else(|| name.into()))
+    at(&find(name).unwrap_or_else(|| Path::new("/usr/sbin").join(name)))
 }
 
 /// A command that runs the program at `path`.
@@ -21,16 +24,10 @@ pub(super) fn at(path: &Path) -> Command {
     command
 }
 
-/// Where the program `name` is: in the folders of the machine, else in those of the administrator and of this
-/// program's `PATH`.
+/// Where the program `name` is: in the folders of the machine, else in those of its administrator. The
+/// caller's `PATH` does not count.
 pub(super) fn find(name: &str) -> Option<PathBuf> {
-    find_in(FOLDERS.as_ref(), name)
-        .or_else(|| find_in("/usr/local/sbin".as_ref(), name))
-        .or_else(|| find_in(&std::env::var_os("PATH")?, name))
-}
-
-fn find_in(folders: &std::ffi::OsStr, name: &str) -> Option<PathBuf> {
-    let folders = std::env::split_paths(folders).filter(|folder| folder.is_absolute());
+    let folders = [FOLDERS, OF_ADMINISTRATOR].into_iter().flat_map(std::env::split_paths);
     let mut places = folders.map(|folder| folder.join(name));
     places.find(|place| fs::metadata(place).is_ok_and(|found| found.is_file()))
 }
@@ -52,6 +49,7 @@ mod tests {
     fn programs_of_the_machine_come_before_others() {
         let found = find("sh").expect("every machine has it");
         assert!(std::env::split_paths(FOLDERS).any(|folder| found.starts_with(folder)), "{found:?}");
-        assert_eq!(find_in("bin:".as_ref(), "sh"), None, "a folder without a root is the caller's");
+        let elsewhere = command("no-such-program");
+        assert!(Path::new(elsewhere.get_program()).is_absolute(), "the caller's PATH is not searched");
     }
 }
