@@ -14,7 +14,7 @@ pub struct Search {
     pub parents: Vec<PathBuf>,
     /// Where Windows' drives, volumes and shares are.
     pub maps: Vec<PathMap>,
-    /// Only what is in the folder of the image is opened.
+    /// Only what is in the folder of the image is looked at and opened.
     pub beside_only: bool,
 }
 
@@ -25,9 +25,11 @@ impl Search {
         let relative = locator.get(RELATIVE_PATH).map(|text| path::join(folder, text));
         let absolute = ABSOLUTE_KEYS.into_iter().filter_map(|key| locator.get(key));
         let absolute = absolute.flat_map(|text| self.mapped(text));
+        // Even a look at a path that the image chooses can have effects, as where it leads to a share.
+        let chosen = relative.into_iter().chain(absolute).filter(|_| !self.beside_only);
         let keys = [RELATIVE_PATH, ABSOLUTE_WIN32_PATH, VOLUME_PATH].into_iter();
         let beside = keys.filter_map(|key| path::name(locator.get(key)?)).map(|name| folder.join(name));
-        let named = relative.into_iter().chain(absolute).map(|path| (path, false));
+        let named = chosen.map(|path| (path, false));
         let mut found: Vec<Candidate> = Vec::new();
         for (path, guessed) in named.chain(beside.map(|path| (path, true))) {
             if let Some(path) = path::existing(&path)
@@ -113,12 +115,11 @@ mod tests {
             fs::write(at(file), "").expect("a file");
         }
         std::os::unix::fs::symlink(at("base.vhdx"), at("in/link.vhdx")).expect("a link");
+        std::os::unix::fs::symlink(at("in"), at("in/round")).expect("a link");
         let beside_only = Search { beside_only: true, ..Search::default() };
-        let beside = fs::canonicalize(at("in/base.vhdx")).expect("there");
-        for named in ["base.vhdx", r"..\in\base.vhdx", r"..\base.vhdx"] {
+        for named in ["base.vhdx", r"..\in\base.vhdx", r"..\base.vhdx", r"round\base.vhdx"] {
             let found = paths(&beside_only, &at("in/child.vhdx"), &locator(&[(RELATIVE_PATH, named)]));
-            let found: Vec<PathBuf> = found.iter().map(|path| path.canonicalize().expect("there")).collect();
-            assert!(!found.is_empty() && found.iter().all(|path| *path == beside), "{named}: {found:?}");
+            assert_eq!(found, [at("in/base.vhdx")], "{named}: no other path is looked at");
         }
         let link = locator(&[(RELATIVE_PATH, "link.vhdx")]);
         assert_eq!(paths(&beside_only, &at("in/child.vhdx"), &link), Vec::<PathBuf>::new());
