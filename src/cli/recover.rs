@@ -24,7 +24,7 @@ use vhdx_ublk::device::spare_buffers::SpareBuffers;
 use vhdx_ublk::device::spec::{DeviceSpec, Ready};
 use vhdx_ublk::device::stop::{self, Target};
 use vhdx_ublk::device::usage;
-use vhdx_ublk::disk::{Access, ImageFile};
+use vhdx_ublk::disk::{Access, HostFile, ImageFile};
 use vhdx_ublk::error::{Error, Kind, Result};
 use vhdx_ublk::printable::shell;
 
@@ -226,6 +226,9 @@ pub fn serve_image(
         if opened.file_write_guid != entry.file_write_guid && !accept_loss {
             return Err(changed(entry));
         }
+        if !accept_loss && !has_parents_of(entry, &opened.parent_files()) {
+            return Err(replaced_parent(entry));
+        }
         let served = DeviceSpec { spare, ..opened.spec(&file)? };
         let start = |ends| Ok(NoEngine::new(&opened, ends));
         return daemon::recover(&served, (entry, room), start, ready);
@@ -316,6 +319,22 @@ fn refuse_changed(entry: &Entry) -> Result<()> {
     }
     let message = format!("the image of {} has changed while it was being recovered", entry.device.display());
     Err(Error::new(Kind::InUse, message).remedy("run the command again"))
+}
+
+/// Whether the parents that were `found` are the files that the device had as parents, if its entry has
+/// these: a path may lead elsewhere by now, also out of the folder to which an untrusted image is limited.
+fn has_parents_of(entry: &Entry, found: &[HostFile]) -> bool {
+    let known = &entry.parent_files;
+    // Their file system may have another number by now.
+    known.len() != entry.parents.len()
+        || known.iter().map(|file| file.inode).eq(found.iter().map(|file| file.inode))
+}
+
+fn replaced_parent(entry: &Entry) -> Error {
+    let message = format!("a parent of it is not the file that {} reads", entry.device.display());
+    Error::new(Kind::NotFound, message)
+        .file(&entry.image)
+        .remedy("move the parent back; `vhdx-ublk recover --accept-loss` takes the file that is there")
 }
 
 fn changed(entry: &Entry) -> Error {

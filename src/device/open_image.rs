@@ -79,7 +79,7 @@ impl OpenImage {
     }
 
     /// The parents as they were opened: another file may have such a path by now.
-    pub(super) fn parent_files(&self) -> Vec<HostFile> {
+    pub fn parent_files(&self) -> Vec<HostFile> {
         self.parents.iter().map(|parent| parent.identity()).collect()
     }
 

@@ -28,7 +28,7 @@ test_untrusted_images_are_only_read_and_have_no_partitions() {
 }
 
 test_untrusted_images_read_parents_of_their_own_folder_only() {
-    local device
+    local device other
     mkdir received private
     ublk create private/base.vhdx --size 64M
     ublk create received/child.vhdx --parent private/base.vhdx
@@ -42,6 +42,18 @@ test_untrusted_images_read_parents_of_their_own_folder_only() {
     device=$(ublk add --untrusted received/child.vhdx)
     dd if="$device" of=/dev/null bs=1M count=1 status=none
     ublk list --json | grep -q received/child.vhdx
+    # A device that is served again reads the same file.
+    kill_daemon received/child.vhdx
+    mv received/base.vhdx received/away.vhdx
+    for other in 'ln -s ../private/base.vhdx' 'cp --preserve=all private/base.vhdx'; do
+        $other received/base.vhdx
+        refused ublk recover "$device"
+        grep -q 'a parent of it is not the file' refusal
+        rm received/base.vhdx
+    done
+    mv received/away.vhdx received/base.vhdx
+    ublk recover "$device"
+    dd if="$device" of=/dev/null bs=1M count=1 status=none iflag=direct
     ublk del "$device"
 }
 
