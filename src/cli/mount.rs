@@ -33,7 +33,7 @@ pub struct Mount {
     /// Refuse all writes; the file is not changed. The same as -o ro
     #[arg(short, long)]
     read_only: bool,
-    /// The type of the file system [default: mount(8) finds out]
+    /// The type of the file system [default: what is recognised]
     #[arg(short = 't', long = "type", value_name = "TYPE")]
     kind: Option<String>,
     /// As JSON: one object, errors too
@@ -55,9 +55,9 @@ sparse=. For another type of the inner file system: -t vhdx.TYPE.
 An image that is served already is mounted from its device. An NTFS volume of a hibernated
 Windows is refused unless the mount is read-only. A read-only mount does not replay the journal
 of a file system that was not unmounted cleanly: the latest changes may be missing.
-If the image or a parent does not belong to root, or its group or others may write to it, it is
-mounted with nosuid and nodev: no program on it gets the rights of its owner, and no node on it
-opens a device. The options suid and dev allow them.
+If the image or a parent does not belong to root, or its group or others may write to it, or its
+device was added with --untrusted, it is mounted with nosuid and nodev: no program on it gets the
+rights of its owner, and no node on it opens a device. The options suid and dev allow them.
 A file system with parts on other devices is refused: an ext with its journal elsewhere, a btrfs of
 several devices, or with the identifier of another one of this machine, an F2FS that names devices.
 JSON: image, folder, source (the device, or the partition of it, that is mounted).

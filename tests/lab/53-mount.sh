@@ -83,6 +83,12 @@ test_mount_an_image_of_a_user() {
     findmnt -no OPTIONS "$mnt" | grep -q 'nosuid,nodev' || fail "its group can write to it"
     ublk umount "$mnt"
     has_no_device
+    chmod g-w disk.vhdx
+    ublk add --untrusted disk.vhdx
+    ublk mount -r disk.vhdx "$mnt"
+    findmnt -no OPTIONS "$mnt" | grep -q 'nosuid,nodev' || fail "it was added as untrusted"
+    ublk umount "$mnt"
+    ublk del 0
 }
 
 test_mount_by_fstab() {
@@ -136,6 +142,28 @@ test_mount_partitions() {
     ublk del "$device"
 }
 
+# What mount(8) would find by itself is not mounted: it is another file system than the one that was examined.
+test_mount_what_was_examined() {
+    local device
+    ublk create disk.vhdx --size 64M
+    device=$(ublk add disk.vhdx)
+    mkfs.minix -3 "$device" >/dev/null
+    [ -n "$(blkid -o value -s TYPE "$device")" ] || fail "mount(8) would find nothing, either"
+    ublk del "$device"
+    for kind in '' '-t auto'; do
+        # shellcheck disable=SC2086 # an option and its value
+        refused ublk mount $kind disk.vhdx "$mnt"
+        grep -q 'no file system was recognised' refusal || fail "$(cat refusal)"
+    done
+    make_ext4 ext4.vhdx
+    refused ublk mount -t btrfs ext4.vhdx "$mnt"
+    grep -q 'the file system is ext4, not btrfs' refusal || fail "$(cat refusal)"
+    ublk mount -t auto ext4.vhdx "$mnt"
+    [ "$(findmnt -no FSTYPE "$mnt")" = ext4 ]
+    ublk umount "$mnt"
+    has_no_device
+}
+
 test_mount_that_fails_leaves_nothing() {
     local device before
     ublk create empty.vhdx --size 64M
@@ -143,6 +171,7 @@ test_mount_that_fails_leaves_nothing() {
     refused ublk mount empty.vhdx "$mnt"
     has_no_device
     [ "$(sha empty.vhdx)" = "$before" ] || fail "the image was changed"
+    grep -q 'no file system was recognised' refusal && grep -q -- '-t TYPE' refusal || fail "$(cat refusal)"
     refused ublk mount empty.vhdx "$scratch/no/folder"
     refused ublk mount missing.vhdx "$mnt"
     refused ublk mount -o queues=0 empty.vhdx "$mnt"

@@ -239,6 +239,11 @@ impl Registry {
         }
     }
 
+    /// Whether the image of device `id` was added as one that may be malicious. What cannot be read counts.
+    pub fn is_untrusted(&self, id: u32) -> bool {
+        self.directory.join(untrusted_name(id)).try_exists().unwrap_or(true)
+    }
+
     /// Every entry, in the order of the devices' numbers, and every one that cannot be read.
     ///
     /// # Errors
@@ -291,7 +296,7 @@ fn keeper_name(id: u32) -> String {
     format!("{id}.respawn")
 }
 
-/// The file by which the rule of udev knows that the image of device `id` is not trusted.
+/// The file by which the rules of udev, and `mount`, know that the image of device `id` is not trusted.
 fn untrusted_name(id: u32) -> String {
     format!("{id}.untrusted")
 }
@@ -346,7 +351,7 @@ impl Locked<'_> {
         written.doing("writing the device's entry").file(&path).map_err(with_room)
     }
 
-    /// Has the rule of udev know whether the image of device `id` is trusted, before the device is there.
+    /// Has the rules of udev know whether the image of device `id` is trusted, before the device is there.
     ///
     /// # Errors
     ///
@@ -455,6 +460,19 @@ mod tests {
         registry.remove(7, u64::MAX).expect("removed");
         registry.remove(7, u64::MAX).expect("removing what is not there is no error");
         assert_eq!(read(&registry), [entry(3)]);
+    }
+
+    #[test]
+    fn what_is_not_trusted_is_known_until_the_device_is_gone() {
+        let place = tempfile::tempdir().expect("a directory");
+        let registry = Registry::at(&place.path().join("run")).expect("made");
+        registry.write(&entry(7)).expect("written");
+        assert!(!registry.is_untrusted(7));
+        registry.lock().expect("locked").mark_untrusted(7, true).expect("marked");
+        registry.write(&entry(7)).expect("replaced, as after a recovery");
+        assert!(registry.is_untrusted(7) && !registry.is_untrusted(3));
+        registry.remove(7, entry(7).mark).expect("removed");
+        assert!(!registry.is_untrusted(7));
     }
 
     #[test]

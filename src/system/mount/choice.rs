@@ -31,6 +31,9 @@ pub(super) struct Place {
 /// The partitions that belong to the firmware or to the repair of Windows: they are mounted only by request.
 const OF_THE_SYSTEM: [&str; 4] = ["EFI system", "Microsoft reserved", "Windows recovery", "BIOS boot"];
 
+/// The types whose drivers open what a superblock names: another device, or every part of one file system.
+const NAMES_DEVICES: [&str; 8] = ["ext2", "ext3", "ext4", "btrfs", "f2fs", "bcachefs", "jfs", "reiserfs"];
+
 /// The partition called `wanted`, or the only file system of the disk.
 ///
 /// # Errors
@@ -157,6 +160,11 @@ fn layer_of(partition: &Partition) -> Option<Layer> {
     partition.volume.as_ref().and_then(|volume| layer(volume.kind))
 }
 
+/// One driver is for all that ext has become.
+fn driver_of(name: &str) -> &str {
+    if ["ext2", "ext3"].contains(&name) { "ext4" } else { name }
+}
+
 fn refuse(volume: Option<&Volume>, place: &str) -> Result<()> {
     if let Some(volume) = volume.filter(|volume| volume.other_devices) {
         return Err(needs_other_devices(volume.kind, place));
@@ -201,6 +209,34 @@ impl Choice {
     /// Where it begins on the disk, bytes.
     pub(super) fn start(&self) -> u64 {
         self.place.map_or(0, |place| place.start)
+    }
+
+    /// The type for mount(8): the one that is `wanted`, else what was recognised. mount(8) looks for none
+    /// itself: it could find another file system than the one that was examined.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::Unsupported`] if none is wanted and none was recognised, or if the wanted one can lead the
+    /// kernel to other devices and another was recognised; [`Kind::Usage`] for several.
+    pub(super) fn type_for_mount<'a>(&self, wanted: Option<&'a str>) -> Result<&'a str> {
+        let found = self.volume.as_ref().map(|volume| volume.kind.name());
+        let Some(wanted) = wanted.filter(|&wanted| wanted != "auto") else {
+            return found.ok_or_else(|| {
+                Error::new(Kind::Unsupported, "no file system was recognised")
+                    .remedy("if you trust the image, name the type of its file system: -t TYPE")
+            });
+        };
+        if wanted.contains(',') || wanted.starts_with("no") {
+            let message = format!("`{}` is not one type of file system", printable(wanted));
+            return Err(Error::new(Kind::Usage, message).remedy("name one, or omit -t"));
+        }
+        match found {
+            Some(found) if NAMES_DEVICES.contains(&wanted) && driver_of(wanted) != driver_of(found) => {
+                let message = format!("the file system is {found}, not {wanted}");
+                Err(Error::new(Kind::Unsupported, message).remedy("omit -t"))
+            }
+            _ => Ok(wanted),
+        }
     }
 
     /// Refuses a btrfs that the kernel would put together with devices of the machine, whatever its own bytes
@@ -304,7 +340,7 @@ mod tests {
         assert_eq!(number(&disk, Some("2")).expect("there"), 2);
         assert_eq!(number(&disk, Some("b")).expect("there"), 2);
         assert_eq!(number(&disk, Some("third")).expect("there"), 3);
-        assert_eq!(number(&disk, Some("4")).expect("mount(8) may know it"), 4);
+        assert_eq!(number(&disk, Some("4")).expect("its type may be named"), 4);
         assert_eq!(number(&disk, Some("a")).expect_err("two").kind(), Kind::Usage);
         assert_eq!(number(&disk, Some("5")).expect_err("none").kind(), Kind::NotFound);
     }
@@ -349,6 +385,35 @@ mod tests {
         };
         assert_eq!(choose(&whole(f2fs(true)), None).expect_err("the same").kind(), Kind::Unsupported);
         assert_eq!(choose(&whole(f2fs(false)), None).expect("it names none").place, None);
+    }
+
+    #[test]
+    fn what_was_examined_is_what_is_mounted() {
+        let with =
+            |kind: Option<VolumeKind>| Choice { place: None, volume: kind.map(|kind| volume(kind, None)) };
+        let (unknown, vfat, ext2) = (with(None), with(Some(VolumeKind::Vfat)), with(Some(VolumeKind::Ext2)));
+        let ntfs = with(Some(VolumeKind::Ntfs));
+        for (choice, wanted, expected) in [
+            (&vfat, None, "vfat"),
+            (&vfat, Some("auto"), "vfat"),
+            (&ntfs, None, "ntfs"),
+            (&ntfs, Some("ntfs3"), "ntfs3"),
+            (&ext2, Some("ext4"), "ext4"),
+            (&unknown, Some("iso9660"), "iso9660"),
+        ] {
+            assert_eq!(choice.type_for_mount(wanted).expect("one type"), expected);
+        }
+        for wanted in [None, Some("auto")] {
+            let error = unknown.type_for_mount(wanted).expect_err("mount(8) would look");
+            assert!(error.kind() == Kind::Unsupported && error.message().contains("recognised"), "{error}");
+        }
+        for wanted in ["f2fs", "ext4", "btrfs", "jfs"] {
+            let error = vfat.type_for_mount(Some(wanted)).expect_err("its superblock was not read");
+            assert_eq!(error.kind(), Kind::Unsupported, "{wanted}");
+        }
+        for wanted in ["vfat,f2fs", "noext4"] {
+            assert_eq!(vfat.type_for_mount(Some(wanted)).expect_err("several").kind(), Kind::Usage);
+        }
     }
 
     #[test]

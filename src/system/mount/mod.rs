@@ -2,13 +2,14 @@
 //!
 //! The image is served by a device, and what is on the device decides what is mounted: nothing changes
 //! between the look and the mount. mount(8) does the mount: it knows the file systems, their options and
-//! their helpers.
+//! their helpers. It gets the type, and does not look for one itself.
 //!
 //! Invariants:
 //!
 //! * a mount that fails takes the device away that was made for it;
 //! * no file system is mounted that leads the kernel to other devices of the machine;
-//! * what is on an image that others than root can write to gives no rights, unless the options say so;
+//! * what is on an image that others than root can write to, or that was added as untrusted, gives no rights,
+//!   unless the options say so;
 //! * only a device that was made for a mount is removed with the last mount of it; its registry entry says
 //!   so;
 //! * one mount or unmount at a time: two mounts of one image share its device.
@@ -51,7 +52,7 @@ pub struct MountRequest {
     pub image: PathBuf,
     /// Where.
     pub folder: PathBuf,
-    /// The type of the file system; mount(8) finds out without it.
+    /// The type of the file system; without it, the one that is recognised.
     pub kind: Option<String>,
     /// The options.
     pub options: MountOptions,
@@ -96,11 +97,17 @@ pub fn mount(request: &MountRequest, add: impl FnOnce() -> Result<Ready>) -> Res
         None => (add()?.id, true),
     };
     let mounted = require(&registry, id, image.file(), request)
-        .and_then(|entry| mount_device(request, &folder, id, image.is_of_root(&entry)));
+        .and_then(|entry| mount_device(request, &folder, id, is_trusted(&registry, &image, &entry)));
     if mounted.is_err() && is_new {
         remove(&registry, id);
     }
     mounted
+}
+
+/// Whether what is on the image may give rights: root alone decides what that is, and has not said that it is
+/// anybody's.
+fn is_trusted(registry: &Registry, image: &Held, entry: &Entry) -> bool {
+    image.is_of_root(entry) && !registry.is_untrusted(entry.id)
 }
 
 /// Keeps every other mount and unmount waiting until it is dropped.
@@ -138,6 +145,7 @@ fn mount_device(request: &MountRequest, folder: &Path, id: u32, is_trusted: bool
     let device = PathBuf::from(format!("/dev/ublkb{id}"));
     let contents = DeviceDisk::open(&device)?.contents();
     let choice = choice::choose(&contents, request.options.partition.as_deref())?;
+    let kind = choice.type_for_mount(request.kind.as_deref()).map_err(|error| error.file(&request.image))?;
     let insists = ["force", "remove_hiberfile"].iter().any(|option| request.options.has(option));
     if !request.options.read_only && !insists {
         choice.refuse_unclean()?;
@@ -149,14 +157,13 @@ fn mount_device(request: &MountRequest, folder: &Path, id: u32, is_trusted: bool
     }
     choice.refuse_joined(&source.node, if source.options.is_empty() { 0 } else { choice.start() })?;
     let options = options(request, &choice, &source, is_trusted);
-    let status = command(request, folder, &options, &source).status().doing("running mount(8)")?;
+    let status = command(request, (kind, folder), &options, &source).status().doing("running mount(8)")?;
     if status.success() {
         return Ok(source.node);
     }
     let node = source.node.display();
     let error = Error::new(Kind::Io, format!("mount(8) cannot mount {node} ({status})")).file(&request.image);
-    let kind = choice.volume.map(|volume| volume.kind.name());
-    Err(error.remedy(match kind {
+    Err(error.remedy(match choice.volume.map(|volume| volume.kind.name()) {
         Some("ntfs") if request.kind.is_none() => {
             "where ntfs-3g is not installed, name the kernel's driver: -t ntfs3, for mount(8) -t vhdx.ntfs3"
                 .into()
@@ -216,11 +223,15 @@ fn options(request: &MountRequest, choice: &Choice, source: &Source, is_trusted:
 }
 
 /// The command that mounts the file system.
-fn command(request: &MountRequest, folder: &Path, options: &[String], source: &Source) -> Command {
+fn command(
+    request: &MountRequest,
+    (kind, folder): (&str, &Path),
+    options: &[String],
+    source: &Source,
+) -> Command {
     let mut command = program::command("mount");
     command.args(&request.flags);
-    command.args(request.kind.iter().flat_map(|kind| ["-t", kind]));
-    command.arg("-o").arg(options.join(",")).arg("--").arg(&source.node).arg(folder);
+    command.args(["-t", kind]).arg("-o").arg(options.join(",")).arg("--").arg(&source.node).arg(folder);
     command
 }
 
