@@ -1,10 +1,10 @@
 # The names of a device below /dev: made by udev, or by the daemon where udev does not make them.
 # shellcheck shell=bash
 
-# The rule, read by the real udev, for as long as the test runs.
+# The rules, read by the real udev, for as long as the test runs.
 install_rule() {
     mkdir -p /run/udev/rules.d
-    cp "$tests/../../tools/package.d/60-vhdx-ublk.rules" /run/udev/rules.d/
+    cp "$tests"/../../tools/package.d/*.rules /run/udev/rules.d/
     udevadm control --reload
 }
 
@@ -56,7 +56,7 @@ test_names_by_udev() {
 # Where no udev runs, or it lacks the rule, the daemon makes the link.
 test_names_without_udev() {
     local device
-    rm -f /run/udev/rules.d/60-vhdx-ublk.rules
+    rm -f /run/udev/rules.d/*-vhdx-ublk*.rules
     udevadm control --reload
     make_partitioned parts.vhdx
     device=$(ublk add --name data parts.vhdx)
@@ -75,7 +75,7 @@ test_names_without_udev() {
 
 # A device that has lost its entry leaves its link; the next one of the number does not answer to it.
 test_names_of_a_number_that_is_used_again() {
-    rm -f /run/udev/rules.d/60-vhdx-ublk.rules
+    rm -f /run/udev/rules.d/*-vhdx-ublk*.rules
     udevadm control --reload
     ublk create data.vhdx --size 64M
     ublk create other.vhdx --size 64M
@@ -108,9 +108,15 @@ test_names_survive_a_resize() {
 
 # Desktops leave it alone, and what is on it gets no link.
 test_names_of_an_untrusted_image() {
-    local device
+    local device id
+    # The rules of newer systems examine ublk devices, too.
+    mkdir -p /run/udev/rules.d
+    sed 's/^\(KERNEL!="loop\*|\)\(ublkb\*|\)\?/\1ublkb*|/' /usr/lib/udev/rules.d/60-persistent-storage.rules \
+        >/run/udev/rules.d/60-persistent-storage.rules
+    grep -q '"loop\*|ublkb\*|' /run/udev/rules.d/60-persistent-storage.rules || fail "the rules have changed"
     install_rule
     ublk create data.vhdx --size 64M
+    id=$(ublk info --json data.vhdx | tr -d ' \n' | sed -n 's/.*"disk_id":"\([^"]*\)".*/\1/p')
     device=$(ublk add data.vhdx)
     mkfs.ext4 -q -F -L Received "$device"
     ublk del 0
@@ -119,16 +125,20 @@ test_names_of_an_untrusted_image() {
     udevadm info -q property "$device" >properties
     grep -qx UDISKS_IGNORE=1 properties || fail "$(cat properties)"
     [ "$(readlink -f /dev/vhdx/data)" = "$device" ] || fail "it has no name"
-    [ ! -L /dev/disk/by-label/Received ] || note "another rule makes links for ublk devices"
+    [ ! -L /dev/disk/by-label/Received ] || fail "what is on it has a link"
+    ! grep ID_FS_ properties || fail "it was examined"
+    leads "/dev/disk/by-id/vhdx-$id" | grep nowhere || fail "it has a link by the identifier that it says it has"
     ublk del 0
     [ -z "$(ls /run/vhdx-ublk/*.untrusted 2>/dev/null)" ] || fail "its mark is left"
     device=$(ublk add --read-only data.vhdx)
     udevadm settle --timeout=20
     ! udevadm info -q property "$device" | grep UDISKS_IGNORE || fail "another device of the number is ignored"
+    [ "$(readlink -f /dev/disk/by-label/Received)" = "$device" ] || fail "what is on a trusted one has no link"
     ublk del 0
+    rm /run/udev/rules.d/60-persistent-storage.rules
 }
 
 test_names_rule_is_well_formed() {
     udevadm --help | grep -q verify || { note "this udev does not verify rules"; return 0; }
-    udevadm verify --resolve-names=never "$tests/../../tools/package.d/60-vhdx-ublk.rules"
+    udevadm verify --resolve-names=never "$tests"/../../tools/package.d/*.rules
 }

@@ -181,8 +181,7 @@ impl Machine {
             return Finding::fine(CHECK, format!("/{folder}/{RULE}"));
         }
         let found = format!("{RULE} is not installed: devices get no stable names");
-        let remedy =
-            format!("copy tools/package.d/{RULE} to /etc/udev/rules.d, then udevadm control --reload");
+        let remedy = "copy tools/package.d/*.rules to /etc/udev/rules.d, then udevadm control --reload";
         Finding::wrong(CHECK, found, remedy)
     }
 }
