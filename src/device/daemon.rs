@@ -319,7 +319,7 @@ impl<E: EngineHandle> Device<E> {
             Report { status, stats: sources.stats(&shared) }
         };
         socket::listen(&self.registry.socket_path(self.info.id), report, self.supervisor.caller())?;
-        let disk_sequence = self.publish_names(spec);
+        let disk_sequence = self.publish_names(spec, beginning);
         let mut room = std::mem::take(&mut self.room);
         change_entry(&self.registry, &self.entry, &mut room, |entry| {
             entry.disk_sequence = disk_sequence.or(entry.disk_sequence);
@@ -327,13 +327,14 @@ impl<E: EngineHandle> Device<E> {
         })
     }
 
-    fn publish_names(&self, spec: &DeviceSpec) -> Option<u64> {
+    fn publish_names(&self, spec: &DeviceSpec, beginning: Beginning) -> Option<u64> {
         let name = self.entry.lock().unwrap_or_else(PoisonError::into_inner).name.clone();
         links::remove_stale(self.info.id, name.as_ref());
         if self.private {
             return None;
         }
-        let names = Names { id: self.info.id, disk_id: spec.disk_id, name: name.as_ref() };
+        let is_scanned = beginning == Beginning::Made && self.may_scan;
+        let names = Names { id: self.info.id, disk_id: spec.disk_id, name: name.as_ref(), is_scanned };
         links::publish(self.registry.directory(), &names)
     }
 

@@ -8,7 +8,7 @@
 //!
 //! A failure costs the names and not the device: it is a warning.
 
-use std::fs::{self, DirBuilder, Permissions};
+use std::fs::{self, DirBuilder, File, Permissions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use uuid::Uuid;
 
 use super::name::{FOLDER, Name, id_of_node_name};
+use super::sys;
 use super::sysfs::names_in;
 
 /// Where the kernel shows block devices.
@@ -25,6 +26,9 @@ const CLASS: &str = "/sys/class/block";
 
 /// It is there while udev runs.
 const UDEV: &str = "/run/udev/control";
+
+/// How long the kernel may take until it may look for partitions.
+const SCAN_PATIENCE: Duration = Duration::from_secs(1);
 
 /// How long udev may take to make a link.
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -39,6 +43,8 @@ pub(super) struct Names<'a> {
     pub(super) disk_id: Uuid,
     /// The name that the user gave it.
     pub(super) name: Option<&'a Name>,
+    /// The kernel has just begun to look for its partitions.
+    pub(super) is_scanned: bool,
 }
 
 /// Has the names made. Returns the disk sequence number, for [`withdraw`].
@@ -49,7 +55,7 @@ pub(super) fn publish(directory: &Path, names: &Names<'_>) -> Option<u64> {
         announce(&disk)?;
         Ok(sequence)
     });
-    let made = names.name.map_or(Ok(()), |name| await_link(name, &disk));
+    let made = names.name.map_or(Ok(()), |name| await_link(name, &disk, names.is_scanned));
     if let Some(error) = published.as_ref().err().or(made.as_ref().err()) {
         tracing::warn!("/dev/{disk} may lack its other names: {error}");
     }
@@ -155,7 +161,7 @@ fn target_of(node: &str) -> PathBuf {
 }
 
 /// Waits until udev has made the link to a name, and makes it if there is none.
-fn await_link(name: &Name, disk: &str) -> io::Result<()> {
+fn await_link(name: &Name, disk: &str, is_scanned: bool) -> io::Result<()> {
     let until = Instant::now() + PATIENCE;
     while Path::new(UDEV).exists() && Instant::now() < until {
         if leads_to(&name.link(), disk) {
@@ -164,7 +170,22 @@ fn await_link(name: &Name, disk: &str) -> io::Result<()> {
         thread::sleep(POLL_INTERVAL);
     }
     make_folder(Path::new(FOLDER))?;
+    if is_scanned {
+        await_partitions(disk);
+    }
     links(name, disk).iter().try_for_each(|(link, node)| make_link(link, &target_of(node)))
+}
+
+/// Waits until the kernel has looked for partitions, which it does beside the start of the device. Without
+/// that there are links to those that it has found.
+fn await_partitions(disk: &str) {
+    let until = Instant::now() + SCAN_PATIENCE;
+    let Ok(device) = File::open(Path::new("/dev").join(disk)) else { return };
+    while sys::find_partitions(&device).is_err_and(|error| error.raw_os_error() == Some(libc::EINVAL))
+        && Instant::now() < until
+    {
+        thread::sleep(POLL_INTERVAL);
+    }
 }
 
 /// Makes the folder, for every user to look into.
@@ -194,7 +215,7 @@ mod tests {
     fn the_rule_finds_the_properties_of_a_disk_and_no_others() {
         let directory = tempfile::tempdir().expect("a directory");
         let name = "data".parse().expect("a name");
-        let names = Names { id: 7, disk_id: Uuid::from_u128(1), name: Some(&name) };
+        let names = Names { id: 7, disk_id: Uuid::from_u128(1), name: Some(&name), is_scanned: false };
         write_properties(&properties_path(directory.path(), 42), &names).expect("room");
         let text = fs::read_to_string(directory.path().join("42.udev")).expect("there");
         assert_eq!(text, "VHDX_DISK_ID=00000000-0000-0000-0000-000000000001\nVHDX_NAME=data\n");

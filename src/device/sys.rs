@@ -130,6 +130,19 @@ pub fn trim_file_system(folder: impl AsFd, start: u64, length: u64) -> io::Resul
     Ok(range.length)
 }
 
+/// `BLKRRPART`: `_IO(0x12, 95)`.
+const FIND_PARTITIONS: libc::Ioctl = libc::_IO(0x12, 95);
+
+/// Has the kernel look for the partitions of the open block device, and waits for that.
+///
+/// # Errors
+///
+/// The kernel's: `EINVAL` as long as it is not to look, `EBUSY` if one of those that it has found is in use.
+pub(super) fn find_partitions(device: impl AsFd) -> io::Result<()> {
+    // SAFETY: the request has no argument.
+    check(unsafe { libc::ioctl(device.as_fd().as_raw_fd(), FIND_PARTITIONS) })
+}
+
 /// What `BTRFS_IOC_FS_INFO` gives: `struct btrfs_ioctl_fs_info_args` of the kernel.
 #[repr(C)]
 struct BtrfsInfo {

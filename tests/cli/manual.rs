@@ -253,7 +253,7 @@ fn make(bench: &Bench, name: &str, line: &str, disk: &Path) {
         None if name == "disk.raw" => _ = fs::copy(disk, path).expect("a copy"),
         None => {
             _ = run(&["convert".as_ref(), "--progress=none".as_ref(), disk.as_os_str(), path.as_os_str()])
-                .succeeded()
+                .succeeded();
         }
     }
     if line.contains("relink") || line.contains("--parent backup/base.vhdx") {

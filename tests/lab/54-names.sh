@@ -63,6 +63,7 @@ test_names_without_udev() {
     [ "$(readlink /dev/vhdx/data)" = ../ublkb0 ] || fail "no link without the rule"
     ublk del data
     [ ! -L /dev/vhdx/data ] || fail "the link stays"
+    take_down() { mv -f /run/udev/away /run/udev/control 2>/dev/null || true; }
     mv /run/udev/control /run/udev/away
     device=$(ublk add --name data parts.vhdx)
     leads /dev/vhdx/data /dev/vhdx/data-part2 | sed 's/^/note: /'
@@ -70,7 +71,6 @@ test_names_without_udev() {
     kill_daemon parts.vhdx
     ublk del --force data
     [ ! -L /dev/vhdx/data ] && [ ! -L /dev/vhdx/data-part2 ] || fail "links outlive the device of a dead daemon"
-    mv /run/udev/away /run/udev/control
 }
 
 # A device that has lost its entry leaves its link; the next one of the number does not answer to it.
