@@ -70,15 +70,16 @@ impl Successor {
     ) -> Result<Self> {
         refuse_unserved(listed)?;
         let entry = listed.entry.clone();
+        // Before any session is mapped: it would be brought in too, with all the room that it has reserved.
+        if let Err(error) = sys::load_program() {
+            tracing::warn!("the program may have to be read while its disk waits: {error}");
+        }
         Formats::ours().check(&entry)?;
         refuse_smb(&entry)?;
         let room = registry.reserve(&entry)?;
         match GroupVisit::of(entry.daemon.pid) {
             Ok(visit) => visit.stay(),
             Err(error) => tracing::debug!("this process stays in the control group of its starter: {error}"),
-        }
-        if let Err(error) = sys::load_program() {
-            tracing::warn!("the program may have to be read while its disk waits: {error}");
         }
         let image = if entry.read_only {
             open(&entry.image, Access::ReadOnly)
