@@ -73,6 +73,14 @@ impl Overlay {
         self.ranges.range(bytes).next().map(|(start, _)| *start)
     }
 
+    /// Where the log has changed something next, at `offset` or behind it.
+    pub fn next_change(&self, offset: u64) -> Option<u64> {
+        if self.covers(offset) {
+            return Some(offset);
+        }
+        self.ranges.range(offset..).next().map(|(&start, _)| start)
+    }
+
     /// Replaces in `bytes`, read from the file at `offset`, what the log has changed.
     pub fn patch(&self, offset: u64, bytes: &mut [u8]) {
         let end = offset + bytes.len() as u64;
@@ -134,6 +142,15 @@ mod tests {
 
     fn data(page: u64, fill: u8) -> Change {
         Change::Data { file_offset: page * 4096, page: Box::new([fill; PAGE]) }
+    }
+
+    #[test]
+    fn the_next_change_is_found_from_within_and_from_before() {
+        let mut overlay = Overlay::new(0);
+        overlay.apply(data(3, 1));
+        overlay.apply(Change::Zero { file_offset: 5 * 4096, length: 2 * 4096 });
+        let next = |page: u64| overlay.next_change(page * 4096).map(|found| found / 4096);
+        assert_eq!([0, 3, 4, 5, 6, 7].map(next), [Some(3), Some(3), Some(5), Some(5), Some(6), None]);
     }
 
     proptest! {

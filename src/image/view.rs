@@ -38,11 +38,10 @@ impl<D: ReadDisk> View<'_, D> {
             offset.is_multiple_of(PAGE_BYTES as u64),
             "holes are searched for from a page on, at {offset}"
         );
-        if self.overlay.is_some() {
-            return Ok(Some(offset));
-        }
         let found = self.disk.next_data(offset).await.doing("looking for holes").at(offset)?;
-        Ok(found.map(|found| found - found % PAGE_BYTES as u64))
+        let found = found.map(|found| found - found % PAGE_BYTES as u64);
+        let changed = self.overlay.and_then(|overlay| overlay.next_change(offset));
+        Ok(found.into_iter().chain(changed).min())
     }
 }
 
