@@ -176,8 +176,8 @@ fn await_link(name: &Name, disk: &str, is_scanned: bool) -> io::Result<()> {
     links(name, disk).iter().try_for_each(|(link, node)| make_link(link, &target_of(node)))
 }
 
-/// Waits until the kernel has looked for partitions, which it does beside the start of the device. Without
-/// that there are links to those that it has found.
+/// Waits until the kernel has read the partition table, which it does while the device starts. If that fails,
+/// the links are those of the partitions that it has found.
 fn await_partitions(disk: &str) {
     let until = Instant::now() + SCAN_PATIENCE;
     let Ok(device) = File::open(Path::new("/dev").join(disk)) else { return };
