@@ -181,9 +181,11 @@ fn a_chain_reads_like_one_that_qemu_knows() {
         }
         let [ours, theirs] = below.expect("three layers");
         let without_offset = |text: &str| {
-            let mut extents: Vec<serde_json::Map<String, serde_json::Value>> =
+            let mut extents: Vec<serde_json::Map<String, Value>> =
                 serde_json::from_str(text).expect("an array of objects");
-            extents.iter_mut().for_each(|extent| _ = extent.remove("offset"));
+            for extent in &mut extents {
+                extent.remove("offset");
+            }
             extents
         };
         let expected = qemu(&["qemu-img", "map", "--output=json"], &theirs);

@@ -8,6 +8,13 @@ install_rule() {
     udevadm control --reload
 }
 
+# After each test: by these rules udev reads devices, which other tests count.
+take_down() {
+    [ ! -e /run/udev/away ] || mv /run/udev/away /run/udev/control
+    rm -f /run/udev/rules.d/*
+    udevadm control --reload
+}
+
 # Where links lead; a link that is not there leads nowhere.
 leads() { for link; do printf '%s -> %s\n' "$link" "$(readlink -e "$link" || echo nowhere)"; done; }
 
@@ -56,14 +63,11 @@ test_names_by_udev() {
 # Where no udev runs, or it lacks the rule, the daemon makes the link.
 test_names_without_udev() {
     local device
-    rm -f /run/udev/rules.d/*-vhdx-ublk*.rules
-    udevadm control --reload
     make_partitioned parts.vhdx
     device=$(ublk add --name data parts.vhdx)
     [ "$(readlink /dev/vhdx/data)" = ../ublkb0 ] || fail "no link without the rule"
     ublk del data
     [ ! -L /dev/vhdx/data ] || fail "the link stays"
-    take_down() { mv -f /run/udev/away /run/udev/control 2>/dev/null || true; }
     mv /run/udev/control /run/udev/away
     device=$(ublk add --name data parts.vhdx)
     leads /dev/vhdx/data /dev/vhdx/data-part2 | sed 's/^/note: /'
@@ -75,8 +79,6 @@ test_names_without_udev() {
 
 # A device that has lost its entry leaves its link; the next one of the number does not answer to it.
 test_names_of_a_number_that_is_used_again() {
-    rm -f /run/udev/rules.d/*-vhdx-ublk*.rules
-    udevadm control --reload
     ublk create data.vhdx --size 64M
     ublk create other.vhdx --size 64M
     ublk add --name data --recovery none data.vhdx >/dev/null
@@ -135,7 +137,6 @@ test_names_of_an_untrusted_image() {
     ! udevadm info -q property "$device" | grep UDISKS_IGNORE || fail "another device of the number is ignored"
     [ "$(readlink -f /dev/disk/by-label/Received)" = "$device" ] || fail "what is on a trusted one has no link"
     ublk del 0
-    rm /run/udev/rules.d/60-persistent-storage.rules
 }
 
 test_names_rule_is_well_formed() {

@@ -15,7 +15,7 @@ print(json.dumps(value))' "$1"
 counts() {
     local found
     found=$(stat_of "$1")
-    [ "$found" = "$2" ] || fail "$1 is $found, not $2: $(ublk stats "$device" --json)"
+    [ "$found" = "$2" ] || fail "$(ublk stats "$device" --json)"$'\n'"$1 is $found, not $2"
 }
 
 # waits_for REASON: how many requests have waited for that.
