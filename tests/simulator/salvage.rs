@@ -33,7 +33,9 @@ impl ReadDisk for Scratched {
     async fn read(&self, offset: u64, length: usize) -> io::Result<Buffer> {
         assert!(offset.is_multiple_of(4096) && length.is_multiple_of(4096), "{length} bytes at {offset}");
         let end = offset + length as u64;
-        if self.unreadable.iter().any(|range| range.start < end && offset < range.end) {
+        // No host has a sector behind the end of a file.
+        let last = self.store.length;
+        if self.unreadable.iter().any(|range| range.start < end && offset < range.end.min(last)) {
             return Err(io::Error::from_raw_os_error(libc::EIO));
         }
         let mut bytes = Buffer::zeroed(length);
