@@ -93,7 +93,7 @@ test_refusals() {
     head -c 4M /dev/urandom >noise.vhdx
     refuses "noise.vhdx" add noise.vhdx
     ublk create disk.vhdx --size 1G
-    refuses "exist" create disk.vhdx --size 1G
+    refuses "there is a file already" create disk.vhdx --size 1G
     device=$(ublk add disk.vhdx)
     refuses "open" add disk.vhdx
     refuses "open" add --read-only disk.vhdx
