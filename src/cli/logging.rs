@@ -156,6 +156,7 @@ impl Visit for Message {
         }
     }
 }
+
 /// One line per event, like the program's other messages. In a log, to which one daemon after the other
 /// writes, with the time, the process and its version.
 struct Lines;
