@@ -22,7 +22,7 @@ use std::rc::Rc;
 
 use super::log::{LogSpace, Placement, cycle_threshold, round_pages};
 use super::round::{PageCopy, Round};
-use super::{Engine, Outcome};
+use super::{Engine, Outcome, probes};
 use crate::disk::{Buffer, Disk, PAGE_BYTES};
 use crate::format::bat::BITMAP_BLOCK_SIZE;
 use crate::format::log::{Change, NewEntry};
@@ -77,7 +77,9 @@ impl<D: Disk + 'static> Engine<D> {
             waiters.drain(..).for_each(|waiter| waiter.keep(Ok(())));
         }
         self.send_barrier();
+        probes::commit_start(set.len(), waiters.len());
         let outcome = self.commit(set).await;
+        probes::commit_end(outcome);
         if outcome.is_err() {
             self.dirty.give_back();
         } else {

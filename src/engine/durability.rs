@@ -41,6 +41,13 @@ pub(super) struct Issued {
     punched: Vec<Extent>,
 }
 
+impl Issued {
+    /// The epoch that ends with it.
+    pub(super) fn epoch(&self) -> u64 {
+        self.epoch
+    }
+}
+
 /// What must be durable before the log may name some pages.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Reliance {

@@ -42,6 +42,7 @@ pub mod message;
 mod partial;
 pub mod port;
 pub mod port_counts;
+mod probes;
 mod quarantine;
 mod queue;
 mod reclaim;

@@ -1,4 +1,4 @@
-//! What goes over the port of one front, counted.
+//! What goes over the port of one front, counted, and shown to the probes that may be attached.
 //!
 //! The loop that hosts a front counts, on its own thread; nothing is measured for a hit. How long an ask
 //! waits is measured by the loop, since neither a front nor the engine looks at a clock.
@@ -8,10 +8,10 @@ use std::time::Duration;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::Outcome;
-use super::front::Op;
+use super::front::{Op, Request};
 use super::message::Ask;
 use super::port::{FileIo, FileOp};
+use super::{Outcome, probes};
 use crate::chain::MAX_DEPTH;
 use crate::disk::tally::{Histogram, Tally, Times};
 
@@ -70,22 +70,24 @@ impl Default for PortCounts {
 impl PortCounts {
     /// A request has come.
     #[inline]
-    pub fn begins(&self, op: Op) {
+    pub fn begins(&self, tag: u16, request: Request) {
         let requests = &self.requests;
-        let kind = match op {
-            Op::Read => &requests.read,
-            Op::Write { durable: false } => &requests.write,
-            Op::Write { durable: true } => &requests.durable_write,
-            Op::Flush => &requests.flush,
-            Op::Discard => &requests.discard,
-            Op::WriteZeroes { .. } => &requests.write_zeroes,
+        let (kind, count) = match request.op {
+            Op::Read => (0, &requests.read),
+            Op::Write { durable: false } => (1, &requests.write),
+            Op::Write { durable: true } => (2, &requests.durable_write),
+            Op::Flush => (3, &requests.flush),
+            Op::Discard => (4, &requests.discard),
+            Op::WriteZeroes { .. } => (5, &requests.write_zeroes),
         };
-        kind.add(1);
+        probes::request_start(tag, kind, request.offset, request.length);
+        count.add(1);
     }
 
     /// A request ends.
     #[inline]
-    pub fn ends(&self, result: Outcome<u32>) {
+    pub fn ends(&self, tag: u16, result: Outcome<u32>) {
+        probes::request_end(tag, result);
         if result.is_err() {
             self.requests.failed.add(1);
         }
@@ -114,12 +116,14 @@ impl PortCounts {
     }
 
     /// The engine is asked.
-    pub fn asks(&self, reason: Reason) {
+    pub fn asks(&self, tag: u16, reason: Reason) {
+        probes::ask_start(tag, reason.0);
         self.asks[reason.0].add(1);
     }
 
     /// The engine has answered after so long.
-    pub fn answered(&self, reason: Reason, waited: Duration) {
+    pub fn answered(&self, tag: u16, reason: Reason, waited: Duration) {
+        probes::ask_end(tag, reason.0);
         self.waits[reason.0].record(waited);
     }
 
@@ -288,10 +292,10 @@ mod tests {
     fn kinds_are_counted_apart_and_queues_add_up() {
         let counts = PortCounts::default();
         for op in [Op::Read, Op::Write { durable: true }, Op::Flush, Op::WriteZeroes { keep_space: true }] {
-            counts.begins(op);
+            counts.begins(0, Request { op, offset: 0, length: 4096 });
         }
-        counts.ends(Ok(4096));
-        counts.ends(Err(Errno::EIO));
+        counts.ends(0, Ok(4096));
+        counts.ends(0, Err(Errno::EIO));
         counts.submits(io(FileOp::Write { durable: true }, LEAF, 4096), 1);
         counts.submits(io(FileOp::PunchHole, LEAF, 1 << 20), 1);
         counts.submits(io(FileOp::FillZero, LEAF, 512), 1);

@@ -8,6 +8,7 @@
 
 use std::collections::VecDeque;
 
+use super::probes;
 use crate::image::Extent;
 use crate::simulation::{Plant, planted};
 
@@ -117,6 +118,7 @@ impl Quarantine {
         assert!(self.owed > 0, "a front answers a barrier once");
         self.owed -= 1;
         if self.owed == 0 {
+            probes::barrier_end();
             for batch in self.batches.iter_mut().filter(|batch| batch.fence == Fence::Sent) {
                 batch.fence = Fence::Answered;
             }

@@ -6,7 +6,7 @@ use std::rc::Rc;
 use super::message::ToFront;
 use super::quarantine::Quarantine;
 use super::waiting::Bell;
-use super::{Engine, Outcome};
+use super::{Engine, Outcome, probes};
 use crate::disk::Disk;
 use crate::image::{Content, Extent};
 
@@ -85,6 +85,7 @@ impl<D: Disk + 'static> Engine<D> {
     pub(super) fn send_barrier(self: &Rc<Self>) {
         let fronts = self.fronts.count();
         if self.reclaim.start_barrier(fronts) {
+            probes::barrier_start(fronts);
             self.count(|counters| counters.barriers.add(1));
             (0..fronts).for_each(|front| self.fronts.send(front, ToFront::Barrier));
         }

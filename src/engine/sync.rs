@@ -7,7 +7,7 @@
 
 use std::rc::Rc;
 
-use super::{Engine, Outcome};
+use super::{Engine, Outcome, errno, probes};
 use crate::disk::Disk;
 use crate::image::Content;
 use crate::simulation::{Plant, planted};
@@ -19,7 +19,10 @@ impl<D: Disk + 'static> Engine<D> {
         self.check_poison()?;
         let (issued, applied) = (self.durability.issue(), self.journal.newest_applied());
         self.count(|counters| counters.syncs.add(1));
-        if let Err(error) = self.disk.sync().await {
+        probes::sync_start(issued.epoch());
+        let synced = self.disk.sync().await;
+        probes::sync_end(issued.epoch(), synced.as_ref().copied().map_err(errno));
+        if let Err(error) = synced {
             return Err(self.poison("syncing the image", &error));
         }
         self.await_durable_writes().await;

@@ -26,6 +26,7 @@ mod manual;
 mod map;
 mod merge;
 mod move_chain;
+mod probes;
 mod relink;
 mod resize;
 mod salvage;

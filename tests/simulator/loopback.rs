@@ -58,8 +58,8 @@ impl Port for Ends {
         panic!("a hit asks the engine nothing: {message:?}");
     }
 
-    fn complete(&mut self, _: Ticket, result: Outcome<u32>) {
-        self.counts.ends(result);
+    fn complete(&mut self, ticket: Ticket, result: Outcome<u32>) {
+        self.counts.ends(ticket.tag(), result);
         let result = result.map_or_else(|errno| -(errno as i32), u32::cast_signed);
         assert!(self.result.replace(result).is_none(), "a request is completed once");
     }
@@ -83,7 +83,7 @@ impl Loopback {
     /// The result of one whole request.
     #[inline]
     pub fn request(&mut self, tag: u16, request: Request) -> i32 {
-        self.ends.counts.begins(request.op);
+        self.ends.counts.begins(tag, request);
         self.front.start(tag, request, &mut self.ends);
         while self.ends.live > 0 {
             self.ends.live -= 1;

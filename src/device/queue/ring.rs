@@ -302,7 +302,7 @@ impl QueueRing {
         let Holder::Front { by_command } = before else {
             panic!("a request is completed exactly once (tag {tag}, {before:?})")
         };
-        self.setup.counts.ends(result);
+        self.setup.counts.ends(tag, result);
         if by_command {
             // Before the offer, and executed in order: the index is free when the next request needs it.
             let entry = self.command(tag, sys::UBLK_U_IO_UNREGISTER_IO_BUF, 0, u64::from(tag)).build();
@@ -348,7 +348,7 @@ impl QueueRing {
     fn request(&self, tag: u16, descriptor: &sys::ublksrv_io_desc) -> Event {
         let request = descriptor::request(descriptor, self.setup.request_bytes);
         if let Ok(request) = request {
-            self.setup.counts.begins(request.op);
+            self.setup.counts.begins(tag, request);
         }
         Event::Request { tag, request }
     }
@@ -358,7 +358,7 @@ impl QueueRing {
         if let ToFront::Reply { tag, .. } = message
             && let Some((reason, since)) = self.asked[usize::from(tag)].take()
         {
-            self.setup.counts.answered(reason, since.elapsed());
+            self.setup.counts.answered(tag, reason, since.elapsed());
         }
     }
 
@@ -461,7 +461,7 @@ impl Port for QueueRing {
     fn send(&mut self, message: ToEngine) {
         if let ToEngine::Ask { tag, ask } = message {
             let reason = Reason::of(ask);
-            self.setup.counts.asks(reason);
+            self.setup.counts.asks(tag, reason);
             self.asked[usize::from(tag)] = Some((reason, Instant::now()));
         }
         self.setup.sender.send(message);
