@@ -55,7 +55,7 @@ impl MountHelper {
     /// Runs the command.
     pub fn run(self, verbose: bool) -> Result<()> {
         let mut options = MountOptions::parse(&self.options.join(","))?;
-        options.read_only = (options.read_only || self.read_only) && !self.writable;
+        options.read_only = (options.read_only || self.read_only) && !self.writable || options.only_reads();
         if self.fake {
             return Ok(());
         }

@@ -45,18 +45,19 @@ const AFTER_HELP: &str = "\
 Examples:
   vhdx-ublk mount -r ext4.vhdx /mnt                   a disk of WSL
   vhdx-ublk mount --partition 3 windows.vhdx /mnt
+  vhdx-ublk mount -o untrusted received.vhdx /mnt     an image that may be malicious
   mount -t vhdx windows.vhdx /mnt -o ro,partition=3   the same, where mount.vhdx is installed
   /disks/data.vhdx  /data  vhdx  partition=Data,nofail  0  0          a line of /etc/fstab
 
 Options beside those of mount(8): partition=N or LABEL; and, for the device, those of `vhdx-ublk
 add` by the same names: name=, parent=, parent-map=, queues=, depth=, zero-copy=, recovery=,
-sparse=, salvage, assume. For another type of the inner file system: -t vhdx.TYPE.
+sparse=, salvage, assume, untrusted. For another type of the inner file system: -t vhdx.TYPE.
 
 An image that is served already is mounted from its device. An NTFS volume of a hibernated
 Windows is refused unless the mount is read-only. A read-only mount does not replay the journal
 of a file system that was not unmounted cleanly: the latest changes may be missing.
 If the image or a parent does not belong to root, or its group or others may write to it, or its
-device was added with --untrusted, it is mounted with nosuid and nodev: no program on it gets the
+device is made with untrusted, it is mounted with nosuid and nodev: no program on it gets the
 rights of its owner, and no node on it opens a device. The options suid and dev allow them.
 A file system with parts on other devices is refused: an ext with its journal elsewhere, a btrfs of
 several devices, or with the identifier of another one of this machine, an F2FS that names devices.

@@ -91,6 +91,48 @@ test_mount_an_image_of_a_user() {
     ublk del 0
 }
 
+# is_untrusted WHAT: the mount gives no rights and no writes, and the kernel has not looked for partitions.
+is_untrusted() {
+    findmnt -no OPTIONS "$mnt" | tr , '\n' | grep -cxE 'ro|nosuid|nodev' | grep -qx 3 ||
+        fail "$1: $(findmnt -no OPTIONS "$mnt")"
+    [ ! -e /sys/class/block/ublkb0p1 ] || fail "$1: the kernel has read the partition table"
+}
+
+test_mount_of_an_untrusted_image() {
+    local before
+    install_helpers
+    make_partitioned disk.vhdx
+    before=$(sha disk.vhdx)
+    ublk mount -o rw,untrusted,partition=2 disk.vhdx "$mnt"
+    is_untrusted "vhdx-ublk mount"
+    refused ublk mount -o rw,partition=2 disk.vhdx "$mnt"
+    ublk umount "$mnt"
+    has_no_device
+    mount -t vhdx -o untrusted,partition=2 disk.vhdx "$mnt"
+    is_untrusted "mount -t vhdx"
+    umount "$mnt"
+    has_no_device
+    echo "$PWD/disk.vhdx $mnt vhdx untrusted,partition=2 0 0" >fstab
+    mount -T fstab -w "$mnt"
+    is_untrusted fstab
+    umount "$mnt"
+    has_no_device
+    [ "$(sha disk.vhdx)" = "$before" ] || fail "the image was changed"
+    refused ublk mount -o untrusted,parent=elsewhere.vhdx disk.vhdx "$mnt"
+    grep -q -- --untrusted refusal
+    mkdir -p received private
+    ublk create private/base.vhdx --size 64M
+    ublk create received/child.vhdx --parent private/base.vhdx
+    refused ublk mount -o untrusted received/child.vhdx "$mnt"
+    grep -q 'its parent is not in its own folder' refusal
+    has_no_device
+    # A device that is there keeps what it was made with.
+    ublk add --read-only disk.vhdx
+    refused ublk mount -o untrusted,partition=2 disk.vhdx "$mnt"
+    grep -q 'serves the image without --untrusted' refusal
+    ublk del 0
+}
+
 test_mount_by_fstab() {
     install_helpers
     mkdir -p other

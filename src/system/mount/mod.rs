@@ -92,6 +92,7 @@ pub fn mount(request: &MountRequest, add: impl FnOnce() -> Result<Ready>) -> Res
     let (id, is_new) = match served(image.file())? {
         Some(entry) => {
             refuse_read_only(&entry, request)?;
+            refuse_trusting(&registry, &entry, request)?;
             (entry.id, false)
         }
         None => (add()?.id, true),
@@ -139,6 +140,16 @@ fn refuse_read_only(entry: &Entry, request: &MountRequest) -> Result<()> {
     }
     let message = format!("{} serves the image read-only", entry.device.display());
     Err(Error::new(Kind::InUse, message).file(&request.image).remedy("mount it read-only, too (-o ro)"))
+}
+
+/// The kernel has read the partition table of such a device, and its parents may lie anywhere.
+fn refuse_trusting(registry: &Registry, entry: &Entry, request: &MountRequest) -> Result<()> {
+    if !request.options.is_untrusted() || registry.is_untrusted(entry.id) {
+        return Ok(());
+    }
+    let message = format!("{} serves the image without --untrusted", entry.device.display());
+    let error = Error::new(Kind::InUse, message).file(&request.image);
+    Err(error.remedy(format!("vhdx-ublk del {}, then mount it again", entry.id)))
 }
 
 fn mount_device(request: &MountRequest, folder: &Path, id: u32, is_trusted: bool) -> Result<PathBuf> {

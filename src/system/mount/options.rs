@@ -6,6 +6,9 @@ use crate::error::{Error, Kind, Result};
 const OF_DEVICE: [&str; 8] =
     ["parent", "parent-map", "queues", "depth", "zero-copy", "recovery", "name", "sparse"];
 
+/// Flags of the device, options of `add` by the same names, and whether such a device can be written to.
+const FLAGS: [(&str, bool); 3] = [("assume", true), ("salvage", false), ("untrusted", false)];
+
 /// What the options say.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct MountOptions {
@@ -44,11 +47,9 @@ impl MountOptions {
                     return Err(Error::new(Kind::Usage, message));
                 }
                 ("ro", None) => found.read_only = true,
-                ("salvage", None) => {
-                    found.device.push("--salvage".into());
-                    found.read_only = true;
+                (key, None) if FLAGS.iter().any(|(flag, _)| *flag == key) => {
+                    found.device.push(format!("--{key}"));
                 }
-                ("assume", None) => found.device.push("--assume".into()),
                 ("rw", None) => found.read_only = false,
                 ("nofail", None) => found.may_be_missing = true,
                 // What decides whether to mount at all.
@@ -61,7 +62,22 @@ impl MountOptions {
                 _ => found.inner.push(option.into()),
             }
         }
+        found.read_only |= found.only_reads();
         Ok(found)
+    }
+
+    /// Whether the device refuses writes, whatever else the options say.
+    pub fn only_reads(&self) -> bool {
+        FLAGS.iter().any(|(flag, is_writable)| !is_writable && self.is_flagged(flag))
+    }
+
+    /// Whether the device is for an image that may be malicious.
+    pub fn is_untrusted(&self) -> bool {
+        self.is_flagged("untrusted")
+    }
+
+    fn is_flagged(&self, flag: &str) -> bool {
+        self.device.iter().any(|option| option.strip_prefix("--") == Some(flag))
     }
 
     /// Whether the mount of the file system gets this option.
@@ -97,7 +113,12 @@ mod tests {
         assert_eq!(found.device, ["--queues=1", "--parent=/a,b"]);
         assert_eq!(found.inner, ["noatime", "_netdev", "x-systemd.idle-timeout=9", "context=\"a,b\""]);
         assert_eq!(MountOptions::parse("rw,salvage,assume").expect("good").device, ["--salvage", "--assume"]);
-        assert!(MountOptions::parse("rw,salvage").expect("good").read_only);
+        for text in ["rw,salvage", "salvage,rw", "rw,untrusted", "untrusted,rw"] {
+            let found = MountOptions::parse(text).expect("good");
+            assert!(found.read_only && found.only_reads(), "{text}");
+            assert_eq!(found.is_untrusted(), text.contains("untrusted"), "{text}");
+        }
+        assert!(!MountOptions::parse("rw,assume").expect("good").read_only);
         assert!(found.read_only && found.may_be_missing && found.has("noatime") && !found.has("ro"));
         assert_eq!(MountOptions::parse("ro,rw,,auto,defaults").expect("good"), MountOptions::default());
     }
