@@ -5,11 +5,11 @@ use std::ffi::OsString;
 use std::fmt;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::sys::stat::fstat;
-use tracing::field::{Field, Visit};
 use tracing::level_filters::LevelFilter;
 use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::filter::{EnvFilter, dynamic_filter_fn};
@@ -20,15 +20,16 @@ use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt;
 
+use super::journal::{self, Journal, Text};
 use vhdx_ublk::device::spec::Ready;
-use vhdx_ublk::device::{log_file, warnings};
+use vhdx_ublk::device::{image_name, log_file, warnings};
 use vhdx_ublk::printable::Printable;
 
 /// Set once standard error is a log.
 static DETACHED: AtomicBool = AtomicBool::new(false);
 
 /// The journal, once a device is served whose messages go there.
-static JOURNAL: OnceLock<tracing_journald::Layer> = OnceLock::new();
+static JOURNAL: OnceLock<Journal> = OnceLock::new();
 
 /// How much is said.
 static VERBOSITY: OnceLock<Verbosity> = OnceLock::new();
@@ -97,14 +98,12 @@ pub fn serving(ready: &Ready) {
     if !is_journal() {
         return;
     }
-    let fields = [
-        ("VHDX_DEVICE", ready.device.as_os_str().as_bytes()),
-        ("VHDX_IMAGE", ready.image.as_os_str().as_bytes()),
-    ];
+    let fields =
+        [("SYSLOG_IDENTIFIER", &b"vhdx-ublk"[..]), ("VHDX_DEVICE", ready.device.as_os_str().as_bytes())];
+    image_name::set(&ready.image);
     // Where the journal cannot be reached by its socket, it still gets standard error.
-    if let Ok(journal) = tracing_journald::Layer::new() {
-        let journal = journal.with_field_prefix(None).with_syslog_identifier("vhdx-ublk".into());
-        JOURNAL.get_or_init(|| journal.with_custom_fields(fields));
+    if let Ok(journal) = Journal::at(Path::new(journal::SOCKET), &fields) {
+        JOURNAL.get_or_init(|| journal);
     }
 }
 
@@ -117,10 +116,10 @@ fn is_journal() -> bool {
 /// The layer that sends messages to the journal.
 struct ToJournal;
 
-impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for ToJournal {
-    fn on_event(&self, event: &Event<'_>, context: Context<'_, S>) {
+impl<S: Subscriber> Layer<S> for ToJournal {
+    fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
         if let Some(journal) = JOURNAL.get() {
-            journal.on_event(event, context);
+            journal.send(event);
         }
     }
 }
@@ -139,21 +138,9 @@ struct LastWarning;
 
 impl<S: Subscriber> Layer<S> for LastWarning {
     fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
-        let mut message = Message::default();
-        event.record(&mut message);
-        warnings::note(&message.0);
-    }
-}
-
-/// The text of an event.
-#[derive(Default)]
-struct Message(String);
-
-impl Visit for Message {
-    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
-        if field.name() == "message" {
-            self.0 = format!("{value:?}");
-        }
+        let mut text = Text::default();
+        event.record(&mut text);
+        warnings::note(&text.0);
     }
 }
 

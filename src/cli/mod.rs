@@ -23,6 +23,7 @@ mod grow;
 mod help;
 mod helper;
 mod info;
+mod journal;
 mod list;
 mod logging;
 mod manual;

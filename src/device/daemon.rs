@@ -27,6 +27,7 @@ use super::control::{self, Control, DeviceInfo, NewDevice};
 use super::ending::{Ending, INSISTENCE, Step};
 use super::features;
 use super::handover::{self, QUIESCE_PATIENCE, SETTLE_PATIENCE, Way};
+use super::image_name;
 use super::launch;
 use super::links::{self, Names};
 use super::log_file;
@@ -495,13 +496,16 @@ impl<E: EngineHandle> Device<E> {
     fn snapshot(&self, image: PathBuf, reply: Reply<Snapped>) {
         let entry = self.entry.clone();
         let switch = Box::new(move |leaf: NewLeaf| {
+            let image = leaf.image.clone();
             change_entry(&Registry::open()?, &entry, &mut Reserved::default(), |entry| {
                 entry.image = leaf.image;
                 entry.image_file = leaf.image_file;
                 entry.parent_files = leaf.parent_files;
                 entry.parents = leaf.parents;
                 entry.file_write_guid = leaf.file_write_guid;
-            })
+            })?;
+            image_name::set(&image);
+            Ok(())
         });
         self.engine().snapshot(SnapshotOrder { image, device: self.info.id, switch, reply });
     }

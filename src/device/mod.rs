@@ -33,6 +33,7 @@ pub mod features;
 mod fronts;
 mod handover;
 pub mod health;
+pub mod image_name;
 pub mod launch;
 pub mod layers;
 mod leaf_handover;

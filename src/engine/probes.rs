@@ -1,5 +1,5 @@
-//! The static probes of a daemon, to which `bpftrace`, `perf` and `gdb` attach: one no-operation and a note in
-//! the program each, as long as nothing is attached.
+//! The static probes of a daemon, to which `bpftrace`, `perf` and `gdb` attach: each is one no-operation and
+//! a note in the program, as long as nothing is attached.
 //!
 //! The guide ([`watch`](crate::guide::watch)) promises their names and arguments, the numbers of kinds and
 //! reasons among them. A start and its end are seen on the same thread.

@@ -18,7 +18,7 @@ fn promised() -> BTreeSet<(String, usize)> {
     rows.collect()
 }
 
-/// The probes in the notes of the program. One that the compiler has put in several places is listed for each.
+/// The probes in the notes of the program. The compiler may put one in several places.
 fn found(notes: &str) -> BTreeSet<(String, usize)> {
     let mut fields = notes.lines().filter_map(|line| line.trim().split_once(':'));
     let mut probes = BTreeSet::new();

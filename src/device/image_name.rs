@@ -1,0 +1,16 @@
+//! The path of the image that this process serves, for its messages. A snapshot changes it.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+static SERVED: Mutex<PathBuf> = Mutex::new(PathBuf::new());
+
+/// From now on messages are about the image at `path`.
+pub fn set(path: &Path) {
+    path.clone_into(&mut SERVED.lock().unwrap_or_else(PoisonError::into_inner));
+}
+
+/// The path; empty before a device is served.
+pub fn get() -> PathBuf {
+    SERVED.lock().unwrap_or_else(PoisonError::into_inner).clone()
+}
