@@ -158,11 +158,13 @@ pub enum Plant {
     EarlyWriter,
     /// The successor of a daemon replaces the device's entry before it serves the device.
     EarlyEntry,
+    /// What is known of a trim counts for a disk that was written since.
+    TrustRecord,
 }
 
 impl Plant {
     /// All of them.
-    pub const ALL: [Self; 73] = [
+    pub const ALL: [Self; 74] = [
         Self::SkipRecyclingSync,
         Self::SkipGrowthSync,
         Self::ApplyBeforeLog,
@@ -236,6 +238,7 @@ impl Plant {
         Self::TrustStranger,
         Self::EarlyWriter,
         Self::EarlyEntry,
+        Self::TrustRecord,
     ];
 }
 

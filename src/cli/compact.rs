@@ -85,8 +85,9 @@ ext2, ext3, ext4, XFS, Btrfs, NTFS (ntfs3) and FAT where no other process sees i
 unmounts it. Files do not change. Left alone, and named with the reason: what was not shut down
 cleanly, what is hibernated or encrypted, what uses other devices (a journal elsewhere, Btrfs on
 several devices, F2FS), LVM, swap space, what is not recognised, and what the kernel cannot trim. If
-none can be trimmed, the other steps are taken all the same. The drivers of the kernel then read the
-image: do not use --trim for an image that you do not trust.
+none can be trimmed, the other steps are taken all the same. What an interrupted command has trimmed
+is not trimmed again until the disk is written or the machine starts again. The drivers of the
+kernel read the image: do not use --trim for an image that you do not trust.
 For a block that is longer than each free run, blocks between the runs are moved to join them, as
 long as at most 64 bytes are copied for each byte that the file becomes shorter.
 Ctrl-C stops the command at the next safe point; what was freed until then stays free. Meanwhile the
@@ -121,6 +122,9 @@ impl Compact {
         }
         let stopped = compacted.done.stopped || trimmed.as_ref().is_some_and(trim::Outcome::stopped);
         let failed = trimmed.as_ref().is_some_and(|trimmed| trimmed.trimmed.is_err());
+        if !stopped && !dry_run {
+            trimmed.iter().for_each(trim::Outcome::forget);
+        }
         if json {
             let trim = trimmed.as_ref().map(trim::Outcome::answer);
             output::print_json(&Answer { stopped, trim, ..answer(&compacted) })?;

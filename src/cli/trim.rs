@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use vhdx_ublk::chain;
 use vhdx_ublk::device::claims::Claims;
+use vhdx_ublk::device::registry::Registry;
 use vhdx_ublk::disk::{Access, Sparse};
 use vhdx_ublk::error::{Doing, Error, Kind, Result};
 use vhdx_ublk::operations::children::refuse_parent;
@@ -16,6 +17,7 @@ use vhdx_ublk::operations::{Watch, inside, named_file};
 use vhdx_ublk::printable::{human_size, printable};
 use vhdx_ublk::system::private_device::PrivateDevice;
 use vhdx_ublk::system::trim::{Survey, Trimmed, VolumeTrim, candidates};
+use vhdx_ublk::system::trim_record::TrimRecord;
 
 use super::parent_options::ParentOptions;
 use super::{add, output};
@@ -33,6 +35,8 @@ pub struct Outcome {
     /// What the file took before, if it could be opened.
     pub before: Option<Figures>,
     pub trimmed: Result<Trimmed>,
+    /// How far it has come, which counts for the next command unless this one does all.
+    record: Option<TrimRecord>,
 }
 
 /// What is printed as JSON.
@@ -45,12 +49,17 @@ pub struct Answer {
 impl Request<'_> {
     /// Has the file systems trimmed. That it is not possible is an outcome, too.
     pub fn run(&self, watch: &impl Watch) -> Outcome {
-        let mut before = None;
-        let trimmed = self.trim(&mut before, watch);
-        Outcome { before, trimmed }
+        let (mut before, mut record) = (None, None);
+        let trimmed = self.trim(&mut before, &mut record, watch);
+        Outcome { before, trimmed, record }
     }
 
-    fn trim(&self, before: &mut Option<Figures>, watch: &impl Watch) -> Result<Trimmed> {
+    fn trim(
+        &self,
+        before: &mut Option<Figures>,
+        record: &mut Option<TrimRecord>,
+        watch: &impl Watch,
+    ) -> Result<Trimmed> {
         if !nix::unistd::geteuid().is_root() {
             return Err(Error::new(Kind::Permission, "only root can have the kernel mount them"));
         }
@@ -58,6 +67,11 @@ impl Request<'_> {
         *before = Some(Figures::of(&named.file).doing("looking at the image")?);
         let search = self.parents.search();
         refuse_parent(&named.path, &search, false, &Claims)?;
+        let registry = Registry::open()?;
+        let known = record.insert(TrimRecord::of(&named.file, &registry)?);
+        if let Some(volumes) = known.outcome().filter(|_| !self.dry_run) {
+            return Ok(Trimmed { volumes: volumes.to_vec(), stopped: false });
+        }
         let add = |access| {
             let arguments = add::private(&named.file, access, self.sparse, self.parents);
             PrivateDevice::add(arguments, &named.file)
@@ -69,8 +83,13 @@ impl Request<'_> {
             return Ok(Trimmed { stopped: watch.stop_requested(), ..survey.outline() });
         }
         let device = add(Access::ReadWrite)?;
-        let trimmed = survey.trim(device.path(), watch)?;
+        // From now on the image is locked: no other process changes what the record is about.
+        let known = record.insert(TrimRecord::of(&named.file, &registry)?);
+        let trimmed = survey.trim(device.path(), known, watch)?;
         device.remove()?;
+        if !trimmed.stopped {
+            known.finish(&trimmed.volumes);
+        }
         Ok(trimmed)
     }
 }
@@ -79,6 +98,11 @@ impl Outcome {
     /// Whether it was stopped before its end.
     pub fn stopped(&self) -> bool {
         self.trimmed.as_ref().is_ok_and(|trimmed| trimmed.stopped)
+    }
+
+    /// The command has done all that was to be done.
+    pub fn forget(&self) {
+        self.record.iter().for_each(TrimRecord::remove);
     }
 
     pub fn answer(&self) -> Answer {

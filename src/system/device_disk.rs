@@ -1,5 +1,6 @@
 //! What is on a block device, as [`contents`] reads it.
 
+use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -25,6 +26,15 @@ impl DeviceDisk {
         let device = BlockDevice::open(path, Access::ReadOnly)?;
         let sector_bytes = ioctl_blksszget(device.file()).doing("reading the sector size").file(path)?;
         Ok(Self { device, sector_bytes })
+    }
+
+    /// Has what was written to it, and discarded, become durable.
+    ///
+    /// # Errors
+    ///
+    /// The operating system's.
+    pub(super) fn sync(&self) -> io::Result<()> {
+        self.device.file().sync_all()
     }
 
     /// What is on it.

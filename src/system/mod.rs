@@ -8,7 +8,8 @@
 //! * `btrfs`: the devices that the kernel would join with those of an image;
 //! * `driver`, `mounted`: how the kernel reads each file system, and a mount that no other process sees;
 //! * [`mount`]: mounting the file system of an image, and unmounting it;
-//! * [`trim`]: the free space of the file systems on a device;
+//! * [`trim`], [`trim_record`], `volume_trim`: the free space of the file systems on a device, how far it is
+//!   given up, and what has become of each;
 //! * [`grow`]: the file system at the end of a disk that has grown;
 //! * [`doctor`], [`metrics`]: whether a machine and an image are fit for use; what devices have done, for
 //!   monitoring;
@@ -33,4 +34,6 @@ pub mod private_device;
 pub mod program;
 pub mod table;
 pub mod trim;
+pub mod trim_record;
 pub mod units;
+mod volume_trim;

@@ -17,20 +17,21 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use schemars::JsonSchema;
-use serde::Serialize;
-
 use super::device_disk::DeviceDisk;
 use super::driver::{self, Driver};
 use super::mounted::Mounted;
 use super::node;
+use super::trim_record::TrimRecord;
+pub use super::volume_trim::VolumeTrim;
+use super::volume_trim::name;
 use crate::disk::Access;
 use crate::error::{Error, Kind, Result};
 use crate::operations::Watch;
 use crate::operations::contents::{Contents, Journal, Partition, ReadAt, Volume, VolumeKind};
 
-/// How much is trimmed between two looks at whether to stop, bytes.
-const PART_BYTES: u64 = 16 << 30;
+/// How much is trimmed at once, bytes: what an interruption may cost. Shorter parts would have XFS look
+/// through its lists of free space too often.
+const PART_BYTES: u64 = 4 << 30;
 
 /// Parts end at multiples of this on the disk: the longest block of an image is discarded as a whole.
 const PART_ALIGNMENT: u64 = 256 << 20;
@@ -39,19 +40,6 @@ const PART_ALIGNMENT: u64 = 256 << 20;
 pub struct Survey {
     contents: Contents,
     volumes: Vec<Found>,
-}
-
-/// A volume, and what becomes of it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
-pub struct VolumeTrim {
-    /// The number of its partition; none if it is the disk as a whole.
-    pub partition: Option<u32>,
-    /// What it is, if it is recognised.
-    pub r#type: Option<&'static str>,
-    /// How much free space its driver has discarded, bytes; nothing until it has.
-    pub trimmed_bytes: Option<u64>,
-    /// Why it is not trimmed.
-    pub left_alone: Option<String>,
 }
 
 /// Where a volume is.
@@ -91,22 +79,6 @@ pub fn candidates(contents: &Contents) -> Vec<String> {
     whole.chain(parts).collect()
 }
 
-fn name(partition: Option<u32>, kind: Option<&str>) -> String {
-    match (partition, kind) {
-        (Some(number), Some(kind)) => format!("{kind} on partition {number}"),
-        (Some(number), None) => format!("partition {number}"),
-        (None, Some(kind)) => kind.into(),
-        (None, None) => "the disk".into(),
-    }
-}
-
-impl VolumeTrim {
-    /// How people call it: `ext4 on partition 1`.
-    pub fn name(&self) -> String {
-        name(self.partition, self.r#type)
-    }
-}
-
 impl Survey {
     /// What is on the read-only device at `path`, and what of it can be trimmed. Nothing is changed.
     ///
@@ -140,13 +112,14 @@ impl Survey {
         Trimmed { volumes: self.volumes.iter().map(Found::untrimmed).collect(), stopped: false }
     }
 
-    /// Trims the same disk, which is now writable at `path`.
+    /// Trims the same disk, which is now writable at `path`. What the `record` says was trimmed before is not
+    /// trimmed again.
     ///
     /// # Errors
     ///
     /// [`Kind::Mismatch`] if it is not the same; if the device cannot be opened. What is wrong with a volume
     /// is no error, but the reason why that is left alone.
-    pub fn trim(&self, path: &Path, watch: &impl Watch) -> Result<Trimmed> {
+    pub fn trim(&self, path: &Path, record: &mut TrimRecord, watch: &impl Watch) -> Result<Trimmed> {
         let disk = DeviceDisk::open(path)?;
         if disk.contents() != self.contents {
             let message = "another program has changed what is on the disk";
@@ -162,7 +135,8 @@ impl Survey {
                 && !watch.stop_requested()
             {
                 let progress = |part: u64| watch.progress(done + part.min(found.place.length), total);
-                match trim_volume(path, found.place, driver, watch, progress) {
+                let work = Work { device: path, disk: &disk, place: found.place, driver };
+                match work.trim(record, watch, progress) {
                     Ok(bytes) => volume.trimmed_bytes = Some(bytes),
                     Err(reason) => volume.left_alone = Some(reason),
                 }
@@ -178,7 +152,7 @@ impl Found {
     fn untrimmed(&self) -> VolumeTrim {
         VolumeTrim {
             partition: self.place.partition,
-            r#type: self.kind.map(VolumeKind::name),
+            r#type: self.kind.map(|kind| kind.name().to_owned()),
             trimmed_bytes: None,
             left_alone: self.plan.as_ref().err().cloned(),
         }
@@ -273,33 +247,49 @@ fn node_of(device: &Path, place: Place) -> std::result::Result<PathBuf, String> 
     node.ok_or_else(|| "the kernel does not show this partition".into())
 }
 
-/// Trims a volume; how many bytes were discarded, or why not. `progress` gets how far it is.
-fn trim_volume(
-    device: &Path,
+/// A volume that is to be trimmed.
+struct Work<'a> {
+    device: &'a Path,
+    disk: &'a DeviceDisk,
     place: Place,
-    driver: &Driver,
-    watch: &impl Watch,
-    progress: impl Fn(u64),
-) -> std::result::Result<u64, String> {
-    let node = node_of(device, place)?;
-    let mounted = Mounted::mount(driver, &node, Access::ReadOnly);
-    let mounted = mounted.map_err(|refusal| refusal.reason(driver))?;
-    let (mut at, mut bytes) = (0, 0_u64);
-    while at < place.length && !watch.stop_requested() {
-        progress(at);
-        let past = if driver.trims_parts { end_of_part(place, at) } else { place.length };
-        // The driver knows its own end; the last part reaches behind it.
-        let length = if past == place.length { u64::MAX - at } else { past - at };
-        match mounted.trim(at, length) {
-            Ok(discarded) => bytes = bytes.saturating_add(discarded),
-            // It ends before its partition.
-            Err(error) if at > 0 && error.raw_os_error() == Some(libc::EINVAL) => break,
-            Err(error) => return Err(refused(&error, driver)),
+    driver: &'a Driver,
+}
+
+impl Work<'_> {
+    /// Trims it; how many bytes were discarded, or why not. `progress` gets how far it is.
+    fn trim(
+        &self,
+        record: &mut TrimRecord,
+        watch: &impl Watch,
+        progress: impl Fn(u64),
+    ) -> std::result::Result<u64, String> {
+        let Self { device, disk, place, driver } = *self;
+        let mut trimmed = record.trimmed(place.start, place.length);
+        let node = node_of(device, place)?;
+        let mounted = Mounted::mount(driver, &node, Access::ReadOnly);
+        let mounted = mounted.map_err(|refusal| refusal.reason(driver))?;
+        while trimmed.until < place.length && !watch.stop_requested() {
+            let at = trimmed.until;
+            progress(at);
+            let past = if driver.trims_parts { end_of_part(place, at) } else { place.length };
+            // The driver knows its own end; the last part reaches behind it.
+            let length = if past == place.length { u64::MAX - at } else { past - at };
+            trimmed.until = past;
+            match mounted.trim(at, length) {
+                Ok(discarded) => trimmed.bytes = trimmed.bytes.saturating_add(discarded),
+                // It ends before its partition.
+                Err(error) if at > 0 && error.raw_os_error() == Some(libc::EINVAL) => {
+                    trimmed.until = place.length;
+                }
+                Err(error) => return Err(refused(&error, driver)),
+            }
+            // What is kept must not be lost with the daemon.
+            disk.sync().map_err(|error| refused(&error, driver))?;
+            record.keep(trimmed);
         }
-        at = past;
+        progress(trimmed.until);
+        Ok(trimmed.bytes)
     }
-    progress(place.length);
-    Ok(bytes)
 }
 
 /// Where the part of a volume that begins at its byte `at` ends.

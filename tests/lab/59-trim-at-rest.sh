@@ -260,3 +260,117 @@ test_compact_that_ends_in_the_trim_leaves_nothing() {
     check_kept ext4 "$device"
     ublk del "$device"
 }
+
+# Waits until what a killed command has left behind is gone.
+until_left_alone() {
+    for _ in $(seq 600); do
+        [ "$(ublk list --json)" != "[]" ] || break
+        sleep 0.05
+    done
+}
+
+# What the process PID has won, and those before it: parts that are trimmed, and moves of 48 MiB.
+won() {
+    cat /run/vhdx-ublk/.trim-*[0-9a-f] 2>/dev/null | jq -c '[.outcome != null, ([.places[].until] | add)]'
+    awk '/^write_bytes/ { print int($2 / (48 * 1048576)) }' "/proc/$1/io" 2>/dev/null
+}
+
+# Compacts disk.vhdx with --trim, and kills that as soon as it has won something, until there is nothing left to win;
+# prints how often. What a kill leaves is sound, but for space that nothing names.
+trim_under_fire() {
+    local kills status pid before
+    for kills in $(seq 0 60); do
+        before=$(won self)
+        "$VHDX_UBLK" compact disk.vhdx --trim >said 2>&1 &
+        pid=$!
+        while [ -e "/proc/$pid/exe" ] && [ "$(won $pid)" = "$before" ]; do sleep 0.02; done
+        kill -KILL $pid || true
+        status=0
+        wait $pid || status=$?
+        [ $status = 137 ] || break
+        until_left_alone
+        status=0
+        ublk check disk.vhdx >said 2>&1 || status=$?
+        [ $status = 0 ] || [ $status = 3 ] || { cat said >&2; return 1; }
+    done 2>/dev/null
+    [ $status = 0 ] || { cat said >&2; return 1; }
+    [ "$kills" -lt 60 ] || { echo "it does not end" >&2; return 1; }
+    echo "$kills"
+}
+
+# freed_disk FILES: an ext4 without partitions on disk.vhdx, of whose FILES of 16 MiB one of three is left; prints the
+# bytes that are in use. What is left is listed in `kept`.
+freed_disk() {
+    local device number
+    ublk create disk.vhdx --size 14G --block-size 1M
+    device=$(ublk add disk.vhdx)
+    mkfs.ext4 -q -F -E nodiscard -J size=4 -m 0 "$device"
+    mount "$device" "$mnt"
+    for number in $(seq "$1"); do stamps x 0 16 "$number" >"$mnt/$number"; done
+    sync -f "$mnt"
+    for number in $(seq "$1"); do [ $((number % 3)) = 0 ] || rm "$mnt/$number"; done
+    manifest "$mnt" >kept
+    du -s --block-size=1 "$mnt" | cut -f1
+    umount "$mnt"
+    ublk del "$device"
+}
+
+check_freed_disk() {
+    local device
+    ublk check disk.vhdx >said || { cat said; fail "not sound after all"; }
+    device=$(ublk add --read-only disk.vhdx)
+    e2fsck -fn "$device" >/dev/null 2>&1 || fail "the file system is damaged"
+    mount -o ro "$device" "$mnt"
+    manifest "$mnt" | cmp - kept || fail "files have changed"
+    umount "$mnt"
+    ublk del "$device"
+}
+
+# A command that is killed whenever it has won something is continued by the next one, and the last one ends.
+test_compact_with_trim_ends_under_kills() {
+    local used before kills
+    used=$(freed_disk 75)
+    before=$(stat -c %s disk.vhdx)
+    kills=$(trim_under_fire)
+    note "$((before >> 20)) -> $(($(stat -c %s disk.vhdx) >> 20)) MiB for $((used >> 20)) MiB of files, $kills kills"
+    [ "$kills" -ge 6 ] || fail "it was killed $kills times only"
+    [ "$(stat -c %s disk.vhdx)" -le $((used + used / 12)) ] || fail "$(stat -c %s disk.vhdx) bytes for files of $used"
+    [ -z "$(find /run/vhdx-ublk -name '.trim-*')" ] || fail "a record is left"
+    check_freed_disk
+}
+
+# What an interrupted command has trimmed is not trimmed again, unless the disk was written since.
+test_compact_remembers_what_it_has_trimmed() {
+    local pid record device
+    freed_disk 30 >/dev/null
+    "$VHDX_UBLK" compact disk.vhdx --trim --max-rate 1M >/dev/null 2>&1 &
+    pid=$!
+    for _ in $(seq 1200); do
+        record=$(find /run/vhdx-ublk -name '.trim-*[0-9a-f]')
+        [ -z "$record" ] || [ "$(jq '.outcome != null' "$record")" != true ] || break
+        sleep 0.05
+    done
+    kill -KILL "$pid"
+    wait "$pid" || true
+    until_left_alone
+    # Only a record that is used has these figures shown.
+    jq '.outcome = null | .places[0].bytes = 777' "$record" >parts
+    jq '.outcome[0].trimmed_bytes = 12345' "$record" >outcome
+    cat parts >"$record"
+    ublk compact disk.vhdx --trim --dry-run >/dev/null
+    ublk compact disk.vhdx --trim --json >said
+    jq -e '.trim.volumes[0].trimmed_bytes == 777 and .moves > 0' said || { cat said; fail "a part is trimmed again"; }
+    [ ! -e "$record" ] || fail "the record is left"
+    cat outcome >"$record"
+    ublk compact disk.vhdx --trim --json >said
+    jq -e '.trim.volumes[0].trimmed_bytes == 12345' said || { cat said; fail "the image is served again"; }
+    check_freed_disk
+    device=$(ublk add disk.vhdx)
+    mount "$device" "$mnt"
+    rm "$mnt/3"
+    umount "$mnt"
+    ublk del "$device"
+    cat outcome >"$record"
+    ublk compact disk.vhdx --trim --json >said
+    jq -e '.trim.volumes[0].trimmed_bytes != 12345' said || { cat said; fail "an old record is trusted"; }
+}

@@ -38,6 +38,7 @@ mod sim;
 mod size;
 #[path = "../skip/mod.rs"]
 mod skip;
+mod trim;
 mod upgrade;
 
 /// Counts for `hit_path` and `hostile`, by thread.

@@ -15,6 +15,7 @@ use crate::device::control::POLL_INTERVAL;
 use crate::device::links;
 use crate::device::name::Name;
 use crate::device::process::ProcessId;
+use crate::disk::HostFile;
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::printable::shell;
 use crate::simulation::{Plant, planted};
@@ -113,6 +114,14 @@ impl Registry {
     /// The file that a change of the table of disks locks.
     pub fn table_lock_path(&self) -> PathBuf {
         self.directory.join(".table")
+    }
+
+    /// How the names of the files begin that [`Self::trim_record_path`] gives.
+    pub const TRIM_RECORD: &str = ".trim-";
+
+    /// The file that says how far the image in `file` is trimmed.
+    pub fn trim_record_path(&self, file: HostFile) -> PathBuf {
+        self.directory.join(format!("{}{:x}-{:x}", Self::TRIM_RECORD, file.device, file.inode))
     }
 
     fn entry_path(&self, id: u32) -> PathBuf {
