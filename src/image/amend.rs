@@ -59,6 +59,56 @@ impl Blocks<'_> {
     }
 }
 
+/// A resize for which the host has room, and of which the image shows nothing yet.
+pub struct PreparedResize<'a> {
+    headers: Headers,
+    blocks: Blocks<'a>,
+    edit: Edit,
+    data_write: Option<Uuid>,
+}
+
+impl PreparedResize<'_> {
+    /// Steps 2 to 5, under the new FileWriteGuid `file_write`; opens the image again. The file carries no
+    /// other FileWriteGuid in between.
+    ///
+    /// # Errors
+    /// I/O errors: the image is as it was, or as it is to be with space that is still to be given back.
+    pub async fn carry_out<D: Disk>(
+        self,
+        disk: &D,
+        file_write: Uuid,
+        mut new_guid: impl FnMut() -> Uuid,
+    ) -> Result<WritableImage> {
+        let Self { mut headers, blocks, edit, data_write } = self;
+        sync(disk).await?;
+        let data_write = data_write.filter(|_| !planted(Plant::SilentChange));
+        let early = data_write.filter(|_| planted(Plant::EarlyOrphans));
+        let change = |header: &mut Header| {
+            header.file_write_guid = file_write;
+            header.data_write_guid = early.unwrap_or(header.data_write_guid);
+        };
+        headers.update(disk, change).await?;
+        if !planted(Plant::EarlyRegion) {
+            blocks.prepare(disk).await?;
+        }
+        edit.write(disk, &mut headers, data_write, new_guid()).await?;
+        let gives_back = match &blocks {
+            Blocks::Stay => false,
+            Blocks::Grow(growth) => growth.moves_bat(),
+            Blocks::Shrink(shrink) => {
+                shrink.finish(disk).await?;
+                true
+            }
+        };
+        let image = Image::open_for_writing(disk, &mut new_guid).await?;
+        if !gives_back {
+            return Ok(image);
+        }
+        give_back(&image, disk).await?;
+        Image::open_for_writing(disk, new_guid).await
+    }
+}
+
 impl WritableImage {
     /// Gives the image on `disk`, which was not written since it was opened, this `metadata`; opens it
     /// again. If there is nothing to change, nothing is written.
@@ -100,36 +150,19 @@ impl WritableImage {
         if to.metadata == self.metadata {
             return Ok(self);
         }
+        let ready = self.prepare_resize(disk, to).await?;
+        ready.carry_out(disk, new_guid(), new_guid).await
+    }
+
+    /// Step 1 of [`Self::resize`], for an image whose metadata differs from what is asked.
+    ///
+    /// # Errors
+    /// Those of [`Self::resize`]: nothing has changed.
+    pub async fn prepare_resize<D: Disk>(&self, disk: &D, to: &Resize) -> Result<PreparedResize<'_>> {
         let (blocks, edit) = self.plan_resize(disk, to).await?;
-        let mut headers = Headers::new(&self.header)?;
         edit.reserve(disk).await?;
         self.make_room(disk, &blocks).await?;
-        sync(disk).await?;
-        let (file_write, data_write) = (new_guid(), to.data_write.filter(|_| !planted(Plant::SilentChange)));
-        let early = data_write.filter(|_| planted(Plant::EarlyOrphans));
-        let change = |header: &mut Header| {
-            header.file_write_guid = file_write;
-            header.data_write_guid = early.unwrap_or(header.data_write_guid);
-        };
-        headers.update(disk, change).await?;
-        if !planted(Plant::EarlyRegion) {
-            blocks.prepare(disk).await?;
-        }
-        edit.write(disk, &mut headers, data_write, &mut new_guid).await?;
-        let gives_back = match &blocks {
-            Blocks::Stay => false,
-            Blocks::Grow(growth) => growth.moves_bat(),
-            Blocks::Shrink(shrink) => {
-                shrink.finish(disk).await?;
-                true
-            }
-        };
-        let image = Image::open_for_writing(disk, &mut new_guid).await?;
-        if !gives_back {
-            return Ok(image);
-        }
-        give_back(&image, disk).await?;
-        Image::open_for_writing(disk, new_guid).await
+        Ok(PreparedResize { headers: Headers::new(&self.header)?, blocks, edit, data_write: to.data_write })
     }
 
     /// What changes, and the log entry that has all of it that must change at once. Nothing is written.

@@ -73,14 +73,14 @@ impl Edit {
         Ok(())
     }
 
-    /// Makes the change, under this new DataWriteGuid if there is one. The log is empty before and after, and
-    /// the file has its new FileWriteGuid.
+    /// Makes the change, under this new DataWriteGuid if there is one. The log is empty before and after. The
+    /// headers have the FileWriteGuid of this opening already, and keep it.
     pub(super) async fn write<D: Disk>(
         self,
         disk: &D,
         headers: &mut Headers,
         data_write: Option<Uuid>,
-        new_guid: &mut impl FnMut() -> Uuid,
+        log_guid: Uuid,
     ) -> Result<()> {
         assert!(!headers.current().needs_replay(), "the log is empty");
         assert!(!self.pages.is_empty(), "there is something to change");
@@ -90,7 +90,6 @@ impl Edit {
             self.pages.len()
         );
         self.reserve(disk).await?;
-        let log_guid = new_guid();
         let length = file_length(disk).await?;
         sync(disk).await?; // the entry promises this length
         let changes: Vec<Change> =
@@ -110,7 +109,8 @@ impl Edit {
         sync(disk).await?;
         let data_write = data_write.unwrap_or(headers.current().data_write_guid);
         headers.change(|header| (header.log_guid, header.data_write_guid) = (log_guid, data_write));
-        replay::in_place(disk, headers, &[0], new_guid()).await?;
+        let file_write = headers.current().file_write_guid;
+        replay::in_place(disk, headers, &[0], file_write).await?;
         assert!(!headers.current().needs_replay(), "the log is empty again");
         Ok(())
     }

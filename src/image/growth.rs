@@ -24,7 +24,7 @@ use super::region_move::lay_tables;
 use super::room::{Provision, Room, zero_stored};
 use super::space::Extent;
 use super::view::file_length;
-use crate::disk::{Buffer, Disk, PAGE_BYTES, ReadDisk};
+use crate::disk::{Buffer, Disk, PAGE_BYTES, ReadDisk, is_zero};
 use crate::error::{Error, Result};
 use crate::format::bat::{BITMAP_BLOCK_SIZE, BatEntry, ENTRY_SIZE, Geometry, PayloadState};
 use crate::format::metadata::{DiskType, Metadata};
@@ -298,13 +298,13 @@ impl<'a> Growth<'a> {
         assert!(from < extent.end(), "the disk ends in its last block");
         let page = from - from % PAGE_BYTES as u64;
         let mut bytes = disk.read(page, PAGE_BYTES).await.map_err(zeroing)?;
-        bytes[index(from - page)..].fill(0);
-        disk.write(page, bytes).await.map_err(zeroing)?;
-        let rest = page + PAGE_BYTES as u64;
-        if rest < extent.end() {
-            disk.zero(rest, extent.end() - rest).await.map_err(zeroing)?;
+        let behind = &mut bytes[index(from - page)..];
+        // A cut may tear sectors of the disk in this page: it is written only if something in it changes.
+        if !is_zero(behind) {
+            behind.fill(0);
+            disk.write(page, bytes).await.map_err(zeroing)?;
         }
-        Ok(())
+        zero_stored(disk, page + PAGE_BYTES as u64, extent.end()).await
     }
 
     /// The bits of the child's last block: those of the sectors that come are set.

@@ -30,7 +30,7 @@ mod space;
 mod view;
 mod words;
 
-pub use amend::Resize;
+pub use amend::{PreparedResize, Resize};
 pub use bitmaps::{MAX_BITMAP_BYTES, PAGES_PER_CHUNK, SectorBitmaps};
 pub use block_map::{BlockMap, Mapping, SLOTS_PER_PAGE};
 pub use check::{Finding, KEPT_FINDINGS, LogFound, Report, Severity, check};

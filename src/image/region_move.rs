@@ -56,7 +56,7 @@ impl WritableImage {
         headers.update(disk, |header| header.file_write_guid = file_write).await?;
         room.clear(disk).await?;
         copy_stored(disk, from, to.offset).await?;
-        edit.write(disk, &mut headers, None, &mut new_guid).await?;
+        edit.write(disk, &mut headers, None, new_guid()).await?;
         Image::open_for_writing(disk, new_guid).await
     }
 }

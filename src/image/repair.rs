@@ -89,11 +89,11 @@ async fn mend<D: Disk>(
             batch.lay(disk, patch.offset, &patch.bytes).await?;
             assert!(batch.page_count() <= MAX_DESCRIPTORS_WRITTEN, "a batch fits its entry");
             if batch.page_count() > FULL_BATCH {
-                std::mem::take(&mut batch).write(disk, headers, None, new_guid).await?;
+                std::mem::take(&mut batch).write(disk, headers, None, new_guid()).await?;
             }
         }
         if batch.page_count() > 0 {
-            batch.write(disk, headers, None, new_guid).await?;
+            batch.write(disk, headers, None, new_guid()).await?;
         }
     }
     Err(Error::new(Kind::InUse, "the image keeps changing while it is repaired"))

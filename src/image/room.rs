@@ -136,7 +136,7 @@ pub(super) async fn zero_stored<D: Disk>(disk: &D, from: u64, to: u64) -> Result
     assert!(from.is_multiple_of(page) && to.is_multiple_of(page), "pages are zeroed, {from} to {to}");
     let mut at = from;
     while at < to {
-        let zeroing = |error| Error::io("zeroing unused entries", error).at(at);
+        let zeroing = |error| Error::io("zeroing what is unused", error).at(at);
         let found = disk.next_data(at).await.map_err(zeroing)?;
         let Some(found) = found.filter(|found| *found < to) else { break };
         let start = found - found % page;
