@@ -20,4 +20,4 @@ pub use open::{MAX_CHAIN_BYTES, MAX_DEPTH, follow_parents, open_parents};
 pub use parent_ref::{parent_ref, parent_ref_of, point_to, with_found_path, with_parent};
 pub use path::{PathMap, same_file};
 pub use relative::{Known, Layer, Relative, is_made_of};
-pub use search::Search;
+pub use search::{Search, is_direct};

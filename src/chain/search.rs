@@ -87,7 +87,7 @@ pub(super) struct Candidate {
 }
 
 /// Whether the relative path in `locator` leads from `child` to `parent`.
-pub(super) fn is_direct(child: &Path, locator: &ParentLocator, parent: &Path) -> bool {
+pub fn is_direct(child: &Path, locator: &ParentLocator, parent: &Path) -> bool {
     let folder = folder_of(child);
     let found = locator.get(RELATIVE_PATH).and_then(|text| path::existing(&path::join(folder, text)));
     found.is_some_and(|found| path::same_file(&found, parent))

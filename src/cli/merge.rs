@@ -34,7 +34,7 @@ pub struct Merge {
     #[arg(long = "child", value_name = "FILE")]
     children: Vec<PathBuf>,
     /// Leave the ancestor as it is, for its other children: copy it to FILE, and merge into that
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["force", "parent"])]
+    #[arg(long, value_name = "FILE", conflicts_with = "force")]
     copy: Option<PathBuf>,
     /// Merge even if the ancestor has other children, which become unreadable
     #[arg(short, long)]
@@ -70,7 +70,7 @@ The ancestor gets the size of the child: a fixed one needs space for all new blo
 loses the data beyond the end (--shrink).
 With --copy, only FILE and the merged images are written. FILE shares its blocks with the ancestor
 where the host can do that, and belongs to the child's owner. A command that was interrupted is
-repeated as it was. --copy does not go with --parent: `vhdx-ublk relink` the child first.
+repeated as it was: --parent still names the ancestor.
 JSON: child, target (the image that has the content now), removed (an array of paths).
 Exit status: 0 merged, 1 failure (the child reads as before), 2 wrong usage.";
 

@@ -432,7 +432,8 @@ fn a_merge_into_a_copy_is_finished_and_takes_no_other_file() {
         if step == "copied" {
             fs::copy(&base, &copy).expect("room");
         } else {
-            merged_without_room(&one, &base, &copy);
+            merged_without_room(&one, &base, &copy, &[]);
+            assert_eq!(info(&one)["parent"]["relative_path"], r".\own.vhdx");
         }
         merged(&one, &["--copy", copy.to_str().expect("UTF-8")]);
         before.assert_kept(&base);
@@ -450,12 +451,11 @@ fn a_merge_into_a_copy_is_finished_and_takes_no_other_file() {
         on("merge", &one, &["--copy", taken.to_str().expect("UTF-8")]).failed(1);
     }
     on("merge", &one, &["--copy", "x.vhdx", "--force"]).misused();
-    on("merge", &one, &["--copy", "x.vhdx", "--parent", "base.vhdx"]).misused();
     for (path, before) in &before {
         before.assert_kept(path);
     }
     // What the user has made the parent is no copy that this command has made, even after one that was cut.
-    merged_without_room(&one, &base, &bench.path("own.vhdx"));
+    merged_without_room(&one, &base, &bench.path("own.vhdx"), &[]);
     for parent in [&copied, &base] {
         let relinked = program().arg("relink").args([&one, parent]).output().expect("it runs");
         Ran::from(relinked).succeeded();
@@ -465,14 +465,114 @@ fn a_merge_into_a_copy_is_finished_and_takes_no_other_file() {
 }
 
 /// Merges into a copy that cannot become larger than the base: it is the parent then, and nothing is merged.
-fn merged_without_room(child: &Path, base: &Path, copy: &Path) {
+fn merged_without_room(child: &Path, base: &Path, copy: &Path, options: &[&str]) {
     let limit = fs::metadata(base).expect("there").len() / 512;
-    let script = format!(r#"ulimit -f {limit}; exec "$0" merge "$1" --copy "$2""#);
+    let script = format!(r#"ulimit -f {limit}; exec "$0" merge "$@""#);
     let mut command = Command::new("sh");
-    command.args(["-c", &script, env!("CARGO_BIN_EXE_vhdx-ublk")]).args([child, copy]);
+    command.args(["-c", &script, env!("CARGO_BIN_EXE_vhdx-ublk")]).arg(child);
+    command.arg("--copy").arg(copy).args(options);
     let message = Ran::from(command.output().expect("it runs")).failed(1);
     assert!(message.contains("ulimit -f"), "{message}");
-    assert_eq!(info(child)["parent"]["relative_path"], r".\own.vhdx");
+}
+
+/// The base of `siblings` and a layer over one of them, where none names its parent's place any longer; the
+/// options that name all of them.
+fn scattered(bench: &Bench) -> ([PathBuf; 3], PathBuf, Vec<String>) {
+    let ([base, one, _], [disk, _]) = siblings(bench);
+    let leaf = child_of(bench, &one, "leaf.vhdx");
+    fs::create_dir(bench.path("far")).expect("a folder");
+    let [far, middle] = ["far/base.vhdx", "far/one.vhdx"].map(|name| bench.path(name));
+    fs::rename(&base, &far).expect("ours");
+    fs::rename(&one, &middle).expect("ours");
+    let named = [("--into", &far), ("--parent", &middle), ("--parent", &far)];
+    let text = |path: &Path| path.to_str().expect("UTF-8").to_owned();
+    let options = named.iter().flat_map(|(option, path)| [(*option).to_owned(), text(path)]).collect();
+    ([far, middle, leaf], disk, options)
+}
+
+/// The copy takes the place of the parent that the user has named, also where an earlier command was cut.
+#[test]
+fn a_merge_into_a_copy_finds_the_parents_where_the_user_says() {
+    for step in ["begun", "copied", "named", "removed"] {
+        let bench = Bench::new();
+        let ([base, middle, leaf], disk, options) = scattered(&bench);
+        let options: Vec<&str> = options.iter().map(String::as_str).collect();
+        let (before, copy) = (Snapshot::of(&base), bench.path("own.vhdx"));
+        on("merge", &leaf, &["--copy", copy.to_str().expect("UTF-8")]).failed(1);
+        match step {
+            "copied" => fs::copy(&base, &copy).map(drop).expect("room"),
+            "named" => {
+                merged_without_room(&leaf, &base, &copy, &options);
+                assert_eq!(info(&middle)["parent"]["relative_path"], r"..\own.vhdx");
+            }
+            _ => {}
+        }
+        let options = [&["--copy", copy.to_str().expect("UTF-8")], &options[..]].concat();
+        let kept = bench.path("kept");
+        fs::hard_link(&leaf, &kept).expect("room");
+        assert_eq!(merged(&leaf, &options).lines().count(), 2, "{step}");
+        if step == "removed" {
+            // As a cut leaves it between the removal of both layers.
+            fs::rename(&kept, &leaf).expect("ours");
+            assert_eq!(merged(&leaf, &options).lines().count(), 1, "{step}");
+        }
+        assert!(!middle.exists() && !leaf.exists(), "{step}: both layers are in the copy");
+        before.assert_kept(&base);
+        assert_same(&copy, &disk);
+        on("check", &copy, &[]).succeeded();
+    }
+}
+
+/// Fills a block of the disk in the file at `path`, and leaves its GUIDs as they are.
+fn write_block(path: &Path, block: u64, byte: u8) {
+    let reactor = Reactor::new().expect("io_uring is there");
+    let file = ImageFile::open(path, Access::ReadWrite, Duration::ZERO).expect("free");
+    let disk = reactor.disk(Arc::new(file));
+    let image = reactor.block_on(Image::read(&disk)).expect("sound");
+    let file = OpenOptions::new().write(true).open(path).expect("ours");
+    let end = file.metadata().expect("there").len();
+    let size = usize::try_from(image.metadata.block_size).expect("small");
+    file.write_all_at(&vec![byte; size], end).expect("room");
+    file.write_all_at(&(end | PRESENT).to_le_bytes(), image.layout.bat.offset + 8 * block).expect("room");
+}
+
+/// A copy that is no longer one is not taken: it may be another image that has the name.
+#[test]
+fn a_merge_into_a_copy_of_a_named_parent_takes_no_other_file() {
+    let bench = Bench::new();
+    let ([base, middle, leaf], _, options) = scattered(&bench);
+    let copy = bench.path("own.vhdx");
+    fs::copy(&base, &copy).expect("room");
+    write_block(&copy, 2, 0x33);
+    let before = [&base, &middle, &leaf, &copy].map(|path| (path, Snapshot::of(path)));
+    let copied = ["--copy", copy.to_str().expect("UTF-8")];
+    let options: Vec<&str> = copied.into_iter().chain(options.iter().map(String::as_str)).collect();
+    let message = on("merge", &leaf, &options).failed(1);
+    assert!(message.contains("there is a file already"), "{message}");
+    for (path, before) in &before {
+        before.assert_kept(path);
+    }
+}
+
+/// Killed at any moment, the same command again finishes, though the options name the original.
+#[test]
+fn a_merge_into_a_copy_of_a_named_parent_survives_kills() {
+    let bench = Bench::new();
+    let ([base, _, leaf], disk, options) = scattered(&bench);
+    let (before, copy) = (Snapshot::of(&base), bench.path("own.vhdx"));
+    let mut wait = Duration::from_millis(2);
+    while leaf.exists() {
+        let mut command = program();
+        command.arg("merge").arg(&leaf).args(&options).arg("--copy").arg(&copy);
+        let mut merging = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("it runs");
+        std::thread::sleep(wait);
+        merging.kill().expect("ours");
+        merging.wait().expect("ours");
+        before.assert_kept(&base);
+        wait = wait * 5 / 4;
+    }
+    on("check", &copy, &[]).succeeded();
+    assert_same(&copy, &disk);
 }
 
 /// The parent under another name, a link to it, and itself: it is not a copy, and keeps every byte. Its other

@@ -11,7 +11,7 @@
 //! that layer gets a second linkage, which is otherwise that of a merge under way. The first images of a
 //! chain are thus never taken for a copy, whatever name or link leads to them.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::{Beside, LockedChain, Request};
 use crate::chain::{self, Layer};
@@ -40,11 +40,38 @@ impl Request {
         watch: &impl Watch,
     ) -> Result<()> {
         let place = Place::of(path)?;
-        let copy = match self.own_copy(&place)? {
-            Some(copy) => copy,
-            None => self.make_copy(&place, reactor, devices, watch)?,
+        self.lead_to_copy(&place)?;
+        let copy = if let Some(copy) = self.own_copy(&place)? {
+            copy
+        } else {
+            let copy = self.make_copy(&place, reactor, devices, watch)?;
+            self.lead_to_copy(&place)?;
+            copy
         };
         (self.into, self.copied) = (Some(path.to_owned()), Some(copy));
+        Ok(())
+    }
+
+    /// If a layer names what is at `place` as its parent, and says that a merge is under way, that takes the
+    /// place of the original among the parents that the user has named: these lead past it otherwise. Layers
+    /// between them are merged by then.
+    fn lead_to_copy(&mut self, place: &Place) -> Result<()> {
+        let parents = &self.search.parents;
+        let is_into = |into: &PathBuf| parents.iter().position(|parent| chain::same_file(parent, into));
+        let original = self.into.as_ref().map_or(Some(0), is_into);
+        let end = original.map_or(parents.len(), |original| parents.len().min(original + 1));
+        let above = original.map_or(end + 1, |_| end);
+        let layers = std::iter::once(&self.child).chain(&parents[..end]).take(above);
+        for (number, layer) in layers.enumerate() {
+            let Inspected { image, path, .. } = inspect(layer)?;
+            let locator = image.metadata.parent_locator.as_ref();
+            if is_announced(&image.metadata)
+                && locator.is_some_and(|locator| chain::is_direct(&path, locator, place.path()))
+            {
+                self.search.parents.splice(number..end, [place.path().to_owned()]);
+                break;
+            }
+        }
         Ok(())
     }
 
