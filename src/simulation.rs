@@ -158,13 +158,15 @@ pub enum Plant {
     EarlyWriter,
     /// The successor of a daemon replaces the device's entry before it serves the device.
     EarlyEntry,
+    /// A file system grows that was not shut down cleanly.
+    GrowUnclean,
     /// What is known of a trim counts for a disk that was written since.
     TrustRecord,
 }
 
 impl Plant {
     /// All of them.
-    pub const ALL: [Self; 74] = [
+    pub const ALL: [Self; 75] = [
         Self::SkipRecyclingSync,
         Self::SkipGrowthSync,
         Self::ApplyBeforeLog,
@@ -238,6 +240,7 @@ impl Plant {
         Self::TrustStranger,
         Self::EarlyWriter,
         Self::EarlyEntry,
+        Self::GrowUnclean,
         Self::TrustRecord,
     ];
 }

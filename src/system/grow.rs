@@ -26,6 +26,7 @@ use crate::disk::Access;
 use crate::error::{Doing, Error, Kind, Result};
 use crate::operations::contents::{Contents, Journal, Partition, VolumeKind};
 use crate::printable::printable;
+use crate::simulation::{Plant, planted};
 
 /// What grows, and by which programs.
 pub struct Plan {
@@ -155,7 +156,7 @@ fn last_volume(contents: &Contents) -> Result<(Option<u32>, VolumeKind)> {
         let why = driver::why_alone(volume.kind);
         return Err(refused(format!("the {} on {place} cannot grow: {why}", volume.kind.name())));
     }
-    if volume.journal == Journal::Dirty {
+    if volume.journal == Journal::Dirty && !planted(Plant::GrowUnclean) {
         let message = format!("the {} on {place} was not shut down cleanly", volume.kind.name());
         return Err(refused(message));
     }

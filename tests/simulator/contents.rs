@@ -11,8 +11,10 @@ use fastrand::Rng;
 use proptest::prelude::*;
 use vhdx_ublk::error::{Error, Kind, Result};
 use vhdx_ublk::operations::contents::{Contents, Journal, ReadAt, TableKind, Volume, VolumeKind, find};
+use vhdx_ublk::system::grow::Plan;
 
 use crate::sim::tasks::block_on;
+use crate::sim::violation::violated;
 use crate::skip::skipped;
 
 const MIB: u64 = 1 << 20;
@@ -263,6 +265,33 @@ fn a_journal_that_was_not_replayed_shows() {
     bytes[65] |= 1;
     let found = Drive::new(&bytes, 64 * MIB, 512).find();
     assert_eq!(found.volume.map(|volume| volume.journal), Some(Journal::Dirty));
+}
+
+/// An ext4 with a journal, and with these features that not every program knows.
+fn ext4(incompatible: u32) -> Contents {
+    let bytes = lay(&[
+        (1028, &2048_u32.to_le_bytes()),
+        (1024 + 0x38, &0xef53_u16.to_le_bytes()),
+        (1024 + 0x3a, &1_u16.to_le_bytes()),
+        (1024 + 0x5c, &4_u32.to_le_bytes()),
+        (1024 + 0x60, &incompatible.to_le_bytes()),
+        (1024 + 0xe0, &8_u32.to_le_bytes()),
+    ]);
+    Drive::new(&bytes, 8 * MIB, 512).find()
+}
+
+/// Its journal would be replayed by whoever mounts it.
+#[test]
+pub fn what_was_not_shut_down_does_not_grow() {
+    const EXTENTS: u32 = 0x40;
+    const RECOVER: u32 = 4;
+    let refused = |contents: &Contents| Plan::of(contents).err().map(|error| error.to_string());
+    let clean = refused(&ext4(EXTENTS)).unwrap_or_default();
+    assert!(clean.is_empty() || clean.contains("is not installed"), "{clean}");
+    let unclean = refused(&ext4(EXTENTS | RECOVER)).unwrap_or_default();
+    if !unclean.contains("was not shut down cleanly") {
+        violated(format!("an ext4 whose journal is to be replayed grows: {unclean}"));
+    }
 }
 
 /// A disk with a table by `sfdisk`, and two file systems in it.
