@@ -150,6 +150,9 @@ impl Recover {
         {
             return Err(stop::lies_on_waiting(&listed.entry, &below));
         }
+        if let Some(registry) = claims::registry()? {
+            registry.forget_request(listed.entry.id)?;
+        }
         let mut arguments: Vec<OsString> = vec!["recover".into(), "--serve".into()];
         arguments.extend(logging::arguments());
         arguments.extend(self.accept_loss.then(|| "--accept-loss".into()));

@@ -6,10 +6,12 @@ use std::path::PathBuf;
 use vhdx_ublk::device::claims;
 use vhdx_ublk::device::launch::{Lives, Program};
 use vhdx_ublk::device::private_mounts;
-use vhdx_ublk::device::registry::{Listed, State};
+use vhdx_ublk::device::registry::{Listed, Registry, State};
 use vhdx_ublk::device::spec::Ready;
 use vhdx_ublk::device::stop::Target;
-use vhdx_ublk::device::upgrade::{Exchange, Formats, Successor, TakenOver, Upgraded};
+use vhdx_ublk::device::upgrade::{
+    Exchange, Formats, Successor, TakenOver, Upgraded, join_service, leave_requests,
+};
 use vhdx_ublk::error::{Doing, Error, Kind, Locate, Result};
 
 use super::{add, detached, output, recover};
@@ -50,8 +52,8 @@ Examples:
 The new program is examined first: if it does not read the session of a device, that device stays
 with its program. `vhdx-ublk list` shows the version that serves each device. Devices that were
 added with --recovery fail or none are refused; so are those with --recovery queue before Linux
-6.16, those with an image or a parent on SMB, and those that were asked to end. The new daemon
-runs in the background, even if the device was added with --foreground.
+6.16, and those with an image or a parent on SMB. The new daemon runs in the background, even if
+the device was added with --foreground.
 JSON: id, device, from, to (versions), pause_us (how long requests waited at most).
 Exit status: 0 the program serves all of the devices, 1 it does not serve some of them (the error
 states which program does), 2 wrong usage.";
@@ -126,17 +128,39 @@ impl Upgrade {
         let target = Target::parse(text);
         let registry = claims::registry()?.ok_or_else(|| claims::no_devices(&target))?;
         let listed = claims::find(&target)?;
-        if listed.entry.private_mounts {
-            private_mounts::leave()?;
-        }
-        let successor = Successor::prepare(&registry, &listed, add::open_locked)?;
-        let TakenOver { entry, image, parents, room, spare, pause } = successor.take_over(&registry)?;
-        let ready = |served: &Ready| {
-            drop(parents);
-            ready(&Ready { pause_us: Some(pause.until_now_us()?), ..served.clone() })
+        let taken_over = || {
+            join_service(&listed.entry);
+            prepare(&registry, &listed)?.take_over(&registry)
         };
-        recover::serve_image(&entry, (image, room, spare), false, ready)
+        let served = taken_over().and_then(|taken_over| continue_to_serve(taken_over, ready));
+        served.inspect_err(|_| leave_requests(&registry, listed.entry.id))
     }
+}
+
+/// Makes this process ready to take over the device of `listed`.
+///
+/// # Errors
+///
+/// As [`Successor::prepare`].
+pub fn prepare(registry: &Registry, listed: &Listed) -> Result<Successor> {
+    if listed.entry.private_mounts {
+        private_mounts::leave()?;
+    }
+    Successor::prepare(registry, listed, add::open_locked)
+}
+
+/// Serves a device that was taken over.
+///
+/// # Errors
+///
+/// Whatever prevented it, or kept the image from being closed cleanly.
+pub fn continue_to_serve(taken_over: TakenOver, ready: impl FnOnce(&Ready) -> Result<()>) -> Result<()> {
+    let TakenOver { entry, image, parents, room, spare, pause } = taken_over;
+    let ready = |served: &Ready| {
+        drop(parents);
+        ready(&Ready { pause_us: Some(pause.until_now_us()?), ..served.clone() })
+    };
+    recover::serve_image(&entry, (image, room, spare), false, ready)
 }
 
 /// Whether it is served, and not for a command alone that ends with it, such as `compact --trim`.

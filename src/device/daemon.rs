@@ -104,6 +104,7 @@ pub fn recover<E: EngineHandle>(
     prepare_process();
     let supervisor = Supervisor::new()?;
     let registry = Registry::open()?;
+    supervisor.note_requests(registry.request_path(entry.id));
     let mut device = Device::take_over(registry, supervisor, spec, (entry, room))?;
     device.bring_up(spec, start_engine, Beginning::TakenOver)?;
     // Not before requests flow: it may be the last unmount of a file system on the device itself, which is
@@ -114,6 +115,9 @@ pub fn recover<E: EngineHandle>(
     device.announce_to_manager(std::process::id());
     ready(&device.ready())?;
     device.say_what_is_continued();
+    if device.registry.is_asked_to_end(entry.id) {
+        device.supervisor.continue_to_end();
+    }
     let outcome = device.run();
     device.finish(outcome)
 }
@@ -162,8 +166,6 @@ struct Device<E> {
     manager: Option<ServiceManager>,
     /// Room for its entry, until it serves.
     room: Reserved,
-    /// It gets no names.
-    private: bool,
     /// The kernel may look for partitions when it starts.
     may_scan: bool,
     /// The device is being handed over.
@@ -201,32 +203,17 @@ impl<E: EngineHandle> Device<E> {
         let private_mounts = options.private_mounts;
         let described = describe(&info, spec, daemon);
         let entry = Entry { name, for_mount, private, private_mounts, recovery, ..described };
-        let written = locked.mark_untrusted(entry.id, options.untrusted).and_then(|()| locked.write(&entry));
+        let written = registry.forget_request(entry.id);
+        let written = written.and_then(|()| locked.mark_untrusted(entry.id, options.untrusted));
+        let written = written.and_then(|()| locked.write(&entry));
         drop(locked);
-        let is_test = options.zero_copy == ZeroCopy::Fallback;
-        let transfer = transfer(&info, if is_test { BufferIndex::Impossible } else { BufferIndex::Tag });
-        let manager = manager_of(&entry);
-        let entry = Arc::new(Mutex::new(entry));
-        let sources = Sources::new(info.queues, spec.sync_times.clone());
-        let (cdev, engine, leaving) = (None, None, Arc::default());
-        let private = options.private;
-        let device = Self {
-            control,
-            info,
-            transfer,
-            registry,
-            entry,
-            cdev,
-            engine,
-            supervisor,
-            sources,
-            manager,
-            room: Reserved::default(),
-            private,
-            may_scan: !options.no_partitions,
-            leaving,
-        };
-        match check_granted(&new, &info).and(written) {
+        let granted = check_granted(&new, &info);
+        let mut device = Self::of((control, info), (registry, supervisor), spec, entry);
+        if options.zero_copy == ZeroCopy::Fallback {
+            device.transfer = transfer(&device.info, BufferIndex::Impossible);
+        }
+        device.may_scan = !options.no_partitions;
+        match granted.and(written) {
             Ok(()) => Ok(device),
             Err(error) => Err(device.take_down(Err(error)).expect_err("it failed")),
         }
@@ -257,29 +244,32 @@ impl<E: EngineHandle> Device<E> {
         let renewed =
             Entry { format: ENTRY_FORMAT, daemon, version, notify_socket, mount_namespace, ..entry.clone() };
         let entry = Entry { started: false, ..renewed };
-        let manager = manager_of(&entry);
-        let (transfer, entry) = (transfer(&info, BufferIndex::Tag), Arc::new(Mutex::new(entry)));
-        let sources = Sources::new(info.queues, spec.sync_times.clone());
-        let (cdev, engine) = (None, None);
-        // A private device is not recovered.
-        let (private, leaving) = (false, Arc::default());
-        Ok(Self {
+        Ok(Self { room, ..Self::of((control, info), (registry, supervisor), spec, entry) })
+    }
+
+    /// The device of `entry`, which the kernel has, and which is not served yet.
+    fn of(
+        (control, info): (Control, DeviceInfo),
+        (registry, supervisor): (Registry, Supervisor),
+        spec: &DeviceSpec,
+        entry: Entry,
+    ) -> Self {
+        supervisor.note_requests(registry.request_path(info.id));
+        Self {
+            transfer: transfer(&info, BufferIndex::Tag),
+            sources: Sources::new(info.queues, spec.sync_times.clone()),
+            manager: manager_of(&entry),
+            entry: Arc::new(Mutex::new(entry)),
             control,
             info,
-            transfer,
             registry,
-            entry,
-            cdev,
-            engine,
+            cdev: None,
+            engine: None,
             supervisor,
-            sources,
-            manager,
-            room,
-            private,
-            // It has been started before.
+            room: Reserved::default(),
             may_scan: true,
-            leaving,
-        })
+            leaving: Arc::default(),
+        }
     }
 
     fn bring_up(
@@ -329,9 +319,9 @@ impl<E: EngineHandle> Device<E> {
     }
 
     fn publish_names(&self, spec: &DeviceSpec, beginning: Beginning) -> Option<u64> {
-        let name = self.entry.lock().unwrap_or_else(PoisonError::into_inner).name.clone();
+        let Entry { name, private, .. } = self.entry.lock().unwrap_or_else(PoisonError::into_inner).clone();
         links::remove_stale(self.info.id, name.as_ref());
-        if self.private {
+        if private {
             return None;
         }
         let is_scanned = beginning == Beginning::Made && self.may_scan;
@@ -352,10 +342,6 @@ impl<E: EngineHandle> Device<E> {
             let happening = match self.supervisor.next_demand(ending.due())? {
                 Demand::Call(Call::Snapshot { image, reply }) => {
                     self.snapshot(image, reply);
-                    continue;
-                }
-                Demand::Call(Call::HandOver { reply, .. }) if ending.is_requested() => {
-                    reply.send(Err(self.is_ending()));
                     continue;
                 }
                 Demand::Call(Call::HandOver { image_file, successor, reply }) => {
@@ -407,12 +393,6 @@ impl<E: EngineHandle> Device<E> {
         );
     }
 
-    /// Why a device is not handed over that ends by itself: its successor would not know of that.
-    fn is_ending(&self) -> Error {
-        let message = format!("{} was asked to end, and ends when its use ends", self.path().display());
-        Error::new(Kind::InUse, message).remedy("end its use, then add its image again")
-    }
-
     /// Ends serving for the caller, which takes the device over. `false`: that was refused, and the device is
     /// served as before.
     fn hand_over(&mut self, image_file: HostFile, successor: u32, reply: Reply<HandedOver>) -> bool {
@@ -427,9 +407,6 @@ impl<E: EngineHandle> Device<E> {
             Ok(handed_over) => {
                 handover::note("requests wait");
                 tracing::info!("ending: another process serves the device from now on");
-                if let Err(error) = self.supervisor.leave_to(successor) {
-                    tracing::warn!("a request to end that comes now is lost: {error:#}");
-                }
                 reply.send(Ok(handed_over));
                 self.announce_to_manager(successor);
                 // What is not completed or not synced now is the successor's, as after a kill. If a sync
@@ -557,10 +534,10 @@ impl<E: EngineHandle> Device<E> {
     }
 
     /// The way down, unless there is none: the device stays for the next process.
-    fn finish(mut self, outcome: Result<End>) -> Result<()> {
+    fn finish(self, outcome: Result<End>) -> Result<()> {
         match outcome {
             Ok(End::HandedOver) => {
-                self.supervisor.pass_on_requests();
+                self.supervisor.note_last_requests();
                 Ok(())
             }
             outcome => self.take_down(outcome.map(drop)),
@@ -607,6 +584,7 @@ impl<E: EngineHandle> Device<E> {
         if deleted.is_err() {
             return Ok(());
         }
+        self.supervisor.note_no_requests();
         self.registry.remove(self.info.id, self.info.mark)
     }
 

@@ -40,6 +40,8 @@ pub(super) enum Happening {
     /// A signal asks the daemon to end. The first process, the service manager among them, sends it again by
     /// itself when it has waited for long enough: that is no insistence.
     EndRequested { by_init: bool },
+    /// The daemon before this one was asked to end. That is no request of a user who may insist now.
+    AskedBefore,
     /// The log is to be reopened.
     HungUp,
     /// The users of the device that a check has found.
@@ -84,16 +86,15 @@ impl Ending {
         self.next_check
     }
 
-    /// Whether the daemon was asked to end.
-    pub(super) fn is_requested(&self) -> bool {
-        self.requested.is_some()
-    }
-
     /// What to do about something that happens `now`.
     pub(super) fn on(&mut self, happening: Happening, now: Instant) -> Step {
         match happening {
             Happening::HungUp => Step::Reopen,
             Happening::EndRequested { by_init } => self.request(by_init, now),
+            Happening::AskedBefore => {
+                self.since.get_or_insert(now);
+                Step::FindUsers
+            }
             Happening::UsersFound(users) if users.is_empty() => Step::End,
             Happening::UsersFound(users) => {
                 self.next_check = Some(now + CHECK_INTERVAL);
@@ -156,10 +157,8 @@ mod tests {
     #[test]
     fn a_device_in_use_stays_and_ends_when_its_use_ends() {
         let (mut ending, now) = (Ending::default(), Instant::now());
-        assert!(!ending.is_requested());
         ending.on(ASKED, now);
         assert_eq!(ending.on(used(), now), Step::Stay(vec!["mounted at /mnt".into()]));
-        assert!(ending.is_requested(), "it is remembered");
         for second in 1..100 {
             let now = now + Duration::from_secs(second);
             assert!(ending.due().is_some_and(|due| due <= now));
@@ -186,6 +185,16 @@ mod tests {
         assert!(ending.due().is_some(), "it continues to check");
         assert!(matches!(ending.on(used(), later), Step::Stay(_)), "and logs it again");
         assert_eq!(ending.on(ASKED, later + Duration::from_secs(1)), Step::End);
+    }
+
+    #[test]
+    fn what_the_daemon_before_was_asked_holds_and_is_no_insistence() {
+        let (mut ending, now) = (Ending::default(), Instant::now());
+        assert_eq!(ending.on(Happening::AskedBefore, now), Step::FindUsers);
+        assert!(matches!(ending.on(used(), now), Step::Stay(_)));
+        assert!(ending.due().is_some(), "it checks again");
+        assert_eq!(ending.on(ASKED, now), Step::FindUsers, "it is the first of a user");
+        assert_eq!(ending.on(unused(), now), Step::End);
     }
 
     #[test]

@@ -5,14 +5,20 @@
 //! kernel stops the device, then *drained*, then *finished*. A queue that offered its tags only after the
 //! stop would never get them back: older kernels, such as 6.12, accept them.
 //!
-//! A request to end that comes while the device is left to another process is passed on to that process.
+//! A request to end is noted in a file before anything is made of it, and the device's end removes that. So
+//! the next daemon learns what this one was asked, whether the device is handed over to it or this one is
+//! killed.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::path::PathBuf;
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd, siginfo};
 
@@ -21,7 +27,6 @@ use super::ending::Happening;
 use super::handover;
 use super::order::Call;
 use super::queue::{Queue, QueueSetup, Report};
-use super::sys::ProcessHandle;
 use super::{sys, usage};
 use crate::error::{Doing, Error, Kind, Result};
 
@@ -60,35 +65,54 @@ pub(super) struct Supervisor {
     drained: usize,
     /// A queue has failed: its requests end with the process and not before.
     failed: bool,
-    /// The process that serves the device from now on.
-    successor: Arc<Successor>,
-    /// A request to end has come since, or while events were only counted.
-    end_requested: bool,
+    signals: Arc<Signals>,
 }
 
-/// The process to which the device is left.
-#[derive(Default)]
-struct Successor {
-    process: OnceLock<ProcessHandle>,
-    /// It was asked to end. A second request would mean that the user insists.
-    is_asked: AtomicBool,
+/// The signals that request something.
+struct Signals {
+    descriptor: SignalFd,
+    /// Where a request to end is noted, as long as the device needs that. Whoever takes a signal holds this
+    /// until it is noted: this process may end as soon as no other thread has one in hand.
+    note: Mutex<Option<PathBuf>>,
 }
 
-impl Successor {
-    fn is_known(&self) -> bool {
-        self.process.get().is_some()
+impl Signals {
+    /// The signals, which are blocked here and in every thread started later.
+    fn block() -> Result<Self> {
+        let requests = SigSet::from_iter(sys::REQUESTS);
+        requests.thread_block().doing("blocking signals")?;
+        let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
+        let descriptor = SignalFd::with_flags(&requests, flags).doing("receiving signals")?;
+        Ok(Self { descriptor, note: Mutex::default() })
     }
 
-    /// Has it end when nothing uses the device.
-    fn pass_on(&self) {
-        let Some(process) = self.process.get().filter(|_| !self.is_asked.swap(true, Ordering::Relaxed))
-        else {
-            return;
-        };
-        match process.terminate() {
-            Ok(()) => tracing::info!("the request to end is passed on to the process that serves the device"),
-            Err(error) => tracing::warn!("a request to end is lost: it cannot be passed on: {error}"),
+    fn note(&self) -> MutexGuard<'_, Option<PathBuf>> {
+        self.note.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for signals.
+    fn wait(&self) -> bool {
+        loop {
+            match poll(&mut [PollFd::new(self.descriptor.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE) {
+                Err(Errno::EINTR) => {}
+                polled => return polled.is_ok(),
+            }
         }
+    }
+
+    /// Takes what has come, and notes a request to end.
+    fn take(&self) -> Vec<siginfo> {
+        let note = self.note();
+        let taken: Vec<siginfo> =
+            std::iter::from_fn(|| self.descriptor.read_signal().ok().flatten()).collect();
+        if let Some(path) = &*note
+            && taken.iter().any(|signal| matches!(meaning(signal), Happening::EndRequested { .. }))
+            && let Err(error) = File::create(path)
+        {
+            let path = path.display();
+            tracing::warn!("{path}: the next daemon would not learn of the request to end: {error}");
+        }
+        taken
     }
 }
 
@@ -96,11 +120,31 @@ impl Supervisor {
     /// A supervisor without queues. Signals that request something are events from now on.
     pub(super) fn new() -> Result<Self> {
         let (sender, events) = mpsc::channel();
-        let successor = Arc::default();
-        watch_signals(sender.clone(), Arc::clone(&successor))?;
-        let queues = Vec::new();
-        let (starting, drained, failed, end_requested) = (0, 0, false, false);
-        Ok(Self { sender, events, queues, starting, drained, failed, successor, end_requested })
+        let signals = Arc::new(Signals::block()?);
+        watch_signals(sender.clone(), Arc::clone(&signals))?;
+        let (queues, starting, drained, failed) = (Vec::new(), 0, 0, false);
+        Ok(Self { sender, events, queues, starting, drained, failed, signals })
+    }
+
+    /// Notes requests to end in the file at `path` from now on.
+    pub(super) fn note_requests(&self, path: PathBuf) {
+        *self.signals.note() = Some(path);
+    }
+
+    /// Notes no more of them: the number of the device may be another one's soon.
+    pub(super) fn note_no_requests(&self) {
+        *self.signals.note() = None;
+    }
+
+    /// Notes what has come and was not taken yet: this process ends, and the device does not.
+    pub(super) fn note_last_requests(&self) {
+        self.signals.take();
+    }
+
+    /// Acts on what the daemon before was asked.
+    pub(super) fn continue_to_end(&self) {
+        // It is received here.
+        let _ = self.sender.send(Event::Happening(Happening::AskedBefore));
     }
 
     /// Starts a queue.
@@ -213,32 +257,13 @@ impl Supervisor {
         Ok(())
     }
 
-    /// Has the process `pid` get the requests to end that come from now on.
-    pub(super) fn leave_to(&self, pid: u32) -> Result<()> {
-        let handle = ProcessHandle::open(pid).doing(format!("finding process {pid}"))?;
-        let _ = self.successor.process.set(handle); // a device is left once
-        Ok(())
-    }
-
-    /// Passes on a request to end that came before this process knew where to, and was not acted on.
-    pub(super) fn pass_on_requests(&mut self) {
-        while let Ok(event) = self.events.try_recv() {
-            self.end_requested |= matches!(event, Event::Happening(Happening::EndRequested { .. }));
-        }
-        if std::mem::take(&mut self.end_requested) {
-            self.successor.pass_on();
-        }
-    }
-
     /// Takes events until `is_done`. A queue that fails is an error. Everything else is only counted, also
     /// signals and calls: the device is being taken down already.
     fn work_off(&mut self, deadline: Duration, is_done: impl Fn(&Self) -> bool) -> Result<()> {
         let until = Instant::now() + deadline;
         while !self.failed && !is_done(self) {
-            match self.next(Some(until))? {
-                Event::Queue(_, Report::Failed(error)) => return Err(error),
-                Event::Happening(Happening::EndRequested { .. }) => self.end_requested = true,
-                _ => {}
+            if let Event::Queue(_, Report::Failed(error)) = self.next(Some(until))? {
+                return Err(error);
             }
         }
         if self.failed {
@@ -281,26 +306,18 @@ impl Supervisor {
     }
 }
 
-/// Blocks the signals that request something, here and in every thread started later, and has one thread turn
-/// them into events, or pass them on to the `successor`.
-fn watch_signals(sender: mpsc::Sender<Event>, successor: Arc<Successor>) -> Result<()> {
-    let signals = SigSet::from_iter(sys::REQUESTS);
-    signals.thread_block().doing("blocking signals")?;
-    let signals = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC).doing("receiving signals")?;
+/// Has one thread turn the `signals` into events.
+fn watch_signals(sender: mpsc::Sender<Event>, signals: Arc<Signals>) -> Result<()> {
     let watch = move || {
         confine::become_(Role::Plain);
-        while let Ok(Some(signal)) = signals.read_signal() {
-            let happening = meaning(&signal);
-            let is_end = matches!(happening, Happening::EndRequested { .. });
-            let heard = format!("signal {} from process {}: {happening:?}", signal.ssi_signo, signal.ssi_pid);
-            if !successor.is_known() && sender.send(Event::Happening(happening)).is_err() {
-                return;
+        while signals.wait() {
+            for signal in signals.take() {
+                let (happening, number, pid) = (meaning(&signal), signal.ssi_signo, signal.ssi_pid);
+                tracing::info!("signal {number} from process {pid}: {happening:?}");
+                if sender.send(Event::Happening(happening)).is_err() {
+                    return;
+                }
             }
-            // Also if it became known meanwhile: this process may end before it takes another event.
-            if is_end && successor.is_known() {
-                successor.pass_on();
-            }
-            tracing::info!("{heard}");
         }
     };
     let thread = thread::Builder::new().name("ublk-signals".into()).spawn(watch);
@@ -317,8 +334,7 @@ fn meaning(signal: &siginfo) -> Happening {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::process::ExitStatusExt;
-    use std::process::Command;
+    use nix::sys::signal::raise;
 
     use super::*;
 
@@ -330,9 +346,8 @@ mod tests {
         for report in reports {
             sender.send(Event::Queue(0, report)).expect("the receiver is here");
         }
-        let (queues, successor) = (Vec::new(), Arc::default());
-        let (drained, failed, end_requested) = (0, false, false);
-        Supervisor { sender, events, queues, starting, drained, failed, successor, end_requested }
+        let signals = Arc::new(Signals::block().expect("this thread may block them"));
+        Supervisor { sender, events, queues: Vec::new(), starting, drained: 0, failed: false, signals }
     }
 
     fn failure() -> Error {
@@ -368,33 +383,29 @@ mod tests {
         );
     }
 
+    /// The signals are those of the test's own thread, which are no other thread's.
     #[test]
-    fn a_request_that_comes_while_the_device_is_left_is_passed_on() {
-        let ends_by = |asked_before: bool, asked_while: bool| {
-            let mut child = Command::new("sleep").arg("60").spawn().expect("every machine has it");
-            let mut leaving = supervisor(1, []);
-            let ask = |sender: &mpsc::Sender<Event>| {
-                sender.send(Event::Happening(ASKED)).expect("the receiver is here");
-            };
-            leaving.leave_to(child.id()).expect("it runs");
-            if asked_before {
-                ask(&leaving.sender);
-            }
-            leaving.sender.send(Event::Queue(0, Report::Ready)).expect("the receiver is here");
-            leaving.settle().expect("its only queue has begun");
-            if asked_while {
-                ask(&leaving.sender);
-            }
-            leaving.pass_on_requests();
-            let running = child.try_wait().expect("ours").is_none() && !asked_before && !asked_while;
-            if running {
-                child.kill().expect("it runs");
-            }
-            child.wait().expect("it ends").signal()
-        };
-        assert_eq!(ends_by(false, false), Some(libc::SIGKILL), "without a request it is left alone");
-        assert_eq!(ends_by(true, false), Some(libc::SIGTERM));
-        assert_eq!(ends_by(false, true), Some(libc::SIGTERM));
+    fn a_request_to_end_is_noted_before_anything_is_made_of_it() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let path = folder.path().join("0.ending");
+        let leaving = supervisor(1, []);
+        let ask = |signal: Signal| raise(signal).expect("this thread has it blocked");
+        ask(Signal::SIGTERM);
+        leaving.note_last_requests();
+        assert!(!path.exists(), "the device has no note yet");
+        leaving.note_requests(path.clone());
+        ask(Signal::SIGHUP);
+        leaving.note_last_requests();
+        assert!(!path.exists(), "nothing asks for the end");
+        ask(Signal::SIGINT);
+        assert!(leaving.signals.wait());
+        leaving.note_last_requests();
+        assert!(path.exists());
+        std::fs::remove_file(&path).expect("it is there");
+        leaving.note_no_requests();
+        ask(Signal::SIGTERM);
+        leaving.note_last_requests();
+        assert!(!path.exists(), "the device is gone");
     }
 
     #[test]

@@ -12,6 +12,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
 use rustix::mm::{MlockAllFlags, mlockall};
 use rustix::process::{self, Pid, PidfdFlags, pidfd_open, pidfd_send_signal};
 use rustix::thread::{CpuSet, sched_setaffinity};
@@ -87,6 +88,13 @@ pub(super) fn reset_signals() -> io::Result<()> {
 /// Blocks the signals that request something in this thread, and in those that it starts: they wait.
 pub(super) fn block_requests() -> io::Result<()> {
     Ok(SigSet::from_iter(REQUESTS).thread_block()?)
+}
+
+/// Whether a blocked signal asks this process to end. It counts as taken.
+pub(super) fn takes_end_request() -> bool {
+    let asking = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT]);
+    let signals = SignalFd::with_flags(&asking, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK);
+    signals.is_ok_and(|signals| matches!(signals.read_signal(), Ok(Some(_))))
 }
 
 /// Binds every thread of this process, now and later, to `filter`, and has refused calls logged.

@@ -362,6 +362,49 @@ kill -9 $new; exit 1'
     grep -q "the program before serves $device again" said || fail "$(cat said)"
     grep -q 'NotifyAccess=all' said || fail "$(cat said)"
     [ "$(tail -n 1 manager.said)" = "MAINPID=$(daemon_pid)" ] || fail "$(cat manager.said)"
+# The same if the new program dies: the old one, started again, ends when nothing uses the device, and not before.
+test_a_failed_upgrade_loses_no_request_to_end() {
+    local device old log=/run/vhdx-ublk/0.log
+    ublk create disk.vhdx --size 1G
+    device=$(ublk add disk.vhdx)
+    mkfs.ext4 -q "$device"
+    mount "$device" "$mnt"
+    old=$(daemon_pid)
+    script dies.sh '[ "$2" != --formats ] || exec "$real" "$@"
+kill '"$old"'
+"$real" "$@" >/dev/null & new=$!
+while [ -e /proc/'"$old"'/fd/0 ]; do :; done
+kill -9 $new; exit 1'
+    ublk upgrade "$device" --binary dies.sh 2>said && fail "the new program has died"
+    grep -q "the program before serves $device again, and ends as it was asked" said || fail "$(cat said)"
+    [ "$(daemon_pid)" != "$old" ]
+    seq 1000 >"$mnt/numbers"
+    sync -f "$mnt/numbers"
+    for _ in $(seq 100); do ! grep -q 'asked to end while' $log || break; sleep 0.05; done
+    grep -q 'asked to end while' $log || { cat $log; fail "the request to end is lost"; }
+    # A command of a user is newer.
+    kill_daemon disk.vhdx
+    ublk recover "$device"
+    umount "$mnt"
+    sleep 2
+    check_served "$device"
+    ublk upgrade "$device" >said
+    mount "$device" "$mnt"
+    seq 1000 | cmp - "$mnt/numbers"
+    kill "$(daemon_pid)"
+    for _ in $(seq 100); do ! grep -q 'asked to end while' $log || break; sleep 0.05; done
+    # What was asked to end can be upgraded, and ends all the same.
+    ublk upgrade "$device" >said
+    check_served "$device"
+    umount "$mnt"
+    for _ in $(seq 100); do [ "$(ublk list --json)" != "[]" ] || break; sleep 0.1; done
+    [ "$(ublk list --json)" = "[]" ] || { cat $log; fail "the request to end is lost"; }
+    [ -z "$(ls /run/vhdx-ublk/*.ending 2>/dev/null)" ] || fail "a note outlives its device"
+    qemu-img check -q disk.vhdx
+}
+
+check_served() { [ "$(ublk list --json | jq -r '.[].health')" = ok ] || { ublk list; fail "$1 is not served"; }; }
+
     [ "$(cat "/proc/$(daemon_pid)/cgroup")" = 0::/service ] || fail "$(cat "/proc/$(daemon_pid)/cgroup")"
     [ "$(cat /proc/self/cgroup)" != 0::/service ]
     check_stamps "$device" 10 4 7

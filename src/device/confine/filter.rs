@@ -155,9 +155,6 @@ const PROCESS: &[c_long] = &[
     libc::SYS_rt_sigtimedwait,
     libc::SYS_sigaltstack,
     libc::SYS_tgkill,
-    // A request to end is passed on to the process that takes the device over.
-    libc::SYS_pidfd_open,
-    libc::SYS_pidfd_send_signal,
     libc::SYS_exit,
     libc::SYS_exit_group,
 ];

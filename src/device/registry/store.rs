@@ -106,6 +106,26 @@ impl Registry {
         &self.directory
     }
 
+    /// The file by which the next daemon of device `id` knows that this one was asked to end.
+    pub(in crate::device) fn request_path(&self, id: u32) -> PathBuf {
+        self.directory.join(request_name(id))
+    }
+
+    /// Whether a daemon of device `id` was asked to end, and has not.
+    pub(in crate::device) fn is_asked_to_end(&self, id: u32) -> bool {
+        self.request_path(id).exists()
+    }
+
+    /// Has the next daemon of device `id` stay whatever those before it were asked.
+    ///
+    /// # Errors
+    ///
+    /// The host's.
+    pub fn forget_request(&self, id: u32) -> Result<()> {
+        let path = self.request_path(id);
+        remove_if_there(&path).doing("forgetting a request to end").file(&path)
+    }
+
     /// The file that a mount or unmount of an image locks.
     pub fn mount_lock_path(&self) -> PathBuf {
         self.directory.join(".mount")
@@ -334,6 +354,18 @@ fn with_room(error: Error) -> Error {
         ),
         Some(libc::EROFS) => error
             .remedy("mount /run writable: each device has an entry there, from which other commands know it"),
+/// The file by which the next daemon of device `id` knows what those before it were asked.
+fn request_name(id: u32) -> String {
+    format!("{id}.ending")
+}
+
+fn remove_if_there(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => removed,
+    }
+}
+
         _ => error,
     }
 }
@@ -368,10 +400,7 @@ impl Locked<'_> {
     pub fn mark_untrusted(&self, id: u32, is_untrusted: bool) -> Result<()> {
         const FAILED: &str = "marking the device as untrusted";
         let path = self.registry.directory.join(untrusted_name(id));
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            removed => removed.doing(FAILED).file(&path)?,
-        }
+        remove_if_there(&path).doing(FAILED).file(&path)?;
         if is_untrusted {
             File::create_new(&path).doing(FAILED).file(&path).map_err(with_room)?;
         }
@@ -410,12 +439,9 @@ impl Locked<'_> {
             links::withdraw(&self.registry.directory, id, disk_sequence, name.as_ref());
         }
         let path = self.registry.entry_path(id);
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            removed => removed.doing("removing the device's entry").file(&path)?,
-        }
+        remove_if_there(&path).doing("removing the device's entry").file(&path)?;
         let _ = fs::remove_file(self.registry.socket_path(id)); // no process listens there
-        for name in [keeper_name(id), untrusted_name(id)] {
+        for name in [keeper_name(id), untrusted_name(id), request_name(id)] {
             let _ = fs::remove_file(self.registry.directory.join(name)); // there may be none
         }
         let log = self.registry.log_path(id);

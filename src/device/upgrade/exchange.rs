@@ -116,7 +116,10 @@ impl Exchange {
         }
         match launch::launch_program(old, first, with_id(&self.recover, entry), READY_DEADLINE) {
             Ok(_) => {
-                let message = format!("{error:#}; the program before serves {device} again");
+                let mut message = format!("{error:#}; the program before serves {device} again");
+                if Registry::open().is_ok_and(|registry| registry.is_asked_to_end(entry.id)) {
+                    message.push_str(", and ends as it was asked to when nothing uses that");
+                }
                 let unit = "; its service manager watches it only if its unit has NotifyAccess=all";
                 let unit = entry.notify_socket.as_ref().map_or("", |_| unit);
                 let remedy = format!("nothing was lost; see the log of the device{unit}");

@@ -32,9 +32,9 @@
 //! * from 2 on no other program can lock the image for writing: the successor's lock lies beside the daemon's
 //!   until that ends, and the byte that makes a writer passes only then, after the last I/O;
 //! * the session stays open all the time. No process marks it clean, and a successor that fails leaves it;
-//! * a request to end is not lost: a daemon that has one refuses, and passes on what comes after it has
-//!   agreed; those that come to its successor wait until that serves. Only if the successor fails is what it
-//!   was asked lost with it: the device stays then;
+//! * a request to end is not lost: whichever process gets one notes it in a file, which goes with the device,
+//!   and the process that serves the device next does what it says. A command of a user to serve the device
+//!   (`start`, `recover`) is newer, and takes it back;
 //! * nothing lies on SMB: no lock can lie beside another there;
 //! * one upgrade runs at a time.
 
@@ -44,4 +44,4 @@ mod successor;
 
 pub use exchange::{Exchange, Upgraded};
 pub use formats::Formats;
-pub use successor::{Pause, Successor, TakenOver};
+pub use successor::{Pause, Successor, TakenOver, join_service, leave_requests};

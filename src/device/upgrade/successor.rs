@@ -1,5 +1,6 @@
 //! The process that takes a device over from a daemon that serves it.
 
+use std::fs::File;
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -77,10 +78,6 @@ impl Successor {
         Formats::ours().check(&entry)?;
         refuse_smb(&entry)?;
         let room = registry.reserve(&entry)?;
-        match GroupVisit::of(entry.daemon.pid) {
-            Ok(visit) => visit.stay(),
-            Err(error) => tracing::debug!("this process stays in the control group of its starter: {error}"),
-        }
         let image = if entry.read_only {
             open(&entry.image, Access::ReadOnly)
         } else {
@@ -153,6 +150,26 @@ impl Pause {
     /// If there is no clock.
     pub fn until_now_us(self) -> Result<u64> {
         Ok(now_us()?.saturating_sub(self.0))
+    }
+}
+
+/// Moves this process to the control group of the daemon of `entry`, and so to the service that it continues.
+pub fn join_service(entry: &Entry) {
+    match GroupVisit::of(entry.daemon.pid) {
+        Ok(visit) => visit.stay(),
+        Err(error) => tracing::debug!("this process stays in the control group of its starter: {error}"),
+    }
+}
+
+/// Notes for the next daemon of device `id` what this process was asked while it took the device over, and
+/// has not taken up itself. Nothing if the daemon before still serves, which gets such requests itself.
+pub fn leave_requests(registry: &Registry, id: u32) {
+    let path = registry.request_path(id);
+    if launch::takes_over()
+        && sys::takes_end_request()
+        && let Err(error) = File::create(&path)
+    {
+        tracing::warn!("{}: a request to end is lost: {error}", path.display());
     }
 }
 
