@@ -7,7 +7,7 @@ use vhdx_ublk::device::launch::{self, Lives};
 use vhdx_ublk::device::spec::Ready;
 use vhdx_ublk::error::Result;
 
-use super::{FAILURE, logging, output};
+use super::{FAILURE, WAITING, logging, output};
 
 /// Runs `serve`, passing it a function to call when the device can be used; the descriptor `kept` of the
 /// caller stays open, and the daemon `lives` as that says. If it fails before, the parent reports the
@@ -29,6 +29,7 @@ pub fn run(
         Err(error) if !announced.get() && launch::announce_failure(&error).is_ok() => {
             std::process::exit(FAILURE.into())
         }
+        Ok(()) if launch::has_handed_over() => std::process::exit(WAITING.into()),
         outcome => outcome,
     }
 }

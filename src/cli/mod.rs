@@ -72,6 +72,11 @@ const SUCCESS: u8 = 0;
 const FAILURE: u8 = 1;
 const WRONG_USAGE: u8 = 2;
 
+/// The exit status of a daemon if the device is there, and not served by this process. A service manager
+/// starts the service again, unless it knows the next daemon. That may have ended before the manager could
+/// learn of it.
+const WAITING: u8 = 3;
+
 /// Serve VHDX disk images as Linux block devices.
 #[derive(Parser)]
 #[command(version, max_term_width = 100, after_help = AFTER_HELP, disable_help_subcommand = true)]

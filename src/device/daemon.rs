@@ -538,6 +538,7 @@ impl<E: EngineHandle> Device<E> {
         match outcome {
             Ok(End::HandedOver) => {
                 self.supervisor.note_last_requests();
+                launch::hand_over();
                 Ok(())
             }
             outcome => self.take_down(outcome.map(drop)),

@@ -49,6 +49,9 @@ const END_INTERVAL: Duration = Duration::from_millis(5);
 static TAKES_OVER: AtomicBool = AtomicBool::new(false);
 
 /// A program to run, whatever its path names by then: an open file, or this one.
+/// This process has left its device to another one.
+static HANDED_OVER: AtomicBool = AtomicBool::new(false);
+
 pub struct Program(Option<File>);
 
 /// The first argument of a daemon.
@@ -414,6 +417,16 @@ fn write_line(line: &Line) -> Result<()> {
     let mut output = io::stdout().lock();
     let written = output.write_all(text.as_bytes()).and_then(|()| output.flush());
     written.doing("reporting to the parent")
+}
+
+/// The device has another daemon from now on.
+pub(super) fn hand_over() {
+    HANDED_OVER.store(true, Ordering::Relaxed);
+}
+
+/// Whether this process ends because another one serves its device.
+pub fn has_handed_over() -> bool {
+    HANDED_OVER.load(Ordering::Relaxed)
 }
 
 #[cfg(test)]

@@ -57,7 +57,7 @@ mod reply;
 pub mod respawn;
 pub mod salvaged;
 mod served_image;
-mod service_manager;
+pub mod service_manager;
 pub mod session;
 mod snapshot;
 pub mod socket;

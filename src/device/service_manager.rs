@@ -83,6 +83,12 @@ impl Drop for GroupVisit {
     }
 }
 
+/// Whether the process `pid` is in another control group than this one.
+pub fn is_elsewhere(pid: u32) -> bool {
+    let group = |process: &str| fs::read(format!("/proc/{process}/cgroup")).ok();
+    group(&pid.to_string()) != group("self")
+}
+
 fn enter(folder: &Path) -> io::Result<()> {
     fs::write(folder.join("cgroup.procs"), "0")
 }

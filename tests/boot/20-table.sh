@@ -78,40 +78,102 @@ INSIDE
     image_closed parts.vhdx
 }
 
-# The new program dies when the old one has ended: the old one serves the disk again, in the same unit.
+# The new program dies when the old one has ended: the old one serves the disk again, in the same unit. The service
+# manager may have read by then that the new one is the main process, or not.
 test_a_failed_upgrade_leaves_the_disk_with_its_unit() {
-    boot <<'INSIDE'
+    boot --seconds 500 <<'INSIDE'
 install_package
 vhdx-ublk create /images/data.vhdx --size 1G
 vhdx-ublk enable data /images/data.vhdx
 systemctl start vhdx-ublk@data
 mkfs.ext4 -q /dev/vhdx/data
 mount /dev/vhdx/data /mnt
-old=$(systemctl show -P MainPID vhdx-ublk@data)
-cat >/root/dies.sh <<SCRIPT
+seq 1000 >/mnt/numbers
+sync -f /mnt/numbers
+pid() { vhdx-ublk list --json | tr -d ' \n' | grep -o '"pid":[0-9]*' | cut -d: -f2; }
+in_step() { restarted vhdx-ublk@data "$1" && [ "$(systemctl show -P MainPID vhdx-ublk@data)" = "$(pid)" ]; }
+told() { { systemctl status vhdx-ublk@data; cat "/proc/$(pid)/cgroup"; journalctl -b -n 60; } >&2; }
+for pause in 1 0; do
+    old=$(pid)
+    cat >/root/dies.sh <<SCRIPT
 #!/bin/bash
 [ "\$2" != --formats ] || exec vhdx-ublk "\$@"
 vhdx-ublk "\$@" >/dev/null & new=\$!
+[ $pause != 0 ] || systemctl daemon-reload & # it reads no message meanwhile
 while [ -e /proc/$old/fd/0 ]; do :; done
-kill -STOP \$new
-sleep 1
+[ $pause = 0 ] || { kill -STOP \$new; sleep $pause; }
 kill -9 \$new; wait \$new; exit 1
 SCRIPT
-chmod +x /root/dies.sh
-! vhdx-ublk upgrade data --binary /root/dies.sh
-pid=$(vhdx-ublk list --json | tr -d ' \n' | grep -o '"pid":[0-9]*' | cut -d: -f2)
-[ "$pid" != "$old" ]
-main() { [ "$(systemctl show -P MainPID vhdx-ublk@data)" = "$pid" ]; }
-within 10 main || { systemctl status vhdx-ublk@data; cat "/proc/$pid/cgroup"; journalctl -b -n 40; exit 1; } >&2
-[ "$(systemctl is-active vhdx-ublk@data)" = active ]
-seq 1000 >/mnt/numbers
-sync -f /mnt/numbers
-kill -9 "$pid"
-within 30 restarted vhdx-ublk@data "$pid"
+    chmod +x /root/dies.sh
+    ! vhdx-ublk upgrade data --binary /root/dies.sh
+    within 60 in_step "$old" || { told; exit 1; }
+    sleep 10
+    in_step "$old" || { told; exit 1; }
+    seq 1000 | cmp - /mnt/numbers
+done
+old=$(pid)
+kill -9 "$old"
+within 30 in_step "$old" || { told; exit 1; }
 seq 1000 | cmp - /mnt/numbers
+echo "note: the unit was started $(systemctl show -P NRestarts vhdx-ublk@data) times again"
 umount /mnt
 systemctl stop vhdx-ublk@data
 [ "$(vhdx-ublk list --json)" = '[]' ]
 INSIDE
+    image_closed data.vhdx
+}
+
+# A disk that is served already, and mounted, gets its unit without being unmounted; so does one that its unit was
+# stopped for. Another unit keeps its own.
+test_a_unit_takes_over_a_disk_that_is_served_already() {
+    boot <<'INSIDE'
+install_package
+vhdx-ublk create /images/data.vhdx --size 1G
+vhdx-ublk create /images/other.vhdx --size 64M
+vhdx-ublk enable data /images/data.vhdx
+vhdx-ublk enable other /images/other.vhdx noauto
+vhdx-ublk start data
+mkfs.ext4 -q /dev/vhdx/data
+mount /dev/vhdx/data /mnt
+seq 1000 >/mnt/numbers
+main() { systemctl show -P MainPID vhdx-ublk@data; }
+pid() { vhdx-ublk list --json | tr -d ' \n' | grep -o '"pid":[0-9]*' | cut -d: -f2; }
+in_step() { [ "$(systemctl is-active vhdx-ublk@data)" = active ] && [ "$(main)" = "$(pid)" ]; }
+old=$(pid)
+systemctl start vhdx-ublk@data
+in_step
+[ "$(pid)" != "$old" ]
+grep -q '^0::.*vhdx-ublk@data.service$' "/proc/$(main)/cgroup"
+old=$(pid)
+kill -9 "$old"
+within 30 restarted vhdx-ublk@data "$old"
+seq 1000 | cmp - /mnt/numbers
+
+# Stopped in use, and started again: it stays when it is no longer in use.
+systemctl stop vhdx-ublk@data
+[ "$(systemctl is-active vhdx-ublk@data || true)" != active ]
+systemctl start vhdx-ublk@data
+in_step
+umount /mnt
+sleep 3
+in_step
+mount /dev/vhdx/data /mnt
+seq 1000 | cmp - /mnt/numbers
+umount /mnt
+systemctl stop vhdx-ublk@data
+[ "$(vhdx-ublk list --json)" = '[]' ]
+
+# The device of another unit.
+systemd-run --quiet --unit=mine -p Type=notify -p StandardOutput=null \
+    /usr/sbin/vhdx-ublk add --foreground --name other /images/other.vhdx
+old=$(pid)
+! systemctl start vhdx-ublk@other
+sleep 3
+[ "$(systemctl is-failed vhdx-ublk@other)" = failed ]
+[ "$(journalctl -b -o cat -u vhdx-ublk@other | grep -c '^vhdx-ublk: /dev/ublkb0 is served by another unit')" -eq 1 ]
+[ "$(pid)" = "$old" ]
+systemctl stop mine
+INSIDE
+    no_io_errors
     image_closed data.vhdx
 }
