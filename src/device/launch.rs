@@ -30,6 +30,7 @@ use super::confine;
 use super::log_file;
 use super::spec::Ready;
 use super::wire::Failure;
+use crate::disk::HostFile;
 use crate::error::{Doing, Error, Kind, Locate, Result};
 
 /// This program, even if its file has been replaced.
@@ -48,10 +49,10 @@ const END_INTERVAL: Duration = Duration::from_millis(5);
 /// parent.
 static TAKES_OVER: AtomicBool = AtomicBool::new(false);
 
-/// A program to run, whatever its path names by then: an open file, or this one.
 /// This process has left its device to another one.
 static HANDED_OVER: AtomicBool = AtomicBool::new(false);
 
+/// A program to run, whatever its path names by then: an open file, or this one.
 pub struct Program(Option<File>);
 
 /// The first argument of a daemon.
@@ -97,6 +98,13 @@ impl Program {
         let path = PathBuf::from(format!("/proc/{pid}/exe"));
         let file = Self::open(&path).doing("opening the program of the daemon").file(&path)?;
         Ok(Self(Some(file)))
+    }
+
+    /// Whether it is the one that this process runs.
+    pub(super) fn is_this(&self) -> bool {
+        let this = fs::metadata(SELF).map(|found| HostFile::of(&found));
+        let it = self.0.as_ref().map(|file| file.metadata().map(|found| HostFile::of(&found)));
+        it.is_none_or(|it| it.is_ok_and(|it| this.is_ok_and(|this| it == this)))
     }
 
     fn open(path: &Path) -> io::Result<File> {
@@ -411,14 +419,6 @@ pub(super) fn take_over() {
     TAKES_OVER.store(true, Ordering::Relaxed);
 }
 
-fn write_line(line: &Line) -> Result<()> {
-    let mut text = serde_json::to_string(line).doing("reporting to the parent")?;
-    text.push('\n');
-    let mut output = io::stdout().lock();
-    let written = output.write_all(text.as_bytes()).and_then(|()| output.flush());
-    written.doing("reporting to the parent")
-}
-
 /// The device has another daemon from now on.
 pub(super) fn hand_over() {
     HANDED_OVER.store(true, Ordering::Relaxed);
@@ -427,6 +427,14 @@ pub(super) fn hand_over() {
 /// Whether this process ends because another one serves its device.
 pub fn has_handed_over() -> bool {
     HANDED_OVER.load(Ordering::Relaxed)
+}
+
+fn write_line(line: &Line) -> Result<()> {
+    let mut text = serde_json::to_string(line).doing("reporting to the parent")?;
+    text.push('\n');
+    let mut output = io::stdout().lock();
+    let written = output.write_all(text.as_bytes()).and_then(|()| output.flush());
+    written.doing("reporting to the parent")
 }
 
 #[cfg(test)]
@@ -480,6 +488,13 @@ mod tests {
         assert_eq!(succeeded("vhdx-ublk"), FirstArgument::USUAL);
         assert_eq!(succeeded("@vhdx-ublk2"), FirstArgument::USUAL);
         assert_eq!(FirstArgument::of_process(0), FirstArgument::USUAL);
+    }
+
+    #[test]
+    fn this_program_is_told_from_others() {
+        assert!(Program::this().is_this());
+        assert!(Program::of_process(std::process::id()).expect("it runs").is_this());
+        assert!(!Program::at(Path::new("/bin/sh")).expect("every machine has it").is_this());
     }
 
     #[test]

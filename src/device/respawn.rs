@@ -4,12 +4,15 @@
 //! It watches the process that the device's entry names, whichever that is by now: an upgrade or a `recover`
 //! by hand changes it. When that process has ended and the device waits, the keeper runs the program of that
 //! process to recover the device. It ends with the device, or when that cannot be served again after several
-//! attempts.
+//! attempts. After an upgrade it leaves the device to a keeper of the new program, which reads what that
+//! writes.
 //!
 //! Invariants:
 //!
 //! * it does nothing while an upgrade or a removal is under way: each has a lock that the keeper takes before
 //!   it looks again;
+//! * it does nothing while the image lies on a device that waits, and holds no lock then: the keeper of that
+//!   device needs the same lock;
 //! * attempts are bounded, and each waits longer than the one before; a daemon that has lived for a while
 //!   begins a new series;
 //! * the keeper's program is in memory: the disk that it lies on may be the one that waits.
@@ -25,6 +28,7 @@ use super::options::Recovery;
 use super::registry::{Entry, Listed, Registry, Sight};
 use super::service_manager::ServiceManager;
 use super::spec::Ready;
+use super::stop;
 use super::sys::{self, ProcessHandle};
 use crate::error::{Doing, Error, Kind, Result};
 
@@ -42,6 +46,9 @@ const LONGEST_AFTER_DEATH: Duration = Duration::from_secs(1);
 
 /// The longest pause after one that could not begin to.
 const LONGEST_AFTER_FAILURE: Duration = Duration::from_secs(60);
+
+/// How often to look whether a device below is served again.
+const BELOW_INTERVAL: Duration = Duration::from_millis(50);
 
 /// How many failures in a row are one too many.
 pub const ATTEMPTS: u32 = 20;
@@ -125,18 +132,19 @@ impl Keeper {
         let mut series = Series { failures: 0, most: self.attempts };
         let mut program = Program::this();
         loop {
+            if let Some(of_daemon) = self.program_of_daemon() {
+                if !of_daemon.is_this() && self.is_left_to(&of_daemon) {
+                    return Ok(());
+                }
+                program = of_daemon;
+            }
             let outcome = match self.look() {
                 Ok(None) => return Ok(()),
                 Ok(Some(listed)) if listed.entry.daemon.is_alive() => {
-                    match Program::of_process(listed.entry.daemon.pid) {
-                        // Otherwise it may be the program of a later process with this number.
-                        Ok(of_daemon) if listed.entry.daemon.is_alive() => program = of_daemon,
-                        Ok(_) => {}
-                        Err(error) => tracing::debug!("the program of the daemon is not known: {error:#}"),
-                    }
                     await_end(&listed.entry).map(|lived| series.after_death(lived))
                 }
-                Ok(Some(_)) => self.serve_again(&program).map(|()| Some(Duration::ZERO)),
+                Ok(Some(listed)) => self.serve_again(&listed.entry, &program),
+                Err(error) if error.kind() == Kind::Unsupported => return Err(self.not_kept(&error)),
                 Err(error) => Err(error),
             };
             let (pause, error) = match outcome {
@@ -157,17 +165,53 @@ impl Keeper {
         Ok(listed.filter(|listed| listed.entry.daemon.is_alive() || listed.is_abandoned()))
     }
 
-    /// Has `program` serve the device, if that still waits when nothing else is under way.
-    fn serve_again(&self, program: &Program) -> Result<()> {
+    /// The program that serves the device, also if its entry cannot be read.
+    fn program_of_daemon(&self) -> Option<Program> {
+        let daemon = self.registry.daemon(self.id, self.mark)?;
+        let program = Program::of_process(daemon.pid).ok()?;
+        // Otherwise it may be the program of a later process with this number.
+        daemon.is_alive().then_some(program)
+    }
+
+    /// Whether a keeper of `program` has the device from now on.
+    fn is_left_to(&self, program: &Program) -> bool {
+        let left = self.leave_to(program);
+        left.inspect_err(|error| tracing::debug!("the daemon's program does not keep the device: {error:#}"))
+            .is_ok()
+    }
+
+    fn leave_to(&self, program: &Program) -> Result<()> {
+        let words =
+            ["respawn".into(), format!("--mark={}", self.mark), format!("--attempts={}", self.attempts)];
+        let arguments = words.into_iter().chain(["--".into(), self.id.to_string()]).map(OsString::from);
+        let launched = launch::launch_program(program, FirstArgument::USUAL, arguments, READY_DEADLINE);
+        launched.map(drop).map_err(|failed| failed.error)
+    }
+
+    /// Why there is no keeper from now on: another attempt would read the same entry.
+    fn not_kept(&self, unread: &Error) -> Error {
+        let device = format!("/dev/ublkb{}", self.id);
+        let message = format!("{device} is not served again when its daemon dies: {unread:#}");
+        let remedy =
+            format!("when that happens: `recover {device}`, with the vhdx-ublk that wrote the entry");
+        Error::new(Kind::Unsupported, message).remedy(remedy)
+    }
+
+    /// Has `program` serve the device of `entry`, if that still waits when nothing else is under way. How
+    /// long to wait then.
+    fn serve_again(&self, entry: &Entry, program: &Program) -> Result<Option<Duration>> {
+        if stop::waits_below(&self.registry, entry)?.is_some() {
+            return Ok(Some(BELOW_INTERVAL));
+        }
         let _no_upgrade = self.registry.lock_upgrades()?;
         let _no_removal = self.registry.hold_keeper(self.id)?;
         if self.look()?.is_none_or(|listed| listed.entry.daemon.is_alive()) {
-            return Ok(());
+            return Ok(Some(Duration::ZERO));
         }
         let number = ["--".into(), self.id.to_string().into()];
         let arguments = self.recover.iter().cloned().chain(number);
         let launched = launch::launch_program(program, FirstArgument::USUAL, arguments, READY_DEADLINE);
-        launched.map(drop).map_err(|failed| failed.error)
+        launched.map(|_| Some(Duration::ZERO)).map_err(|failed| failed.error)
     }
 
     fn give_up(&self, error: &Error) -> Error {

@@ -85,6 +85,74 @@ test_respawn_beside_other_commands() {
     qemu-img check -q disk.vhdx
 }
 
+# After an upgrade a keeper of the new program has the device; one that does not read the entry of that says so once.
+test_respawn_follows_an_upgrade() {
+    local device old log=/run/vhdx-ublk/0.log entry=/run/vhdx-ublk/0.json
+    cp "$VHDX_UBLK" new
+    ublk create disk.vhdx --size 1G
+    device=$(ublk add disk.vhdx --respawn)
+    write_stamps "$device" 10 4 7
+    ublk upgrade "$device" --binary new
+    within 20 kept_by new
+    [ "$(keepers)" = 1 ]
+    rm new
+    old=$(daemon_pid)
+    kill -9 "$old"
+    served_by_another "$old"
+    check_stamps "$device" 10 4 7
+    ublk upgrade "$device"
+    within 20 kept_by "${VHDX_UBLK##*/}"
+    sed -i 's/"format": 1/"format": 2/' $entry
+    kill -9 "$(pgrep -f -- 'respawn --mark')"
+    "$VHDX_UBLK" respawn --mark "$(grep -o '"mark": [0-9]*' $entry | grep -o '[0-9]*$')" -- 0 >/dev/null &
+    within 30 grep -q "$device is not served again when its daemon dies: .*has format 2" $log
+    no_keeper_is_left
+    sed -i 's/"format": 2/"format": 1/' $entry
+    check_stamps "$device" 10 4 7
+    ublk del "$device"
+    qemu-img check -q disk.vhdx
+}
+
+kept_by() { [[ "$(readlink "/proc/$(pgrep -f -- 'respawn --mark')/exe")" == */$1 ]]; }
+
+# within SECONDS COMMAND...: until it succeeds.
+within() {
+    local n
+    for ((n = 0; n < $1 * 20; n++)); do ! "${@:2}" 2>/dev/null || return 0; sleep 0.05; done
+    cat /run/vhdx-ublk/*.log
+    fail "not within $1 s: ${*:2}"
+}
+
+# The image of one device lies on the other: whoever is killed, both come back, and neither keeper waits for the other.
+test_respawn_of_stacked_devices() {
+    local below above began
+    ublk create below.vhdx --size 2G
+    below=$(ublk add below.vhdx --respawn)
+    mkfs.ext4 -q -E lazy_itable_init=0 "$below"
+    mount "$below" "$mnt"
+    ublk create "$mnt/above.vhdx" --size 256M
+    above=$(ublk add "$mnt/above.vhdx" --respawn)
+    write_stamps "$above" 10 4 7
+    for _ in 1 2 3; do
+        began=$SECONDS
+        # The keeper of the upper one is the first to see a death.
+        kill -STOP "$(pgrep -f -- "respawn --mark=.* -- ${below#/dev/ublkb}\$")"
+        kill -9 $(ublk list --json | jq '.[].pid')
+        sleep 1
+        kill -CONT "$(pgrep -f -- "respawn --mark=.* -- ${below#/dev/ublkb}\$")"
+        within 40 both_are_served
+        note "both were served again after $((SECONDS - began)) s"
+        check_stamps "$above" 10 4 7
+    done
+    ublk del "$above"
+    umount "$mnt"
+    ublk del "$below"
+    no_keeper_is_left
+    qemu-img check -q below.vhdx
+}
+
+both_are_served() { [ "$(ublk list --json | jq -r '[.[].health] | join(" ")')" = 'ok ok' ]; }
+
 # What cannot be served again is given up with one line, and waits.
 test_respawn_gives_up() {
     local device mark

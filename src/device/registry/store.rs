@@ -228,6 +228,14 @@ impl Registry {
         self.lock()?.put(entry.id, &text_of(entry)?, room)
     }
 
+    /// The daemon of device `id` with this mark, also if this program does not read the rest of its entry.
+    pub(in crate::device) fn daemon(&self, id: u32, mark: u64) -> Option<ProcessId> {
+        let text = fs::read_to_string(self.entry_path(id)).ok()?;
+        let entry: serde_json::Value = serde_json::from_str(&text).ok()?;
+        let daemon = entry.get("daemon").filter(|_| entry["mark"] == mark)?;
+        serde_json::from_value(daemon.clone()).ok()
+    }
+
     /// Takes the room that a new daemon of the device needs for its entry.
     ///
     /// # Errors
