@@ -305,6 +305,27 @@ python3 '"$PWD"'/fill.py $$ >/dev/null & exec "$real" "$@"'
     qemu-img check -q disk.vhdx
 }
 
+# The same after a death, when nothing had taken room before: the entry is written over.
+test_recover_with_a_full_run() {
+    local device
+    mount -t tmpfs -o size=2m none /run/vhdx-ublk
+    chmod 700 /run/vhdx-ublk
+    ublk create disk.vhdx --size 1G
+    device=$(ublk add disk.vhdx)
+    write_stamps "$device" 10 4 7
+    while head -c 4096 /dev/zero 2>/dev/null >>/run/vhdx-ublk/filler; do :; done
+    for _ in 1 2; do
+        kill_daemon disk.vhdx
+        ublk recover "$device" || { cat /run/vhdx-ublk/*.log; fail "a full /run stops a recovery"; }
+        check_served "$device"
+        check_stamps "$device" 10 4 7
+    done
+    write_stamps "$device" 20 4 8
+    ublk del "$device"
+    umount /run/vhdx-ublk
+    qemu-img check -q disk.vhdx
+}
+
 # What asks the old daemon to end when it has handed its device over, ends the next one when nothing uses it.
 test_upgrade_loses_no_request_to_end() {
     local device old writer log=/run/vhdx-ublk/0.log
@@ -341,27 +362,6 @@ PYTHON
     qemu-img check -q disk.vhdx
 }
 
-# A service whose upgrade fails keeps its control group, and its manager watches the program before.
-test_a_failed_upgrade_of_a_service_stays_in_it() {
-    local device server groups=/sys/fs/cgroup
-    messages manager
-    server=$!
-    mountpoint -q $groups || mount -t cgroup2 cgroup2 $groups || skipped "no control groups"
-    mkdir -p $groups/service
-    ublk create disk.vhdx --size 1G
-    (NOTIFY_SOCKET=$PWD/manager exec -a @vhdx-ublk "$VHDX_UBLK" add --foreground disk.vhdx >device) &
-    for _ in $(seq 200); do [ ! -s device ] || break; sleep 0.05; done
-    device=$(cat device)
-    daemon_pid >$groups/service/cgroup.procs
-    write_stamps "$device" 10 4 7
-    script dies.sh '[ "$2" != --formats ] || exec "$real" "$@"
-"$real" "$@" >/dev/null & new=$!
-while [ -e /proc/'"$(pid_of "$device")"'/fd/0 ]; do :; done
-kill -9 $new; exit 1'
-    ublk upgrade "$device" --binary dies.sh 2>said && fail "the new program has died"
-    grep -q "the program before serves $device again" said || fail "$(cat said)"
-    grep -q 'NotifyAccess=all' said || fail "$(cat said)"
-    [ "$(tail -n 1 manager.said)" = "MAINPID=$(daemon_pid)" ] || fail "$(cat manager.said)"
 # The same if the new program dies: the old one, started again, ends when nothing uses the device, and not before.
 test_a_failed_upgrade_loses_no_request_to_end() {
     local device old log=/run/vhdx-ublk/0.log
@@ -405,6 +405,27 @@ kill -9 $new; exit 1'
 
 check_served() { [ "$(ublk list --json | jq -r '.[].health')" = ok ] || { ublk list; fail "$1 is not served"; }; }
 
+# A service whose upgrade fails keeps its control group, and its manager watches the program before.
+test_a_failed_upgrade_of_a_service_stays_in_it() {
+    local device server groups=/sys/fs/cgroup
+    messages manager
+    server=$!
+    mountpoint -q $groups || mount -t cgroup2 cgroup2 $groups || skipped "no control groups"
+    mkdir -p $groups/service
+    ublk create disk.vhdx --size 1G
+    (NOTIFY_SOCKET=$PWD/manager exec -a @vhdx-ublk "$VHDX_UBLK" add --foreground disk.vhdx >device) &
+    for _ in $(seq 200); do [ ! -s device ] || break; sleep 0.05; done
+    device=$(cat device)
+    daemon_pid >$groups/service/cgroup.procs
+    write_stamps "$device" 10 4 7
+    script dies.sh '[ "$2" != --formats ] || exec "$real" "$@"
+"$real" "$@" >/dev/null & new=$!
+while [ -e /proc/'"$(pid_of "$device")"'/fd/0 ]; do :; done
+kill -9 $new; exit 1'
+    ublk upgrade "$device" --binary dies.sh 2>said && fail "the new program has died"
+    grep -q "the program before serves $device again" said || fail "$(cat said)"
+    grep -q 'NotifyAccess=all' said || fail "$(cat said)"
+    [ "$(tail -n 1 manager.said)" = "MAINPID=$(daemon_pid)" ] || fail "$(cat manager.said)"
     [ "$(cat "/proc/$(daemon_pid)/cgroup")" = 0::/service ] || fail "$(cat "/proc/$(daemon_pid)/cgroup")"
     [ "$(cat /proc/self/cgroup)" != 0::/service ]
     check_stamps "$device" 10 4 7

@@ -2,7 +2,7 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -328,6 +328,22 @@ impl Registry {
     }
 }
 
+/// Writes over the entry at `path`, where it was `refused` room to replace that. Whoever reads it at this
+/// moment may read neither the old nor the new one; without that its device would not be served.
+fn overwrite(path: &Path, text: &str, refused: io::Error) -> io::Result<()> {
+    if !matches!(refused.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT)) {
+        return Err(refused);
+    }
+    let Ok(file) = OpenOptions::new().write(true).open(path) else { return Err(refused) };
+    let found = file.metadata()?;
+    if u64::try_from(text.len()).expect("short") > found.blocks() * 512 {
+        return Err(refused);
+    }
+    // Blanks behind an entry are no part of it.
+    let length = usize::try_from(found.len()).expect("short");
+    file.write_all_at(format!("{text:length$}").as_bytes(), 0)
+}
+
 /// The file that the keeper of device `id` makes, and locks while it serves that again.
 fn keeper_name(id: u32) -> String {
     format!("{id}.respawn")
@@ -336,6 +352,18 @@ fn keeper_name(id: u32) -> String {
 /// The file by which the rules of udev, and `mount`, know that the image of device `id` is not trusted.
 fn untrusted_name(id: u32) -> String {
     format!("{id}.untrusted")
+}
+
+/// The file by which the next daemon of device `id` knows what those before it were asked.
+fn request_name(id: u32) -> String {
+    format!("{id}.ending")
+}
+
+fn remove_if_there(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => removed,
+    }
 }
 
 /// An entry as it is written.
@@ -362,18 +390,6 @@ fn with_room(error: Error) -> Error {
         ),
         Some(libc::EROFS) => error
             .remedy("mount /run writable: each device has an entry there, from which other commands know it"),
-/// The file by which the next daemon of device `id` knows what those before it were asked.
-fn request_name(id: u32) -> String {
-    format!("{id}.ending")
-}
-
-fn remove_if_there(path: &Path) -> io::Result<()> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        removed => removed,
-    }
-}
-
         _ => error,
     }
 }
@@ -396,7 +412,9 @@ impl Locked<'_> {
 
     fn put(&self, id: u32, text: &str, room: &mut Reserved) -> Result<()> {
         let path = self.registry.entry_path(id);
-        let written = room.put(text, &path).unwrap_or_else(|| self.replace(&path, text));
+        let written = room
+            .put(text, &path)
+            .unwrap_or_else(|| self.replace(&path, text).or_else(|refused| overwrite(&path, text, refused)));
         written.doing("writing the device's entry").file(&path).map_err(with_room)
     }
 
