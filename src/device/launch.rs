@@ -30,7 +30,7 @@ use super::confine;
 use super::log_file;
 use super::spec::Ready;
 use super::wire::Failure;
-use crate::disk::HostFile;
+use crate::disk::{HostFile, without_proc};
 use crate::error::{Doing, Error, Kind, Locate, Result};
 
 /// This program, even if its file has been replaced.
@@ -283,7 +283,10 @@ fn start(
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .spawn();
-    child.doing("starting the daemon")
+    child.map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => without_proc(),
+        _ => Error::io("starting the daemon", error),
+    })
 }
 
 fn read_line(output: ChildStdout) -> io::Result<String> {

@@ -55,8 +55,12 @@ pub(super) fn run_on(cpus: &[usize]) -> io::Result<()> {
 /// Closes every descriptor but the first three and `kept`.
 pub(super) fn close_descriptors(kept: Option<RawFd>) -> io::Result<()> {
     let close = |first: u32, last: u32| {
-        // SAFETY: what is closed was open before this program began, and nothing here owns it.
-        if first > last { Ok(()) } else { check(unsafe { libc::close_range(first, last, 0) }) }
+        if first > last {
+            return Ok(());
+        }
+        // SAFETY: what is closed was open before this program began, and nothing here owns it. (musl has no
+        // function for it.)
+        check(unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) })
     };
     let first = u32::try_from(libc::STDERR_FILENO + 1).expect("a small number");
     match kept.and_then(|kept| u32::try_from(kept).ok()) {
@@ -210,8 +214,8 @@ impl ProcessHandle {
     }
 }
 
-fn check(result: i32) -> io::Result<()> {
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+fn check(result: impl Into<i64>) -> io::Result<()> {
+    if result.into() < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 #[cfg(test)]

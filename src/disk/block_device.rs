@@ -5,12 +5,13 @@
 //! while it is open.
 
 use std::fs::{File, OpenOptions};
-use std::io::{Seek, SeekFrom};
+use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use super::Access;
+use super::refusal::without_proc;
 use crate::error::{Doing, Error, Kind, Locate, Result};
 
 /// An open block device.
@@ -51,6 +52,7 @@ impl BlockDevice {
                 let error = Error::new(Kind::InUse, "the device is mounted, or another device uses it");
                 return Err(error.file(path).remedy("lsblk shows its use: unmount or stop that first"));
             }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(without_proc().file(path)),
             opened => opened.doing(OPENING).file(path)?,
         };
         let length = file.seek(SeekFrom::End(0)).doing("reading the size of the device").file(path)?;

@@ -22,7 +22,7 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, PosixFadviseAdvice, fallocate, fcntl, posix_fadvise};
-use nix::sys::statfs::{BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, FsType, TMPFS_MAGIC, XFS_SUPER_MAGIC, fstatfs};
+use nix::sys::statfs::{BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, FsType, TMPFS_MAGIC, fstatfs};
 use nix::sys::statvfs::{Statvfs, fstatvfs, statvfs};
 use nix::unistd::{Gid, Uid, Whence, fchown, lseek};
 
@@ -32,6 +32,9 @@ use super::sparse::{self, Host, Sparse};
 use super::{Access, Buffer, HostFile, lock};
 use crate::error::{Error, Kind, Result};
 use crate::simulation::{Plant, planted};
+
+/// XFS; `nix` has the number for glibc only.
+pub(super) const XFS_SUPER_MAGIC: FsType = FsType(0x5846_5342);
 
 /// File systems that write to a new place what is overwritten, by the numbers in their `statfs` (ZFS and
 /// bcachefs are not in the kernel's own headers).

@@ -22,6 +22,7 @@ use std::time::Duration;
 use nix::sys::statfs::{FsType, fstatfs};
 
 use super::Access;
+use super::refusal::without_proc;
 use crate::error::{Error, Kind, Result};
 
 /// How long a file system may take to find and open a file. Disks that spin up take less; a server that is
@@ -138,8 +139,7 @@ fn refused(error: io::Error) -> Error {
     match error.raw_os_error() {
         // Without O_NONBLOCK the holder could make us wait for `lease-break-time`.
         Some(libc::EWOULDBLOCK) => Error::new(Kind::InUse, "another program holds a lease on it"),
-        Some(libc::ENOENT) => Error::new(Kind::Io, "images are opened through /proc, which is not there")
-            .remedy("mount -t proc proc /proc"),
+        Some(libc::ENOENT) => without_proc(),
         _ => Error::io("opening the image", error),
     }
 }

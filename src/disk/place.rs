@@ -7,17 +7,19 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, OpenOptions};
+use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, RenameFlags, openat, renameat, renameat2};
+use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, openat, renameat};
 use nix::sys::stat::{Mode, fstatat};
 use nix::unistd::{UnlinkatFlags, linkat, unlinkat};
+use rustix::fs::{RenameFlags, renameat_with};
 
-use super::refusal::{missing_folder, taken};
+use super::refusal::{missing_folder, taken, without_proc};
 use super::{Access, HostFile, ImageFile, folder_of};
 use crate::error::{Error, Kind, Result};
 
@@ -44,7 +46,11 @@ impl Place {
         let folder = OpenOptions::new().read(true).custom_flags(flags).open(folder_of(path)).map_err(failed);
         let folder = folder.map_err(|error| missing_folder(error, folder_of(path)))?;
         // The folder's own path: what it was called by may be a link.
-        let way = std::fs::read_link(format!("/proc/self/fd/{}", folder.as_raw_fd())).map_err(failed)?;
+        let way = std::fs::read_link(format!("/proc/self/fd/{}", folder.as_raw_fd()));
+        let way = way.map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound => without_proc().file(path),
+            _ => failed(error),
+        })?;
         Ok(Self { folder, name: name.to_owned(), path: way.join(name) })
     }
 
@@ -138,13 +144,13 @@ impl Place {
     /// Gives `file`, which is here, the name of `to` in the same folder, where there must be nothing.
     pub(super) fn rename_to_free(&self, file: &ImageFile, to: &Self) -> Result<()> {
         self.require(file)?;
-        let flags = RenameFlags::RENAME_NOREPLACE;
-        let renamed = match renameat2(&self.folder, &*self.name, &to.folder, &*to.name, flags) {
+        let flags = RenameFlags::NOREPLACE;
+        match renameat_with(&self.folder, &*self.name, &to.folder, &*to.name, flags) {
             // NFS and some others cannot look and rename in one step, and can make a second name so.
-            Err(Errno::EINVAL) => return self.rename_by_link(file, to),
-            renamed => renamed,
-        };
-        renamed.map_err(|errno| to.refused("naming the file", errno))
+            Err(rustix::io::Errno::INVAL) => self.rename_by_link(file, to),
+            Err(errno) => Err(to.refused("naming the file", Errno::from_raw(errno.raw_os_error()))),
+            Ok(()) => Ok(()),
+        }
     }
 
     /// As [`Self::rename_to_free`], in two steps: a cut between them leaves both names.

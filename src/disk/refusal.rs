@@ -24,3 +24,9 @@ pub fn missing_folder(error: Error, folder: &Path) -> Error {
     let remedy = format!("create it first: mkdir -p {}", shell(folder));
     Error::new(Kind::NotFound, "there is no such folder").file(folder).remedy(remedy)
 }
+
+/// What is wrong when a link in /proc that leads to an open file, or to this program, is not there.
+pub fn without_proc() -> Error {
+    Error::new(Kind::Io, "/proc, through which files are opened, is not there")
+        .remedy("mount -t proc proc /proc")
+}

@@ -16,11 +16,11 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, PosixFadviseAdvice, fallocate, fcntl, posix_fadvise};
-use nix::sys::statfs::{BTRFS_SUPER_MAGIC, FsType, XFS_SUPER_MAGIC, fstatfs};
+use nix::sys::statfs::{BTRFS_SUPER_MAGIC, FsType, fstatfs};
 use nix::unistd::{Whence, lseek};
 use rustix::io::{ReadWriteFlags, preadv2};
 
-use super::file::{host_that_copies, next_data};
+use super::file::{XFS_SUPER_MAGIC, host_that_copies, next_data};
 use super::open::open_again;
 use super::ring::{DirectAlignment, direct_alignment};
 use super::{Access, BlockDevice, ImageFile};
