@@ -148,6 +148,12 @@ pub enum Plant {
     KeepOldSlots,
     /// A child that grows shows its parent behind its old end.
     ShowParentsEnd,
+    /// A disk that grows counts as larger before that is durable.
+    EarlySize,
+    /// A disk that grows while it is served gets a FileWriteGuid that its session does not know.
+    UnannouncedGrowth,
+    /// A front continues with the map that it had before its disk grew.
+    KeepOldMap,
     /// A chain that moves loses its old names before its children name their parents at both places.
     SkipMoveRelink,
     /// A chain that moves loses its leaf's old name first, and nothing leads to the others any longer.
@@ -166,7 +172,7 @@ pub enum Plant {
 
 impl Plant {
     /// All of them.
-    pub const ALL: [Self; 75] = [
+    pub const ALL: [Self; 78] = [
         Self::SkipRecyclingSync,
         Self::SkipGrowthSync,
         Self::ApplyBeforeLog,
@@ -235,6 +241,9 @@ impl Plant {
         Self::KeepOldEnd,
         Self::KeepOldSlots,
         Self::ShowParentsEnd,
+        Self::EarlySize,
+        Self::UnannouncedGrowth,
+        Self::KeepOldMap,
         Self::SkipMoveRelink,
         Self::RemoveLeafFirst,
         Self::TrustStranger,

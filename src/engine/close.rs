@@ -60,6 +60,12 @@ impl<D: Disk + 'static> Engine<D> {
         outcome
     }
 
+    /// Ends the engine of a frozen image that another engine writes from now on. Nothing may follow.
+    pub async fn leave(self: &Rc<Self>) {
+        assert_eq!(self.shared.session(), Session::Idle, "nothing is left to be written");
+        self.end().await;
+    }
+
     async fn end(self: &Rc<Self>) {
         self.commits.close().wait().await;
     }

@@ -16,7 +16,8 @@
 //! 5. an unmapping durable and every front past it, before the space is granted again (`quarantine`);
 //! 6. everything logged synced in place, before the log starts again (`begin_log`);
 //! 7. everything in place synced, before the headers drop the LogGuid, and that durable before the file is
-//!    shortened (`close`).
+//!    shortened (`close`);
+//! 8. a disk that grows is larger in the file, before a front has the longer map (`grow`).
 //!
 //! Allocation itself syncs nothing: visible means committable, always. A mapping is published once its space
 //! reads as zero, and its page is marked dirty in the same step.
@@ -35,6 +36,7 @@ mod durability;
 mod fences;
 mod fill;
 pub mod front;
+mod grow;
 mod headers;
 mod journal;
 mod log;
@@ -104,7 +106,8 @@ pub struct Engine<D: Disk> {
     parents: Vec<D>,
     shared: Arc<Shared>,
     layout: Layout,
-    /// A log was replayed when it was opened.
+    /// The file may have unused space although nothing was modified since it was opened: a log was replayed,
+    /// or the disk has grown.
     recovered: bool,
     tasks: Rc<dyn Spawn>,
     fronts: Rc<dyn Fronts>,
@@ -176,7 +179,7 @@ impl<D: Disk + 'static> Engine<D> {
             shared,
             durability: Durability::found(image.layout.file_length, pending.resumed),
             layout: image.layout,
-            recovered: image.found_log != FoundLog::Clean,
+            recovered: image.found_log != FoundLog::Clean || pending.grown,
             tasks,
             fronts,
             guids: RefCell::new(guids),

@@ -148,6 +148,9 @@ pub enum Mismatch {
     Foreign,
     /// The image was written by another program since.
     Changed,
+    /// The disk has become larger under this session, which rests: the image has everything, and a new
+    /// session takes its place.
+    Grown,
 }
 
 /// A handle on the memory; clones share it.
@@ -334,20 +337,42 @@ impl SessionMemory {
         if self.load(FILE_PLACE) != owner.place.inode || self.disk_id() != owner.disk_id {
             return Err(Mismatch::Foreign);
         }
-        if !(SHAPE_PLACE..).zip(owner.shape()).all(|(place, word)| self.load(place) == word) {
+        let shape = [0, 1, 2].map(|word| self.load(SHAPE_PLACE + word));
+        let has_grown = shape != owner.shape();
+        if has_grown && !self.may_have_grown_to(owner, shape) {
             return Err(Mismatch::Changed);
         }
         let known = [CURRENT_PLACE, NEXT_PLACE].map(|place| self.load_checked(place));
         match known {
-            _ if known.contains(&Some(file_write_guid)) => Ok(()),
+            _ if known.contains(&Some(file_write_guid)) => {
+                if has_grown {
+                    Err(Mismatch::Grown)
+                } else {
+                    Ok(())
+                }
+            }
             [Some(_), Some(_)] => Err(Mismatch::Changed),
             // A kill while one of them is stored leaves the other one, which is in the file.
             _ => Err(Mismatch::Damaged("FileWriteGuids")),
         }
     }
 
-    /// The boot id of the kernel under which it was made. Of memory whose layout was checked, as the next
-    /// two.
+    /// Whether a disk of this `shape` may have become `owner`'s under this session: it grows while the
+    /// session rests.
+    fn may_have_grown_to(&self, owner: &Owner, shape: [u64; 3]) -> bool {
+        let [virtual_size, block_size, sector_size] = shape;
+        virtual_size < owner.virtual_size
+            && [block_size, sector_size] == [owner.block_size, owner.sector_size]
+            && self.session() != Session::Open
+    }
+
+    /// Size of the virtual disk that it was made for, bytes. Of memory whose layout was checked, as the next
+    /// three.
+    pub fn virtual_size(&self) -> u64 {
+        self.load(SHAPE_PLACE)
+    }
+
+    /// The boot id of the kernel under which it was made.
     pub fn boot(&self) -> Uuid {
         self.load_guid(BOOT_PLACE)
     }
@@ -537,9 +562,30 @@ mod tests {
         }
         let later = at(Place { boot: guid(10), ..owner.place.clone() });
         assert_eq!(memory.check(&later, guid(1)), Err(Mismatch::OtherBoot));
-        let resized = Owner { virtual_size: 17 << 20, ..owner.clone() };
-        assert_eq!(memory.check(&resized, guid(1)), Err(Mismatch::Changed));
+        let shrunk = Owner { virtual_size: 15 << 20, ..owner.clone() };
+        let other_blocks = Owner { virtual_size: 17 << 20, block_size: 2 << 20, ..owner.clone() };
+        for changed in [shrunk, other_blocks] {
+            assert_eq!(memory.check(&changed, guid(1)), Err(Mismatch::Changed));
+        }
         assert_eq!(memory.check(&owner, guid(2)), Err(Mismatch::Changed));
+    }
+
+    /// A disk grows while its session rests, and under a GUID that the session knows: whatever else is larger
+    /// has been written by another program.
+    #[test]
+    fn a_disk_that_has_grown_under_its_session_is_its_own() {
+        let (memory, owner) = (memory(), owner());
+        memory.complete(&owner, guid(1));
+        let grown = Owner { virtual_size: 17 << 20, ..owner };
+        assert_eq!(memory.check(&grown, guid(2)), Err(Mismatch::Changed));
+        memory.announce(guid(2));
+        for in_file in [guid(1), guid(2)] {
+            assert_eq!(memory.check(&grown, in_file), Err(Mismatch::Grown));
+        }
+        memory.open();
+        assert_eq!(memory.check(&grown, guid(2)), Err(Mismatch::Changed), "it has what the image has not");
+        memory.rest();
+        assert_eq!(memory.check(&grown, guid(2)), Err(Mismatch::Grown));
     }
 
     /// Whatever one word of the header becomes: another version is named, damage is not taken for anything

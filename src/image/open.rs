@@ -279,6 +279,13 @@ impl WritableImage {
         (self.image, self.pending)
     }
 
+    /// The same image, whose disk has grown in a session that left unused space in the file.
+    #[must_use]
+    pub(crate) fn in_session(mut self) -> Self {
+        self.pending.grown = true;
+        self
+    }
+
     /// What a killed process left to be committed.
     pub fn pending(&self) -> &Pending {
         &self.pending

@@ -16,4 +16,7 @@ pub struct Pending {
     pub unmapped: Vec<Extent>,
     /// The session was open: zeros may have been granted that no sync covers.
     pub resumed: bool,
+    /// The disk has just become larger in a session: what that session left unused in the file is to be given
+    /// back when the image is closed.
+    pub grown: bool,
 }

@@ -22,7 +22,7 @@ use super::view::View;
 use crate::disk::{Disk, ReadDisk};
 use crate::error::{Error, Kind, Result};
 use crate::format::MIB;
-use crate::format::bat::{BITMAP_BLOCK_SIZE, BatEntry, BitmapState, PayloadState, Role};
+use crate::format::bat::{BITMAP_BLOCK_SIZE, BatEntry, BitmapState, Geometry, PayloadState, Role};
 use crate::simulation::{Plant, planted};
 
 impl Image {
@@ -48,7 +48,8 @@ impl WritableImage {
     /// If the memory was made for another disk, or is not fresh.
     pub fn start_session(&mut self, memory: SessionMemory, owner: &Owner) -> io::Result<()> {
         let geometry = *self.map.geometry();
-        assert_eq!(self.pending, Pending::default(), "a fresh session takes nothing over");
+        let nothing = Pending { grown: self.pending.grown, ..Pending::default() };
+        assert_eq!(self.pending, nothing, "a fresh session takes nothing over");
         assert_eq!(owner.disk_id, self.metadata.disk_id, "the memory is this image's");
         let map = BlockMap::over(memory, geometry);
         map.set_file_bytes(self.map.file_bytes());
@@ -64,13 +65,24 @@ impl WritableImage {
         Ok(())
     }
 
+    /// Has the fresh `memory` of a session for the disk as it will be, of `geometry`, room for the sector
+    /// bitmaps that the image has.
+    ///
+    /// # Errors
+    /// When there is no room.
+    pub fn reserve_bitmaps(&self, memory: &SessionMemory, geometry: &Geometry) -> io::Result<()> {
+        let bitmaps = memory.bitmaps(geometry);
+        self.partial_blocks().try_for_each(|block| bitmaps.make_room(geometry, block))
+    }
+
     fn partial_blocks(&self) -> impl Iterator<Item = u64> {
         self.stored_slots.iter().flat_map(|slots: &Range<u64>| partial_blocks(&self.map, slots.clone()))
     }
 
     /// Opens the image on `disk` for writing and takes over the session in `memory`, which was checked to be
     /// this image's, of a process whose last write to the file has ended. `carried` is the FileWriteGuid that
-    /// the file carries.
+    /// the file carries. Of a disk that has become larger under the session nothing is taken over: the image
+    /// has everything, and needs a session of its own.
     ///
     /// # Errors
     /// Those of [`Image::open_for_writing`]; [`Kind::Poisoned`] if the session is; corrupt if it cannot be
@@ -81,20 +93,7 @@ impl WritableImage {
         carried: Uuid,
         new_guid: impl FnOnce() -> Uuid,
     ) -> Result<Self> {
-        if memory.session() == Session::Poisoned {
-            return Err(Error::new(Kind::Poisoned, "writing failed before the process was killed")
-                .in_structure("session")
-                .remedy("what was flushed is safe in the image; remove the device with `vhdx-ublk del`"));
-        }
-        if !planted(Plant::TrustKilled)
-            && let Err(error) = disk.sync().await
-        {
-            memory.poison();
-            return Err(Error::io("syncing what the killed process wrote", error));
-        }
-        if memory.used_page_cache() && !planted(Plant::TrustHost) {
-            ask_host(disk, &memory).await?;
-        }
+        sync_killed(disk, &memory).await?;
         // The file may carry what a successor announced that was killed itself; the next one takes its place.
         if !planted(Plant::LateSettlement) {
             memory.confirm_guid(carried);
@@ -115,6 +114,10 @@ impl WritableImage {
         })?;
         memory.confirm_guid(image.header.header.file_write_guid);
         let geometry = *image.map.geometry();
+        if geometry.virtual_size() > memory.virtual_size() {
+            image.pending.grown = true;
+            return Ok(image);
+        }
         let map = BlockMap::left_in(memory, geometry);
         map.set_file_bytes(image.map.file_bytes());
         let set: Vec<_> = map.slots_set_with(&image.map).collect();
@@ -217,6 +220,25 @@ impl WritableImage {
         }
         Ok(())
     }
+}
+
+/// Makes durable what the killed process wrote, unless the host, or that process, has lost something.
+async fn sync_killed<D: Disk>(disk: &D, memory: &SessionMemory) -> Result<()> {
+    if memory.session() == Session::Poisoned {
+        return Err(Error::new(Kind::Poisoned, "writing failed before the process was killed")
+            .in_structure("session")
+            .remedy("what was flushed is safe in the image; remove the device with `vhdx-ublk del`"));
+    }
+    if !planted(Plant::TrustKilled)
+        && let Err(error) = disk.sync().await
+    {
+        memory.poison();
+        return Err(Error::io("syncing what the killed process wrote", error));
+    }
+    if memory.used_page_cache() && !planted(Plant::TrustHost) {
+        ask_host(disk, memory).await?;
+    }
+    Ok(())
 }
 
 /// Asks the host whether it has lost data. The host may have reported it to the killed process, in a

@@ -17,11 +17,15 @@ use crate::sim::world::{Config, World, new_image};
 /// least.
 const IMAGES_IN_SNAPSHOTS: u64 = 10_000;
 
+/// Crash images between the moment at which the fronts of a disk are held and the one at which it has grown,
+/// at least.
+const IMAGES_IN_GROWTH: u64 = 10_000;
+
 /// Distinct images that a test run recovers and judges, at least.
 const IMAGES: u64 = 1_000_000;
 
 /// What every test run exercises; one that stays at zero fails it.
-const EXERCISED: [&str; 59] = [
+const EXERCISED: [&str; 64] = [
     "P0 none or all of it",
     "P1 whole writes",
     "P2 parts of what was at risk",
@@ -46,15 +50,20 @@ const EXERCISED: [&str; 59] = [
     "cuts in a recovery",
     "daemon deaths",
     "deaths between freeze and rest",
+    "deaths between growth and session",
     "deaths between rest and switch",
+    "deaths between session and release",
     "deaths between switch and release",
     "deaths in a recovery",
     "deaths while fronts are held",
+    "disks that grow",
     "durable writes",
     "ends that are posted and not seen",
     "extents out of quarantine",
     "header 1 at risk",
     "header 2 at risk",
+    "kills that leave the new size",
+    "kills that leave the old size",
     "moments with every image",
     "not present to partial",
     "not present to present",
@@ -107,6 +116,8 @@ fn every_promise_holds_at_every_power_cut() {
     assert!(report.distinct >= IMAGES, "only {} distinct images", report.distinct);
     let inside = report.marks.count("images inside a snapshot");
     assert!(inside >= IMAGES_IN_SNAPSHOTS, "only {inside} images inside snapshots");
+    let growing = report.marks.count("images while a disk grows");
+    assert!(growing >= IMAGES_IN_GROWTH, "only {growing} images while disks grow");
 }
 
 /// More dirty BAT pages than the log holds, in one cycle: rounds follow each other round the ring, and the

@@ -112,6 +112,8 @@ fn catch_for(planted: Plant) -> Catch {
         | Plant::EarlyPromotion => Scenario("child"),
         Plant::EarlyReliance => Scenario("child-new"),
         Plant::EarlyHeld => Scenario("snapshot"),
+        Plant::EarlySize | Plant::KeepOldMap => Scenario("grown"),
+        Plant::UnannouncedGrowth => Scenario("grown-killed"),
         Plant::ForgetResumedBits => Scenario("child-killed"),
         Plant::NoPoison => Scenario("failed-durable-write"),
         Plant::TrustHost => Scenario("killed-and-lost"),

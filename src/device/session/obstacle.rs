@@ -23,6 +23,8 @@ impl Obstacle {
         // image.
         let Some(image) = image else { return Some(Self::Unfit(Mismatch::Changed)) };
         match memory.check(&image.owner(place.clone()), image.header.header.file_write_guid) {
+            Err(Mismatch::Grown) if memory.session() == Session::Idle => None,
+            Err(Mismatch::Grown) => Some(Self::Poisoned),
             Err(mismatch) => Some(Self::Unfit(mismatch)),
             Ok(()) if !memory.fits(image.map.geometry()) => Some(Self::Unfit(Mismatch::Damaged("length"))),
             Ok(()) if memory.session() == Session::Poisoned => Some(Self::Poisoned),
@@ -78,6 +80,7 @@ impl fmt::Display for Obstacle {
                 "the session file is from before the machine was started: only flushed data is left"
             }
             Self::Unfit(Mismatch::Foreign) => "the session file belongs to another image",
+            Self::Unfit(Mismatch::Grown) => "the disk has become larger under this session",
             Self::Unfit(Mismatch::Changed) => {
                 "another program has written the image since the daemon was killed"
             }

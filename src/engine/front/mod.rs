@@ -193,7 +193,9 @@ impl Front {
     fn release<P: Port>(&mut self, port: &mut P) {
         assert!(self.held && !self.hold_owed, "a hold that was answered is released, once");
         self.held = false;
-        if let Some(shared) = port.change_leaf() {
+        if let Some(shared) = port.change_leaf()
+            && !planted(Plant::KeepOldMap)
+        {
             self.shared = shared;
         }
         let mut parked = std::mem::take(&mut self.parked);

@@ -106,6 +106,7 @@ pub fn scenarios() -> Vec<Scenario> {
     all.extend(children());
     all.extend(snapshots());
     all.extend(killed_snapshots());
+    all.extend(grown());
     all.extend(losses());
     all.extend(full_hosts());
     all.extend(dense_hosts());
@@ -285,6 +286,31 @@ fn killed_snapshots() -> [Scenario; 2] {
     [
         once("killed-snapshot", Config { faults, ..tiny() }),
         once("killed-snapshot-no-punch", Config { faults, can_punch: false, fronts: 3, ..tiny() }),
+    ]
+}
+
+/// The disk grows while requests come, whatever its end lies in: it has the same sectors behind its old ends
+/// watched as before them.
+fn grown() -> [Scenario; 4] {
+    let faults = Faults { grow: 150, ..Faults::NONE };
+    let killed = Faults { death: 150, ..faults };
+    let disk = |faults| {
+        let mut config = Config { faults, blocks: vec![0, 1, 2, 130, 200, 201, 203, 299], ..tiny() };
+        config.sizes = [(200 << 20) + (1020 << 10), (203 << 20) + 512, 300 << 20].to_vec();
+        config.requests = 160;
+        config
+    };
+    let child = |faults, beginning| {
+        let mut config = disk(faults);
+        config.image.parent = Some(descent());
+        Config { beginning, ..config }
+    };
+    let once = |name: &str, config| Scenario { name: name.into(), config, body: Body::Short, seeds: 15 };
+    [
+        once("grown", disk(faults)),
+        once("grown-killed", Config { can_punch: false, fronts: 3, ..disk(killed) }),
+        once("grown-child", child(faults, Beginning::Partial)),
+        once("grown-child-killed", child(killed, Beginning::Nothing)),
     ]
 }
 

@@ -5,6 +5,7 @@
 //! judged once per moment: each sector under it, with each value that the sector's own fate allows.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::ops::RangeInclusive;
 
 use fastrand::Rng;
 use uuid::Uuid;
@@ -49,6 +50,8 @@ impl Effort {
 /// What recovery makes of an image.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Outcome {
+    /// Of the disk, bytes.
+    size: u64,
     words: Vec<Found>,
     length: u64,
 }
@@ -82,6 +85,8 @@ pub struct Judge {
     now: Option<Images>,
     possible: Vec<Possible>,
     versions: (u64, u64, u64),
+    /// The sizes that the disk may have, bytes.
+    sizes: RangeInclusive<u64>,
     base: Option<(u64, Store, u64)>,
     pub marks: Marks,
 }
@@ -105,6 +110,7 @@ impl Judge {
             now: None,
             possible: Vec::new(),
             versions: (u64::MAX, u64::MAX, u64::MAX),
+            sizes: geometry.virtual_size()..=geometry.virtual_size(),
             base: None,
             marks: Marks::default(),
         }
@@ -125,6 +131,12 @@ impl Judge {
     pub fn descend(&mut self, config: &Config, geometry: Geometry, layout: Layout) {
         (self.lineage, self.geometry, self.layout) = (Lineage::of(config), geometry, layout);
         self.next_life();
+    }
+
+    /// From now on the disk may have one of these sizes.
+    pub fn expect_sizes(&mut self, sizes: RangeInclusive<u64>) {
+        self.sizes = sizes;
+        self.versions.2 = u64::MAX;
     }
 
     /// The power may be cut now: everything that this may leave keeps the promises.
@@ -268,7 +280,7 @@ impl Judge {
                 return Err(format!("others do not extend the file, of {found_length} bytes, to {extent:?}"));
             }
         }
-        let outcome = Outcome { words, length };
+        let outcome = Outcome { size: image.metadata.virtual_size, words, length };
         if !self.known.contains_key(&outcome) {
             self.examine(&medium)?;
         }
@@ -393,17 +405,22 @@ impl Judge {
     }
 
     fn judge_all(&mut self, disk: &SimDisk, oracle: &Oracle) -> Result<(), String> {
-        let mut judged: HashSet<(usize, &Found, u64)> = HashSet::new();
+        let mut judged: HashSet<(usize, &Found, u64, u64)> = HashSet::new();
         let broken = disk.at_risk(|durable, changes, _| {
             let is_payload = |change: &&AtRisk| change.start().is_some_and(|start| !self.places.has(start));
             let payload: Vec<&AtRisk> = changes.iter().filter(is_payload).collect();
             for possible in &self.possible {
-                for (place, word) in self.outcomes[possible.outcome].words.iter().enumerate() {
-                    if !judged.insert((place, word, possible.length)) {
+                let Outcome { size, words, .. } = &self.outcomes[possible.outcome];
+                if !self.sizes.contains(size) {
+                    let why = format!("the disk has {size} bytes, not {:?}", self.sizes);
+                    return Err((possible.choice.clone(), why));
+                }
+                for (place, word) in words.iter().enumerate() {
+                    if !judged.insert((place, word, possible.length, *size)) {
                         continue;
                     }
                     let view = Payload { durable, changes: &payload, length: possible.length };
-                    match self.judge_block(self.blocks[place], word, &view, oracle) {
+                    match self.judge_block((self.blocks[place], *size), word, &view, oracle) {
                         Ok(values) => self.marks.add("payload sectors judged", values),
                         Err(why) => return Err((possible.choice.clone(), why)),
                     }
@@ -418,10 +435,11 @@ impl Judge {
         }
     }
 
-    /// Judges every watched sector of a block under one mapping, with each value its own fate allows.
+    /// Judges every watched sector of a block of a disk of `size` bytes under one mapping, with each value
+    /// its own fate allows.
     fn judge_block(
         &self,
-        block: u64,
+        (block, size): (u64, u64),
         (word, here): &Found,
         view: &Payload<'_>,
         oracle: &Oracle,
@@ -429,7 +447,7 @@ impl Judge {
         let sector_size = u64::from(self.geometry.logical_sector_size());
         let entry = BatEntry(*word);
         let start = block * self.geometry.block_size();
-        let end = (start + self.geometry.block_size()).min(self.geometry.virtual_size());
+        let end = (start + self.geometry.block_size()).min(size);
         let mut judged = 0;
         for sector in oracle.watched_in(start / sector_size, end / sector_size) {
             judged += if let Some(value) =
@@ -521,8 +539,12 @@ fn is_in(runs: &[(u64, u64)], sector: u64) -> bool {
     runs.iter().any(|(start, end)| (*start..*end).contains(&sector))
 }
 
-/// The entry of `block`, and the sectors that it has if it is partially present.
+/// The entry of `block`, zero if the disk ends before it, and the sectors that it has if it is partially
+/// present.
 fn found_in(map: &BlockMap, block: u64) -> Found {
+    if block >= map.geometry().block_count() {
+        return (0, Vec::new());
+    }
     let (entry, geometry) = (map.load(block).entry, map.geometry());
     let mut runs = Vec::new();
     if entry.payload_state() == Some(PayloadState::PartiallyPresent) {

@@ -32,6 +32,8 @@ pub struct Lineage {
     sector_bytes: u64,
     block_bytes: u64,
     parent_bytes: u64,
+    /// Bytes of the child's disk in the beginning: nothing of the parent comes into what it grows by.
+    child_bytes: u64,
     /// The parent's blocks that are there.
     parents: BTreeSet<u64>,
     /// The child's blocks that are partially present in the beginning.
@@ -61,7 +63,11 @@ impl Lineage {
         }
         let sector_bytes = u64::from(config.image.logical_sector_size);
         let block_bytes = u64::from(config.image.block_size);
-        let parent_bytes = config.image.virtual_size / 3 * 2 / sector_bytes * sector_bytes;
+        let child_bytes = config.image.virtual_size;
+        let parent_bytes = match config.faults.grow {
+            0 => child_bytes / 3 * 2 / sector_bytes * sector_bytes,
+            _ => child_bytes + child_bytes / 4 / sector_bytes * sector_bytes,
+        };
         let parent_block = u64::from(PARENT_BLOCK);
         let under = config.blocks.iter().map(|block| block * block_bytes / parent_block);
         let parents = under.filter(|block| block % 3 != 1 && block * parent_block < parent_bytes);
@@ -75,6 +81,7 @@ impl Lineage {
             sector_bytes,
             block_bytes,
             parent_bytes,
+            child_bytes,
             parents: parents.collect(),
             partial: partial.collect(),
             left_over,
@@ -89,6 +96,9 @@ impl Lineage {
 
     /// What `sector` holds before anything is written.
     pub fn original(&self, sector: u64) -> Value {
+        if self.frozen.is_none() && sector * self.sector_bytes >= self.child_bytes {
+            return 0;
+        }
         let is_here = self.block_bytes > 0
             && self.partial.contains(&(sector * self.sector_bytes / self.block_bytes))
             && self.bit(sector);

@@ -2,6 +2,7 @@
 //! and every wake-up is chosen by the seed.
 
 pub mod death;
+mod grow;
 mod snapshot;
 
 use std::cell::RefCell;
@@ -45,6 +46,8 @@ pub struct Config {
     pub requests: usize,
     /// The blocks that requests go to: a window at either side of a chunk border, or anything.
     pub blocks: Vec<u64>,
+    /// The sizes that the disk gets one after the other while it is served, bytes.
+    pub sizes: Vec<u64>,
     /// Sectors watched at each of three places of a block.
     pub width: u64,
     /// The most descriptors of a log entry, if not as many as usual: see `set_descriptors_per_entry`.
@@ -88,6 +91,8 @@ pub struct Faults {
     pub death: u32,
     /// A snapshot is taken at one step in so many; 0 for never.
     pub snapshot: u32,
+    /// The disk grows at one step in so many, to the next of its sizes; 0 for never.
+    pub grow: u32,
     /// The first sync or durable write that a death cuts short may fail, and no later sync gets the error.
     pub lost_with_death: bool,
     /// One end of a front's I/O in so many is posted, and its thread sees it long after; 0 for none.
@@ -130,6 +135,7 @@ impl Faults {
         slow_io: 6,
         death: 0,
         snapshot: 0,
+        grow: 0,
         lost_with_death: false,
         unseen: 0,
         loss: None,
@@ -167,6 +173,7 @@ impl Config {
             can_punch: true,
             requests: 120,
             blocks: (0..7).collect(),
+            sizes: Vec::new(),
             width: WATCHED,
             descriptors: None,
             beginning: Beginning::Nothing,
@@ -488,7 +495,8 @@ impl World {
     /// Sector bitmaps that have been begun are metadata.
     fn find_bitmaps(&self) {
         let map = &self.engine.shared().map;
-        let chunks = self.config.blocks.iter().map(|block| map.geometry().chunk_of_block(*block));
+        let blocks = self.config.blocks.iter().filter(|block| **block < map.geometry().block_count());
+        let chunks = blocks.map(|block| map.geometry().chunk_of_block(*block));
         let places =
             chunks.filter(|_| map.geometry().is_differencing()).filter_map(|chunk| map.bitmap_place(chunk));
         places.for_each(|place| self.disk.add_bitmap(place));
@@ -496,7 +504,8 @@ impl World {
 
     fn mark_transitions(&mut self) {
         let map = &self.engine.shared().map;
-        let now: Vec<BatEntry> = self.config.blocks.iter().map(|&block| map.load(block).entry).collect();
+        let inside = self.config.blocks.iter().filter(|block| **block < map.geometry().block_count());
+        let now: Vec<BatEntry> = inside.map(|&block| map.load(block).entry).collect();
         for (old, new) in self.seen.entries.iter().zip(&now).filter(|(old, new)| old != new) {
             self.marks.hit(match (old.payload_state(), new.payload_state()) {
                 (Some(PayloadState::NotPresent), Some(PayloadState::FullyPresent)) => {
@@ -526,16 +535,7 @@ impl World {
     /// Takes one random step; `false` when nothing is left to do.
     pub fn step(&mut self) -> bool {
         self.trouble();
-        if self.config.faults.death > 0 && self.rng.u32(..self.config.faults.death) == 0 {
-            self.die();
-            return true;
-        }
-        let snapshot = self.config.faults.snapshot;
-        let may = self.held.is_none()
-            && self.snapshots < snapshot::MAX_SNAPSHOTS
-            && self.issued < self.config.requests;
-        if snapshot > 0 && may && self.rng.u32(..snapshot) == 0 {
-            self.snapshot();
+        if self.is_interrupted() {
             return true;
         }
         let tasks = self.tasks.ready();
@@ -580,6 +580,27 @@ impl World {
         self.look();
         self.check_refusals();
         true
+    }
+
+    /// The daemon is killed now, or does something that holds the fronts.
+    fn is_interrupted(&mut self) -> bool {
+        if self.config.faults.death > 0 && self.rng.u32(..self.config.faults.death) == 0 {
+            self.die();
+            return true;
+        }
+        let snapshot = self.config.faults.snapshot;
+        let may = self.held.is_none()
+            && self.snapshots < snapshot::MAX_SNAPSHOTS
+            && self.issued < self.config.requests;
+        if snapshot > 0 && may && self.rng.u32(..snapshot) == 0 {
+            self.snapshot();
+            return true;
+        }
+        if self.grows_now() {
+            self.grow();
+            return true;
+        }
+        false
     }
 
     /// The host loses writes, or its room, or gets some again.
@@ -790,8 +811,9 @@ impl World {
         let sector = u64::from(self.config.image.logical_sector_size);
         let block_size = u64::from(self.config.image.block_size);
         let size = self.config.image.virtual_size;
-        let block = self.config.blocks[self.rng.usize(..self.config.blocks.len())];
-        let start = block * block_size;
+        let inside: Vec<u64> =
+            self.config.blocks.iter().copied().filter(|block| block * block_size < size).collect();
+        let start = inside[self.rng.usize(..inside.len())] * block_size;
         let block_end = (start + block_size).min(size);
         let sectors_in_block = (block_end - start) / sector;
         let places = [0, sectors_in_block / 2, sectors_in_block.saturating_sub(WATCHED)];
@@ -812,6 +834,8 @@ impl World {
             1 => Op::Write { durable: true },
             2 => Op::Read,
             3 => return Request { op: Op::Flush, offset: 0, length: 0 },
+            // One that waits until the disk has grown may no longer reach to the end of its last block.
+            4 if self.config.faults.grow > 0 && self.held.is_some() => Op::Read,
             4 => Op::Discard,
             _ => Op::WriteZeroes { keep_space: self.rng.bool() },
         };
@@ -1081,6 +1105,9 @@ fn read_sector(map: &BlockMap, lineage: &Lineage, content: &Store, sector: u64) 
     let geometry = map.geometry();
     let size = geometry.logical_sector_size();
     let offset = sector * u64::from(size);
+    if offset >= geometry.virtual_size() {
+        return Err(format!("sector {sector} lies behind the end of the disk"));
+    }
     let entry = map.load(geometry.block_of_offset(offset)).entry;
     let here = || {
         let within = geometry.offset_in_block(offset) / u64::from(size);

@@ -13,7 +13,7 @@ use vhdx_ublk::chain::ReadLayer;
 use vhdx_ublk::engine::front::Front;
 use vhdx_ublk::engine::{Engine, Setup};
 use vhdx_ublk::error::Error;
-use vhdx_ublk::image::{Image, Place, SessionMemory, WritableImage};
+use vhdx_ublk::image::{Image, Mismatch, Place, SessionMemory, WritableImage};
 use vhdx_ublk::simulation::{Plant, planted};
 
 use super::{Faults, Inbox, Seen, World, guids, read_sector};
@@ -92,10 +92,10 @@ impl World {
     }
 
     /// Opens the image as the successor does, step by step; none if it is killed before it has.
-    fn open_again(&mut self, killed_at: Option<usize>) -> Option<Result<WritableImage, Error>> {
+    fn open_again(&mut self, killed_at: Option<usize>) -> Option<Result<Resumed, Error>> {
         self.disk.open_anew();
         let (disk, memory, guids) = (self.disk.clone(), self.memory.clone(), guids(&mut self.rng));
-        let opening = self.tasks.start(resume(disk, memory, guids));
+        let opening = self.tasks.start(resume(disk, memory, self.config.faults, guids));
         let mut steps = 0;
         loop {
             if let Some(opened) = opening.borrow_mut().take() {
@@ -145,7 +145,8 @@ impl World {
         }
     }
 
-    fn serve(&mut self, image: WritableImage) {
+    fn serve(&mut self, (image, memory): Resumed) {
+        self.memory = memory;
         self.marks.add("pages that only the memory had", image.pending().pages.len() as u64);
         self.marks.add("space that only the file names", image.pending().unmapped.len() as u64);
         self.inbox = Rc::new(Inbox(RefCell::new(vec![VecDeque::new(); self.config.fronts])));
@@ -196,15 +197,28 @@ impl World {
     }
 }
 
+/// The image as the successor serves it, and the memory of its session.
+type Resumed = (WritableImage, SessionMemory);
+
 async fn resume(
     disk: SimDisk,
     memory: SessionMemory,
+    faults: Faults,
     guids: impl FnMut() -> Uuid,
-) -> Result<WritableImage, Error> {
+) -> Result<Resumed, Error> {
     let looked = Image::read(&disk).await?;
     let carried = looked.header.header.file_write_guid;
-    if let Err(mismatch) = memory.check(&looked.owner(place(1)), carried) {
-        violated(format!("the successor's memory does not fit: {mismatch:?}"));
+    match memory.check(&looked.owner(place(1)), carried) {
+        Ok(()) => {
+            let image = WritableImage::resume(&disk, memory.clone(), carried, guids).await?;
+            Ok((image, memory))
+        }
+        Err(Mismatch::Grown) => {
+            let mut image = WritableImage::resume(&disk, memory, carried, guids).await?;
+            image.read_bitmaps(&disk).await?;
+            let memory = start_session(&mut image, faults);
+            Ok((image, memory))
+        }
+        Err(mismatch) => violated(format!("the successor's memory does not fit: {mismatch:?}")),
     }
-    WritableImage::resume(&disk, memory, carried, guids).await
 }

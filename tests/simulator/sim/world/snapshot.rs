@@ -59,7 +59,7 @@ impl World {
         }
     }
 
-    fn dies_now(&mut self, when: &'static str) -> bool {
+    pub(super) fn dies_now(&mut self, when: &'static str) -> bool {
         let dies = self.config.faults.death > 0 && self.rng.u32(..4) == 0;
         if dies {
             self.marks.hit(when);
@@ -68,11 +68,11 @@ impl World {
         dies
     }
 
-    fn images_judged(&self) -> u64 {
+    pub(super) fn images_judged(&self) -> u64 {
         self.judge.as_ref().map_or(0, |judge| judge.marks.count("images"))
     }
 
-    fn hold(&mut self) {
+    pub(super) fn hold(&mut self) {
         self.held = Some(0);
         for front in 0..self.hosts.len() {
             self.inbox.0.borrow_mut()[front].push_back(ToFront::Hold);
@@ -86,7 +86,7 @@ impl World {
         }
     }
 
-    fn freeze(&mut self) {
+    pub(super) fn freeze(&mut self) {
         let engine = self.engine.clone();
         let frozen = self.tasks.start(async move { engine.freeze().await });
         let deaths = self.deaths;
@@ -100,7 +100,7 @@ impl World {
         self.held = None;
     }
 
-    fn step_until(&mut self, what: &str, is_done: impl Fn(&Self) -> bool) {
+    pub(super) fn step_until(&mut self, what: &str, is_done: impl Fn(&Self) -> bool) {
         let mut steps = 0;
         while !is_done(self) {
             steps += 1;
