@@ -34,7 +34,7 @@ use super::log_file;
 use super::mailbox::{EngineEnds, FrontEnds, mailboxes};
 use super::node::{Node, await_node};
 use super::options::{Options, Recovery, ZeroCopy};
-use super::order::{Call, HandedOver, NewLeaf, Snapped, SnapshotOrder};
+use super::order::{Call, GrowOrder, Grown, HandedOver, NewLeaf, Sizes, Snapped, SnapshotOrder};
 use super::private_mounts;
 use super::queue::{BufferIndex, QueueSetup, RingSetup, Transfer};
 use super::registry::{self, ENTRY_FORMAT, Entry, ProcessId, Registry, Reserved};
@@ -45,12 +45,14 @@ use super::spec::{DeviceSpec, EngineHandle, Ready};
 use super::stats::Sources;
 use super::supervisor::{Demand, Supervisor};
 use super::sys;
+use super::sysfs::disk_size;
 use super::usage;
 use super::warnings;
 use crate::disk::HostFile;
 use crate::engine::front::Front;
 use crate::engine::shared::{Session, Shared};
 use crate::error::{Error, Kind, Result};
+use crate::printable::shell;
 
 /// How long a service manager that stops the daemon is asked to wait for the next check of its users.
 const CHECK_PATIENCE: Duration = Duration::from_secs(5);
@@ -170,6 +172,8 @@ struct Device<E> {
     may_scan: bool,
     /// The device is being handed over.
     leaving: Arc<AtomicBool>,
+    /// How many requests to make the disk larger have no outcome yet.
+    growing: usize,
 }
 
 impl<E: EngineHandle> Device<E> {
@@ -187,6 +191,7 @@ impl<E: EngineHandle> Device<E> {
             request_bytes: options.request_bytes,
             flags: features::wanted(recovery)
                 | features::handover(control.features(), recovery)
+                | features::resizing(control.features())
                 | features::no_partitions(control.features(), options.no_partitions)?
                 | features::transfer(control.features(), options.zero_copy)?,
             mark: control::new_mark(),
@@ -243,7 +248,8 @@ impl<E: EngineHandle> Device<E> {
         let mount_namespace = registry::mount_namespace();
         let renewed =
             Entry { format: ENTRY_FORMAT, daemon, version, notify_socket, mount_namespace, ..entry.clone() };
-        let entry = Entry { started: false, ..renewed };
+        // The disk may have grown when its daemon was killed.
+        let entry = Entry { started: false, size_bytes: spec.parameters.size_bytes, ..renewed };
         Ok(Self { room, ..Self::of((control, info), (registry, supervisor), spec, entry) })
     }
 
@@ -269,6 +275,7 @@ impl<E: EngineHandle> Device<E> {
             room: Reserved::default(),
             may_scan: true,
             leaving: Arc::default(),
+            growing: 0,
         }
     }
 
@@ -301,6 +308,9 @@ impl<E: EngineHandle> Device<E> {
         }
         handover::note("requests flow");
         await_node(&self.path(), Node::Block)?;
+        if beginning == Beginning::TakenOver {
+            self.catch_up_with(spec.parameters.size_bytes);
+        }
         let handover = self.engine.as_ref().expect("started above").handover();
         let (first, sources) = (spec.shared.clone(), self.sources.clone());
         let leaving = self.leaving.clone();
@@ -342,6 +352,19 @@ impl<E: EngineHandle> Device<E> {
             let happening = match self.supervisor.next_demand(ending.due())? {
                 Demand::Call(Call::Snapshot { image, reply }) => {
                     self.snapshot(image, reply);
+                    continue;
+                }
+                Demand::Call(Call::Grow { sizes, reply }) => {
+                    self.grow(sizes, reply);
+                    continue;
+                }
+                Demand::Call(Call::HasGrown { outcome, reply }) => {
+                    self.growing -= 1;
+                    reply.send(outcome.and_then(|grown| self.tell_size(grown)));
+                    continue;
+                }
+                Demand::Call(Call::HandOver { reply, .. }) if self.growing > 0 => {
+                    reply.send(Err(self.is_growing()));
                     continue;
                 }
                 Demand::Call(Call::HandOver { image_file, successor, reply }) => {
@@ -485,6 +508,55 @@ impl<E: EngineHandle> Device<E> {
             Ok(())
         });
         self.engine().snapshot(SnapshotOrder { image, device: self.info.id, switch, reply });
+    }
+
+    /// Has the engine make the disk larger; the outcome is a call.
+    fn grow(&mut self, sizes: Sizes, reply: Reply<Grown>) {
+        if !self.control.can_update_size() {
+            return reply.send(Err(self.keeps_its_size(sizes)));
+        }
+        self.growing += 1;
+        let call = self.supervisor.caller();
+        let ended = Box::new(move |outcome, reply| call(Call::HasGrown { outcome, reply }));
+        self.engine().grow(GrowOrder { sizes, reply, ended });
+    }
+
+    fn keeps_its_size(&self, sizes: Sizes) -> Error {
+        let (device, image) = (self.path(), self.ready().image);
+        let (device, image, size) = (device.display(), shell(&image), sizes.to_bytes);
+        let message = format!("this kernel cannot change the size of {device} (Linux 6.16 or newer can)");
+        Error::new(Kind::Unsupported, message).remedy(format!(
+            "remove the device first: `vhdx-ublk del {device}`, then `vhdx-ublk resize {image} --size {size}`"
+        ))
+    }
+
+    /// The disk is larger, durably, and the queues serve all of it: now its users may know.
+    fn tell_size(&self, grown: Grown) -> Result<Grown> {
+        let size_bytes = grown.size_bytes;
+        let told = self
+            .control
+            .update_size(self.info.id, size_bytes)
+            .and_then(|()| self.record(|entry| entry.size_bytes = size_bytes));
+        told.map(|()| grown).map_err(|error| {
+            let message = format!("the image is larger, and {} is not: {error}", self.path().display());
+            Error::new(error.kind(), message).remedy("run the command again")
+        })
+    }
+
+    /// Gives the kernel the size of a disk that has grown when its daemon was killed. A failure is a warning.
+    fn catch_up_with(&self, size_bytes: u64) {
+        if disk_size(self.info.id).is_none_or(|known| known < size_bytes) && self.control.can_update_size() {
+            match self.control.update_size(self.info.id, size_bytes) {
+                Ok(()) => tracing::info!("{} has {size_bytes} bytes now", self.path().display()),
+                Err(error) => tracing::warn!("the kernel does not know the disk's new size: {error:#}"),
+            }
+        }
+    }
+
+    /// Why a device is not handed over whose disk is growing.
+    fn is_growing(&self) -> Error {
+        let message = format!("the disk of {} is being made larger", self.path().display());
+        Error::new(Kind::InUse, message).remedy("run the command again when that has ended")
     }
 
     fn say_what_is_continued(&self) {

@@ -17,11 +17,12 @@ use nix::sys::signal::SigSet;
 use super::confine::{self, Role};
 use super::control::Control;
 use super::fronts::{FrontInbox, Mailboxes};
+use super::grow::Grower;
 use super::layers::{self, Parents};
 use super::leaf_handover::LeafHandover;
 use super::mailbox::{EngineEnds, wake_up};
 use super::open_image::{OpenImage, parameters};
-use super::order::{Order, SnapshotOrder};
+use super::order::{GrowOrder, Order, SnapshotOrder};
 use super::served_image::{ServedImage, open_served, unclean};
 use super::session::{Plan, SessionFile, Sessions};
 use super::snapshot::{Makers, Snapshotter};
@@ -122,6 +123,10 @@ impl EngineHandle for EngineThread {
         self.order(Order::Snapshot(order));
     }
 
+    fn grow(&self, order: GrowOrder) {
+        self.order(Order::Grow(order));
+    }
+
     fn settle(&self, hold: bool, patience: Duration) -> Result<()> {
         let (settled, awaited) = mpsc::sync_channel(0);
         self.order(Order::Settle { hold, settled });
@@ -218,10 +223,13 @@ impl EngineLoop {
             makers: &makers,
             closing: &self.closing,
         };
+        let grower =
+            Grower { reactor, opener: &self.opener, inbox: &inbox, fronts, handover: &self.handover };
         while !self.closing.load(Ordering::Acquire) {
             while let Ok(order) = self.ordered.try_recv() {
                 match order {
                     Order::Snapshot(order) => snapshotter.handle(order, served),
+                    Order::Grow(order) => grower.handle(order, served),
                     Order::Settle { hold, settled } => snapshotter.settle(hold, &settled, served),
                 }
             }

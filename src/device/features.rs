@@ -4,7 +4,7 @@ use libublk::sys;
 use schemars::JsonSchema;
 use serde::Serialize;
 
-use super::control::{Control, QUIESCE_FEATURE, SAFE_STOP};
+use super::control::{Control, QUIESCE_FEATURE, SAFE_STOP, UPDATE_SIZE_FEATURE};
 use super::options::{Options, Recovery, ZeroCopy};
 use crate::error::{Error, Kind, Result};
 
@@ -68,6 +68,11 @@ pub(super) fn wanted(recovery: Recovery) -> u64 {
 /// `driver` has it.
 pub(super) fn handover(driver: Option<u64>, recovery: Recovery) -> u64 {
     if recovery == Recovery::None { 0 } else { QUIESCE_FEATURE & driver.unwrap_or(0) }
+}
+
+/// The feature by which a device changes its size while it is served, if the `driver` has it.
+pub(super) fn resizing(driver: Option<u64>) -> u64 {
+    UPDATE_SIZE_FEATURE & driver.unwrap_or(0)
 }
 
 /// The recovery that a device gets: the `chosen` one, or the best of the `driver`.
@@ -151,6 +156,7 @@ const USED: u64 = REISSUE
     | sys::UBLK_F_CMD_IOCTL_ENCODE as u64
     | SAFE_STOP
     | QUIESCE_FEATURE
+    | UPDATE_SIZE_FEATURE
     | NO_PARTITION_SCAN;
 
 /// All features that the driver has, and all that this program knows.

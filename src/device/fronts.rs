@@ -20,7 +20,7 @@ use crate::engine::{Engine, Fronts};
 pub(super) struct FrontInbox {
     wake: Arc<EventFd>,
     receivers: Vec<Receiver<ToEngine>>,
-    /// The engine that they are for: a snapshot exchanges it.
+    /// The engine that they are for: a snapshot exchanges it, and so does a disk that grows.
     engine: RefCell<Rc<Engine<UringDisk>>>,
     /// Set by another thread, which writes `wake` afterwards.
     called: Arc<AtomicBool>,

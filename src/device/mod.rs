@@ -6,8 +6,8 @@
 //! * [`mailbox`], `leaf_handover`: what joins the queues to the engine;
 //! * `queue`: a thread per queue, between the kernel and its front;
 //! * [`session`], [`layers`], [`open_image`], `writable`: an image checked and ready to be served;
-//! * `fronts`, `served_image`, `snapshot`, [`engine_thread`]: the engine of a writable device, on its own
-//!   thread; how its image becomes the parent of a new one while it is served;
+//! * `fronts`, `served_image`, `snapshot`, `grow`, [`engine_thread`]: the engine of a writable device, on its
+//!   own thread; how its image becomes the parent of a new one, or its disk larger, while it is served;
 //! * `order`, `reply`, [`socket`]: how a running daemon gets commands; [`stats`]: what it has done;
 //! * [`spec`], `ending`, `supervisor`, [`daemon`]: the device from `ADD_DEV` to `DEL_DEV`;
 //! * `handover`, [`upgrade`], `service_manager`: how another program takes the device over while it is in
@@ -31,6 +31,7 @@ mod ending;
 pub mod engine_thread;
 pub mod features;
 mod fronts;
+mod grow;
 mod handover;
 pub mod health;
 pub mod image_name;

@@ -12,7 +12,7 @@ use super::layers::{self, Parents};
 use super::leaf_handover::LeafHandover;
 use super::mailbox::EngineEnds;
 use super::options::{Parameters, Salvage};
-use super::order::SnapshotOrder;
+use super::order::{GrowOrder, SnapshotOrder};
 use super::spare_buffers::SpareBuffers;
 use super::spec::{DeviceSpec, EngineHandle};
 use crate::disk::tally::Histogram;
@@ -152,6 +152,18 @@ impl EngineHandle for NoEngine {
 
     fn settle(&self, _hold: bool, _patience: Duration) -> Result<()> {
         Ok(())
+    }
+
+    fn grow(&self, order: GrowOrder) {
+        let error = if self.salvage.is_some() {
+            let message = "the device shows what is left of a damaged image, to which nothing is written";
+            Error::new(Kind::Unsupported, message)
+                .remedy("`vhdx-ublk salvage` makes an image of it, which can be resized")
+        } else {
+            Error::new(Kind::Unsupported, "the device is read-only: its disk keeps its size")
+                .remedy("remove the device (`vhdx-ublk del`), then resize its image")
+        };
+        (order.ended)(Err(error), order.reply);
     }
 
     fn snapshot(&self, order: SnapshotOrder) {

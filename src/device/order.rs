@@ -27,6 +27,15 @@ pub struct Snapped {
     pub pause_us: u64,
 }
 
+/// A disk that has become larger while it was served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Grown {
+    /// Its size now, bytes.
+    pub size_bytes: u64,
+    /// How long requests had to wait, microseconds.
+    pub pause_us: u64,
+}
+
 /// The new leaf, as the device's entry names it.
 pub struct NewLeaf {
     /// Its path, absolute, without symbolic links.
@@ -59,6 +68,10 @@ pub(super) enum Call {
         image: PathBuf,
         reply: Reply<Snapped>,
     },
+    /// That the disk becomes larger.
+    Grow { sizes: Sizes, reply: Reply<Grown> },
+    /// The engine has an outcome of that: if the disk is larger, the kernel is to know.
+    HasGrown { outcome: Result<Grown>, reply: Reply<Grown> },
     /// That this daemon ends, and leaves its device to the caller.
     HandOver {
         /// The image that the caller has opened.
@@ -67,6 +80,23 @@ pub(super) enum Call {
         successor: u32,
         reply: Reply<HandedOver>,
     },
+}
+
+/// How a disk is to grow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sizes {
+    /// The size that the caller has seen, bytes.
+    pub from_bytes: u64,
+    /// The size that it is to have, bytes.
+    pub to_bytes: u64,
+}
+
+/// A growth of the disk as the engine carries it out.
+pub struct GrowOrder {
+    pub(super) sizes: Sizes,
+    pub(super) reply: Reply<Grown>,
+    /// Gets the outcome, and the reply that it is for.
+    pub(super) ended: Box<dyn FnOnce(Result<Grown>, Reply<Grown>) + Send>,
 }
 
 /// A snapshot as the engine takes it.
@@ -82,6 +112,7 @@ pub struct SnapshotOrder {
 /// What the engine is to do between requests.
 pub(super) enum Order {
     Snapshot(SnapshotOrder),
+    Grow(GrowOrder),
     /// Commit what is dirty, for a successor that has little to do then.
     Settle {
         /// Afterwards the fronts hold for good, and what is dirty since is committed: nothing is under way,

@@ -12,10 +12,11 @@ use super::layers::EngineParents;
 use super::open_image::OpenImage;
 use super::options::Parameters;
 use super::session::SessionFile;
+use crate::chain::ReadLayer;
 use crate::disk::{HostFile, ImageFile, Reactor, UringDisk};
 use crate::engine::shared::Session;
 use crate::engine::waiting::Spawn;
-use crate::engine::{Engine, Setup};
+use crate::engine::{Engine, Outcome, Setup};
 use crate::error::{Error, Kind, Locate, Result};
 use crate::image::WritableImage;
 
@@ -73,6 +74,23 @@ impl ServedImage {
             }
         }
         self.session.map_or(Ok(()), SessionFile::abandon)
+    }
+}
+
+impl ServedImage {
+    /// The outcome of the engine's `doing` something.
+    pub(super) fn check(&self, doing: &str, outcome: Outcome) -> Result<()> {
+        let poisoned = self.engine.shared().session() == Session::Poisoned;
+        outcome.map_err(|errno| unclean(doing, errno, poisoned, self.file.path()))
+    }
+
+    /// What an engine on `reactor` needs of its parents.
+    pub(super) fn parents(&self, reactor: &Reactor) -> EngineParents {
+        let files = self.opened.parents.clone();
+        let layers = files.iter().zip(self.engine.shared().layers().skip(1));
+        let layers =
+            layers.map(|(file, map)| ReadLayer { disk: reactor.disk(file.clone()), map: map.clone() });
+        (layers.collect(), files)
     }
 }
 

@@ -10,7 +10,7 @@ use uuid::Uuid;
 
 use super::leaf_handover::LeafHandover;
 use super::options::{Parameters, Salvage};
-use super::order::SnapshotOrder;
+use super::order::{GrowOrder, SnapshotOrder};
 use super::path;
 use super::spare_buffers::SpareBuffers;
 use crate::disk::tally::Histogram;
@@ -63,6 +63,9 @@ pub trait EngineHandle {
 
     /// Where the queues find the leaf that they serve after a snapshot.
     fn handover(&self) -> LeafHandover;
+
+    /// Makes the disk larger, and gives the outcome to the order's end.
+    fn grow(&self, order: GrowOrder);
 
     /// Takes a snapshot, and answers through the order's reply.
     fn snapshot(&self, order: SnapshotOrder);

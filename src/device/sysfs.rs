@@ -11,6 +11,12 @@ pub fn device_number(device: u64) -> String {
     format!("{}:{}", libc::major(device), libc::minor(device))
 }
 
+/// The size of `/dev/ublkbN` as the kernel has it, bytes.
+pub(super) fn disk_size(id: u32) -> Option<u64> {
+    let sectors = fs::read_to_string(format!("/sys/block/ublkb{id}/size")).ok()?;
+    sectors.trim().parse::<u64>().ok()?.checked_mul(512)
+}
+
 /// The names in `folder`, sorted: none where it cannot be read.
 pub(super) fn names_in(folder: &Path) -> Vec<String> {
     let items = fs::read_dir(folder).into_iter().flatten().flatten();

@@ -65,7 +65,13 @@ impl WritableOpener {
         let (mut image, mut session) = reactor.block_on(self.load(&disk, found)).file(path)?;
         super::handover::note("the session is taken over");
         let parents = early_parents.map_or_else(|| parents_of(&image), Ok)?;
-        if session.is_none() {
+        if image.pending().grown {
+            let rested = session.take().expect("the disk has grown in it");
+            session = reactor.block_on(self.begin(&disk, &place, &mut image)).file(path)?;
+            if session.is_none() {
+                rested.remove()?;
+            }
+        } else if session.is_none() {
             image = reactor.block_on(self.redirect(&disk, image, parents.first())).file(path)?;
             session = reactor.block_on(self.begin(&disk, &place, &mut image)).file(path)?;
             if session.is_some() && image.map.memory().used_page_cache() {
@@ -123,6 +129,10 @@ impl WritableOpener {
             self.sessions.spread_doubt(&session::place_of(disk.file())?)?;
         }
         let image = resumed.map_err(|error| file.with_remedy(error))?;
+        if image.pending().grown {
+            tracing::info!("the disk has the size that it was being given when its daemon was killed");
+            return Ok((image, file));
+        }
         file.publish()?;
         Ok((image, file))
     }

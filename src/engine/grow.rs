@@ -4,8 +4,8 @@
 //! ([`PreparedResize`](crate::image::PreparedResize)). What is returned gets an engine and a session of its
 //! own, whose map has the new slots; then the fronts continue with these.
 //!
-//! A kill in between leaves the file at either size and the session at rest. It knows both FileWriteGuids, so
-//! that its successor takes the file for its own, and serves the size that it finds.
+//! A kill in between leaves the file at either size and the session at rest. It knows the FileWriteGuid of
+//! either, so that a successor takes the file for its own, and serves the size that it finds.
 
 use std::io;
 use std::rc::Rc;

@@ -86,6 +86,7 @@ const SET_PARAMS: Verb = verb(sys::UBLK_U_CMD_SET_PARAMS, "setting the parameter
 const START: Verb = verb(sys::UBLK_U_CMD_START_DEV, "starting");
 const START_RECOVERY: Verb = verb(sys::UBLK_U_CMD_START_USER_RECOVERY, "taking over");
 const END_RECOVERY: Verb = verb(sys::UBLK_U_CMD_END_USER_RECOVERY, "resuming");
+const UPDATE_SIZE: Verb = verb(sys::UBLK_U_CMD_UPDATE_SIZE, "changing the size of");
 const QUIESCE: Verb = verb(sys::UBLK_U_CMD_QUIESCE_DEV, "quiescing");
 const STOP: Verb = Verb { deadline: STOP_DEADLINE, ..verb(sys::UBLK_U_CMD_STOP_DEV, "stopping") };
 const TRY_STOP: Verb = Verb { op: sys::UBLK_U_CMD_TRY_STOP_DEV, ..STOP };
@@ -98,6 +99,12 @@ pub(in crate::device) const SAFE_STOP: u64 = sys::UBLK_F_SAFE_STOP_DEV as u64;
 
 /// The kernel can take a device from one server for the next (Linux 6.16).
 pub(in crate::device) const QUIESCE_FEATURE: u64 = sys::UBLK_F_QUIESCE as u64;
+
+/// The kernel can change the size of a device that is served (Linux 6.16).
+pub(in crate::device) const UPDATE_SIZE_FEATURE: u64 = sys::UBLK_F_UPDATE_SIZE as u64;
+
+/// Bytes of the sectors that the kernel counts in, whatever those of the disk have.
+const KERNEL_SECTOR: u64 = 512;
 
 /// The answer of drivers before Linux 6.4 to a command that they do not know: an internal number of the
 /// kernel.
@@ -268,6 +275,22 @@ impl Control {
     /// The kernel's.
     pub fn end_recovery(&self, id: u32) -> Result<()> {
         self.exchange(END_RECOVERY, id, u64::from(std::process::id()), ()).map(drop)
+    }
+
+    /// Makes the device, which is started, a disk of `bytes`; there is a uevent. Only where the driver has
+    /// `UPDATE_SIZE_FEATURE`.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    pub fn update_size(&self, id: u32, bytes: u64) -> Result<()> {
+        assert!(bytes.is_multiple_of(KERNEL_SECTOR), "a disk of {bytes} bytes is whole sectors");
+        self.exchange(UPDATE_SIZE, id, bytes / KERNEL_SECTOR, ()).map(drop)
+    }
+
+    /// Whether the driver can change the size of a device that is served.
+    pub(in crate::device) fn can_update_size(&self) -> bool {
+        self.features.is_some_and(|features| features & UPDATE_SIZE_FEATURE != 0)
     }
 
     /// Takes `/dev/ublkbN` down: waits for the requests in flight, then returns every tag as aborted.

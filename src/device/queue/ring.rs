@@ -147,6 +147,8 @@ pub(super) struct QueueRing {
     setup: RingSetup,
     /// The number of images in the chain.
     layers: usize,
+    /// How many leaves it has served after the first one.
+    exchanges: u64,
     holders: Box<[Holder]>,
     /// What each tag asks the engine for, and since when.
     asked: Box<[Option<(Reason, Instant)>]>,
@@ -185,6 +187,7 @@ impl QueueRing {
             asked: vec![None; usize::from(setup.depth)].into_boxed_slice(),
             filled: Vec::with_capacity(pieces),
             layers: setup.images.len(),
+            exchanges: 0,
             setup,
             ended: 0,
             file_io_in_flight: 0,
@@ -449,7 +452,10 @@ impl Port for QueueRing {
     }
 
     fn change_leaf(&mut self) -> Option<Arc<Shared>> {
-        let leaf = self.setup.handover.newer_than(self.layers)?;
+        let leaf = self.setup.handover.newer_than(&mut self.exchanges)?;
+        if leaf.shared.layers().count() == self.layers {
+            return Some(leaf.shared); // the same file
+        }
         assert!(self.layers < MAX_LAYERS, "a snapshot of a chain with as many layers as there are slots");
         let slot = FIRST_IMAGE + u32::try_from(self.layers).expect("at most 256");
         let updated = self.uring.submitter().register_files_update(slot, &[leaf.file.as_fd().as_raw_fd()]);

@@ -1,17 +1,15 @@
 //! Session files: found, opened, made, named, removed.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
-#[cfg(test)]
-use std::path::Path;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, AtFlags, Flock, FlockArg};
+use nix::fcntl::{AT_FDCWD, AtFlags, Flock, FlockArg, renameat};
 use nix::unistd::linkat;
 use uuid::Uuid;
 
@@ -243,14 +241,36 @@ impl Sessions {
 
 impl SessionFile {
     /// Gives the complete file its name. From now on the session grows as its guest writes.
+    ///
+    /// Another file that has the name is the session of the disk before it grew: it holds nothing that the
+    /// image does not, and is replaced in one step, so that a kill leaves one of the two.
     pub(in crate::device) fn publish(&mut self) -> Result<()> {
         if let Some(file) = self.unnamed.take() {
             let link = format!("/proc/self/fd/{}", file.as_raw_fd());
-            let named = linkat(AT_FDCWD, link.as_str(), AT_FDCWD, &self.path, AtFlags::AT_SYMLINK_FOLLOW);
+            let name =
+                |path: &Path| linkat(AT_FDCWD, link.as_str(), AT_FDCWD, path, AtFlags::AT_SYMLINK_FOLLOW);
+            let named = match name(&self.path) {
+                Err(Errno::EEXIST) => self.remove_next().map_err(|_| Errno::EEXIST).and_then(|next| {
+                    name(&next)?;
+                    renameat(AT_FDCWD, &next, AT_FDCWD, &self.path)
+                }),
+                named => named,
+            };
             named.doing("naming the session file").file(&self.path)?;
         }
         self.share.grow();
         Ok(())
+    }
+
+    /// The name that a file has before it replaces this one; a kill may have left another one there.
+    fn remove_next(&self) -> io::Result<PathBuf> {
+        let mut next = self.path.clone().into_os_string();
+        next.push(".next");
+        let next = PathBuf::from(next);
+        match fs::remove_file(&next) {
+            Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
+            _ => Ok(next),
+        }
     }
 
     pub(super) fn name(&self) -> Option<Name> {
@@ -275,7 +295,7 @@ impl SessionFile {
 
     /// Removes it: the image no longer needs it.
     pub(in crate::device) fn remove(self) -> Result<()> {
-        match fs::remove_file(&self.path) {
+        match self.remove_next().and_then(|_| fs::remove_file(&self.path)) {
             _ if self.unnamed.is_some() => Ok(()),
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
             removed => removed.doing("removing the session file").file(&self.path),

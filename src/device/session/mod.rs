@@ -24,7 +24,7 @@ mod room;
 
 pub(super) use choice::choose;
 pub use choice::{Plan, refuse_orphan};
-pub(super) use file::{Found, SessionFile, Sessions};
+pub(super) use file::{Found, FoundSession, SessionFile, Sessions};
 pub(super) use list::await_free;
 pub use list::{Kept, KeptState, discard, kept};
 pub(super) use origin::place_of;

@@ -34,14 +34,12 @@ use super::fronts::{FrontInbox, Mailboxes};
 use super::leaf_handover::{Leaf, LeafHandover};
 use super::order::{NewLeaf, Snapped, SnapshotOrder, Switch};
 use super::reply::Reply;
-use super::served_image::{ServedImage, open_served, unclean};
+use super::served_image::{ServedImage, open_served};
 use super::session::SessionFile;
 use super::writable::WritableOpener;
 use crate::chain::MAX_DEPTH;
 use crate::chain::ReadLayer;
 use crate::disk::Reactor;
-use crate::engine::Outcome;
-use crate::engine::shared::Session;
 use crate::error::{Error, Kind, Locate, Result};
 use crate::image::{DEFAULT_BLOCK_SIZE, DEFAULT_LOG_LENGTH, InitialState, NewImage};
 use maker::{Child, ChildRequest};
@@ -76,7 +74,7 @@ impl Snapshotter<'_> {
     pub(super) fn settle(&self, hold: bool, settled: &SyncSender<Result<()>>, served: &ServedImage) {
         let flush = || {
             let flushed = self.reactor.block_on(served.engine.flush());
-            check("committing dirty metadata", flushed, served)
+            served.check("committing dirty metadata", flushed)
         };
         let mut outcome = flush();
         let holds = hold && outcome.is_ok();
@@ -121,7 +119,7 @@ impl Snapshotter<'_> {
             served.engine.open_session().await?;
             served.engine.flush().await
         });
-        check("committing dirty metadata", outcome, served)
+        served.check("committing dirty metadata", outcome)
     }
 
     /// The child with an engine of its own, on top of what is served.
@@ -190,9 +188,8 @@ impl Snapshotter<'_> {
         served: &ServedImage,
         child: &ServedImage,
     ) -> Result<()> {
-        let frozen = self.reactor.block_on(served.engine.freeze());
-        check("freezing the image", frozen, served)?;
-        served.engine.shared().map.memory().rest();
+        let frozen = self.reactor.block_on(served.engine.rest());
+        served.check("freezing the image", frozen)?;
         if !reply.claim() {
             let image = child.file.path().display();
             tracing::warn!("the snapshot {image} is not taken: its caller has stopped waiting");
@@ -223,11 +220,6 @@ impl Snapshotter<'_> {
             tracing::warn!("{error:#}");
         }
     }
-}
-
-fn check(doing: &str, outcome: Outcome, served: &ServedImage) -> Result<()> {
-    let poisoned = served.engine.shared().session() == Session::Poisoned;
-    outcome.map_err(|errno| unclean(doing, errno, poisoned, served.file.path()))
 }
 
 /// Whether the device can continue with `child` as promised.

@@ -12,7 +12,7 @@ use serde::de::DeserializeOwned;
 use super::{
     ANSWER_DEADLINE, Answer, Command, LINE_DEADLINE, Report, Request, Status, VERSION, read_line, write_line,
 };
-use crate::device::order::{HandedOver, Snapped};
+use crate::device::order::{Grown, HandedOver, Sizes, Snapped};
 use crate::disk::HostFile;
 use crate::error::{Doing, Error, Kind, Locate, Result};
 
@@ -31,6 +31,21 @@ pub fn snapshot(path: &Path, image: PathBuf) -> Result<Snapped> {
     snapped.map_err(|error| match error.kind() {
         Kind::Io if error.remedy_text().is_none() => error.remedy(
             "`vhdx-ublk list` shows which image is served now, and the log beside the socket what was done",
+        ),
+        _ => error,
+    })
+}
+
+/// Has the daemon that listens at `path` make its disk larger, and waits until the kernel shows it so.
+///
+/// # Errors
+///
+/// As [`snapshot`].
+pub fn grow(path: &Path, sizes: Sizes) -> Result<Grown> {
+    let grown = send(path, &Command::Grow(sizes), 2 * ANSWER_DEADLINE + LINE_DEADLINE);
+    grown.map_err(|error| match error.kind() {
+        Kind::Io if error.remedy_text().is_none() => error.remedy(
+            "`vhdx-ublk list` shows the size of the disk, and the log beside the socket what was done",
         ),
         _ => error,
     })

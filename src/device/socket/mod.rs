@@ -21,9 +21,10 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 pub(super) use client::hand_over;
-pub use client::{report, snapshot, status};
+pub use client::{grow, report, snapshot, status};
 pub(super) use server::listen;
 
+use super::order::Sizes;
 use super::path;
 use super::stats::Stats;
 use super::warnings::Warning;
@@ -53,6 +54,8 @@ pub enum Command {
         #[serde(with = "path::one")]
         image: PathBuf,
     },
+    /// Make the disk larger.
+    Grow(Sizes),
     /// End, and leave the device to the caller, which has its image open.
     HandOver {
         /// That image: the daemon refuses if it serves another one by now.

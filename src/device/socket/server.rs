@@ -92,6 +92,10 @@ fn serve_client(
             snapshot_for(stream, image, pass_on);
             Ok(())
         }
+        Ok(Command::Grow(sizes)) => {
+            let outcome = ask(stream, "the resize", pass_on, |reply| Call::Grow { sizes, reply });
+            write_answer(stream, outcome.and_then(|grown| json(&grown)))
+        }
         Ok(Command::HandOver { image_file }) => {
             let successor = u32::try_from(getsockopt(stream, sockopt::PeerCredentials)?.pid()).unwrap_or(0);
             let call = |reply| Call::HandOver { image_file, successor, reply };
@@ -198,6 +202,7 @@ mod tests {
     use std::time::Instant;
 
     use super::*;
+    use crate::device::order::Sizes;
     use crate::device::socket::{Status, report, status};
     use crate::disk::HostFile;
 
@@ -216,6 +221,9 @@ mod tests {
         assert_eq!(parse(r#"{"version":1,"command":"status"}"#).expect("understood"), Command::Status);
         let line = r#"{"version":1,"command":{"handover":{"image_file":{"device":1,"inode":2}}}}"#;
         let image_file = HostFile { device: 1, inode: 2 };
+        let grow = r#"{"version":1,"command":{"grow":{"from_bytes":512,"to_bytes":1024}}}"#;
+        let sizes = Sizes { from_bytes: 512, to_bytes: 1024 };
+        assert_eq!(parse(grow).expect("understood"), Command::Grow(sizes));
         assert_eq!(parse(line).expect("understood"), Command::HandOver { image_file });
     }
 
@@ -267,6 +275,8 @@ mod tests {
                 match call {
                     Call::Snapshot { image, reply } => reply.send(Err(refusal().file(&image))),
                     Call::HandOver { reply, .. } => reply.send(Err(refusal())),
+                    Call::Grow { reply, .. } => reply.send(Err(refusal())),
+                    Call::HasGrown { .. } => panic!("no client makes it"),
                 }
             },
         )
