@@ -1,31 +1,38 @@
 //! `resize`: makes the disk of an image larger or smaller.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use schemars::JsonSchema;
 use serde::Serialize;
 
-use vhdx_ublk::device::claims::Claims;
+use vhdx_ublk::device::claims::{self, Claims};
+use vhdx_ublk::device::order::Sizes;
 use vhdx_ublk::device::path::WrittenPath;
+use vhdx_ublk::device::registry::{Entry, Registry};
+use vhdx_ublk::device::socket;
+use vhdx_ublk::device::stop::Target;
 use vhdx_ublk::disk::Reactor;
 use vhdx_ublk::error::{Error, Kind, Result};
 use vhdx_ublk::operations::resize::{LockedImage, Request, Size};
 use vhdx_ublk::printable::{both_sizes, human_size, shell};
+use vhdx_ublk::system::device_disk::DeviceDisk;
 use vhdx_ublk::system::grow::{Grown, Plan};
 
 use super::parent_options::ParentOptions;
 use super::{grow, output, size};
 
-/// Make the disk of an image larger or smaller. The image must not be in use.
+/// Make the disk of an image larger or smaller. While a device serves the image, it can become larger.
 ///
 /// What comes into the disk is zero. The disk gets the new size as a whole or not at all: after a power cut,
-/// run the command again.
+/// run the command again. A device that is served, and the file systems on it, stay in use; requests wait for
+/// a moment.
 #[derive(clap::Args)]
 #[command(after_help = AFTER_HELP)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a flag of its own on the command line")]
 pub struct Resize {
-    /// The image
-    image: PathBuf,
+    /// The image, or the device that serves it: its number, its name, or /dev/ublkbN
+    target: OsString,
     /// Only produces an error that names --size
     #[arg(hide = true, value_name = "SIZE", value_parser = misplaced)]
     _misplaced: Option<u64>,
@@ -37,7 +44,7 @@ pub struct Resize {
     force: bool,
     /// Have the last partition and its file system (ext2, ext3, ext4, XFS, Btrfs), or that of a disk without
     /// partitions, grow to the end of the disk, too. As root, with the ublk driver; the kernel mounts the
-    /// file system for it
+    /// file system for it, unless it is mounted
     #[arg(long, conflicts_with_all = ["minimum", "force"])]
     grow_fs: bool,
     /// Show what would be done, and change nothing
@@ -67,14 +74,18 @@ Examples:
   vhdx-ublk resize disk.vhdx --size 200G
   vhdx-ublk resize disk.vhdx --size +50G
   vhdx-ublk resize disk.vhdx --size +50G --grow-fs   the last partition and its file system, too
+  vhdx-ublk resize /dev/ublkb0 --size +50G --grow-fs   the same while they are in use
   vhdx-ublk resize disk.vhdx --minimum --dry-run   show how small the disk can be
 
-Partitions and file systems do not shrink with the disk: shrink them before it. They grow with it
-by --grow-fs, which serves the image for a moment and runs sfdisk and resize2fs, xfs_growfs or
-btrfs. It is refused, before anything is changed, if one of these is missing, or if the file system
-was not shut down cleanly or uses other devices. If it was interrupted, run the command again with
-the new size. The drivers of the kernel and these programs read the image: do not use --grow-fs for
-an image that you do not trust.
+An image that a device serves is resized by the daemon of the device, also if its path is given: it
+can grow, from Linux 6.16 on, and does not shrink. If the daemon is killed meanwhile, `recover` serves
+the disk with its old size or its new size; run the command again.
+Partitions and file systems do not shrink with the disk: shrink them before it. They grow with
+it by --grow-fs, which serves the image for a moment, unless it is served, and runs sfdisk and
+resize2fs, xfs_growfs or btrfs. It is refused, before anything is changed, if one of these is
+missing, or if the file system was not shut down cleanly or uses other devices. If it was
+interrupted, run the command again with the new size. The drivers of the kernel and these
+programs read the image: do not use --grow-fs for an image that you do not trust.
 A disk does not shrink below the end of its last partition, which `info` shows as its minimum size.
 On a GPT disk the second copy of the table must then move to the end of the disk: add the image, and
 run `sgdisk -e` or `sfdisk --relocate gpt-bak-std` on its device.
@@ -82,9 +93,10 @@ A fixed image needs the space of all new blocks at once. A differencing image ma
 parent, of which nothing shows in the new part.
 Children are found if devices use them, or in the folder of the image; make sure yourself that it
 has none elsewhere.
-JSON: image, dry_run, size_before, size, minimum_size (null if nothing is recognised on the disk),
-backup_gpt_must_move, grown (null without --grow-fs, or partition, type and volume_bytes),
-next_command (null, or what grows the file system).
+JSON: image, device (null, or the device that serves it), dry_run, size_before, size, minimum_size
+(null if nothing is recognised on the disk), backup_gpt_must_move, grown (null without --grow-fs, or
+partition, type and volume_bytes), next_command (null, or what grows the file system), pause_us (null,
+or how long requests had to wait, microseconds).
 Exit status: 0 resized, 1 failure (the disk reads as before), 2 wrong usage.";
 
 /// Reads a size, or a change of one.
@@ -112,6 +124,8 @@ fn misplaced(text: &str) -> std::result::Result<u64, String> {
 #[derive(Serialize, JsonSchema)]
 pub struct Answer {
     image: WrittenPath,
+    /// `/dev/ublkbN`, if a device serves the image.
+    device: Option<PathBuf>,
     /// Whether the disk keeps its size, because this is only shown.
     dry_run: bool,
     size_before: u64,
@@ -123,20 +137,93 @@ pub struct Answer {
     grown: Option<Grown>,
     /// What has it grow, if something on the disk can.
     next_command: Option<String>,
+    /// How long requests to the device had to wait, microseconds.
+    pause_us: Option<u64>,
 }
 
 impl Resize {
     /// Runs the command.
     pub fn run(self) -> Result<()> {
-        let Self { image, wanted, force, grow_fs, dry_run, json, parents, .. } = self;
-        let Wanted { size, minimum } = wanted;
+        match self.served()? {
+            Some(entry) => self.resize_served(&entry),
+            None => self.resize_at_rest(),
+        }
+    }
+
+    /// The device that is meant, or that serves the image that is meant.
+    fn served(&self) -> Result<Option<Entry>> {
+        let target = Target::parse(&self.target);
+        let is_path = target.image().is_some_and(Path::exists);
+        // Who is not root may resize an image that is no device's.
+        if is_path && !nix::unistd::geteuid().is_root() {
+            return Ok(None);
+        }
+        match claims::find(&target) {
+            Ok(listed) if !listed.is_abandoned() || !is_path => Ok(Some(listed.entry)),
+            Err(error) if !is_path => Err(error),
+            Ok(_) | Err(_) => Ok(None),
+        }
+    }
+
+    fn size(&self) -> Size {
+        let Wanted { size, minimum } = self.wanted;
         assert_ne!(size.is_some(), minimum, "the parser takes one of them");
-        let size = size.unwrap_or(Size::Minimum);
+        size.unwrap_or(Size::Minimum)
+    }
+
+    fn resize_served(&self, entry: &Entry) -> Result<()> {
+        let (device, before) = (&entry.device, entry.size_bytes);
+        if !entry.daemon.is_alive() {
+            let message = format!("the daemon of {} is not running", device.display());
+            return Err(Error::new(Kind::NotFound, message).remedy(format!("vhdx-ublk recover {}", entry.id)));
+        }
+        let disk = DeviceDisk::open(device)?;
+        let contents = disk.contents();
+        let after = self.size().of_disk(before, disk.sector_bytes(), contents.minimum_size())?;
+        drop(disk);
+        if after < before {
+            return Err(served_shrinks(entry, after));
+        }
+        let plan = Plan::of(&contents, Some(device));
+        let plan = if self.grow_fs { Some(plan?) } else { plan.ok() };
+        let mut answer = Answer {
+            image: WrittenPath::of(&entry.image),
+            device: Some(device.clone()),
+            dry_run: self.dry_run,
+            size_before: before,
+            size: after,
+            minimum_size: contents.minimum_size(),
+            backup_gpt_must_move: after != before && contents.has_gpt(),
+            grown: None,
+            next_command: None,
+            pause_us: None,
+        };
+        if self.dry_run {
+            return answer.print(self.json);
+        }
+        let registry = Registry::open()?;
+        let sizes = Sizes { from_bytes: before, to_bytes: after };
+        answer.pause_us = Some(socket::grow(&registry.socket_path(entry.id), sizes)?.pause_us);
+        match plan {
+            Some(plan) if self.grow_fs => {
+                answer.grown = Some(plan.grow(device)?);
+                answer.backup_gpt_must_move = false;
+            }
+            Some(_) if after > before => answer.next_command = Some(next_command(device, after)),
+            _ => {}
+        }
+        answer.print(self.json)
+    }
+
+    fn resize_at_rest(self) -> Result<()> {
+        let size = self.size();
+        let Self { target, force, grow_fs, dry_run, json, parents, .. } = self;
+        let image = PathBuf::from(target);
         let request = Request { image, size, search: parents.search(), force };
         let reactor = Reactor::new()?;
         let open = || LockedImage::open(&request, &reactor, &Claims);
         let mut locked = open()?;
-        let plan = Plan::of(locked.contents());
+        let plan = Plan::of(locked.contents(), None);
         let plan = if grow_fs {
             refuse_shrinking(&locked)?;
             drop(locked);
@@ -165,6 +252,15 @@ impl Resize {
     }
 }
 
+/// Why a disk that is served does not become `after` bytes.
+fn served_shrinks(entry: &Entry, after: u64) -> Error {
+    let (device, image) = (entry.device.display(), shell(&entry.image));
+    let message = format!("the disk of {device} can grow, and does not shrink, while it is served");
+    Error::new(Kind::Unsupported, message).remedy(format!(
+        "remove the device first: `vhdx-ublk del {device}`, then `vhdx-ublk resize {image} --size {after}`"
+    ))
+}
+
 fn refuse_shrinking(locked: &LockedImage) -> Result<()> {
     if locked.after() >= locked.before() {
         return Ok(());
@@ -180,6 +276,7 @@ impl Answer {
     fn of(locked: &LockedImage, dry_run: bool) -> Self {
         Self {
             image: WrittenPath::of(locked.path()),
+            device: None,
             dry_run,
             size_before: locked.before(),
             size: locked.after(),
@@ -187,6 +284,7 @@ impl Answer {
             backup_gpt_must_move: locked.strands_gpt(),
             grown: None,
             next_command: None,
+            pause_us: None,
         }
     }
 
@@ -204,9 +302,13 @@ impl Answer {
             output::print_line(&format!("To have the file system grow, too: {command}"))?;
         }
         if self.backup_gpt_must_move {
+            let (how, device) = match &self.device {
+                Some(device) => ("run", device.display().to_string()),
+                None => ("add the image, and run", "DEVICE".into()),
+            };
             tracing::warn!(
-                "the second copy of the GPT must move to the end of the disk: add the image, and run `sgdisk \
-                 -e DEVICE` or `sfdisk --relocate gpt-bak-std DEVICE` on its device"
+                "the second copy of the GPT must move to the end of the disk: {how} `sgdisk -e {device}` or \
+                 `sfdisk --no-reread --relocate gpt-bak-std {device}`"
             );
         }
         Ok(())
@@ -215,11 +317,17 @@ impl Answer {
     fn text(&self) -> String {
         let bytes = |size: u64| format!("{size} bytes ({})", human_size(size));
         let (before, after) = (bytes(self.size_before), bytes(self.size));
-        let image = self.image.text();
+        let image = match &self.device {
+            Some(device) => device.display().to_string(),
+            None => self.image.text().to_owned(),
+        };
+        let pause = self
+            .pause_us
+            .map_or_else(String::new, |pause_us| format!(" (pause: {} ms)", pause_us.div_ceil(1000)));
         match (self.size_before == self.size, self.dry_run) {
             (true, _) => format!("{image}: the disk has {after}, and stays as it is"),
             (false, true) => format!("{image}: the disk would change from {before} to {after}"),
-            (false, false) => format!("{image}: the disk changed from {before} to {after}"),
+            (false, false) => format!("{image}: the disk changed from {before} to {after}{pause}"),
         }
     }
 }

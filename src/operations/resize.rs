@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use uuid::Uuid;
 
 use super::children::children;
-use super::contents::{self, Contents, TableKind};
+use super::contents::{self, Contents};
 use super::{Devices, locked, room};
 use crate::chain::{self, Content, Member, ReadLayer, Search};
 use crate::disk::{Access, Reactor, UringDisk};
@@ -31,6 +31,36 @@ pub enum Size {
     Fewer(u64),
     /// What the partitions and volumes on it need.
     Minimum,
+}
+
+impl Size {
+    /// The size that is meant of a disk of `before` bytes in sectors of `sector` bytes, which can shrink to
+    /// `minimum` as far as that is known.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::Usage`] if no disk has such a size; [`Kind::Unsupported`] if the smallest one is not known.
+    pub fn of_disk(self, before: u64, sector: u32, minimum: Option<u64>) -> Result<u64> {
+        let usage = |message: String| Error::new(Kind::Usage, message);
+        let sector = u64::from(sector);
+        let after = match self {
+            Self::To(bytes) => Some(bytes),
+            Self::More(bytes) => before.checked_add(bytes),
+            Self::Fewer(bytes) => Some(before.saturating_sub(bytes)),
+            Self::Minimum => Some(minimum.map_or_else(|| Err(unknown()), Ok)?.min(before)),
+        };
+        let after = after.filter(|after| *after <= MAX_VIRTUAL_SIZE);
+        let Some(after) = after else { return Err(usage("a disk cannot be larger than 64 TiB".into())) };
+        if after == 0 {
+            let error = usage(format!("nothing of the disk of {} bytes would be left", both_sizes(before)));
+            return Err(error.remedy("leave at least one sector: `vhdx-ublk info` shows what the disk needs"));
+        }
+        if !after.is_multiple_of(sector) {
+            let message = format!("a disk of {after} bytes is no whole number of sectors of {sector} bytes");
+            return Err(usage(message).remedy(format!("--size {}", after.next_multiple_of(sector))));
+        }
+        Ok(after)
+    }
 }
 
 /// What the user wants to be resized.
@@ -78,7 +108,8 @@ impl LockedImage {
         let parent_bytes = parents.first().map_or(0, |parent| parent.image.metadata.virtual_size);
         let content = content(leaf, parents, reactor)?;
         let found = reactor.block_on(contents::find(&content));
-        let after = new_size(request.size, &metadata, &found).file(&path)?;
+        let sector = metadata.logical_sector_size;
+        let after = request.size.of_disk(before, sector, found.minimum_size()).file(&path)?;
         if after != before {
             is_parent?;
         }
@@ -120,8 +151,7 @@ impl LockedImage {
 
     /// Whether the second copy of a GPT is not at the end of the disk any longer.
     pub fn strands_gpt(&self) -> bool {
-        let table = self.found.table.as_ref();
-        table.is_some_and(|table| table.kind == TableKind::Gpt) && self.after != self.before
+        self.found.has_gpt() && self.after != self.before
     }
 
     /// Resizes the disk. If it has the size, at most space is given back that an interrupted resize has left.
@@ -187,29 +217,6 @@ fn refuse_children(leaf: &Member, request: &Request, devices: &dyn Devices) -> R
         shell(&found[0])
     );
     Err(Error::new(Kind::InUse, message).file(path).remedy(remedy))
-}
-
-/// The size that is meant, bytes.
-fn new_size(size: Size, metadata: &Metadata, found: &Contents) -> Result<u64> {
-    let usage = |message: String| Error::new(Kind::Usage, message);
-    let (before, sector) = (metadata.virtual_size, u64::from(metadata.logical_sector_size));
-    let after = match size {
-        Size::To(bytes) => Some(bytes),
-        Size::More(bytes) => before.checked_add(bytes),
-        Size::Fewer(bytes) => Some(before.saturating_sub(bytes)),
-        Size::Minimum => Some(found.minimum_size().map_or_else(|| Err(unknown()), Ok)?.min(before)),
-    };
-    let after = after.filter(|after| *after <= MAX_VIRTUAL_SIZE);
-    let Some(after) = after else { return Err(usage("a disk cannot be larger than 64 TiB".into())) };
-    if after == 0 {
-        let error = usage(format!("nothing of the disk of {} bytes would be left", both_sizes(before)));
-        return Err(error.remedy("leave at least one sector: `vhdx-ublk info` shows what the disk needs"));
-    }
-    if !after.is_multiple_of(sector) {
-        let message = format!("a disk of {after} bytes is no whole number of sectors of {sector} bytes");
-        return Err(usage(message).remedy(format!("--size {}", after.next_multiple_of(sector))));
-    }
-    Ok(after)
 }
 
 /// What is on the disk is not recognised.

@@ -11,7 +11,7 @@ use crate::error::{Doing, Locate, Result};
 use crate::operations::contents::{self, Contents, ReadAt};
 
 /// An open block device. While it is open, the device is in use.
-pub(super) struct DeviceDisk {
+pub struct DeviceDisk {
     device: BlockDevice,
     sector_bytes: u32,
 }
@@ -22,7 +22,7 @@ impl DeviceDisk {
     /// # Errors
     ///
     /// The operating system's.
-    pub(super) fn open(path: &Path) -> Result<Self> {
+    pub fn open(path: &Path) -> Result<Self> {
         let device = BlockDevice::open(path, Access::ReadOnly)?;
         let sector_bytes = ioctl_blksszget(device.file()).doing("reading the sector size").file(path)?;
         Ok(Self { device, sector_bytes })
@@ -37,8 +37,13 @@ impl DeviceDisk {
         self.device.file().sync_all()
     }
 
+    /// Size of a logical sector, bytes.
+    pub fn sector_bytes(&self) -> u32 {
+        self.sector_bytes
+    }
+
     /// What is on it.
-    pub(super) fn contents(&self) -> Contents {
+    pub fn contents(&self) -> Contents {
         smol::future::block_on(contents::find(self))
     }
 }

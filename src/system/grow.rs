@@ -7,7 +7,9 @@
 //! A power cut leaves the partition or the file system as it was or as it is to be; the same again finishes
 //! it.
 
+use std::fs;
 use std::io::Write;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
@@ -21,6 +23,8 @@ use super::device_disk::DeviceDisk;
 use super::driver::{self, Driver};
 use super::mounted::Mounted;
 use super::{node, program};
+use crate::device::device_number;
+use crate::device::mounts::{Mount, Mounts};
 use crate::device::registry::RUN_DIRECTORY;
 use crate::disk::Access;
 use crate::error::{Doing, Error, Kind, Result};
@@ -33,8 +37,8 @@ pub struct Plan {
     partition: Option<u32>,
     kind: VolumeKind,
     driver: &'static Driver,
-    /// Makes the partition longer.
-    sfdisk: Option<PathBuf>,
+    /// Makes the partition longer, and shows the kernel its new end.
+    partitioners: Option<[PathBuf; 2]>,
     /// Makes the file system larger.
     tool: PathBuf,
 }
@@ -51,13 +55,21 @@ pub struct Grown {
 }
 
 impl Plan {
-    /// What on a disk with these `contents` grows when the disk does.
+    /// What on a disk with these `contents` grows when the disk does. Its file system may be mounted from
+    /// `device`, if the disk is served as that.
     ///
     /// # Errors
     ///
     /// [`Kind::Unsupported`] if it is nothing that can be grown; [`Kind::NotFound`] if a program is missing.
-    pub fn of(contents: &Contents) -> Result<Self> {
-        let (partition, kind) = last_volume(contents)?;
+    pub fn of(contents: &Contents, device: Option<&Path>) -> Result<Self> {
+        let is_mounted = |partition: Option<&Partition>| {
+            let node = device.and_then(|device| match partition {
+                Some(part) => node::of_partition(device, part.number, part.start, part.length),
+                None => Some(device.to_owned()),
+            });
+            node.is_some_and(|node| mounts_have(&node))
+        };
+        let (partition, kind) = last_volume(contents, is_mounted)?;
         let (tool, package) = match kind {
             VolumeKind::Ext2 | VolumeKind::Ext3 | VolumeKind::Ext4 => ("resize2fs", "e2fsprogs"),
             VolumeKind::Xfs => ("xfs_growfs", "xfsprogs"),
@@ -65,8 +77,11 @@ impl Plan {
             _ => return Err(refused(format!("{} is not grown by this program", kind.name()))),
         };
         let driver = driver::of(kind).expect("these three are mounted");
-        let sfdisk = partition.map(|_| find("sfdisk", "fdisk")).transpose()?;
-        Ok(Self { partition, kind, driver, sfdisk, tool: find(tool, package)? })
+        let partitioners = match partition {
+            Some(_) => Some([find("sfdisk", "fdisk")?, find("partx", "util-linux")?]),
+            None => None,
+        };
+        Ok(Self { partition, kind, driver, partitioners, tool: find(tool, package)? })
     }
 
     /// How people call it: `partition 2 and its ext4`.
@@ -82,14 +97,15 @@ impl Plan {
         self.partition
     }
 
-    /// Has it grow to the end of the device at `device`, which this process alone uses.
+    /// Has it grow to the end of the device at `device`. Where the file system is mounted, the mount of this
+    /// process is one more of the same.
     ///
     /// # Errors
     ///
     /// What the kernel or a program says.
     pub fn grow(&self, device: &Path) -> Result<Grown> {
-        let node = match (self.partition, &self.sfdisk) {
-            (Some(number), Some(sfdisk)) => grow_partition(sfdisk, device, number)?,
+        let node = match (self.partition, &self.partitioners) {
+            (Some(number), Some(programs)) => grow_partition(programs, device, number)?,
             _ => device.to_owned(),
         };
         thread::scope(|scope| {
@@ -128,7 +144,10 @@ impl Plan {
 }
 
 /// The last partition, or none, and what it holds.
-fn last_volume(contents: &Contents) -> Result<(Option<u32>, VolumeKind)> {
+fn last_volume(
+    contents: &Contents,
+    is_mounted: impl Fn(Option<&Partition>) -> bool,
+) -> Result<(Option<u32>, VolumeKind)> {
     // The second copy of a GPT is behind the disk that was.
     let is_doubt = |fault: &&String| !fault.starts_with("the backup GPT ");
     if let Some(fault) = contents.faults.iter().find(is_doubt) {
@@ -156,11 +175,23 @@ fn last_volume(contents: &Contents) -> Result<(Option<u32>, VolumeKind)> {
         let why = driver::why_alone(volume.kind);
         return Err(refused(format!("the {} on {place} cannot grow: {why}", volume.kind.name())));
     }
-    if volume.journal == Journal::Dirty && !planted(Plant::GrowUnclean) {
+    // A file system that is mounted looks like one that was left so.
+    if volume.journal == Journal::Dirty && !is_mounted(last) && !planted(Plant::GrowUnclean) {
         let message = format!("the {} on {place} was not shut down cleanly", volume.kind.name());
         return Err(refused(message));
     }
     Ok((last.map(|last| last.number), volume.kind))
+}
+
+/// Whether this process sees a mount of the block device at `node`.
+fn mounts_have(node: &Path) -> bool {
+    let number = |path: &Path| fs::metadata(path).ok().map(|found| found.rdev()).filter(|rdev| *rdev != 0);
+    let Some(wanted) = number(node) else { return false };
+    // Btrfs has numbers of its own, and names its device as the source.
+    let is_its = |mount: Mount<'_>| {
+        mount.number == device_number(wanted).as_bytes() || number(&mount.source()) == Some(wanted)
+    };
+    Mounts::of_this_process().is_ok_and(|mounts| mounts.iter().any(is_its))
 }
 
 fn refused(message: String) -> Error {
@@ -174,9 +205,12 @@ fn called(contents: &Contents, number: u32) -> Result<&Partition> {
 }
 
 /// Has the partition reach to the end of the device; its node.
-fn grow_partition(sfdisk: &Path, device: &Path, number: u32) -> Result<PathBuf> {
-    let options = ["--quiet", "--wipe=never", "--wipe-partitions=never", "-N"];
-    run(program::at(sfdisk).args(options).arg(number.to_string()).arg(device), ", +\n")?;
+fn grow_partition([sfdisk, partx]: &[PathBuf; 2], device: &Path, number: u32) -> Result<PathBuf> {
+    // A table of which a partition is mounted is not read again as a whole.
+    let options = ["--quiet", "--no-reread", "--wipe=never", "--wipe-partitions=never", "-N"];
+    let text = number.to_string();
+    run(program::at(sfdisk).args(options).arg(&text).arg(device), ", +\n")?;
+    run(program::at(partx).args(["--update", "--nr", &text]).arg(device), "")?;
     let contents = DeviceDisk::open(device)?.contents();
     let partition = called(&contents, number)?;
     let node = node::of_partition(device, number, partition.start, partition.length);

@@ -19,7 +19,7 @@
 //! It may use everything below it, and only `cli` uses it.
 
 mod btrfs;
-mod device_disk;
+pub mod device_disk;
 pub mod doctor;
 mod driver;
 mod escape;

@@ -142,3 +142,21 @@ test_stock_kernel_leaves_partitions_alone() {
     [ ! -e "/sys/class/block/${device#/dev/}p1" ] || fail "the kernel has read its partition table"
     ublk del "$device"
 }
+
+# A kernel that cannot change the size of a device says so, and the device keeps it.
+test_stock_kernel_keeps_the_size() {
+    [[ ${VHDX_LAB_KERNEL:-} == debian-6.12* ]] || { note "only a kernel without the feature can say so"; return 0; }
+    local device
+    ublk create disk.vhdx --size 1G --block-size 1M
+    device=$(ublk add disk.vhdx)
+    refused ublk resize "$device" --size 2G
+    grep -q 'Linux 6.16' refusal || fail "$(cat refusal)"
+    grep -q 'vhdx-ublk del' refusal || fail "$(cat refusal)"
+    [ "$(blockdev --getsize64 "$device")" -eq $((1 << 30)) ] || fail "the size has changed"
+    write_stamps "$device" 10 4 7
+    ublk del "$device"
+    ublk resize disk.vhdx --size 2G
+    device=$(ublk add disk.vhdx)
+    check_stamps "$device" 10 4 7
+    ublk del "$device"
+}

@@ -285,7 +285,7 @@ fn ext4(incompatible: u32) -> Contents {
 pub fn what_was_not_shut_down_does_not_grow() {
     const EXTENTS: u32 = 0x40;
     const RECOVER: u32 = 4;
-    let refused = |contents: &Contents| Plan::of(contents).err().map(|error| error.to_string());
+    let refused = |contents: &Contents| Plan::of(contents, None).err().map(|error| error.to_string());
     let clean = refused(&ext4(EXTENTS)).unwrap_or_default();
     assert!(clean.is_empty() || clean.contains("is not installed"), "{clean}");
     let unclean = refused(&ext4(EXTENTS | RECOVER)).unwrap_or_default();

@@ -120,6 +120,11 @@ impl Contents {
     pub fn minimum_size(&self) -> Option<u64> {
         self.minimum_size
     }
+
+    /// Whether it has a GPT, whose second copy is at the end of the disk.
+    pub fn has_gpt(&self) -> bool {
+        self.table.as_ref().is_some_and(|table| table.kind == TableKind::Gpt)
+    }
 }
 
 /// Finds out what is on `disk`.
