@@ -179,11 +179,11 @@ mod tests {
         assert!(!first.is_empty() && first.len() < MESSAGES, "{} messages have room", first.len());
         journal.send_text(Level::ERROR, "the last one");
         let [announced, last] = &received(&socket)[..] else { panic!("two messages") };
-        let lost = format!(
+        let expected = format!(
             "messages are lost before this one, as the journal had no room: {}",
             MESSAGES - first.len()
         );
-        assert!(announced[MESSAGE].1 == lost, "{announced:?}: {lost}");
+        assert!(announced[MESSAGE].1 == expected, "{announced:?}: {expected}");
         assert_eq!(last[MESSAGE].1, "the last one");
     }
 

@@ -3,14 +3,14 @@
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-static SERVED: Mutex<PathBuf> = Mutex::new(PathBuf::new());
+static SERVED: Mutex<Option<PathBuf>> = Mutex::new(None);
 
 /// From now on messages are about the image at `path`.
 pub fn set(path: &Path) {
-    path.clone_into(&mut SERVED.lock().unwrap_or_else(PoisonError::into_inner));
+    *SERVED.lock().unwrap_or_else(PoisonError::into_inner) = Some(path.to_owned());
 }
 
 /// The path; empty before a device is served.
 pub fn get() -> PathBuf {
-    SERVED.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    SERVED.lock().unwrap_or_else(PoisonError::into_inner).clone().unwrap_or_default()
 }
