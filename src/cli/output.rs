@@ -33,10 +33,19 @@ pub fn print_line(line: &str) -> Result<()> {
 ///
 /// When standard output cannot be written for any other reason.
 pub fn print(text: &str) -> Result<()> {
+    print_while_read(text).map(drop)
+}
+
+/// As [`print()`], for a command that ends only when it is read no longer: `false` if the reader has left.
+///
+/// # Errors
+///
+/// As [`print()`].
+pub fn print_while_read(text: &str) -> Result<bool> {
     let mut stdout = io::stdout().lock();
     match writeln!(stdout, "{text}").and_then(|()| stdout.flush()) {
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        outcome => outcome.doing("writing the output"),
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(false),
+        outcome => outcome.doing("writing the output").map(|()| true),
     }
 }
 

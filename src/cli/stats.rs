@@ -17,7 +17,7 @@ use vhdx_ublk::disk::tally::Times;
 use vhdx_ublk::engine::port_counts::{Requests, Wait};
 use vhdx_ublk::engine::{Counters, Levels};
 use vhdx_ublk::error::{Error, Kind};
-use vhdx_ublk::printable::human_size;
+use vhdx_ublk::printable::{human_size, printable};
 
 use super::output;
 
@@ -166,18 +166,21 @@ impl Stats {
         rows.iter().try_for_each(|row| Ok(output::print(&text(row))?))
     }
 
-    /// One line for each device and second, until a device is gone or the command is interrupted.
+    /// One line for each device and second, until a device is gone, or no one reads them.
     fn watch(&self, registry: &Registry, targets: &[Target]) -> Result<()> {
         let mut before = rows(registry, targets)?;
         for round in 0.. {
             let began = Instant::now();
             thread::sleep(INTERVAL);
             let now = rows(registry, targets)?;
-            if self.json {
-                output::print_line(&serde_json::to_string(&now)?)?;
+            let text = if self.json {
+                printable(&serde_json::to_string(&now)?).into_owned()
             } else {
                 let headline = (round % HEADLINE_ROUNDS == 0).then_some(&HEADLINE);
-                output::print(&lines(headline, &before, &now, began.elapsed()))?;
+                lines(headline, &before, &now, began.elapsed())
+            };
+            if !output::print_while_read(&text)? {
+                break;
             }
             before = now;
         }

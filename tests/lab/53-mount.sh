@@ -3,19 +3,15 @@
 
 has_no_device() { [ "$(ublk list --json)" = "[]" ]; }
 
-# mount(8) looks for its helpers in /sbin. Here that is a folder of links, for as long as the test runs.
 install_helpers() {
-    mkdir -p /run/sbin
-    mount --bind /usr/sbin /run/sbin
-    mount -t tmpfs tmpfs /usr/sbin
-    ln -s /run/sbin/* /usr/sbin/
+    own_sbin
     ln -s "$VHDX_UBLK" /usr/sbin/mount.vhdx
     ln -s "$VHDX_UBLK" /usr/sbin/umount.vhdx
 }
 
 take_down() {
     umount -q -i -l "$scratch/other" 2>/dev/null || true
-    [ ! -e /usr/sbin/mount.vhdx ] || { umount /usr/sbin && umount /run/sbin; }
+    release_sbin
 }
 
 # An image with one file system on the whole disk.
@@ -91,7 +87,7 @@ test_mount_an_image_of_a_user() {
     ublk del 0
 }
 
-# is_untrusted WHAT: the mount gives no rights and no writes, and the kernel has not looked for partitions.
+# is_untrusted WHAT: the mount gives no rights and no writes, and the kernel has read no table.
 is_untrusted() {
     findmnt -no OPTIONS "$mnt" | tr , '\n' | grep -cxE 'ro|nosuid|nodev' | grep -qx 3 ||
         fail "$1: $(findmnt -no OPTIONS "$mnt")"

@@ -65,6 +65,15 @@ finish() {
     exit $status
 }
 
+# mount(8) looks for its helpers in /sbin. Here that is a folder of links, for as long as the test runs.
+own_sbin() {
+    mkdir -p /run/sbin
+    mount --bind /usr/sbin /run/sbin
+    mount -t tmpfs tmpfs /usr/sbin
+    ln -s /run/sbin/* /usr/sbin/
+}
+release_sbin() { ! mountpoint -q /run/sbin || { umount /usr/sbin && umount /run/sbin; }; }
+
 sha() { sha256sum "$1" | cut -d' ' -f1; }
 host_bytes() { echo $(($(stat -c '%b * %B' "$1"))); }
 
