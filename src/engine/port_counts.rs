@@ -325,9 +325,9 @@ mod tests {
         let counts = PortCounts::default();
         let (space, flush) = (Reason::of(Ask::Allocate { first: 0, count: 1 }), Reason::of(Ask::Flush));
         for reason in [space, space, flush] {
-            counts.asks(reason);
+            counts.asks(0, reason);
         }
-        counts.answered(space, Duration::from_millis(1));
+        counts.answered(0, space, Duration::from_millis(1));
         let waits = counts.traffic(1).waits;
         let shown = |name: &str| {
             let wait = waits.iter().find(|wait| wait.reason == name).expect("listed");
