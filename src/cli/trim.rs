@@ -78,18 +78,21 @@ impl Request<'_> {
         };
         let device = add(Access::ReadOnly)?;
         let survey = Survey::of(device.path())?;
+        // The image is locked: no other process changes what the record is about.
+        let known = record.insert(TrimRecord::of(&named.file, &registry)?);
+        let done = if self.dry_run { None } else { survey.done_before(known) };
         device.remove()?;
+        if let Some(trimmed) = done {
+            return Ok(trimmed);
+        }
         if self.dry_run || !survey.has_work() || watch.stop_requested() {
             return Ok(Trimmed { stopped: watch.stop_requested(), ..survey.outline() });
         }
         let device = add(Access::ReadWrite)?;
-        // From now on the image is locked: no other process changes what the record is about.
+        // It was not locked in between.
         let known = record.insert(TrimRecord::of(&named.file, &registry)?);
         let trimmed = survey.trim(device.path(), known, watch)?;
         device.remove()?;
-        if !trimmed.stopped {
-            known.finish(&trimmed.volumes);
-        }
         Ok(trimmed)
     }
 }

@@ -144,7 +144,28 @@ impl Survey {
             }
             volumes.push(volume);
         }
-        Ok(Trimmed { volumes, stopped: watch.stop_requested() })
+        let stopped = watch.stop_requested();
+        if !stopped && self.has_ended(&volumes) {
+            record.finish(&volumes);
+        }
+        Ok(Trimmed { volumes, stopped })
+    }
+
+    /// What was done, if the `record` says that nothing is left to do. The record has that from then on: a
+    /// command that is killed every second would spend each second on looking at the disk.
+    pub fn done_before(&self, record: &mut TrimRecord) -> Option<Trimmed> {
+        let volumes: Vec<_> = self.volumes.iter().map(|found| found.as_recorded(record)).collect();
+        if !self.has_work() || !self.has_ended(&volumes) {
+            return None;
+        }
+        record.finish(&volumes);
+        Some(Trimmed { volumes, stopped: false })
+    }
+
+    /// Whether each volume is trimmed that can be. What failed is tried again by the next command.
+    fn has_ended(&self, volumes: &[VolumeTrim]) -> bool {
+        let mut both = self.volumes.iter().zip(volumes);
+        both.all(|(found, volume)| found.plan.is_err() || volume.trimmed_bytes.is_some())
     }
 }
 
@@ -156,6 +177,13 @@ impl Found {
             trimmed_bytes: None,
             left_alone: self.plan.as_ref().err().cloned(),
         }
+    }
+
+    /// The same, if it can be trimmed and the `record` says that all of it is.
+    fn as_recorded(&self, record: &TrimRecord) -> VolumeTrim {
+        let trimmed = record.trimmed(self.place.start, self.place.length);
+        let is_whole = self.plan.is_ok() && trimmed.until == self.place.length;
+        VolumeTrim { trimmed_bytes: is_whole.then_some(trimmed.bytes), ..self.untrimmed() }
     }
 }
 

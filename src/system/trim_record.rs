@@ -9,6 +9,7 @@
 //! * what it says is durable;
 //! * it counts for one file, and under one DataWriteGuid: whoever writes to the disk gives it a new one, and
 //!   moves of blocks keep it;
+//! * it is written while a device of this command serves the image: no other process writes to the disk then;
 //! * a wrong record could only leave free space as it is.
 
 use std::fs::{self, File, OpenOptions};
@@ -102,7 +103,7 @@ impl TrimRecord {
         self.write();
     }
 
-    /// Keeps what became of all volumes. The image is closed.
+    /// Keeps what became of all volumes.
     pub fn finish(&mut self, volumes: &[VolumeTrim]) {
         self.known.outcome = Some(volumes.to_vec());
         self.write();
