@@ -63,7 +63,8 @@ Prints each file after removing it. The children of the merged image become chil
 ancestor: those in the folders of the chain are found, others must be named with --child. The
 merge is refused if another image in these folders is a child of an image that would be changed or
 removed, or if the host does not let it be read. A damaged image there is only warned of: look at
-it first, for it may be such a child.
+it first, for it may be such a child. With --parent, an image that was made of one of these and no
+longer finds it counts as a child: relink it first, or use --force.
 An image in another folder than the child is written only if --into names it, and removed only if
 --parent names it.
 The ancestor gets the size of the child: a fixed one needs space for all new blocks, a larger one

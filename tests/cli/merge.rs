@@ -10,7 +10,9 @@ use std::time::Duration;
 use serde_json::Value;
 use uuid::Uuid;
 use vhdx_ublk::disk::{Access, ImageFile, Reactor};
-use vhdx_ublk::format::locator::{PARENT_LINKAGE, PARENT_LINKAGE2};
+use vhdx_ublk::format::locator::{
+    ABSOLUTE_WIN32_PATH, PARENT_LINKAGE, PARENT_LINKAGE2, ParentLocator, RELATIVE_PATH,
+};
 use vhdx_ublk::image::Image;
 
 use super::relink::{base, child_of};
@@ -255,19 +257,131 @@ fn the_children_of_a_merged_layer_stay() {
 
 /// Has the image at `path` know its parent by these two linkages.
 fn know(path: &Path, linkages: [&Value; 2]) {
+    relocate(path, |locator| {
+        for (key, guid) in [PARENT_LINKAGE, PARENT_LINKAGE2].into_iter().zip(linkages) {
+            locator.set(key, format!("{{{}}}", guid.as_str().expect("text")));
+        }
+    });
+}
+
+/// Changes where and how the image at `path` looks for its parent.
+fn relocate(path: &Path, change: impl FnOnce(&mut ParentLocator)) {
     let reactor = Reactor::new().expect("io_uring is there");
     let file = ImageFile::open(path, Access::ReadWrite, Duration::ZERO).expect("free");
     let disk = reactor.disk(Arc::new(file));
     let change = async {
         let image = Image::open_for_writing(&disk, Uuid::new_v4).await?;
         let mut metadata = image.metadata.clone();
-        let locator = metadata.parent_locator.as_mut().expect("a child");
-        for (key, guid) in [PARENT_LINKAGE, PARENT_LINKAGE2].into_iter().zip(linkages) {
-            locator.set(key, format!("{{{}}}", guid.as_str().expect("text")));
-        }
+        change(metadata.parent_locator.as_mut().expect("a child"));
         image.amend(&disk, &metadata, Uuid::new_v4).await.map(drop)
     };
     reactor.block_on(change).expect("a short change");
+}
+
+/// `image`, renamed to `name`: no child finds it any longer.
+fn renamed(bench: &Bench, image: &Path, name: &str) -> String {
+    let path = bench.path(name);
+    fs::rename(image, &path).expect("ours");
+    path.to_str().expect("UTF-8").to_owned()
+}
+
+/// The parents were renamed, and the user has named them: their other children know them by their GUID alone,
+/// and need what would be removed or changed all the same.
+#[test]
+fn children_that_no_longer_find_their_parent_are_not_forgotten() {
+    let bench = Bench::new();
+    let first = base(&bench, "base.vhdx");
+    let middle = child_of(&bench, &first, "middle.vhdx");
+    let [leaf, other] = ["leaf.vhdx", "other.vhdx"].map(|name| child_of(&bench, &middle, name));
+    let (into, parent) = (renamed(&bench, &first, "new-base.vhdx"), renamed(&bench, &middle, "new.vhdx"));
+    let images = [Path::new(&into), Path::new(&parent), &leaf, &other];
+    let before = images.map(Snapshot::of);
+    let copy = bench.path("own.vhdx");
+    let options = ["--parent", &parent, "--parent", &into, "--into", &into];
+    let copied = [&options[..], &["--copy", copy.to_str().expect("UTF-8")]].concat();
+    let refused = |image: &Path, options: &[&str], child: &str| {
+        let message = on("merge", image, options).failed(1);
+        assert!(message.contains(child) && message.contains("relink"), "{message}");
+        for (image, before) in images.iter().zip(&before) {
+            before.assert_kept(image);
+        }
+    };
+    refused(&leaf, &options, "other.vhdx: it was made of");
+    refused(&leaf, &copied, "other.vhdx: it was made of");
+    assert!(!copy.exists(), "nothing is copied for a merge that is refused");
+    refused(images[1], &["--parent", &into], "leaf.vhdx: it was made of");
+    // What the message says helps, and a child that is found becomes the ancestor's.
+    for child in [&leaf, &other] {
+        ran_relink(child, images[1]);
+    }
+    assert_eq!(on("merge", images[1], &["--parent", &into]).status, Some(0));
+    assert!(!images[1].exists());
+    for child in [&leaf, &other] {
+        let chain = on("info", child, &["--chain"]).succeeded();
+        assert!(chain.contains("new-base.vhdx") && !chain.contains("new.vhdx"), "{chain}");
+    }
+}
+
+fn ran_relink(child: &Path, parent: &Path) {
+    let ran = program().arg("relink").args([child, parent]).output().expect("it runs");
+    assert!(ran.status.success(), "{ran:?}");
+}
+
+/// What no longer finds the layer that goes is lost if the user says so.
+#[test]
+fn children_that_no_longer_find_their_parent_are_lost_by_force() {
+    let bench = Bench::new();
+    let first = base(&bench, "base.vhdx");
+    let middle = child_of(&bench, &first, "middle.vhdx");
+    let [leaf, _] = ["leaf.vhdx", "other.vhdx"].map(|name| child_of(&bench, &middle, name));
+    let (into, parent) = (renamed(&bench, &first, "new-base.vhdx"), renamed(&bench, &middle, "new.vhdx"));
+    let options = ["--parent", &parent, "--parent", &into, "--into", &into, "--force"];
+    let forced = on("merge", &leaf, &options);
+    assert_eq!((forced.status, bench.path("new.vhdx").exists()), (Some(0), false), "{}", forced.stderr);
+    assert!(forced.stderr.contains("other.vhdx: it was made of"), "{}", forced.stderr);
+}
+
+/// The other children of a target that was renamed keep their content, as those do that find it.
+#[test]
+fn the_target_has_children_that_no_longer_find_it() {
+    let bench = Bench::new();
+    let ([first, one, other], disks) = siblings(&bench);
+    let into = renamed(&bench, &first, "new-base.vhdx");
+    let before = Snapshot::of(Path::new(&into));
+    let refused = on("merge", &one, &["--parent", &into]).failed(1);
+    assert!(refused.contains("other.vhdx: its parent is") && refused.contains("--copy"), "{refused}");
+    let copy = bench.path("own.vhdx");
+    merged(&one, &["--parent", &into, "--copy", copy.to_str().expect("UTF-8")]);
+    before.assert_kept(Path::new(&into));
+    assert_same(&copy, &disks[0]);
+    ran_relink(&other, Path::new(&into));
+    assert_same(&other, &disks[1]);
+}
+
+/// Where Windows' drives are holds for every image, not only for the one that is merged.
+#[test]
+fn children_are_looked_for_where_the_user_has_mapped_their_parents() {
+    let bench = Bench::new();
+    fs::create_dir(bench.path("drive")).expect("a folder");
+    let base = base(&bench, "drive/base.vhdx");
+    let [leaf, other] = ["leaf.vhdx", "other.vhdx"].map(|name| {
+        let child = child_of(&bench, &base, name);
+        relocate(&child, |locator| {
+            locator.set(RELATIVE_PATH, r".\gone\base.vhdx");
+            locator.set(ABSOLUTE_WIN32_PATH, r"C:\images\base.vhdx");
+        });
+        child
+    });
+    let map = format!(r"C:\images={}", bench.path("drive").display());
+    let options = ["--parent-map", &map, "--into", base.to_str().expect("UTF-8")];
+    let before = [&base, &leaf].map(|path| Snapshot::of(path));
+    let refused = on("merge", &leaf, &options).failed(1);
+    assert!(refused.contains("other.vhdx: its parent is") && refused.contains("--copy"), "{refused}");
+    for (path, before) in [&base, &leaf].into_iter().zip(before) {
+        before.assert_kept(path);
+    }
+    fs::remove_file(other).expect("ours");
+    merged(&leaf, &options);
 }
 
 /// Cut when one of two children was its parent's already: the other one needs the layer, until the merge is

@@ -202,19 +202,25 @@ impl LockedChain {
         let mut chain = Self { layers, places, target, below, children: Vec::new() };
         chain.check(request.shrink)?;
         for named in &request.children {
-            chain.lock_child(named, reactor, devices)?;
+            chain.lock_child(named, &request.search, reactor, devices)?;
         }
-        for found in neighbours::refuse_relatives(&chain, beside)? {
-            chain.lock_child(&found, reactor, devices)?;
+        for found in neighbours::refuse_relatives(&chain, request, beside)? {
+            chain.lock_child(&found, &request.search, reactor, devices)?;
         }
         Ok(chain)
     }
 
     /// Locks the image at `path`, a child of the image that is merged, which it will no longer need.
-    fn lock_child(&mut self, path: &Path, reactor: &Reactor, devices: &dyn Devices) -> Result<()> {
+    fn lock_child(
+        &mut self,
+        path: &Path,
+        search: &Search,
+        reactor: &Reactor,
+        devices: &dyn Devices,
+    ) -> Result<()> {
         let child = locked::open_named(reactor, path, devices)?;
         child.image.check_writable().file(child.path())?;
-        if !self.is_child(&child) {
+        if !self.is_child(&child, search) {
             let message = format!("it is not a child of {}", self.child().display());
             let remedy = format!("vhdx-ublk info --chain {}", shell(child.path()));
             return Err(Error::new(Kind::Usage, message).file(child.path()).remedy(remedy));
@@ -223,13 +229,13 @@ impl LockedChain {
         Ok(())
     }
 
-    /// Whether `other` is a child of the image that is merged, or was: a merge that was cut may have made it
-    /// one of the target's.
-    fn is_child(&self, other: &impl chain::Relative) -> bool {
-        let (search, layer) = (Search::default(), &self.layers[0]);
+    /// Whether `other`, which looks for its parent as `search` says, is a child of the image that is merged, or
+    /// was: a merge that was cut may have made it one of the target's.
+    fn is_child(&self, other: &impl chain::Relative, search: &Search) -> bool {
+        let layer = &self.layers[0];
         let linkage = other.metadata().parent_locator.as_ref().and_then(|locator| locator.linkage().ok());
         let knows = linkage == Some(layer.image.header.header.data_write_guid);
-        knows && [layer, &self.target].iter().any(|parent| chain::is_child(other, *parent, &search))
+        knows && [layer, &self.target].iter().any(|parent| chain::is_child(other, *parent, search))
     }
 
     /// The file of the child.

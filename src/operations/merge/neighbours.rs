@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::{Beside, LockedChain};
+use super::{Beside, LockedChain, Request};
 use crate::chain::{self, Known, Layer, Search};
 use crate::disk::folder_of;
 use crate::error::{Error, Kind, Result};
@@ -15,8 +15,12 @@ use crate::printable::shell;
 
 /// Looks for images that would lose their parent, or that would be over changed content where they must not
 /// be `beside` it. Returns the children of the image that is merged, but those that are locked already.
-pub(super) fn refuse_relatives(chain: &LockedChain, beside: Beside) -> Result<Vec<PathBuf>> {
-    let (search, force) = (Search::default(), beside == Beside::Lose);
+pub(super) fn refuse_relatives(
+    chain: &LockedChain,
+    request: &Request,
+    beside: Beside,
+) -> Result<Vec<PathBuf>> {
+    let (kinship, force) = (Kinship::of(request), beside == Beside::Lose);
     let (layers, target) = (&chain.layers, &chain.target);
     let all = || layers.iter().chain([target]).chain(&chain.below).chain(&chain.children);
     let changed = layers.iter().chain([target]);
@@ -29,13 +33,15 @@ pub(super) fn refuse_relatives(chain: &LockedChain, beside: Beside) -> Result<Ve
     }
     let mut children = Vec::new();
     for (path, other) in &others {
-        if chain.is_child(other) {
+        if chain.is_child(other, kinship.search) {
             children.push(path.clone());
-        } else if let Some(layer) = layers.iter().find(|layer| chain::is_child(other, *layer, &search)) {
+        } else if let Some(layer) = layers.iter().find(|layer| kinship.is_child(other, *layer)) {
             return Err(loses_its_parent(path, layer.path()));
-        } else if is_left_over(chain, other) {
-            if let Some((child, _)) = others.iter().find(|(_, child)| chain::is_child(child, other, &search))
-            {
+        } else if let Some(layer) = layers.iter().find(|layer| kinship.may_be_child(other, *layer)) {
+            may_lose_its_parent(path, layer.path(), force)?;
+        } else if is_left_over(chain, other, kinship) {
+            let needs_it = |(_, child): &&(PathBuf, Known)| kinship.may_be_child(child, other);
+            if let Some((child, _)) = others.iter().find(needs_it) {
                 return Err(is_unfinished(path, child));
             }
             tracing::warn!(
@@ -43,22 +49,53 @@ pub(super) fn refuse_relatives(chain: &LockedChain, beside: Beside) -> Result<Ve
                 path.display(),
                 target.path().display()
             );
-        } else if beside == Beside::Refuse && chain::is_child(other, target, &search) {
+        } else if beside == Beside::Refuse && kinship.is_beside(other, target) {
             return Err(over_changed_content(path, target.path()));
         }
     }
     Ok(children)
 }
 
+/// How an image beside a chain is known as a child of one of its images.
+#[derive(Clone, Copy)]
+struct Kinship<'a> {
+    search: &'a Search,
+    /// The target is a copy. The children of the original know it by the same GUID.
+    is_copied: bool,
+}
+
+impl<'a> Kinship<'a> {
+    fn of(request: &'a Request) -> Self {
+        Self { search: &request.search, is_copied: request.copied.is_some() }
+    }
+
+    /// Whether `child` finds `parent` by itself.
+    fn is_child(self, child: &dyn chain::Relative, parent: &dyn chain::Relative) -> bool {
+        chain::is_child(child, parent, self.search)
+    }
+
+    /// As [`Self::is_child`], or where the user has named the parents: files were renamed or moved then, and
+    /// the places that a child names say nothing. The GUID does.
+    fn may_be_child(self, child: &dyn chain::Relative, parent: &dyn chain::Relative) -> bool {
+        let are_named = !self.search.parents.is_empty();
+        self.is_child(child, parent) || (are_named && chain::is_made_of(child, parent))
+    }
+
+    /// Whether `child` may be another child of the `target`.
+    fn is_beside(self, child: &dyn chain::Relative, target: &dyn chain::Relative) -> bool {
+        if self.is_copied { self.is_child(child, target) } else { self.may_be_child(child, target) }
+    }
+}
+
 /// Whether `other` took part in a merge that has come to its last steps, as this chain did: both are known to
 /// the target by the second linkage that only a merge gives, and several are only when all is copied. It was
 /// the parent of the lowest layer.
-fn is_left_over(chain: &LockedChain, other: &Known) -> bool {
+fn is_left_over(chain: &LockedChain, other: &Known, kinship: Kinship) -> bool {
     let merged = Some(chain.target.image.header.header.data_write_guid);
     let linkage2 = |metadata: &Metadata| metadata.parent_locator.as_ref().and_then(ParentLocator::linkage2);
     let lowest = &chain.layers.last().expect("a merge has a layer").image.metadata;
     let linkage = lowest.parent_locator.as_ref().and_then(|locator| locator.linkage().ok());
-    chain::is_child(other, &chain.target, &Search::default())
+    kinship.may_be_child(other, &chain.target)
         && linkage2(lowest) == merged
         && linkage2(&other.identity.metadata) == merged
         && linkage == Some(other.identity.data_write_guid)
@@ -108,6 +145,23 @@ fn loses_its_parent(path: &Path, parent: &Path) -> Error {
         shell(path)
     );
     Error::new(Kind::InUse, message).file(path).remedy(remedy)
+}
+
+/// An image that knows `parent` by its GUID, and does not find it: it is a child whose parent was renamed, or
+/// one that has a parent elsewhere.
+fn may_lose_its_parent(path: &Path, parent: &Path, force: bool) -> Result<()> {
+    let message = format!("it was made of {}, which the merge would remove", parent.display());
+    if force {
+        tracing::warn!("{}: {message}: it becomes unreadable, unless it has that elsewhere", path.display());
+        return Ok(());
+    }
+    let remedy = format!(
+        "if it is needed, have it find its parent: `vhdx-ublk relink {} {}`; otherwise move it to another \
+         folder, or merge with --force",
+        shell(path),
+        shell(parent)
+    );
+    Err(Error::new(Kind::InUse, message).file(path).remedy(remedy))
 }
 
 fn over_changed_content(path: &Path, parent: &Path) -> Error {
