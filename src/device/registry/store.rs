@@ -339,9 +339,10 @@ fn overwrite(path: &Path, text: &str, refused: io::Error) -> io::Result<()> {
     if u64::try_from(text.len()).expect("short") > found.blocks() * 512 {
         return Err(refused);
     }
-    // Blanks behind an entry are no part of it.
-    let length = usize::try_from(found.len()).expect("short");
-    file.write_all_at(format!("{text:length$}").as_bytes(), 0)
+    // Blanks behind an entry are no part of it. They are counted in bytes, as the old entry's end is.
+    let mut padded = text.as_bytes().to_vec();
+    padded.resize(padded.len().max(usize::try_from(found.len()).expect("short")), b' ');
+    file.write_all_at(&padded, 0)
 }
 
 /// The file that the keeper of device `id` makes, and locks while it serves that again.
@@ -634,6 +635,27 @@ mod tests {
         let odd = Entry { image: odd(b"/a\xff\n.vhdx"), parents: vec![odd(b"/\xfe")], ..entry(1) };
         registry.write(&odd).expect("written");
         assert_eq!(read(&registry), [odd]);
+    }
+
+    /// Names of files have more bytes than characters; what an entry leaves of a longer one is no text.
+    #[test]
+    fn an_entry_of_any_name_is_written_over_a_longer_one_and_a_shorter_one() {
+        let place = tempfile::tempdir().expect("a directory");
+        let registry = Registry::at(&place.path().join("run")).expect("made");
+        let [short, long] = [20, 200].map(|length| {
+            let image = format!("/{}.vhdx", "ä".repeat(length)).into();
+            Entry { image, ..entry(1) }
+        });
+        let path = registry.entry_path(1);
+        for (first, second) in [(&long, &short), (&short, &long), (&long, &entry(1))] {
+            registry.write(first).expect("written");
+            let length = fs::metadata(&path).expect("there").len();
+            let text = text_of(second).expect("text");
+            overwrite(&path, &text, io::Error::from_raw_os_error(libc::ENOSPC)).expect("in its block");
+            assert_eq!(registry.entry(1).expect("whole"), Some(second.clone()));
+            let written = fs::metadata(&path).expect("there").len();
+            assert_eq!(written, length.max(text.len() as u64), "no byte more than is needed");
+        }
     }
 
     #[test]
