@@ -79,7 +79,7 @@ Examples:
 
 An image that a device serves is resized by the daemon of the device, also if its path is given: it
 can grow, from Linux 6.16 on, and does not shrink. If the daemon is killed meanwhile, `recover` serves
-the disk with its old size or its new size; run the command again.
+the disk with its old size or its new size; run the command again with the new size, not with +SIZE.
 Partitions and file systems do not shrink with the disk: shrink them before it. They grow with
 it by --grow-fs, which serves the image for a moment, unless it is served, and runs sfdisk and
 resize2fs, xfs_growfs or btrfs. It is refused, before anything is changed, if one of these is

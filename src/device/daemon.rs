@@ -530,17 +530,23 @@ impl<E: EngineHandle> Device<E> {
         ))
     }
 
-    /// The disk is larger, durably, and the queues serve all of it: now its users may know.
+    /// The disk is larger, durably, and the queues serve all of it: now its users may know. The entry is
+    /// first: if the kernel refuses, the same size again comes here again. This daemon stops the device only
+    /// when it handles no more calls.
     fn tell_size(&self, grown: Grown) -> Result<Grown> {
         let size_bytes = grown.size_bytes;
         let told = self
-            .control
-            .update_size(self.info.id, size_bytes)
-            .and_then(|()| self.record(|entry| entry.size_bytes = size_bytes));
+            .record(|entry| entry.size_bytes = size_bytes)
+            .and_then(|()| self.control.update_size(self.info.id, size_bytes));
         told.map(|()| grown).map_err(|error| {
             let message = format!("the image is larger, and {} is not: {error}", self.path().display());
-            Error::new(error.kind(), message).remedy("run the command again")
+            Error::new(error.kind(), message).remedy(self.told_again_by(size_bytes))
         })
+    }
+
+    /// What tells the kernel the size again. A relative one would make the disk larger once more.
+    fn told_again_by(&self, size_bytes: u64) -> String {
+        format!("run `vhdx-ublk resize {} --size {size_bytes}`", self.path().display())
     }
 
     /// Gives the kernel the size of a disk that has grown when its daemon was killed. A failure is a warning.
@@ -548,7 +554,10 @@ impl<E: EngineHandle> Device<E> {
         if disk_size(self.info.id).is_none_or(|known| known < size_bytes) && self.control.can_update_size() {
             match self.control.update_size(self.info.id, size_bytes) {
                 Ok(()) => tracing::info!("{} has {size_bytes} bytes now", self.path().display()),
-                Err(error) => tracing::warn!("the kernel does not know the disk's new size: {error:#}"),
+                Err(error) => {
+                    let remedy = self.told_again_by(size_bytes);
+                    tracing::warn!("the kernel does not know the disk's new size: {error:#}; {remedy}");
+                }
             }
         }
     }

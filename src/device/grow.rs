@@ -51,10 +51,11 @@ impl Grower<'_> {
 
     fn grow(&self, sizes: Sizes, reply: &Reply<Grown>, served: &mut ServedImage) -> Result<Grown> {
         let size_bytes = sizes.to_bytes;
-        check_sizes(sizes, served)?;
+        // Its entry may have the old size, or the kernel, if one of them could not be told: they are again.
         if size_bytes == served.opened.parameters.size_bytes {
             return Ok(Grown { size_bytes, pause_us: 0 });
         }
+        check_sizes(sizes, served)?;
         let flushed = self.reactor.block_on(served.engine.flush());
         served.check("committing dirty metadata", flushed)?;
         let geometry = longer(served.engine.shared().geometry(), size_bytes);
@@ -152,7 +153,8 @@ fn check_sizes(Sizes { from_bytes, to_bytes }: Sizes, served: &ServedImage) -> R
         (served.opened.parameters.size_bytes, served.engine.shared().geometry().logical_sector_size());
     if from_bytes != now {
         let message = format!("the disk has {now} bytes by now");
-        return Err(Error::new(Kind::InUse, message).remedy("run the command again"));
+        let remedy = format!("run the command again; if it says the same, run it with `--size {now}` first");
+        return Err(Error::new(Kind::InUse, message).remedy(remedy));
     }
     if to_bytes < now {
         return Err(Error::new(Kind::Unsupported, "the disk of a device that is served does not shrink"));

@@ -245,3 +245,22 @@ test_grow_refused() {
     ublk del "$device"
     ublk check fixed.vhdx >/dev/null || fail "$(ublk check fixed.vhdx)"
 }
+
+# The image and the kernel have the new size, the entry the old one, as where it could not be written.
+test_grow_again_ends_what_was_begun() {
+    local device entry
+    ublk create disk.vhdx --size 256M
+    device=$(ublk add disk.vhdx)
+    entry=/run/vhdx-ublk/${device#/dev/ublkb}.json
+    ublk resize "$device" --size 512M
+    jq '.size_bytes = 268435456' "$entry" >edited
+    cat edited >"$entry"
+    refused ublk resize "$device" --size 1G
+    grep -q -e '--size 536870912' refusal || fail "$(cat refusal)"
+    ublk resize "$device" --size 512M
+    has_size "$device" $((512 << 20))
+    ublk resize "$device" --size 1G
+    has_size "$device" $((1 << 30))
+    ublk del "$device"
+    ublk check disk.vhdx >/dev/null || fail "$(ublk check disk.vhdx)"
+}
