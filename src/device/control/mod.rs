@@ -277,14 +277,19 @@ impl Control {
         self.exchange(END_RECOVERY, id, u64::from(std::process::id()), ()).map(drop)
     }
 
-    /// Makes the device, which is started, a disk of `bytes`; there is a uevent. Only where the driver has
+    /// Makes the device, which is served, a disk of `bytes`; there is a uevent. Only where the driver has
     /// `UPDATE_SIZE_FEATURE`.
     ///
     /// # Errors
     ///
-    /// The kernel's.
+    /// [`Kind::NotFound`] if the device is not served any longer; the kernel's.
     pub fn update_size(&self, id: u32, bytes: u64) -> Result<()> {
         assert!(bytes.is_multiple_of(KERNEL_SECTOR), "a disk of {bytes} bytes is whole sectors");
+        // Before Linux 7.0 the driver follows a null pointer if the device has no disk. This makes the time
+        // short in which another process can stop the device, and does not end it.
+        if self.info(id)?.is_none_or(|found| found.state != KernelState::Live) {
+            return Err(Error::new(Kind::NotFound, format!("device {id} is being stopped")));
+        }
         self.exchange(UPDATE_SIZE, id, bytes / KERNEL_SECTOR, ()).map(drop)
     }
 
