@@ -97,7 +97,9 @@ impl Del {
             }
             None if self.all => Vec::new(),
             None => {
-                let none = |text: &OsString| (text.clone(), Err(claims::no_devices(&Target::parse(text))));
+                let none = |text: &OsString| {
+                    (text.clone(), Target::parse(text).and_then(|target| Err(claims::no_devices(&target))))
+                };
                 self.target.iter().map(none).collect()
             }
         };
@@ -109,9 +111,10 @@ impl Del {
     }
 
     fn named(&self, registry: &Registry) -> Vec<(OsString, Result<()>)> {
-        let take =
-            |text: &OsString| (text.clone(), stop::take_away(registry, &Target::parse(text), &self.how()));
-        self.target.iter().map(take).collect()
+        let take = |text: &OsString| {
+            Target::parse(text).and_then(|target| stop::take_away(registry, &target, &self.how()))
+        };
+        self.target.iter().map(|text| (text.clone(), take(text))).collect()
     }
 
     /// Removes all devices. A device in use is tried again after another has been removed, which may have
@@ -146,7 +149,7 @@ impl Del {
         let [text] = &self.target[..] else {
             return Err(Error::new(Kind::Usage, "a child process removes one device"));
         };
-        let Target::Id(id) = Target::parse(text) else {
+        let Target::Id(id) = Target::parse(text)? else {
             return Err(Error::new(Kind::Usage, "a child process needs the device's number"));
         };
         let openers = if self.force { Openers::Any } else { Openers::None };

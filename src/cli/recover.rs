@@ -113,11 +113,10 @@ impl Recover {
             return Ok(abandoned.map(|listed| (listed.entry.device.clone().into(), Ok(listed))).collect());
         }
         let find = |text: &OsString| {
-            let target = Target::parse(text);
-            let found = claims::find(&target).map_err(|error| nothing_to_recover(error, &target));
-            (text.clone(), found)
+            let target = Target::parse(text)?;
+            claims::find(&target).map_err(|error| nothing_to_recover(error, &target))
         };
-        Ok(self.target.iter().map(find).collect())
+        Ok(self.target.iter().map(|text| (text.clone(), find(text))).collect())
     }
 
     /// Recovers all `devices` at once: the image of one may lie on another, and cannot be read before that is
@@ -185,7 +184,7 @@ impl Recover {
         let [text] = &self.target[..] else {
             return Err(Error::new(Kind::Usage, "a daemon serves one device"));
         };
-        let listed = claims::find(&Target::parse(text))?;
+        let listed = claims::find(&Target::parse(text)?)?;
         refuse_served(&listed)?;
         let entry = &listed.entry;
         if entry.private_mounts {

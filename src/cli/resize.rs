@@ -152,7 +152,7 @@ impl Resize {
 
     /// The device that is meant, or that serves the image that is meant.
     fn served(&self) -> Result<Option<Entry>> {
-        let target = Target::parse(&self.target);
+        let target = Target::parse(&self.target)?;
         let is_path = target.image().is_some_and(Path::exists);
         // Who is not root may resize an image that is no device's.
         if is_path && !nix::unistd::geteuid().is_root() {

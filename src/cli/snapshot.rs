@@ -44,7 +44,7 @@ wrong usage.";
 impl Snapshot {
     /// Runs the command.
     pub fn run(&self) -> Result<()> {
-        let target = Target::parse(&self.target);
+        let target = Target::parse(&self.target)?;
         let registry = claims::registry()?.ok_or_else(|| claims::no_devices(&target))?;
         let entry = stop::find(&registry, &target)?.entry;
         let device = entry.device.display();

@@ -149,7 +149,8 @@ impl Row {
 impl Stats {
     /// Runs the command.
     pub fn run(&self) -> Result<()> {
-        let targets: Vec<Target> = self.target.iter().map(|text| Target::parse(text)).collect();
+        let targets = self.target.iter().map(|text| Target::parse(text));
+        let targets = targets.collect::<Result<Vec<Target>, _>>()?;
         let registry = match (claims::registry()?, targets.first()) {
             (Some(registry), _) => registry,
             (None, Some(target)) => return Err(claims::no_devices(target).into()),

@@ -93,7 +93,7 @@ impl Upgrade {
     /// There are no devices.
     fn none(&self) -> Result<()> {
         match self.target.first() {
-            Some(text) => Err(claims::no_devices(&Target::parse(text))),
+            Some(text) => Err(claims::no_devices(&Target::parse(text)?)),
             None if self.json => output::print_json(&Vec::<Upgraded>::new()),
             None => Ok(()),
         }
@@ -117,7 +117,8 @@ impl Upgrade {
         if self.all {
             return Ok(claims::devices()?.into_iter().filter(is_meant_by_all).map(Ok).collect());
         }
-        Ok(self.target.iter().map(|text| claims::find(&Target::parse(text))).collect())
+        let find = |text: &OsString| claims::find(&Target::parse(text)?);
+        Ok(self.target.iter().map(find).collect())
     }
 
     /// In the new daemon.
@@ -125,7 +126,7 @@ impl Upgrade {
         let [text] = &self.target[..] else {
             return Err(Error::new(Kind::Usage, "a daemon serves one device"));
         };
-        let target = Target::parse(text);
+        let target = Target::parse(text)?;
         let registry = claims::registry()?.ok_or_else(|| claims::no_devices(&target))?;
         let listed = claims::find(&target)?;
         let taken_over = || {

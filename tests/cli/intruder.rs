@@ -94,6 +94,36 @@ fn an_image_behind_a_link_of_another_user_is_neither_mounted_nor_enabled() {
     }
 }
 
+/// The image that another user's link leads to may be served: the link does not say which device is meant.
+#[test]
+fn a_link_of_another_user_names_no_device() {
+    if !nix::unistd::geteuid().is_root() {
+        return super::skipped("only root gives links away: links to served images are not tested");
+    }
+    let bench = Bench::new();
+    let image = base(&bench, "image.vhdx");
+    let (link, next) = (bench.path("link.vhdx"), bench.path("next.vhdx"));
+    symlink(&image, &link).expect("room");
+    let (named, next) = (link.to_str().expect("UTF-8"), next.to_str().expect("UTF-8"));
+    let commands: [&[&str]; 6] = [
+        &["del", named],
+        &["snapshot", named, next],
+        &["upgrade", named],
+        &["recover", named],
+        &["stats", named],
+        &["resize", named, "--size", "2G", "--dry-run"],
+    ];
+    let message = |arguments: &[&str]| run(arguments).stderr;
+    for arguments in commands {
+        assert!(!message(arguments).contains("symbolic link"), "{arguments:?}: the link is root's own");
+    }
+    lchown(&link, Some(UNPRIVILEGED), Some(UNPRIVILEGED)).expect("root may");
+    for arguments in commands {
+        let message = message(arguments);
+        assert!(message.contains("a symbolic link of another user"), "{arguments:?}: {message}");
+    }
+}
+
 /// As `/etc/shadow` is.
 fn secret(bench: &Bench) -> PathBuf {
     let path = bench.path("shadow");

@@ -210,6 +210,28 @@ test_grow_whole_disk_and_uevent() {
     ublk del "$device"
 }
 
+# A link in a folder of another user leads to an image that is served.
+test_grow_follows_no_link_of_another_user() {
+    local device number
+    ublk create disk.vhdx --size 256M
+    device=$(ublk add disk.vhdx)
+    number=${device#/dev/ublkb}
+    ln -s "$PWD/disk.vhdx" link.vhdx
+    ln -s "$device" node
+    ublk resize link.vhdx --size 257M
+    ublk resize ./node --size 258M
+    chown -h 1000 link.vhdx node
+    for link in link.vhdx ./link.vhdx ./node; do
+        refused ublk resize "$link" --size 1G
+        grep -q 'a symbolic link of another user' refusal || fail "$(cat refusal)"
+        refused ublk snapshot "$link" next.vhdx
+        refused ublk upgrade "$link"
+        refused ublk del "$link"
+    done
+    has_size "$device" $((258 << 20))
+    ublk del "$number"
+}
+
 test_grow_refused() {
     local device before
     ublk create disk.vhdx --size 256M

@@ -3,6 +3,7 @@
 use std::ffi::OsStr;
 use std::fmt;
 use std::fs;
+use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -12,7 +13,8 @@ use crate::device::name::{Name, id_of_node_name};
 use crate::device::registry::{Entry, Listed, Registry, Survey};
 use crate::device::sysfs::device_number;
 use crate::disk::{HostFile, folder_of};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Doing, Error, Kind, Locate, Result};
+use crate::operations::named_file;
 
 /// How a user names a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,9 +32,16 @@ impl Target {
     /// one of these, a name, `/dev/vhdx/NAME`, or an image's path.
     ///
     /// A word without `/` is a device's own name or number, or an image in this folder: no link that the
-    /// owner of the folder has put there leads it to a device.
-    pub fn parse(text: &OsStr) -> Self {
-        Self::of(text, fs::canonicalize(text).ok())
+    /// owner of the folder has put there leads it to a device. Nor does a link of another user lead a path to
+    /// an image or a device.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::Permission`] if such a link would have to be followed.
+    pub fn parse(text: &OsStr) -> Result<Self> {
+        let means_itself = Name::of_link(Path::new(text)).is_some() || id_of_word(text).is_some();
+        let resolved = if means_itself { None } else { follow(Path::new(text))? };
+        Ok(Self::of(text, resolved))
     }
 
     /// As [`Self::parse`], for a path that leads to `resolved`, if there is such a file.
@@ -41,12 +50,10 @@ impl Target {
         if let Some(name) = Name::of_link(path) {
             return Self::Name(name, None);
         }
-        let number = text.to_str().and_then(|text| text.parse().ok());
-        let is_word = !text.as_bytes().contains(&b'/');
-        let by_word = || is_word.then(|| id_of_node_name(text.to_str()?)).flatten();
-        if let Some(id) = number.or_else(by_word) {
+        if let Some(id) = id_of_word(text) {
             return Self::Id(id);
         }
+        let is_word = is_word(text);
         let in_dev = |path: &Path| id_of_node_name(path.strip_prefix("/dev").ok()?.to_str()?);
         let by_path = || in_dev(path).or_else(|| in_dev(resolved.as_deref()?));
         let by_node = || id_of_node(resolved.as_deref()?);
@@ -80,9 +87,30 @@ impl Target {
     }
 }
 
-/// Whether the image of the device is the file at `path`.
+fn is_word(text: &OsStr) -> bool {
+    !text.as_bytes().contains(&b'/')
+}
+
+/// The device that the word `text` names by its number.
+fn id_of_word(text: &OsStr) -> Option<u32> {
+    let word = text.to_str().filter(|_| is_word(text))?;
+    word.parse().ok().or_else(|| id_of_node_name(word))
+}
+
+/// Where `path` leads, if it leads to a file.
+fn follow(path: &Path) -> Result<Option<PathBuf>> {
+    if !path.exists() {
+        return Ok(None);
+    }
+    let found = named_file::find(path)?;
+    // Its name may lead elsewhere by now.
+    let link = format!("/proc/self/fd/{}", found.as_raw_fd());
+    fs::read_link(link).map(Some).doing("finding the file").file(path)
+}
+
+/// Whether the image of the device is the file at `path`, where links have been followed already.
 fn serves(entry: &Entry, path: &Path) -> bool {
-    match fs::metadata(path) {
+    match fs::symlink_metadata(path) {
         Ok(found) => HostFile::of(&found) == entry.image_file,
         Err(_) => *path == entry.image,
     }
@@ -173,29 +201,33 @@ mod tests {
     use super::super::super::registry::entry;
     use super::*;
 
+    fn parse(text: &OsStr) -> Target {
+        Target::parse(text).expect("no link of another user")
+    }
+
     #[test]
     fn a_device_is_found_by_every_name() {
         for text in ["3", "ublkb3", "/dev/ublkb3", "/dev/ublkb3p1", "ublkb3p12"] {
-            assert_eq!(Target::parse(text.as_ref()), Target::Id(3), "{text}");
+            assert_eq!(parse(text.as_ref()), Target::Id(3), "{text}");
         }
         let place = tempfile::tempdir().expect("a directory");
         let image = place.path().join("disk.vhdx");
         fs::write(&image, "").expect("written");
         let image = image.canonicalize().expect("there");
-        assert_eq!(Target::parse(image.as_os_str()), Target::Image(image));
+        assert_eq!(parse(image.as_os_str()), Target::Image(image));
         for text in ["/dev/ublkb", "/dev/ublkbp1", "/dev/ublkb1p", "/dev/ublkb1q1"] {
-            assert_eq!(Target::parse(text.as_ref()), Target::Image(text.into()));
+            assert_eq!(parse(text.as_ref()), Target::Image(text.into()));
         }
         let here = fs::canonicalize(".").expect("there");
         for text in ["-1", "./gone.vhdx"] {
-            assert_eq!(Target::parse(text.as_ref()), Target::Image(here.join(text)), "from the root");
+            assert_eq!(parse(text.as_ref()), Target::Image(here.join(text)), "from the root");
         }
         let name = |text: &str| text.parse::<Name>().expect("a name");
         for text in ["/dev/vhdx/data", "/dev/vhdx/data-part2"] {
-            assert_eq!(Target::parse(text.as_ref()), Target::Name(name("data"), None));
+            assert_eq!(parse(text.as_ref()), Target::Name(name("data"), None));
         }
         let either = Target::Name(name("gone.vhdx"), Some(here.join("gone.vhdx")));
-        assert_eq!(Target::parse("gone.vhdx".as_ref()), either);
+        assert_eq!(parse("gone.vhdx".as_ref()), either);
     }
 
     /// The owner of the folder may put a link or a file of any name there.
@@ -233,7 +265,7 @@ mod tests {
         assert_eq!(find_in(survey(&[&serving]), &word).expect("by its image").entry.id, 1);
         let error = find_in(survey(&[&named, &serving]), &word).expect_err("two");
         assert_eq!(error.kind(), Kind::Usage);
-        let link = Target::parse("/dev/vhdx/data-part1".as_ref());
+        let link = parse("/dev/vhdx/data-part1".as_ref());
         assert_eq!(find_in(survey(&[&named, &serving]), &link).expect("only a name").entry.id, 0);
     }
 
