@@ -139,6 +139,33 @@ test_names_of_an_untrusted_image() {
     ublk del 0
 }
 
+# The loop device that shows a partition of it.
+test_names_of_a_partition_of_an_untrusted_image() {
+    local device plain
+    install_rule
+    make_partitioned parts.vhdx
+    ublk mount -o untrusted,partition=Work parts.vhdx "$mnt"
+    udevadm settle --timeout=20
+    device=$(findmnt -no SOURCE "$mnt")
+    [ "$(cat "/sys/block/${device#/dev/}/loop/backing_file")" = /dev/ublkb0 ] || fail "it is mounted as $device"
+    udevadm info -q property "$device" >properties
+    grep -qx UDISKS_IGNORE=1 properties || fail "$(cat properties)"
+    ! grep ID_FS_ properties || fail "it was examined"
+    [ ! -L /dev/disk/by-label/Work ] || fail "what is on it has a link"
+    ublk umount "$mnt"
+    # Other loop devices have what they had.
+    truncate -s 64M plain.img
+    mkfs.ext4 -q -F -L Plain plain.img
+    plain=$(losetup --find --show plain.img)
+    udevadm settle --timeout=20
+    udevadm info -q property "$plain" >properties
+    leads /dev/disk/by-label/Plain >link
+    losetup -d "$plain"
+    grep -qx ID_FS_LABEL=Plain properties || fail "another loop device is not examined: $(cat properties)"
+    ! grep -q nowhere link || fail "what is on another loop device has no link"
+    ! grep UDISKS_IGNORE properties || fail "another loop device is ignored"
+}
+
 test_names_rule_is_well_formed() {
     udevadm --help | grep -q verify || { note "this udev does not verify rules"; return 0; }
     udevadm verify --resolve-names=never "$tests"/../../tools/package.d/*.rules
