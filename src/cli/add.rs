@@ -160,7 +160,7 @@ If the kernel has no ublk driver yet, its module is loaded (modprobe ublk_drv), 
 With --private-mounts, a snapshot goes to a file system that the image or a parent of it is on.
 Warnings of a running device go to /run/vhdx-ublk/N.log; a full log (1 MiB) becomes N.log.1. With
 --foreground in a service of systemd they go to the journal, with the fields VHDX_DEVICE and
-VHDX_IMAGE: `journalctl VHDX_DEVICE=/dev/ublkb0`.
+VHDX_IMAGE: `journalctl _UID=0 VHDX_DEVICE=/dev/ublkb0`, as any user can send such fields.
 Writing to a parent invalidates its children. `add` refuses if it finds any, and lists them; use
 --read-only or --force. It finds children that devices use, and those among the first 256 images
 of the folder.

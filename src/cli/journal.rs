@@ -5,6 +5,7 @@
 //! waits for room in the journal would wait for itself. A message for which there is no room is dropped and
 //! counted, and the next one that is sent says how many were.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
@@ -16,9 +17,13 @@ use tracing::field::{Field, Visit};
 use tracing::{Event, Level};
 
 use vhdx_ublk::device::image_name;
+use vhdx_ublk::printable::printable;
 
 /// Where the journal listens.
 pub const SOCKET: &str = "/run/systemd/journal/socket";
+
+/// The most that a message has of its text, bytes before they are made printable: a name is at most 4 KiB.
+const MAX_MESSAGE_BYTES: usize = 16 << 10;
 
 /// See the module's head.
 pub struct Journal {
@@ -75,9 +80,19 @@ impl Journal {
         let mut message = self.fields.clone();
         encode(&mut message, "VHDX_IMAGE", image_name::get().as_os_str().as_bytes());
         encode(&mut message, "PRIORITY", priority(level).as_bytes());
-        encode(&mut message, "MESSAGE", text.as_bytes());
+        encode(&mut message, "MESSAGE", shown(text).as_bytes());
         self.datagrams.send_to(&message, &self.socket).is_ok()
     }
+}
+
+/// A message as people read it: what an image holds, and the names of files in it, steer no terminal and
+/// begin no line, and are not longer than the journal takes.
+fn shown(text: &str) -> Cow<'_, str> {
+    let mut end = text.len().min(MAX_MESSAGE_BYTES);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    printable(&text[..end])
 }
 
 /// The journal's word for a level.
@@ -150,21 +165,29 @@ mod tests {
     }
 
     #[test]
-    fn a_message_has_its_fields_whatever_bytes_are_in_them() {
+    fn a_message_has_its_fields_whatever_bytes_are_in_them_and_a_text_of_one_line() {
         let (_folder, path, socket) = listening();
         let journal = Journal::at(&path, &[("VHDX_DEVICE", b"/dev/ublkb0")]).expect("it listens");
         for image in ["/a\nPRIORITY=0", "/snapshot"] {
             image_name::set(Path::new(image));
-            journal.send_text(Level::WARN, "two\nlines");
+            journal.send_text(Level::WARN, "two\nlines \x1b[2J");
             let expected = [
                 ("VHDX_DEVICE", "/dev/ublkb0"),
                 ("VHDX_IMAGE", image),
                 ("PRIORITY", "4"),
-                ("MESSAGE", "two\nlines"),
+                ("MESSAGE", "two\\nlines \\u{1b}[2J"),
             ];
             let expected = expected.map(|(name, value)| (name.to_owned(), value.to_owned()));
             assert_eq!(received(&socket), [expected]);
         }
+    }
+
+    #[test]
+    fn a_message_is_cut_where_it_is_too_long_for_the_journal() {
+        let whole = "ü".repeat(MAX_MESSAGE_BYTES / 2);
+        assert_eq!(shown(&whole), whole);
+        assert_eq!(shown(&format!("{whole}more")), whole);
+        assert_eq!(shown(&format!("x{whole}")).len(), MAX_MESSAGE_BYTES - 1, "no half of a character");
     }
 
     #[test]

@@ -15,7 +15,7 @@ mount /dev/vhdx/data /mnt
 pid=$(systemctl show -P MainPID vhdx-ublk@data)
 warned() {
     journalctl --sync
-    journalctl -b -o cat "$@" | grep -q '^asked to end while /dev/ublkb0 is in use'
+    journalctl -b -o cat _UID=0 "$@" | grep -q '^asked to end while /dev/ublkb0 is in use'
 }
 kill -TERM "$pid"
 within 10 warned VHDX_DEVICE=/dev/ublkb0
