@@ -80,6 +80,16 @@ impl<'a> Mount<'a> {
         unescape(self.source)
     }
 
+    /// The node that a btrfs of a device of ublk, or of a loop device, names as its source: it may be on
+    /// several devices, and has a number of its own. Of other file systems with such a number any user may
+    /// choose the source, as with FUSE; and any other path could lead to a file system that hangs.
+    pub fn btrfs_node(&self) -> Option<PathBuf> {
+        let source = self.source();
+        let name = source.strip_prefix("/dev").ok()?.to_str()?;
+        let is_node = (name.starts_with("ublkb") || name.starts_with("loop")) && !name.contains('/');
+        (self.kind == b"btrfs" && is_node).then_some(source)
+    }
+
     /// The path in an option like `upperdir=/a`.
     pub(super) fn path_option(&self, prefix: &[u8]) -> Option<PathBuf> {
         let mut options = self.options.split(|&byte| byte == b',');
@@ -143,6 +153,24 @@ mod tests {
     use std::path::Path;
 
     use super::*;
+
+    #[test]
+    fn only_a_btrfs_has_a_source_that_counts() {
+        let source = |kind: &str, source: &str| {
+            let line = format!("36 35 0:98 / /mnt rw - {kind} {source} rw\n");
+            let mounts = Mounts::parse(line.as_bytes());
+            let found = mounts.iter().next().and_then(|mount| mount.btrfs_node());
+            found.map(|path| path.display().to_string())
+        };
+        for node in ["/dev/ublkb3", "/dev/ublkb3p1", "/dev/loop0"] {
+            assert_eq!(source("btrfs", node).as_deref(), Some(node));
+            assert_eq!(source("fuse", node), None);
+            assert_eq!(source("fuse.btrfs", node), None);
+        }
+        for path in ["/dev/sda", "/dev/loop/../ublkb3", "/dev/../ublkb3", "ublkb3", "/dev/shm/ublkb3"] {
+            assert_eq!(source("btrfs", path), None);
+        }
+    }
 
     #[test]
     fn escapes_are_undone_and_what_only_looks_like_one_is_kept() {

@@ -187,9 +187,9 @@ fn last_volume(
 fn mounts_have(node: &Path) -> bool {
     let number = |path: &Path| fs::metadata(path).ok().map(|found| found.rdev()).filter(|rdev| *rdev != 0);
     let Some(wanted) = number(node) else { return false };
-    // Btrfs has numbers of its own, and names its device as the source.
     let is_its = |mount: Mount<'_>| {
-        mount.number == device_number(wanted).as_bytes() || number(&mount.source()) == Some(wanted)
+        let by_number = mount.number == device_number(wanted).as_bytes();
+        by_number || mount.btrfs_node().and_then(|node| number(&node)) == Some(wanted)
     };
     Mounts::of_this_process().is_ok_and(|mounts| mounts.iter().any(is_its))
 }

@@ -60,21 +60,11 @@ fn of(mount: &Mount<'_>) -> Option<Mounted> {
     let by_number = String::from_utf8(mount.number.to_vec()).ok();
     let by_number = by_number.and_then(|node| Some((id_of(&node)?, node)));
     let by_source = || {
-        let node = number_of(&source_of(mount)?).ok()?;
+        let node = number_of(&mount.btrfs_node()?).ok()?;
         Some((id_of(&node)?, node))
     };
     let (id, node) = by_number.or_else(by_source)?;
     Some(Mounted { id, point: mount.point(), node })
-}
-
-/// The node that a btrfs names as its source: it may be on several devices, and has a number of its own. Of
-/// other file systems with such a number any user may choose the source, as with FUSE; and any other path
-/// could lead to a file system that hangs.
-fn source_of(mount: &Mount<'_>) -> Option<PathBuf> {
-    let source = mount.source();
-    let name = source.strip_prefix("/dev").ok()?.to_str()?;
-    let is_node = (name.starts_with("ublkb") || name.starts_with("loop")) && !name.contains('/');
-    (mount.kind == b"btrfs" && is_node).then_some(source)
 }
 
 /// The number of the block device at `path`, `major:minor`.
@@ -109,23 +99,5 @@ mod tests {
         assert!(point(Path::new("/no/such/folder")).is_err());
         assert_eq!(point(Path::new("/proc/../proc/.")).expect("it is there"), Path::new("/proc"));
         assert_eq!(id_of("0:0"), None);
-    }
-
-    #[test]
-    fn only_a_btrfs_has_a_source_that_counts() {
-        let source = |kind: &str, source: &str| {
-            let line = format!("36 35 0:98 / /mnt rw - {kind} {source} rw\n");
-            let mounts = Mounts::parse(line.as_bytes());
-            let found = mounts.iter().next().as_ref().and_then(source_of);
-            found.map(|path| path.display().to_string())
-        };
-        for node in ["/dev/ublkb3", "/dev/ublkb3p1", "/dev/loop0"] {
-            assert_eq!(source("btrfs", node).as_deref(), Some(node));
-            assert_eq!(source("fuse", node), None);
-            assert_eq!(source("fuse.btrfs", node), None);
-        }
-        for path in ["/dev/sda", "/dev/loop/../ublkb3", "/dev/../ublkb3", "ublkb3", "/dev/shm/ublkb3"] {
-            assert_eq!(source("btrfs", path), None);
-        }
     }
 }
