@@ -19,8 +19,9 @@ use vhdx_ublk::printable::{both_sizes, human_size, shell};
 use vhdx_ublk::system::device_disk::DeviceDisk;
 use vhdx_ublk::system::grow::{Grown, Plan};
 
+use super::grow::{self, Looked};
 use super::parent_options::ParentOptions;
-use super::{grow, output, size};
+use super::{output, size};
 
 /// Make the disk of an image larger or smaller. While a device serves the image, it can become larger.
 ///
@@ -224,12 +225,14 @@ impl Resize {
         let open = || LockedImage::open(&request, &reactor, &Claims);
         let mut locked = open()?;
         let plan = Plan::of(locked.contents(), None);
+        let looked = Looked { path: &request.image, file: locked.file() };
         let plan = if grow_fs {
             refuse_shrinking(&locked)?;
             drop(locked);
             let plan = plan?;
-            grow::check(&plan, &request.image, &parents)?;
+            grow::check(&plan, looked, &parents)?;
             locked = open()?;
+            looked.require(locked.file())?;
             Some(plan)
         } else {
             plan.ok()
@@ -240,7 +243,7 @@ impl Resize {
         }
         match plan {
             Some(plan) if grow_fs && !dry_run => {
-                answer.grown = Some(grow::grow(&plan, &request.image, &parents)?);
+                answer.grown = Some(grow::grow(&plan, looked, &parents)?);
                 answer.backup_gpt_must_move = false;
             }
             Some(_) if !grow_fs && answer.size > answer.size_before => {

@@ -13,7 +13,7 @@ use super::children::children;
 use super::contents::{self, Contents};
 use super::{Devices, locked, room};
 use crate::chain::{self, Content, Member, ReadLayer, Search};
-use crate::disk::{Access, Reactor, UringDisk};
+use crate::disk::{Access, HostFile, Reactor, UringDisk};
 use crate::error::{Error, Kind, Locate, Result};
 use crate::format::MAX_VIRTUAL_SIZE;
 use crate::format::metadata::{DiskType, Metadata};
@@ -78,6 +78,7 @@ pub struct Request {
 /// An image that is ready to be resized, locked with its parents.
 pub struct LockedImage {
     path: PathBuf,
+    file: HostFile,
     /// The disk as it is; its layers carry the locks.
     content: Content<UringDisk>,
     parent_bytes: u64,
@@ -121,12 +122,17 @@ impl LockedImage {
             let needs = format!("a fixed image that grows to {} needs", human_size(after));
             room::require(file.host_room(), more, &needs).map_err(with_remedy).file(&path)?;
         }
-        Ok(Self { path, content, parent_bytes, before, after, found })
+        Ok(Self { path, file: file.identity(), content, parent_bytes, before, after, found })
     }
 
     /// The file of the image.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Which file that is.
+    pub fn file(&self) -> HostFile {
+        self.file
     }
 
     /// The size of the disk, bytes.

@@ -28,7 +28,7 @@ use crate::device::mounts::{Mount, Mounts};
 use crate::device::registry::RUN_DIRECTORY;
 use crate::disk::Access;
 use crate::error::{Doing, Error, Kind, Result};
-use crate::operations::contents::{Contents, Journal, Partition, VolumeKind};
+use crate::operations::contents::{Contents, Journal, Partition, Volume, VolumeKind};
 use crate::printable::printable;
 use crate::simulation::{Plant, planted};
 
@@ -108,17 +108,33 @@ impl Plan {
             (Some(number), Some(programs)) => grow_partition(programs, device, number)?,
             _ => device.to_owned(),
         };
+        self.require_same(&DeviceDisk::open(device)?.contents())?;
         thread::scope(|scope| {
             let apart = scope.spawn(|| self.grow_file_system(&node));
             apart.join().expect("a panic ends the process")
         })?;
         let contents = DeviceDisk::open(device)?.contents();
-        let volume = match self.partition {
-            Some(number) => called(&contents, number)?.volume.as_ref(),
-            None => contents.volume.as_ref(),
-        };
-        let volume_bytes = volume.and_then(|volume| volume.size);
+        let volume_bytes = self.volume(&contents)?.and_then(|volume| volume.size);
         Ok(Grown { partition: self.partition, r#type: self.kind.name(), volume_bytes })
+    }
+
+    /// What is where the file system was that grows.
+    fn volume<'a>(&self, contents: &'a Contents) -> Result<Option<&'a Volume>> {
+        Ok(match self.partition {
+            Some(number) => called(contents, number)?.volume.as_ref(),
+            None => contents.volume.as_ref(),
+        })
+    }
+
+    /// Refuses to mount what is not what was planned for: another user may write to the image meanwhile.
+    fn require_same(&self, contents: &Contents) -> Result<()> {
+        let is_same = |volume: &Volume| volume.kind == self.kind && !volume.other_devices;
+        if self.volume(contents)?.is_some_and(is_same) {
+            return Ok(());
+        }
+        let message = format!("the {} that was to grow is no longer there", self.kind.name());
+        let remedy = "find out what writes to the image, and run the command again";
+        Err(Error::new(Kind::Mismatch, message).remedy(remedy))
     }
 
     /// On a thread of its own: leaves the namespace of the process, mounts the file system, and has it grow.
