@@ -30,7 +30,7 @@ use crate::disk::Reactor;
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::format::MAX_VIRTUAL_SIZE;
 use crate::format::bat::Geometry;
-use crate::image::WritableImage;
+use crate::image::{PreparedResize, WritableImage};
 
 /// Makes the disk larger, on the engine's thread.
 pub(super) struct Grower<'a> {
@@ -95,9 +95,10 @@ impl Grower<'_> {
     ) -> Result<ServedImage> {
         let rested = self.reactor.block_on(served.engine.rest());
         served.check("freezing the image", rested)?;
-        let decide = |image: &WritableImage| {
+        let decide = |image: &WritableImage, prepared: &PreparedResize<'_>| {
             if let Some((_, memory)) = &session {
-                let reserved = image.reserve_bitmaps(memory, geometry);
+                let border = prepared.border().map(|(block, _)| block);
+                let reserved = image.reserve_bitmaps(memory, geometry, border);
                 reserved.doing("reserving room for the sector bitmaps")?;
             }
             if reply.claim() {

@@ -1,7 +1,7 @@
 //! The disk of a served image becomes larger, while the fronts are held.
 //!
 //! The image is frozen and its session at rest: the file has everything, as one at rest has, and grows as one
-//! ([`PreparedResize`](crate::image::PreparedResize)). What is returned gets an engine and a session of its
+//! ([`PreparedResize`]). What is returned gets an engine and a session of its
 //! own, whose map has the new slots; then the fronts continue with these.
 //!
 //! A kill in between leaves the file at either size and the session at rest. It knows the FileWriteGuid of
@@ -17,7 +17,7 @@ use super::{Engine, Outcome};
 use crate::disk::Disk;
 use crate::error::Result;
 use crate::format::metadata::Metadata;
-use crate::image::{Image, Resize, WritableImage};
+use crate::image::{Image, PreparedResize, Resize, WritableImage};
 use crate::simulation::{Plant, planted};
 
 impl<D: Disk + 'static> Engine<D> {
@@ -33,17 +33,17 @@ impl<D: Disk + 'static> Engine<D> {
     }
 
     /// Makes the disk of the image, which rests, `virtual_size` bytes long; `decide` is asked before the
-    /// first byte is written, with the image as it is. The image is opened again; from then on this engine
+    /// first byte is written, with the image as it is and what is prepared. The image is opened again; from then on this engine
     /// must not write it, and [leaves](Self::leave).
     ///
     /// # Errors
     /// Those of [`WritableImage::prepare_resize`] and of `decide`: the image is as it was, and this engine
-    /// continues with it. Those of [`PreparedResize::carry_out`](crate::image::PreparedResize::carry_out):
+    /// continues with it. Those of [`PreparedResize::carry_out`]:
     /// the session is poisoned then.
     pub async fn grow(
         self: &Rc<Self>,
         virtual_size: u64,
-        decide: impl FnOnce(&WritableImage) -> Result<()>,
+        decide: impl FnOnce(&WritableImage, &PreparedResize<'_>) -> Result<()>,
     ) -> Result<WritableImage> {
         assert_eq!(self.shared.session(), Session::Idle, "a disk grows while its session rests");
         let memory = self.shared.map.memory();
@@ -53,7 +53,7 @@ impl<D: Disk + 'static> Engine<D> {
         let parent_bytes = parent.map_or(0, |parent| parent.geometry().virtual_size());
         let change = Resize { metadata, parent_bytes, data_write: Some(self.new_guid()) };
         let prepared = image.prepare_resize(&self.disk, &change).await?;
-        decide(&image)?;
+        decide(&image, &prepared)?;
         let file_write = self.new_guid();
         if !planted(Plant::UnannouncedGrowth) {
             memory.announce(file_write);

@@ -23,6 +23,7 @@ use super::growth::Growth;
 use super::headers::Headers;
 use super::open::{Image, WritableImage, read_table};
 use super::shrink::{Shrink, give_back};
+use super::space::Extent;
 use super::view::{View, sync};
 use crate::disk::{Disk, ReadDisk};
 use crate::error::{Error, Kind, Result};
@@ -68,6 +69,14 @@ pub struct PreparedResize<'a> {
 }
 
 impl PreparedResize<'_> {
+    /// The block where the old disk ends, if it will be partially present, and the place of its sector bitmap.
+    pub fn border(&self) -> Option<(u64, Extent)> {
+        match &self.blocks {
+            Blocks::Grow(growth) => growth.border(),
+            Blocks::Stay | Blocks::Shrink(_) => None,
+        }
+    }
+
     /// Steps 2 to 5, under the new FileWriteGuid `file_write`; opens the image again. The file carries no
     /// other FileWriteGuid in between.
     ///

@@ -136,6 +136,11 @@ impl<'a> Growth<'a> {
         &self.room
     }
 
+    /// The block where the old disk ends, if it will be partially present, and the place of its sector bitmap.
+    pub(super) fn border(&self) -> Option<(u64, Extent)> {
+        self.border.as_ref().map(|border| (border.block, border.bitmap))
+    }
+
     /// Whether the BAT leaves its place.
     pub(super) fn moves_bat(&self) -> bool {
         self.bat.offset != self.image.layout.bat.offset

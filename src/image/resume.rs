@@ -66,13 +66,18 @@ impl WritableImage {
     }
 
     /// Has the fresh `memory` of a session for the disk as it will be, of `geometry`, room for the sector
-    /// bitmaps that the image has.
+    /// bitmaps that the image has, and for that of the block `border`.
     ///
     /// # Errors
     /// When there is no room.
-    pub fn reserve_bitmaps(&self, memory: &SessionMemory, geometry: &Geometry) -> io::Result<()> {
+    pub fn reserve_bitmaps(
+        &self,
+        memory: &SessionMemory,
+        geometry: &Geometry,
+        border: Option<u64>,
+    ) -> io::Result<()> {
         let bitmaps = memory.bitmaps(geometry);
-        self.partial_blocks().try_for_each(|block| bitmaps.make_room(geometry, block))
+        self.partial_blocks().chain(border).try_for_each(|block| bitmaps.make_room(geometry, block))
     }
 
     fn partial_blocks(&self) -> impl Iterator<Item = u64> {

@@ -3,7 +3,7 @@
 use vhdx_ublk::engine::message::ToFront;
 use vhdx_ublk::engine::{Engine, Setup};
 use vhdx_ublk::error::Result;
-use vhdx_ublk::image::WritableImage;
+use vhdx_ublk::image::{PreparedResize, WritableImage};
 
 use super::{Seen, World, death, guids, parents};
 use crate::sim::violation::violated;
@@ -58,7 +58,12 @@ impl World {
         let (engine, disk) = (self.engine.clone(), self.disk.clone());
         let growing = self.tasks.start(async move {
             engine.rest().await.unwrap_or_else(|errno| violated(format!("no rest: {errno}")));
-            let image = engine.grow(to, |_| Ok(())).await?;
+            let decide = |_: &WritableImage, prepared: &PreparedResize<'_>| {
+                // Recovery reads it as soon as an entry names it.
+                prepared.border().into_iter().for_each(|(_, bitmap)| disk.add_bitmap(bitmap.offset));
+                Ok(())
+            };
+            let image = engine.grow(to, decide).await?;
             image.read_bitmaps(&disk).await?;
             Ok(image) as Result<_>
         });
