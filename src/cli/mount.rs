@@ -58,7 +58,8 @@ Windows is refused unless the mount is read-only. A read-only mount does not rep
 of a file system that was not unmounted cleanly: the latest changes may be missing.
 If the image or a parent does not belong to root, or its group or others may write to it, or its
 device is made with untrusted, it is mounted with nosuid and nodev: no program on it gets the
-rights of its owner, and no node on it opens a device. The options suid and dev allow them.
+rights of its owner, and no node on it opens a device. The options suid and dev allow them. An ext
+has errors=remount-ro then, too: its superblock may ask for a panic of the machine at an error.
 A file system with parts on other devices is refused: an ext with its journal elsewhere, a btrfs of
 several devices, or with the identifier of another one of this machine, an F2FS that names devices.
 JSON: image, folder, source (the device, or the partition of it, that is mounted).

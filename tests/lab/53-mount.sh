@@ -87,6 +87,37 @@ test_mount_an_image_of_a_user() {
     ublk del 0
 }
 
+# The superblock of an ext says what the kernel does at an error: to stop is not for a user to say.
+test_mount_an_image_that_asks_for_a_panic() {
+    local device bytes block
+    make_ext4 disk.vhdx
+    device=$(ublk add disk.vhdx)
+    mount "$device" "$mnt"
+    mkdir "$mnt/damaged"
+    umount "$mnt"
+    tune2fs -e panic "$device" >/dev/null
+    dumpe2fs -h "$device" 2>/dev/null | grep -q 'Errors behavior: *Panic' || fail "it asks for no panic"
+    bytes=$(dumpe2fs -h "$device" 2>/dev/null | sed -n 's/^Block size: *//p')
+    block=$(debugfs -R 'blocks /damaged' "$device" 2>/dev/null | awk '{ print $1 }')
+    dd if=/dev/urandom of="$device" bs="$bytes" seek="$block" count=1 conv=notrunc status=none
+    ublk del "$device"
+    # The kernel shows what differs from the superblock.
+    ublk mount -r disk.vhdx "$mnt"
+    ! grep " $mnt " /proc/self/mountinfo | grep errors= || fail "an image of root does not have its own way"
+    ublk umount "$mnt"
+    for options in untrusted rw; do
+        [ $options = untrusted ] || chown 1000 disk.vhdx
+        ublk mount -o $options disk.vhdx "$mnt"
+        grep " $mnt " /proc/self/mountinfo >mounted
+        grep -q errors=remount-ro mounted || fail "$options: an error would stop the machine: $(cat mounted)"
+        dmesg -C
+        ls "$mnt/damaged" 2>/dev/null || true
+        dmesg | grep -m 1 'EXT4-fs error' >said || fail "$options: nothing is damaged"
+        note "$options: $(cat said)"
+        ublk umount "$mnt"
+    done
+}
+
 # is_untrusted WHAT: the mount gives no rights and no writes, and the kernel has read no table.
 is_untrusted() {
     findmnt -no OPTIONS "$mnt" | tr , '\n' | grep -cxE 'ro|nosuid|nodev' | grep -qx 3 ||

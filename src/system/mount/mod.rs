@@ -8,8 +8,8 @@
 //!
 //! * a mount that fails takes the device away that was made for it;
 //! * no file system is mounted that leads the kernel to other devices of the machine;
-//! * what is on an image that others than root can write to, or that was added as untrusted, gives no rights,
-//!   unless the options say so;
+//! * what is on an image that others than root can write to, or that was added as untrusted, gives no rights
+//!   and has the machine not stop, unless the options say so;
 //! * only a device that was made for a mount is removed with the last mount of it; its registry entry says
 //!   so;
 //! * one mount or unmount at a time: two mounts of one image share its device.
@@ -41,6 +41,11 @@ use crate::system::{lock, node, program};
 
 /// What the mount of an image has that others than root can write to, unless the user says otherwise.
 const RESTRICTIONS: [&str; 2] = ["nosuid", "nodev"];
+
+/// What such a mount has, too, if it is one of these types: their superblock may ask for a panic of the
+/// machine when an error is found, and the image has whatever errors its owner likes.
+const WITHOUT_PANIC: &str = "errors=remount-ro";
+const PANICKING: [&str; 3] = ["ext2", "ext3", "ext4"];
 
 /// Who unmounts: `umount DIR` calls `umount.vhdx`, which removes the device.
 const HELPER: &str = "helper=vhdx";
@@ -167,7 +172,7 @@ fn mount_device(request: &MountRequest, folder: &Path, id: u32, is_trusted: bool
         return Ok(source.node);
     }
     choice.refuse_joined(&source.node, if source.options.is_empty() { 0 } else { choice.start() })?;
-    let options = options(request, &choice, &source, is_trusted);
+    let options = options(request, kind, &choice, &source, is_trusted);
     let status = command(request, (kind, folder), &options, &source).status().doing("running mount(8)")?;
     if status.success() {
         return Ok(source.node);
@@ -212,11 +217,18 @@ fn is_mounted(folder: &Path, id: u32, source: &Source) -> Result<bool> {
 }
 
 /// The options for mount(8): of contradicting ones the last counts, so those of the user come last.
-fn options(request: &MountRequest, choice: &Choice, source: &Source, is_trusted: bool) -> Vec<String> {
+fn options(
+    request: &MountRequest,
+    kind: &str,
+    choice: &Choice,
+    source: &Source,
+    is_trusted: bool,
+) -> Vec<String> {
     let mut options = vec![HELPER.to_owned()];
     options.extend(source.options.iter().cloned());
     if !is_trusted {
         options.extend(RESTRICTIONS.map(str::to_owned));
+        options.extend(PANICKING.contains(&kind).then(|| WITHOUT_PANIC.to_owned()));
     }
     if request.options.read_only {
         options.push("ro".into());
@@ -301,7 +313,7 @@ mod tests {
     use super::*;
 
     /// The options for mount(8), of an image whose mount gets `text`.
-    fn options_for(text: &str, is_trusted: bool) -> String {
+    fn options_for(kind: &str, text: &str, is_trusted: bool) -> String {
         let request = MountRequest {
             image: "/disks/a.vhdx".into(),
             folder: "/mnt".into(),
@@ -310,13 +322,22 @@ mod tests {
             flags: Vec::new(),
         };
         let source = Source { node: "/dev/ublkb0".into(), options: Vec::new() };
-        options(&request, &Choice { place: None, volume: None }, &source, is_trusted).join(",")
+        options(&request, kind, &Choice { place: None, volume: None }, &source, is_trusted).join(",")
     }
 
     #[test]
     fn an_image_of_a_user_gives_no_rights_unless_root_says_so() {
-        assert_eq!(options_for("noatime", true), "helper=vhdx,noatime");
-        assert_eq!(options_for("noatime", false), "helper=vhdx,nosuid,nodev,noatime");
-        assert_eq!(options_for("ro,suid,dev", false), "helper=vhdx,nosuid,nodev,ro,suid,dev");
+        assert_eq!(options_for("xfs", "noatime", true), "helper=vhdx,noatime");
+        assert_eq!(options_for("xfs", "noatime", false), "helper=vhdx,nosuid,nodev,noatime");
+        assert_eq!(options_for("xfs", "ro,suid,dev", false), "helper=vhdx,nosuid,nodev,ro,suid,dev");
+    }
+
+    #[test]
+    fn an_image_of_a_user_stops_no_machine_unless_root_says_so() {
+        for kind in ["ext2", "ext3", "ext4"] {
+            assert_eq!(options_for(kind, "noatime", true), "helper=vhdx,noatime");
+            let expected = "helper=vhdx,nosuid,nodev,errors=remount-ro,errors=panic";
+            assert_eq!(options_for(kind, "errors=panic", false), expected);
+        }
     }
 }
