@@ -1,13 +1,16 @@
 //! Mounting the file system of an image, and unmounting it.
 //!
-//! The image is served by a device, and what is on the device decides what is mounted: nothing changes
-//! between the look and the mount. mount(8) does the mount: it knows the file systems, their options and
-//! their helpers. It gets the type, and does not look for one itself.
+//! The image is served by a device, and what is on the device decides what is mounted. The device is open
+//! from the look to the end of the mount: it is not removed meanwhile, and no other gets its number. Whoever
+//! can write to the file of the image can change what is on it all the same: what keeps such an image from
+//! giving rights, or from stopping the machine, are options that depend on who that is, and not on what was
+//! seen. mount(8) does the mount: it knows the file systems, their options and their helpers. It gets the
+//! type, and does not look for one itself.
 //!
 //! Invariants:
 //!
 //! * a mount that fails takes the device away that was made for it;
-//! * no file system is mounted that leads the kernel to other devices of the machine;
+//! * no file system is mounted that was seen to lead the kernel to other devices of the machine;
 //! * what is on an image that others than root can write to, or that was added as untrusted, gives no rights
 //!   and has the machine not stop, unless the options say so;
 //! * only a device that was made for a mount is removed with the last mount of it; its registry entry says
@@ -159,7 +162,9 @@ fn refuse_trusting(registry: &Registry, entry: &Entry, request: &MountRequest) -
 
 fn mount_device(request: &MountRequest, folder: &Path, id: u32, is_trusted: bool) -> Result<PathBuf> {
     let device = PathBuf::from(format!("/dev/ublkb{id}"));
-    let contents = DeviceDisk::open(&device)?.contents();
+    // In use, it stays this device until mount(8) has ended.
+    let disk = DeviceDisk::open(&device)?;
+    let contents = disk.contents();
     let choice = choice::choose(&contents, request.options.partition.as_deref())?;
     let kind = choice.type_for_mount(request.kind.as_deref()).map_err(|error| error.file(&request.image))?;
     let insists = ["force", "remove_hiberfile"].iter().any(|option| request.options.has(option));
@@ -174,6 +179,7 @@ fn mount_device(request: &MountRequest, folder: &Path, id: u32, is_trusted: bool
     choice.refuse_joined(&source.node, if source.options.is_empty() { 0 } else { choice.start() })?;
     let options = options(request, kind, &choice, &source, is_trusted);
     let status = command(request, (kind, folder), &options, &source).status().doing("running mount(8)")?;
+    drop(disk);
     if status.success() {
         return Ok(source.node);
     }
