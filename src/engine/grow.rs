@@ -33,13 +33,12 @@ impl<D: Disk + 'static> Engine<D> {
     }
 
     /// Makes the disk of the image, which rests, `virtual_size` bytes long; `decide` is asked before the
-    /// first byte is written, with the image as it is and what is prepared. The image is opened again; from then on this engine
-    /// must not write it, and [leaves](Self::leave).
+    /// first byte is written, with the image as it is and what is prepared. The image is opened again; from
+    /// then on this engine must not write it, and [leaves](Self::leave).
     ///
     /// # Errors
     /// Those of [`WritableImage::prepare_resize`] and of `decide`: the image is as it was, and this engine
-    /// continues with it. Those of [`PreparedResize::carry_out`]:
-    /// the session is poisoned then.
+    /// continues with it. Those of [`PreparedResize::carry_out`]: the session is poisoned then.
     pub async fn grow(
         self: &Rc<Self>,
         virtual_size: u64,
@@ -53,7 +52,13 @@ impl<D: Disk + 'static> Engine<D> {
         let parent_bytes = parent.map_or(0, |parent| parent.geometry().virtual_size());
         let change = Resize { metadata, parent_bytes, data_write: Some(self.new_guid()) };
         let prepared = image.prepare_resize(&self.disk, &change).await?;
-        decide(&image, &prepared)?;
+        if let Err(error) = decide(&image, &prepared) {
+            prepared.give_up(&self.disk).await;
+            return Err(error);
+        }
+        // A header that was refused may be in the file all the same. The session must know its GUID when the
+        // announcement takes the place of the one that it is known by.
+        memory.confirm_guid(image.header.header.file_write_guid);
         let file_write = self.new_guid();
         if !planted(Plant::UnannouncedGrowth) {
             memory.announce(file_write);

@@ -77,6 +77,13 @@ impl PreparedResize<'_> {
         }
     }
 
+    /// Changes nothing: the file is as long as it was before.
+    pub async fn give_up<D: Disk>(self, disk: &D) {
+        if let Blocks::Grow(growth) = &self.blocks {
+            growth.room().give_up(disk).await;
+        }
+    }
+
     /// Steps 2 to 5, under the new FileWriteGuid `file_write`; opens the image again. The file carries no
     /// other FileWriteGuid in between.
     ///

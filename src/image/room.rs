@@ -89,11 +89,17 @@ impl Room {
             grown.map_err(|error| Error::io(format!("extending the file to {length} bytes"), error))?;
         }
         let reserved = self.reserve(disk).await;
-        if reserved.is_err() && length > self.found_length {
-            // If that fails, too, the file has an unused end.
-            let _ = disk.truncate(self.found_length).await;
+        if reserved.is_err() {
+            self.give_up(disk).await;
         }
         reserved
+    }
+
+    /// After [`Self::make`]: the file is as long as before. If that fails, it has an unused end.
+    pub(super) async fn give_up<D: Disk>(&self, disk: &D) {
+        if self.needed_length() > self.found_length {
+            let _ = disk.truncate(self.found_length).await;
+        }
     }
 
     async fn reserve<D: Disk>(&self, disk: &D) -> Result<()> {

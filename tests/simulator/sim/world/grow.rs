@@ -1,8 +1,9 @@
 //! The disk of the image that is served grows, while requests come.
 
+use vhdx_ublk::disk::ReadDisk;
 use vhdx_ublk::engine::message::ToFront;
 use vhdx_ublk::engine::{Engine, Setup};
-use vhdx_ublk::error::Result;
+use vhdx_ublk::error::{Error, Kind, Result};
 use vhdx_ublk::image::{PreparedResize, WritableImage};
 
 use super::{Seen, World, death, guids, parents};
@@ -58,6 +59,12 @@ impl World {
         let (engine, disk) = (self.engine.clone(), self.disk.clone());
         let growing = self.tasks.start(async move {
             engine.rest().await.unwrap_or_else(|errno| violated(format!("no rest: {errno}")));
+            let length = disk.length().await.expect("it has one");
+            let left = engine.grow(to, |_, _| Err(Error::new(Kind::Io, "the caller has left"))).await;
+            assert!(left.is_err(), "the disk grows for nobody");
+            if disk.length().await.expect("it has one") != length {
+                violated("a disk that does not grow keeps the room for that".into());
+            }
             let decide = |_: &WritableImage, prepared: &PreparedResize<'_>| {
                 // Recovery reads it as soon as an entry names it.
                 prepared.border().into_iter().for_each(|(_, bitmap)| disk.add_bitmap(bitmap.offset));
