@@ -544,7 +544,7 @@ impl<E: EngineHandle> Device<E> {
         })
     }
 
-    /// What tells the kernel the size again. A relative one would make the disk larger once more.
+    /// The command that gives the kernel the size again. A relative size would make the disk larger again.
     fn told_again_by(&self, size_bytes: u64) -> String {
         format!("run `vhdx-ublk resize {} --size {size_bytes}`", self.path().display())
     }

@@ -3,7 +3,8 @@
 
 guide=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../src/guide" && pwd)
 
-# commands_of PAGE [SECTION]: what stands in its blocks of commands. In a block with prompts, the other lines are answers.
+# commands_of PAGE [SECTION]: what stands in its blocks of commands. In a block with prompts, the other lines are
+# answers.
 commands_of() {
     awk -v wanted="${2:-}" '
         /^```/ && inside { if (inside == "text") printf "%s", prompts ? commands : lines; inside = ""; next }

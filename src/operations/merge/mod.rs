@@ -229,8 +229,8 @@ impl LockedChain {
         Ok(())
     }
 
-    /// Whether `other`, which looks for its parent as `search` says, is a child of the image that is merged, or
-    /// was: a merge that was cut may have made it one of the target's.
+    /// Whether `other`, which looks for its parent as `search` says, is a child of the image that is merged,
+    /// or was: a merge that was cut may have made it one of the target's.
     fn is_child(&self, other: &impl chain::Relative, search: &Search) -> bool {
         let layer = &self.layers[0];
         let linkage = other.metadata().parent_locator.as_ref().and_then(|locator| locator.linkage().ok());

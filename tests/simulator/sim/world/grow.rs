@@ -61,7 +61,7 @@ impl World {
             engine.rest().await.unwrap_or_else(|errno| violated(format!("no rest: {errno}")));
             let length = disk.length().await.expect("it has one");
             let left = engine.grow(to, |_, _| Err(Error::new(Kind::Io, "the caller has left"))).await;
-            assert!(left.is_err(), "the disk grows for nobody");
+            assert!(left.is_err(), "a growth that is declined fails");
             if disk.length().await.expect("it has one") != length {
                 violated("a disk that does not grow keeps the room for that".into());
             }
