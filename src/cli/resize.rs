@@ -79,8 +79,9 @@ Examples:
   vhdx-ublk resize disk.vhdx --minimum --dry-run   show how small the disk can be
 
 An image that a device serves is resized by the daemon of the device, also if its path is given: it
-can grow, from Linux 6.16 on, and does not shrink. If the daemon is killed meanwhile, `recover` serves
-the disk with its old size or its new size; run the command again with the new size, not with +SIZE.
+can grow, from Linux 6.16 on, and does not shrink. If the daemon is killed meanwhile, `recover`
+serves the disk with its old size or its new size; run the command again with the new size, not with
++SIZE.
 Partitions and file systems do not shrink with the disk: shrink them before it. They grow with
 it by --grow-fs, which serves the image for a moment, unless it is served, and runs sfdisk and
 resize2fs, xfs_growfs or btrfs. It is refused, before anything is changed, if one of these is
@@ -96,8 +97,8 @@ Children are found if devices use them, or in the folder of the image; make sure
 has none elsewhere.
 JSON: image, device (null, or the device that serves it), dry_run, size_before, size, minimum_size
 (null if nothing is recognised on the disk), backup_gpt_must_move, grown (null without --grow-fs, or
-partition, type and volume_bytes), next_command (null, or what grows the file system), pause_us (null,
-or how long requests had to wait, microseconds).
+partition, type and volume_bytes), next_command (null, or what grows the file system), pause_us
+(null, or how long requests had to wait, microseconds).
 Exit status: 0 resized, 1 failure (the disk reads as before), 2 wrong usage.";
 
 /// Reads a size, or a change of one.
