@@ -226,14 +226,14 @@ impl Resize {
         let open = || LockedImage::open(&request, &reactor, &Claims);
         let mut locked = open()?;
         let plan = Plan::of(locked.contents(), None);
-        let looked = Looked { path: &request.image, file: locked.file() };
+        let seen = Looked { path: &request.image, file: locked.file() };
         let plan = if grow_fs {
             refuse_shrinking(&locked)?;
             drop(locked);
             let plan = plan?;
-            grow::check(&plan, looked, &parents)?;
+            grow::check(&plan, seen, &parents)?;
             locked = open()?;
-            looked.require(locked.file())?;
+            seen.require(locked.file())?;
             Some(plan)
         } else {
             plan.ok()
@@ -244,7 +244,7 @@ impl Resize {
         }
         match plan {
             Some(plan) if grow_fs && !dry_run => {
-                answer.grown = Some(grow::grow(&plan, looked, &parents)?);
+                answer.grown = Some(grow::grow(&plan, seen, &parents)?);
                 answer.backup_gpt_must_move = false;
             }
             Some(_) if !grow_fs && answer.size > answer.size_before => {

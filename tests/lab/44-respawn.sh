@@ -137,7 +137,7 @@ test_respawn_of_stacked_devices() {
         began=$SECONDS
         # The keeper of the upper one is the first to see a death.
         kill -STOP "$(pgrep -f -- "respawn --mark=.* -- ${below#/dev/ublkb}\$")"
-        kill -9 $(ublk list --json | jq '.[].pid')
+        ublk list --json | jq '.[].pid' | xargs kill -9
         sleep 1
         kill -CONT "$(pgrep -f -- "respawn --mark=.* -- ${below#/dev/ublkb}\$")"
         within 40 both_are_served

@@ -159,10 +159,10 @@ test_names_of_a_partition_of_an_untrusted_image() {
     plain=$(losetup --find --show plain.img)
     udevadm settle --timeout=20
     udevadm info -q property "$plain" >properties
-    leads /dev/disk/by-label/Plain >link
+    leads /dev/disk/by-label/Plain >plain.link
     losetup -d "$plain"
     grep -qx ID_FS_LABEL=Plain properties || fail "another loop device is not examined: $(cat properties)"
-    ! grep -q nowhere link || fail "what is on another loop device has no link"
+    ! grep -q nowhere plain.link || fail "what is on another loop device has no link"
     ! grep UDISKS_IGNORE properties || fail "another loop device is ignored"
 }
 
