@@ -69,7 +69,7 @@ pub struct PreparedResize<'a> {
 }
 
 impl PreparedResize<'_> {
-    /// The block where the old disk ends, if it will be partially present, and the place of its sector bitmap.
+    /// The block where the old disk ends, if it will be partially present, and where its sector bitmap is.
     pub fn border(&self) -> Option<(u64, Extent)> {
         match &self.blocks {
             Blocks::Grow(growth) => growth.border(),

@@ -136,7 +136,7 @@ impl<'a> Growth<'a> {
         &self.room
     }
 
-    /// The block where the old disk ends, if it will be partially present, and the place of its sector bitmap.
+    /// The block where the old disk ends, if it will be partially present, and where its sector bitmap is.
     pub(super) fn border(&self) -> Option<(u64, Extent)> {
         self.border.as_ref().map(|border| (border.block, border.bitmap))
     }
