@@ -8,7 +8,7 @@
 //! 3. the image is committed, its log emptied, its session at rest: the file has everything;
 //! 4. the host makes room for what is new. Until here a failure changes nothing, and a caller that has left
 //!    ends it;
-//! 5. the image grows as one at rest does ([`PreparedResize`](crate::image::PreparedResize)): its disk is
+//! 5. the image grows as one at rest does ([`PreparedResize`]): its disk is
 //!    larger after a power cut, or as it was;
 //! 6. the new session takes the old one's name: a successor of this process serves either size before, and
 //!    the new one from now on;

@@ -91,11 +91,11 @@ pub(in crate::operations) fn probe(file: &ImageFile) -> Result<DiskFormat> {
     Ok(DiskFormat::Raw)
 }
 
-/// As [`probe`], for a file that was named by `path`: a raw disk has no name of another format.
+/// As [`probe()`], for a file that was named by `path`: a raw disk has no name of another format.
 ///
 /// # Errors
 ///
-/// Those of [`probe`]; [`Kind::Unsupported`] if the name says what the content does not.
+/// Those of [`probe()`]; [`Kind::Unsupported`] if the name says what the content does not.
 pub(super) fn probe_named(path: &Path, file: &ImageFile) -> Result<DiskFormat> {
     let format = probe(file)?;
     let name = path.extension().and_then(|end| end.to_str()).unwrap_or("").to_ascii_lowercase();
