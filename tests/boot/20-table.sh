@@ -168,9 +168,14 @@ systemd-run --quiet --unit=mine -p Type=notify -p StandardOutput=null \
     /usr/sbin/vhdx-ublk add --foreground --name other /images/other.vhdx
 old=$(pid)
 ! systemctl start vhdx-ublk@other
+refused() { journalctl -b -o cat -u vhdx-ublk@other | grep -c '^vhdx-ublk: /dev/ublkb0 is served by another unit'; }
 sleep 3
 [ "$(systemctl is-failed vhdx-ublk@other)" = failed ]
-[ "$(journalctl -b -o cat -u vhdx-ublk@other | grep -c '^vhdx-ublk: /dev/ublkb0 is served by another unit')" -eq 1 ]
+# systemd wants the unit once more when udev has shown the device; it is not started again and again.
+count=$(refused)
+[ "$count" -ge 1 ] && [ "$count" -le 2 ]
+sleep 3
+[ "$(refused)" -eq "$count" ]
 [ "$(pid)" = "$old" ]
 systemctl stop mine
 INSIDE
