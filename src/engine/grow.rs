@@ -1,8 +1,8 @@
 //! The disk of a served image becomes larger, while the fronts are held.
 //!
 //! The image is frozen and its session at rest: the file has everything, as one at rest has, and grows as one
-//! ([`PreparedResize`]). What is returned gets an engine and a session of its
-//! own, whose map has the new slots; then the fronts continue with these.
+//! ([`PreparedResize`]). What is returned gets an engine and a session of its own, whose map has the new
+//! slots; then the fronts continue with these.
 //!
 //! A kill in between leaves the file at either size and the session at rest. It knows the FileWriteGuid of
 //! either, so that a successor takes the file for its own, and serves the size that it finds.
