@@ -518,7 +518,7 @@ impl<E: EngineHandle> Device<E> {
         self.growing += 1;
         let call = self.supervisor.caller();
         let ended = Box::new(move |outcome, reply| call(Call::HasGrown { outcome, reply }));
-        self.engine().grow(GrowOrder { sizes, reply, ended });
+        self.engine().grow(GrowOrder { device: self.info.id, sizes, reply, ended });
     }
 
     fn keeps_its_size(&self, sizes: Sizes) -> Error {

@@ -44,7 +44,7 @@ pub(super) struct Grower<'a> {
 impl Grower<'_> {
     /// Does what is ordered; `served` has the larger disk afterwards, or stays as it is.
     pub(super) fn handle(&self, order: GrowOrder, served: &mut ServedImage) {
-        let GrowOrder { sizes, reply, ended } = order;
+        let GrowOrder { sizes, reply, ended, .. } = order;
         let outcome = self.grow(sizes, &reply, served);
         ended(outcome.file(served.file.path()), reply);
     }

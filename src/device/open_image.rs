@@ -143,6 +143,17 @@ impl NoEngine {
     pub fn new(opened: &OpenImage, ends: EngineEnds) -> Self {
         Self { _ends: ends, salvage: opened.salvage }
     }
+
+    /// Why a device is not changed, of which `consequence` follows if it is read-only.
+    fn refusal(&self, device: u32, consequence: &str) -> Error {
+        let message = match self.salvage {
+            Some(_) => format!(
+                "/dev/ublkb{device} shows what is left of a damaged image, to which nothing is written"
+            ),
+            None => format!("/dev/ublkb{device} is read-only: {consequence}"),
+        };
+        Error::new(Kind::Unsupported, message)
+    }
 }
 
 impl EngineHandle for NoEngine {
@@ -155,25 +166,19 @@ impl EngineHandle for NoEngine {
     }
 
     fn grow(&self, order: GrowOrder) {
-        let error = if self.salvage.is_some() {
-            let message = "the device shows what is left of a damaged image, to which nothing is written";
-            Error::new(Kind::Unsupported, message)
-                .remedy("`vhdx-ublk salvage` makes an image of it, which can be resized")
-        } else {
-            Error::new(Kind::Unsupported, "the device is read-only: its disk keeps its size")
-                .remedy("remove the device (`vhdx-ublk del`), then resize its image")
+        let error = self.refusal(order.device, "its disk keeps its size");
+        let remedy = match self.salvage {
+            Some(_) => "`vhdx-ublk salvage` makes an image of it, which can be resized",
+            None => "remove the device (`vhdx-ublk del`), then resize its image",
         };
-        (order.ended)(Err(error), order.reply);
+        (order.ended)(Err(error.remedy(remedy)), order.reply);
     }
 
     fn snapshot(&self, order: SnapshotOrder) {
-        let error = if self.salvage.is_some() {
-            let message = "the device shows what is left of a damaged image, to which nothing is written";
-            Error::new(Kind::Unsupported, message)
-                .remedy("`vhdx-ublk salvage` makes an image of it, which can be written")
-        } else {
-            Error::new(Kind::Unsupported, "the device is read-only: a snapshot would be identical")
-        };
+        let mut error = self.refusal(order.device, "a snapshot would be identical");
+        if self.salvage.is_some() {
+            error = error.remedy("`vhdx-ublk salvage` makes an image of it, which can be written");
+        }
         order.reply.send(Err(error));
     }
 

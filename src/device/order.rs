@@ -93,6 +93,8 @@ pub struct Sizes {
 
 /// A growth of the disk as the engine carries it out.
 pub struct GrowOrder {
+    /// The number of the device.
+    pub(super) device: u32,
     pub(super) sizes: Sizes,
     pub(super) reply: Reply<Grown>,
     /// Gets the outcome, and the reply that it is for.

@@ -63,6 +63,8 @@ pub(super) struct Supervisor {
     starting: usize,
     /// Queues that have drained, or never began.
     drained: usize,
+    /// Queues that have left their device to the next process.
+    left: usize,
     /// A queue has failed: its requests end with the process and not before.
     failed: bool,
     signals: Arc<Signals>,
@@ -122,8 +124,8 @@ impl Supervisor {
         let (sender, events) = mpsc::channel();
         let signals = Arc::new(Signals::block()?);
         watch_signals(sender.clone(), Arc::clone(&signals))?;
-        let (queues, starting, drained, failed) = (Vec::new(), 0, 0, false);
-        Ok(Self { sender, events, queues, starting, drained, failed, signals })
+        let (queues, failed) = (Vec::new(), false);
+        Ok(Self { sender, events, queues, starting: 0, drained: 0, left: 0, failed, signals })
     }
 
     /// Notes requests to end in the file at `path` from now on.
@@ -180,6 +182,7 @@ impl Supervisor {
                 }
                 Event::Queue(_, Report::Ready) | Event::Happening(_) => {}
                 Event::Call(_) => panic!("the socket is made when the queues are ready"),
+                Event::Queue(queue, Report::Left) => panic!("queue {queue} was not asked to leave"),
             }
         }
         for request in requests {
@@ -210,6 +213,7 @@ impl Supervisor {
             Event::Queue(queue, Report::Ready | Report::Unready(_)) => {
                 panic!("queue {queue} has begun before")
             }
+            Event::Queue(queue, Report::Left) => panic!("queue {queue} was not asked to leave"),
         }
     }
 
@@ -246,14 +250,17 @@ impl Supervisor {
     }
 
     /// Has every queue of a device that the kernel has quiesced complete what it serves, and waits for that.
-    /// Then nothing is under way, and the queues answer the engine, which does what `settle` does, until the
-    /// process ends.
+    /// Then nothing is under way, and the queues answer the engine, which does what `settle` does, until
+    /// they hold nothing of the image.
     pub(super) fn hand_over(&mut self, settle: impl FnOnce() -> Result<()>) -> Result<()> {
         self.queues.iter().for_each(Queue::hand_over);
         self.drain()?;
         handover::note("requests are completed");
         settle()?;
         handover::note("they are synced");
+        self.queues.iter().for_each(Queue::leave);
+        self.work_off(DRAIN_DEADLINE, |queues| queues.left == queues.queues.len())?;
+        handover::note("they hold nothing");
         Ok(())
     }
 
@@ -299,6 +306,7 @@ impl Supervisor {
                 self.drained += 1;
             }
             Event::Queue(_, Report::Drained) => self.drained += 1,
+            Event::Queue(_, Report::Left) => self.left += 1,
             Event::Queue(_, Report::Failed(_)) => self.failed = true,
             Event::Happening(_) | Event::Call(_) => {}
         }
@@ -347,7 +355,16 @@ mod tests {
             sender.send(Event::Queue(0, report)).expect("the receiver is here");
         }
         let signals = Arc::new(Signals::block().expect("this thread may block them"));
-        Supervisor { sender, events, queues: Vec::new(), starting, drained: 0, failed: false, signals }
+        Supervisor {
+            sender,
+            events,
+            queues: Vec::new(),
+            starting,
+            drained: 0,
+            left: 0,
+            failed: false,
+            signals,
+        }
     }
 
     fn failure() -> Error {

@@ -60,13 +60,21 @@ test_guide_shrink() {
 }
 
 test_guide_grow() {
-    local device
+    local device served
     image ext4.vhdx 1G
+    image served.vhdx 1G
     ublk create disk.vhdx --size 1G
     device=$(ublk add disk.vhdx)
     printf 'label: gpt\n,,L\n' | sfdisk -q "$device"
     ublk del "$device"
-    follow grow
+    # The first part of the page has a disk in use.
+    served=$(ublk add served.vhdx)
+    mount "$served" "$mnt"
+    commands_of grow | sed "s|/dev/ublkb0|$served|" | follow grow -
+    [ "$(df -B 1M --output=size "$mnt" | tail -n 1)" -gt 1900 ] || fail "df does not show the room"
+    umount "$mnt"
+    ublk del "$served"
+    has_its_files served.vhdx served.vhdx.files
     has_its_files ext4.vhdx ext4.vhdx.files
     device=$(ublk add --read-only ext4.vhdx)
     [ "$(dumpe2fs -h "$device" 2>&1 | sed -n 's/^Block count: *//p')" -gt $((1900 << 8)) ] ||

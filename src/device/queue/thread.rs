@@ -5,8 +5,8 @@
 //! answers the engine's barriers, so that the engine can close the image in its own order.
 //!
 //! A queue whose device the kernel has quiesced, for another program, is drained when it serves no request.
-//! The tags that it offers then never get one. Requests wait, so it is not ended by itself: the end of the
-//! process takes the tags of all queues back at once.
+//! The tags that it offers then never get one. When the image is complete it gives up what it holds. Requests
+//! wait, so it is not ended by itself: the end of the process takes the tags of all queues back at once.
 //!
 //! Only the end of the process helps a queue that fails: the kernel aborts its requests then, and not before.
 //! The queue reports that, and leaks the memory that the kernel may still write to.
@@ -49,6 +49,8 @@ pub(in crate::device) enum Report {
     Ready,
     /// No requests are left, and none will come.
     Drained,
+    /// The next process has its requests, and nothing of the image is held any more.
+    Left,
     /// It could not begin; nothing of it is left.
     Unready(Error),
     /// It cannot continue.
@@ -65,7 +67,7 @@ pub(in crate::device) struct Queue {
 /// What the device announces to a queue, once each.
 #[derive(Default)]
 struct Calls {
-    /// The image is closed: the queue ends.
+    /// The image is closed, or complete for the next process: the queue ends.
     over: AtomicBool,
     /// The kernel has quiesced the device.
     quiesced: AtomicBool,
@@ -93,10 +95,16 @@ impl Queue {
         wake_up(&self.wake);
     }
 
-    /// Ends a drained queue and waits for its end.
-    pub(in crate::device) fn finish(self) {
+    /// Has a drained queue of a quiesced device give up what it holds, which it reports. It does nothing then
+    /// until the process ends.
+    pub(in crate::device) fn leave(&self) {
         self.calls.over.store(true, Ordering::Release);
         wake_up(&self.wake);
+    }
+
+    /// Ends a drained queue and waits for its end.
+    pub(in crate::device) fn finish(self) {
+        self.leave();
         self.thread.join().expect("a panic ends the process");
     }
 }
@@ -124,7 +132,16 @@ fn serve(setup: QueueSetup, calls: Arc<Calls>, report: &dyn Fn(Report)) {
     }
     report(Report::Ready);
     match server.run(report) {
-        Ok(()) => server.ring.close(),
+        Ok(End::Closed) => server.ring.close(),
+        Ok(End::HandedOver) => {
+            server.ring.leave_files();
+            report(Report::Left);
+            // The end of a thread with a ring takes the kernel a while, and requests wait: the process ends
+            // all of them at once.
+            loop {
+                thread::park();
+            }
+        }
         Err(error) => {
             tracing::error!("{error:#}");
             std::mem::forget(server);
@@ -144,6 +161,14 @@ fn prepare_thread(setup: &QueueSetup) {
     }
 }
 
+/// How a queue ends.
+enum End {
+    /// The device is stopped, and nothing is under way.
+    Closed,
+    /// The next process gets what comes.
+    HandedOver,
+}
+
 struct Server {
     front: Front,
     receiver: Receiver<ToFront>,
@@ -159,7 +184,7 @@ impl Server {
         Ok(())
     }
 
-    fn run(&mut self, report: &dyn Fn(Report)) -> Result<()> {
+    fn run(&mut self, report: &dyn Fn(Report)) -> Result<End> {
         while !(self.ring.has_ended() && self.front.is_idle()) {
             self.ring.wait()?;
             self.handle_events()?;
@@ -174,16 +199,17 @@ impl Server {
             self.handle_events()?;
         }
         assert!(self.front.is_idle(), "the engine sends nothing to a front that is over");
-        Ok(())
+        Ok(if self.calls.quiesced.load(Ordering::Acquire) { End::HandedOver } else { End::Closed })
     }
 
-    /// Until the process ends, or the queue fails. Requests of other queues may need the engine, which needs
+    /// Until the image is complete for the next process. Requests of other queues may need the engine, which needs
     /// the answers of all fronts.
-    fn answer_engine(&mut self) -> Result<()> {
-        loop {
+    fn answer_engine(&mut self) -> Result<End> {
+        while !self.calls.over.load(Ordering::Acquire) {
             self.ring.wait()?;
             self.handle_events()?;
         }
+        Ok(End::HandedOver)
     }
 
     /// Whether the queue of a quiesced device serves nothing, and nothing is on the way in either direction:
