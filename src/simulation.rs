@@ -136,6 +136,16 @@ pub enum Plant {
     ReuseMovedEarly,
     /// A sector bitmap moves, and its bits do not.
     MoveBareBitmap,
+    /// A front changes a block that is on its way to another place.
+    IgnoreMove,
+    /// A block that moves is copied while writes are still on their way to it.
+    EarlyCopy,
+    /// The old place of a block that has moved is used again while reads are still on their way to it.
+    ForgetReaders,
+    /// A successor takes a block for one that moves, since the killed process was moving it.
+    KeepMove,
+    /// The file of a served image is cut while its log says that it is longer.
+    EarlyCut,
     /// A region table names a new place of the BAT before the BAT is there.
     EarlyRegion,
     /// A change of the metadata that readers see leaves the DataWriteGuid as it was.
@@ -172,7 +182,7 @@ pub enum Plant {
 
 impl Plant {
     /// All of them.
-    pub const ALL: [Self; 78] = [
+    pub const ALL: [Self; 83] = [
         Self::SkipRecyclingSync,
         Self::SkipGrowthSync,
         Self::ApplyBeforeLog,
@@ -235,6 +245,11 @@ impl Plant {
         Self::SkipMoveSync,
         Self::ReuseMovedEarly,
         Self::MoveBareBitmap,
+        Self::IgnoreMove,
+        Self::EarlyCopy,
+        Self::ForgetReaders,
+        Self::KeepMove,
+        Self::EarlyCut,
         Self::EarlyRegion,
         Self::SilentChange,
         Self::EarlyOrphans,

@@ -73,12 +73,7 @@ impl<D: Disk + 'static> Engine<D> {
     async fn close_session(self: &Rc<Self>) -> Outcome {
         self.reclaim().await?;
         assert!(self.dirty.count() == 0, "no page changes while the image is closed");
-        self.await_applied().await?;
-        self.sync().await?;
-        if self.journal.is_active() {
-            self.update_headers(|header| header.log_guid = uuid::Uuid::nil()).await?;
-            self.journal.end();
-        }
+        self.end_log().await?;
         assert!(!self.commits.has_waiters(), "no task waits for a cycle of a closed image");
         Ok(())
     }

@@ -78,6 +78,7 @@ impl<D: Disk + 'static> Engine<D> {
         }
         self.send_barrier();
         probes::commit_start(set.len(), waiters.len());
+        let cut = self.commits.take_cut();
         let outcome = self.commit(set).await;
         probes::commit_end(outcome);
         if outcome.is_err() {
@@ -88,10 +89,16 @@ impl<D: Disk + 'static> Engine<D> {
         if self.reclaim.end_batch(batch, outcome.is_ok()) {
             self.start(|engine| async move { engine.release_quarantine().await });
         }
-        self.note_levels();
         for waiter in waiters {
             waiter.keep(outcome);
         }
+        if let Some(done) = cut {
+            done.keep(match outcome {
+                Ok(()) => self.cut_committed().await,
+                Err(errno) => Err(errno),
+            });
+        }
+        self.note_levels();
         outcome
     }
 

@@ -28,8 +28,8 @@ pub(super) struct Durability {
     synced_epoch: Cell<u64>,
     /// Space that reads as zero after every power cut, once a sync has covered it.
     punched_unsynced: RefCell<Vec<Extent>>,
-    /// Syncs that were issued and have not completed; one that has failed never does.
-    under_way: Cell<usize>,
+    /// The lengths to which the file was shortened.
+    cuts: RefCell<Vec<u64>>,
 }
 
 /// What a sync under way proves when it completes.
@@ -37,6 +37,8 @@ pub(super) struct Durability {
 #[must_use = "a completed sync proves it"]
 pub(super) struct Issued {
     length: u64,
+    /// How often the file had been shortened.
+    cuts: usize,
     epoch: u64,
     punched: Vec<Extent>,
 }
@@ -66,7 +68,7 @@ impl Durability {
             payload_epoch: Cell::new(u64::from(unsynced_payload)),
             synced_epoch: Cell::new(0),
             punched_unsynced: RefCell::default(),
-            under_way: Cell::default(),
+            cuts: RefCell::default(),
         }
     }
 
@@ -80,16 +82,16 @@ impl Durability {
         self.stable_length.get()
     }
 
-    /// The file has been extended to `length`.
+    /// The file has been extended to `length`, or was not shortened from there after all.
     pub(super) fn grown(&self, length: u64) {
         assert!(length > self.file_length.get(), "a file grows to {length} bytes");
         self.file_length.set(length);
     }
 
-    /// The file has been shortened to `length`. No sync is under way.
+    /// The file is about to be shortened to `length`: a sync under way proves no more than that.
     pub(super) fn shortened(&self, length: u64) {
         assert!(length < self.file_length.get(), "a file is shortened to {length} bytes");
-        assert_eq!(self.under_way.get(), 0, "a sync under way would prove a length that is gone");
+        self.cuts.borrow_mut().push(length);
         self.file_length.set(length);
         self.stable_length.update(|stable| stable.min(length));
     }
@@ -135,15 +137,16 @@ impl Durability {
     pub(super) fn issue(&self) -> Issued {
         let epoch = self.epoch.get();
         self.epoch.set(epoch + 1);
-        self.under_way.update(|count| count + 1);
-        Issued { length: self.file_length.get(), epoch, punched: self.punched_unsynced.take() }
+        let cuts = self.cuts.borrow().len();
+        Issued { length: self.file_length.get(), cuts, epoch, punched: self.punched_unsynced.take() }
     }
 
     /// The sync has completed. Returns the space that is known to read as zero from now on.
     pub(super) fn completed(&self, issued: Issued) -> Vec<Extent> {
-        self.under_way.update(|count| count - 1);
+        let cuts = &self.cuts.borrow()[issued.cuts..];
+        let length = cuts.iter().fold(issued.length, |length, cut| length.min(*cut));
         // Syncs may complete in another order than they were issued in: what is proved stays proved.
-        self.stable_length.update(|stable| stable.max(issued.length));
+        self.stable_length.update(|stable| stable.max(length));
         self.synced_epoch.update(|synced| synced.max(issued.epoch));
         assert!(self.stable_length <= self.file_length, "a length is stable that the file does not have");
         assert!(self.synced_epoch < self.epoch, "a sync has completed that was not issued");

@@ -17,7 +17,9 @@
 //! 6. everything logged synced in place, before the log starts again (`begin_log`);
 //! 7. everything in place synced, before the headers drop the LogGuid, and that durable before the file is
 //!    shortened (`close`);
-//! 8. a disk that grows is larger in the file, before a front has the longer map (`grow`).
+//! 8. a disk that grows is larger in the file, before a front has the longer map (`grow`);
+//! 9. every front past the mark of a block that moves, before the block is copied (`relocate`);
+//! 10. no log that knows a longer file, before the file is shortened (`cut`).
 //!
 //! Allocation itself syncs nothing: visible means committable, always. A mapping is published once its space
 //! reads as zero, and its page is marked dirty in the same step.
@@ -29,6 +31,7 @@ mod allocate;
 mod close;
 mod commit;
 mod copy;
+mod cut;
 mod dirty;
 mod dirty_bitmap_pages;
 mod drain;

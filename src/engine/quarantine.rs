@@ -78,6 +78,20 @@ impl Quarantine {
         Some(id)
     }
 
+    /// A batch of nothing, which waits for the next barrier only.
+    pub fn add_fence(&mut self) -> u64 {
+        let id = self.next_id;
+        self.next_id += 1;
+        self.batches.push_back(Batch { id, extents: Vec::new(), durable: true, fence: Fence::Wanted });
+        id
+    }
+
+    /// Whether every front has answered a barrier that was sent after batch `id` was closed.
+    pub fn is_fenced(&self, id: u64) -> bool {
+        let batch = self.batches.iter().find(|batch| batch.id == id);
+        batch.is_none_or(|batch| batch.fence == Fence::Answered)
+    }
+
     /// The entries that unmap batch `id` were not written: the next cycle logs its unmappings with later
     /// ones.
     pub fn reopen_batch(&mut self, id: u64) {

@@ -10,6 +10,8 @@ use super::waiting::{Bell, Promise};
 pub(super) struct CommitQueue {
     /// Tasks that the next cycle answers.
     waiters: RefCell<Vec<Promise<Outcome>>>,
+    /// The task for which a cycle cuts the file.
+    cut: RefCell<Option<Promise<Outcome<u64>>>>,
     bell: Bell,
     /// Set to end the loop; kept when it has ended.
     closing: RefCell<Option<Promise<()>>>,
@@ -25,6 +27,21 @@ impl CommitQueue {
         done
     }
 
+    /// Has a cycle cut the file when everything is in place, and keep the promise. One caller at a time.
+    pub(super) fn join_to_cut(&self) -> Promise<Outcome<u64>> {
+        assert!(self.closing.borrow().is_none(), "no cycle follows");
+        let done = Promise::default();
+        let before = self.cut.replace(Some(done.clone()));
+        assert!(before.is_none(), "one cut at a time");
+        self.bell.ring();
+        done
+    }
+
+    /// The promise of [`Self::join_to_cut`], for the cycle that keeps it.
+    pub(super) fn take_cut(&self) -> Option<Promise<Outcome<u64>>> {
+        self.cut.take()
+    }
+
     /// Wakes the loop: a cycle may be due.
     pub(super) fn ring(&self) {
         self.bell.ring();
@@ -37,7 +54,7 @@ impl CommitQueue {
 
     /// Whether a task waits for a cycle.
     pub(super) fn has_waiters(&self) -> bool {
-        !self.waiters.borrow().is_empty()
+        !self.waiters.borrow().is_empty() || self.cut.borrow().is_some()
     }
 
     /// A cycle closes its set: it answers these, and a task that joins from now on waits for the next cycle.

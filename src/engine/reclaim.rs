@@ -5,7 +5,7 @@ use std::rc::Rc;
 
 use super::message::ToFront;
 use super::quarantine::Quarantine;
-use super::waiting::Bell;
+use super::waiting::{Bell, Turnstile};
 use super::{Engine, Outcome, probes};
 use crate::disk::Disk;
 use crate::image::{Content, Extent};
@@ -17,6 +17,9 @@ pub(super) struct Reclaim {
     /// Releases in progress: what they took out of quarantine is not free yet.
     releasing: Cell<usize>,
     progress: Bell,
+    /// Rung when all fronts have answered a barrier.
+    fenced: Bell,
+    turn: Turnstile,
 }
 
 impl Reclaim {
@@ -52,6 +55,7 @@ impl Reclaim {
     /// A front has answered the barrier.
     pub(super) fn barrier_answered(&self) {
         self.quarantine.borrow_mut().barrier_answered();
+        self.fenced.ring();
     }
 
     /// Whether a barrier is to be sent to each of `fronts` fronts.
@@ -126,8 +130,18 @@ impl<D: Disk + 'static> Engine<D> {
         }
     }
 
-    /// Brings back to the free map everything that is in quarantine now. One caller at a time.
+    /// Waits until every piece that a front has looked up by now has ended. One caller at a time.
+    pub(super) async fn await_pieces(self: &Rc<Self>) {
+        let fence = self.reclaim.quarantine.borrow_mut().add_fence();
+        self.release_quarantine().await;
+        while !self.reclaim.quarantine.borrow().is_fenced(fence) {
+            self.reclaim.fenced.wait().await;
+        }
+    }
+
+    /// Brings back to the free map everything that is in quarantine now.
     pub(super) async fn reclaim(self: &Rc<Self>) -> Outcome {
+        let _turn = self.reclaim.turn.enter().await;
         self.flush().await?;
         let newest = self.reclaim.quarantine.borrow().newest_batch();
         while !self.reclaim.is_free(newest) {

@@ -4,18 +4,24 @@
 //!
 //! 1. the new places are granted, and read as zero but for what is copied. The file grows first if they lie
 //!    behind its end;
-//! 2. what the host has stored of the old places is copied, several pieces at once: holes stay holes;
-//! 3. the new mappings are published, in one step with the marks of their pages;
-//! 4. a commit syncs the copies before it writes the entry that has the mappings. Without that sync, a power
+//! 2. each block is marked as moving. From then on it is read where it is, and a front that would change it
+//!    asks the engine, which answers once it has moved;
+//! 3. every front answers a barrier: what was looked up before the mark has ended. Without that, a write could
+//!    reach the old place when its part of it is copied already;
+//! 4. what the host has stored of the old places is copied, several pieces at once: holes stay holes;
+//! 5. the new mappings are published, in one step with the marks of their pages, and the blocks move no longer;
+//! 6. a commit syncs the copies before it writes the entry that has the mappings. Without that sync, a power
 //!    cut could keep the entry and lose the copies: the blocks would show what was at their new places;
-//! 5. the old places leave quarantine once the entry is durable. If they were used again earlier, a power cut
-//!    would bring the old mappings back, onto the content of other blocks.
+//! 7. the old places leave quarantine once the entry is durable, and what was looked up there has ended. If
+//!    they were used again earlier, a power cut would bring the old mappings back, onto the content of other
+//!    blocks; or a read would find it there.
 //!
-//! A power cut before step 4 leaves copies that nothing names, which is space without an owner.
+//! A power cut before step 6 leaves copies that nothing names, which is space without an owner. A kill leaves
+//! marks in the session, which the successor takes off: a block is where its entry says.
 //!
 //! A sector bitmap moves as it is in the file, so none of its bits may be on their way there: neither waits a
 //! page of it for the log, nor is one in it. A replay would write such a page to the old place, over what is
-//! there by then. In a session that serves no fronts no bit changes.
+//! there by then. In a session that serves no fronts no bit changes; in one that does, bitmaps stay.
 //!
 //! [Rule 102](crate::design::vhdx_rules#rule-102).
 
@@ -37,6 +43,9 @@ use crate::simulation::{Plant, planted};
 /// Pieces that are copied at once: together the memory that a batch takes, in MiB.
 const LANES: usize = 8;
 
+/// The same while fronts serve requests, which share the disk.
+const LANES_UNDER_LOAD: usize = 2;
+
 /// Bytes of a piece.
 const PIECE: u64 = MIB;
 
@@ -54,21 +63,42 @@ pub enum Occupant {
     Bitmap(u64),
 }
 
-/// A move: what is moved, and the byte of the file where it starts then.
+impl Occupant {
+    /// The block that it is.
+    fn block(self) -> Option<u64> {
+        match self {
+            Self::Block(block) => Some(block),
+            Self::Bitmap(_) => None,
+        }
+    }
+
+    /// How much space it takes, bytes.
+    fn length(self, block_size: u64) -> u64 {
+        match self {
+            Self::Block(_) => block_size,
+            Self::Bitmap(_) => BITMAP_BLOCK_SIZE,
+        }
+    }
+}
+
+/// A move: what is moved, and the bytes of the file where it starts before and afterwards.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Move {
     /// What is moved.
     pub what: Occupant,
+    /// The place that it was seen at.
+    pub from: u64,
     /// Its new place.
     pub to: u64,
 }
 
-/// A move with both its places.
+/// A move whose new place is granted.
 #[derive(Clone, Copy)]
 struct Relocation {
     what: Occupant,
     from: Extent,
     to: Extent,
+    granted: Content,
 }
 
 /// What is copied at once.
@@ -80,31 +110,54 @@ struct Piece {
 }
 
 impl<D: Disk + 'static> Engine<D> {
-    /// Makes `moves`, whose new places are free, and no two of which overlap. When it returns, they are
-    /// durable and the old places are free. The session must be open. See the module's head.
+    /// Makes `moves`, no two of which overlap, but for those whose block is no longer where it was seen, or
+    /// whose new place is no longer free. When it returns, they are durable and the old places are free. The
+    /// session must be open. One caller at a time. See the module's head.
+    ///
+    /// Returns those that were made.
     ///
     /// # Errors
     /// A positive `errno`; the disk reads as before, and the session may be poisoned.
-    pub async fn relocate(self: &Rc<Self>, moves: &[Move]) -> Outcome {
+    pub async fn relocate(self: &Rc<Self>, moves: &[Move]) -> Outcome<Vec<Move>> {
         assert_ne!(self.shared.session(), Session::Idle, "the session opens before the first change");
         self.check_poison()?;
-        let relocations: Vec<Relocation> = moves.iter().map(|wanted| self.relocation(*wanted)).collect();
-        self.reach(&relocations).await?;
-        let granted: Vec<Content> = relocations.iter().map(|relocation| self.grant(relocation.to)).collect();
-        if let Err(errno) = self.fill_new_places(&relocations, &granted).await {
-            let mut space = self.space.borrow_mut();
-            for relocation in &relocations {
-                space.free(relocation.to, Content::Recycled);
-            }
+        let relocations = self.grant_places(moves).await?;
+        let blocks: Vec<u64> = relocations.iter().filter_map(|relocation| relocation.what.block()).collect();
+        let moving = self.turns.blocks.exclusively_all(&blocks, self.relocate_granted(relocations));
+        let relocations = moving.await?;
+        self.leave_old_places(&relocations).await?;
+        let made = |relocation: &Relocation| Move {
+            what: relocation.what,
+            from: relocation.from.offset,
+            to: relocation.to.offset,
+        };
+        Ok(relocations.iter().map(made).collect())
+    }
+
+    /// Steps 2 to 5, while nothing else changes the blocks.
+    async fn relocate_granted(self: &Rc<Self>, mut relocations: Vec<Relocation>) -> Outcome<Vec<Relocation>> {
+        let gone = relocations.extract_if(.., |relocation| !self.is_there(relocation));
+        self.free_places(gone);
+        let blocks: Vec<u64> = relocations.iter().filter_map(|relocation| relocation.what.block()).collect();
+        blocks.iter().for_each(|block| self.shared.map.begin_move(*block));
+        if !planted(Plant::EarlyCopy) {
+            self.await_pieces().await;
+        }
+        if let Err(errno) = self.fill_new_places(&relocations).await {
+            blocks.iter().for_each(|block| self.shared.map.end_move(*block));
+            self.free_places(relocations);
             return Err(errno);
         }
         if !planted(Plant::SkipMoveSync) {
             self.durability.payload_written();
         }
-        for relocation in &relocations {
-            self.publish_move(relocation);
-        }
-        self.leave_old_places(&relocations).await
+        relocations.iter().for_each(|relocation| self.publish_move(relocation));
+        Ok(relocations)
+    }
+
+    fn free_places(&self, relocations: impl IntoIterator<Item = Relocation>) {
+        let mut space = self.space.borrow_mut();
+        relocations.into_iter().for_each(|relocation| space.free(relocation.to, Content::Recycled));
     }
 
     /// Unmaps `blocks`, which read as zeros, and the content that undefined and unmapped blocks still name.
@@ -125,40 +178,51 @@ impl<D: Disk + 'static> Engine<D> {
         self.space.borrow().clone()
     }
 
-    fn relocation(&self, Move { what, to }: Move) -> Relocation {
-        let from = match what {
+    /// Step 1: takes the new places that are free, in a file that is long enough for them.
+    async fn grant_places(self: &Rc<Self>, moves: &[Move]) -> Outcome<Vec<Relocation>> {
+        let _turn = self.turns.growth.enter().await;
+        let relocations = moves.iter().map(|Move { what, from, to }| {
+            let length = what.length(self.shared.geometry().block_size());
+            let (from, to) = (Extent { offset: *from, length }, Extent { offset: *to, length });
+            assert!(to.end() <= from.offset || from.end() <= to.offset, "{what:?} moves onto itself");
+            Relocation { what: *what, from, to, granted: Content::Recycled }
+        });
+        let mut relocations: Vec<Relocation> = relocations.collect();
+        let end = relocations.iter().map(|relocation| relocation.to.end()).max().unwrap_or(0);
+        if end > self.durability.file_length() {
+            self.grow_to(end).await?;
+        }
+        let mut space = self.space.borrow_mut();
+        relocations.retain_mut(|relocation| match space.take_at(relocation.to) {
+            Some(grant) => {
+                relocation.granted = grant.content;
+                true
+            }
+            None => false,
+        });
+        Ok(relocations)
+    }
+
+    /// Whether what is to be moved is where it was seen.
+    fn is_there(&self, relocation: &Relocation) -> bool {
+        match relocation.what {
             Occupant::Block(block) => {
                 let entry = self.shared.map.load(block).entry;
-                assert!(self.has_space(entry), "block {block} has content to be moved");
-                self.space_of(entry).expect("a present block has space")
+                self.has_space(entry) && self.space_of(entry) == Some(relocation.from)
             }
             Occupant::Bitmap(chunk) => {
+                assert_eq!(self.fronts.count(), 0, "a bitmap whose bits may change stays");
                 assert!(!self.dirty.has_bits_of(chunk), "bits of chunk {chunk} are on their way to the file");
-                let offset = self.shared.map.bitmap_place(chunk).expect("a bitmap that moves is there");
-                Extent { offset, length: BITMAP_BLOCK_SIZE }
+                self.shared.map.bitmap_place(chunk) == Some(relocation.from.offset)
             }
-        };
-        let to = Extent { offset: to, length: from.length };
-        assert!(to.end() <= from.offset || from.end() <= to.offset, "{what:?} moves onto itself");
-        Relocation { what, from, to }
+        }
     }
 
-    /// Makes the file long enough for the new places.
-    async fn reach(self: &Rc<Self>, relocations: &[Relocation]) -> Outcome {
-        let end = relocations.iter().map(|relocation| relocation.to.end()).max().unwrap_or(0);
-        if end > self.durability.file_length() { self.grow_to(end).await } else { Ok(()) }
-    }
-
-    fn grant(&self, place: Extent) -> Content {
-        let granted = self.space.borrow_mut().take_at(place);
-        granted.expect("the new place of a block is free").content
-    }
-
-    /// Steps 1 and 2.
-    async fn fill_new_places(self: &Rc<Self>, relocations: &[Relocation], granted: &[Content]) -> Outcome {
+    /// Step 4.
+    async fn fill_new_places(self: &Rc<Self>, relocations: &[Relocation]) -> Outcome {
         let mut pieces = Vec::new();
-        for (relocation, content) in relocations.iter().zip(granted) {
-            self.clear(relocation.to, *content).await?;
+        for relocation in relocations {
+            self.clear(relocation.to, relocation.granted).await?;
             if self.is_dense() || matches!(relocation.what, Occupant::Bitmap(_)) {
                 self.reserve(relocation.to).await?;
             }
@@ -243,9 +307,9 @@ impl<D: Disk + 'static> Engine<D> {
         Ok(())
     }
 
-    /// Step 3 of one move.
+    /// Step 5 of one move.
     fn publish_move(&self, relocation: &Relocation) {
-        let Relocation { what, to, .. } = *relocation;
+        let Relocation { what, from, to, .. } = *relocation;
         assert!(self.space.borrow().is_used(to.offset..to.end()), "a new place is taken before it is named");
         assert!(to.end() <= self.durability.file_length(), "a new place lies in the file");
         let map = &self.shared.map;
@@ -260,22 +324,22 @@ impl<D: Disk + 'static> Engine<D> {
             }
         };
         self.dirty.mark(Page::Bat(page));
+        if planted(Plant::ReuseMovedEarly) {
+            self.space.borrow_mut().free(from, Content::Recycled);
+        } else if !planted(Plant::ForgetReaders) {
+            self.reclaim.lost(from);
+        }
         self.count(|counters| counters.moves.add(1));
     }
 
-    /// Steps 4 and 5.
+    /// Steps 6 and 7.
     async fn leave_old_places(self: &Rc<Self>, relocations: &[Relocation]) -> Outcome {
-        if planted(Plant::ReuseMovedEarly) {
+        self.reclaim().await?;
+        if planted(Plant::ForgetReaders) {
             let mut space = self.space.borrow_mut();
-            for relocation in relocations {
-                space.free(relocation.from, Content::Recycled);
-            }
-            return Ok(());
+            relocations.iter().for_each(|relocation| space.free(relocation.from, Content::Recycled));
         }
-        for relocation in relocations {
-            self.reclaim.lost(relocation.from);
-        }
-        self.reclaim().await
+        Ok(())
     }
 
     /// Does `work` for each of `jobs`, a few at a time, until one of them fails.
@@ -284,7 +348,8 @@ impl<D: Disk + 'static> Engine<D> {
         jobs: Vec<J>,
         work: impl Fn(Rc<Self>, J) -> F + 'static,
     ) -> Outcome {
-        let lanes = jobs.len().min(LANES);
+        let most = if self.fronts.count() > 0 { LANES_UNDER_LOAD } else { LANES };
+        let lanes = jobs.len().min(most);
         let (jobs, work) = (Rc::new(RefCell::new(VecDeque::from(jobs))), Rc::new(work));
         let ends: Vec<Promise<Outcome>> = (0..lanes)
             .map(|_| {

@@ -14,6 +14,8 @@ pub(super) struct Span {
     pub(super) durable: bool,
     /// A block is partially present: what is written has to be marked.
     pub(super) partial: bool,
+    /// A block is on its way to another place: nothing may change it.
+    pub(super) moving: bool,
     pub(super) length: u32,
 }
 
@@ -27,7 +29,7 @@ impl Span {
         let block = geometry.block_of_offset(from);
         let within = geometry.offset_in_block(from);
         let length = (geometry.block_size() - within).min(end - from);
-        let Mapping { entry, durable } = shared.map.load(block);
+        let Mapping { entry, durable, moving } = shared.map.load(block);
         let state = entry.payload_state();
         let here = || Location::File { layer: LEAF, offset: entry.offset() + within };
         let location = match state {
@@ -40,7 +42,7 @@ impl Span {
         };
         let partial = state == Some(PayloadState::PartiallyPresent);
         let length = u32::try_from(length).expect("a block has at most 256 MiB");
-        Self { location, durable: durable && !partial, partial, length }
+        Self { location, durable: durable && !partial, partial, moving, length }
     }
 
     /// The same for a reader: from the layer that has the content, shorter where a block is spread over
@@ -59,7 +61,7 @@ impl Span {
     fn layer_by_layer(shared: &Shared, from: u64, mut end: u64) -> Self {
         let span = |location, length| {
             let length = u32::try_from(length).expect("a block has at most 256 MiB");
-            Self { location, durable: false, partial: false, length }
+            Self { location, durable: false, partial: false, moving: false, length }
         };
         for (layer, map) in std::iter::once((LEAF, shared.map.as_ref())).chain(shared.parents()) {
             // A parent may be smaller than its child: what it does not have reads as zero.
@@ -77,6 +79,11 @@ impl Span {
     /// Whether the bytes lie in a file.
     pub(super) fn is_present(&self) -> bool {
         matches!(self.location, Location::File { .. })
+    }
+
+    /// Whether the bytes can be changed where they lie in the file.
+    pub(super) fn is_changeable(&self) -> bool {
+        self.is_present() && (!self.moving || planted(Plant::IgnoreMove))
     }
 
     /// Whether one piece can serve this span and `next`, which follows it.

@@ -81,10 +81,30 @@ impl BlockLocks {
         debug_assert!(self.0.borrow().contains_key(&block), "a turnstile stays while it is in use");
         let result = work.await;
         drop(pass);
+        self.tidy(block, &turnstile);
+        result
+    }
+
+    /// Runs `work` when all earlier work on each of `blocks` has ended.
+    pub async fn exclusively_all<T>(&self, blocks: &[u64], work: impl Future<Output = T>) -> T {
+        let turnstile = |block: &u64| self.0.borrow_mut().entry(*block).or_default().clone();
+        let turnstiles: Vec<Rc<Turnstile>> = blocks.iter().map(turnstile).collect();
+        // All places are taken now: a turnstile without one is dropped, and a later task would not see it.
+        let places: Vec<_> = turnstiles.iter().map(|turnstile| turnstile.enter()).collect();
+        let mut passes = Vec::with_capacity(blocks.len());
+        for place in places {
+            passes.push(place.await);
+        }
+        let result = work.await;
+        drop(passes);
+        blocks.iter().zip(&turnstiles).for_each(|(block, turnstile)| self.tidy(*block, turnstile));
+        result
+    }
+
+    fn tidy(&self, block: u64, turnstile: &Turnstile) {
         if turnstile.is_idle() {
             self.0.borrow_mut().remove(&block);
         }
-        result
     }
 }
 

@@ -4,7 +4,11 @@
 //! building a BAT page for the log is a copy. Only the engine stores; fronts load. A word is published with
 //! release and loaded with acquire: whoever sees a mapping sees everything that made it true.
 //!
-//! Bit 3, reserved in the format, is DURABLE in memory: the entry that logged this very word has been synced.
+//! Bits that are reserved in the format have a meaning in memory:
+//!
+//! * bit 3, DURABLE: the entry that logged this very word has been synced;
+//! * bit 4, MOVING: the block is on its way to another place. It is read where it was, and whoever would change
+//!   it asks the engine first. A killed process may leave the mark; its successor takes it off.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -29,8 +33,14 @@ const LOST: BatEntry = BatEntry(4);
 /// In memory only: the entry that logged this word has been synced.
 const DURABLE: u64 = 1 << 3;
 
+/// In memory only: the block is on its way to another place.
+const MOVING: u64 = 1 << 4;
+
+/// What an entry of a file never has.
+const MARKS: u64 = DURABLE | MOVING;
+
 const _: () = assert!(LOST.payload_state().is_none(), "a lost block is taken for no other");
-const _: () = assert!(BatEntry(DURABLE).reserved_bits() == DURABLE, "no entry of a file has the bit");
+const _: () = assert!(BatEntry(MARKS).reserved_bits() == MARKS, "no entry of a file has the bits");
 const _: () = assert!(SLOTS_PER_PAGE * ENTRY_SIZE as u64 == PAGE_BYTES as u64, "slots fill a page");
 
 /// A BAT word as the engine and the fronts see it.
@@ -40,6 +50,15 @@ pub struct Mapping {
     pub entry: BatEntry,
     /// Whether this very entry survives a power cut.
     pub durable: bool,
+    /// Whether the block is on its way to another place: nothing may change it.
+    pub moving: bool,
+}
+
+impl Mapping {
+    fn of(word: u64) -> Self {
+        let (durable, moving) = (word & DURABLE != 0, word & MOVING != 0);
+        Self { entry: BatEntry(word & !MARKS), durable, moving }
+    }
 }
 
 /// The BAT as atomics; the module's head says which thread may do what. What it says of partially present
@@ -149,7 +168,7 @@ impl BlockMap {
     pub fn load(&self, block: u64) -> Mapping {
         debug_assert!(block < self.geometry.block_count(), "block {block} is on the disk");
         let word = self.memory.slots()[index(self.geometry.payload_slot(block))].load(Ordering::Acquire);
-        Mapping { entry: BatEntry(word & !DURABLE), durable: word & DURABLE != 0 }
+        Mapping::of(word)
     }
 
     /// The first of `blocks` whose slot may be set, their end if there is none. Pages that never had a slot
@@ -173,9 +192,11 @@ impl BlockMap {
     /// Publishes a new mapping of payload block `block`, not yet durable. Engine only.
     pub fn publish(&self, block: u64, entry: BatEntry) {
         assert_eq!(entry.reserved_bits(), 0, "reserved bits never reach the map");
-        let old = self.load(block).entry;
+        let Mapping { entry: old, moving, .. } = self.load(block);
         assert!(self.may_become(old, entry), "block {block} goes from {old:?} to {entry:?}");
-        self.store(self.geometry.payload_slot(block), entry.0);
+        // One that moves may come to have all its sectors meanwhile.
+        let mark = if moving { MOVING } else { 0 };
+        self.store(self.geometry.payload_slot(block), entry.0 | mark);
     }
 
     /// The changes that the engine makes. Space comes and goes as a whole; a block becomes partially present
@@ -206,8 +227,22 @@ impl BlockMap {
         self.store(self.geometry.bitmap_slot(chunk), BatEntry::present(file_offset).0);
     }
 
-    /// Publishes another place of payload block `block`, at which its content is; not yet durable. Engine
-    /// only.
+    /// From now on nothing changes payload block `block`: it is about to move. What was looked up before may
+    /// still change it. Engine only.
+    pub fn begin_move(&self, block: u64) {
+        let word = &self.memory.slots()[index(self.geometry.payload_slot(block))];
+        let before = word.fetch_or(MOVING, Ordering::AcqRel);
+        assert_eq!(before & MOVING, 0, "block {block} moves once at a time");
+    }
+
+    /// Payload block `block` stays where it is, or its mark was left by a killed process. Engine only.
+    pub fn end_move(&self, block: u64) {
+        let word = &self.memory.slots()[index(self.geometry.payload_slot(block))];
+        word.fetch_and(!MOVING, Ordering::AcqRel);
+    }
+
+    /// Publishes another place of payload block `block`, at which its content is; not yet durable, and no
+    /// longer moving. Engine only.
     pub fn move_block(&self, block: u64, file_offset: u64) {
         let old = self.load(block).entry;
         let new = match old.payload_state() {
@@ -238,9 +273,9 @@ impl BlockMap {
         debug_assert!(slot < self.geometry.slot_count(), "slot {slot} is in the BAT");
         let word = self.memory.slots()[index(slot)].load(Ordering::Acquire);
         if self.geometry.is_bitmap_slot(slot) {
-            return Mapping { entry: BatEntry(word), durable: false };
+            return Mapping { entry: BatEntry(word), durable: false, moving: false };
         }
-        Mapping { entry: BatEntry(word & !DURABLE), durable: word & DURABLE != 0 }
+        Mapping::of(word)
     }
 
     /// Takes over the slots from `first` on as the file has them, durable by that. For opening only.
@@ -301,10 +336,10 @@ impl BlockMap {
     pub fn mark_durable(&self, page: u64, logged: &[u8; PAGE_BYTES]) {
         for (slot, word) in self.page_slots(page).zip(logged.as_chunks::<8>().0) {
             let word = u64::from_le_bytes(*word);
-            assert!(word & DURABLE == 0 || self.geometry.is_bitmap_slot(slot), "the mark is not logged");
+            assert!(word & MARKS == 0 || self.geometry.is_bitmap_slot(slot), "a mark is not logged");
             let current = self.memory.slots()[index(slot)].load(Ordering::Relaxed);
-            if current == word && !self.geometry.is_bitmap_slot(slot) {
-                self.memory.slots()[index(slot)].store(word | DURABLE, Ordering::Release);
+            if current & !MOVING == word && !self.geometry.is_bitmap_slot(slot) {
+                self.memory.slots()[index(slot)].store(current | DURABLE, Ordering::Release);
             }
         }
     }
@@ -333,7 +368,7 @@ impl BlockMap {
 
     fn file_word(&self, slot: u64) -> u64 {
         let word = self.memory.slots()[index(slot)].load(Ordering::Relaxed);
-        if self.geometry.is_bitmap_slot(slot) { word } else { word & !DURABLE }
+        if self.geometry.is_bitmap_slot(slot) { word } else { word & !MARKS }
     }
 }
 

@@ -204,6 +204,23 @@ impl Space {
         debug_assert!(self.used.is_disjoint(&self.known_zero), "used space is not known zero");
     }
 
+    /// The file is about to be shortened to `file_length` bytes, behind which nothing is used.
+    pub fn shorten(&mut self, file_length: u64) {
+        assert!(self.used_end() <= file_length, "what is used stays in the file");
+        assert!(file_length.is_multiple_of(MIB), "files are cut in whole MiB, not to {file_length} bytes");
+        let gone = index(file_length / MIB)..self.units;
+        self.known_zero.remove_range(gone.clone());
+        self.units = gone.start;
+        self.runs.changed(gone);
+    }
+
+    /// The file still has `file_length` bytes: nothing is known of those behind what it was thought to have.
+    pub fn lengthen(&mut self, file_length: u64) {
+        let back = self.units..index(file_length / MIB);
+        self.units = back.end;
+        self.runs.changed(back);
+    }
+
     /// End of the last used MiB, bytes.
     pub fn used_end(&self) -> u64 {
         let last = self.used.maximum().expect("the header section is used");

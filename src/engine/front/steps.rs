@@ -65,7 +65,7 @@ impl Front {
         }
         let durable = durable && !planted(Plant::IgnoreFua);
         let span = self.span(tag, Span::in_leaf);
-        if !span.is_present() {
+        if !span.is_changeable() {
             let (first, count) = self.blocks_ahead(tag);
             return self.ask_again(tag, Ask::Allocate { first, count }, port);
         }
@@ -100,7 +100,7 @@ impl Front {
             return self.pass_over(tag, block + 1);
         }
         let span = self.part(tag);
-        let punches = span.is_present() && u64::from(span.length) >= MIN_PUNCH_BYTES;
+        let punches = span.is_changeable() && u64::from(span.length) >= MIN_PUNCH_BYTES;
         if !punches || !self.shared.can_punch() {
             self.skip(tag, &span);
         } else if let Some(step) = self.await_session(tag, port) {
@@ -125,12 +125,17 @@ impl Front {
         if let Some(step) = self.await_session(tag, port) {
             return step;
         }
-        if span.is_present() {
+        if span.is_changeable() {
             let op = self.zeroing_op(span.length, keep_space);
             self.start_piece(tag, &span, op, false, port);
             return Step::Again;
         }
-        let ask = self.zero_absent(tag, &span, whole);
+        let ask = if span.is_present() {
+            // The engine answers once the block has moved.
+            Ask::Allocate { first: self.blocks_ahead(tag).0, count: 1 }
+        } else {
+            self.zero_absent(tag, &span, whole)
+        };
         self.ask_again(tag, ask, port)
     }
 
@@ -223,6 +228,7 @@ impl Front {
             span.length += more.length;
             span.durable &= more.durable;
             span.partial |= more.partial;
+            span.moving |= more.moving;
             next += u64::from(more.length);
         }
         span

@@ -301,7 +301,8 @@ impl<D: Disk + 'static, W: Watch> Work<'_, D, W> {
             }
             let (now, later) = steps.split_at(batch(steps, most));
             let moves: Vec<Move> = now.iter().map(Move::from).collect();
-            self.engine.relocate(&moves).await.doing("moving blocks")?;
+            let made = self.engine.relocate(&moves).await.doing("moving blocks")?;
+            assert_eq!(made, moves, "nothing else uses the image");
             for step in now {
                 count(step, done);
             }

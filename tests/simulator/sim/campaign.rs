@@ -107,6 +107,7 @@ pub fn scenarios() -> Vec<Scenario> {
     all.extend(snapshots());
     all.extend(killed_snapshots());
     all.extend(grown());
+    all.extend(moving());
     all.extend(losses());
     all.extend(full_hosts());
     all.extend(dense_hosts());
@@ -311,6 +312,31 @@ fn grown() -> [Scenario; 4] {
         once("grown-killed", Config { can_punch: false, fronts: 3, ..disk(killed) }),
         once("grown-child", child(faults, Beginning::Partial)),
         once("grown-child-killed", child(killed, Beginning::Nothing)),
+    ]
+}
+
+/// Blocks move, and the file is cut, while requests come.
+fn moving() -> [Scenario; 6] {
+    let faults = Faults { moves: 15, ..Faults::NONE };
+    let killed = Faults { death: 150, ..faults };
+    let config = Config { faults, fronts: 3, weights: [50, 10, 30, 20, 12, 12], ..tiny() };
+    let mut child = Config { beginning: Beginning::Partial, requests: 80, ..config.clone() };
+    child.image.parent = Some(descent());
+    let slow = Faults { again: 3, slow_io: 2, ..faults };
+    let slow = Config { faults: slow, can_punch: false, blocks: (0..3).collect(), ..config.clone() };
+    let interrupted = Faults { snapshot: 200, grow: 200, death: 200, ..faults };
+    let mut interrupted = Config { faults: interrupted, ..config.clone() };
+    interrupted.sizes = [(200 << 20) + (1020 << 10), 300 << 20].to_vec();
+    let full = Faults { full: 120, host: HostKind::Copying, ..faults };
+    let full = Config { faults: full, ..config.clone() };
+    let once = |name: &str, config| Scenario { name: name.into(), config, body: Body::Short, seeds: 20 };
+    [
+        once("moving", config.clone()),
+        once("moving-slowly", slow),
+        once("moving-killed", Config { faults: killed, can_punch: false, ..config }),
+        once("moving-child-killed", Config { faults: killed, ..child }),
+        once("moving-interrupted", interrupted),
+        once("moving-full", full),
     ]
 }
 

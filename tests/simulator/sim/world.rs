@@ -3,6 +3,7 @@
 
 pub mod death;
 mod grow;
+mod moves;
 mod snapshot;
 
 use std::cell::RefCell;
@@ -93,6 +94,8 @@ pub struct Faults {
     pub snapshot: u32,
     /// The disk grows at one step in so many, to the next of its sizes; 0 for never.
     pub grow: u32,
+    /// Blocks begin to move at one step in so many; 0 for never.
+    pub moves: u32,
     /// The first sync or durable write that a death cuts short may fail, and no later sync gets the error.
     pub lost_with_death: bool,
     /// One end of a front's I/O in so many is posted, and its thread sees it long after; 0 for none.
@@ -136,6 +139,7 @@ impl Faults {
         death: 0,
         snapshot: 0,
         grow: 0,
+        moves: 0,
         lost_with_death: false,
         unseen: 0,
         loss: None,
@@ -340,6 +344,9 @@ pub struct World {
     /// How many fronts hold, while they are asked to.
     held: Option<usize>,
     snapshots: usize,
+    /// Blocks that are moving.
+    batch: Option<moves::Batch>,
+    batches: usize,
     pub posted: Posted,
 }
 
@@ -444,6 +451,8 @@ impl World {
             deaths: 0,
             held: None,
             snapshots: 0,
+            batch: None,
+            batches: 0,
             posted: Posted::default(),
         }
     }
@@ -521,6 +530,7 @@ impl World {
                     "partial to present"
                 }
                 (Some(PayloadState::PartiallyPresent), Some(PayloadState::Zero)) => "partial to zero",
+                _ if self.config.faults.moves > 0 && moves::is_move(*old, *new) => "a block has moved",
                 _ if self.foreign => "a state that others left changes",
                 other => violated(format!("a block changed its state as none may: {other:?}")),
             });
@@ -598,6 +608,10 @@ impl World {
         }
         if self.grows_now() {
             self.grow();
+            return true;
+        }
+        if self.moves_now() {
+            self.begin_batch();
             return true;
         }
         false

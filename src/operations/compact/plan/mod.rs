@@ -52,7 +52,7 @@ impl Step {
 
 impl From<&Step> for Move {
     fn from(step: &Step) -> Self {
-        Self { what: step.item.what, to: step.to }
+        Self { what: step.item.what, from: step.item.place.offset, to: step.to }
     }
 }
 

@@ -78,6 +78,7 @@ impl World {
     /// Takes the process away. What of its I/O lands later than the lock allows is returned: nothing.
     fn end_process(&mut self) -> Vec<Abandoned> {
         self.tasks.die();
+        self.batch = None;
         self.posted.ends.clear();
         let mut abandoned = self.disk.abandon();
         if planted(Plant::NoFence) {

@@ -74,10 +74,14 @@ impl World {
 
     pub(super) fn hold(&mut self) {
         self.held = Some(0);
+        let deaths = self.deaths;
+        self.await_batch();
+        if self.deaths > deaths {
+            return;
+        }
         for front in 0..self.hosts.len() {
             self.inbox.0.borrow_mut()[front].push_back(ToFront::Hold);
         }
-        let deaths = self.deaths;
         self.step_until("the fronts hold", |world| {
             world.deaths > deaths || world.held == Some(world.hosts.len())
         });
