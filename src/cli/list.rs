@@ -8,6 +8,7 @@ use schemars::JsonSchema;
 use serde::Serialize;
 
 use vhdx_ublk::device::health::{Condition, Grade, Health};
+use vhdx_ublk::device::job::Progress;
 use vhdx_ublk::device::name::Name;
 use vhdx_ublk::device::registry::{Listed, Registry, State, Survey, Unreadable};
 use vhdx_ublk::device::warnings::Warning;
@@ -49,10 +50,11 @@ writes fail until the device is removed and added again), waiting (for `recover`
 signal stopped the daemon), no-answer (the daemon did not answer within a second), dead, unknown.
 
 JSON: id, device, name (null or a text), image, pid, state, health, last_error (null or a text),
-last_warning (null, or time in seconds since 1970, and text, at most 200 characters), queues,
-depth, read_only, salvage (`add --salvage`), zero_copy, recovery, size (bytes), version (of the
-program that serves it: `vhdx-ublk upgrade` replaces an old one), failure (null, or why the image
-could not be closed or the entry could not be read). If only the kernel knows the device, all but
+last_warning (null, or time in seconds since 1970, and text, at most 200 characters), job (null,
+or what is done on the image while it is served: job (compact), done_bytes, total_bytes,
+file_bytes), queues, depth, read_only, salvage (`add --salvage`), zero_copy, recovery, size
+(bytes), version (of the program that serves it: `vhdx-ublk upgrade` replaces an old one), failure
+(null, or why the image could not be closed or the entry could not be read). If only the kernel knows the device, all but
 id, device, state, health are null. A path that is not UTF-8 is an object: lossy (a text), hex
 (its bytes).
 Exit status: 0 success, 1 failure, 2 wrong usage. With --check: 0 all devices are healthy, 1 some
@@ -73,6 +75,8 @@ pub struct Row {
     last_error: Option<String>,
     /// The last warning of its daemon.
     last_warning: Option<Warning>,
+    /// What its daemon does on the image beside serving it.
+    job: Option<Progress>,
     queues: Option<u16>,
     depth: Option<u16>,
     read_only: Option<bool>,
@@ -97,6 +101,7 @@ impl Row {
             health: condition.health,
             last_error: condition.last_error,
             last_warning: condition.last_warning,
+            job: condition.job,
             queues: Some(entry.queues),
             depth: Some(entry.depth),
             read_only: Some(entry.read_only),
@@ -121,6 +126,7 @@ impl Row {
             health: Health::Unknown,
             last_error: None,
             last_warning: None,
+            job: None,
             queues: None,
             depth: None,
             read_only: None,
@@ -219,7 +225,10 @@ fn row(device: &Row) -> Result<[String; 12]> {
     Ok([
         device.device.display().to_string(),
         device.name.as_ref().map_or_else(|| "-".into(), Name::to_string),
-        output::word(&device.state)?,
+        match device.job {
+            Some(job) => format!("{} ({job})", output::word(&device.state)?),
+            None => output::word(&device.state)?,
+        },
         output::word(&device.health)?,
         text(mode),
         text(device.size.map(human_size)),
@@ -286,6 +295,7 @@ pub mod testing {
 
 #[cfg(test)]
 mod tests {
+    use vhdx_ublk::device::job::JobKind;
     use vhdx_ublk::error::{Error, Kind};
 
     use super::testing::listed;
@@ -293,7 +303,13 @@ mod tests {
 
     fn condition() -> Condition {
         let last_warning = Some(Warning { time: 7, text: "w".repeat(61) });
-        Condition { health: Health::Waiting, last_error: Some("no room".into()), last_warning }
+        let job = Progress { job: JobKind::Compact, done_bytes: 1, total_bytes: 4, file_bytes: 9 };
+        Condition {
+            health: Health::Waiting,
+            last_error: Some("no room".into()),
+            last_warning,
+            job: Some(job),
+        }
     }
 
     #[test]
@@ -303,6 +319,7 @@ mod tests {
             "id": 3, "device": "/dev/ublkb3", "name": "data", "image": "/images/disk.vhdx", "pid": 1234,
             "state": "fail-io", "health": "waiting", "last_error": "no room", "queues": 2, "depth": 64,
             "last_warning": {"time": 7, "text": "w".repeat(61)},
+            "job": {"job": "compact", "done_bytes": 1, "total_bytes": 4, "file_bytes": 9},
             "read_only": true, "salvage": false, "zero_copy": true, "recovery": "none",
             "size": 1_073_741_824, "failure": null,
             "version": "0.1.0",
@@ -315,7 +332,7 @@ mod tests {
     #[test]
     fn a_row_says_the_same() {
         let known = row(&Row::of(listed(), condition())).expect("every state has a name");
-        let expected = "/dev/ublkb3 data fail-io waiting read-only 1 GiB 2 64 1234 0.1.0 /images/disk.vhdx";
+        let expected = "/dev/ublkb3 data fail-io (compacting, 25 %) waiting read-only 1 GiB 2 64 1234 0.1.0 /images/disk.vhdx";
         assert_eq!(known.join(" "), format!("{expected} {}...", "w".repeat(60)));
         let salvage = Row { salvage: Some(true), ..Row::of(listed(), condition()) };
         assert_eq!(row(&salvage).expect("every state has a name")[4], "salvage");

@@ -28,6 +28,7 @@ use super::ending::{Ending, INSISTENCE, Step};
 use super::features;
 use super::handover::{self, QUIESCE_PATIENCE, SETTLE_PATIENCE, Way};
 use super::image_name;
+use super::job::Jobs;
 use super::launch;
 use super::links::{self, Names};
 use super::log_file;
@@ -174,6 +175,8 @@ struct Device<E> {
     leaving: Arc<AtomicBool>,
     /// How many requests to make the disk larger have no outcome yet.
     growing: usize,
+    /// What is done on the image beside serving it.
+    jobs: Jobs,
 }
 
 impl<E: EngineHandle> Device<E> {
@@ -276,6 +279,7 @@ impl<E: EngineHandle> Device<E> {
             may_scan: true,
             leaving: Arc::default(),
             growing: 0,
+            jobs: Jobs::default(),
         }
     }
 
@@ -313,10 +317,11 @@ impl<E: EngineHandle> Device<E> {
         }
         let handover = self.engine.as_ref().expect("started above").handover();
         let (first, sources) = (spec.shared.clone(), self.sources.clone());
-        let leaving = self.leaving.clone();
+        let (leaving, jobs) = (self.leaving.clone(), self.jobs.clone());
         let report = move || {
             let shared = handover.latest().map_or_else(|| first.clone(), |leaf| leaf.shared);
-            let status = Status { leaving: leaving.load(Ordering::Acquire), ..status_of(&shared) };
+            let (leaving, job) = (leaving.load(Ordering::Acquire), jobs.progress());
+            let status = Status { leaving, job, ..status_of(&shared) };
             Report { status, stats: sources.stats(&shared) }
         };
         socket::listen(&self.registry.socket_path(self.info.id), report, self.supervisor.caller())?;
@@ -692,6 +697,7 @@ fn status_of(shared: &Shared) -> Status {
         host_full: troubles.is_host_full(),
         last_error: troubles.last(),
         last_warning: warnings::last(),
+        job: None,
         leaving: false,
     }
 }

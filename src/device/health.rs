@@ -3,6 +3,7 @@
 use schemars::JsonSchema;
 use serde::Serialize;
 
+use super::job::Progress;
 use super::options::Recovery;
 use super::registry::{Life, Listed, Registry, State};
 use super::socket::{self, Status};
@@ -67,6 +68,8 @@ pub struct Condition {
     pub last_error: Option<String>,
     /// The last warning of its daemon.
     pub last_warning: Option<Warning>,
+    /// What its daemon does on the image beside serving it.
+    pub job: Option<Progress>,
 }
 
 impl Condition {
@@ -80,7 +83,7 @@ impl Condition {
 
 fn judge(listed: &Listed, life: Life, answer: Option<Result<Status>>) -> Condition {
     let failure = listed.entry.failure.clone();
-    let only = |health| Condition { health, last_error: failure.clone(), last_warning: None };
+    let only = |health| Condition { health, last_error: failure.clone(), last_warning: None, job: None };
     match (listed.state, life, answer) {
         (State::Dead | State::Failed, ..) => only(Health::Dead),
         (State::Unknown, ..) => only(Health::Unknown),
@@ -89,7 +92,8 @@ fn judge(listed: &Listed, life: Life, answer: Option<Result<Status>>) -> Conditi
         (_, Life::Stopped, _) => only(Health::Stopped),
         (_, _, Some(Ok(status))) => {
             let health = of_status(&status);
-            Condition { health, last_error: status.last_error, last_warning: status.last_warning }
+            let Status { last_error, last_warning, job, .. } = status;
+            Condition { health, last_error, last_warning, job }
         }
         // A daemon of an older version answers, but not this.
         (_, _, Some(Err(error))) if error.kind() == Kind::Unsupported => only(Health::Unknown),

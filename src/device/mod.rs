@@ -35,6 +35,7 @@ mod grow;
 mod handover;
 pub mod health;
 pub mod image_name;
+pub mod job;
 pub mod launch;
 pub mod layers;
 mod leaf_handover;

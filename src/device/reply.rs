@@ -4,7 +4,7 @@
 //! step that cannot be undone, and the caller, which gives it up when its deadline has passed. Whichever
 //! comes first decides, so nothing is done for a caller that has been told that nothing was done.
 
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -84,8 +84,18 @@ pub(super) fn is_connected(stream: &UnixStream) -> bool {
     polled.is_ok() && !ends[0].revents().is_some_and(|events| events.intersects(gone))
 }
 
+/// Whether the other side has closed its end, or sends nothing more. What it has sent until then is lost.
+pub(super) fn has_left(mut stream: &UnixStream) -> bool {
+    let mut ends = [PollFd::new(stream.as_fd(), PollFlags::POLLIN)];
+    let polled = poll(&mut ends, PollTimeout::ZERO);
+    let has_news = polled.is_ok() && ends[0].any().unwrap_or(true);
+    has_news && stream.read(&mut [0; 64]).is_ok_and(|count| count == 0)
+}
+
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
     use super::*;
 
     #[test]
@@ -102,6 +112,18 @@ mod tests {
         let (reply, _awaited) = ends(&far);
         drop(near);
         assert!(!reply.claim() && !is_connected(&far));
+    }
+
+    #[test]
+    fn who_sends_no_more_has_left() {
+        for how in [std::net::Shutdown::Write, std::net::Shutdown::Both] {
+            let (mut near, far) = UnixStream::pair().expect("a pair of sockets");
+            assert!(!has_left(&far), "it is silent");
+            near.write_all(b"more").expect("room");
+            assert!(!has_left(&far), "it talks");
+            near.shutdown(how).expect("open");
+            assert!(has_left(&far));
+        }
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The side of other processes.
 
-use std::io;
+use std::io::{self, BufRead, BufReader};
+use std::net::Shutdown;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -10,11 +11,14 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, socket};
 use serde::de::DeserializeOwned;
 
 use super::{
-    ANSWER_DEADLINE, Answer, Command, LINE_DEADLINE, Report, Request, Status, VERSION, read_line, write_line,
+    ANSWER_DEADLINE, Answer, Command, LINE_DEADLINE, PROGRESS_PERIOD, Report, Request, Status, VERSION,
+    read_line, write_line,
 };
+use crate::device::job::Progress;
 use crate::device::order::{Grown, HandedOver, Sizes, Snapped};
 use crate::disk::HostFile;
 use crate::error::{Doing, Error, Kind, Locate, Result};
+use crate::operations::Watch;
 
 /// How long a daemon may take to report its status, which is in memory.
 const STATUS_DEADLINE: Duration = Duration::from_secs(1);
@@ -97,6 +101,37 @@ fn send<T: DeserializeOwned>(path: &Path, command: &Command, patience: Duration)
     match serde_json::from_str(&answer).doing(FAILED).file(path)? {
         Answer::Done(done) => serde_json::from_value(done).doing(FAILED).file(path),
         Answer::Error(failure) => Err(failure.into()),
+        Answer::Progress(_) => {
+            Err(Error::new(Kind::Io, "the daemon has told of a job, and was asked for none"))
+        }
+    }
+}
+
+/// Has the daemon that listens at `path` do the job of `command`, and shows `watch` how far it is. If `watch`
+/// wants it to stop, the daemon learns that nothing more is sent, and answers what was done until then.
+fn work<T: DeserializeOwned>(path: &Path, command: &Command, watch: &impl Watch) -> Result<T> {
+    const FAILED: &str = "talking to the daemon";
+    // Of what takes it so long, the daemon would have told.
+    let stream = connect(path, LINE_DEADLINE + PROGRESS_PERIOD).doing(FAILED).file(path)?;
+    let command = serde_json::to_value(command).doing(FAILED)?;
+    let written = write_line(&stream, &Request { version: VERSION, command });
+    let (mut lines, mut line) = (BufReader::new(&stream), String::new());
+    loop {
+        line.clear();
+        if lines.read_line(&mut line).doing(FAILED).file(path)? == 0 {
+            written.doing(FAILED).file(path)?;
+            return Err(Error::new(Kind::Io, "the daemon has ended without an answer").file(path));
+        }
+        match serde_json::from_str(&line).doing(FAILED).file(path)? {
+            Answer::Done(done) => return serde_json::from_value(done).doing(FAILED).file(path),
+            Answer::Error(failure) => return Err(failure.into()),
+            Answer::Progress(Progress { done_bytes, total_bytes, .. }) => {
+                watch.progress(done_bytes.min(total_bytes), total_bytes);
+            }
+        }
+        if watch.stop_requested() {
+            stream.shutdown(Shutdown::Write).doing(FAILED).file(path)?;
+        }
     }
 }
 
@@ -113,9 +148,45 @@ fn connect(path: &Path, patience: Duration) -> io::Result<UnixStream> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
     use std::os::unix::net::UnixListener;
 
     use super::*;
+
+    /// Wants to stop once it has seen progress.
+    #[derive(Default)]
+    struct Impatient(std::cell::Cell<Option<(u64, u64)>>);
+
+    impl Watch for Impatient {
+        fn progress(&self, done: u64, total: u64) {
+            self.0.set(Some((done, total)));
+        }
+
+        fn stop_requested(&self) -> bool {
+            self.0.get().is_some()
+        }
+    }
+
+    #[test]
+    fn who_wants_a_job_to_stop_sends_no_more_and_gets_the_answer() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let path = folder.path().join("7.sock");
+        let listener = UnixListener::bind(&path).expect("free");
+        let daemon = std::thread::spawn(move || {
+            let (stream, _) = listener.accept().expect("a caller");
+            let mut lines = BufReader::new(&stream).lines();
+            let request = lines.next().expect("a request").expect("a line");
+            let progress = r#"{"progress":{"job":"compact","done_bytes":5,"total_bytes":7,"file_bytes":9}}"#;
+            writeln!(&stream, "{progress}").expect("it is read");
+            assert!(lines.next().is_none(), "it sends no more");
+            writeln!(&stream, r#"{{"done":8}}"#).expect("it is read");
+            request
+        });
+        let watch = Impatient::default();
+        let done: u64 = work(&path, &Command::Status, &watch).expect("it answers");
+        assert_eq!((done, watch.0.get()), (8, Some((5, 7))));
+        assert_eq!(daemon.join().expect("it does not panic"), r#"{"version":1,"command":"status"}"#);
+    }
 
     #[test]
     fn a_daemon_that_does_not_answer_is_not_waited_for() {

@@ -1,12 +1,14 @@
 //! The control socket of a device: `/run/vhdx-ublk/N.sock`, through which other processes talk to its daemon.
 //!
 //! Only root may use it: the folder is closed to others, and the daemon checks the peer's user. A connection
-//! carries one line of JSON each way, with the protocol's version; an unknown version is refused by name.
+//! carries one line of JSON each way, with the protocol's version; an unknown version is refused by name. Of a
+//! job that takes long, lines that say how far it is come before the answer, one a second.
 //!
 //! Invariants:
 //!
 //! * a connection does not delay the others: each has its own thread, up to `MAX_CLIENTS`;
-//! * every connection ends: a line has a maximum length and a deadline, and the answer has a deadline;
+//! * every connection ends: a line has a maximum length and a deadline, and so has the answer, or the next
+//!   line of a job's progress;
 //! * nothing is done for a caller that left before the decisive moment, see `Reply::claim`. What is done
 //!   later is logged if the caller could not be answered.
 
@@ -24,6 +26,7 @@ pub(super) use client::hand_over;
 pub use client::{grow, report, snapshot, status};
 pub(super) use server::listen;
 
+use super::job::Progress;
 use super::order::Sizes;
 use super::path;
 use super::stats::Stats;
@@ -41,7 +44,10 @@ const MAX_LINE_BYTES: usize = 64 << 10;
 /// How long the other side may take to send its whole line, or to read the answer.
 const LINE_DEADLINE: Duration = Duration::from_secs(10);
 
-/// How long a command may take: it writes back dirty metadata and makes an image.
+/// How often a caller is told how far its job is.
+const PROGRESS_PERIOD: Duration = Duration::from_secs(1);
+
+/// How long a command may take that is no job: it writes back dirty metadata and makes an image.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(120);
 
 /// A command to a daemon.
@@ -79,6 +85,9 @@ pub struct Status {
     /// The last warning of the daemon.
     #[serde(default)]
     pub last_warning: Option<Warning>,
+    /// What it does on its image beside serving it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub job: Option<Progress>,
     /// The daemon is handing its device over, and ends.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub leaving: bool,
@@ -104,6 +113,8 @@ struct Request {
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 enum Answer {
+    /// The job goes on.
+    Progress(Progress),
     Done(serde_json::Value),
     Error(Failure),
 }

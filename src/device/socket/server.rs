@@ -13,11 +13,13 @@ use nix::sys::socket::{getsockopt, sockopt};
 use serde::Serialize;
 
 use super::{
-    ANSWER_DEADLINE, Answer, Command, LINE_DEADLINE, Report, Request, VERSION, read_line, write_line,
+    ANSWER_DEADLINE, Answer, Command, LINE_DEADLINE, PROGRESS_PERIOD, Report, Request, VERSION, read_line,
+    write_line,
 };
 use crate::device::confine::{self, Role};
+use crate::device::job::{Job, JobKind, Stop};
 use crate::device::order::Call;
-use crate::device::reply::{Reply, is_connected, reply_to};
+use crate::device::reply::{Reply, has_left, is_connected, reply_to};
 use crate::error::{Doing, Error, Kind, Locate, Result};
 
 /// Connections at a time: enough for people and scripts.
@@ -132,6 +134,35 @@ fn snapshot_for(stream: &UnixStream, image: PathBuf, pass_on: &impl Fn(Call)) {
     }
 }
 
+/// Has `begin` begin a job, and waits for its answer. Until then, the caller is told how far the job is. It
+/// goes on when the caller leaves, but for one who wants it to end then.
+fn work<T>(
+    stream: &UnixStream,
+    kind: JobKind,
+    stop_on_disconnect: bool,
+    begin: impl FnOnce(Arc<Job>, Reply<T>),
+) -> Result<T> {
+    let (reply, awaited) = reply_to(stream).doing("duplicating a descriptor")?;
+    let job = Job::new(kind);
+    begin(job.clone(), reply);
+    let mut listens = true;
+    loop {
+        match awaited.wait(PROGRESS_PERIOD) {
+            Err(RecvTimeoutError::Timeout) => {}
+            answer => return answer.map_err(gone)?,
+        }
+        if stop_on_disconnect && has_left(stream) {
+            job.stop(Stop::Caller);
+        }
+        listens = listens && write_line(stream, &Answer::Progress(job.progress())).is_ok();
+    }
+}
+
+fn gone(_: RecvTimeoutError) -> Error {
+    Error::new(Kind::Io, "the device was removed, or did not answer in time")
+        .remedy("`vhdx-ublk list` shows what is served")
+}
+
 /// Passes the call on that `call` makes of a reply, and waits for its answer. `what` is requested.
 fn ask<T>(
     stream: &UnixStream,
@@ -141,10 +172,6 @@ fn ask<T>(
 ) -> Result<T> {
     let (reply, awaited) = reply_to(stream).doing("duplicating a descriptor")?;
     pass_on(call(reply));
-    let gone = |_| {
-        Error::new(Kind::Io, "the device was removed, or did not answer in time")
-            .remedy("`vhdx-ublk list` shows what is served")
-    };
     match awaited.wait(ANSWER_DEADLINE) {
         Err(RecvTimeoutError::Timeout) if awaited.give_up() => {
             let seconds = ANSWER_DEADLINE.as_secs();
@@ -199,6 +226,7 @@ fn parse(line: &str) -> Result<Command> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{BufRead, BufReader};
     use std::time::Instant;
 
     use super::*;
@@ -256,6 +284,42 @@ mod tests {
         if nix::unistd::geteuid().is_root() {
             assert_eq!(error.kind(), Kind::InUse, "{error}");
         }
+    }
+
+    /// What the caller of a job reads until it stops sending, and then; and whether the job was stopped.
+    fn watched_job(stop_on_disconnect: bool) -> (Vec<String>, bool) {
+        let (near, far) = UnixStream::pair().expect("a pair of sockets");
+        let serving = thread::spawn(move || {
+            let outcome = work(&far, JobKind::Compact, stop_on_disconnect, |job, reply| {
+                job.advance(1, 2, 3);
+                let until = Instant::now() + 5 * PROGRESS_PERIOD;
+                thread::spawn(move || {
+                    while job.stopped().is_none() && Instant::now() < until {
+                        thread::sleep(Duration::from_millis(10));
+                    }
+                    reply.send(Ok(job.stopped().is_some()));
+                });
+            });
+            let stopped = *outcome.as_ref().expect("it ends");
+            write_answer(&far, outcome.and_then(|stopped| json(&stopped))).expect("it is read");
+            stopped
+        });
+        let mut lines = BufReader::new(&near).lines().map(|line| line.expect("a line"));
+        let mut read: Vec<String> = lines.by_ref().take(1).collect();
+        near.shutdown(std::net::Shutdown::Write).expect("open");
+        read.extend(lines);
+        (read, serving.join().expect("it does not panic"))
+    }
+
+    #[test]
+    fn a_job_tells_how_far_it_is_and_stops_for_who_wants_it_to() {
+        let (read, stopped) = watched_job(true);
+        let told = r#"{"progress":{"job":"compact","done_bytes":1,"total_bytes":2,"file_bytes":3}}"#;
+        assert_eq!((read[0].as_str(), stopped), (told, true));
+        assert_eq!(read.last().map(String::as_str), Some(r#"{"done":true}"#));
+        let (read, stopped) = watched_job(false);
+        assert!(!stopped && read.len() > 2 && read[1] == told, "{read:?}");
+        assert_eq!(read.last().map(String::as_str), Some(r#"{"done":false}"#));
     }
 
     #[test]
