@@ -16,6 +16,7 @@ use nix::sys::signal::SigSet;
 
 use super::confine::{self, Role};
 use super::control::Control;
+use super::exchange::Exchange;
 use super::fronts::{FrontInbox, Mailboxes};
 use super::grow::Grower;
 use super::layers::{self, Parents};
@@ -214,17 +215,10 @@ impl EngineLoop {
         let inbox = Rc::new(inbox);
         let receiving = reactor.spawn(inbox.clone().run(reactor.ring().clone()));
         let makers = Makers::default();
-        let snapshotter = Snapshotter {
-            reactor,
-            opener: &self.opener,
-            inbox: &inbox,
-            fronts,
-            handover: &self.handover,
-            makers: &makers,
-            closing: &self.closing,
-        };
-        let grower =
-            Grower { reactor, opener: &self.opener, inbox: &inbox, fronts, handover: &self.handover };
+        let exchange = Exchange { reactor, inbox: &inbox, fronts, handover: &self.handover };
+        let (exchange, opener, closing) = (&exchange, &self.opener, &*self.closing);
+        let snapshotter = Snapshotter { exchange, opener, makers: &makers, closing };
+        let grower = Grower { exchange, opener, closing };
         while !self.closing.load(Ordering::Acquire) {
             while let Ok(order) = self.ordered.try_recv() {
                 match order {

@@ -2,12 +2,12 @@
 //!
 //! Order, each step durable before the next:
 //!
-//! 1. dirty metadata is committed, and a session file is made for the longer map: the pause is short then,
-//!    and nothing has changed if there is no room;
+//! 1. dirty metadata is committed, a session file is made for the longer map, and the host makes room where
+//!    it has to fill it: the pause is short then, and nothing has changed if there is no room;
 //! 2. the fronts are held: new requests wait;
 //! 3. the image is committed, its log emptied, its session at rest: the file has everything;
-//! 4. the host makes room for what is new. Until here a failure changes nothing, and a caller that has left
-//!    ends it;
+//! 4. all other room is claimed, of the host and for the new session, which waits beside the old one. Until
+//!    here a failure changes nothing, and a caller that has left ends it;
 //! 5. the image grows as one at rest does ([`PreparedResize`]): its disk is
 //!    larger after a power cut, or as it was;
 //! 6. the new session takes the old one's name: a successor of this process serves either size before, and
@@ -16,30 +16,33 @@
 //!
 //! A failure after 4 poisons: whether the image has its old or its new size is not known then.
 
-use std::rc::Rc;
-use std::time::Instant;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::fronts::{FrontInbox, Mailboxes};
-use super::leaf_handover::{Leaf, LeafHandover};
+use nix::errno::Errno;
+
+use super::exchange::Exchange;
 use super::order::{GrowOrder, Grown, Sizes};
 use super::reply::Reply;
 use super::served_image::{ServedImage, open_served};
 use super::session::{FoundSession, place_of};
 use super::writable::WritableOpener;
-use crate::disk::Reactor;
+use crate::engine::shared::Session;
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::format::MAX_VIRTUAL_SIZE;
 use crate::format::bat::Geometry;
-use crate::image::{PreparedResize, WritableImage};
+use crate::image::{Place, PreparedResize, WritableImage};
+use crate::operations::room;
 
 /// Makes the disk larger, on the engine's thread.
 pub(super) struct Grower<'a> {
-    pub(super) reactor: &'a Reactor,
+    pub(super) exchange: &'a Exchange<'a>,
     pub(super) opener: &'a WritableOpener,
-    pub(super) inbox: &'a Rc<FrontInbox>,
-    pub(super) fronts: &'a Rc<Mailboxes>,
-    pub(super) handover: &'a LeafHandover,
+    /// Set when the device is taken down.
+    pub(super) closing: &'a AtomicBool,
 }
+
+/// The session for the longer map, and where its image is.
+type NewSession = (FoundSession, Place);
 
 impl Grower<'_> {
     /// Does what is ordered; `served` has the larger disk afterwards, or stays as it is.
@@ -56,59 +59,77 @@ impl Grower<'_> {
             return Ok(Grown { size_bytes, pause_us: 0 });
         }
         check_sizes(sizes, served)?;
-        let flushed = self.reactor.block_on(served.engine.flush());
+        let reactor = self.exchange.reactor;
+        let flushed = reactor.block_on(served.engine.flush());
         served.check("committing dirty metadata", flushed)?;
         let geometry = longer(served.engine.shared().geometry(), size_bytes);
         let session = served.session.as_ref().map(|_| self.make_session(&geometry, served)).transpose()?;
-        let started = Instant::now();
-        self.inbox.hold(self.reactor, self.fronts);
-        let grown = self.grow_held(&geometry, (session, reply), served);
-        if let Ok(grown) = &grown {
-            let shared = grown.engine.shared().clone();
-            shared.activity().continue_from(served.engine.shared().activity());
-            self.handover.set(Leaf { shared, file: grown.file.clone() });
-            self.inbox.change_engine(grown.engine.clone());
-        }
-        self.fronts.release();
-        let pause_us = u64::try_from(started.elapsed().as_micros()).expect("years are below 2^64");
-        let before = std::mem::replace(served, grown?);
-        self.reactor.block_on(before.engine.leave());
+        let extended = self.extend(&geometry, reply, served);
+        let (before, pause_us) = self.exchange.run(served, |served| {
+            let rested = reactor.block_on(served.engine.rest());
+            served.check("freezing the image", rested)?;
+            let grown = extended.and_then(|()| self.grow_held(&geometry, (session, reply), served));
+            if grown.is_err() && served.engine.shared().session() == Session::Idle {
+                self.take_room_back(served);
+            }
+            grown
+        })?;
+        reactor.block_on(before.engine.leave());
         tracing::info!("the disk has {size_bytes} bytes now");
         Ok(Grown { size_bytes, pause_us })
     }
 
     /// A session for the longer map, which has no name yet.
-    fn make_session(&self, geometry: &Geometry, served: &ServedImage) -> Result<FoundSession> {
+    fn make_session(&self, geometry: &Geometry, served: &ServedImage) -> Result<NewSession> {
         let place = place_of(&served.file)?;
         let made = self.opener.sessions.create(&place, served.opened.disk_id, geometry);
-        made.map_err(|error| {
-            error.remedy("make room under /run: the device would no longer be recoverable without a session")
-        })
+        Ok((made.map_err(without_session)?, place))
     }
 
-    /// Steps 3 to 6, and the engine for what is served from then on.
+    /// Has the host make room where it has to fill it.
+    fn extend(&self, geometry: &Geometry, reply: &Reply<Grown>, served: &ServedImage) -> Result<()> {
+        let bytes = served.engine.bytes_ahead(geometry);
+        room::require(served.file.host_room(), bytes, "the larger disk needs").map_err(with_remedy)?;
+        let goes_on = || reply.is_awaited() && !self.closing.load(Ordering::Acquire);
+        let extended = self.exchange.reactor.block_on(served.engine.extend_ahead(bytes, goes_on));
+        match extended {
+            Err(Errno::ECANCELED) => Err(left()),
+            extended => served.check("making room in the image", extended).map_err(with_remedy),
+        }
+    }
+
+    /// Gives the host back what the disk did not grow by.
+    fn take_room_back(&self, served: &ServedImage) {
+        if let Err(errno) = self.exchange.reactor.block_on(served.engine.cut_end()) {
+            tracing::warn!("{} keeps its unused tail: errno {errno}", served.file.path().display());
+        }
+    }
+
+    /// Steps 4 to 6, and the engine for what is served from then on.
     fn grow_held(
         &self,
         geometry: &Geometry,
-        (session, reply): (Option<FoundSession>, &Reply<Grown>),
+        (mut session, reply): (Option<NewSession>, &Reply<Grown>),
         served: &ServedImage,
     ) -> Result<ServedImage> {
-        let rested = self.reactor.block_on(served.engine.rest());
-        served.check("freezing the image", rested)?;
         let decide = |image: &WritableImage, prepared: &PreparedResize<'_>| {
-            if let Some((_, memory)) = &session {
+            if let Some(((file, memory), _)) = &mut session {
                 let border = prepared.border().map(|(block, _)| block);
                 let reserved = image.reserve_bitmaps(memory, geometry, border);
-                reserved.doing("reserving room for the sector bitmaps")?;
+                reserved.doing("reserving room for the sector bitmaps").map_err(without_session)?;
+                file.stand_by()?;
             }
-            if reply.claim() {
-                return Ok(());
-            }
-            tracing::warn!("the disk keeps its size: the caller has stopped waiting");
-            Err(Error::new(Kind::Io, "the caller has stopped waiting"))
+            if reply.claim() { Ok(()) } else { Err(left()) }
         };
-        let grown = self.reactor.block_on(served.engine.grow(geometry.virtual_size(), decide));
-        let image = grown.map_err(with_remedy)?;
+        let grown = self.exchange.reactor.block_on(served.engine.grow(geometry.virtual_size(), decide));
+        let image = match grown {
+            Ok(image) => image,
+            Err(error) => {
+                let abandoned = session.map_or(Ok(()), |((file, _), _)| file.abandon());
+                abandoned.unwrap_or_else(|error| tracing::warn!("{error:#}"));
+                return Err(with_remedy(error));
+            }
+        };
         // The old map does not fit the file any longer, and nothing else is there to go on with.
         self.serve(image, session, served).inspect_err(|_| {
             served.engine.shared().poison();
@@ -119,16 +140,16 @@ impl Grower<'_> {
     fn serve(
         &self,
         mut image: WritableImage,
-        session: Option<FoundSession>,
+        session: Option<NewSession>,
         served: &ServedImage,
     ) -> Result<ServedImage> {
-        let file = served.file.clone();
-        self.reactor.block_on(image.read_bitmaps(&self.reactor.disk(file.clone())))?;
+        let (file, Exchange { reactor, fronts, .. }) = (served.file.clone(), self.exchange);
+        reactor.block_on(image.read_bitmaps(&reactor.disk(file.clone())))?;
         let mut parameters = served.opened.parameters;
         parameters.size_bytes = image.metadata.virtual_size;
         let session = match session {
-            Some((mut session, memory)) => {
-                let owner = image.owner(place_of(&file)?);
+            Some(((mut session, memory), place)) => {
+                let owner = image.owner(place);
                 image.start_session(memory, &owner).doing("reserving room for the sector bitmaps")?;
                 if served.engine.shared().map.memory().used_page_cache() {
                     image.map.memory().note_page_cache();
@@ -138,8 +159,8 @@ impl Grower<'_> {
             }
             None => None,
         };
-        let parents = served.parents(self.reactor);
-        open_served(self.reactor, self.fronts, file, image, session, parents, parameters)
+        let parents = served.parents(reactor);
+        open_served(reactor, fronts, file, image, session, parents, parameters)
     }
 }
 
@@ -164,6 +185,15 @@ fn check_sizes(Sizes { from_bytes, to_bytes }: Sizes, served: &ServedImage) -> R
         return Err(Error::new(Kind::Usage, format!("no disk has {to_bytes} bytes")));
     }
     Ok(())
+}
+
+fn left() -> Error {
+    tracing::warn!("the disk keeps its size: the caller has stopped waiting");
+    Error::new(Kind::Io, "the caller has stopped waiting")
+}
+
+fn without_session(error: Error) -> Error {
+    error.remedy("make room under /run: the device would no longer be recoverable without a session")
 }
 
 fn with_remedy(error: Error) -> Error {

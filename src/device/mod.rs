@@ -29,6 +29,7 @@ mod control;
 pub mod daemon;
 mod ending;
 pub mod engine_thread;
+mod exchange;
 pub mod features;
 mod fronts;
 mod grow;

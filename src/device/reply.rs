@@ -52,6 +52,11 @@ impl<T> Reply<T> {
         self.caller.decide() && is_connected(&self.caller.stream)
     }
 
+    /// Whether something still waits for it.
+    pub(super) fn is_awaited(&self) -> bool {
+        !self.caller.decided.load(Ordering::Acquire) && is_connected(&self.caller.stream)
+    }
+
     /// Sends the answer. A caller that has stopped waiting does not get it.
     pub(super) fn send(self, outcome: Result<T>) {
         let _ = self.answer.send(outcome);
@@ -106,12 +111,13 @@ mod tests {
         near.shutdown(std::net::Shutdown::Write).expect("open");
         assert!(ends(&far).0.claim(), "it sends nothing more, and still waits");
         let (reply, awaited) = ends(&far);
-        assert!(awaited.give_up() && !reply.claim(), "the deadline has passed");
+        assert!(reply.is_awaited() && awaited.give_up() && !reply.is_awaited());
+        assert!(!reply.claim(), "the deadline has passed");
         let (reply, awaited) = ends(&far);
         assert!(reply.claim() && !awaited.give_up(), "too late to give it up");
         let (reply, _awaited) = ends(&far);
         drop(near);
-        assert!(!reply.claim() && !is_connected(&far));
+        assert!(!reply.is_awaited() && !reply.claim() && !is_connected(&far));
     }
 
     #[test]

@@ -13,7 +13,7 @@ use crate::simulation::{Plant, planted};
 
 /// How far the file is extended beyond what is needed: an eighth of its length, within these bounds. Each
 /// step costs the next commit a sync, so steps must be rare. The tail takes no space and is trimmed at close.
-const MIN_GROW_STEP_BYTES: u64 = 32 * MIB;
+pub(super) const MIN_GROW_STEP_BYTES: u64 = 32 * MIB;
 const MAX_GROW_STEP_BYTES: u64 = 1024 * MIB;
 
 impl<D: Disk + 'static> Engine<D> {

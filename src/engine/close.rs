@@ -82,16 +82,26 @@ impl<D: Disk + 'static> Engine<D> {
     /// there.
     async fn trim(self: &Rc<Self>) -> Outcome {
         let punched = !planted(Plant::KeepLeaks) && self.give_leaks_back().await;
+        let cut = self.cut_end().await?;
+        if punched || cut { self.sync().await } else { Ok(()) }
+    }
+
+    /// Cuts the unused end of the file off, and says whether there was one. The image is frozen.
+    ///
+    /// # Errors
+    /// If the file keeps its end, which does no harm.
+    pub async fn cut_end(&self) -> Outcome<bool> {
         assert!(!self.journal.is_active(), "the file is shortened once no log needs it");
         let end = self.space.borrow().used_end();
-        let longer = end < self.durability.file_length();
         assert!(self.layout.bat.end() <= end, "the BAT is in use to the end");
+        let longer = end < self.durability.file_length();
         if longer {
             self.shared.map.set_file_bytes(end);
+            self.space.borrow_mut().shorten(end);
             self.disk.truncate(end).await.map_err(|error| errno(&error))?;
             self.durability.shortened(end);
         }
-        if punched || longer { self.sync().await } else { Ok(()) }
+        Ok(longer)
     }
 
     /// Gives the host the space that a power cut has left without an owner: granted and never logged, or

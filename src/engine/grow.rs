@@ -4,6 +4,9 @@
 //! ([`PreparedResize`]). What is returned gets an engine and a session of its own, whose map has the new
 //! slots; then the fronts continue with these.
 //!
+//! Where the host has to fill what comes, as of a fixed image, or of any that may have no holes, that is done
+//! before the fronts are held ([`Engine::extend_ahead`]): it takes as long as it takes, and nothing waits.
+//!
 //! A kill in between leaves the file at either size and the session at rest. It knows the FileWriteGuid of
 //! either, so that a successor takes the file for its own, and serves the size that it finds.
 
@@ -12,15 +15,56 @@ use std::rc::Rc;
 
 use nix::errno::Errno;
 
+use super::allocate::MIN_GROW_STEP_BYTES;
 use super::shared::Session;
-use super::{Engine, Outcome};
+use super::{Engine, Outcome, errno, for_guest};
 use crate::disk::Disk;
 use crate::error::Result;
+use crate::format::MIB;
+use crate::format::bat::Geometry;
 use crate::format::metadata::Metadata;
 use crate::image::{Image, PreparedResize, Resize, WritableImage};
 use crate::simulation::{Plant, planted};
 
 impl<D: Disk + 'static> Engine<D> {
+    /// How many bytes the host has to make room for at once if the disk grows to that of `geometry`: most,
+    /// as free space of the file is used first.
+    pub fn bytes_ahead(&self, geometry: &Geometry) -> u64 {
+        let dense = !self.disk.may_have_holes();
+        let blocks = geometry.block_count() - self.shared.geometry().block_count();
+        let blocks = if self.shared.fixed { blocks * geometry.block_size() } else { 0 };
+        let table = geometry.bat_length().next_multiple_of(MIB);
+        let moves = dense && table > self.layout.bat.length;
+        blocks + if moves { table } else { 0 }
+    }
+
+    /// Extends the file by `bytes`, for which the host makes room, while the fronts are served. `goes_on` is
+    /// asked before each step. Until they are used, the bytes are zero and belong to nothing; if the disk does
+    /// not grow, [`Self::cut_end`] takes them back.
+    ///
+    /// # Errors
+    /// The host's; [`Errno::ECANCELED`] if it was not to go on.
+    pub async fn extend_ahead(self: &Rc<Self>, bytes: u64, goes_on: impl Fn() -> bool) -> Outcome {
+        let longest = if self.disk.may_have_holes() { bytes } else { MIN_GROW_STEP_BYTES };
+        let (mut left, dense) = (bytes, !self.disk.may_have_holes());
+        while left > 0 {
+            let turn = self.turns.growth.enter().await;
+            if !goes_on() {
+                return Err(Errno::ECANCELED);
+            }
+            let step = left.min(longest);
+            let from = self.durability.file_length().next_multiple_of(MIB);
+            self.grow_to(from + step).await?;
+            if !dense {
+                let reserved = self.disk.reserve(from, step).await;
+                reserved.map_err(|error| for_guest(errno(&error)))?;
+            }
+            drop(turn);
+            left -= step;
+        }
+        Ok(())
+    }
+
     /// Freezes the image, as [`Self::freeze`] does, and notes in the session that the file has everything.
     /// The fronts are held.
     ///
@@ -50,7 +94,8 @@ impl<D: Disk + 'static> Engine<D> {
         let metadata = Metadata { virtual_size, ..image.metadata.clone() };
         let parent = self.shared.layers().nth(1);
         let parent_bytes = parent.map_or(0, |parent| parent.geometry().virtual_size());
-        let change = Resize { metadata, parent_bytes, data_write: Some(self.new_guid()) };
+        let zero_from = Some(self.space.borrow().zero_from());
+        let change = Resize { metadata, parent_bytes, data_write: Some(self.new_guid()), zero_from };
         let prepared = image.prepare_resize(&self.disk, &change).await?;
         if let Err(error) = decide(&image, &prepared) {
             prepared.give_up(&self.disk).await;

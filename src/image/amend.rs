@@ -41,6 +41,8 @@ pub struct Resize {
     /// The new DataWriteGuid, if readers of the disk are to see a change. Children do not recognise the image
     /// from then on.
     pub data_write: Option<Uuid>,
+    /// From where on the file reads as zero after every power cut, if that is known of its end, bytes.
+    pub zero_from: Option<u64>,
 }
 
 /// What becomes of the blocks.
@@ -141,7 +143,8 @@ impl WritableImage {
         new_guid: impl FnMut() -> Uuid,
     ) -> Result<Self> {
         assert_eq!(metadata.virtual_size, self.metadata.virtual_size, "the disk keeps its size");
-        let change = Resize { metadata: metadata.clone(), parent_bytes: 0, data_write: None };
+        let change =
+            Resize { metadata: metadata.clone(), parent_bytes: 0, data_write: None, zero_from: None };
         self.resize(disk, &change, new_guid).await
     }
 
@@ -195,7 +198,7 @@ impl WritableImage {
         let mut edit = self.items_edit(disk, &to.metadata).await?;
         let blocks = match virtual_size.cmp(&found.virtual_size) {
             Ordering::Greater => {
-                let growth = Growth::plan(self, virtual_size, to.parent_bytes)?;
+                let growth = Growth::plan(self, virtual_size, to)?;
                 growth.lay(disk, &mut edit).await?;
                 Blocks::Grow(growth)
             }

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use zerocopy::FromZeros;
 
-use super::words::{Shared, WORD_BITS};
+use super::words::{Shared, SharedWords, WORD_BITS};
 use crate::disk::PAGE_BYTES;
 use crate::format::bat::{BITMAP_BLOCK_SIZE, Geometry};
 use crate::format::index;
@@ -44,7 +44,8 @@ pub struct SectorBitmaps {
 
 enum Words {
     Private(Box<[AtomicU64]>),
-    Shared(&'static [AtomicU64]),
+    /// Those from this place on.
+    Shared(SharedWords, usize),
 }
 
 impl Words {
@@ -52,7 +53,7 @@ impl Words {
     fn get(&self) -> &[AtomicU64] {
         match self {
             Self::Private(words) => words,
-            Self::Shared(words) => words,
+            Self::Shared(words, place) => &words[*place..][..WORDS_PER_CHUNK],
         }
     }
 }
@@ -93,9 +94,7 @@ impl SectorBitmaps {
             return Err(io::ErrorKind::OutOfMemory.into());
         }
         self.chunks[chunk].get_or_init(|| match &self.shared {
-            Some((memory, place)) => {
-                Words::Shared(&memory.words[place + chunk * WORDS_PER_CHUNK..][..WORDS_PER_CHUNK])
-            }
+            Some((memory, place)) => Words::Shared(memory.words.clone(), place + chunk * WORDS_PER_CHUNK),
             None => Words::Private(
                 <[AtomicU64]>::new_box_zeroed_with_elems(WORDS_PER_CHUNK).expect("1 MiB of address space"),
             ),

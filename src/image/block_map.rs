@@ -421,7 +421,7 @@ mod tests {
     fn what_a_killed_process_has_not_written_is_passed_over() {
         let geometry = Geometry::new(1 << 40, 1 << 20, 512, false);
         let count = SessionMemory::words_for(&geometry);
-        let words: &[AtomicU64] = (0..count).map(|_| AtomicU64::new(0)).collect::<Vec<_>>().leak();
+        let words: Vec<AtomicU64> = (0..count).map(|_| AtomicU64::new(0)).collect();
         let pages = |range: Range<usize>| range.start * HEADER_WORDS..range.end * HEADER_WORDS;
         let written = [pages(3..5), pages(100..101)];
         for page in [3, 4, 7, 100] {
@@ -432,7 +432,7 @@ mod tests {
             written.iter().map(cut).find(|part| part.start < part.end)
         };
         let none = Arc::new(|_| Err(std::io::ErrorKind::ReadOnlyFilesystem.into()));
-        let left = BlockMap::left_in(SessionMemory::shared(words, none, Arc::new(find)), geometry);
+        let left = BlockMap::left_in(SessionMemory::shared(Arc::new(words), none, Arc::new(find)), geometry);
         // The first page of the memory is its header, and page 7 was not said to be written.
         let set: Vec<u64> = left.slots_set_with(&left).map(|slots| slots.start / SLOTS_PER_PAGE).collect();
         assert_eq!(set, [2, 3, 99]);

@@ -40,7 +40,7 @@ use uuid::Uuid;
 use zerocopy::FromZeros;
 
 use super::bitmaps::{MAX_BITMAP_BYTES, SectorBitmaps, WORDS_PER_CHUNK};
-use super::words::{Reserve, Shared, Written};
+use super::words::{Reserve, Shared, SharedWords, Written};
 use crate::disk::PAGE_BYTES;
 use crate::format::bat::Geometry;
 use crate::format::index;
@@ -179,7 +179,7 @@ impl SessionMemory {
 
     /// Memory that others may have used before, and may use afterwards. There is room for its first
     /// [`Self::reserved_words`]; `reserve` makes more. `written` finds what others have left.
-    pub fn shared(words: &'static [AtomicU64], reserve: Reserve, written: Written) -> Self {
+    pub fn shared(words: SharedWords, reserve: Reserve, written: Written) -> Self {
         // No more than that for a disk of no blocks, which a hostile image may have.
         assert!(words.len() >= HEADER_WORDS, "a header");
         Self(Words::Shared(Shared { words, reserve, written }))
@@ -249,7 +249,7 @@ impl SessionMemory {
     fn words(&self) -> &[AtomicU64] {
         match &self.0 {
             Words::Private(private) => &private.words,
-            Words::Shared(shared) => shared.words,
+            Words::Shared(shared) => &shared.words,
         }
     }
 
@@ -518,7 +518,7 @@ mod tests {
         let words = bytes.chunks_exact(size_of::<u64>());
         let words = words.map(|word| u64::from_le_bytes(word.try_into().expect("eight bytes")).into());
         let none = Arc::new(|_| Err(std::io::ErrorKind::ReadOnlyFilesystem.into()));
-        SessionMemory::shared(words.collect::<Vec<AtomicU64>>().leak(), none, Arc::new(Some))
+        SessionMemory::shared(Arc::new(words.collect::<Vec<AtomicU64>>()), none, Arc::new(Some))
     }
 
     #[test]

@@ -46,4 +46,4 @@ pub use pending::Pending;
 pub use repair::{Repair, repair};
 pub use salvage::{Note, Salvaged, Trace};
 pub use space::{Content, Extent, Grant, MAX_FILE_BYTES, Space};
-pub use words::{Reserve, WORD_BITS, Written};
+pub use words::{Reserve, SharedWords, WORD_BITS, Written};

@@ -44,7 +44,7 @@ impl WritableImage {
         assert_eq!(from.length, to.length, "a region that only moves keeps its length");
         let mut edit = Edit::default();
         lay_tables(&self, disk, &mut edit, which, to).await?;
-        let mut room = Room::of(&self);
+        let mut room = Room::of(&self, None);
         // Metadata has no holes: it must never lack the room for a change.
         let provision = if which == guid::REGION_METADATA { Provision::Now } else { Provision::Later };
         room.take_at(to, provision)?;

@@ -24,13 +24,19 @@ pub(super) struct Room {
     space: Space,
     /// Length of the file as it was found.
     found_length: u64,
+    /// From there on it reads as zero after every power cut.
+    zero_from: u64,
     taken: Vec<(Extent, Provision)>,
 }
 
 impl Room {
-    /// None of the space of `image` is taken yet.
-    pub(super) fn of(image: &Image) -> Self {
-        Self { space: image.space.clone(), found_length: image.layout.file_length, taken: Vec::new() }
+    /// None of the space of `image` is taken yet. What lies behind the end of its file reads as zero, and what
+    /// lies behind `zero_from`.
+    pub(super) fn of(image: &Image, zero_from: Option<u64>) -> Self {
+        let found_length = image.layout.file_length;
+        let end = found_length.next_multiple_of(PAGE_BYTES as u64);
+        let zero_from = zero_from.map_or(end, |from| from.min(end));
+        Self { space: image.space.clone(), found_length, zero_from, taken: Vec::new() }
     }
 
     /// Takes `length` bytes in one piece: the lowest free run that holds them, or what lies behind all else.
@@ -115,11 +121,10 @@ impl Room {
         Ok(())
     }
 
-    /// Makes the space zero. What lies behind the file's end as it was found is.
+    /// Makes the space zero, as far as it is not.
     pub(super) async fn clear<D: Disk>(&self, disk: &D) -> Result<()> {
-        let end = self.found_length.next_multiple_of(PAGE_BYTES as u64);
         for (extent, provision) in &self.taken {
-            let length = extent.end().min(end).saturating_sub(extent.offset);
+            let length = extent.end().min(self.zero_from).saturating_sub(extent.offset);
             if length > 0 {
                 clear(disk, Extent { length, ..*extent }, *provision).await?;
             }

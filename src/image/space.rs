@@ -221,6 +221,12 @@ impl Space {
         self.runs.changed(back);
     }
 
+    /// From where on the file's end, of which nothing is used, reads as zero after a power cut, bytes.
+    pub fn zero_from(&self) -> u64 {
+        let unknown = (0..self.units).rev().find(|unit| !self.known_zero.contains(*unit));
+        (unknown.expect("the header section is used") as u64 + 1) * MIB
+    }
+
     /// End of the last used MiB, bytes.
     pub fn used_end(&self) -> u64 {
         let last = self.used.maximum().expect("the header section is used");
@@ -315,6 +321,23 @@ mod tests {
         space.free(extent(7, 1), Content::Recycled);
         assert_eq!(space.take(MIB), Some(Grant { extent: extent(5, 1), content: Content::KnownZero }));
         assert_eq!(space.take(MIB), Some(Grant { extent: extent(7, 1), content: Content::Recycled }));
+    }
+
+    #[test]
+    fn an_end_that_was_added_is_zero_and_can_be_cut_off() {
+        let mut space = Space::new(4 * MIB).expect("small");
+        space.occupy(extent(1, 1), "region").expect("free");
+        assert_eq!(space.zero_from(), 4 * MIB, "what was found may hold anything");
+        space.extend(8 * MIB);
+        assert_eq!(space.take_at(extent(5, 1)).expect("free").content, Content::KnownZero);
+        assert_eq!(space.zero_from(), 6 * MIB);
+        space.shorten(6 * MIB);
+        assert_eq!(space.take_at(extent(6, 1)), None, "the file has it no longer");
+        space.extend(7 * MIB);
+        assert_eq!(
+            (space.zero_from(), space.take(2 * MIB).map(|grant| grant.extent)),
+            (6 * MIB, Some(extent(2, 2)))
+        );
     }
 
     #[test]

@@ -1,12 +1,15 @@
 //! Words of memory that other processes share, and the room for them.
 
 use std::io;
-use std::ops::Range;
+use std::ops::{Deref, Range};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 /// Bits of a word.
 pub const WORD_BITS: u64 = u64::BITS as u64;
+
+/// Words that other processes may use, too, while anything here holds them.
+pub type SharedWords = Arc<dyn Deref<Target = [AtomicU64]> + Send + Sync>;
 
 /// Makes room for a range of shared memory, in words: touching memory without room would kill the process.
 pub type Reserve = Arc<dyn Fn(Range<usize>) -> io::Result<()> + Send + Sync>;
@@ -18,7 +21,7 @@ pub type Written = Arc<dyn Fn(Range<usize>) -> Option<Range<usize>> + Send + Syn
 /// Memory that others may have used before, and may use afterwards.
 #[derive(Clone)]
 pub(super) struct Shared {
-    pub(super) words: &'static [AtomicU64],
+    pub(super) words: SharedWords,
     pub(super) reserve: Reserve,
     pub(super) written: Written,
 }

@@ -28,7 +28,7 @@ pub mod picture;
 pub mod relink;
 mod replaced;
 pub mod resize;
-mod room;
+pub(crate) mod room;
 pub mod salvage;
 pub mod set;
 pub mod source;

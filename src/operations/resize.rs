@@ -175,7 +175,7 @@ impl LockedImage {
             let image = Image::open_for_writing(disk, Uuid::new_v4).await?;
             let metadata = Metadata { virtual_size: self.after, ..image.metadata.clone() };
             let data_write = Some(Uuid::new_v4());
-            let to = Resize { metadata, parent_bytes: self.parent_bytes, data_write };
+            let to = Resize { metadata, parent_bytes: self.parent_bytes, data_write, zero_from: None };
             image.resize(disk, &to, Uuid::new_v4).await
         };
         reactor.block_on(change).map(drop).map_err(with_remedy).file(&self.path)

@@ -12,7 +12,7 @@ use crate::printable::human_size;
 /// # Errors
 ///
 /// [`Kind::NoSpace`] if there is less, with what is missing; what the operating system says.
-pub(super) fn require(room: io::Result<HostRoom>, bytes: u64, needs: &str) -> Result<()> {
+pub(crate) fn require(room: io::Result<HostRoom>, bytes: u64, needs: &str) -> Result<()> {
     let room = room.doing("reading the free space of the file system")?;
     match room.for_this_user() {
         Some(free) if free < bytes => Err(missing(free, bytes, needs)),

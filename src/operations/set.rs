@@ -68,7 +68,7 @@ pub fn set(path: &Path, settings: Settings, devices: &dyn Devices) -> Result<()>
     let disk = reactor.disk(member.file.clone());
     let change = async {
         let image = Image::open_for_writing(&disk, Uuid::new_v4).await?;
-        let to = Resize { metadata, parent_bytes: 0, data_write: Some(Uuid::new_v4()) };
+        let to = Resize { metadata, parent_bytes: 0, data_write: Some(Uuid::new_v4()), zero_from: None };
         image.resize(&disk, &to, Uuid::new_v4).await
     };
     reactor.block_on(change).map(drop).file(member.path())

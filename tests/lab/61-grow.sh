@@ -1,6 +1,10 @@
 # A disk that is served grows: nothing of it is lost, what comes is zero and can be used when the command returns.
 # shellcheck shell=bash
 
+# The long run grows and kills more often.
+growths=${FULL:+25} kills=${FULL:+30}
+: "${growths:=10}" "${kills:=12}"
+
 stamper() { "${VHDX_STAMPER:-$(dirname "$VHDX_UBLK")/examples/stamper}" "$@"; }
 
 # has_size DEVICE BYTES: to the kernel, to `list` and in the image.
@@ -20,16 +24,30 @@ is_zero_from() {
     cmp -n $((size - $2)) -i "$2:0" "$1" /dev/zero || fail "what has come into the disk at $2 is not zero"
 }
 
-# A verifying writer works at the start of the disk, in blocks of its own and those at the end, all the time.
-grow_under_writer() {
-    local device writer number before after status=0
-    ublk create disk.vhdx --size $(((1 << 30) + 512)) --block-size "$1"
+# begin_writer BYTES BLOCK-SIZE: a disk of that size on `device`, on which a verifying writer works all the time.
+begin_writer() {
+    ublk create disk.vhdx --size "$1" --block-size "$2"
     device=$(ublk add disk.vhdx --queues 2)
     rm -f stop pauses
     stamper "$device" stop >stamper.log 2>&1 &
     writer=$!
+}
+
+# Nothing is lost, and the image is whole.
+end_writer() {
+    touch stop
+    wait "$writer" || { cat stamper.log; cat /run/vhdx-ublk/*.log; fail "something was lost"; }
+    ublk del "$device"
+    ublk check disk.vhdx >/dev/null || fail "$(ublk check disk.vhdx)"
+    [ -z "$(ls /run/vhdx-ublk/*.session* 2>/dev/null)" ] || fail "a session outlives the clean close"
+}
+
+# A verifying writer works at the start of the disk, in blocks of its own and those at the end, all the time.
+grow_under_writer() {
+    local device writer number before after
     before=$(((1 << 30) + 512))
-    for number in $(seq 25); do
+    begin_writer $before "$1"
+    for number in $(seq "$growths"); do
         after=$((before + number * 7654400))
         ublk resize "$device" --size "$after" --json >said || { cat said; fail "it does not grow"; }
         jq -e ".size == $after and .size_before == $before" said >/dev/null || fail "$(cat said)"
@@ -44,16 +62,12 @@ grow_under_writer() {
         blkdiscard -z -o $((after - 512)) -l 512 "$device"
         before=$after
     done
-    touch stop
-    wait "$writer" || status=1
-    [ $status -eq 0 ] || { cat stamper.log; cat /run/vhdx-ublk/*.log; fail "something was lost"; }
-    ublk del "$device"
-    ublk check disk.vhdx >/dev/null || fail "$(ublk check disk.vhdx)"
+    end_writer
     qemu-img check -q disk.vhdx
     [ "$(ublk info --json disk.vhdx | jq .virtual_size)" -eq "$after" ] || fail "$(ublk info disk.vhdx)"
     sort -n pauses >sorted
-    note "25 growths under a writer: pause median $(sed -n 13p sorted) us, longest $(tail -n 1 sorted) us"
-    [ -z "$(ls /run/vhdx-ublk/*.session* 2>/dev/null)" ] || fail "a session outlives the clean close"
+    note "$growths growths under a writer: pause median $(sed -n "$((growths / 2 + 1))p" sorted) us," \
+        "longest $(tail -n 1 sorted) us"
 }
 
 test_grow_under_a_verifying_writer() { grow_under_writer 1M; }
@@ -70,14 +84,10 @@ recovered() {
 
 # The daemon is killed in the middle of it: the device comes back with the old size or the new one.
 test_grow_killed_in_the_middle() {
-    local device writer growing before after now grown=0 status=0
-    ublk create disk.vhdx --size 1G --block-size 1M
-    device=$(ublk add disk.vhdx --queues 2)
-    rm -f stop
-    stamper "$device" stop >stamper.log 2>&1 &
-    writer=$!
+    local device writer growing before after now grown=0
     before=$((1 << 30))
-    for _ in $(seq 30); do
+    begin_writer $before 1M
+    for _ in $(seq "$kills"); do
         after=$((before + 9999872))
         ublk resize "$device" --size "$after" >/dev/null 2>&1 &
         sleep "0.0$((RANDOM % 10))$((RANDOM % 10))"
@@ -96,13 +106,75 @@ test_grow_killed_in_the_middle() {
         dd if="$device" bs=512 skip=$((after / 512 - 1)) iflag=direct status=none | cmp -n 512 - /dev/zero
         before=$after
     done
-    touch stop
-    wait "$writer" || status=1
-    [ $status -eq 0 ] || { cat stamper.log; cat /run/vhdx-ublk/*.log; fail "something was lost"; }
+    end_writer
+    note "$kills kills, $grown of them left the new size"
+}
+
+# The map of the disk as it was is given back: what is mapped, and what /run has, does not add up.
+test_grow_keeps_no_old_map() {
+    local device number mapped used
+    ublk create disk.vhdx --size 64G --block-size 1M
+    device=$(ublk add disk.vhdx)
+    ublk resize "$device" --size 65G >/dev/null
+    used=$(df --output=used -B1 /run/vhdx-ublk | tail -n 1)
+    for number in $(seq 66 115); do ublk resize "$device" --size "${number}G" >/dev/null; done
+    mapped=$(grep -c '[.]session\|/run/vhdx-ublk/#' "/proc/$(daemon_pid)/maps")
+    # The map of the disk as it was added, and the present one.
+    [ "$mapped" -le 2 ] || fail "after 51 growths $mapped maps are in memory"
+    used=$(($(df --output=used -B1 /run/vhdx-ublk | tail -n 1) - used))
+    [ "$used" -lt $((2 << 20)) ] || fail "51 growths take $used bytes of /run"
+    ublk del "$device"
+}
+
+# With hardly any room in /run a growth is refused, and the device stays as it was; at no moment is it poisoned.
+test_grow_with_a_full_run() {
+    local device fill size=$((4 << 30)) refusals=0 grown=0
+    ublk create parent.vhdx --size 4G --block-size 256M
+    ublk create child.vhdx --parent parent.vhdx --block-size 256M
+    mount -t tmpfs -o size=4M tmpfs /run/vhdx-ublk
+    device=$(ublk add child.vhdx)
+    for number in $(seq 0 15); do
+        dd if=/dev/zero of="$device" bs=4k count=1 seek=$((number << 16)) oflag=direct conv=notrunc status=none
+    done
+    # What is left, from nothing to enough, in steps shorter than the bits of a block.
+    for fill in $(seq 2900 -24 1800); do
+        head -c "${fill}K" /dev/zero >/run/vhdx-ublk/fill
+        if ublk resize "$device" --size $((size + 4096)) >/dev/null 2>refusal; then
+            size=$((size + 4096)) grown=$((grown + 1))
+        else
+            grep -q '/run' refusal || fail "$(cat refusal)"
+            refusals=$((refusals + 1))
+        fi
+        has_size "$device" "$size"
+        dd if=/dev/zero of="$device" bs=4k count=1 oflag=direct,sync conv=notrunc status=none ||
+            fail "with $fill KiB taken: $(cat refusal /run/vhdx-ublk/*.log)"
+    done
+    [ $refusals -gt 0 ] && [ $grown -gt 0 ] || fail "$refusals refused, $grown done"
+    note "$refusals growths refused for want of room in /run, $grown done"
+    [ -z "$(ls /run/vhdx-ublk/*.next 2>/dev/null)" ] || fail "a session that was not used is left"
+    ublk del "$device"
+    umount /run/vhdx-ublk
+    ublk check child.vhdx >/dev/null || fail "$(ublk check child.vhdx)"
+}
+
+# A fixed image is filled before requests wait: where the host cannot allocate, that takes long.
+test_grow_fixed_is_filled_before_the_pause() {
+    local device writer pause
+    ublk create disk.vhdx --size 256M --type fixed --sparse no
+    device=$(ublk add disk.vhdx --sparse no)
+    write_stamps "$device" 0 64 4
+    refused ublk resize "$device" --size 60T
+    grep -q 'missing' refusal || fail "$(cat refusal)"
+    [ "$(stat -c %s disk.vhdx)" -lt $((300 << 20)) ] || fail "what was refused has made the file longer"
+    ublk resize "$device" --size 2G --json >said
+    pause=$(jq .pause_us said)
+    note "a fixed image grows by 1.75 GiB: pause $pause us"
+    check_stamps "$device" 0 64 4
+    is_zero_from "$device" $((256 << 20))
+    write_stamps "$device" 2000 48 5
+    check_stamps "$device" 2000 48 5
     ublk del "$device"
     ublk check disk.vhdx >/dev/null || fail "$(ublk check disk.vhdx)"
-    note "30 kills, $grown of them left the new size"
-    [ -z "$(ls /run/vhdx-ublk/*.session* 2>/dev/null)" ] || fail "a session outlives the clean close"
 }
 
 # What lay behind the old end of a child, in its parent and in its own last block, does not come into the disk.

@@ -89,7 +89,7 @@ fn cut_under(
         let image = Image::open_for_writing(&on, || panic!("the log is empty")).await?;
         let mut metadata = image.metadata.clone();
         change(&mut metadata);
-        let to = Resize { metadata, parent_bytes: 0, data_write };
+        let to = Resize { metadata, parent_bytes: 0, data_write, zero_from: None };
         image.resize(&on, &to, || Uuid::from_u128(guids.u128(1..))).await.map(drop)
     });
     let mut steps = 0;

@@ -257,6 +257,59 @@ fn interruptions_are_repeated_unnoticed() {
     }
 }
 
+/// A disk that grows while it is served: the fault hits the operation `index` of that. `false` if there are
+/// not so many.
+fn grow_struck(config: &Config, errno: i32, index: u64) -> bool {
+    let mut rng = Rng::with_seed(index % 5);
+    let content = new_image(config, &mut rng);
+    let mut world = World::open(config.clone(), content, config.oracle(), rng.fork());
+    world.drain();
+    let (from, to) = (config.image.virtual_size, config.sizes[0]);
+    let injection =
+        Injection { fault: Fault::Error { errno, times: 1 }, hits: anything, after: index, seed: index };
+    let (decided, grown) = world.grow_struck(to, injection);
+    let struck = world.disk().struck();
+    let Some((_, effect)) = &struck else {
+        assert!(decided && grown, "nothing has failed");
+        return false;
+    };
+    let what = format!("operation {index}, {effect:?}, errno {errno}");
+    let size = world.size_in_file();
+    let is_poisoned = world.session() == Session::Poisoned;
+    match (decided, grown) {
+        (_, true) => assert!(!is_poisoned && size == to, "{what}"),
+        (true, false) => assert!(is_poisoned && (size == from || size == to), "{what}: {size} bytes"),
+        (false, false) => {
+            assert_eq!(size, from, "{what}: nothing has changed");
+            let may_poison = matches!(effect, Effect::Sync | Effect::Write { .. });
+            assert!(!is_poisoned || may_poison, "{what} poisons");
+        }
+    }
+    let run = Run { world, rng };
+    if is_poisoned {
+        run.check_poisoned()
+    } else {
+        run.check_alive(0..=0)
+    }
+    true
+}
+
+#[test]
+fn a_fault_in_a_growth_changes_nothing_or_poisons_and_loses_nothing() {
+    let sizes = vec![(9 << 20) + 4096];
+    let [small, _, child, _] = configs();
+    let mut fixed = small.clone();
+    fixed.image.fixed = true;
+    for config in [small, child, fixed] {
+        let config = Config { sizes: sizes.clone(), requests: 40, ..config };
+        for errno in [libc::EIO, libc::ENOSPC] {
+            let count = (0..10_000).take_while(|index| grow_struck(&config, errno, *index)).count();
+            println!("{count} operations of a growth were hit with errno {errno}");
+            assert!(count >= 50, "a growth has only {count} operations");
+        }
+    }
+}
+
 /// A durable write that is never begun is tried as an ordinary one, and succeeds or fails as that.
 #[test]
 fn interruptions_without_end_fail_that_request_and_nothing_else() {

@@ -305,9 +305,9 @@ fn changed_session(number: usize, change: impl Fn(u64) -> u64) -> Result<(), Mis
     let disk = SimDisk::new(new_image(&config, &mut Rng::with_seed(1)), true, true, 512);
     let mut image = block_on(Image::open_for_writing(&disk, || Uuid::from_u128(1))).expect("a new image");
     let count = SessionMemory::words_for(image.map.geometry());
-    let words: &'static [AtomicU64] = (0..count).map(|_| AtomicU64::new(0)).collect::<Vec<_>>().leak();
+    let words: Arc<Vec<AtomicU64>> = Arc::new((0..count).map(|_| AtomicU64::new(0)).collect());
     let owner = image.owner(place(1));
-    let memory = SessionMemory::shared(words, Arc::new(|_| Ok(())), Arc::new(Some));
+    let memory = SessionMemory::shared(words.clone(), Arc::new(|_| Ok(())), Arc::new(Some));
     image.start_session(memory.clone(), &owner).expect("there is room");
     memory.check(&owner, image.header.header.file_write_guid).expect("it is whole");
     words[number].store(change(words[number].load(Ordering::Relaxed)), Ordering::Relaxed);

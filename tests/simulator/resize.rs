@@ -90,7 +90,7 @@ impl Case {
             return image.move_region(&disk, region, place, new_guid).await.map(drop);
         }
         let metadata = Metadata { virtual_size: to, ..image.metadata.clone() };
-        let change = Resize { metadata, parent_bytes, data_write: Some(new_guid()) };
+        let change = Resize { metadata, parent_bytes, data_write: Some(new_guid()), zero_from: None };
         image.resize(&disk, &change, new_guid).await.map(drop)
     }
 

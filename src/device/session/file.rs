@@ -4,7 +4,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
@@ -33,11 +33,20 @@ pub(in crate::device) struct Sessions {
 #[derive(Debug)]
 pub(in crate::device) struct SessionFile {
     path: PathBuf,
-    /// The file while it has no name.
-    unnamed: Option<Arc<Flock<File>>>,
+    naming: Naming,
     /// This process made it and may give it up, unlike one of a killed process.
     made_here: bool,
     share: Share,
+}
+
+/// How far a session file has its name.
+#[derive(Debug)]
+enum Naming {
+    /// It has none.
+    None(Arc<Flock<File>>),
+    /// It has the one by which it waits for its own.
+    Next,
+    Own,
 }
 
 /// A session file with its memory.
@@ -60,7 +69,7 @@ impl Sessions {
     }
 
     #[cfg(test)]
-    pub(in crate::device) fn at(directory: &Path) -> Self {
+    pub(in crate::device) fn at(directory: &std::path::Path) -> Self {
         Self { directory: directory.to_owned() }
     }
 
@@ -155,7 +164,8 @@ impl Sessions {
             }
         };
         let reserved = Reserved { file: Arc::new(file), share: Share::of_found() };
-        let session = SessionFile { path, unnamed: None, made_here: false, share: reserved.share.clone() };
+        let session =
+            SessionFile { path, naming: Naming::Own, made_here: false, share: reserved.share.clone() };
         if is_short {
             return Ok(Some(Found::Short(session)));
         }
@@ -194,7 +204,7 @@ impl Sessions {
             .and_then(|()| reserved.map(count))
             .doing("reserving room for the session")
             .file(&path)?;
-        Ok((SessionFile { path, unnamed: Some(file), made_here: true, share }, memory))
+        Ok((SessionFile { path, naming: Naming::None(file), made_here: true, share }, memory))
     }
 
     /// The host has reported that it lost data of the file system of the image at `place`, and will not
@@ -245,31 +255,44 @@ impl SessionFile {
     /// Another file that has the name is the session of the disk before it grew: it holds nothing that the
     /// image does not, and is replaced in one step, so that a kill leaves one of the two.
     pub(in crate::device) fn publish(&mut self) -> Result<()> {
-        if let Some(file) = self.unnamed.take() {
-            let link = format!("/proc/self/fd/{}", file.as_raw_fd());
-            let name =
-                |path: &Path| linkat(AT_FDCWD, link.as_str(), AT_FDCWD, path, AtFlags::AT_SYMLINK_FOLLOW);
-            let named = match name(&self.path) {
-                Err(Errno::EEXIST) => self.remove_next().map_err(|_| Errno::EEXIST).and_then(|next| {
-                    name(&next)?;
-                    renameat(AT_FDCWD, &next, AT_FDCWD, &self.path)
-                }),
-                named => named,
-            };
+        self.stand_by()?;
+        if let Naming::Next = self.naming {
+            let named = renameat(AT_FDCWD, &self.next(), AT_FDCWD, &self.path);
             named.doing("naming the session file").file(&self.path)?;
+            self.naming = Naming::Own;
         }
         self.share.grow();
         Ok(())
     }
 
-    /// The name that a file has before it replaces this one; a kill may have left another one there.
-    fn remove_next(&self) -> io::Result<PathBuf> {
+    /// Ends the reservations: all room that it needs until it is published is claimed, and neither what is
+    /// stored in it by then nor [`Self::publish`] fails for want of any.
+    pub(in crate::device) fn stand_by(&mut self) -> Result<()> {
+        if let Naming::None(file) = &self.naming {
+            let link = format!("/proc/self/fd/{}", file.as_raw_fd());
+            let named = self.remove_next().and_then(|()| {
+                let next = self.next();
+                Ok(linkat(AT_FDCWD, link.as_str(), AT_FDCWD, &next, AtFlags::AT_SYMLINK_FOLLOW)?)
+            });
+            named.doing("naming the session file").file(&self.path)?;
+            self.naming = Naming::Next;
+        }
+        self.share.claim();
+        Ok(())
+    }
+
+    /// The name that a file has before it replaces the one with this name.
+    fn next(&self) -> PathBuf {
         let mut next = self.path.clone().into_os_string();
         next.push(".next");
-        let next = PathBuf::from(next);
-        match fs::remove_file(&next) {
+        next.into()
+    }
+
+    /// A kill may have left a file with that name.
+    fn remove_next(&self) -> io::Result<()> {
+        match fs::remove_file(self.next()) {
             Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
-            _ => Ok(next),
+            _ => Ok(()),
         }
     }
 
@@ -295,8 +318,9 @@ impl SessionFile {
 
     /// Removes it: the image no longer needs it.
     pub(in crate::device) fn remove(self) -> Result<()> {
-        match self.remove_next().and_then(|_| fs::remove_file(&self.path)) {
-            _ if self.unnamed.is_some() => Ok(()),
+        let is_named = matches!(self.naming, Naming::Own);
+        let removed = self.remove_next();
+        match removed.and_then(|()| if is_named { fs::remove_file(&self.path) } else { Ok(()) }) {
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
             removed => removed.doing("removing the session file").file(&self.path),
         }

@@ -29,7 +29,14 @@ impl Share {
 
     /// For a session that is taken over: what was reserved before is there, and is needed.
     pub(super) fn of_found() -> Self {
-        Self(Arc::new(AtomicU64::new(0)))
+        let share = Self::of_new();
+        share.claim();
+        share
+    }
+
+    /// Everything that is needed was reserved, and is there: to ask for it again takes nothing.
+    pub(super) fn claim(&self) {
+        self.0.store(0, Ordering::Relaxed);
     }
 
     /// From now on the session grows as its guest writes: no guest keeps other devices from having sessions.
@@ -137,6 +144,43 @@ mod tests {
     fn a_folder_that_is_no_memory_has_no_sessions() {
         let lasting = File::open("/proc").expect("every Linux has it");
         assert_eq!(refuse_lasting(&lasting).expect_err("it is no tmpfs").kind(), Kind::Unsupported);
+    }
+
+    /// The memory of a session is given back with its last user: a disk that grows gets a new one each time.
+    #[test]
+    fn a_session_is_mapped_as_long_as_something_uses_it() {
+        let folder = folder_in_memory();
+        let path = folder.path().join("words");
+        let file = File::create_new(&path).expect("room in memory");
+        file.set_len(PAGE_BYTES as u64).expect("an empty file");
+        let file = File::options().read(true).write(true).open(&path).expect("just made");
+        let is_mapped = || {
+            let maps = std::fs::read_to_string("/proc/self/maps").expect("every Linux has it");
+            maps.lines().any(|line| line.ends_with(path.to_str().expect("ASCII")))
+        };
+        let words = shared_words(&file, HEADER_WORDS).expect("mapped");
+        let user = words.clone();
+        drop((words, file));
+        assert!(is_mapped() && user.len() == HEADER_WORDS);
+        drop(user);
+        assert!(!is_mapped());
+    }
+
+    /// A session that replaces another one asks for nothing once it stands by, however full /run is by then:
+    /// the image has changed in between.
+    #[test]
+    fn what_is_claimed_is_not_refused_later() {
+        let folder = folder_in_memory();
+        let file = tempfile::tempfile_in(folder.path()).expect("room in memory");
+        file.set_len(2 * PAGE_BYTES as u64).expect("an empty file");
+        let locked = Flock::lock(file, FlockArg::LockExclusiveNonblock).expect("nothing else has it");
+        let reserved = Reserved { file: Arc::new(locked), share: Share::of_new() };
+        reserved.reserve(0..2 * HEADER_WORDS).expect("room in memory");
+        // As if others had taken the rest.
+        reserved.share.0.store(1, Ordering::Relaxed);
+        assert!(reserved.reserve(0..HEADER_WORDS).is_err());
+        reserved.share.claim();
+        reserved.reserve(0..2 * HEADER_WORDS).expect("it is there");
     }
 
     /// A search takes no memory for what was only reserved.

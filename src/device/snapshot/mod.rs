@@ -22,16 +22,13 @@ mod location;
 mod maker;
 
 use std::path::PathBuf;
-use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::SyncSender;
-use std::time::Instant;
 
 pub(super) use maker::Makers;
 
-use super::fronts::{FrontInbox, Mailboxes};
-use super::leaf_handover::{Leaf, LeafHandover};
+use super::exchange::Exchange;
 use super::order::{NewLeaf, Snapped, SnapshotOrder, Switch};
 use super::reply::Reply;
 use super::served_image::{ServedImage, open_served};
@@ -39,18 +36,14 @@ use super::session::SessionFile;
 use super::writable::WritableOpener;
 use crate::chain::MAX_DEPTH;
 use crate::chain::ReadLayer;
-use crate::disk::Reactor;
 use crate::error::{Error, Kind, Locate, Result};
 use crate::image::{DEFAULT_BLOCK_SIZE, DEFAULT_LOG_LENGTH, InitialState, NewImage};
 use maker::{Child, ChildRequest};
 
 /// Takes snapshots on the engine's thread.
 pub(super) struct Snapshotter<'a> {
-    pub(super) reactor: &'a Reactor,
+    pub(super) exchange: &'a Exchange<'a>,
     pub(super) opener: &'a WritableOpener,
-    pub(super) inbox: &'a Rc<FrontInbox>,
-    pub(super) fronts: &'a Rc<Mailboxes>,
-    pub(super) handover: &'a LeafHandover,
     pub(super) makers: &'a Makers,
     /// Set when the device is taken down.
     pub(super) closing: &'a AtomicBool,
@@ -63,7 +56,7 @@ impl Snapshotter<'_> {
         match self.make_child(image, device, served) {
             Ok((child, verdict)) => {
                 let outcome = self.serve_child(child, served);
-                let outcome = outcome.and_then(|child| self.exchange(child, (switch, &reply), served));
+                let outcome = outcome.and_then(|child| self.descend(child, (switch, &reply), served));
                 verdict.give(outcome, reply);
             }
             Err(error) => reply.send(Err(error)),
@@ -72,20 +65,21 @@ impl Snapshotter<'_> {
 
     /// See [`Order::Settle`](super::order::Order::Settle).
     pub(super) fn settle(&self, hold: bool, settled: &SyncSender<Result<()>>, served: &ServedImage) {
+        let Exchange { reactor, inbox, fronts, .. } = self.exchange;
         let flush = || {
-            let flushed = self.reactor.block_on(served.engine.flush());
+            let flushed = reactor.block_on(served.engine.flush());
             served.check("committing dirty metadata", flushed)
         };
         let mut outcome = flush();
         let holds = hold && outcome.is_ok();
         if holds {
-            self.inbox.hold(self.reactor, self.fronts);
+            inbox.hold(reactor, fronts);
             // What was acknowledged meanwhile.
             outcome = flush();
         }
         let is_settled = outcome.is_ok();
         if (settled.send(outcome).is_err() || !is_settled) && holds {
-            self.fronts.release();
+            fronts.release();
         }
     }
 
@@ -107,15 +101,15 @@ impl Snapshotter<'_> {
         };
         let hurry = async {
             while !self.closing.load(Ordering::Acquire) {
-                self.inbox.called().await;
+                self.exchange.inbox.called().await;
             }
         };
-        self.makers.make(self.reactor, request, hurry)
+        self.makers.make(self.exchange.reactor, request, hurry)
     }
 
     /// Fixes the image's DataWriteGuid, and leaves little to be committed.
     fn prepare(&self, served: &ServedImage) -> Result<()> {
-        let outcome = self.reactor.block_on(async {
+        let outcome = self.exchange.reactor.block_on(async {
             served.engine.open_session().await?;
             served.engine.flush().await
         });
@@ -125,7 +119,8 @@ impl Snapshotter<'_> {
     /// The child with an engine of its own, on top of what is served.
     fn serve_child(&self, child: Child, served: &ServedImage) -> Result<ServedImage> {
         let Child { file, mut image, memory_alignment, place } = child;
-        let (reactor, disk) = (self.reactor, self.reactor.disk(file.clone()));
+        let Exchange { reactor, fronts, .. } = self.exchange;
+        let disk = reactor.disk(file.clone());
         let session = reactor.block_on(self.opener.begin(&disk, &place, &mut image));
         let session = session.file(file.path())?;
         let parents: Vec<Arc<_>> =
@@ -135,7 +130,7 @@ impl Snapshotter<'_> {
             layers.map(|(file, map)| ReadLayer { disk: reactor.disk(file.clone()), map: map.clone() });
         let parents = (layers.collect(), parents.into());
         let parameters = served.opened.parameters;
-        let child = open_served(reactor, self.fronts, file, image, session, parents, parameters)?;
+        let child = open_served(reactor, fronts, file, image, session, parents, parameters)?;
         match check_fit(&child, memory_alignment, served) {
             Ok(()) => Ok(child),
             Err(error) => {
@@ -145,29 +140,21 @@ impl Snapshotter<'_> {
         }
     }
 
-    /// Holds the fronts, and lets them continue: with the child, or with what they had if that fails.
-    fn exchange(
+    /// Has the fronts continue with the child, or with what they had if that fails.
+    fn descend(
         &self,
         child: ServedImage,
         switch: (Switch, &Reply<Snapped>),
         served: &mut ServedImage,
     ) -> Result<Snapped> {
-        let started = Instant::now();
-        self.inbox.hold(self.reactor, self.fronts);
-        let switched = self.switch(switch, served, &child);
-        if switched.is_ok() {
-            let shared = child.engine.shared().clone();
-            shared.activity().continue_from(served.engine.shared().activity());
-            self.handover.set(Leaf { shared, file: child.file.clone() });
-            self.inbox.change_engine(child.engine.clone());
-        }
-        self.fronts.release();
-        let pause_us = u64::try_from(started.elapsed().as_micros()).expect("years are below 2^64");
-        if let Err(error) = switched {
+        let exchanged = self.exchange.run(served, |served| match self.switch(switch, served, &child) {
+            Ok(()) => Ok(child),
+            Err(error) => Err((error, child)),
+        });
+        let (parent, pause_us) = exchanged.map_err(|(error, child)| {
             self.give_up(child);
-            return Err(error);
-        }
-        let parent = std::mem::replace(served, child);
+            error
+        })?;
         let layers = |image: &ServedImage| image.engine.shared().layers().count();
         assert_eq!(layers(served), layers(&parent) + 1, "the child lies on what was served");
         let snapped =
@@ -188,7 +175,7 @@ impl Snapshotter<'_> {
         served: &ServedImage,
         child: &ServedImage,
     ) -> Result<()> {
-        let frozen = self.reactor.block_on(served.engine.rest());
+        let frozen = self.exchange.reactor.block_on(served.engine.rest());
         served.check("freezing the image", frozen)?;
         if !reply.claim() {
             let image = child.file.path().display();
@@ -205,14 +192,14 @@ impl Snapshotter<'_> {
     }
 
     fn give_up(&self, child: ServedImage) {
-        if let Err(error) = child.give_up(self.reactor) {
+        if let Err(error) = child.give_up(self.exchange.reactor) {
             tracing::warn!("{error:#}");
         }
     }
 
     /// Lets others read the frozen image, which no process writes from now on.
     fn retire(&self, parent: ServedImage) {
-        if let Err(errno) = self.reactor.block_on(parent.engine.retire()) {
+        if let Err(errno) = self.exchange.reactor.block_on(parent.engine.retire()) {
             tracing::warn!("{} keeps its unused tail: errno {errno}", parent.file.path().display());
         }
         parent.file.share();

@@ -158,7 +158,7 @@ impl Merge {
     ) -> Result<WritableImage> {
         let virtual_size = size.max(target.metadata.virtual_size);
         let metadata = Metadata { virtual_size, ..target.metadata.clone() };
-        let to = Resize { metadata, parent_bytes, data_write: None };
+        let to = Resize { metadata, parent_bytes, data_write: None, zero_from: None };
         target.resize(&files.disk(&self.target), &to, new_guid).await.file(&self.target)
     }
 
@@ -210,7 +210,7 @@ impl Merge {
             ..target.metadata.clone()
         };
         assert!(metadata.virtual_size <= target.metadata.virtual_size, "a smaller target has grown");
-        let to = Resize { metadata, parent_bytes: 0, data_write: None };
+        let to = Resize { metadata, parent_bytes: 0, data_write: None, zero_from: None };
         target.resize(&files.disk(&self.target), &to, &mut new_guid).await.file(&self.target).map(drop)
     }
 

@@ -88,7 +88,7 @@ fn run(file: &Store, seed: u64) -> Outcome {
         let parent_bytes = rng.u64(..=1 << bits);
         let metadata = Metadata { virtual_size: size, ..image.metadata.clone() };
         let data_write = Some(Uuid::from_u128(7));
-        let to = Resize { metadata, parent_bytes, data_write };
+        let to = Resize { metadata, parent_bytes, data_write, zero_from: None };
         let resized = block_on(image.resize(&disk, &to, || Uuid::from_u128(guids.u128(1..)))).map(|_| size);
         let done = resized.is_ok();
         if let Err(error) = &resized {

@@ -57,7 +57,7 @@ fn memory(count: usize, bytes: &[u8]) -> SessionMemory {
         word.store(given.next().unwrap_or(0), Ordering::Relaxed);
     }
     SessionMemory::shared(
-        words,
+        Arc::new(words),
         Arc::new(move |range| {
             assert!(range.end <= count, "room for {range:?} of {count} words");
             Ok(())

@@ -292,7 +292,7 @@ fn killed_snapshots() -> [Scenario; 2] {
 
 /// The disk grows while requests come, whatever its end lies in: it has the same sectors behind its old ends
 /// watched as before them.
-fn grown() -> [Scenario; 4] {
+fn grown() -> [Scenario; 6] {
     let faults = Faults { grow: 150, ..Faults::NONE };
     let killed = Faults { death: 150, ..faults };
     let disk = |faults| {
@@ -310,9 +310,19 @@ fn grown() -> [Scenario; 4] {
     [
         once("grown", disk(faults)),
         once("grown-killed", Config { can_punch: false, fronts: 3, ..disk(killed) }),
+        once("grown-fixed", grown_fixed(faults)),
+        once("grown-dense-killed", grown_fixed(Faults { host: HostKind::Dense, ..killed })),
         once("grown-child", child(faults, Beginning::Partial)),
         once("grown-child-killed", child(killed, Beginning::Nothing)),
     ]
+}
+
+/// A fixed disk, whose new blocks have their space at once.
+fn grown_fixed(faults: Faults) -> Config {
+    let mut config = Config { faults, blocks: (0..14).collect(), ..fixed() };
+    config.sizes = [(8 << 20) + (1020 << 10), (11 << 20) + 512, 14 << 20].to_vec();
+    config.requests = 160;
+    config
 }
 
 /// Blocks move, and the file is cut, while requests come.

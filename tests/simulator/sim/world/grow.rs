@@ -1,12 +1,21 @@
 //! The disk of the image that is served grows, while requests come.
 
+use std::cell::Cell;
+use std::rc::Rc;
+
+use nix::errno::Errno;
+use uuid::Uuid;
 use vhdx_ublk::disk::ReadDisk;
 use vhdx_ublk::engine::message::ToFront;
+use vhdx_ublk::engine::shared::Session;
 use vhdx_ublk::engine::{Engine, Setup};
 use vhdx_ublk::error::{Error, Kind, Result};
-use vhdx_ublk::image::{PreparedResize, WritableImage};
+use vhdx_ublk::format::bat::Geometry;
+use vhdx_ublk::image::{Image, PreparedResize, WritableImage};
 
 use super::{Seen, World, death, guids, parents};
+use crate::sim::disk::{Injection, SimDisk};
+use crate::sim::tasks::block_on;
 use crate::sim::violation::violated;
 
 impl World {
@@ -30,6 +39,9 @@ impl World {
         if let Some(judge) = &mut self.judge {
             judge.expect_sizes(from..=to);
         }
+        if !self.extend_ahead(to) {
+            return self.grown_or_not(from, to);
+        }
         self.hold();
         if self.deaths == deaths {
             self.freeze();
@@ -38,6 +50,9 @@ impl World {
             return self.grown_or_not(from, to);
         }
         self.held = Some(self.hosts.len());
+        if self.rng.u32(..4) == 0 {
+            return self.stay(to);
+        }
         let Some(image) = self.grow_frozen(to) else { return self.grown_or_not(from, to) };
         self.marks.add("images while a disk grows", self.images_judged() - before);
         if self.dies_now("deaths between growth and session") {
@@ -47,11 +62,121 @@ impl World {
         if self.dies_now("deaths between session and release") {
             return self.grown_or_not(from, to);
         }
-        self.held = None;
         self.told(to);
+        self.release();
+    }
+
+    fn release(&mut self) {
+        self.held = None;
         for front in 0..self.hosts.len() {
             self.inbox.0.borrow_mut()[front].push_back(ToFront::Release);
         }
+    }
+
+    /// The disk as it is to be.
+    fn longer(&self, to: u64) -> Geometry {
+        let old = self.engine.shared().geometry();
+        let block = self.config.image.block_size;
+        Geometry::new(to, block, old.logical_sector_size(), old.is_differencing())
+    }
+
+    /// The host makes room while requests go on. `false` if the daemon was killed.
+    fn extend_ahead(&mut self, to: u64) -> bool {
+        let (engine, deaths) = (self.engine.clone(), self.deaths);
+        let bytes = engine.bytes_ahead(&self.longer(to));
+        let extending = self.tasks.start(async move { engine.extend_ahead(bytes, || true).await });
+        let is_done = |world: &Self| world.deaths > deaths || extending.borrow().is_some();
+        // One growth at a time, as on the engine's thread.
+        let grow = std::mem::take(&mut self.config.faults.grow);
+        self.step_until("the host has room", is_done);
+        self.config.faults.grow = grow;
+        if self.deaths > deaths {
+            return false;
+        }
+        if bytes > 0 {
+            self.marks.hit("room made ahead of a growth");
+        }
+        let extended = extending.borrow_mut().take();
+        extended.expect("it has ended").unwrap_or_else(|errno| violated(format!("no room: {errno}")));
+        true
+    }
+
+    /// The disk keeps its size for now, and the file the length that it needs.
+    fn stay(&mut self, to: u64) {
+        self.marks.hit("growths that are given up");
+        let (engine, deaths) = (self.engine.clone(), self.deaths);
+        let cutting = self.tasks.start(async move {
+            engine.rest().await?;
+            engine.cut_end().await.map(drop)
+        });
+        let is_done = |world: &Self| world.deaths > deaths || cutting.borrow().is_some();
+        self.step_until("the file is as long as before", is_done);
+        let from = self.config.image.virtual_size;
+        if self.deaths > deaths {
+            return self.grown_or_not(from, to);
+        }
+        if cutting.borrow_mut().take() != Some(Ok(())) {
+            violated("the file does not get its length back".into());
+        }
+        self.config.sizes.insert(0, to);
+        self.told(from);
+        self.release();
+    }
+
+    /// The disk grows while no request is under way, and one operation of that fails. Whether the growth was
+    /// decided by then, and whether the disk has grown.
+    pub fn grow_struck(&mut self, to: u64, injection: Injection) -> (bool, bool) {
+        self.config.frozen.get_or_insert_with(|| self.lineage.clone().into());
+        let (engine, decided) = (self.engine.clone(), Rc::new(Cell::new(false)));
+        let bytes = engine.bytes_ahead(&self.longer(to));
+        self.disk.inject(injection);
+        let extending = self.tasks.start(async move { engine.extend_ahead(bytes, || true).await });
+        self.drain();
+        let extended = extending.borrow_mut().take().expect("it has ended");
+        self.hold();
+        self.held = None;
+        let (engine, disk, seen) = (self.engine.clone(), self.disk.clone(), decided.clone());
+        let growing = self.tasks.start(async move {
+            let failed = |errno: Errno| Error::new(Kind::Io, errno.to_string());
+            engine.rest().await.map_err(failed)?;
+            extended.map_err(failed)?;
+            let decide = |_: &WritableImage, _: &PreparedResize<'_>| {
+                seen.set(true);
+                Ok(())
+            };
+            let image = engine.grow(to, decide).await?;
+            // The device poisons then, too: nothing else is there to go on with.
+            let read = image.read_bitmaps(&disk).await;
+            read.inspect_err(|_| {
+                engine.shared().poison();
+            })?;
+            Ok(image) as Result<_>
+        });
+        self.drain();
+        let grown = growing.borrow_mut().take().expect("it has ended");
+        let has_grown = grown.is_ok();
+        match grown {
+            Ok(image) => {
+                self.serve_grown(image);
+                self.told(to);
+            }
+            Err(_) if self.session() == Session::Idle => {
+                let engine = self.engine.clone();
+                self.tasks.start(async move { engine.cut_end().await });
+                self.drain();
+            }
+            Err(_) => {}
+        }
+        self.release();
+        self.drain();
+        (decided.get(), has_grown)
+    }
+
+    /// Bytes of the disk as the file has it now.
+    pub fn size_in_file(&self) -> u64 {
+        let disk = SimDisk::new(self.disk.content(), true, true, self.config.image.logical_sector_size);
+        let image = block_on(Image::open_for_writing(&disk, || Uuid::from_u128(1)));
+        image.unwrap_or_else(|error| violated(format!("it does not open: {error}"))).metadata.virtual_size
     }
 
     /// The image after that; none if the daemon was killed.
