@@ -178,11 +178,19 @@ pub enum Plant {
     GrowUnclean,
     /// What is known of a trim counts for a disk that was written since.
     TrustRecord,
+    /// A sector that a merge copies into part of a block is not marked as present there.
+    ForgetMergedBits,
+    /// What a merge has copied is not made durable before the layer is dropped.
+    UnsyncedMerge,
+    /// The file of a merged layer is removed before its child's new link is durable.
+    LayerBeforeLink,
+    /// The file of a merged layer is removed while fronts read it.
+    LayerBeforeFronts,
 }
 
 impl Plant {
     /// All of them.
-    pub const ALL: [Self; 83] = [
+    pub const ALL: [Self; 87] = [
         Self::SkipRecyclingSync,
         Self::SkipGrowthSync,
         Self::ApplyBeforeLog,
@@ -266,6 +274,10 @@ impl Plant {
         Self::EarlyEntry,
         Self::GrowUnclean,
         Self::TrustRecord,
+        Self::ForgetMergedBits,
+        Self::UnsyncedMerge,
+        Self::LayerBeforeLink,
+        Self::LayerBeforeFronts,
     ];
 }
 

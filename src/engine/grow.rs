@@ -1,14 +1,14 @@
-//! The disk of a served image becomes larger, while the fronts are held.
+//! The disk of a served image becomes larger, or the image gets another parent, while the fronts are held.
 //!
-//! The image is frozen and its session at rest: the file has everything, as one at rest has, and grows as one
-//! ([`PreparedResize`]). What is returned gets an engine and a session of its own, whose map has the new
+//! The image is frozen and its session at rest: the file has everything, as one at rest has, and changes as
+//! one ([`PreparedResize`]). What is returned gets an engine and a session of its own, whose map has the new
 //! slots; then the fronts continue with these.
 //!
 //! Where the host has to fill what comes, as of a fixed image, or of any that may have no holes, that is done
 //! before the fronts are held ([`Engine::extend_ahead`]): it takes as long as it takes, and nothing waits.
 //!
-//! A kill in between leaves the file at either size and the session at rest. It knows the FileWriteGuid of
-//! either, so that a successor takes the file for its own, and serves the size that it finds.
+//! A kill in between leaves the file as it was or as it is to be, and the session at rest. It knows the
+//! FileWriteGuid of either, so that a successor takes the file for its own, and serves the size that it finds.
 
 use std::io;
 use std::rc::Rc;
@@ -22,6 +22,7 @@ use crate::disk::Disk;
 use crate::error::Result;
 use crate::format::MIB;
 use crate::format::bat::Geometry;
+use crate::format::locator::ParentLocator;
 use crate::format::metadata::Metadata;
 use crate::image::{Image, PreparedResize, Resize, WritableImage};
 use crate::simulation::{Plant, planted};
@@ -89,7 +90,6 @@ impl<D: Disk + 'static> Engine<D> {
         decide: impl FnOnce(&WritableImage, &PreparedResize<'_>) -> Result<()>,
     ) -> Result<WritableImage> {
         assert_eq!(self.shared.session(), Session::Idle, "a disk grows while its session rests");
-        let memory = self.shared.map.memory();
         let image = Image::open_for_writing(&self.disk, || self.new_guid()).await?;
         let metadata = Metadata { virtual_size, ..image.metadata.clone() };
         let parent = self.shared.layers().nth(1);
@@ -101,6 +101,40 @@ impl<D: Disk + 'static> Engine<D> {
             prepared.give_up(&self.disk).await;
             return Err(error);
         }
+        let grown = self.carry_out(&image, prepared, "making the disk larger").await?;
+        assert_eq!(grown.metadata.virtual_size, virtual_size, "the disk is as long as was asked");
+        Ok(grown.in_session())
+    }
+    /// Opens the image, which rests, again; `change`, which sees it before, is made of what it says of its
+    /// parent. As after [`Self::grow`], this engine must not write it from then on.
+    ///
+    /// # Errors
+    /// Those of `change` and of [`WritableImage::prepare_resize`]: the image is as it was. Those of
+    /// [`PreparedResize::carry_out`]: the session is poisoned then.
+    pub async fn relink(
+        self: &Rc<Self>,
+        change: impl FnOnce(&WritableImage, Option<&mut ParentLocator>) -> Result<()>,
+    ) -> Result<WritableImage> {
+        assert_eq!(self.shared.session(), Session::Idle, "a locator changes while its session rests");
+        let image = Image::open_for_writing(&self.disk, || self.new_guid()).await?;
+        let mut metadata = image.metadata.clone();
+        change(&image, metadata.parent_locator.as_mut())?;
+        if metadata == image.metadata {
+            return Ok(image.in_session());
+        }
+        let change = Resize { metadata, parent_bytes: 0, data_write: None };
+        let prepared = image.prepare_resize(&self.disk, &change).await?;
+        Ok(self.carry_out(&image, prepared, "changing the parent locator").await?.in_session())
+    }
+
+    /// Carries out what is `prepared` for `image`, which rests, under a FileWriteGuid that its session knows.
+    async fn carry_out(
+        self: &Rc<Self>,
+        image: &WritableImage,
+        prepared: PreparedResize<'_>,
+        doing: &str,
+    ) -> Result<WritableImage> {
+        let memory = self.shared.map.memory();
         // A header that was refused may be in the file all the same. The session must know its GUID when the
         // announcement takes the place of the one that it is known by.
         memory.confirm_guid(image.header.header.file_write_guid);
@@ -109,12 +143,11 @@ impl<D: Disk + 'static> Engine<D> {
             memory.announce(file_write);
         }
         let carried_out = prepared.carry_out(&self.disk, file_write, || self.new_guid()).await;
-        let grown = carried_out.inspect_err(|error| {
+        let changed = carried_out.inspect_err(|error| {
             let errno = error.os_error().unwrap_or(Errno::EIO as i32);
-            self.poison("making the disk larger", &io::Error::from_raw_os_error(errno));
+            self.poison(doing, &io::Error::from_raw_os_error(errno));
         })?;
         memory.confirm_guid(file_write);
-        assert_eq!(grown.metadata.virtual_size, virtual_size, "the disk is as long as was asked");
-        Ok(grown.in_session())
+        Ok(changed)
     }
 }

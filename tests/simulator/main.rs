@@ -20,6 +20,7 @@ mod golden;
 mod hit_path;
 mod hostile;
 mod interop;
+mod live_merge;
 mod loopback;
 #[allow(unsafe_code, reason = "a global allocator is unsafe by its trait")]
 mod memory;

@@ -26,7 +26,7 @@ use crate::sim::tasks::block_on;
 use crate::sim::violation::{broken_promise, message, violated};
 use crate::sim::world::death::place;
 use crate::sim::world::{Config, World, new_image};
-use crate::{amend, compact, contents, move_chain, trim, upgrade};
+use crate::{amend, compact, contents, live_merge, move_chain, trim, upgrade};
 
 /// Seeds that a planted bug may take to be caught.
 const SEEDS: u64 = 200;
@@ -63,6 +63,10 @@ fn test_for(planted: Plant) -> Option<fn()> {
         Plant::EarlyEntry => upgrade::the_entry_stays_that_of_the_program_before_until_the_device_is_served,
         Plant::GrowUnclean => contents::what_was_not_shut_down_does_not_grow,
         Plant::TrustRecord => trim::the_record_of_a_trim_counts_until_the_disk_is_written,
+        Plant::ForgetMergedBits
+        | Plant::UnsyncedMerge
+        | Plant::LayerBeforeLink
+        | Plant::LayerBeforeFronts => live_merge::a_merge_shows_what_is_wrong,
         Plant::SilentChange => amend::what_a_guest_sees_changes_under_a_new_guid,
         Plant::EarlyRegion | Plant::EarlyOrphans => resize::a_bat_that_moves_is_durable_before_it_is_named,
         _ => return None,

@@ -37,6 +37,7 @@ use crate::format::guid;
 use crate::format::locator::{PARENT_LINKAGE, PARENT_LINKAGE2, ParentLocator};
 use crate::format::metadata::Metadata;
 use crate::image::{Image, ReadImage, Resize, WritableImage};
+use crate::simulation::{Plant, planted};
 
 /// The files of a merge, by absolute paths. Each is one image of a chain, which no other process has open.
 pub struct Merge {
@@ -85,6 +86,27 @@ impl Merge {
         tasks: Rc<dyn Spawn>,
         new_guid: impl FnMut() -> Uuid + Clone + 'static,
     ) -> Result<()> {
+        let mut known = Vec::new();
+        for path in &self.children {
+            let child = read(files, path).await?;
+            known.push(child.metadata.parent_locator.clone().expect("a child has a parent"));
+        }
+        let guids = self.take_over(files, tasks, &known, new_guid.clone()).await?;
+        self.remove_layers(files, guids, new_guid).await
+    }
+
+    /// Steps 1 to 4, unless they were done before, as one of the children, which say this of their parents,
+    /// knows. Returns what the uppermost layer and the target, which has everything then, are known by.
+    ///
+    /// # Errors
+    /// Those of [`Self::run`].
+    pub(super) async fn take_over<F: Files>(
+        &self,
+        files: &F,
+        tasks: Rc<dyn Spawn>,
+        known: &[ParentLocator],
+        new_guid: impl FnMut() -> Uuid + Clone + 'static,
+    ) -> Result<Guids> {
         let data_write = new_guid.clone()();
         let mut layers = Vec::new();
         for path in &self.layers {
@@ -100,9 +122,9 @@ impl Merge {
         for (layer, path) in layers.iter().zip(&self.layers) {
             layer.check_writable().file(path)?;
         }
-        if self.is_copied(files, &layers[0], &target).await? {
-            let data_write = target.header.header.data_write_guid;
-            return self.remove_layers(files, data_write, new_guid).await;
+        let guids = Guids { layer: layers[0].header.header.data_write_guid, target: data_write };
+        if is_copied(known, &layers[0], &target) {
+            return Ok(Guids { target: target.header.header.data_write_guid, ..guids });
         }
         let lowest = layers.pop().expect("something is merged");
         layers.push(self.announce(files, lowest, &target, data_write, new_guid.clone()).await?);
@@ -115,20 +137,7 @@ impl Merge {
         self.copy(files, &engine, &layers, disk.virtual_size, data_write).await?;
         drop((engine, layers));
         self.describe(files, &disk, new_guid.clone()).await?;
-        self.remove_layers(files, data_write, new_guid).await
-    }
-
-    /// Whether a merge that was cut has come to the uppermost layer's children.
-    async fn is_copied<F: Files>(&self, files: &F, uppermost: &Image, target: &Image) -> Result<bool> {
-        let [above, below] = [uppermost, target].map(|image| Some(image.header.header.data_write_guid));
-        for path in &self.children {
-            let child = read(files, path).await?;
-            let locator = child.metadata.parent_locator.as_ref().expect("a child has a parent");
-            if locator.linkage().ok() == above && locator.linkage2() == below {
-                return Ok(true);
-            }
-        }
-        Ok(false)
+        Ok(guids)
     }
 
     /// Step 1: the layer above the target knows it by what it is and by what it will be.
@@ -191,6 +200,9 @@ impl Merge {
             engine.absorb(layers, size, &|bytes| files.copied(bytes)).await
         };
         let copied = copying.await.doing("copying into the image");
+        if planted(Plant::UnsyncedMerge) {
+            return copied.file(&self.target);
+        }
         let closed = engine.close().await.doing("closing the image");
         copied.and(closed).file(&self.target)
     }
@@ -214,61 +226,99 @@ impl Merge {
         target.resize(&files.disk(&self.target), &to, &mut new_guid).await.file(&self.target).map(drop)
     }
 
-    /// Step 5.
+    /// Steps 5 and 6.
     async fn remove_layers<F: Files>(
         &self,
         files: &F,
-        data_write: Uuid,
+        guids: Guids,
         new_guid: impl FnMut() -> Uuid + Clone,
     ) -> Result<()> {
+        let adopt = |child: &Path| Link::Adopt { child: child.into(), target: self.target.clone(), guids };
         for pair in self.layers.windows(2).rev() {
             let (child, path) = (&pair[0], &pair[1]);
-            self.adopt(files, child, data_write, new_guid.clone()).await?;
+            let layer = read(files, path).await?.header.header.data_write_guid;
+            let guids = Guids { layer, ..guids };
+            let link = Link::Adopt { child: child.clone(), target: self.target.clone(), guids };
+            relocate(files, child, &link, new_guid.clone()).await?;
             files.remove(path).await?;
         }
         for child in &self.children {
-            self.adopt(files, child, data_write, new_guid.clone()).await?;
+            relocate(files, child, &adopt(child), new_guid.clone()).await?;
         }
         files.remove(&self.layers[0]).await?;
         for path in &self.children {
-            let settle = |locator: &mut ParentLocator| {
-                locator.set(PARENT_LINKAGE, guid::print(data_write));
-                locator.remove(PARENT_LINKAGE2);
-                Ok(())
-            };
-            relocate(files, path, settle, new_guid.clone()).await?;
+            relocate(files, path, &Link::Settle(guids), new_guid.clone()).await?;
         }
         Ok(())
     }
 }
 
-impl Merge {
-    /// Makes the image at `child` the target's own child; its first linkage stays.
-    async fn adopt<F: Files>(
-        &self,
-        files: &F,
-        child: &Path,
-        data_write: Uuid,
-        new_guid: impl FnMut() -> Uuid + Clone,
-    ) -> Result<()> {
-        let adopt = |locator: &mut ParentLocator| {
-            locator.set(PARENT_LINKAGE2, guid::print(data_write));
-            chain::point_to(locator, child, &self.target)
-        };
-        relocate(files, child, adopt, new_guid).await
+/// What children know a layer and the target by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Guids {
+    /// The DataWriteGuid of the layer.
+    pub layer: Uuid,
+    /// That of the target.
+    pub target: Uuid,
+}
+
+/// Whether a merge that was cut has come to one of the uppermost layer's children, which say this of their
+/// parents.
+fn is_copied(known: &[ParentLocator], uppermost: &Image, target: &Image) -> bool {
+    let [above, below] = [uppermost, target].map(|image| Some(image.header.header.data_write_guid));
+    known.iter().any(|locator| locator.linkage().ok() == above && locator.linkage2() == below)
+}
+
+/// What a child is to say of its parent.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Link {
+    /// The image at `child` is the child of the one at `target`. It still knows the layer that was between
+    /// them.
+    Adopt {
+        /// The child's path.
+        child: PathBuf,
+        /// The target's.
+        target: PathBuf,
+        /// What they are known by.
+        guids: Guids,
+    },
+    /// The layer is gone: the child knows its parent, the target, and nothing else.
+    Settle(Guids),
+}
+
+impl Link {
+    /// Has `locator` say it.
+    ///
+    /// # Errors
+    /// [`Kind::Unsupported`](crate::error::Kind::Unsupported) if the target's path cannot be written in
+    /// UTF-16.
+    pub fn put_into(&self, locator: &mut ParentLocator) -> Result<()> {
+        match self {
+            Self::Adopt { child, target, guids } => {
+                // A merge that was cut before it was settled has left one of a layer that is gone.
+                locator.set(PARENT_LINKAGE, guid::print(guids.layer));
+                locator.set(PARENT_LINKAGE2, guid::print(guids.target));
+                chain::point_to(locator, child, target)
+            }
+            Self::Settle(guids) => {
+                locator.set(PARENT_LINKAGE, guid::print(guids.target));
+                locator.remove(PARENT_LINKAGE2);
+                Ok(())
+            }
+        }
     }
 }
 
 /// Changes what the image at `path` says of its parent.
-async fn relocate<F: Files>(
+pub(super) async fn relocate<F: Files>(
     files: &F,
     path: &Path,
-    change: impl FnOnce(&mut ParentLocator) -> Result<()>,
+    link: &Link,
     new_guid: impl FnMut() -> Uuid + Clone,
 ) -> Result<()> {
     let image = open(files, path, new_guid.clone()).await?;
     let mut metadata = image.metadata.clone();
-    change(metadata.parent_locator.as_mut().expect("a child has a parent"))?;
+    link.put_into(metadata.parent_locator.as_mut().expect("a child has a parent"))?;
     amend(files, path, image, &metadata, new_guid).await.map(drop)
 }
 
@@ -285,7 +335,7 @@ impl Fronts for NoFronts {
     }
 }
 
-async fn read<F: Files>(files: &F, path: &Path) -> Result<ReadImage> {
+pub(super) async fn read<F: Files>(files: &F, path: &Path) -> Result<ReadImage> {
     Image::read(&files.disk(path)).await.file(path)
 }
 

@@ -5,6 +5,7 @@
 //! happened to the paths meanwhile.
 
 mod layers;
+mod live;
 mod neighbours;
 mod stand_in;
 
@@ -23,7 +24,9 @@ use crate::engine::Outcome;
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::printable::{both_sizes, shell};
 
-pub use layers::{Files, Merge};
+pub use layers::{Files, Guids, Link, Merge};
+pub use live::{Child, LiveMerge, Served};
+pub use neighbours::refuse_relatives_of_served;
 
 /// What the user wants to be merged.
 pub struct Request {
@@ -232,10 +235,7 @@ impl LockedChain {
     /// Whether `other`, which looks for its parent as `search` says, is a child of the image that is merged,
     /// or was: a merge that was cut may have made it one of the target's.
     fn is_child(&self, other: &impl chain::Relative, search: &Search) -> bool {
-        let layer = &self.layers[0];
-        let linkage = other.metadata().parent_locator.as_ref().and_then(|locator| locator.linkage().ok());
-        let knows = linkage == Some(layer.image.header.header.data_write_guid);
-        knows && [layer, &self.target].iter().any(|parent| chain::is_child(other, *parent, search))
+        neighbours::is_child_of_merged((&self.layers[0], &self.target), other, search)
     }
 
     /// The file of the child.

@@ -5,13 +5,21 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::{Beside, LockedChain, Request};
-use crate::chain::{self, Known, Layer, Search};
+use crate::chain::{self, Known, Layer, Member, Search};
 use crate::disk::folder_of;
 use crate::error::{Error, Kind, Result};
 use crate::format::locator::ParentLocator;
 use crate::format::metadata::Metadata;
 use crate::operations::inspect::identify_neighbour;
 use crate::printable::shell;
+
+/// The images that a merge writes and removes.
+struct Family<'a> {
+    layers: &'a [Member],
+    target: &'a Member,
+    /// The images that are locked.
+    known: Vec<&'a Path>,
+}
 
 /// Looks for images that would lose their parent, or that would be over changed content where they must not
 /// be `beside` it. Returns the children of the image that is merged, but those that are locked already.
@@ -20,40 +28,100 @@ pub(super) fn refuse_relatives(
     request: &Request,
     beside: Beside,
 ) -> Result<Vec<PathBuf>> {
-    let (kinship, force) = (Kinship::of(request), beside == Beside::Lose);
-    let (layers, target) = (&chain.layers, &chain.target);
-    let all = || layers.iter().chain([target]).chain(&chain.below).chain(&chain.children);
-    let changed = layers.iter().chain([target]);
-    let folders: BTreeSet<&Path> = changed.map(|member| folder_of(member.path())).collect();
-    let mut others = Vec::new();
-    for path in folders.into_iter().flat_map(images_in) {
-        if !all().any(|member| chain::same_file(member.path(), &path)) {
-            others.extend(identify(&path, force)?.map(|other| (path, other)));
-        }
-    }
-    let mut children = Vec::new();
-    for (path, other) in &others {
-        if chain.is_child(other, kinship.search) {
-            children.push(path.clone());
-        } else if let Some(layer) = layers.iter().find(|layer| kinship.is_child(other, *layer)) {
-            return Err(loses_its_parent(path, layer.path()));
-        } else if let Some(layer) = layers.iter().find(|layer| kinship.may_be_child(other, *layer)) {
-            may_lose_its_parent(path, layer.path(), force)?;
-        } else if is_left_over(chain, other, kinship) {
-            let needs_it = |(_, child): &&(PathBuf, Known)| kinship.may_be_child(child, other);
-            if let Some((child, _)) = others.iter().find(needs_it) {
-                return Err(is_unfinished(path, child));
+    let LockedChain { layers, target, below, children, .. } = chain;
+    let members = layers.iter().chain([target]).chain(below).chain(children);
+    let family = Family { layers, target, known: members.map(Layer::path).collect() };
+    family.refuse_relatives(Kinship::of(request), beside)
+}
+
+/// The same for a merge of `layer` into `target` while a device serves the `chain`, whose images are known. No
+/// other child of the layer may be there, either.
+///
+/// # Errors
+///
+/// [`Kind::InUse`] if there is one.
+pub fn refuse_relatives_of_served(layer: &Member, target: &Member, chain: &[PathBuf]) -> Result<()> {
+    let known = chain.iter().map(PathBuf::as_path).collect();
+    let family = Family { layers: std::slice::from_ref(layer), target, known };
+    let search = Search::default();
+    let kinship = Kinship { search: &search, is_copied: false };
+    let refused = family.refuse_relatives(kinship, Beside::Refuse).and_then(|children| {
+        let Some(child) = children.first() else { return Ok(()) };
+        let message = format!("its parent is {}, which the merge would remove", layer.path().display());
+        Err(Error::new(Kind::InUse, message).file(child))
+    });
+    refused.map_err(|error| match error.kind() {
+        Kind::InUse => error.remedy(
+            "remove the device first (`vhdx-ublk del`), and merge then: at rest a merge takes care of other \
+             children (`vhdx-ublk merge --help`)",
+        ),
+        _ => error,
+    })
+}
+
+impl Family<'_> {
+    fn refuse_relatives(&self, kinship: Kinship<'_>, beside: Beside) -> Result<Vec<PathBuf>> {
+        let force = beside == Beside::Lose;
+        let Self { layers, target, known } = self;
+        let changed = layers.iter().chain([*target]);
+        let folders: BTreeSet<&Path> = changed.map(|member| folder_of(member.path())).collect();
+        let mut others = Vec::new();
+        for path in folders.into_iter().flat_map(images_in) {
+            if !known.iter().any(|known| chain::same_file(known, &path)) {
+                others.extend(identify(&path, force)?.map(|other| (path, other)));
             }
-            tracing::warn!(
-                "{}: it is left over from an interrupted merge into {}, and can be removed",
-                path.display(),
-                target.path().display()
-            );
-        } else if beside == Beside::Refuse && kinship.is_beside(other, target) {
-            return Err(over_changed_content(path, target.path()));
         }
+        let mut children = Vec::new();
+        for (path, other) in &others {
+            if is_child_of_merged((&layers[0], target), other, kinship.search) {
+                children.push(path.clone());
+            } else if let Some(layer) = layers.iter().find(|layer| kinship.is_child(other, *layer)) {
+                return Err(loses_its_parent(path, layer.path()));
+            } else if let Some(layer) = layers.iter().find(|layer| kinship.may_be_child(other, *layer)) {
+                may_lose_its_parent(path, layer.path(), force)?;
+            } else if self.is_left_over(other, kinship) {
+                let needs_it = |(_, child): &&(PathBuf, Known)| kinship.may_be_child(child, other);
+                if let Some((child, _)) = others.iter().find(needs_it) {
+                    return Err(is_unfinished(path, child));
+                }
+                tracing::warn!(
+                    "{}: it is left over from an interrupted merge into {}, and can be removed",
+                    path.display(),
+                    target.path().display()
+                );
+            } else if beside == Beside::Refuse && kinship.is_beside(other, *target) {
+                return Err(over_changed_content(path, target.path()));
+            }
+        }
+        Ok(children)
     }
-    Ok(children)
+
+    /// Whether `other` took part in a merge that has come to its last steps, as this chain did: both are known
+    /// to the target by the second linkage that only a merge gives, and several are only when all is copied.
+    /// It was the parent of the lowest layer.
+    fn is_left_over(&self, other: &Known, kinship: Kinship) -> bool {
+        let merged = Some(self.target.image.header.header.data_write_guid);
+        let linkage2 =
+            |metadata: &Metadata| metadata.parent_locator.as_ref().and_then(ParentLocator::linkage2);
+        let lowest = &self.layers.last().expect("a merge has a layer").image.metadata;
+        let linkage = lowest.parent_locator.as_ref().and_then(|locator| locator.linkage().ok());
+        kinship.may_be_child(other, self.target)
+            && linkage2(lowest) == merged
+            && linkage2(&other.identity.metadata) == merged
+            && linkage == Some(other.identity.data_write_guid)
+    }
+}
+
+/// Whether `other`, which looks for its parent as `search` says, is a child of the image that is merged into
+/// `target`, or was: a merge that was cut may have made it one of the target's.
+pub(super) fn is_child_of_merged(
+    (merged, target): (&Member, &Member),
+    other: &impl chain::Relative,
+    search: &Search,
+) -> bool {
+    let linkage = other.metadata().parent_locator.as_ref().and_then(|locator| locator.linkage().ok());
+    let knows = linkage == Some(merged.image.header.header.data_write_guid);
+    knows && [merged, target].iter().any(|parent| chain::is_child(other, *parent, search))
 }
 
 /// How an image beside a chain is known as a child of one of its images.
@@ -85,20 +153,6 @@ impl<'a> Kinship<'a> {
     fn is_beside(self, child: &dyn chain::Relative, target: &dyn chain::Relative) -> bool {
         if self.is_copied { self.is_child(child, target) } else { self.may_be_child(child, target) }
     }
-}
-
-/// Whether `other` took part in a merge that has come to its last steps, as this chain did: both are known to
-/// the target by the second linkage that only a merge gives, and several are only when all is copied. It was
-/// the parent of the lowest layer.
-fn is_left_over(chain: &LockedChain, other: &Known, kinship: Kinship) -> bool {
-    let merged = Some(chain.target.image.header.header.data_write_guid);
-    let linkage2 = |metadata: &Metadata| metadata.parent_locator.as_ref().and_then(ParentLocator::linkage2);
-    let lowest = &chain.layers.last().expect("a merge has a layer").image.metadata;
-    let linkage = lowest.parent_locator.as_ref().and_then(|locator| locator.linkage().ok());
-    kinship.may_be_child(other, &chain.target)
-        && linkage2(lowest) == merged
-        && linkage2(&other.identity.metadata) == merged
-        && linkage == Some(other.identity.data_write_guid)
 }
 
 fn is_unfinished(path: &Path, child: &Path) -> Error {

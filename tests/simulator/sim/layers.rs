@@ -313,13 +313,15 @@ pub fn open_chain(stores: &BTreeMap<PathBuf, Store>, leaf: &Path) -> (Vec<PathBu
     let (mut names, mut chain): (Vec<PathBuf>, Vec<Opened>) = (Vec::new(), Vec::new());
     let mut next = Some(leaf.to_owned());
     while let Some(name) = next.take() {
-        let store = stores.get(&name).unwrap_or_else(|| panic!("{} is gone", name.display()));
+        let store = stores.get(&name).unwrap_or_else(|| violated(format!("{} is gone", name.display())));
         let opened = read(store).unwrap_or_else(|error| violated(format!("{}: {error}", name.display())));
         if let Some(child) = chain.last() {
             let locator = child.image.metadata.parent_locator.as_ref().expect("it has a parent");
             let guid = opened.image.header.header.data_write_guid;
             let known = [locator.linkage().ok(), locator.linkage2()];
-            assert!(known.contains(&Some(guid)), "{} is not recognised: {locator:?} {guid}", name.display());
+            if !known.contains(&Some(guid)) {
+                violated(format!("{} is not recognised: {locator:?} {guid}", name.display()));
+            }
         }
         let locator = opened.image.metadata.parent_locator.as_ref();
         let relative = locator.map(|locator| locator.get(RELATIVE_PATH).expect("a path"));

@@ -5,6 +5,7 @@ pub mod campaign;
 pub mod choose;
 pub mod disk;
 pub mod errors;
+pub mod fates;
 pub mod images;
 pub mod judge;
 pub mod layers;
@@ -14,6 +15,7 @@ pub mod medium;
 pub mod oracle;
 pub mod places;
 pub mod room;
+pub mod served_chain;
 #[cfg(feature = "simulation")]
 pub mod short_logs;
 pub mod store;
