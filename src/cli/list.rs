@@ -86,6 +86,10 @@ pub struct Row {
     size: Option<u64>,
     /// The version of the program that serves it.
     version: Option<String>,
+    /// The layer of its chain that is being merged, or was when its daemon was killed.
+    #[serde(with = "path::optional")]
+    #[schemars(with = "Option<path::WrittenPath>")]
+    merging: Option<PathBuf>,
     failure: Option<String>,
 }
 
@@ -110,6 +114,7 @@ impl Row {
             recovery: Some(entry.recovery),
             size: Some(entry.size_bytes),
             version: Some(entry.version),
+            merging: entry.merging.map(|merging| merging.layer),
             failure: entry.failure,
         }
     }
@@ -135,6 +140,7 @@ impl Row {
             recovery: None,
             size: None,
             version: None,
+            merging: None,
             failure: Some(failure),
         }
     }

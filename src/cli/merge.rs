@@ -6,29 +6,40 @@ use std::path::{Path, PathBuf};
 use schemars::JsonSchema;
 use serde::Serialize;
 
-use vhdx_ublk::device::claims::Claims;
+use vhdx_ublk::chain::{self, Search};
+use vhdx_ublk::device::claims::{self, Claims};
+use vhdx_ublk::device::order::Merged;
 use vhdx_ublk::device::path::WrittenPath;
+use vhdx_ublk::device::stop::Target;
 use vhdx_ublk::disk::{Reactor, Remover};
-use vhdx_ublk::error::Result;
+use vhdx_ublk::error::{Error, Kind, Result};
 use vhdx_ublk::operations::Watch;
+use vhdx_ublk::operations::inspect::inspect;
 use vhdx_ublk::operations::merge::{LockedChain, Progress, Request};
 
 use super::output;
 use super::parent_options::ParentOptions;
 use super::progress::{ProgressOptions, Shown};
+use super::served_layer::ServedLayer;
 
 /// Merge a differencing image into its parent, or into an image further down its chain, and remove it.
 ///
 /// Copies the content of the child, and of the layers between, into that image. After a power cut the child
-/// still reads as before; run the command again to finish the merge.
+/// still reads as before; run the command again to finish the merge. A layer below the image of a device is
+/// merged while the device is served.
 #[derive(clap::Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct Merge {
-    /// The differencing image, which is removed at the end
+    /// The differencing image, which is removed at the end; with --keep, the image or the device whose chain
+    /// it is: its number, its name, or /dev/ublkbN
     child: PathBuf,
     /// The image to merge into, with all layers between [default: the parent of the child]
     #[arg(long, value_name = "ANCESTOR")]
     into: Option<PathBuf>,
+    /// Merge the oldest layers of the chain into its first image, one after another, until N layers are left
+    /// above that, the image itself included
+    #[arg(long, value_name = "N", conflicts_with_all = ["into", "children", "copy", "force", "shrink"])]
+    keep: Option<usize>,
     /// A child of the image in another folder. It becomes a child of the ancestor, as those do that are
     /// found. Can be repeated
     #[arg(long = "child", value_name = "FILE")]
@@ -47,9 +58,9 @@ pub struct Merge {
     parents: ParentOptions,
     #[command(flatten)]
     progress: ProgressOptions,
-    /// As JSON: one object, errors too
+    /// As JSON: one object, errors too; with --keep an array of such objects
     #[arg(long)]
-    json: bool,
+    pub json: bool,
 }
 
 const AFTER_HELP: &str = "\
@@ -58,6 +69,7 @@ Examples:
   vhdx-ublk merge newest.avhdx --into disk.vhdx   and every checkpoint between
   vhdx-ublk merge monday.vhdx                     a layer in the middle: its children stay
   vhdx-ublk merge child.vhdx --copy own.vhdx      the parent has other children, and stays
+  vhdx-ublk merge --keep 3 /dev/ublkb0            at most three layers above the first image
 
 Prints each file after removing it. The children of the merged image become children of the
 ancestor: those in the folders of the chain are found, others must be named with --child. The
@@ -72,6 +84,11 @@ loses the data beyond the end (--shrink).
 With --copy, only FILE and the merged images are written. FILE shares its blocks with the ancestor
 where the host can do that, and belongs to the child's owner. A command that was interrupted is
 repeated as it was: --parent still names the ancestor.
+While a device serves the chain, its daemon merges, and requests are served as before; they wait
+for a moment, twice. A layer goes into its parent, and neither may have other children. The image
+that is served is not merged itself: take a snapshot first, then merge the frozen image. Ctrl-C
+ends the merge early. Snapshots and `upgrade` have to wait for the end of it, `del` ends it. If
+the daemon is killed meanwhile, `recover` serves the device as before, and the same merge goes on.
 JSON: child, target (the image that has the content now), removed (an array of paths).
 Exit status: 0 merged, 1 failure (the child reads as before), 2 wrong usage.";
 
@@ -89,7 +106,17 @@ pub struct Answer {
 impl Merge {
     /// Runs the command.
     pub fn run(self) -> Result<()> {
-        let Self { child, into, children, copy, force, shrink, parents, progress, json } = self;
+        if let Some(keep) = self.keep {
+            return self.merge_oldest(keep);
+        }
+        match ServedLayer::find(self.child.as_os_str())? {
+            Some(served) => self.merge_served(&served),
+            None => self.merge_at_rest(),
+        }
+    }
+
+    fn merge_at_rest(self) -> Result<()> {
+        let Self { child, into, keep: _, children, copy, force, shrink, parents, progress, json } = self;
         let mut request =
             Request { child, into, copied: None, children, search: parents.search(), force, shrink };
         let removed = json.then(RefCell::default);
@@ -97,14 +124,89 @@ impl Merge {
         if let Some(copy) = copy {
             request.copy_target(&copy, &reactor, &Claims, &merging)?;
         }
-        let chain = LockedChain::open(&request, &reactor, &Claims)?;
-        tracing::info!("merging {} into {}", chain.child().display(), chain.target().display());
-        let (child, target) = (WrittenPath::of(chain.child()), WrittenPath::of(chain.target()));
-        chain.merge(&reactor, &merging)?;
-        match merging.removed {
-            Some(removed) => output::print_json(&Answer { child, target, removed: removed.into_inner() }),
-            None => Ok(()),
+        let answer = merge_locked(&request, &reactor, &merging)?;
+        if json { output::print_json(&answer) } else { Ok(()) }
+    }
+
+    fn merge_served(&self, served: &ServedLayer) -> Result<()> {
+        let is_plain = self.into.is_none()
+            && self.children.is_empty()
+            && self.copy.is_none()
+            && !(self.force || self.shrink)
+            && self.parents.search().parents.is_empty();
+        if !is_plain {
+            let message = "while a device serves the chain, a layer is merged into its parent, and no option \
+                           changes that";
+            return Err(Error::new(Kind::Usage, message)
+                .file(&self.child)
+                .remedy("omit the options, or remove the device first (`vhdx-ublk del`)"));
         }
+        let answer = Answer::of(served.merge()?);
+        if self.json { output::print_json(&answer) } else { answer.print() }
+    }
+
+    /// One layer after another; what is merged stays merged if the next one fails.
+    fn merge_oldest(&self, keep: usize) -> Result<()> {
+        let mut answers = Vec::new();
+        let outcome = loop {
+            match self.merge_next(keep) {
+                Ok(Some(answer)) if self.json => answers.push(answer),
+                Ok(Some(answer)) => answer.print()?,
+                Ok(None) => break Ok(()),
+                Err(error) => break Err(error),
+            }
+        };
+        if self.json && outcome.is_ok() { output::print_json(&answers) } else { outcome }
+    }
+
+    /// Merges the oldest layer above the first image, unless only `keep` are left there.
+    fn merge_next(&self, keep: usize) -> Result<Option<Answer>> {
+        let target = Target::parse(self.child.as_os_str())?;
+        let is_path = target.image().is_some_and(Path::exists);
+        if !is_path || nix::unistd::geteuid().is_root() {
+            match claims::find(&target) {
+                Ok(listed) if listed.entry.daemon.is_alive() => {
+                    let oldest = ServedLayer::oldest(listed.entry, keep)?;
+                    return oldest.map(|layer| layer.merge().map(Answer::of)).transpose();
+                }
+                Err(error) if !is_path => return Err(error),
+                Ok(_) | Err(_) => {}
+            }
+        }
+        let search = self.parents.search();
+        let leaf = inspect(target.image().unwrap_or(&self.child))?;
+        let parents = chain::open_parents(&leaf, &search, inspect)?;
+        if parents.len() <= keep {
+            return Ok(None);
+        }
+        let mut layers = std::iter::once(&leaf).chain(&parents).map(|image| image.path.clone());
+        let above = parents.len().checked_sub(2).and_then(|above| layers.nth(above));
+        let child = layers.next().expect("it has a parent");
+        let (into, children) = (layers.next(), above.into_iter().collect());
+        let search = Search { parents: Vec::new(), ..search };
+        let request = Request { child, into, copied: None, children, search, force: false, shrink: false };
+        let merging = Merging { shown: self.progress.start()?, removed: Some(RefCell::default()) };
+        merge_locked(&request, &Reactor::new()?, &merging).map(Some)
+    }
+}
+
+fn merge_locked(request: &Request, reactor: &Reactor, merging: &Merging) -> Result<Answer> {
+    let chain = LockedChain::open(request, reactor, &Claims)?;
+    tracing::info!("merging {} into {}", chain.child().display(), chain.target().display());
+    let (child, target) = (WrittenPath::of(chain.child()), WrittenPath::of(chain.target()));
+    chain.merge(reactor, merging)?;
+    let removed = merging.removed.as_ref().map(RefCell::take).unwrap_or_default();
+    Ok(Answer { child, target, removed })
+}
+
+impl Answer {
+    fn of(merged: Merged) -> Self {
+        let layer = WrittenPath::of(&merged.layer);
+        Self { child: layer.clone(), target: WrittenPath::of(&merged.target), removed: vec![layer] }
+    }
+
+    fn print(&self) -> Result<()> {
+        self.removed.iter().try_for_each(|path| output::print_line(path.text()))
     }
 }
 

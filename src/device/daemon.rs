@@ -35,10 +35,12 @@ use super::log_file;
 use super::mailbox::{EngineEnds, FrontEnds, mailboxes};
 use super::node::{Node, await_node};
 use super::options::{Options, Recovery, ZeroCopy};
-use super::order::{Call, GrowOrder, Grown, HandedOver, NewLeaf, Sizes, Snapped, SnapshotOrder};
+use super::order::{
+    Call, GrowOrder, Grown, HandedOver, MergeOrder, Merged, NewLeaf, Sizes, Snapped, SnapshotOrder, Switch,
+};
 use super::private_mounts;
 use super::queue::{BufferIndex, QueueSetup, RingSetup, Transfer};
-use super::registry::{self, ENTRY_FORMAT, Entry, ProcessId, Registry, Reserved};
+use super::registry::{self, ENTRY_FORMAT, Entry, MergeUnderWay, ProcessId, Registry, Reserved};
 use super::reply::Reply;
 use super::service_manager::ServiceManager;
 use super::socket::{self, Report, Status};
@@ -177,6 +179,8 @@ struct Device<E> {
     growing: usize,
     /// What is done on the image beside serving it.
     jobs: Jobs,
+    /// A layer is being merged.
+    merging: bool,
 }
 
 impl<E: EngineHandle> Device<E> {
@@ -280,6 +284,7 @@ impl<E: EngineHandle> Device<E> {
             leaving: Arc::default(),
             growing: 0,
             jobs: Jobs::default(),
+            merging: false,
         }
     }
 
@@ -355,6 +360,10 @@ impl<E: EngineHandle> Device<E> {
         let mut ending = Ending::default();
         loop {
             let happening = match self.supervisor.next_demand(ending.due())? {
+                Demand::Call(Call::Snapshot { reply, .. }) if self.merging => {
+                    reply.send(Err(self.is_merging()));
+                    continue;
+                }
                 Demand::Call(Call::Snapshot { image, reply }) => {
                     self.snapshot(image, reply);
                     continue;
@@ -368,8 +377,21 @@ impl<E: EngineHandle> Device<E> {
                     reply.send(outcome.and_then(|grown| self.tell_size(grown)));
                     continue;
                 }
+                Demand::Call(Call::Merge { layer, reply }) => {
+                    self.merge(layer, reply);
+                    continue;
+                }
+                Demand::Call(Call::HasMerged { outcome, reply }) => {
+                    self.merging = false;
+                    reply.send(outcome);
+                    continue;
+                }
                 Demand::Call(Call::HandOver { reply, .. }) if self.growing > 0 => {
                     reply.send(Err(self.is_growing()));
+                    continue;
+                }
+                Demand::Call(Call::HandOver { reply, .. }) if self.merging => {
+                    reply.send(Err(self.is_merging()));
                     continue;
                 }
                 Demand::Call(Call::HandOver { image_file, successor, reply }) => {
@@ -499,8 +521,14 @@ impl<E: EngineHandle> Device<E> {
     }
 
     fn snapshot(&self, image: PathBuf, reply: Reply<Snapped>) {
+        let switch = self.switch();
+        self.engine().snapshot(SnapshotOrder { image, device: self.info.id, switch, reply });
+    }
+
+    /// Makes the entry name another chain.
+    fn switch(&self) -> Switch {
         let entry = self.entry.clone();
-        let switch = Box::new(move |leaf: NewLeaf| {
+        Box::new(move |leaf: NewLeaf| {
             let image = leaf.image.clone();
             change_entry(&Registry::open()?, &entry, &mut Reserved::default(), |entry| {
                 entry.image = leaf.image;
@@ -511,8 +539,31 @@ impl<E: EngineHandle> Device<E> {
             })?;
             image_name::set(&image);
             Ok(())
+        })
+    }
+
+    /// Has the engine's thread merge a layer; the outcome is a call.
+    fn merge(&mut self, layer: HostFile, reply: Reply<Merged>) {
+        if self.merging {
+            return reply.send(Err(self.is_merging()));
+        }
+        self.merging = true;
+        let (call, entry) = (self.supervisor.caller(), self.entry.clone());
+        let unfinished = entry.lock().unwrap_or_else(PoisonError::into_inner).merging.clone();
+        let ended = Box::new(move |outcome, reply| call(Call::HasMerged { outcome, reply }));
+        let note = Box::new(move |merging| {
+            let mut room = Reserved::default();
+            change_entry(&Registry::open()?, &entry, &mut room, |entry| entry.merging = merging)
         });
-        self.engine().snapshot(SnapshotOrder { image, device: self.info.id, switch, reply });
+        let switch = Some(self.switch());
+        self.engine().merge(MergeOrder { layer, unfinished, switch, note, reply, ended });
+    }
+
+    /// Why a device does something else only when the merge has ended.
+    fn is_merging(&self) -> Error {
+        let message = format!("a layer of the chain of {} is being merged", self.path().display());
+        Error::new(Kind::InUse, message)
+            .remedy("run the command again when that has ended; Ctrl-C ends `vhdx-ublk merge` early")
     }
 
     /// Has the engine make the disk larger; the outcome is a call.
@@ -580,6 +631,16 @@ impl<E: EngineHandle> Device<E> {
             tracing::info!("this one continues to serve {path} for the daemon before it");
         } else {
             tracing::warn!("the daemon before this one was killed; this one continues to serve {path}");
+        }
+        let merging = self.entry.lock().unwrap_or_else(PoisonError::into_inner).merging.clone();
+        if let Some(MergeUnderWay { layer, target, .. }) = merging {
+            tracing::warn!(
+                "the merge of {} into {} was interrupted, and {path} reads as before: `vhdx-ublk merge {}` \
+                 goes on with it",
+                layer.display(),
+                target.display(),
+                shell(&layer)
+            );
         }
     }
 
@@ -757,6 +818,7 @@ fn describe(info: &DeviceInfo, spec: &DeviceSpec, daemon: ProcessId) -> Entry {
         version: env!("CARGO_PKG_VERSION").into(),
         started: false,
         failure: None,
+        merging: None,
     }
 }
 

@@ -22,8 +22,9 @@ use super::grow::Grower;
 use super::layers::{self, Parents};
 use super::leaf_handover::LeafHandover;
 use super::mailbox::{EngineEnds, wake_up};
+use super::merge::{Merger, Workers};
 use super::open_image::{OpenImage, parameters};
-use super::order::{GrowOrder, Order, SnapshotOrder};
+use super::order::{GrowOrder, MergeOrder, Order, SnapshotOrder};
 use super::served_image::{ServedImage, open_served, unclean};
 use super::session::{Plan, SessionFile, Sessions};
 use super::snapshot::{Makers, Snapshotter};
@@ -74,6 +75,7 @@ impl EngineThread {
             report,
             start,
             ordered,
+            orders: orders.clone(),
             closing: closing.clone(),
             called: called.clone(),
             handover: handover.clone(),
@@ -128,6 +130,10 @@ impl EngineHandle for EngineThread {
         self.order(Order::Grow(order));
     }
 
+    fn merge(&self, order: MergeOrder) {
+        self.order(Order::Merge(order));
+    }
+
     fn settle(&self, hold: bool, patience: Duration) -> Result<()> {
         let (settled, awaited) = mpsc::sync_channel(0);
         self.order(Order::Settle { hold, settled });
@@ -149,6 +155,23 @@ impl EngineHandle for EngineThread {
     }
 }
 
+/// Gives orders to the engine's thread.
+#[derive(Clone)]
+pub(super) struct Caller {
+    orders: mpsc::Sender<Order>,
+    called: Arc<AtomicBool>,
+    wake: Arc<EventFd>,
+}
+
+impl Caller {
+    /// A thread that has ended, or that takes no more orders, drops it.
+    pub(super) fn order(&self, order: Order) {
+        let _ = self.orders.send(order);
+        self.called.store(true, Ordering::Release);
+        wake_up(&self.wake);
+    }
+}
+
 /// The thread's own end.
 struct EngineLoop {
     file: Arc<ImageFile>,
@@ -156,6 +179,8 @@ struct EngineLoop {
     report: mpsc::Sender<OpenImage>,
     start: mpsc::Receiver<EngineEnds>,
     ordered: mpsc::Receiver<Order>,
+    /// For the threads that merge.
+    orders: mpsc::Sender<Order>,
     /// Set by another thread, as is `called` after it.
     closing: Arc<AtomicBool>,
     /// There is something in `ordered`, or `closing` is set.
@@ -173,13 +198,17 @@ impl EngineLoop {
         let mut served = self.open_engine(&reactor, &fronts)?;
         // The other side waits for this. If it has gone, it does not start the engine either.
         let _ = self.report.send(served.opened.clone());
+        let mut workers = Workers::default();
         let outcome = match self.start.recv() {
-            Ok(ends) => self.serve(&reactor, &mut served, &fronts, ends),
+            Ok(ends) => self.serve(&reactor, &mut served, (&fronts, &mut workers), ends),
             Err(mpsc::RecvError) if self.closing.load(Ordering::Acquire) => {
                 reactor.block_on(served.engine.close())
             }
             Err(mpsc::RecvError) => return served.give_up(&reactor),
         };
+        // What a merge still asks for is dropped, and it ends.
+        drop(self.ordered);
+        workers.await_end();
         let (engine, path) = (served.engine, served.file.path());
         if engine.shared().session() != Session::Idle {
             tracing::info!("{}: closed", path.display());
@@ -204,26 +233,32 @@ impl EngineLoop {
         &self,
         reactor: &Reactor,
         served: &mut ServedImage,
-        fronts: &Rc<Mailboxes>,
+        (fronts, workers): (&Rc<Mailboxes>, &mut Workers),
         ends: EngineEnds,
     ) -> Outcome {
         let (senders, receivers) = ends.fronts.into_iter().map(|end| (end.sender, end.receiver)).unzip();
         fronts.join(senders);
         become_io_flusher();
         reactor.spawn(fronts.clone().deliver()).detach();
+        let (orders, called, wake) = (self.orders.clone(), self.called.clone(), ends.wake.clone());
+        let caller = Caller { orders, called, wake };
         let inbox = FrontInbox::new(ends.wake, receivers, served.engine.clone(), self.called.clone());
         let inbox = Rc::new(inbox);
         let receiving = reactor.spawn(inbox.clone().run(reactor.ring().clone()));
         let makers = Makers::default();
-        let exchange = Exchange { reactor, inbox: &inbox, fronts, handover: &self.handover };
-        let (exchange, opener, closing) = (&exchange, &self.opener, &*self.closing);
+        let opener = &self.opener;
+        let exchange = Exchange { reactor, opener, inbox: &inbox, fronts, handover: &self.handover };
+        let (exchange, closing) = (&exchange, &*self.closing);
         let snapshotter = Snapshotter { exchange, opener, makers: &makers, closing };
-        let grower = Grower { exchange, opener, closing };
+        let grower = Grower { exchange, closing };
+        let merger = Merger { exchange, caller, closing: self.closing.clone() };
         while !self.closing.load(Ordering::Acquire) {
             while let Ok(order) = self.ordered.try_recv() {
                 match order {
                     Order::Snapshot(order) => snapshotter.handle(order, served),
                     Order::Grow(order) => grower.handle(order, served),
+                    Order::Merge(order) => merger.begin(order, served, workers),
+                    Order::Relink(order) => merger.relink(order, served),
                     Order::Settle { hold, settled } => snapshotter.settle(hold, &settled, served),
                 }
             }

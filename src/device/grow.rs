@@ -20,29 +20,23 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::errno::Errno;
 
-use super::exchange::Exchange;
+use super::exchange::{Exchange, NewSession};
 use super::order::{GrowOrder, Grown, Sizes};
 use super::reply::Reply;
-use super::served_image::{ServedImage, open_served};
-use super::session::{FoundSession, place_of};
-use super::writable::WritableOpener;
+use super::served_image::ServedImage;
 use crate::engine::shared::Session;
-use crate::error::{Doing, Error, Kind, Locate, Result};
+use crate::error::{Error, Kind, Locate, Result};
 use crate::format::MAX_VIRTUAL_SIZE;
 use crate::format::bat::Geometry;
-use crate::image::{Place, PreparedResize, WritableImage};
+use crate::image::{PreparedResize, WritableImage};
 use crate::operations::room;
 
 /// Makes the disk larger, on the engine's thread.
 pub(super) struct Grower<'a> {
     pub(super) exchange: &'a Exchange<'a>,
-    pub(super) opener: &'a WritableOpener,
     /// Set when the device is taken down.
     pub(super) closing: &'a AtomicBool,
 }
-
-/// The session for the longer map, and where its image is.
-type NewSession = (FoundSession, Place);
 
 impl Grower<'_> {
     /// Does what is ordered; `served` has the larger disk afterwards, or stays as it is.
@@ -60,10 +54,8 @@ impl Grower<'_> {
         }
         check_sizes(sizes, served)?;
         let reactor = self.exchange.reactor;
-        let flushed = reactor.block_on(served.engine.flush());
-        served.check("committing dirty metadata", flushed)?;
         let geometry = longer(served.engine.shared().geometry(), size_bytes);
-        let session = served.session.as_ref().map(|_| self.make_session(&geometry, served)).transpose()?;
+        let session = self.exchange.prepare(&geometry, served)?;
         let extended = self.extend(&geometry, reply, served);
         let (before, pause_us) = self.exchange.run(served, |served| {
             let rested = reactor.block_on(served.engine.rest());
@@ -77,13 +69,6 @@ impl Grower<'_> {
         reactor.block_on(before.engine.leave());
         tracing::info!("the disk has {size_bytes} bytes now");
         Ok(Grown { size_bytes, pause_us })
-    }
-
-    /// A session for the longer map, which has no name yet.
-    fn make_session(&self, geometry: &Geometry, served: &ServedImage) -> Result<NewSession> {
-        let place = place_of(&served.file)?;
-        let made = self.opener.sessions.create(&place, served.opened.disk_id, geometry);
-        Ok((made.map_err(without_session)?, place))
     }
 
     /// Has the host make room where it has to fill it.
@@ -113,54 +98,19 @@ impl Grower<'_> {
         served: &ServedImage,
     ) -> Result<ServedImage> {
         let decide = |image: &WritableImage, prepared: &PreparedResize<'_>| {
-            if let Some(((file, memory), _)) = &mut session {
-                let border = prepared.border().map(|(block, _)| block);
-                let reserved = image.reserve_bitmaps(memory, geometry, border);
-                reserved.doing("reserving room for the sector bitmaps").map_err(without_session)?;
-                file.stand_by()?;
-            }
+            let border = prepared.border().map(|(block, _)| block);
+            Exchange::claim_room(&mut session, image, geometry, border)?;
             if reply.claim() { Ok(()) } else { Err(left()) }
         };
         let grown = self.exchange.reactor.block_on(served.engine.grow(geometry.virtual_size(), decide));
         let image = match grown {
             Ok(image) => image,
             Err(error) => {
-                let abandoned = session.map_or(Ok(()), |((file, _), _)| file.abandon());
-                abandoned.unwrap_or_else(|error| tracing::warn!("{error:#}"));
+                Exchange::abandon(session);
                 return Err(with_remedy(error));
             }
         };
-        // The old map does not fit the file any longer, and nothing else is there to go on with.
-        self.serve(image, session, served).inspect_err(|_| {
-            served.engine.shared().poison();
-        })
-    }
-
-    /// The grown image with its session and an engine of its own.
-    fn serve(
-        &self,
-        mut image: WritableImage,
-        session: Option<NewSession>,
-        served: &ServedImage,
-    ) -> Result<ServedImage> {
-        let (file, Exchange { reactor, fronts, .. }) = (served.file.clone(), self.exchange);
-        reactor.block_on(image.read_bitmaps(&reactor.disk(file.clone())))?;
-        let mut parameters = served.opened.parameters;
-        parameters.size_bytes = image.metadata.virtual_size;
-        let session = match session {
-            Some(((mut session, memory), place)) => {
-                let owner = image.owner(place);
-                image.start_session(memory, &owner).doing("reserving room for the sector bitmaps")?;
-                if served.engine.shared().map.memory().used_page_cache() {
-                    image.map.memory().note_page_cache();
-                }
-                session.publish()?;
-                Some(session)
-            }
-            None => None,
-        };
-        let parents = served.parents(reactor);
-        open_served(reactor, fronts, file, image, session, parents, parameters)
+        self.exchange.serve((image, session), served.parents(self.exchange.reactor), served)
     }
 }
 
@@ -190,10 +140,6 @@ fn check_sizes(Sizes { from_bytes, to_bytes }: Sizes, served: &ServedImage) -> R
 fn left() -> Error {
     tracing::warn!("the disk keeps its size: the caller has stopped waiting");
     Error::new(Kind::Io, "the caller has stopped waiting")
-}
-
-fn without_session(error: Error) -> Error {
-    error.remedy("make room under /run: the device would no longer be recoverable without a session")
 }
 
 fn with_remedy(error: Error) -> Error {

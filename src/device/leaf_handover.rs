@@ -5,12 +5,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::disk::ImageFile;
 use crate::engine::shared::Shared;
 
-/// A leaf, on top of the one that was served before, or the same with a larger disk.
+/// A leaf and its parents: on top of the one that was served before, the same with a larger disk, or over a
+/// layer less.
 #[derive(Clone)]
 pub(super) struct Leaf {
     /// What its engine shares with the fronts.
     pub(super) shared: Arc<Shared>,
-    pub(super) file: Arc<ImageFile>,
+    /// The files of the chain, its own first.
+    pub(super) files: Arc<[Arc<ImageFile>]>,
 }
 
 /// Where the engine leaves a new leaf for the queues; it does so while they are held.

@@ -43,6 +43,7 @@ mod leaf_handover;
 mod links;
 pub mod log_file;
 pub mod mailbox;
+mod merge;
 pub mod mounts;
 pub mod name;
 mod node;

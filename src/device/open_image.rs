@@ -12,7 +12,7 @@ use super::layers::{self, Parents};
 use super::leaf_handover::LeafHandover;
 use super::mailbox::EngineEnds;
 use super::options::{Parameters, Salvage};
-use super::order::{GrowOrder, SnapshotOrder};
+use super::order::{GrowOrder, MergeOrder, SnapshotOrder};
 use super::spare_buffers::SpareBuffers;
 use super::spec::{DeviceSpec, EngineHandle};
 use crate::disk::tally::Histogram;
@@ -172,6 +172,12 @@ impl EngineHandle for NoEngine {
             None => "remove the device (`vhdx-ublk del`), then resize its image",
         };
         (order.ended)(Err(error.remedy(remedy)), order.reply);
+    }
+
+    fn merge(&self, order: MergeOrder) {
+        let message = "the device is read-only, and so are the layers of its chain";
+        let error = Error::new(Kind::Unsupported, message);
+        order.end(Err(error.remedy("remove the device (`vhdx-ublk del`), then merge its layers")));
     }
 
     fn snapshot(&self, order: SnapshotOrder) {

@@ -7,7 +7,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use super::merge::RelinkOrder;
 use super::path;
+use super::registry::MergeUnderWay;
 use super::reply::Reply;
 use crate::disk::HostFile;
 use crate::error::Result;
@@ -36,6 +38,19 @@ pub struct Grown {
     pub pause_us: u64,
 }
 
+/// A layer of a served chain that was merged.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Merged {
+    /// The layer, whose file is gone.
+    #[serde(with = "path::one")]
+    pub layer: PathBuf,
+    /// Its parent, which has its content now.
+    #[serde(with = "path::one")]
+    pub target: PathBuf,
+    /// How many images the chain has now.
+    pub layers: usize,
+}
+
 /// The new leaf, as the device's entry names it.
 pub struct NewLeaf {
     /// Its path, absolute, without symbolic links.
@@ -60,6 +75,27 @@ pub struct HandedOver {
     pub paused_at_us: u64,
 }
 
+/// A merge as the engine's thread begins it.
+pub struct MergeOrder {
+    /// The file of the layer.
+    pub(super) layer: HostFile,
+    /// A merge that was cut before, if the entry has one.
+    pub(super) unfinished: Option<MergeUnderWay>,
+    /// Makes the entry name the chain without the layer.
+    pub(super) switch: Option<Switch>,
+    /// Has the entry say which merge is under way.
+    pub(super) note: Box<dyn Fn(Option<MergeUnderWay>) -> Result<()> + Send>,
+    pub(super) reply: Reply<Merged>,
+    /// Gets the outcome, and the reply that it is for.
+    pub(super) ended: Box<dyn FnOnce(Result<Merged>, Reply<Merged>) + Send>,
+}
+
+impl MergeOrder {
+    pub(super) fn end(self, outcome: Result<Merged>) {
+        (self.ended)(outcome, self.reply);
+    }
+}
+
 /// What a caller requests at the control socket.
 pub(super) enum Call {
     /// A snapshot.
@@ -72,6 +108,14 @@ pub(super) enum Call {
     Grow { sizes: Sizes, reply: Reply<Grown> },
     /// The engine has an outcome of that: if the disk is larger, the kernel is to know.
     HasGrown { outcome: Result<Grown>, reply: Reply<Grown> },
+    /// That a layer of the chain is merged into its parent.
+    Merge {
+        /// The file of the layer.
+        layer: HostFile,
+        reply: Reply<Merged>,
+    },
+    /// That has ended.
+    HasMerged { outcome: Result<Merged>, reply: Reply<Merged> },
     /// That this daemon ends, and leaves its device to the caller.
     HandOver {
         /// The image that the caller has opened.
@@ -115,6 +159,9 @@ pub struct SnapshotOrder {
 pub(super) enum Order {
     Snapshot(SnapshotOrder),
     Grow(GrowOrder),
+    Merge(MergeOrder),
+    /// Of a merge that is under way.
+    Relink(RelinkOrder),
     /// Commit what is dirty, for a successor that has little to do then.
     Settle {
         /// Afterwards the fronts hold for good, and what is dirty since is committed: nothing is under way,

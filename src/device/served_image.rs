@@ -18,6 +18,7 @@ use crate::engine::shared::Session;
 use crate::engine::waiting::Spawn;
 use crate::engine::{Engine, Outcome, Setup};
 use crate::error::{Error, Kind, Locate, Result};
+use crate::format::locator::ParentLocator;
 use crate::image::WritableImage;
 
 /// See the module's head.
@@ -26,6 +27,8 @@ pub(super) struct ServedImage {
     pub(super) opened: OpenImage,
     pub(super) session: Option<SessionFile>,
     pub(super) file: Arc<ImageFile>,
+    /// What it says of its parent.
+    pub(super) locator: Option<ParentLocator>,
 }
 
 /// Starts an engine for an image that was opened, and its parents.
@@ -39,6 +42,7 @@ pub(super) fn open_served(
     parameters: Parameters,
 ) -> Result<ServedImage> {
     let (file_write_guid, disk_id) = (image.header.header.file_write_guid, image.metadata.disk_id);
+    let locator = image.metadata.parent_locator.clone();
     let (disk, tasks): (_, Rc<dyn Spawn>) = (reactor.disk(file.clone()), reactor.executor().clone());
     let (fronts, guids) = (fronts.clone(), Box::new(Uuid::new_v4));
     let engine = Engine::new(Setup { image, disk, parents, tasks, fronts, guids });
@@ -55,10 +59,15 @@ pub(super) fn open_served(
         sync_times,
         parents,
     };
-    Ok(ServedImage { engine, opened, session, file })
+    Ok(ServedImage { engine, opened, session, file, locator })
 }
 
 impl ServedImage {
+    /// The files of the chain, its own first.
+    pub(super) fn files(&self) -> Arc<[Arc<ImageFile>]> {
+        std::iter::once(&self.file).chain(self.opened.parents.iter()).cloned().collect()
+    }
+
     /// The image, independent of its path.
     pub(super) fn image_file(&self) -> HostFile {
         self.file.identity()

@@ -10,7 +10,7 @@ use uuid::Uuid;
 
 use super::leaf_handover::LeafHandover;
 use super::options::{Parameters, Salvage};
-use super::order::{GrowOrder, SnapshotOrder};
+use super::order::{GrowOrder, MergeOrder, SnapshotOrder};
 use super::path;
 use super::spare_buffers::SpareBuffers;
 use crate::disk::tally::Histogram;
@@ -66,6 +66,9 @@ pub trait EngineHandle {
 
     /// Makes the disk larger, and gives the outcome to the order's end.
     fn grow(&self, order: GrowOrder);
+
+    /// Merges a layer of the chain into its parent, and gives the outcome to the order's end.
+    fn merge(&self, order: MergeOrder);
 
     /// Takes a snapshot, and answers through the order's reply.
     fn snapshot(&self, order: SnapshotOrder);

@@ -251,6 +251,52 @@ impl ImageFile {
         opened.map_err(|error| error.file(path))
     }
 
+    /// The same file for writing, while `reader` goes on reading it. The new description's lock keeps all
+    /// others out, and `reader` has none until [`Self::lock_again`].
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::InUse`] if others read it, or its path names another file by now; what the operating system
+    /// says: `reader` is locked as before then.
+    pub fn writer_for(reader: &Self) -> Result<Self> {
+        let writer = || {
+            let file = open_again(&reader.file, Access::ReadWrite)?;
+            change_flags(&file, |flags| flags & !OFlag::O_NONBLOCK)
+                .map_err(|error| Error::io("opening the image", error))?;
+            lock::lock_for_readers(&file, reader.descriptions())?;
+            Self::named(file, &reader.path, Access::ReadWrite).inspect_err(|_| {
+                if let Err(error) = reader.lock_again() {
+                    tracing::warn!("{error:#}");
+                }
+            })
+        };
+        let writer = writer().map_err(|error| error.file(&reader.path))?;
+        writer.set_sparse(reader.sparse());
+        Ok(writer)
+    }
+
+    /// Gives a reader of the file its lock back, while a writer of this process keeps all others out, which
+    /// is to leave.
+    ///
+    /// # Errors
+    ///
+    /// What the operating system says.
+    pub fn lock_again(&self) -> Result<()> {
+        let mut descriptions = self.descriptions();
+        let locked = descriptions.try_for_each(|file| lock::join(file, Access::ReadOnly));
+        locked.map_err(|error| error.file(&self.path))
+    }
+
+    /// Gives the host the space of a file that has lost its last name. Whoever still has it open keeps an
+    /// empty file.
+    ///
+    /// # Errors
+    ///
+    /// What the operating system says.
+    pub fn give_back_if_nameless(&self) -> io::Result<()> {
+        if self.file.metadata()?.nlink() > 0 { Ok(()) } else { self.file.set_len(0) }
+    }
+
     /// Whether the file at `path` comes from a server of SMB. No lock is taken or looked at.
     ///
     /// # Errors
@@ -405,7 +451,7 @@ impl ImageFile {
         }
     }
 
-    fn descriptions(&self) -> impl Iterator<Item = &File> {
+    fn descriptions(&self) -> impl Iterator<Item = &File> + Clone {
         std::iter::once(&self.file).chain(&self.syncing)
     }
 

@@ -181,6 +181,38 @@ pub fn take_writer(file: &File, wait: Duration) -> Result<()> {
     }
 }
 
+/// Locks `writer` for writing, another description of the file that `readers` have locked for reading. The
+/// readers' locks are given back once the writer's are taken: others never find the file free. If others read
+/// it, the readers have their locks again.
+///
+/// # Errors
+///
+/// [`Kind::InUse`] if others have the file open; [`Kind::Unsupported`] on SMB, where no lock can lie beside
+/// another of the same client.
+pub fn lock_for_readers<'a>(writer: &File, readers: impl Iterator<Item = &'a File> + Clone) -> Result<()> {
+    if is_on_smb(writer) {
+        return Err(Error::new(Kind::Unsupported, "a file on SMB cannot be locked beside its reader"));
+    }
+    take(writer, Access::ReadWrite).inspect_err(|_| unlock(writer))?;
+    readers.clone().for_each(unlock);
+    let mut pause = FIRST_PAUSE;
+    for _ in 1..ATTEMPTS {
+        if look(writer, Access::ReadWrite).is_ok() {
+            return Ok(());
+        }
+        std::thread::sleep(pause);
+        pause *= 2;
+    }
+    let seen = look(writer, Access::ReadWrite);
+    if seen.is_err() {
+        let mut readers = readers;
+        let again = readers.try_for_each(|reader| join(reader, Access::ReadOnly));
+        unlock(writer);
+        again?;
+    }
+    seen
+}
+
 /// Gives back whatever [`try_lock`] took. A failure is not reported: the end of the description gives it
 /// back, too.
 pub fn unlock(file: &File) {

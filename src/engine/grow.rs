@@ -105,6 +105,7 @@ impl<D: Disk + 'static> Engine<D> {
         assert_eq!(grown.metadata.virtual_size, virtual_size, "the disk is as long as was asked");
         Ok(grown.in_session())
     }
+
     /// Opens the image, which rests, again; `change`, which sees it before, is made of what it says of its
     /// parent. As after [`Self::grow`], this engine must not write it from then on.
     ///
@@ -122,7 +123,7 @@ impl<D: Disk + 'static> Engine<D> {
         if metadata == image.metadata {
             return Ok(image.in_session());
         }
-        let change = Resize { metadata, parent_bytes: 0, data_write: None };
+        let change = Resize { metadata, parent_bytes: 0, data_write: None, zero_from: None };
         let prepared = image.prepare_resize(&self.disk, &change).await?;
         Ok(self.carry_out(&image, prepared, "changing the parent locator").await?.in_session())
     }

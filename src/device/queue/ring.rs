@@ -464,14 +464,17 @@ impl Port for QueueRing {
 
     fn change_leaf(&mut self) -> Option<Arc<Shared>> {
         let leaf = self.setup.handover.newer_than(&mut self.exchanges)?;
-        if leaf.shared.layers().count() == self.layers {
-            return Some(leaf.shared); // the same file
+        let layers = leaf.shared.layers().count();
+        assert!((1..=MAX_LAYERS).contains(&layers), "as many layers as there are slots, {layers}");
+        assert_eq!(layers, leaf.files.len(), "each layer has its file");
+        if layers != self.layers {
+            let files = leaf.files.iter().rev().map(|file| file.as_fd().as_raw_fd());
+            let slots = layers.max(self.layers);
+            let files: Vec<_> = files.chain(iter::repeat(NO_FILE)).take(slots).collect();
+            let updated = self.uring.submitter().register_files_update(FIRST_IMAGE, &files);
+            assert!(updated.as_ref().is_ok_and(|&count| count == slots), "slots take files: {updated:?}");
+            self.layers = layers;
         }
-        assert!(self.layers < MAX_LAYERS, "a snapshot of a chain with as many layers as there are slots");
-        let slot = FIRST_IMAGE + u32::try_from(self.layers).expect("at most 256");
-        let updated = self.uring.submitter().register_files_update(slot, &[leaf.file.as_fd().as_raw_fd()]);
-        assert!(matches!(updated, Ok(1)), "a reserved slot takes a file: {updated:?}");
-        self.layers += 1;
         Some(leaf.shared)
     }
 

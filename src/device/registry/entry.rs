@@ -101,6 +101,24 @@ pub struct Entry {
     pub started: bool,
     /// Why the image could not be closed cleanly; kept until a command has reported it.
     pub failure: Option<String>,
+    /// A layer of the chain is being merged, or was when the daemon was killed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub merging: Option<MergeUnderWay>,
+}
+
+/// A merge of a layer of the chain that a device serves.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MergeUnderWay {
+    /// The layer.
+    #[serde(with = "path::one")]
+    pub layer: PathBuf,
+    /// Its file.
+    pub layer_file: HostFile,
+    /// Its parent, which it is merged into.
+    #[serde(with = "path::one")]
+    pub target: PathBuf,
+    /// That one's file.
+    pub target_file: HostFile,
 }
 
 impl Entry {
@@ -197,6 +215,7 @@ pub(crate) mod tests {
             version: "0.1.0".into(),
             started: true,
             failure: None,
+            merging: None,
         }
     }
 

@@ -25,7 +25,7 @@ mod store;
 mod survey;
 
 pub(super) use entry::mount_namespace;
-pub use entry::{ENTRY_FORMAT, Entry};
+pub use entry::{ENTRY_FORMAT, Entry, MergeUnderWay};
 pub(super) use reserved::FILE_MODE;
 pub use reserved::Reserved;
 pub(super) use sight::Sight;

@@ -15,13 +15,16 @@ use super::{
     read_line, write_line,
 };
 use crate::device::job::Progress;
-use crate::device::order::{Grown, HandedOver, Sizes, Snapped};
+use crate::device::order::{Grown, HandedOver, Merged, Sizes, Snapped};
 use crate::disk::HostFile;
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::operations::Watch;
 
 /// How long a daemon may take to report its status, which is in memory.
 const STATUS_DEADLINE: Duration = Duration::from_secs(1);
+
+/// How long a merge may take: it copies what a layer has, and a daemon that is gone ends the connection.
+const MERGE_PATIENCE: Duration = Duration::from_hours(24 * 365);
 
 /// Requests a snapshot from the daemon that listens at `path`, and waits until it is taken.
 ///
@@ -51,6 +54,21 @@ pub fn grow(path: &Path, sizes: Sizes) -> Result<Grown> {
         Kind::Io if error.remedy_text().is_none() => error.remedy(
             "`vhdx-ublk list` shows the size of the disk, and the log beside the socket what was done",
         ),
+        _ => error,
+    })
+}
+
+/// Has the daemon that listens at `path` merge the `layer` of its chain, and waits until that has ended.
+///
+/// # Errors
+///
+/// The daemon's; [`Kind::Io`] if it does not listen, or has ended.
+pub fn merge(path: &Path, layer: HostFile) -> Result<Merged> {
+    let merged = send(path, &Command::Merge { layer }, MERGE_PATIENCE);
+    merged.map_err(|error| match error.kind() {
+        Kind::Io if error.remedy_text().is_none() => {
+            error.remedy("`vhdx-ublk list` shows how the device is; the same command goes on with the merge")
+        }
         _ => error,
     })
 }

@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 pub(super) use client::hand_over;
-pub use client::{grow, report, snapshot, status};
+pub use client::{grow, merge, report, snapshot, status};
 pub(super) use server::listen;
 
 use super::job::Progress;
@@ -62,6 +62,11 @@ pub enum Command {
     },
     /// Make the disk larger.
     Grow(Sizes),
+    /// Merge a layer of the chain into its parent. It ends early when the caller leaves.
+    Merge {
+        /// The file of the layer.
+        layer: HostFile,
+    },
     /// End, and leave the device to the caller, which has its image open.
     HandOver {
         /// That image: the daemon refuses if it serves another one by now.

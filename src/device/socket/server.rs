@@ -18,8 +18,9 @@ use super::{
 };
 use crate::device::confine::{self, Role};
 use crate::device::job::{Job, JobKind, Stop};
-use crate::device::order::Call;
+use crate::device::order::{Call, Merged};
 use crate::device::reply::{Reply, has_left, is_connected, reply_to};
+use crate::disk::HostFile;
 use crate::error::{Doing, Error, Kind, Locate, Result};
 
 /// Connections at a time: enough for people and scripts.
@@ -97,6 +98,10 @@ fn serve_client(
         Ok(Command::Grow(sizes)) => {
             let outcome = ask(stream, "the resize", pass_on, |reply| Call::Grow { sizes, reply });
             write_answer(stream, outcome.and_then(|grown| json(&grown)))
+        }
+        Ok(Command::Merge { layer }) => {
+            let outcome = await_merge(stream, layer, pass_on);
+            write_answer(stream, outcome.and_then(|merged| json(&merged)))
         }
         Ok(Command::HandOver { image_file }) => {
             let successor = u32::try_from(getsockopt(stream, sockopt::PeerCredentials)?.pid()).unwrap_or(0);
@@ -186,6 +191,21 @@ fn ask<T>(
     }
 }
 
+/// A merge ends by itself when its caller has left.
+fn await_merge(stream: &UnixStream, layer: HostFile, pass_on: &impl Fn(Call)) -> Result<Merged> {
+    let (reply, awaited) = reply_to(stream).doing("duplicating a descriptor")?;
+    pass_on(Call::Merge { layer, reply });
+    loop {
+        match awaited.wait(ANSWER_DEADLINE) {
+            Ok(outcome) => return outcome,
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => {
+                return Err(Error::new(Kind::Io, "the device was removed"));
+            }
+        }
+    }
+}
+
 fn write_answer(stream: &UnixStream, outcome: Result<serde_json::Value>) -> io::Result<()> {
     write_line(stream, &outcome.map_or_else(|error| Answer::Error((&error).into()), Answer::Done))
 }
@@ -232,7 +252,6 @@ mod tests {
     use super::*;
     use crate::device::order::Sizes;
     use crate::device::socket::{Status, report, status};
-    use crate::disk::HostFile;
 
     fn snapshot() -> Command {
         Command::Snapshot { image: "/disks/new.vhdx".into() }
@@ -252,6 +271,8 @@ mod tests {
         let grow = r#"{"version":1,"command":{"grow":{"from_bytes":512,"to_bytes":1024}}}"#;
         let sizes = Sizes { from_bytes: 512, to_bytes: 1024 };
         assert_eq!(parse(grow).expect("understood"), Command::Grow(sizes));
+        let merge = r#"{"version":1,"command":{"merge":{"layer":{"device":1,"inode":2}}}}"#;
+        assert_eq!(parse(merge).expect("understood"), Command::Merge { layer: image_file });
         assert_eq!(parse(line).expect("understood"), Command::HandOver { image_file });
     }
 
@@ -340,7 +361,8 @@ mod tests {
                     Call::Snapshot { image, reply } => reply.send(Err(refusal().file(&image))),
                     Call::HandOver { reply, .. } => reply.send(Err(refusal())),
                     Call::Grow { reply, .. } => reply.send(Err(refusal())),
-                    Call::HasGrown { .. } => panic!("no client makes it"),
+                    Call::Merge { reply, .. } => reply.send(Err(refusal())),
+                    Call::HasGrown { .. } | Call::HasMerged { .. } => panic!("no client makes it"),
                 }
             },
         )
