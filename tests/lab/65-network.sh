@@ -70,6 +70,8 @@ end_export() {
 takes_less() { [ "$(host_bytes "$1")" -lt "$2" ]; }
 
 # The commands of src/guide/export.md: the initiator sees no error while the daemon is killed and recovered.
+has_size() { [ "$(blockdev --getsize64 "$1")" = "$(numfmt --from=iec "$2")" ]; }
+
 test_network_export_over_nvme_tcp() {
     local device remote writer before
     ! command -v modprobe >/dev/null || modprobe -q -a nvmet nvmet-tcp nvme-tcp || true
@@ -98,12 +100,18 @@ test_network_export_over_nvme_tcp() {
     blkdiscard -o $((400 << 20)) -l $((64 << 20)) "$remote"
     sync "$remote"
     await 10 takes_less disk.vhdx $((before - (60 << 20)))
+    # The disk grows while it is exported; the target looks at its size when it is asked to.
+    ublk resize "$device" --size 2G
+    echo 1 >"$target/subsystems/$subsystem/namespaces/1/revalidate_size"
+    await 10 has_size "$remote" 2G
+    write_stamps "$remote" 1800 8 9
     timeout 20 nvme disconnect --nqn="$subsystem"
     end_export
     ublk del "$device"
     ublk check disk.vhdx
     device=$(ublk add --read-only disk.vhdx)
     check_stamps "$device" 300 8 7
+    check_stamps "$device" 1800 8 9
     ublk del "$device"
 }
 
