@@ -1,32 +1,37 @@
 //! `compact`: makes the file of an image smaller.
 
 use std::fmt::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use schemars::JsonSchema;
 use serde::Serialize;
 
 use vhdx_ublk::device::claims::Claims;
+use vhdx_ublk::device::job::Stop;
+use vhdx_ublk::device::order::Shortened;
 use vhdx_ublk::device::path::WrittenPath;
+use vhdx_ublk::device::registry::{Entry, Registry};
+use vhdx_ublk::device::socket;
 use vhdx_ublk::disk::{Reactor, Sparse};
-use vhdx_ublk::error::Result;
+use vhdx_ublk::error::{Error, Kind, Result};
 use vhdx_ublk::format::metadata::DiskType;
 use vhdx_ublk::operations::compact::{Compacted, Figures, Request, Steps};
 use vhdx_ublk::printable::human_size;
 
 use super::parent_options::ParentOptions;
 use super::progress::ProgressOptions;
-use super::{FAILURE, SUCCESS, output, size, trim};
+use super::{FAILURE, SUCCESS, output, served, size, trim};
 
 /// Make the file of an image smaller. Its disk does not change.
 ///
 /// Blocks that hold only zeros give up their space, and blocks at the end of the file move into free space
 /// before them, so that the file can be cut there. After a power cut or a kill at any moment the disk reads
-/// as before; run the command again to continue.
+/// as before; run the command again to continue. The image may be served meanwhile: see below.
 #[derive(clap::Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct Compact {
-    /// The image
+    /// The image; or its device: its number, its name or /dev/ublkbN
+    #[arg(value_name = "TARGET")]
     image: PathBuf,
     #[command(flatten)]
     steps: StepOptions,
@@ -37,7 +42,7 @@ pub struct Compact {
     /// Show what would be done, and change nothing
     #[arg(long)]
     dry_run: bool,
-    /// Copy at most SIZE bytes per second, as in 100M
+    /// Copy at most SIZE bytes per second, as in 100M (while the image is served: 64M if not given)
     #[arg(long, value_name = "SIZE", value_parser = parse_rate)]
     max_rate: Option<u64>,
     /// Print the result as JSON
@@ -54,7 +59,7 @@ pub struct Compact {
 #[expect(clippy::struct_excessive_bools, reason = "each is a flag of its own on the command line")]
 struct StepOptions {
     /// Before the other steps, have the kernel discard the free space of the file systems on the disk. As
-    /// root, with the ublk driver; the kernel mounts the file systems for it
+    /// root, with the ublk driver; the kernel mounts the file systems for it, unless the image is served
     #[arg(long)]
     trim: bool,
     /// Only give up the space of blocks that hold only zeros, and take no other step that is not named
@@ -76,9 +81,16 @@ Examples:
   vhdx-ublk compact disk.vhdx --length          only shorten the file
   vhdx-ublk compact disk.vhdx --zeros --defragment
                                                 in the order of the disk, as for a slow medium
+  vhdx-ublk compact /dev/ublkb0 --trim          while it is served, with its file systems mounted
 
-The image must not be in use: remove its device first. A parent can be compacted, and its children
-stay valid. A fixed image keeps the space of all its blocks.
+A parent can be compacted, and its children stay valid. A fixed image keeps the space of all its
+blocks.
+An image that is served is compacted by its daemon, as root. The only steps are --trim, which trims
+what is mounted where it is mounted, and --length; for the others remove the device first. Requests
+go on, and come first: while there are any, blocks are moved a quarter of the time. A snapshot, a
+resize, an upgrade or the end of the device stops the command at its next safe point, and so does
+Ctrl-C; run it again to continue. Sector bitmaps (of a child), the BAT, the metadata and the log
+stay where they are, and the file cannot end before them. `vhdx-ublk list` shows how far it is.
 Space that a file system on the disk has freed is given back only if it was discarded: run
 `fstrim -a` in the guest before, or use --trim. That serves the image for a moment, mounts each
 ext2, ext3, ext4, XFS, Btrfs, NTFS (ntfs3) and FAT where no other process sees it, trims it and
@@ -92,18 +104,55 @@ For a block that is longer than each free run, blocks between the runs are moved
 long as at most 64 bytes are copied for each byte that the file becomes shorter.
 Ctrl-C stops the command at the next safe point; what was freed until then stays free. Meanwhile the
 file may be longer than before, with --defragment by 64 MiB and more.
---json prints image, dry_run and stopped (whether a signal ended it); host_bytes_before and _after
-(space on the host; none after a dry run), file_bytes_before and _after; zero_blocks and
-unmapped_blocks (blocks that held zeros; blocks without content that named space) and
-given_up_bytes; moves and moved_bytes; filled_bytes (--dense); free_bytes (free space that stays
-in the file) and free_before (the structure behind it that is not moved); unread_parents (why zeros
-of a child were not searched for).
+--json prints image, device (null, or what serves it), dry_run, stopped (whether it ended early)
+and stopped_by (null, or what ended it while it was served: caller, snapshot, resize, upgrade,
+end); host_bytes_before and _after (space on the host; none after a dry run), file_bytes_before and
+_after; zero_blocks and unmapped_blocks (blocks that held zeros; blocks without content that named
+space) and given_up_bytes; moves and moved_bytes; filled_bytes (--dense); free_bytes (free space
+that stays in the file) and free_before (the structure behind it that is not moved), which are not
+told of an image that is served; unread_parents (why zeros of a child were not searched for).
 Exit status: 0 compacted, 1 failure or stopped (the disk reads as before), or --trim was not
 possible; 2 wrong usage.";
 
 impl Compact {
     /// Runs the command; returns the exit status.
     pub fn run(self) -> Result<u8> {
+        match served::find(self.image.as_os_str())? {
+            Some(entry) => self.compact_served(&entry),
+            None => self.compact_at_rest(),
+        }
+    }
+
+    fn compact_served(self, entry: &Entry) -> Result<u8> {
+        self.refuse_steps(&entry.device)?;
+        let shown = self.progress.start()?;
+        let trimmed = self.steps.trim.then(|| trim::mounted(entry.id));
+        let socket = Registry::open()?.socket_path(entry.id);
+        let done = socket::compact(&socket, self.max_rate, &shown)?;
+        drop(shown);
+        let failed = trimmed.as_ref().is_some_and(|trimmed| trimmed.trimmed.is_err());
+        if self.json {
+            let trim = trimmed.as_ref().map(trim::Outcome::answer);
+            output::print_json(&Answer { trim, ..answer_of_served(entry, &done) })?;
+        } else {
+            output::print(&text_of_served(&done, trimmed.as_ref()))?;
+        }
+        Ok(if done.stopped.is_some() || failed { FAILURE } else { SUCCESS })
+    }
+
+    /// What a daemon does not do.
+    fn refuse_steps(&self, device: &Path) -> Result<()> {
+        let StepOptions { zeros, defragment, .. } = self.steps;
+        let options =
+            [(zeros, "zeros"), (defragment, "defragment"), (self.dense, "dense"), (self.dry_run, "dry-run")];
+        let Some((_, option)) = options.iter().find(|(given, _)| *given) else { return Ok(()) };
+        let device = device.display();
+        let message = format!("--{option} is for an image at rest, and {device} serves this one");
+        Err(Error::new(Kind::Unsupported, message)
+            .remedy(format!("leave the option out, or remove the device first: `vhdx-ublk del {device}`")))
+    }
+
+    fn compact_at_rest(self) -> Result<u8> {
         let Self { image, steps, dense, dry_run, max_rate, json, parents, progress } = self;
         let StepOptions { trim, zeros, length, defragment } = steps;
         let all = !zeros && !length && !defragment;
@@ -147,8 +196,12 @@ fn parse_rate(text: &str) -> std::result::Result<u64, String> {
 #[derive(Serialize, JsonSchema)]
 pub struct Answer {
     image: WrittenPath,
+    /// `/dev/ublkbN`, if a device serves the image.
+    device: Option<PathBuf>,
     dry_run: bool,
     stopped: bool,
+    /// What ended it before all was done, while the image was served.
+    stopped_by: Option<Stop>,
     host_bytes_before: u64,
     host_bytes_after: Option<u64>,
     file_bytes_before: u64,
@@ -171,8 +224,10 @@ fn answer(compacted: &Compacted) -> Answer {
     Answer {
         filled_bytes: *filled_bytes,
         image: WrittenPath::of(path),
+        device: None,
         dry_run: after.is_none(),
         stopped: done.stopped,
+        stopped_by: None,
         host_bytes_before: before.host,
         host_bytes_after: after.map(|after| after.host),
         file_bytes_before: before.length,
@@ -187,6 +242,64 @@ fn answer(compacted: &Compacted) -> Answer {
         unread_parents: unread.as_ref().map(|error| output::message(error)),
         trim: None,
     }
+}
+
+fn answer_of_served(entry: &Entry, done: &Shortened) -> Answer {
+    let Shortened { before, after, moves, moved_bytes, stopped, .. } = *done;
+    Answer {
+        image: WrittenPath::of(&entry.image),
+        device: Some(entry.device.clone()),
+        dry_run: false,
+        stopped: stopped.is_some(),
+        stopped_by: stopped,
+        host_bytes_before: before.host,
+        host_bytes_after: Some(after.host),
+        file_bytes_before: before.length,
+        file_bytes_after: after.length,
+        zero_blocks: 0,
+        unmapped_blocks: 0,
+        given_up_bytes: 0,
+        moves,
+        moved_bytes,
+        filled_bytes: 0,
+        free_bytes: 0,
+        free_before: None,
+        unread_parents: None,
+        trim: None,
+    }
+}
+
+fn text_of_served(done: &Shortened, trimmed: Option<&trim::Outcome>) -> String {
+    let Shortened { before, after, moves, moved_bytes, stopped, .. } = done;
+    let mut lines = vec![
+        format!("On host    {}", change(before.host, after.host)),
+        format!("File size  {}", change(before.length, after.length)),
+    ];
+    if *moves > 0 {
+        lines.push(format!("{moves} moves made, {} copied", human_size(*moved_bytes)));
+    }
+    lines.extend(trimmed.iter().flat_map(|trimmed| trimmed.lines(false)));
+    if let Some(why) = stopped {
+        let why = match why {
+            Stop::Caller => "",
+            Stop::Snapshot => " by a snapshot",
+            Stop::Resize => " by a resize",
+            Stop::Merge => " by a merge",
+            Stop::Upgrade => " by an upgrade",
+            Stop::End => " by the end of the device",
+        };
+        lines.push(format!("Stopped{why} before all was done; run the command again to continue"));
+    } else if after.host >= before.host && after.length >= before.length {
+        lines.push(match trimmed {
+            Some(_) => "Nothing to gain".into(),
+            None => {
+                "Nothing to gain: what files on the disk have freed is given back once it is trimmed: use \
+                     --trim, or run `fstrim` where it is mounted"
+                    .into()
+            }
+        });
+    }
+    lines.join("\n")
 }
 
 /// The answer for people. `hint` says what is not done yet.

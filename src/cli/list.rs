@@ -54,9 +54,9 @@ last_warning (null, or time in seconds since 1970, and text, at most 200 charact
 or what is done on the image while it is served: job (compact), done_bytes, total_bytes,
 file_bytes), queues, depth, read_only, salvage (`add --salvage`), zero_copy, recovery, size
 (bytes), version (of the program that serves it: `vhdx-ublk upgrade` replaces an old one), failure
-(null, or why the image could not be closed or the entry could not be read). If only the kernel knows the device, all but
-id, device, state, health are null. A path that is not UTF-8 is an object: lossy (a text), hex
-(its bytes).
+(null, or why the image could not be closed or the entry could not be read). If only the kernel
+knows the device, all but id, device, state, health are null. A path that is not UTF-8 is an
+object: lossy (a text), hex (its bytes).
 Exit status: 0 success, 1 failure, 2 wrong usage. With --check: 0 all devices are healthy, 1 some
 are not, or it is unknown, 2 some are dead.";
 
@@ -338,7 +338,8 @@ mod tests {
     #[test]
     fn a_row_says_the_same() {
         let known = row(&Row::of(listed(), condition())).expect("every state has a name");
-        let expected = "/dev/ublkb3 data fail-io (compacting, 25 %) waiting read-only 1 GiB 2 64 1234 0.1.0 /images/disk.vhdx";
+        let expected = "/dev/ublkb3 data fail-io (compacting, 25 %) waiting read-only 1 GiB 2 64 1234 0.1.0 \
+                        /images/disk.vhdx";
         assert_eq!(known.join(" "), format!("{expected} {}...", "w".repeat(60)));
         let salvage = Row { salvage: Some(true), ..Row::of(listed(), condition()) };
         assert_eq!(row(&salvage).expect("every state has a name")[4], "salvage");

@@ -43,6 +43,7 @@ mod resize;
 mod respawn;
 mod salvage;
 mod schema;
+mod served;
 mod served_layer;
 mod session;
 mod set;

@@ -6,12 +6,11 @@ use std::path::{Path, PathBuf};
 use schemars::JsonSchema;
 use serde::Serialize;
 
-use vhdx_ublk::device::claims::{self, Claims};
+use vhdx_ublk::device::claims::Claims;
 use vhdx_ublk::device::order::Sizes;
 use vhdx_ublk::device::path::WrittenPath;
 use vhdx_ublk::device::registry::{Entry, Registry};
 use vhdx_ublk::device::socket;
-use vhdx_ublk::device::stop::Target;
 use vhdx_ublk::disk::Reactor;
 use vhdx_ublk::error::{Error, Kind, Result};
 use vhdx_ublk::operations::resize::{LockedImage, Request, Size};
@@ -21,7 +20,7 @@ use vhdx_ublk::system::grow::{Grown, Plan};
 
 use super::grow::{self, Looked};
 use super::parent_options::ParentOptions;
-use super::{output, size};
+use super::{output, served, size};
 
 /// Make the disk of an image larger or smaller. While a device serves the image, it can become larger.
 ///
@@ -146,24 +145,9 @@ pub struct Answer {
 impl Resize {
     /// Runs the command.
     pub fn run(self) -> Result<()> {
-        match self.served()? {
+        match served::find(&self.target)? {
             Some(entry) => self.resize_served(&entry),
             None => self.resize_at_rest(),
-        }
-    }
-
-    /// The device that is meant, or that serves the image that is meant.
-    fn served(&self) -> Result<Option<Entry>> {
-        let target = Target::parse(&self.target)?;
-        let is_path = target.image().is_some_and(Path::exists);
-        // Who is not root may resize an image that is no device's.
-        if is_path && !nix::unistd::geteuid().is_root() {
-            return Ok(None);
-        }
-        match claims::find(&target) {
-            Ok(listed) if !listed.is_abandoned() || !is_path => Ok(Some(listed.entry)),
-            Err(error) if !is_path => Err(error),
-            Ok(_) | Err(_) => Ok(None),
         }
     }
 
@@ -175,10 +159,6 @@ impl Resize {
 
     fn resize_served(&self, entry: &Entry) -> Result<()> {
         let (device, before) = (&entry.device, entry.size_bytes);
-        if !entry.daemon.is_alive() {
-            let message = format!("the daemon of {} is not running", device.display());
-            return Err(Error::new(Kind::NotFound, message).remedy(format!("vhdx-ublk recover {}", entry.id)));
-        }
         let disk = DeviceDisk::open(device)?;
         let contents = disk.contents();
         let after = self.size().of_disk(before, disk.sector_bytes(), contents.minimum_size())?;

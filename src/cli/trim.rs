@@ -15,6 +15,7 @@ use vhdx_ublk::operations::compact::Figures;
 use vhdx_ublk::operations::inspect::{self, Opened};
 use vhdx_ublk::operations::{Watch, inside, named_file};
 use vhdx_ublk::printable::{human_size, printable};
+use vhdx_ublk::system::mount::trim_mounted;
 use vhdx_ublk::system::private_device::PrivateDevice;
 use vhdx_ublk::system::trim::{Survey, Trimmed, VolumeTrim, candidates};
 use vhdx_ublk::system::trim_record::TrimRecord;
@@ -132,6 +133,16 @@ impl Outcome {
         };
         trimmed.volumes.iter().map(line).collect()
     }
+}
+
+/// Has the file systems of the device `id` trimmed where they are mounted.
+pub fn mounted(id: u32) -> Outcome {
+    let trimmed = trim_mounted(id).and_then(|volumes| match volumes.is_empty() {
+        false => Ok(Trimmed { volumes, stopped: false }),
+        true => Err(Error::new(Kind::NotFound, "no file system of the device is mounted here")
+            .remedy("mount it, or run `fstrim` where it is mounted")),
+    });
+    Outcome { before: None, trimmed, record: None }
 }
 
 /// What may still be gained by trimming, if the disk holds file systems that can be trimmed.

@@ -28,7 +28,7 @@ use super::ending::{Ending, INSISTENCE, Step};
 use super::features;
 use super::handover::{self, QUIESCE_PATIENCE, SETTLE_PATIENCE, Way};
 use super::image_name;
-use super::job::Jobs;
+use super::job::{Job, Jobs};
 use super::launch;
 use super::links::{self, Names};
 use super::log_file;
@@ -36,7 +36,8 @@ use super::mailbox::{EngineEnds, FrontEnds, mailboxes};
 use super::node::{Node, await_node};
 use super::options::{Options, Recovery, ZeroCopy};
 use super::order::{
-    Call, GrowOrder, Grown, HandedOver, MergeOrder, Merged, NewLeaf, Sizes, Snapped, SnapshotOrder, Switch,
+    Call, CompactOrder, GrowOrder, Grown, HandedOver, MergeOrder, Merged, NewLeaf, Shortened, Sizes, Snapped,
+    SnapshotOrder, Switch,
 };
 use super::private_mounts;
 use super::queue::{BufferIndex, QueueSetup, RingSetup, Transfer};
@@ -372,6 +373,10 @@ impl<E: EngineHandle> Device<E> {
                     self.grow(sizes, reply);
                     continue;
                 }
+                Demand::Call(Call::Compact { max_rate, job, reply }) => {
+                    self.compact(max_rate, job, reply);
+                    continue;
+                }
                 Demand::Call(Call::HasGrown { outcome, reply }) => {
                     self.growing -= 1;
                     reply.send(outcome.and_then(|grown| self.tell_size(grown)));
@@ -575,6 +580,17 @@ impl<E: EngineHandle> Device<E> {
         let call = self.supervisor.caller();
         let ended = Box::new(move |outcome, reply| call(Call::HasGrown { outcome, reply }));
         self.engine().grow(GrowOrder { device: self.info.id, sizes, reply, ended });
+    }
+
+    fn compact(&self, max_rate: Option<u64>, job: Arc<Job>, reply: Reply<Shortened>) {
+        match self.jobs.begin(job) {
+            Ok(running) => {
+                let sources = self.sources.clone();
+                let requests = Box::new(move || sources.requests());
+                self.engine().compact(CompactOrder { max_rate, requests, running, reply });
+            }
+            Err(error) => reply.send(Err(error)),
+        }
     }
 
     fn keeps_its_size(&self, sizes: Sizes) -> Error {

@@ -14,17 +14,19 @@ use std::time::Duration;
 use nix::sys::eventfd::EventFd;
 use nix::sys::signal::SigSet;
 
+use super::compact::Compactor;
 use super::confine::{self, Role};
 use super::control::Control;
 use super::exchange::Exchange;
 use super::fronts::{FrontInbox, Mailboxes};
 use super::grow::Grower;
+use super::job::Stop;
 use super::layers::{self, Parents};
 use super::leaf_handover::LeafHandover;
 use super::mailbox::{EngineEnds, wake_up};
 use super::merge::{Merger, Workers};
 use super::open_image::{OpenImage, parameters};
-use super::order::{GrowOrder, MergeOrder, Order, SnapshotOrder};
+use super::order::{CompactOrder, GrowOrder, MergeOrder, Order, SnapshotOrder};
 use super::served_image::{ServedImage, open_served, unclean};
 use super::session::{Plan, SessionFile, Sessions};
 use super::snapshot::{Makers, Snapshotter};
@@ -132,6 +134,10 @@ impl EngineHandle for EngineThread {
 
     fn merge(&self, order: MergeOrder) {
         self.order(Order::Merge(order));
+    }
+
+    fn compact(&self, order: CompactOrder) {
+        self.order(Order::Compact(order));
     }
 
     fn settle(&self, hold: bool, patience: Duration) -> Result<()> {
@@ -252,18 +258,33 @@ impl EngineLoop {
         let snapshotter = Snapshotter { exchange, opener, makers: &makers, closing };
         let grower = Grower { exchange, closing };
         let merger = Merger { exchange, caller, closing: self.closing.clone() };
+        let compactor = Compactor::new(reactor);
         while !self.closing.load(Ordering::Acquire) {
             while let Ok(order) = self.ordered.try_recv() {
                 match order {
-                    Order::Snapshot(order) => snapshotter.handle(order, served),
-                    Order::Grow(order) => grower.handle(order, served),
+                    Order::Snapshot(order) => {
+                        compactor.stop(Stop::Snapshot);
+                        snapshotter.handle(order, served);
+                    }
+                    Order::Grow(order) => {
+                        compactor.stop(Stop::Resize);
+                        grower.handle(order, served);
+                    }
+                    Order::Compact(order) => compactor.start(order, served),
                     Order::Merge(order) => merger.begin(order, served, workers),
-                    Order::Relink(order) => merger.relink(order, served),
-                    Order::Settle { hold, settled } => snapshotter.settle(hold, &settled, served),
+                    Order::Relink(order) => {
+                        compactor.stop(Stop::Merge);
+                        merger.relink(order, served);
+                    }
+                    Order::Settle { hold, settled } => {
+                        compactor.stop(Stop::Upgrade);
+                        snapshotter.settle(hold, &settled, served);
+                    }
                 }
             }
             reactor.block_on(inbox.called());
         }
+        compactor.stop(Stop::End);
         let outcome = reactor.block_on(served.engine.close());
         inbox.close();
         reactor.block_on(receiving);

@@ -62,6 +62,8 @@ pub enum Stop {
     Snapshot,
     /// The disk is to become larger.
     Resize,
+    /// A merge changes the chain.
+    Merge,
     /// Another process takes the device over.
     Upgrade,
     /// The device ends.

@@ -24,6 +24,7 @@
 //! kernel's structures and numbers.
 
 pub mod claims;
+mod compact;
 pub mod confine;
 mod control;
 pub mod daemon;

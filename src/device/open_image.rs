@@ -12,7 +12,7 @@ use super::layers::{self, Parents};
 use super::leaf_handover::LeafHandover;
 use super::mailbox::EngineEnds;
 use super::options::{Parameters, Salvage};
-use super::order::{GrowOrder, MergeOrder, SnapshotOrder};
+use super::order::{CompactOrder, GrowOrder, MergeOrder, SnapshotOrder};
 use super::spare_buffers::SpareBuffers;
 use super::spec::{DeviceSpec, EngineHandle};
 use crate::disk::tally::Histogram;
@@ -178,6 +178,13 @@ impl EngineHandle for NoEngine {
         let message = "the device is read-only, and so are the layers of its chain";
         let error = Error::new(Kind::Unsupported, message);
         order.end(Err(error.remedy("remove the device (`vhdx-ublk del`), then merge its layers")));
+    }
+
+    fn compact(&self, order: CompactOrder) {
+        let message = "the device is read-only: nothing is written to its image";
+        let error = Error::new(Kind::Unsupported, message)
+            .remedy("remove the device (`vhdx-ublk del`), then compact its image");
+        order.reply.send(Err(error));
     }
 
     fn snapshot(&self, order: SnapshotOrder) {

@@ -1,18 +1,21 @@
 //! What callers request, on its way from the control socket to the engine.
 
 use std::path::PathBuf;
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use super::job::{Job, Running, Stop};
 use super::merge::RelinkOrder;
 use super::path;
 use super::registry::MergeUnderWay;
 use super::reply::Reply;
 use crate::disk::HostFile;
+use crate::engine::port_counts::Requests;
 use crate::error::Result;
+use crate::operations::compact::Figures;
 
 /// A snapshot that was taken.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -49,6 +52,23 @@ pub struct Merged {
     pub target: PathBuf,
     /// How many images the chain has now.
     pub layers: usize,
+}
+
+/// What has become of a file that was compacted while it was served.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Shortened {
+    /// What the file took.
+    pub before: Figures,
+    /// What it takes now.
+    pub after: Figures,
+    /// Blocks moved.
+    pub moves: u64,
+    /// Their bytes.
+    pub moved_bytes: u64,
+    /// Bytes cut off the end of the file.
+    pub cut_bytes: u64,
+    /// Why not all was done, if it was not.
+    pub stopped: Option<Stop>,
 }
 
 /// The new leaf, as the device's entry names it.
@@ -116,6 +136,8 @@ pub(super) enum Call {
     },
     /// That has ended.
     HasMerged { outcome: Result<Merged>, reply: Reply<Merged> },
+    /// That the file of the image becomes shorter.
+    Compact { max_rate: Option<u64>, job: Arc<Job>, reply: Reply<Shortened> },
     /// That this daemon ends, and leaves its device to the caller.
     HandOver {
         /// The image that the caller has opened.
@@ -145,6 +167,16 @@ pub struct GrowOrder {
     pub(super) ended: Box<dyn FnOnce(Result<Grown>, Reply<Grown>) + Send>,
 }
 
+/// A compaction as the engine carries it out.
+pub struct CompactOrder {
+    /// The most bytes that are copied in a second, if the caller has a limit.
+    pub(super) max_rate: Option<u64>,
+    /// The requests that the guest has made so far.
+    pub(super) requests: Box<dyn Fn() -> Requests + Send>,
+    pub(super) running: Running,
+    pub(super) reply: Reply<Shortened>,
+}
+
 /// A snapshot as the engine takes it.
 pub struct SnapshotOrder {
     /// The path of the new image: absolute.
@@ -162,6 +194,7 @@ pub(super) enum Order {
     Merge(MergeOrder),
     /// Of a merge that is under way.
     Relink(RelinkOrder),
+    Compact(CompactOrder),
     /// Commit what is dirty, for a successor that has little to do then.
     Settle {
         /// Afterwards the fronts hold for good, and what is dirty since is committed: nothing is under way,

@@ -10,7 +10,7 @@ use uuid::Uuid;
 
 use super::leaf_handover::LeafHandover;
 use super::options::{Parameters, Salvage};
-use super::order::{GrowOrder, MergeOrder, SnapshotOrder};
+use super::order::{CompactOrder, GrowOrder, MergeOrder, SnapshotOrder};
 use super::path;
 use super::spare_buffers::SpareBuffers;
 use crate::disk::tally::Histogram;
@@ -69,6 +69,9 @@ pub trait EngineHandle {
 
     /// Merges a layer of the chain into its parent, and gives the outcome to the order's end.
     fn merge(&self, order: MergeOrder);
+
+    /// Makes the file of the image shorter, and answers through the order's reply.
+    fn compact(&self, order: CompactOrder);
 
     /// Takes a snapshot, and answers through the order's reply.
     fn snapshot(&self, order: SnapshotOrder);

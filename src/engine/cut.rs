@@ -1,9 +1,9 @@
 //! Cutting the unused end off the file of an image that is served.
 //!
 //! A log entry says how long the file surely is, and a reader refuses one that is shorter. So the log ends
-//! before the file does: everything that it has is in place and synced, then the headers drop its LogGuid. The
-//! next commit begins a new log, whose entries know the new length. A power cut in between leaves a file that
-//! is longer than it need be.
+//! before the file does: everything that it has is in place and synced, then the headers drop its LogGuid.
+//! The next commit begins a new log, whose entries know the new length. A power cut in between leaves a file
+//! that is longer than it need be.
 //!
 //! It is done at the end of a commit cycle. No other cycle runs meanwhile, which could have copied pages that
 //! rely on the length that goes. No task extends the file either, and none is granted space behind the cut:

@@ -6,10 +6,11 @@
 //!    behind its end;
 //! 2. each block is marked as moving. From then on it is read where it is, and a front that would change it
 //!    asks the engine, which answers once it has moved;
-//! 3. every front answers a barrier: what was looked up before the mark has ended. Without that, a write could
-//!    reach the old place when its part of it is copied already;
+//! 3. every front answers a barrier: what was looked up before the mark has ended. Without that, a write
+//!    could reach the old place when its part of it is copied already;
 //! 4. what the host has stored of the old places is copied, several pieces at once: holes stay holes;
-//! 5. the new mappings are published, in one step with the marks of their pages, and the blocks move no longer;
+//! 5. the new mappings are published, in one step with the marks of their pages, and the blocks move no
+//!    longer;
 //! 6. a commit syncs the copies before it writes the entry that has the mappings. Without that sync, a power
 //!    cut could keep the entry and lose the copies: the blocks would show what was at their new places;
 //! 7. the old places leave quarantine once the entry is durable, and what was looked up there has ended. If
@@ -125,7 +126,7 @@ impl<D: Disk + 'static> Engine<D> {
         let blocks: Vec<u64> = relocations.iter().filter_map(|relocation| relocation.what.block()).collect();
         let moving = self.turns.blocks.exclusively_all(&blocks, self.relocate_granted(relocations));
         let relocations = moving.await?;
-        self.leave_old_places(&relocations).await?;
+        self.reclaim().await?;
         let made = |relocation: &Relocation| Move {
             what: relocation.what,
             from: relocation.from.offset,
@@ -308,7 +309,7 @@ impl<D: Disk + 'static> Engine<D> {
     }
 
     /// Step 5 of one move.
-    fn publish_move(&self, relocation: &Relocation) {
+    fn publish_move(self: &Rc<Self>, relocation: &Relocation) {
         let Relocation { what, from, to, .. } = *relocation;
         assert!(self.space.borrow().is_used(to.offset..to.end()), "a new place is taken before it is named");
         assert!(to.end() <= self.durability.file_length(), "a new place lies in the file");
@@ -326,20 +327,16 @@ impl<D: Disk + 'static> Engine<D> {
         self.dirty.mark(Page::Bat(page));
         if planted(Plant::ReuseMovedEarly) {
             self.space.borrow_mut().free(from, Content::Recycled);
-        } else if !planted(Plant::ForgetReaders) {
+        } else if planted(Plant::ForgetReaders) {
+            self.start(move |engine| async move {
+                if engine.flush().await.is_ok() {
+                    engine.space.borrow_mut().free(from, Content::Recycled);
+                }
+            });
+        } else {
             self.reclaim.lost(from);
         }
         self.count(|counters| counters.moves.add(1));
-    }
-
-    /// Steps 6 and 7.
-    async fn leave_old_places(self: &Rc<Self>, relocations: &[Relocation]) -> Outcome {
-        self.reclaim().await?;
-        if planted(Plant::ForgetReaders) {
-            let mut space = self.space.borrow_mut();
-            relocations.iter().for_each(|relocation| space.free(relocation.from, Content::Recycled));
-        }
-        Ok(())
     }
 
     /// Does `work` for each of `jobs`, a few at a time, until one of them fails.

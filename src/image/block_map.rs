@@ -7,8 +7,8 @@
 //! Bits that are reserved in the format have a meaning in memory:
 //!
 //! * bit 3, DURABLE: the entry that logged this very word has been synced;
-//! * bit 4, MOVING: the block is on its way to another place. It is read where it was, and whoever would change
-//!   it asks the engine first. A killed process may leave the mark; its successor takes it off.
+//! * bit 4, MOVING: the block is on its way to another place. It is read where it was, and whoever would
+//!   change it asks the engine first. A killed process may leave the mark; its successor takes it off.
 
 use std::ops::Range;
 use std::sync::Arc;

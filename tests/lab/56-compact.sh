@@ -104,7 +104,7 @@ test_operations_leave_a_served_image_alone() {
     ublk create disk.vhdx --size 64M
     device=$(ublk add disk.vhdx)
     write_stamps "$device" 0 8 1
-    for command in "compact disk.vhdx" "resize disk.vhdx --size 32M" "set disk.vhdx --disk-id new" \
+    for command in "compact disk.vhdx --zeros" "resize disk.vhdx --size 32M" "set disk.vhdx --disk-id new" \
         "move disk.vhdx /var/tmp" "salvage disk.vhdx copy.raw" "convert disk.vhdx copy.raw"; do
         # shellcheck disable=SC2086 # words of a command line
         ! ublk $command 2>said || fail "$command was done on a served image"

@@ -21,11 +21,15 @@ const IMAGES_IN_SNAPSHOTS: u64 = 10_000;
 /// at least.
 const IMAGES_IN_GROWTH: u64 = 10_000;
 
+/// Crash images between the moment at which blocks begin to move under load and the one at which they have,
+/// at least.
+const IMAGES_IN_MOVES: u64 = 50_000;
+
 /// Distinct images that a test run recovers and judges, at least.
 const IMAGES: u64 = 1_000_000;
 
 /// What every test run exercises; one that stays at zero fails it.
-const EXERCISED: [&str; 66] = [
+const EXERCISED: [&str; 70] = [
     "P0 none or all of it",
     "P1 whole writes",
     "P2 parts of what was at risk",
@@ -36,6 +40,7 @@ const EXERCISED: [&str; 66] = [
     "P7 bit rot refused",
     "P7 bit rot that does not matter",
     "a BAT page at risk in place",
+    "a block has moved",
     "a cycle of several entries",
     "a durable write fails",
     "a front's I/O is tried again",
@@ -46,8 +51,10 @@ const EXERCISED: [&str; 66] = [
     "blocks granted",
     "blocks granted recycled space",
     "blocks quarantined",
+    "blocks that move under load",
     "commit cycles",
     "cuts in a recovery",
+    "cuts of a served file",
     "daemon deaths",
     "deaths between freeze and rest",
     "deaths between growth and session",
@@ -66,6 +73,7 @@ const EXERCISED: [&str; 66] = [
     "kills that leave the new size",
     "kills that leave the old size",
     "moments with every image",
+    "moves that come too late",
     "not present to partial",
     "not present to present",
     "not present to zero",
@@ -120,6 +128,8 @@ fn every_promise_holds_at_every_power_cut() {
     assert!(inside >= IMAGES_IN_SNAPSHOTS, "only {inside} images inside snapshots");
     let growing = report.marks.count("images while a disk grows");
     assert!(growing >= IMAGES_IN_GROWTH, "only {growing} images while disks grow");
+    let moving = report.marks.count("images while blocks move");
+    assert!(moving >= IMAGES_IN_MOVES, "only {moving} images while blocks move");
 }
 
 /// More dirty BAT pages than the log holds, in one cycle: rounds follow each other round the ring, and the

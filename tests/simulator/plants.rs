@@ -118,9 +118,6 @@ fn catch_for(planted: Plant) -> Catch {
         Plant::EarlyHeld => Scenario("snapshot"),
         Plant::EarlySize | Plant::KeepOldMap => Scenario("grown"),
         Plant::UnannouncedGrowth => Scenario("grown-killed"),
-        Plant::IgnoreMove | Plant::EarlyCopy | Plant::ForgetReaders => Scenario("moving-slowly"),
-        Plant::KeepMove => Assertion("moving-killed", "moves once at a time"),
-        Plant::EarlyCut => Scenario("moving"),
         Plant::ForgetResumedBits => Scenario("child-killed"),
         Plant::NoPoison => Scenario("failed-durable-write"),
         Plant::TrustHost => Scenario("killed-and-lost"),
@@ -133,6 +130,16 @@ fn catch_for(planted: Plant) -> Catch {
         }
         Plant::IgnoreDensity | Plant::EarlyGrowth => Scenario("dense"),
         Plant::SkipRefusedSlot => Scenario("full-copying-flushes"),
+        other => catch_for_move(other),
+    }
+}
+
+/// What catches `planted`, of a block that moves or a file that is cut under load.
+fn catch_for_move(planted: Plant) -> Catch {
+    match planted {
+        Plant::KeepMove => Catch::Assertion("moving-killed", "moves once at a time"),
+        Plant::EarlyCut => Catch::Scenario("moving"),
+        Plant::IgnoreMove | Plant::EarlyCopy | Plant::ForgetReaders => Catch::Scenario("moving-slowly"),
         other => unreachable!("{other:?} is caught by a test"),
     }
 }

@@ -15,7 +15,7 @@ use super::{
     read_line, write_line,
 };
 use crate::device::job::Progress;
-use crate::device::order::{Grown, HandedOver, Merged, Sizes, Snapped};
+use crate::device::order::{Grown, HandedOver, Merged, Shortened, Sizes, Snapped};
 use crate::disk::HostFile;
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::operations::Watch;
@@ -71,6 +71,16 @@ pub fn merge(path: &Path, layer: HostFile) -> Result<Merged> {
         }
         _ => error,
     })
+}
+
+/// Has the daemon that listens at `path` make the file of its image shorter, and shows `watch` how far that
+/// is.
+///
+/// # Errors
+///
+/// As [`snapshot`].
+pub fn compact(path: &Path, max_rate: Option<u64>, watch: &impl Watch) -> Result<Shortened> {
+    work(path, &Command::Compact { max_rate, stop_on_disconnect: true }, watch)
 }
 
 /// Has the daemon that listens at `path` end, and leave its device to this process, which has the image

@@ -1,8 +1,8 @@
 //! The control socket of a device: `/run/vhdx-ublk/N.sock`, through which other processes talk to its daemon.
 //!
 //! Only root may use it: the folder is closed to others, and the daemon checks the peer's user. A connection
-//! carries one line of JSON each way, with the protocol's version; an unknown version is refused by name. Of a
-//! job that takes long, lines that say how far it is come before the answer, one a second.
+//! carries one line of JSON each way, with the protocol's version; an unknown version is refused by name.
+//! Before the answer of a job that takes long, lines say how far it is, one a second.
 //!
 //! Invariants:
 //!
@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 pub(super) use client::hand_over;
-pub use client::{grow, merge, report, snapshot, status};
+pub use client::{compact, grow, merge, report, snapshot, status};
 pub(super) use server::listen;
 
 use super::job::Progress;
@@ -44,7 +44,7 @@ const MAX_LINE_BYTES: usize = 64 << 10;
 /// How long the other side may take to send its whole line, or to read the answer.
 const LINE_DEADLINE: Duration = Duration::from_secs(10);
 
-/// How often a caller is told how far its job is.
+/// The time between two lines that say how far a job is.
 const PROGRESS_PERIOD: Duration = Duration::from_secs(1);
 
 /// How long a command may take that is no job: it writes back dirty metadata and makes an image.
@@ -66,6 +66,15 @@ pub enum Command {
     Merge {
         /// The file of the layer.
         layer: HostFile,
+    },
+    /// Make the file of the image shorter.
+    Compact {
+        /// The most bytes that are copied in a second, if the caller has a limit.
+        #[serde(default)]
+        max_rate: Option<u64>,
+        /// Whether to stop when the caller closes its end, or sends nothing more.
+        #[serde(default)]
+        stop_on_disconnect: bool,
     },
     /// End, and leave the device to the caller, which has its image open.
     HandOver {
@@ -118,7 +127,7 @@ struct Request {
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 enum Answer {
-    /// The job goes on.
+    /// The job has come so far.
     Progress(Progress),
     Done(serde_json::Value),
     Error(Failure),

@@ -103,6 +103,11 @@ fn serve_client(
             let outcome = await_merge(stream, layer, pass_on);
             write_answer(stream, outcome.and_then(|merged| json(&merged)))
         }
+        Ok(Command::Compact { max_rate, stop_on_disconnect }) => {
+            let begin = |job, reply| pass_on(Call::Compact { max_rate, job, reply });
+            let outcome = work(stream, JobKind::Compact, stop_on_disconnect, begin);
+            write_answer(stream, outcome.and_then(|shortened| json(&shortened)))
+        }
         Ok(Command::HandOver { image_file }) => {
             let successor = u32::try_from(getsockopt(stream, sockopt::PeerCredentials)?.pid()).unwrap_or(0);
             let call = |reply| Call::HandOver { image_file, successor, reply };
@@ -139,8 +144,8 @@ fn snapshot_for(stream: &UnixStream, image: PathBuf, pass_on: &impl Fn(Call)) {
     }
 }
 
-/// Has `begin` begin a job, and waits for its answer. Until then, the caller is told how far the job is. It
-/// goes on when the caller leaves, but for one who wants it to end then.
+/// Has `begin` begin a job, and waits for its answer. Until then, a line a second says to the caller how far
+/// the job is. It continues when the caller leaves, but for one who wants it to end then.
 fn work<T>(
     stream: &UnixStream,
     kind: JobKind,
@@ -362,6 +367,7 @@ mod tests {
                     Call::HandOver { reply, .. } => reply.send(Err(refusal())),
                     Call::Grow { reply, .. } => reply.send(Err(refusal())),
                     Call::Merge { reply, .. } => reply.send(Err(refusal())),
+                    Call::Compact { .. } => unreachable!("no test calls it"),
                     Call::HasGrown { .. } | Call::HasMerged { .. } => panic!("no client makes it"),
                 }
             },

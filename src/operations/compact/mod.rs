@@ -13,6 +13,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::{Devices, Watch, locked, replaced, room};
@@ -23,7 +24,7 @@ use crate::format::metadata::DiskType;
 use crate::image::Image;
 
 pub use run::{Compaction, Done, outline};
-pub use survey::Fixed;
+pub use survey::{Fixed, movable};
 
 /// What is to be done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,7 +54,7 @@ pub struct Request {
 }
 
 /// What a file takes, bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Figures {
     /// On its host.
     pub host: u64,

@@ -4,10 +4,11 @@ use uuid::Uuid;
 
 use super::plan::Item;
 use crate::engine::relocate::Occupant;
+use crate::format::MIB;
 use crate::format::bat::{BITMAP_BLOCK_SIZE, PayloadState};
 use crate::format::guid;
 use crate::format::metadata::DiskType;
-use crate::image::{BlockMap, Extent, Image, payload_extent};
+use crate::image::{BlockMap, Extent, Image, Space, payload_extent};
 
 /// Something that blocks cannot pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -55,6 +56,26 @@ pub fn items(map: &BlockMap) -> Vec<Item> {
     let blocks = blocks(map).filter(|(_, state, _)| has_content(*state));
     let blocks = blocks.map(|(block, _, place)| Item { place, what: Occupant::Block(block) });
     bitmaps.chain(blocks).collect()
+}
+
+/// The blocks that can move while the image is served, in file order, and whatever else is used in `space`,
+/// as the file is now.
+pub fn movable(map: &BlockMap, space: &Space) -> (Vec<Item>, Vec<Extent>) {
+    let mut blocks: Vec<Item> = items(map);
+    blocks.retain(|item| matches!(item.what, Occupant::Block(_)));
+    blocks.sort_unstable();
+    let (mut others, mut at) = (Vec::new(), MIB);
+    let free = space.free_runs().chain([Extent { offset: space.used_end(), length: 0 }]);
+    let taken = blocks.iter().map(|item| item.place);
+    let mut known: Vec<Extent> = free.chain(taken).collect();
+    known.sort_unstable();
+    for place in known {
+        if place.offset > at {
+            others.push(Extent { offset: at, length: place.offset - at });
+        }
+        at = at.max(place.end());
+    }
+    (blocks, others)
 }
 
 /// The blocks that have content of their own; those that have only a part of it if `partial`.

@@ -20,6 +20,7 @@
 mod choice;
 mod mounted;
 mod options;
+mod trim;
 mod trust;
 
 use std::ffi::OsString;
@@ -31,6 +32,7 @@ use choice::{Choice, Place};
 use mounted::Mounted;
 use nix::fcntl::Flock;
 pub use options::MountOptions;
+pub use trim::trim_mounted;
 use trust::Held;
 
 use crate::device::claims;

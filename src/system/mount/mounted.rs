@@ -19,6 +19,8 @@ pub(super) struct Mounted {
     pub(super) point: PathBuf,
     /// The number of the node that is mounted, `major:minor`.
     pub(super) node: String,
+    /// The type of the file system.
+    pub(super) kind: String,
 }
 
 /// The file systems on devices of ublk that this process sees, in the order in which they were mounted.
@@ -64,7 +66,8 @@ fn of(mount: &Mount<'_>) -> Option<Mounted> {
         Some((id_of(&node)?, node))
     };
     let (id, node) = by_number.or_else(by_source)?;
-    Some(Mounted { id, point: mount.point(), node })
+    let kind = String::from_utf8_lossy(mount.kind).into_owned();
+    Some(Mounted { id, point: mount.point(), node, kind })
 }
 
 /// The number of the block device at `path`, `major:minor`.

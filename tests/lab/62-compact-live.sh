@@ -1,0 +1,182 @@
+# The file of an image becomes shorter while it is served: nothing is lost, whoever writes or is killed meanwhile.
+# shellcheck shell=bash
+
+stamper() { "${VHDX_STAMPER:-$(dirname "$VHDX_UBLK")/examples/stamper}" "$@"; }
+
+# recovered DEVICE: its dead daemon has the image as long as a write or a sync of it is under way.
+recovered() {
+    for _ in $(seq 6); do
+        ! ublk recover "$1" >/dev/null 2>refusal || return 0
+        grep -q 'has it open' refusal || return 1
+    done
+    return 1
+}
+
+# job DEVICE: what its daemon does beside serving it.
+job() { ublk list --json | jq -c --arg device "$1" '.[] | select(.device == $device) | .job'; }
+
+# await_job DEVICE: until it has one that has moved something.
+await_job() {
+    for _ in $(seq 200); do
+        ! job "$1" | jq -e '.job == "compact" and .done_bytes > 0' >/dev/null || return 0
+        sleep 0.05
+    done
+    fail "there is no job: $(ublk list)"
+}
+
+# make_holes DEVICE SEED: of 16 blocks behind the writer's, every second one is given back.
+make_holes() {
+    local number
+    write_stamps "$1" 600 16 "$2"
+    for number in $(seq 600 2 615); do
+        blkdiscard -o "$((number << 20))" -l 1M "$1"
+    done
+}
+
+# A verifying writer works all the time. The daemon is killed in the middle of one of two compactions.
+compact_under_writer() {
+    local device writer number compacting kills=0 moves=0 cut=0 status=0
+    ublk create disk.vhdx --size 2G --block-size "$1"
+    device=$(ublk add disk.vhdx --queues 2)
+    rm -f stop
+    # Low places for what is given back later.
+    make_holes "$device" 0
+    stamper "$device" stop >stamper.log 2>&1 &
+    writer=$!
+    for number in $(seq 6); do
+        blkdiscard -o $((600 << 20)) -l 16M "$device"
+        if [ $((number % 2)) = 0 ]; then
+            ublk compact "$device" --json --max-rate 1G >said 2>refusal || fail "$(cat said refusal)"
+            jq -e ".stopped == false and .file_bytes_after <= .file_bytes_before" said >/dev/null || fail "$(cat said)"
+            moves=$((moves + $(jq .moves said)))
+            cut=$((cut + $(jq '.file_bytes_before - .file_bytes_after' said)))
+        else
+            ublk compact disk.vhdx --max-rate 1G >/dev/null 2>&1 &
+            compacting=$!
+            sleep "0.$((RANDOM % 10))$((RANDOM % 10))"
+            kill -9 "$(daemon_pid)"
+            ! wait $compacting || kills=$((kills - 1))
+            kills=$((kills + 1))
+            recovered "$device" || fail "not recovered: $(cat refusal /run/vhdx-ublk/*.log)"
+        fi
+        make_holes "$device" "$number"
+    done
+    touch stop
+    wait "$writer" || status=1
+    [ $status -eq 0 ] || { cat stamper.log; cat /run/vhdx-ublk/*.log; fail "something was lost"; }
+    check_stamps_between "$device" "$number"
+    ublk del "$device"
+    ublk check disk.vhdx >/dev/null || fail "$(ublk check disk.vhdx)"
+    qemu-img check -q disk.vhdx
+    [ $moves -gt 0 ] && [ $cut -gt 0 ] || fail "nothing was won: $moves moves, $cut bytes"
+    note "$moves moves and $((cut >> 20)) MiB cut off under a writer, $kills kills in the middle"
+    [ -z "$(ls /run/vhdx-ublk/*.session* 2>/dev/null)" ] || fail "a session outlives the clean close"
+}
+
+# The blocks that make_holes has left, with this seed.
+check_stamps_between() {
+    local number
+    stamps x 0 16 "$2" >expected
+    for number in $(seq 1 2 15); do
+        dd if="$1" bs=1M skip=$((600 + number)) count=1 iflag=direct status=none |
+            cmp - <(dd if=expected bs=1M skip="$number" count=1 status=none) || fail "MiB $number has changed"
+    done
+}
+
+test_compact_live_under_a_verifying_writer() { compact_under_writer 1M; }
+test_compact_live_zero_copy() { zero_copy=on compact_under_writer 2M; }
+
+# Two of three files of a mounted file system are deleted: one command, and the file has the size of the others.
+test_compact_live_follows_a_mounted_file_system() {
+    local device before length kept
+    ublk create disk.vhdx --size 4G --block-size 1M
+    device=$(ublk add disk.vhdx)
+    mkfs.ext4 -q -F -E nodiscard -J size=16 "$device"
+    mount "$device" "$mnt"
+    for number in $(seq 60); do
+        stamps x 0 8 "$number" >"$mnt/$number"
+    done
+    sync
+    for number in $(seq 60); do
+        [ $((number % 3)) = 0 ] || rm "$mnt/$number"
+    done
+    sync
+    manifest "$mnt" >kept
+    kept=$(du -s --block-size=1 "$mnt" | cut -f1)
+    before=$(stat -c %s disk.vhdx)
+    ublk compact "$device" --trim --max-rate 1G >said || fail "$(cat said)"
+    length=$(stat -c %s disk.vhdx)
+    note "$((before >> 20)) -> $((length >> 20)) MiB for files of $((kept >> 20)) MiB," \
+        "$(($(host_bytes disk.vhdx) >> 20)) MiB on the host: $(tr '\n' ';' <said)"
+    [ "$length" -le $((kept + kept / 20 + (96 << 20))) ] || fail "$length bytes for files of $kept: $(cat said)"
+    grep -q '^ext4: .* of free space discarded' said || fail "$(cat said)"
+    manifest "$mnt" | cmp - kept || fail "files have changed"
+    umount "$mnt"
+    e2fsck -fn "$device" >fsck.log 2>&1 || fail "$(cat fsck.log)"
+    ublk del "$device"
+    ublk check disk.vhdx >/dev/null || fail "$(ublk check disk.vhdx)"
+    device=$(ublk add --read-only disk.vhdx)
+    mount -o ro "$device" "$mnt"
+    manifest "$mnt" | cmp - kept || fail "files have changed"
+    umount "$mnt"
+    ublk del "$device"
+}
+
+# compacting DEVICE: slowly, in the background, until something is moved.
+compacting() {
+    ublk compact "$1" --max-rate 2M --progress none >said 2>&1 &
+    compacting=$!
+    await_job "$1"
+}
+
+# ends_early WHY: the command in the background says why it has not done all.
+ends_early() {
+    local status=0
+    wait "$compacting" || status=$?
+    [ $status = 1 ] || fail "status $status: $(cat said)"
+    grep -q "^Stopped$1 before all was done; run the command again" said || fail "$(cat said)"
+}
+
+# Whatever holds the device comes first; Ctrl-C ends the job, too; then the same command finishes.
+test_compact_live_is_stopped_and_done_again() {
+    local device compacting number
+    ublk create disk.vhdx --size 1G --block-size 1M
+    device=$(ublk add disk.vhdx --name slow)
+    write_stamps "$device" 0 120 1
+    blkdiscard -o 0 -l 60M "$device"
+    compacting "$device"
+    ublk list | grep -q 'live (compacting, ' || fail "$(ublk list)"
+    ! ublk compact slow 2>refusal || fail "two jobs at a time"
+    grep -q 'is busy: compacting' refusal || fail "$(cat refusal)"
+    kill -INT "$compacting"
+    ends_early ""
+    compacting "$device"
+    ublk resize "$device" --size 2G >/dev/null
+    ends_early " by a resize"
+    compacting "$device"
+    ublk upgrade "$device" >/dev/null
+    ends_early " by an upgrade"
+    # A caller that is killed has left as well.
+    compacting "$device"
+    kill -9 "$compacting"
+    for number in $(seq 100); do
+        [ "$(job "$device")" != null ] || break
+        sleep 0.1
+    done
+    [ "$number" -lt 100 ] || fail "the job has no caller, and does not end"
+    for number in zeros defragment dense dry-run; do
+        refused ublk compact "$device" "--$number"
+        grep -q "vhdx-ublk del $device" refusal || fail "no remedy"
+    done
+    ublk compact "$device" --max-rate 1G --json >said
+    jq -e '.device == "'"$device"'" and .moves > 0 and .stopped_by == null' said >/dev/null || fail "$(cat said)"
+    [ "$(stat -c %s disk.vhdx)" -lt $((80 << 20)) ] || fail "$(stat -c %s disk.vhdx) bytes for 60 MiB"
+    cmp <(stamps x 0 120 1 | tail -c +$(((60 << 20) + 1))) <(dd if="$device" bs=1M skip=60 count=60 status=none) ||
+        fail "the disk has changed"
+    blkdiscard -o $((60 << 20)) -l 30M "$device"
+    compacting "$device"
+    ublk snapshot "$device" next.vhdx >/dev/null
+    ends_early " by a snapshot"
+    ublk del "$device"
+    ublk check disk.vhdx >/dev/null || fail "$(ublk check disk.vhdx)"
+}
