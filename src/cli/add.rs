@@ -24,7 +24,7 @@ use vhdx_ublk::device::layers::Parents;
 use vhdx_ublk::device::name::Name;
 use vhdx_ublk::device::open_image::{NoEngine, OpenImage};
 use vhdx_ublk::device::path::WrittenPath;
-use vhdx_ublk::device::registry::Registry;
+use vhdx_ublk::device::registry::{Entry, Registry};
 use vhdx_ublk::device::respawn::refuse_useless;
 use vhdx_ublk::device::salvaged;
 use vhdx_ublk::device::session::Plan;
@@ -410,6 +410,38 @@ pub fn private(file: &File, access: Access, sparse: Sparse, parents: &ParentOpti
     arguments.extend((access == Access::ReadOnly).then(|| "--read-only".into()));
     arguments.extend(parents.arguments());
     arguments.push(format!("--fd={}", file.as_raw_fd()).into());
+    arguments
+}
+
+/// The command line of a daemon that serves `image`, whose parents are these, as the device of `entry` was
+/// served.
+pub fn again(entry: &Entry, image: &Path, parents: &[&Path]) -> Vec<OsString> {
+    let word = |value: clap::builder::PossibleValue| value.get_name().to_owned();
+    let recovery = word(entry.recovery.to_possible_value().expect("every recovery has a name"));
+    let sparse = word(entry.sparse.to_possible_value().expect("every choice has a name"));
+    let mut arguments: Vec<OsString> = vec!["add".into(), "--serve".into()];
+    let zero_copy = if entry.zero_copy { "on" } else { "off" };
+    arguments.extend(
+        [
+            format!("--id={}", entry.id),
+            format!("--queues={}", entry.queues),
+            format!("--depth={}", entry.depth),
+            format!("--recovery={recovery}"),
+            format!("--sparse={sparse}"),
+            format!("--zero-copy={zero_copy}"),
+        ]
+        .map(Into::into),
+    );
+    arguments.extend(entry.name.as_ref().map(|name| format!("--name={name}").into()));
+    arguments.extend(entry.private_mounts.then(|| "--private-mounts".into()));
+    arguments.extend(entry.no_partitions.then(|| "--no-partitions".into()));
+    arguments.extend(logging::arguments());
+    for parent in parents {
+        let mut option = OsString::from("--parent=");
+        option.push(parent);
+        arguments.push(option);
+    }
+    arguments.extend(["--".into(), image.into()]);
     arguments
 }
 

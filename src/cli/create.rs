@@ -189,7 +189,7 @@ fn usage<T>(message: &str) -> Result<T> {
 const WATCHING: &str = "preparing for signals";
 
 /// From now on, a signal that ends the program first removes the unfinished file.
-fn remove_on_signals(remover: Remover) -> Result<()> {
+pub fn remove_on_signals(remover: Remover) -> Result<()> {
     let mut signals = Signals::new([SIGHUP, SIGINT, SIGTERM]).doing(WATCHING)?;
     let watch = move || {
         if let Some(signal) = signals.forever().next() {

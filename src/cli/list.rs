@@ -283,6 +283,7 @@ pub mod testing {
             size_bytes: 1 << 30,
             read_only: true,
             salvage: None,
+            no_partitions: false,
             recovery: Recovery::None,
             zero_copy: true,
             sparse: Sparse::Auto,

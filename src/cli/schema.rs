@@ -14,7 +14,8 @@ use vhdx_ublk::system::doctor::Finding;
 use super::output::Outcome;
 use super::{
     add, check, compact, compare, convert, create, enable, generate, info, list, map, merge, mount,
-    move_chain, output, progress, recover, relink, resize, salvage, session, set, start, stats,
+    move_chain, output, progress, recover, relink, resize, salvage, session, set, snapshot_list,
+    snapshot_revert, start, stats,
 };
 
 /// The name and the text of each file.
@@ -58,6 +59,8 @@ fn all() -> Vec<(&'static str, Schema)> {
         ("session-list", of::<Vec<session::Row>>()),
         ("set", of::<set::Answer>()),
         ("snapshot", of::<Snapped>()),
+        ("snapshot-list", of::<snapshot_list::Answer>()),
+        ("snapshot-revert", of::<snapshot_revert::Answer>()),
         ("start", of::<start::Answer>()),
         ("stats", of::<Vec<stats::Row>>()),
         ("umount", of::<Vec<Outcome>>()),

@@ -213,9 +213,9 @@ impl<E: EngineHandle> Device<E> {
         }
         let info = control.add(&new)?;
         let (name, for_mount, private) = (options.name.clone(), options.for_mount, options.private);
-        let private_mounts = options.private_mounts;
+        let (private_mounts, no_partitions) = (options.private_mounts, options.no_partitions);
         let described = describe(&info, spec, daemon);
-        let entry = Entry { name, for_mount, private, private_mounts, recovery, ..described };
+        let entry = Entry { name, for_mount, private, private_mounts, no_partitions, recovery, ..described };
         let written = registry.forget_request(entry.id);
         let written = written.and_then(|()| locked.mark_untrusted(entry.id, options.untrusted));
         let written = written.and_then(|()| locked.write(&entry));
@@ -823,6 +823,7 @@ fn describe(info: &DeviceInfo, spec: &DeviceSpec, daemon: ProcessId) -> Entry {
         size_bytes: spec.parameters.size_bytes,
         read_only: spec.parameters.read_only,
         salvage: spec.salvage,
+        no_partitions: false,
         recovery: Recovery::None,
         zero_copy: features::is_in_place(info.flags),
         sparse: spec.sparse,

@@ -169,6 +169,18 @@ pub fn launch(arguments: impl IntoIterator<Item = OsString>) -> Result<Ready> {
     parse(&line).unwrap_or_else(|| Err(died(child)))
 }
 
+/// Starts this program with these arguments as a process whose standard input and output are pipes, and which
+/// has nowhere else to write.
+///
+/// # Errors
+///
+/// The operating system's.
+pub(super) fn helper(arguments: Vec<OsString>) -> io::Result<Child> {
+    let mut command = Command::new(SELF);
+    command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
+    command.spawn()
+}
+
 /// As [`launch`], for a daemon that may have to wait for what cannot be interrupted: one that is not ready
 /// within `patience` is killed.
 ///

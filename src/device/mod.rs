@@ -32,6 +32,7 @@ mod ending;
 pub mod engine_thread;
 mod exchange;
 pub mod features;
+pub mod freeze;
 mod fronts;
 mod grow;
 mod handover;

@@ -142,6 +142,30 @@ pub fn trim_file_system(folder: impl AsFd, start: u64, length: u64) -> io::Resul
     Ok(range.length)
 }
 
+/// `FIFREEZE` and `FITHAW`: `_IOWR('X', 119, int)` and `_IOWR('X', 120, int)`, which have no argument.
+const FREEZE: libc::Ioctl = libc::_IOWR::<libc::c_int>(b'X' as u32, 119);
+const THAW: libc::Ioctl = libc::_IOWR::<libc::c_int>(b'X' as u32, 120);
+
+/// Has the file system of the open `folder` write everything back; whoever writes to it waits from then on.
+///
+/// # Errors
+///
+/// The kernel's: `EOPNOTSUPP` if it cannot be frozen, `EBUSY` if it is.
+pub(super) fn freeze_file_system(folder: impl AsFd) -> io::Result<()> {
+    // SAFETY: the kernel takes the argument for nothing.
+    check(unsafe { libc::ioctl(folder.as_fd().as_raw_fd(), FREEZE, 0) })
+}
+
+/// Ends [`freeze_file_system`].
+///
+/// # Errors
+///
+/// The kernel's: `EINVAL` if it is not frozen.
+pub(super) fn thaw_file_system(folder: impl AsFd) -> io::Result<()> {
+    // SAFETY: as above.
+    check(unsafe { libc::ioctl(folder.as_fd().as_raw_fd(), THAW, 0) })
+}
+
 /// `BLKRRPART`: `_IO(0x12, 95)`.
 const FIND_PARTITIONS: libc::Ioctl = libc::_IO(0x12, 95);
 

@@ -40,8 +40,8 @@ impl<D: Disk + 'static> Engine<D> {
     }
 
     /// Extends the file by `bytes`, for which the host makes room, while the fronts are served. `goes_on` is
-    /// asked before each step. Until they are used, the bytes are zero and belong to nothing; if the disk does
-    /// not grow, [`Self::cut_end`] takes them back.
+    /// asked before each step. Until they are used, the bytes are zero and belong to nothing; if the disk
+    /// does not grow, [`Self::cut_end`] takes them back.
     ///
     /// # Errors
     /// The host's; [`Errno::ECANCELED`] if it was not to go on.

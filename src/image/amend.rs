@@ -198,7 +198,7 @@ impl WritableImage {
         let mut edit = self.items_edit(disk, &to.metadata).await?;
         let blocks = match virtual_size.cmp(&found.virtual_size) {
             Ordering::Greater => {
-                let growth = Growth::plan(self, virtual_size, to)?;
+                let growth = Growth::plan(self, virtual_size, to.parent_bytes, to.zero_from)?;
                 growth.lay(disk, &mut edit).await?;
                 Blocks::Grow(growth)
             }

@@ -18,7 +18,6 @@
 
 use std::ops::Range;
 
-use super::amend::Resize;
 use super::edit::Edit;
 use super::open::{BAT_CHUNK_BYTES, Image, payload_extent};
 use super::region_move::lay_tables;
@@ -61,13 +60,19 @@ struct Border {
 }
 
 impl<'a> Growth<'a> {
-    /// What `image` needs for a disk of `virtual_size` bytes, more than it has.
-    pub(super) fn plan(image: &'a Image, virtual_size: u64, to: &Resize) -> Result<Self> {
+    /// What `image` needs for a disk of `virtual_size` bytes, more than it has, over a parent whose disk has
+    /// `parent_bytes`. The end of its file reads as zero from `zero_from` on.
+    pub(super) fn plan(
+        image: &'a Image,
+        virtual_size: u64,
+        parent_bytes: u64,
+        zero_from: Option<u64>,
+    ) -> Result<Self> {
         let Metadata { block_size, logical_sector_size, has_parent, .. } = image.metadata;
         assert!(virtual_size > image.metadata.virtual_size, "the disk grows");
         let geometry = Geometry::new(virtual_size, block_size, logical_sector_size, has_parent);
-        let (mut room, mut bat) = (Room::of(image, to.zero_from), image.layout.bat);
-        let parent_bytes = if planted(Plant::ShowParentsEnd) { 0 } else { to.parent_bytes };
+        let (mut room, mut bat) = (Room::of(image, zero_from), image.layout.bat);
+        let parent_bytes = if planted(Plant::ShowParentsEnd) { 0 } else { parent_bytes };
         let wanted = geometry.bat_length().next_multiple_of(MIB);
         if wanted > bat.length {
             let more = Extent { offset: bat.end(), length: wanted - bat.length };

@@ -30,8 +30,8 @@ pub(super) struct Room {
 }
 
 impl Room {
-    /// None of the space of `image` is taken yet. What lies behind the end of its file reads as zero, and what
-    /// lies behind `zero_from`.
+    /// None of the space of `image` is taken yet. What lies behind the end of its file reads as zero, and
+    /// what lies behind `zero_from`.
     pub(super) fn of(image: &Image, zero_from: Option<u64>) -> Self {
         let found_length = image.layout.file_length;
         let end = found_length.next_multiple_of(PAGE_BYTES as u64);

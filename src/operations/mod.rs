@@ -28,10 +28,12 @@ pub mod picture;
 pub mod relink;
 mod replaced;
 pub mod resize;
+pub mod revert;
 pub(crate) mod room;
 pub mod salvage;
 pub mod set;
 pub mod source;
+pub mod tree;
 mod watch;
 mod workers;
 

@@ -34,6 +34,7 @@ mod schema;
 mod set;
 #[path = "../skip/mod.rs"]
 mod skip;
+mod snapshot;
 mod watch;
 
 const MIB: u64 = 1 << 20;

@@ -11,7 +11,7 @@ use std::process::Command;
 
 use serde_json::Value;
 
-use super::{Bench, program, run};
+use super::{Bench, create, program, run};
 use crate::skip::skipped;
 
 /// Commands without `--json`: what these print has a form of its own.
@@ -46,11 +46,14 @@ fn commands(of: &[&str]) -> (BTreeSet<String>, BTreeSet<String>) {
     let (mut with, mut without) = (BTreeSet::new(), BTreeSet::new());
     for name in super::manual::commands(of) {
         let words = [of, &[&name]].concat();
-        if super::manual::commands(&words).is_empty() {
-            let help = run(&[&words[..], &["--help"]].concat()).succeeded();
-            let set = if help.contains("--json") { &mut with } else { &mut without };
-            set.insert(words.join("-"));
-        } else {
+        let help = run(&[&words[..], &["--help"]].concat()).succeeded();
+        let has_more = !super::manual::commands(&words).is_empty();
+        if help.contains("--json") {
+            with.insert(words.join("-"));
+        } else if !has_more {
+            without.insert(words.join("-"));
+        }
+        if has_more {
             let (more, others) = commands(&words);
             with.extend(more);
             without.extend(others);
@@ -179,9 +182,11 @@ fn what_is_printed_fits_its_schema_and_loses_no_name() {
     let moved = bench.path("folder").join(copy);
     fs::create_dir(bench.path("folder")).expect("a folder");
     let none = OsStr::new("");
+    create(&bench.path("base.vhdx"), &["--size", "10M"]).succeeded();
+    create(&bench.path("top.vhdx"), &["--parent", bench.path("base.vhdx").to_str().expect("UTF-8")])
+        .succeeded();
     for (schema, options, files, name) in [
-        ("create", &["create", "--size", "10M"][..], &[base][..], none),
-        ("create", &["create", "--parent"], &[base, child], none),
+        ("create", &["create", "--parent"][..], &[base, child][..], none),
         ("create", &["create", "--parent"], &[child, leaf], leaf),
         ("relink", &["relink"], &[leaf, child], leaf),
         ("info", &["info"], &[leaf], leaf),
@@ -207,6 +212,8 @@ fn what_is_printed_fits_its_schema_and_loses_no_name() {
         ("list", &["list"], &[], none),
         ("stats", &["stats"], &[], none),
         ("session-list", &["session", "list"], &[], none),
+        ("snapshot-list", &["snapshot", "list"], &[OsStr::new("top.vhdx")], none),
+        ("snapshot-revert", &["snapshot", "revert"], &[OsStr::new("top.vhdx"), base], none),
     ] {
         let answer = printed.by(schema, &words(options, files)).to_string();
         assert!(answer.contains(&hex(name)), "{schema} loses {}: {answer}", name.display());

@@ -3,7 +3,9 @@
 
 # The long run grows and kills more often.
 growths=${FULL:+25} kills=${FULL:+30}
-: "${growths:=10}" "${kills:=12}"
+: "${growths:=10}" "${kills:=8}"
+
+take_down() { ! mountpoint -q /run/vhdx-ublk || umount /run/vhdx-ublk; }
 
 stamper() { "${VHDX_STAMPER:-$(dirname "$VHDX_UBLK")/examples/stamper}" "$@"; }
 
@@ -120,7 +122,7 @@ test_grow_keeps_no_old_map() {
     for number in $(seq 66 115); do ublk resize "$device" --size "${number}G" >/dev/null; done
     mapped=$(grep -c '[.]session\|/run/vhdx-ublk/#' "/proc/$(daemon_pid)/maps")
     # The map of the disk as it was added, and the present one.
-    [ "$mapped" -le 2 ] || fail "after 51 growths $mapped maps are in memory"
+    [ "$mapped" -ge 1 ] && [ "$mapped" -le 2 ] || fail "after 51 growths $mapped maps are in memory"
     used=$(($(df --output=used -B1 /run/vhdx-ublk | tail -n 1) - used))
     [ "$used" -lt $((2 << 20)) ] || fail "51 growths take $used bytes of /run"
     ublk del "$device"
@@ -131,13 +133,13 @@ test_grow_with_a_full_run() {
     local device fill size=$((4 << 30)) refusals=0 grown=0
     ublk create parent.vhdx --size 4G --block-size 256M
     ublk create child.vhdx --parent parent.vhdx --block-size 256M
-    mount -t tmpfs -o size=4M tmpfs /run/vhdx-ublk
+    mount -t tmpfs -o size=4M,mode=755 tmpfs /run/vhdx-ublk
     device=$(ublk add child.vhdx)
     for number in $(seq 0 15); do
         dd if=/dev/zero of="$device" bs=4k count=1 seek=$((number << 16)) oflag=direct conv=notrunc status=none
     done
     # What is left, from nothing to enough, in steps shorter than the bits of a block.
-    for fill in $(seq 2900 -24 1800); do
+    for fill in $(seq 1600 -24 1240); do
         head -c "${fill}K" /dev/zero >/run/vhdx-ublk/fill
         if ublk resize "$device" --size $((size + 4096)) >/dev/null 2>refusal; then
             size=$((size + 4096)) grown=$((grown + 1))
@@ -153,7 +155,7 @@ test_grow_with_a_full_run() {
     note "$refusals growths refused for want of room in /run, $grown done"
     [ -z "$(ls /run/vhdx-ublk/*.next 2>/dev/null)" ] || fail "a session that was not used is left"
     ublk del "$device"
-    umount /run/vhdx-ublk
+    take_down
     ublk check child.vhdx >/dev/null || fail "$(ublk check child.vhdx)"
 }
 

@@ -93,7 +93,7 @@ test_guide_backup() {
     device=$(ublk add disk.vhdx)
     # A user of the disk between the snapshots, as the page has it in use.
     commands_of backup |
-        sed "/snapshot monday.vhdx/i dd if=/dev/urandom of=$device bs=1M seek=900 count=3 oflag=direct" |
+        sed "/snapshot --freeze monday.vhdx/i dd if=/dev/urandom of=$device bs=1M seek=900 count=3 oflag=direct" |
         follow backup -
     ublk compare restored.vhdx backup/disk.raw
     grep -q 'seek=[1-9]' backup.log || fail "nothing was copied by increments: the test shows nothing"

@@ -74,6 +74,9 @@ pub struct Entry {
     /// What is left of a damaged image is shown.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub salvage: Option<Salvage>,
+    /// The kernel leaves its partitions alone.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub no_partitions: bool,
     /// What happens to it when its daemon is killed.
     pub recovery: Recovery,
     /// The data of requests is not copied.
@@ -204,6 +207,7 @@ pub(crate) mod tests {
             size_bytes: 1 << 30,
             read_only: false,
             salvage: None,
+            no_partitions: false,
             recovery: Recovery::Reissue,
             sparse: Sparse::Auto,
             zero_copy: false,

@@ -62,6 +62,20 @@ fn stop_unused(control: Option<&Control>, entry: &Entry, until: Instant) -> Resu
     }
 }
 
+/// Refuses a device that is in use, before anything is done because it is not.
+///
+/// # Errors
+///
+/// [`Kind::InUse`], with its users.
+pub fn refuse_used(entry: &Entry) -> Result<()> {
+    let users = usage::of_device(entry.id).lasting;
+    if users.is_empty() {
+        return Ok(());
+    }
+    let message = format!("{} is in use: {}", entry.device.display(), users.join(", "));
+    Err(Error::new(Kind::InUse, message).remedy("end its use first: unmount it, or what has it open"))
+}
+
 fn in_use(entry: &Entry, users: &[String]) -> Error {
     let message = format!("{} is in use: {}", entry.device.display(), users.join(", "));
     Error::new(Kind::InUse, message).remedy("end its use first, or remove it with --force")

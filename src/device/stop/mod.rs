@@ -19,7 +19,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 pub use daemon::end_when_unused;
-pub use kernel::{Openers, stop_here};
+pub use kernel::{Openers, refuse_used, stop_here};
 pub use nesting::{lies_on, lies_on_waiting, nested_first, waits_below};
 pub use target::{Target, find};
 

@@ -146,12 +146,58 @@ fn nodes_of(class: &Path, disk: &str) -> Vec<Node> {
 
 /// The mounts of the devices. File systems with numbers of their own (btrfs) are recognised by their source.
 fn mounts(table: &Mounts, nodes: &[Node], kinds: &Kinds) -> Vec<String> {
-    let is_ours = |mount: &Mount| {
-        let source = kinds.device_of(mount);
-        let is_named = |node: &Node| source.as_deref() == Some(&Path::new("/dev").join(&node.name));
-        nodes.iter().any(|node| node.number.as_bytes() == mount.number || is_named(node))
+    let ours = table.iter().filter(|mount| is_mount_of(mount, nodes, kinds));
+    ours.map(|mount| format!("mounted at {}", mount.point().display())).collect()
+}
+
+fn is_mount_of(mount: &Mount, nodes: &[Node], kinds: &Kinds) -> bool {
+    let source = kinds.device_of(mount);
+    let is_named = |node: &Node| source.as_deref() == Some(&Path::new("/dev").join(&node.name));
+    nodes.iter().any(|node| node.number.as_bytes() == mount.number || is_named(node))
+}
+
+/// The file systems of a device.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct FileSystems {
+    /// One mount point of each that this process sees.
+    pub points: Vec<PathBuf>,
+    /// What else writes to the device, or may: what lies on top of it, mounts of other namespaces.
+    pub others: Vec<String>,
+}
+
+/// The file systems of `/dev/ublkbN` and its partitions.
+pub fn file_systems(id: u32) -> FileSystems {
+    let class = Path::new("/sys/class/block");
+    let nodes = nodes_of(class, &format!("ublkb{id}"));
+    let kinds = Kinds::of_kernel();
+    let mut found = FileSystems::default();
+    let mut numbers: Vec<Vec<u8>> = Vec::new();
+    let mut see = |table: &Mounts, mut found: Option<&mut FileSystems>| {
+        let mut unseen = Vec::new();
+        for mount in table.iter().filter(|mount| is_mount_of(mount, &nodes, &kinds)) {
+            if !numbers.iter().any(|number| number == mount.number) {
+                numbers.push(mount.number.to_owned());
+                match &mut found {
+                    Some(found) => found.points.push(mount.point()),
+                    None => unseen.push(mount.point()),
+                }
+            }
+        }
+        unseen
     };
-    table.iter().filter(is_ours).map(|mount| format!("mounted at {}", mount.point().display())).collect()
+    if let Ok(table) = Mounts::of_this_process() {
+        see(&table, Some(&mut found));
+    }
+    for pid in names_in(Path::new("/proc")).iter().filter(|name| name.parse::<u32>().is_ok()) {
+        let Ok(table) = Mounts::of_process(pid) else { continue };
+        let unseen = see(&table, None).into_iter();
+        let unseen = unseen.map(|point| format!("mounted at {} by pid {pid} only", point.display()));
+        found.others.extend(unseen);
+    }
+    found.others.extend(nodes.iter().flat_map(|node| holders(class, &node.name)));
+    found.others.extend(loops(class, &nodes).iter().map(|name| used_by_loop(name)));
+    found.others.extend(exports(Path::new(CONFIGURATION), &nodes));
+    found
 }
 
 /// Mounts in other namespaces only: of containers, and of services with their own view.

@@ -1,0 +1,53 @@
+//! What the commands of snapshots have in common: the image that is meant, the new image, the table of disks.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use vhdx_ublk::device::claims;
+use vhdx_ublk::device::stop::Target;
+use vhdx_ublk::disk::{folder_of, missing_folder};
+use vhdx_ublk::error::{Doing, Error, Kind, Locate, Result};
+use vhdx_ublk::system::table::{self, Table};
+
+/// The image of the device that `target` names, or the image that it names itself.
+pub fn image_of(target: &Target) -> Result<PathBuf> {
+    let image = || target.image().filter(|path| path.exists()).map(Path::to_owned);
+    match claims::find(target) {
+        Ok(listed) => Ok(listed.entry.image),
+        Err(error) => image().ok_or(error),
+    }
+}
+
+/// For an `error` about a word behind `snapshot WORD`: a device may have that word for its name.
+pub fn of_that_name(word: &str, error: Error) -> Error {
+    let has_name = |name: &str| claims::find(&Target::parse(name.as_ref())?).map(drop);
+    if error.kind() != Kind::NotFound || has_name(&format!("/dev/vhdx/{word}")).is_err() {
+        return error;
+    }
+    let remedy = format!("for a snapshot of the device {word}: vhdx-ublk snapshot /dev/vhdx/{word} NEW.vhdx");
+    Error::new(Kind::NotFound, error.message()).remedy(remedy)
+}
+
+/// A line of the table that names the `former` image serves an old state of the disk from the next boot on.
+pub fn warn_of_table(former: &Path, image: &Path, is_now: &str) {
+    let numbers = Table::read(table::PATH.as_ref()).map(|table| table.lines_with(former));
+    for number in numbers.unwrap_or_default() {
+        tracing::warn!(
+            "{}: line {number} names {}, which is {is_now} now: change it to {}, or the next boot serves the \
+             disk as it was",
+            table::PATH,
+            former.display(),
+            image.display()
+        );
+    }
+}
+
+/// The absolute path of a file that does not exist yet.
+pub fn absolute(path: &Path) -> Result<PathBuf> {
+    let folder = fs::canonicalize(folder_of(path)).doing("finding the folder").file(path);
+    let folder = folder.map_err(|error| missing_folder(error, folder_of(path)))?;
+    let name = path.file_name().ok_or_else(|| {
+        Error::new(Kind::Usage, "the path of the new image ends in no file name").file(path)
+    })?;
+    Ok(folder.join(name))
+}

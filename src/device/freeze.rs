@@ -1,0 +1,168 @@
+//! File systems that are at rest while a snapshot of their device is taken (`FIFREEZE`).
+//!
+//! A frozen file system has everything on the disk, and whoever writes to it waits. None may stay frozen,
+//! whatever becomes of the command: so another process freezes and thaws, in a session of its own, and thaws
+//! as soon as the pipe from the command is closed, which a kill closes, too; and after [`HOLD_PATIENCE`] in
+//! any case. While something is frozen neither of the two writes to anything but their pipes: what the
+//! command prints may go to a file on the device.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Write};
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin};
+use std::sync::mpsc::{self, Receiver};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{SigSet, Signal};
+use nix::unistd;
+
+use super::{launch, sys};
+use crate::error::{Doing, Error, Kind, Locate, Result};
+
+/// How long the file systems may take to come to rest: they write everything back.
+const FREEZE_PATIENCE: Duration = Duration::from_secs(60);
+
+/// How long they are frozen at most.
+const HOLD_PATIENCE: Duration = Duration::from_secs(30);
+
+/// What the other process says when all that can be frozen is, and when nothing is any longer.
+const READY: &str = "ready";
+const THAWED: &str = "thawed";
+const LATE: &str = "late";
+
+/// File systems that are frozen until this is dropped, or [ended](Self::end).
+#[derive(Debug)]
+pub struct Frozen {
+    child: Child,
+    /// Closed to have them thawed.
+    pipe: Option<ChildStdin>,
+    lines: Receiver<String>,
+}
+
+/// A file system that is not frozen.
+#[derive(Debug)]
+pub struct Unfrozen {
+    /// Where it is mounted.
+    pub point: PathBuf,
+    /// Why.
+    pub error: io::Error,
+}
+
+impl Frozen {
+    /// Freezes the file systems at `points`, by this program with these `arguments`, which calls [`hold`].
+    /// Those that could not be.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::Io`] if they take too long; the host's.
+    pub fn begin(points: &[PathBuf], arguments: Vec<OsString>) -> Result<(Self, Vec<Unfrozen>)> {
+        let mut child = launch::helper(arguments).doing("starting the process that freezes")?;
+        let pipe = child.stdin.take();
+        let stdout = BufReader::new(child.stdout.take().expect("it was asked for"));
+        let (sender, lines) = mpsc::channel();
+        let read = move || stdout.lines().map_while(io::Result::ok).try_for_each(|line| sender.send(line));
+        let reading = thread::Builder::new().name("vhdx-freeze".into()).spawn(read);
+        let frozen = Self { child, pipe, lines };
+        reading.doing("starting a thread for the freeze")?;
+        let until = Instant::now() + FREEZE_PATIENCE;
+        let mut unfrozen = Vec::new();
+        loop {
+            let line = frozen.line(until)?;
+            if line == READY {
+                return Ok((frozen, unfrozen));
+            }
+            let (place, errno) = line.split_once(' ').unwrap_or_default();
+            let (place, errno) = (place.parse().unwrap_or(usize::MAX), errno.parse().unwrap_or(libc::EIO));
+            let point = points.get(place).cloned().unwrap_or_default();
+            unfrozen.push(Unfrozen { point, error: io::Error::from_raw_os_error(errno) });
+        }
+    }
+
+    fn line(&self, until: Instant) -> Result<String> {
+        self.lines.recv_timeout(until.saturating_duration_since(Instant::now())).map_err(|_| {
+            let seconds = FREEZE_PATIENCE.as_secs();
+            let message = format!("the file systems have not come to rest, or to life, within {seconds} s");
+            Error::new(Kind::Io, message).remedy("look for the cause (dmesg): their disk may hang")
+        })
+    }
+
+    /// Has them thawed, and waits for it. Whether they were frozen until now.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::Io`] if that takes too long.
+    pub fn end(mut self) -> Result<bool> {
+        self.pipe = None;
+        let ended = self.line(Instant::now() + FREEZE_PATIENCE)?;
+        self.child.wait().doing("waiting for the process that freezes")?;
+        Ok(ended == THAWED)
+    }
+}
+
+/// In the other process: freezes the file systems at `points`, and thaws them when standard input ends.
+///
+/// # Errors
+///
+/// The host's; nothing is frozen then.
+pub fn hold(points: &[PathBuf]) -> Result<()> {
+    // What is sent to the command and its group thaws by the end of the pipe.
+    let signals = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGPIPE];
+    signals.into_iter().collect::<SigSet>().thread_block().doing("blocking signals")?;
+    let _ = unistd::setsid(); // fails if it has a session of its own
+    let open = |path: &PathBuf| File::open(path).doing("opening the mount point").file(path);
+    let folders = points.iter().map(open).collect::<Result<Vec<File>>>()?;
+    let mut held = Held(Vec::new());
+    for (place, folder) in folders.iter().enumerate() {
+        match sys::freeze_file_system(folder) {
+            Ok(()) => held.0.push(folder),
+            Err(error) => say(&format!("{place} {}", error.raw_os_error().unwrap_or(libc::EIO))),
+        }
+    }
+    say(READY);
+    let ended = is_ended_within(HOLD_PATIENCE);
+    drop(held);
+    say(if ended { THAWED } else { LATE });
+    Ok(())
+}
+
+/// Thaws what it holds, the last one first.
+struct Held<'a>(Vec<&'a File>);
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        for folder in self.0.iter().rev() {
+            // It is frozen by this process; if it is not any longer, another one has thawed it.
+            let _ = sys::thaw_file_system(folder);
+        }
+    }
+}
+
+/// A command that has ended reads nothing.
+fn say(line: &str) {
+    let mut stdout = io::stdout().lock();
+    let _ = writeln!(stdout, "{line}").and_then(|()| stdout.flush());
+}
+
+fn is_ended_within(patience: Duration) -> bool {
+    let stdin = io::stdin();
+    let until = Instant::now() + patience;
+    loop {
+        let left = until.saturating_duration_since(Instant::now());
+        let mut ends = [PollFd::new(stdin.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut ends, PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)) {
+            Ok(0) => return false,
+            Ok(_) => return true,
+            Err(nix::Error::EINTR) if !left.is_zero() => {}
+            Err(_) => return false,
+        }
+    }
+}
+
+/// The remedy for a file system at `point` that cannot be frozen.
+pub fn without(point: &Path) -> String {
+    format!("unmount {}, or take the snapshot with --freeze=try, which leaves it as it is", point.display())
+}
