@@ -35,6 +35,7 @@ use crate::engine::waiting::Promise;
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::operations::compact::plan::{MOST_COPIED, Plan, Step, batch};
 use crate::operations::compact::{Figures, movable};
+use crate::operations::room;
 
 /// Bytes that a batch of moves copies, at most, unless a single block is longer: writes there wait for it.
 const BATCH: u64 = 8 << 20;
@@ -156,6 +157,7 @@ impl Work {
             if done.stopped.is_some() {
                 return Ok(());
             }
+            self.require_room()?;
             self.open_session().await?;
             let (started, requests) = (Instant::now(), (self.requests)());
             let moves: Vec<Move> = now.iter().map(Move::from).collect();
@@ -168,6 +170,16 @@ impl Work {
             self.pause(started, copied, (self.requests)() != requests).await?;
         }
         Ok(())
+    }
+
+    /// A batch must not take the last room of the host, which the guest would then miss.
+    fn require_room(&self) -> Result<()> {
+        let batch = BATCH.max(self.engine.shared().geometry().block_size());
+        let needs = "compacting an image while it is served needs";
+        room::require(self.file.host_room(), 2 * batch, needs).map_err(|error| match error.kind() {
+            Kind::NoSpace => error.remedy("make room there, or compact the image when no device serves it"),
+            _ => error,
+        })
     }
 
     fn advance(&self, done: &Shortened, left: u64) {

@@ -146,7 +146,7 @@ impl<D: Disk + 'static> Engine<D> {
         }
         if let Err(errno) = self.fill_new_places(&relocations).await {
             blocks.iter().for_each(|block| self.shared.map.end_move(*block));
-            self.free_places(relocations);
+            self.give_places_back(relocations).await;
             return Err(errno);
         }
         if !planted(Plant::SkipMoveSync) {
@@ -159,6 +159,16 @@ impl<D: Disk + 'static> Engine<D> {
     fn free_places(&self, relocations: impl IntoIterator<Item = Relocation>) {
         let mut space = self.space.borrow_mut();
         relocations.into_iter().for_each(|relocation| space.free(relocation.to, Content::Recycled));
+    }
+
+    /// A host that had no room for all of a batch may need what the rest of it took.
+    async fn give_places_back(self: &Rc<Self>, relocations: Vec<Relocation>) {
+        if self.check_poison().is_err() {
+            return self.free_places(relocations);
+        }
+        for relocation in relocations {
+            self.give_back(relocation.to).await;
+        }
     }
 
     /// Unmaps `blocks`, which read as zeros, and the content that undefined and unmapped blocks still name.
@@ -222,6 +232,10 @@ impl<D: Disk + 'static> Engine<D> {
     /// Step 4.
     async fn fill_new_places(self: &Rc<Self>, relocations: &[Relocation]) -> Outcome {
         let mut pieces = Vec::new();
+        if self.fronts.count() > 0 && !self.disk.takes_space_back() {
+            // A host that keeps what was written to itself may call it a hole until then.
+            self.sync().await?;
+        }
         for relocation in relocations {
             self.clear(relocation.to, relocation.granted).await?;
             if self.is_dense() || matches!(relocation.what, Occupant::Bitmap(_)) {
