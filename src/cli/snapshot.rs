@@ -100,7 +100,9 @@ impl Snapshot {
         let snapped = socket::snapshot(&registry.socket_path(entry.id), image);
         let was_frozen = frozen.map_or(Ok(true), |(frozen, unfrozen)| {
             let ended = frozen.end();
-            unfrozen.iter().for_each(|unfrozen| tracing::warn!("{}", refuses(unfrozen)));
+            for unfrozen in &unfrozen {
+                tracing::warn!("{}", refuses(unfrozen));
+            }
             ended
         });
         let snapped = snapped?;

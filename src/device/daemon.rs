@@ -19,7 +19,7 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use super::confine::{self, Role};
@@ -30,6 +30,7 @@ use super::handover::{self, QUIESCE_PATIENCE, SETTLE_PATIENCE, Way};
 use super::image_name;
 use super::job::{Job, Jobs};
 use super::launch;
+use super::leaf_handover::LeafHandover;
 use super::links::{self, Names};
 use super::log_file;
 use super::mailbox::{EngineEnds, FrontEnds, mailboxes};
@@ -325,7 +326,7 @@ impl<E: EngineHandle> Device<E> {
         let (first, sources) = (spec.shared.clone(), self.sources.clone());
         let (leaving, jobs) = (self.leaving.clone(), self.jobs.clone());
         let report = move || {
-            let shared = handover.latest().map_or_else(|| first.clone(), |leaf| leaf.shared);
+            let shared = served_now(&handover, &first);
             let (leaving, job) = (leaving.load(Ordering::Acquire), jobs.progress());
             let status = Status { leaving, job, ..status_of(&shared) };
             Report { status, stats: sources.stats(&shared) }
@@ -688,7 +689,7 @@ impl<E: EngineHandle> Device<E> {
                 wake: ends.wake,
                 counts: self.sources.queues[usize::from(queue)].clone(),
             },
-            front: Front::new(spec.shared.clone(), self.info.depth),
+            front: Front::new(spec.shared.upgrade().expect("its engine has it"), self.info.depth),
             receiver: ends.receiver,
             cpus: self.control.queue_cpus(self.info.id, queue)?,
             may_scan: self.may_scan,
@@ -801,6 +802,17 @@ fn device_path(id: u32) -> PathBuf {
 /// How data travels on a device with the features that it was granted.
 fn transfer(info: &DeviceInfo, index: BufferIndex) -> Transfer {
     if features::is_in_place(info.flags) { Transfer::InPlace(index) } else { Transfer::Copied }
+}
+
+/// What is shared with the fronts by now; `first` before any exchange.
+fn served_now(handover: &LeafHandover, first: &Weak<Shared>) -> Arc<Shared> {
+    loop {
+        // An exchange is known here before anything gives the first one up.
+        let latest = handover.latest().map(|leaf| leaf.shared);
+        if let Some(shared) = latest.or_else(|| first.upgrade()) {
+            return shared;
+        }
+    }
 }
 
 fn describe(info: &DeviceInfo, spec: &DeviceSpec, daemon: ProcessId) -> Entry {

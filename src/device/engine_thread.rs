@@ -41,7 +41,8 @@ use crate::error::{Doing, Error, Kind, Result};
 /// The engine's thread, as the device sees it.
 pub struct EngineThread {
     thread: JoinHandle<Result<()>>,
-    opened: OpenImage,
+    /// Until it is started.
+    opened: Option<OpenImage>,
     ends: mpsc::Sender<EngineEnds>,
     orders: mpsc::Sender<Order>,
     closing: Arc<AtomicBool>,
@@ -84,16 +85,29 @@ impl EngineThread {
         };
         let thread = thread::Builder::new().name("vhdx-engine".into()).spawn(|| engine.run());
         let thread = thread.doing("starting the engine's thread")?;
-        if let Ok(opened) = reported.recv() {
-            return Ok(Self { thread, opened, ends, orders, closing, called, handover, wake: None });
+        if let Ok(image) = reported.recv() {
+            return Ok(Self {
+                thread,
+                opened: Some(image),
+                ends,
+                orders,
+                closing,
+                called,
+                handover,
+                wake: None,
+            });
         }
         let outcome = thread.join().expect("a panic ends the process");
         Err(outcome.expect_err("it has not opened the image"))
     }
 
     /// The image as it was opened.
+    ///
+    /// # Panics
+    ///
+    /// Once it is started: what is served may be another image, or have another size.
     pub fn opened(&self) -> &OpenImage {
-        &self.opened
+        self.opened.as_ref().expect("it was not started")
     }
 
     /// Joins the mailboxes: the fronts may send from now on.
@@ -101,6 +115,7 @@ impl EngineThread {
     pub fn start(mut self, ends: EngineEnds) -> Self {
         assert!(self.wake.is_none(), "an engine is started once");
         self.wake = Some(ends.wake.clone());
+        self.opened = None;
         assert!(self.ends.send(ends).is_ok(), "the thread waits for it");
         self
     }
@@ -352,8 +367,9 @@ mod tests {
     fn requests_are_answered_and_closing_keeps_the_result() {
         let bench = Bench::new();
         let (ends, mut fronts) = mailboxes(2, 4).expect("file descriptors");
-        let engine = bench.open().expect("a good image").start(ends);
+        let engine = bench.open().expect("a good image");
         let shared = engine.opened().shared.clone();
+        let engine = engine.start(ends);
         for (first, front) in (0..).zip(&mut fronts) {
             front.sender.send(ToEngine::Ask { tag: 0, ask: Ask::OpenSession });
             front.sender.flush();

@@ -97,7 +97,7 @@ impl OpenImage {
             image_file: file.identity(),
             parents: self.parents.iter().map(|parent| parent.path().to_owned()).collect(),
             parent_files: self.parent_files(),
-            shared: self.shared.clone(),
+            shared: Arc::downgrade(&self.shared),
             parameters: self.parameters,
             file_write_guid: self.file_write_guid,
             disk_id: self.disk_id,

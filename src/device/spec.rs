@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -31,8 +31,9 @@ pub struct DeviceSpec {
     pub parents: Vec<PathBuf>,
     /// The same files, independent of their paths.
     pub parent_files: Vec<HostFile>,
-    /// What the fronts and the engine share.
-    pub shared: Arc<Shared>,
+    /// What the fronts and the engine share, as long as one of them has it: the memory of a disk that has
+    /// grown is given back.
+    pub shared: Weak<Shared>,
     /// The disk as the kernel sees it.
     pub parameters: Parameters,
     /// The image's FileWriteGuid.

@@ -66,7 +66,7 @@ pub fn tree(path: &Path, search: &Search, devices: &dyn Devices) -> Result<Tree>
     let known = RefCell::new(BTreeMap::new());
     let grower = Grower { chain: &chain, search, devices, known };
     let mut layers = Vec::new();
-    grower.add(chain[0].clone(), None, &mut layers)?;
+    grower.add(&chain[0], None, &mut layers)?;
     Ok(Tree { layers, broken })
 }
 
@@ -81,7 +81,7 @@ struct Grower<'a> {
 
 impl Grower<'_> {
     /// Adds `image` and what is above it, the chain last.
-    fn add(&self, image: Known, parent: Option<usize>, layers: &mut Vec<TreeLayer>) -> Result<()> {
+    fn add(&self, image: &Known, parent: Option<usize>, layers: &mut Vec<TreeLayer>) -> Result<()> {
         let found = fs::metadata(&image.path).doing("looking at the image").file(&image.path)?;
         let in_chain = self.chain.iter().position(|one| one.path == image.path);
         let place = layers.len();
@@ -97,13 +97,13 @@ impl Grower<'_> {
         let next = in_chain.and_then(|place| self.chain.get(place + 1));
         let has_place = |path: &Path| layers.iter().any(|layer| chain::same_file(&layer.path, path));
         let is_next = |path: &Path| next.is_some_and(|next| chain::same_file(&next.path, path));
-        let branches = self.children(&image).into_iter();
+        let branches = self.children(image).into_iter();
         let branches: Vec<Known> =
             branches.filter(|child| !has_place(&child.path) && !is_next(&child.path)).collect();
-        for child in branches {
+        for child in &branches {
             self.add(child, Some(place), layers)?;
         }
-        next.map_or(Ok(()), |next| self.add(next.clone(), Some(place), layers))
+        next.map_or(Ok(()), |next| self.add(next, Some(place), layers))
     }
 
     fn children(&self, image: &Known) -> Vec<Known> {

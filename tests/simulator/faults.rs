@@ -287,9 +287,9 @@ fn grow_struck(config: &Config, errno: i32, index: u64) -> bool {
     }
     let run = Run { world, rng };
     if is_poisoned {
-        run.check_poisoned()
+        run.check_poisoned();
     } else {
-        run.check_alive(0..=0)
+        run.check_alive(0..=0);
     }
     true
 }

@@ -149,9 +149,10 @@ impl Snapshotter<'_> {
     ) -> Result<Snapped> {
         let exchanged = self.exchange.run(served, |served| match self.switch(switch, served, &child) {
             Ok(()) => Ok(child),
-            Err(error) => Err((error, child)),
+            Err(error) => Err(Box::new((error, child))),
         });
-        let (parent, pause_us) = exchanged.map_err(|(error, child)| {
+        let (parent, pause_us) = exchanged.map_err(|failed| {
+            let (error, child) = *failed;
             self.give_up(child);
             error
         })?;
