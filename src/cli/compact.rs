@@ -284,7 +284,6 @@ fn text_of_served(done: &Shortened, trimmed: Option<&trim::Outcome>) -> String {
             Stop::Caller => "",
             Stop::Snapshot => " by a snapshot",
             Stop::Resize => " by a resize",
-            Stop::Merge => " by a merge",
             Stop::Upgrade => " by an upgrade",
             Stop::End => " by the end of the device",
         };

@@ -88,7 +88,7 @@ While a device serves the chain, its daemon merges, and requests are served as b
 for a moment, twice. A layer goes into its parent, and neither may have other children. The image
 that is served is not merged itself: take a snapshot first, then merge the frozen image. Ctrl-C
 ends the merge early. Snapshots and `upgrade` have to wait for the end of it, `del` ends it. If
-the daemon is killed meanwhile, `recover` serves the device as before, and the same merge goes on.
+the daemon is killed meanwhile, `recover` serves the device as before; then merge it again.
 JSON: child, target (the image that has the content now), removed (an array of paths).
 Exit status: 0 merged, 1 failure (the child reads as before), 2 wrong usage.";
 
@@ -141,22 +141,36 @@ impl Merge {
                 .file(&self.child)
                 .remedy("omit the options, or remove the device first (`vhdx-ublk del`)"));
         }
-        let answer = Answer::of(served.merge()?);
+        let answer = self.merge_layer(served)?;
         if self.json { output::print_json(&answer) } else { answer.print() }
+    }
+
+    fn merge_layer(&self, layer: &ServedLayer) -> Result<Answer> {
+        let merging = Merging { shown: self.progress.start()?, removed: None };
+        layer.merge(&merging).map(Answer::of)
     }
 
     /// One layer after another; what is merged stays merged if the next one fails.
     fn merge_oldest(&self, keep: usize) -> Result<()> {
         let mut answers = Vec::new();
-        let outcome = loop {
-            match self.merge_next(keep) {
-                Ok(Some(answer)) if self.json => answers.push(answer),
-                Ok(Some(answer)) => answer.print()?,
-                Ok(None) => break Ok(()),
-                Err(error) => break Err(error),
+        while let Some(answer) = self.merge_next(keep)? {
+            let is_leaf = answer.child == WrittenPath::of(self.leaf()?);
+            if self.json {
+                answers.push(answer)
+            } else {
+                answer.print()?
             }
-        };
-        if self.json && outcome.is_ok() { output::print_json(&answers) } else { outcome }
+            if is_leaf {
+                break;
+            }
+        }
+        if self.json { output::print_json(&answers) } else { Ok(()) }
+    }
+
+    /// The image that the user has named, as it is at rest.
+    fn leaf(&self) -> Result<PathBuf> {
+        let target = Target::parse(self.child.as_os_str())?;
+        Ok(target.image().unwrap_or(&self.child).to_owned())
     }
 
     /// Merges the oldest layer above the first image, unless only `keep` are left there.
@@ -167,14 +181,14 @@ impl Merge {
             match claims::find(&target) {
                 Ok(listed) if listed.entry.daemon.is_alive() => {
                     let oldest = ServedLayer::oldest(listed.entry, keep)?;
-                    return oldest.map(|layer| layer.merge().map(Answer::of)).transpose();
+                    return oldest.map(|layer| self.merge_layer(&layer)).transpose();
                 }
                 Err(error) if !is_path => return Err(error),
                 Ok(_) | Err(_) => {}
             }
         }
         let search = self.parents.search();
-        let leaf = inspect(target.image().unwrap_or(&self.child))?;
+        let leaf = inspect(&self.leaf()?)?;
         let parents = chain::open_parents(&leaf, &search, inspect)?;
         if parents.len() <= keep {
             return Ok(None);

@@ -10,6 +10,7 @@ use vhdx_ublk::device::socket;
 use vhdx_ublk::device::stop::Target;
 use vhdx_ublk::disk::HostFile;
 use vhdx_ublk::error::{Error, Kind, Result};
+use vhdx_ublk::operations::Watch;
 use vhdx_ublk::printable::shell;
 
 /// See the module's head.
@@ -78,14 +79,15 @@ impl ServedLayer {
         Ok(Some(Self { entry, file }))
     }
 
-    /// Has the device's daemon merge it into its parent. It stops when this process ends.
+    /// Has the device's daemon merge it into its parent. It stops when `watch` wants it to, or this process
+    /// ends.
     ///
     /// # Errors
     ///
     /// The daemon's.
-    pub fn merge(&self) -> Result<Merged> {
+    pub fn merge(&self, watch: &impl Watch) -> Result<Merged> {
         let path = Registry::open()?.socket_path(self.entry.id);
-        socket::merge(&path, self.file)
+        socket::merge(&path, self.file, watch)
     }
 }
 

@@ -362,46 +362,8 @@ impl<E: EngineHandle> Device<E> {
         let mut ending = Ending::default();
         loop {
             let happening = match self.supervisor.next_demand(ending.due())? {
-                Demand::Call(Call::Snapshot { reply, .. }) if self.merging => {
-                    reply.send(Err(self.is_merging()));
-                    continue;
-                }
-                Demand::Call(Call::Snapshot { image, reply }) => {
-                    self.snapshot(image, reply);
-                    continue;
-                }
-                Demand::Call(Call::Grow { sizes, reply }) => {
-                    self.grow(sizes, reply);
-                    continue;
-                }
-                Demand::Call(Call::Compact { max_rate, job, reply }) => {
-                    self.compact(max_rate, job, reply);
-                    continue;
-                }
-                Demand::Call(Call::HasGrown { outcome, reply }) => {
-                    self.growing -= 1;
-                    reply.send(outcome.and_then(|grown| self.tell_size(grown)));
-                    continue;
-                }
-                Demand::Call(Call::Merge { layer, reply }) => {
-                    self.merge(layer, reply);
-                    continue;
-                }
-                Demand::Call(Call::HasMerged { outcome, reply }) => {
-                    self.merging = false;
-                    reply.send(outcome);
-                    continue;
-                }
-                Demand::Call(Call::HandOver { reply, .. }) if self.growing > 0 => {
-                    reply.send(Err(self.is_growing()));
-                    continue;
-                }
-                Demand::Call(Call::HandOver { reply, .. }) if self.merging => {
-                    reply.send(Err(self.is_merging()));
-                    continue;
-                }
-                Demand::Call(Call::HandOver { image_file, successor, reply }) => {
-                    if self.hand_over(image_file, successor, reply) {
+                Demand::Call(call) => {
+                    if self.answer(call) {
                         return Ok(End::HandedOver);
                     }
                     continue;
@@ -428,6 +390,31 @@ impl<E: EngineHandle> Device<E> {
                 }
             }
         }
+    }
+
+    /// Does what a caller requests, or has it done. Whether the device is handed over then.
+    fn answer(&mut self, call: Call) -> bool {
+        match call {
+            Call::Snapshot { reply, .. } if self.merging => reply.send(Err(self.is_merging())),
+            Call::Snapshot { image, reply } => self.snapshot(image, reply),
+            Call::Grow { sizes, reply } => self.grow(sizes, reply),
+            Call::Compact { max_rate, job, reply } => self.compact(max_rate, job, reply),
+            Call::HasGrown { outcome, reply } => {
+                self.growing -= 1;
+                reply.send(outcome.and_then(|grown| self.tell_size(grown)));
+            }
+            Call::Merge { layer, job, reply } => self.merge(layer, job, reply),
+            Call::HasMerged { outcome, reply } => {
+                self.merging = false;
+                reply.send(outcome);
+            }
+            Call::HandOver { reply, .. } if self.growing > 0 => reply.send(Err(self.is_growing())),
+            Call::HandOver { reply, .. } if self.merging => reply.send(Err(self.is_merging())),
+            Call::HandOver { image_file, successor, reply } => {
+                return self.hand_over(image_file, successor, reply);
+            }
+        }
+        false
     }
 
     /// Has the service manager wait, if one stops this daemon.
@@ -549,10 +536,11 @@ impl<E: EngineHandle> Device<E> {
     }
 
     /// Has the engine's thread merge a layer; the outcome is a call.
-    fn merge(&mut self, layer: HostFile, reply: Reply<Merged>) {
-        if self.merging {
-            return reply.send(Err(self.is_merging()));
-        }
+    fn merge(&mut self, layer: HostFile, job: Arc<Job>, reply: Reply<Merged>) {
+        let running = match self.jobs.begin(job) {
+            Ok(running) => running,
+            Err(error) => return reply.send(Err(error)),
+        };
         self.merging = true;
         let (call, entry) = (self.supervisor.caller(), self.entry.clone());
         let unfinished = entry.lock().unwrap_or_else(PoisonError::into_inner).merging.clone();
@@ -562,7 +550,7 @@ impl<E: EngineHandle> Device<E> {
             change_entry(&Registry::open()?, &entry, &mut room, |entry| entry.merging = merging)
         });
         let switch = Some(self.switch());
-        self.engine().merge(MergeOrder { layer, unfinished, switch, note, reply, ended });
+        self.engine().merge(MergeOrder { layer, unfinished, switch, note, running, reply, ended });
     }
 
     /// Why a device does something else only when the merge has ended.
@@ -653,7 +641,7 @@ impl<E: EngineHandle> Device<E> {
         if let Some(MergeUnderWay { layer, target, .. }) = merging {
             tracing::warn!(
                 "the merge of {} into {} was interrupted, and {path} reads as before: `vhdx-ublk merge {}` \
-                 goes on with it",
+                 continues it",
                 layer.display(),
                 target.display(),
                 shell(&layer)

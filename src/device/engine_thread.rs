@@ -14,6 +14,7 @@ use std::time::Duration;
 use nix::sys::eventfd::EventFd;
 use nix::sys::signal::SigSet;
 
+use super::caller::Caller;
 use super::compact::Compactor;
 use super::confine::{self, Role};
 use super::control::Control;
@@ -176,23 +177,6 @@ impl EngineHandle for EngineThread {
     }
 }
 
-/// Gives orders to the engine's thread.
-#[derive(Clone)]
-pub(super) struct Caller {
-    orders: mpsc::Sender<Order>,
-    called: Arc<AtomicBool>,
-    wake: Arc<EventFd>,
-}
-
-impl Caller {
-    /// A thread that has ended, or that takes no more orders, drops it.
-    pub(super) fn order(&self, order: Order) {
-        let _ = self.orders.send(order);
-        self.called.store(true, Ordering::Release);
-        wake_up(&self.wake);
-    }
-}
-
 /// The thread's own end.
 struct EngineLoop {
     file: Arc<ImageFile>,
@@ -261,8 +245,7 @@ impl EngineLoop {
         fronts.join(senders);
         become_io_flusher();
         reactor.spawn(fronts.clone().deliver()).detach();
-        let (orders, called, wake) = (self.orders.clone(), self.called.clone(), ends.wake.clone());
-        let caller = Caller { orders, called, wake };
+        let caller = Caller::new(self.orders.clone(), self.called.clone(), ends.wake.clone());
         let inbox = FrontInbox::new(ends.wake, receivers, served.engine.clone(), self.called.clone());
         let inbox = Rc::new(inbox);
         let receiving = reactor.spawn(inbox.clone().run(reactor.ring().clone()));
@@ -287,10 +270,7 @@ impl EngineLoop {
                     }
                     Order::Compact(order) => compactor.start(order, served),
                     Order::Merge(order) => merger.begin(order, served, workers),
-                    Order::Relink(order) => {
-                        compactor.stop(Stop::Merge);
-                        merger.relink(order, served);
-                    }
+                    Order::Relink(order) => merger.relink(order, served),
                     Order::Settle { hold, settled } => {
                         compactor.stop(Stop::Upgrade);
                         snapshotter.settle(hold, &settled, served);

@@ -82,8 +82,8 @@ impl Exchange<'_> {
         Ok((std::mem::replace(served, next?), pause_us))
     }
 
-    /// The image of what is `served`, which has changed while it rested, with its new session and an engine of
-    /// its own. The old engine does not fit the file any longer: a failure poisons.
+    /// The image of what is `served`, which has changed while it rested, with its new session and an engine
+    /// of its own. The old engine does not fit the file any longer: a failure poisons.
     pub(super) fn serve(
         &self,
         (image, session): (WritableImage, Option<NewSession>),

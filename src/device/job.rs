@@ -18,6 +18,8 @@ use crate::error::{Error, Kind, Result};
 pub enum JobKind {
     /// It makes the file of the image shorter.
     Compact,
+    /// It merges a layer of the chain into its parent.
+    Merge,
 }
 
 impl fmt::Display for JobKind {
@@ -25,6 +27,7 @@ impl fmt::Display for JobKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Compact => "compacting",
+            Self::Merge => "merging",
         })
     }
 }
@@ -62,8 +65,6 @@ pub enum Stop {
     Snapshot,
     /// The disk is to become larger.
     Resize,
-    /// A merge changes the chain.
-    Merge,
     /// Another process takes the device over.
     Upgrade,
     /// The device ends.

@@ -23,6 +23,7 @@
 //! Unsafe code is in `control`, `queue::ring`, `queue::buffers`, `region` and `sys` only. `libublk` gives the
 //! kernel's structures and numbers.
 
+mod caller;
 pub mod claims;
 mod compact;
 pub mod confine;

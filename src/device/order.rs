@@ -8,14 +8,15 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::job::{Job, Running, Stop};
-use super::merge::RelinkOrder;
 use super::path;
 use super::registry::MergeUnderWay;
 use super::reply::Reply;
 use crate::disk::HostFile;
 use crate::engine::port_counts::Requests;
 use crate::error::Result;
+use crate::image::BlockMap;
 use crate::operations::compact::Figures;
+use crate::operations::merge::Link;
 
 /// A snapshot that was taken.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -105,6 +106,7 @@ pub struct MergeOrder {
     pub(super) switch: Option<Switch>,
     /// Has the entry say which merge is under way.
     pub(super) note: Box<dyn Fn(Option<MergeUnderWay>) -> Result<()> + Send>,
+    pub(super) running: Running,
     pub(super) reply: Reply<Merged>,
     /// Gets the outcome, and the reply that it is for.
     pub(super) ended: Box<dyn FnOnce(Result<Merged>, Reply<Merged>) + Send>,
@@ -112,6 +114,7 @@ pub struct MergeOrder {
 
 impl MergeOrder {
     pub(super) fn end(self, outcome: Result<Merged>) {
+        drop(self.running);
         (self.ended)(outcome, self.reply);
     }
 }
@@ -132,6 +135,7 @@ pub(super) enum Call {
     Merge {
         /// The file of the layer.
         layer: HostFile,
+        job: Arc<Job>,
         reply: Reply<Merged>,
     },
     /// That has ended.
@@ -185,6 +189,24 @@ pub struct SnapshotOrder {
     pub(super) device: u32,
     pub(super) switch: Switch,
     pub(super) reply: Reply<Snapped>,
+}
+
+/// What a merge asks of the engine's thread: the leaf says something else of its parent, or a layer leaves
+/// the chain.
+pub(super) struct RelinkOrder {
+    /// What the leaf is to say of its parent, if that changes.
+    pub(super) link: Option<Link>,
+    pub(super) dropped: Option<Dropped>,
+    /// Takes the outcome.
+    pub(super) done: mpsc::SyncSender<Result<()>>,
+}
+
+/// The layer that leaves the chain.
+pub(super) struct Dropped {
+    pub(super) layer: HostFile,
+    /// Where the content of the target, which is below it, is now.
+    pub(super) target: BlockMap,
+    pub(super) switch: Switch,
 }
 
 /// What the engine is to do between requests.

@@ -251,7 +251,7 @@ impl ImageFile {
         opened.map_err(|error| error.file(path))
     }
 
-    /// The same file for writing, while `reader` goes on reading it. The new description's lock keeps all
+    /// The same file for writing, while `reader` still reads it. The new description's lock keeps all
     /// others out, and `reader` has none until [`Self::lock_again`].
     ///
     /// # Errors

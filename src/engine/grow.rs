@@ -8,7 +8,8 @@
 //! before the fronts are held ([`Engine::extend_ahead`]): it takes as long as it takes, and nothing waits.
 //!
 //! A kill in between leaves the file as it was or as it is to be, and the session at rest. It knows the
-//! FileWriteGuid of either, so that a successor takes the file for its own, and serves the size that it finds.
+//! FileWriteGuid of either, so that a successor takes the file for its own, and serves the size that it
+//! finds.
 
 use std::io;
 use std::rc::Rc;

@@ -1,6 +1,6 @@
 //! Promise defended here: a layer of a chain that is served is merged while requests come, and nothing is
-//! lost or torn: not for the guest, not when the daemon is killed at any step and another one goes on, and not
-//! when the power is cut at any step. What was interrupted is done again, and the chain gets shorter.
+//! lost or torn: not for the guest, not when the daemon is killed at any step and another one takes over, and
+//! not when the power is cut at any step. What was interrupted is done again, and the chain gets shorter.
 
 use fastrand::Rng;
 

@@ -19,9 +19,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::thread::{self, JoinHandle};
 
-pub(super) use relink::RelinkOrder;
-
-use super::engine_thread::Caller;
+use super::caller::Caller;
 use super::exchange::Exchange;
 use super::order::MergeOrder;
 use super::registry::MergeUnderWay;

@@ -5,35 +5,16 @@
 //! entry has then.
 
 use std::sync::Arc;
-use std::sync::mpsc::SyncSender;
 
 use super::Merger;
 use crate::chain::ReadLayer;
 use crate::device::exchange::Exchange;
 use crate::device::layers::EngineParents;
-use crate::device::order::{NewLeaf, Switch};
+use crate::device::order::{Dropped, NewLeaf, RelinkOrder};
 use crate::device::served_image::ServedImage;
-use crate::disk::HostFile;
 use crate::error::{Locate, Result};
 use crate::image::{BlockMap, WritableImage};
 use crate::operations::merge::Link;
-
-/// What a merge asks of the engine's thread.
-pub(in crate::device) struct RelinkOrder {
-    /// What the leaf is to say of its parent, if that changes.
-    pub(super) link: Option<Link>,
-    pub(super) dropped: Option<Dropped>,
-    /// Takes the outcome.
-    pub(super) done: SyncSender<Result<()>>,
-}
-
-/// The layer that leaves the chain.
-pub(super) struct Dropped {
-    pub(super) layer: HostFile,
-    /// Where the content of the target, which is below it, is now.
-    pub(super) target: BlockMap,
-    pub(super) switch: Switch,
-}
 
 impl Merger<'_> {
     /// Does what is ordered, and answers.
@@ -73,7 +54,7 @@ impl Merger<'_> {
             let mut parents = served.parents(exchange.reactor);
             if let Some(dropped) = dropped {
                 let without = self.without(&dropped, served);
-                // A daemon that could not write the entry goes on with the layer, as its successor would.
+                // A daemon that could not write the entry keeps the layer, as its successor would.
                 switched = (dropped.switch)(new_leaf(served, &image, &without));
                 if switched.is_ok() {
                     parents = with_map(without, dropped.target);

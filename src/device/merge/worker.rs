@@ -10,10 +10,10 @@ use std::time::Duration;
 use nix::errno::Errno;
 use uuid::Uuid;
 
-use super::relink::{Dropped, RelinkOrder};
 use crate::chain::{Layer as _, Member};
-use crate::device::engine_thread::Caller;
-use crate::device::order::{MergeOrder, Merged, Order, Switch};
+use crate::device::caller::Caller;
+use crate::device::job::Stop;
+use crate::device::order::{Dropped, MergeOrder, Merged, Order, RelinkOrder, Switch};
 use crate::device::registry::MergeUnderWay;
 use crate::disk::{Access, HostFile, ImageFile, Place, Reactor, UringDisk};
 use crate::engine::Outcome;
@@ -93,12 +93,12 @@ impl Work {
     ) -> Result<Merged> {
         let reactor = Reactor::new()?;
         let written = self.writers()?;
-        self.check(&reactor, &written)?;
+        let disk_bytes = self.check(&reactor, &written)?;
         (order.note)(Some(MergeUnderWay::of(&self.layer, &self.target)))?;
         tracing::info!("merging {} into {}", self.layer.path().display(), self.target.path().display());
         let layer = written.file(self.layer.path());
         let place = layer.as_ref().map(|layer| Place::of_file(layer)).transpose()?;
-        let files = WorkFiles { work: self, order, reactor: &reactor, written: &written, place };
+        let files = WorkFiles { work: self, order, reactor: &reactor, written: &written, place, disk_bytes };
         let device = Device { work: self, reactor: &reactor, switch, must_end };
         let merge = self.live_merge();
         let merged = match self.layer {
@@ -151,9 +151,10 @@ impl Work {
         Ok(written)
     }
 
-    /// Refuses what the images forbid, and what would cost another image its parent.
-    fn check(&self, reactor: &Reactor, written: &Written) -> Result<()> {
-        let Layer::InChain(_) = self.layer else { return Ok(()) };
+    /// Refuses what the images forbid, and what would cost another image its parent. Returns the size of the
+    /// layer's disk.
+    fn check(&self, reactor: &Reactor, written: &Written) -> Result<u64> {
+        let Layer::InChain(_) = self.layer else { return Ok(0) };
         let member = |path: &Path| {
             let file = written.file(path).expect("it was opened");
             Member::read(reactor, file)
@@ -162,7 +163,8 @@ impl Work {
         for image in [&layer, &target] {
             image.image.check_writable().file(image.path())?;
         }
-        merge::refuse_relatives_of_served(&layer, &target, &self.chain)
+        merge::refuse_relatives_of_served(&layer, &target, &self.chain)?;
+        Ok(layer.image.metadata.virtual_size)
     }
 }
 
@@ -203,6 +205,8 @@ struct WorkFiles<'a> {
     written: &'a Written,
     /// Of the layer, if it is there.
     place: Option<Place>,
+    /// The size of the layer's disk.
+    disk_bytes: u64,
 }
 
 impl Files for WorkFiles<'_> {
@@ -223,9 +227,13 @@ impl Files for WorkFiles<'_> {
         Ok(())
     }
 
-    fn copied(&self, _: u64) -> Outcome {
-        let is_wanted = self.order.reply.is_awaited() && !self.work.closing.load(Ordering::Acquire);
-        if is_wanted { Ok(()) } else { Err(Errno::ECANCELED) }
+    fn copied(&self, bytes: u64) -> Outcome {
+        let job = &self.order.running.job;
+        job.advance(bytes, self.disk_bytes, self.work.target.length().unwrap_or(0));
+        if self.work.closing.load(Ordering::Acquire) {
+            job.stop(Stop::End);
+        }
+        if job.stopped().is_none() { Ok(()) } else { Err(Errno::ECANCELED) }
     }
 }
 
@@ -272,10 +280,11 @@ impl Served for Device<'_> {
 
 /// A merge that failed is done again.
 fn with_remedy(error: Error, layer: &Path, order: &MergeOrder) -> Error {
-    let again = format!("`vhdx-ublk merge {}` goes on with it", shell(layer));
+    let again = format!("`vhdx-ublk merge {}` continues it", shell(layer));
     let is_stopped = error.os_error() == Some(Errno::ECANCELED as i32) || error.kind() == Kind::Stopped;
     if is_stopped {
-        let why = if order.reply.is_awaited() { "the device is taken down" } else { "its caller has left" };
+        let is_left = order.running.job.stopped() == Some(Stop::Caller);
+        let why = if is_left { "its caller has left" } else { "the device is taken down" };
         let message = format!("the merge was stopped: {why}; the chain reads as before");
         return Error::new(Kind::Stopped, message).file(layer).remedy(again);
     }
@@ -284,7 +293,9 @@ fn with_remedy(error: Error, layer: &Path, order: &MergeOrder) -> Error {
     }
     match error.kind() {
         Kind::NoSpace => error.remedy(format!("free space on the file system of the target; {again}")),
-        Kind::Io => error.remedy(format!("look for the cause (dmesg); the device goes on; {again}")),
+        Kind::Io => {
+            error.remedy(format!("look for the cause (dmesg); the device is served as before; {again}"))
+        }
         _ => error,
     }
 }

@@ -23,9 +23,6 @@ use crate::operations::Watch;
 /// How long a daemon may take to report its status, which is in memory.
 const STATUS_DEADLINE: Duration = Duration::from_secs(1);
 
-/// How long a merge may take: it copies what a layer has, and a daemon that is gone ends the connection.
-const MERGE_PATIENCE: Duration = Duration::from_hours(24 * 365);
-
 /// Requests a snapshot from the daemon that listens at `path`, and waits until it is taken.
 ///
 /// # Errors
@@ -59,15 +56,16 @@ pub fn grow(path: &Path, sizes: Sizes) -> Result<Grown> {
 }
 
 /// Has the daemon that listens at `path` merge the `layer` of its chain, and waits until that has ended.
+/// `watch` sees how far it is, and may stop it.
 ///
 /// # Errors
 ///
 /// The daemon's; [`Kind::Io`] if it does not listen, or has ended.
-pub fn merge(path: &Path, layer: HostFile) -> Result<Merged> {
-    let merged = send(path, &Command::Merge { layer }, MERGE_PATIENCE);
+pub fn merge(path: &Path, layer: HostFile, watch: &impl Watch) -> Result<Merged> {
+    let merged = work(path, &Command::Merge { layer }, watch);
     merged.map_err(|error| match error.kind() {
         Kind::Io if error.remedy_text().is_none() => {
-            error.remedy("`vhdx-ublk list` shows how the device is; the same command goes on with the merge")
+            error.remedy("`vhdx-ublk list` shows how the device is; the same command continues the merge")
         }
         _ => error,
     })

@@ -18,9 +18,8 @@ use super::{
 };
 use crate::device::confine::{self, Role};
 use crate::device::job::{Job, JobKind, Stop};
-use crate::device::order::{Call, Merged};
+use crate::device::order::Call;
 use crate::device::reply::{Reply, has_left, is_connected, reply_to};
-use crate::disk::HostFile;
 use crate::error::{Doing, Error, Kind, Locate, Result};
 
 /// Connections at a time: enough for people and scripts.
@@ -100,7 +99,8 @@ fn serve_client(
             write_answer(stream, outcome.and_then(|grown| json(&grown)))
         }
         Ok(Command::Merge { layer }) => {
-            let outcome = await_merge(stream, layer, pass_on);
+            let begin = |job, reply| pass_on(Call::Merge { layer, job, reply });
+            let outcome = work(stream, JobKind::Merge, true, begin);
             write_answer(stream, outcome.and_then(|merged| json(&merged)))
         }
         Ok(Command::Compact { max_rate, stop_on_disconnect }) => {
@@ -196,21 +196,6 @@ fn ask<T>(
     }
 }
 
-/// A merge ends by itself when its caller has left.
-fn await_merge(stream: &UnixStream, layer: HostFile, pass_on: &impl Fn(Call)) -> Result<Merged> {
-    let (reply, awaited) = reply_to(stream).doing("duplicating a descriptor")?;
-    pass_on(Call::Merge { layer, reply });
-    loop {
-        match awaited.wait(ANSWER_DEADLINE) {
-            Ok(outcome) => return outcome,
-            Err(RecvTimeoutError::Timeout) => {}
-            Err(RecvTimeoutError::Disconnected) => {
-                return Err(Error::new(Kind::Io, "the device was removed"));
-            }
-        }
-    }
-}
-
 fn write_answer(stream: &UnixStream, outcome: Result<serde_json::Value>) -> io::Result<()> {
     write_line(stream, &outcome.map_or_else(|error| Answer::Error((&error).into()), Answer::Done))
 }
@@ -257,6 +242,7 @@ mod tests {
     use super::*;
     use crate::device::order::Sizes;
     use crate::device::socket::{Status, report, status};
+    use crate::disk::HostFile;
 
     fn snapshot() -> Command {
         Command::Snapshot { image: "/disks/new.vhdx".into() }

@@ -13,11 +13,12 @@
 //!    of its images and by those that the device's entry has; the merge is done again from the start;
 //! 2. *the child of the layer knows the target by path and by its second linkage*, and the layer still by the
 //!    first. By the paths of its images the chain no longer has the layer; by the entry it has, and the
-//!    linkages fit both. The same merge goes on with step 3, and no other may begin before. If the child is the leaf, the fronts are held
-//!    from here to the end of step 4: the leaf's metadata changes while its session rests;
+//!    linkages fit both. The same merge continues with step 3, and no other may begin before. If the child is
+//!    the leaf, the fronts are held from here to the end of step 4: the leaf's metadata changes while its
+//!    session rests;
 //! 3. *the entry names the chain without the layer*;
-//! 4. *the fronts have dropped the layer*. What was between these two steps is as after step 3: a layer's file
-//!    that no chain needs. A merge of it, when the device is removed, ends what is left;
+//! 4. *the fronts have dropped the layer*. What was between these two steps is as after step 3: the file of a
+//!    layer that no chain needs. A merge of it, when the device is removed, ends what is left;
 //! 5. *the layer's file is removed*;
 //! 6. *the child forgets the layer*. Before, it has a first linkage that leads nowhere, and a second one by
 //!    which the chain is recognised.
@@ -36,8 +37,8 @@ use crate::simulation::{Plant, planted};
 /// The device that serves the chain.
 #[expect(async_fn_in_trait, reason = "one thread drives all of it: futures need not be Send")]
 pub trait Served {
-    /// Step 1 is done. From now on images say two things of their parents, so no other merge may begin in this
-    /// chain before this one is finished.
+    /// Step 1 is done. From now on images say two things of their parents, so no other merge may begin in
+    /// this chain before this one is finished.
     fn has_taken_over(&self);
 
     /// Steps 3 and 4: the device's entry and its fronts have the chain without the layer. If the child is the
@@ -100,7 +101,8 @@ impl LiveMerge {
         let guids = merge.take_over(files, tasks, &[known], new_guid.clone()).await?;
         served.has_taken_over();
         let adopt = |child: &PathBuf| Link::Adopt { child: child.clone(), target: target.clone(), guids };
-        let (before_link, before_drop) = (planted(Plant::LayerBeforeLink), planted(Plant::LayerBeforeFronts));
+        let before_link = planted(Plant::LayerBeforeLink);
+        let before_drop = matches!(child, Child::Layer(_)) && planted(Plant::LayerBeforeFronts);
         if before_link {
             files.remove(layer).await?;
         }

@@ -34,8 +34,8 @@ pub(super) fn refuse_relatives(
     family.refuse_relatives(Kinship::of(request), beside)
 }
 
-/// The same for a merge of `layer` into `target` while a device serves the `chain`, whose images are known. No
-/// other child of the layer may be there, either.
+/// The same for a merge of `layer` into `target` while a device serves the `chain`, whose images are known.
+/// No other child of the layer may be there, either.
 ///
 /// # Errors
 ///
@@ -50,12 +50,14 @@ pub fn refuse_relatives_of_served(layer: &Member, target: &Member, chain: &[Path
         let message = format!("its parent is {}, which the merge would remove", layer.path().display());
         Err(Error::new(Kind::InUse, message).file(child))
     });
-    refused.map_err(|error| match error.kind() {
-        Kind::InUse => error.remedy(
+    refused.map_err(|error| {
+        // What is advised for a merge at rest is no option here.
+        let Some(path) = error.file_path().filter(|_| error.kind() == Kind::InUse) else { return error };
+        let served = Error::new(Kind::InUse, error.message()).file(path);
+        served.remedy(
             "remove the device first (`vhdx-ublk del`), and merge then: at rest a merge takes care of other \
              children (`vhdx-ublk merge --help`)",
-        ),
-        _ => error,
+        )
     })
 }
 
@@ -96,9 +98,9 @@ impl Family<'_> {
         Ok(children)
     }
 
-    /// Whether `other` took part in a merge that has come to its last steps, as this chain did: both are known
-    /// to the target by the second linkage that only a merge gives, and several are only when all is copied.
-    /// It was the parent of the lowest layer.
+    /// Whether `other` took part in a merge that has come to its last steps, as this chain did: both are
+    /// known to the target by the second linkage that only a merge gives, and several are only when all is
+    /// copied. It was the parent of the lowest layer.
     fn is_left_over(&self, other: &Known, kinship: Kinship) -> bool {
         let merged = Some(self.target.image.header.header.data_write_guid);
         let linkage2 =

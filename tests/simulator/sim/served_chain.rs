@@ -303,8 +303,8 @@ impl ServedChain {
         }
     }
 
-    /// Begins to merge layer number `layer` of the chain, which is not its leaf nor its base; or the one whose
-    /// merge was cut, if it is there.
+    /// Begins to merge layer number `layer` of the chain, which is not its leaf nor its base; or the one
+    /// whose merge was cut, if it is there.
     pub fn merge(&mut self, layer: usize) {
         let unfinished = self.unfinished.as_ref();
         let unfinished = unfinished.and_then(|left| self.entry.iter().position(|path| path == left));
