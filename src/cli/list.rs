@@ -51,12 +51,13 @@ signal stopped the daemon), no-answer (the daemon did not answer within a second
 
 JSON: id, device, name (null or a text), image, pid, state, health, last_error (null or a text),
 last_warning (null, or time in seconds since 1970, and text, at most 200 characters), job (null,
-or what is done on the image while it is served: job (compact), done_bytes, total_bytes,
+or what is done on the image while it is served: job (compact, merge), done_bytes, total_bytes,
 file_bytes), queues, depth, read_only, salvage (`add --salvage`), zero_copy, recovery, size
 (bytes), version (of the program that serves it: `vhdx-ublk upgrade` replaces an old one), failure
-(null, or why the image could not be closed or the entry could not be read). If only the kernel
-knows the device, all but id, device, state, health are null. A path that is not UTF-8 is an
-object: lossy (a text), hex (its bytes).
+(null, or why the image could not be closed or the entry could not be read), merging (null, or the
+layer of its chain whose merge is under way or was interrupted). If only the kernel knows the
+device, all but id, device, state, health are null. A path that is not UTF-8 is an object: lossy (a
+text), hex (its bytes).
 Exit status: 0 success, 1 failure, 2 wrong usage. With --check: 0 all devices are healthy, 1 some
 are not, or it is unknown, 2 some are dead.";
 
@@ -295,6 +296,7 @@ pub mod testing {
             version: "0.1.0".into(),
             started: true,
             failure: None,
+            merging: None,
         };
         Listed { entry, state: State::FailIo }
     }
@@ -328,7 +330,7 @@ mod tests {
             "last_warning": {"time": 7, "text": "w".repeat(61)},
             "job": {"job": "compact", "done_bytes": 1, "total_bytes": 4, "file_bytes": 9},
             "read_only": true, "salvage": false, "zero_copy": true, "recovery": "none",
-            "size": 1_073_741_824, "failure": null,
+            "size": 1_073_741_824, "merging": null, "failure": null,
             "version": "0.1.0",
         }]);
         assert_eq!(json, expected);

@@ -147,7 +147,7 @@ impl Merge {
 
     fn merge_layer(&self, layer: &ServedLayer) -> Result<Answer> {
         let merging = Merging { shown: self.progress.start()?, removed: None };
-        layer.merge(&merging).map(Answer::of)
+        layer.merge(&merging).map(|merged| Answer::of(&merged))
     }
 
     /// One layer after another; what is merged stays merged if the next one fails.
@@ -156,9 +156,9 @@ impl Merge {
         while let Some(answer) = self.merge_next(keep)? {
             let is_leaf = answer.child == WrittenPath::of(self.leaf()?);
             if self.json {
-                answers.push(answer)
+                answers.push(answer);
             } else {
-                answer.print()?
+                answer.print()?;
             }
             if is_leaf {
                 break;
@@ -214,7 +214,7 @@ fn merge_locked(request: &Request, reactor: &Reactor, merging: &Merging) -> Resu
 }
 
 impl Answer {
-    fn of(merged: Merged) -> Self {
+    fn of(merged: &Merged) -> Self {
         let layer = WrittenPath::of(&merged.layer);
         Self { child: layer.clone(), target: WrittenPath::of(&merged.target), removed: vec![layer] }
     }

@@ -328,7 +328,7 @@ impl<E: EngineHandle> Device<E> {
         let report = move || {
             let shared = served_now(&handover, &first);
             let (leaving, job) = (leaving.load(Ordering::Acquire), jobs.progress());
-            let status = Status { leaving, job, ..status_of(&shared) };
+            let status = Status { job, leaving, ..status_of(&shared) };
             Report { status, stats: sources.stats(&shared) }
         };
         socket::listen(&self.registry.socket_path(self.info.id), report, self.supervisor.caller())?;
