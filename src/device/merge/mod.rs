@@ -70,7 +70,12 @@ impl Merger<'_> {
             let remedy = format!("finish it first: `vhdx-ublk merge {}`", shell(&other.layer));
             return Err(Error::new(Kind::InUse, message).remedy(remedy));
         }
-        let place = parents.iter().position(|parent| parent.identity() == order.layer);
+        // The file of a layer that is gone may have left its number to another layer's.
+        let is_layer = |parent: &ImageFile| {
+            let is_its_name = |left: &MergeUnderWay| left.layer == parent.path();
+            parent.identity() == order.layer && order.unfinished.as_ref().is_none_or(is_its_name)
+        };
+        let place = parents.iter().position(|parent| is_layer(parent));
         let (layer, target) = match (place, &order.unfinished) {
             (Some(place), _) => (Layer::InChain(parents[place].clone()), place + 1),
             (None, Some(left)) if left.layer_file == order.layer => {

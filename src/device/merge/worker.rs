@@ -107,7 +107,13 @@ impl Work {
                 reactor.block_on(merging)
             }
             Layer::Dropped(..) => {
-                reactor.block_on(merge.finish(&files, &device, layer.is_some(), Uuid::new_v4))
+                let is_left = layer.is_some() && reactor.block_on(merge.is_left(&files))?;
+                if is_left {
+                    self.refuse_relatives(&reactor, &written)?;
+                } else if self.layer.path().exists() {
+                    tracing::warn!("{} is another image, and stays", self.layer.path().display());
+                }
+                reactor.block_on(merge.finish(&files, &device, is_left, Uuid::new_v4))
             }
         };
         merged.map(|()| Merged {
@@ -155,15 +161,22 @@ impl Work {
     /// layer's disk.
     fn check(&self, reactor: &Reactor, written: &Written) -> Result<u64> {
         let Layer::InChain(_) = self.layer else { return Ok(0) };
+        self.refuse_relatives(reactor, written)
+    }
+
+    fn refuse_relatives(&self, reactor: &Reactor, written: &Written) -> Result<u64> {
         let member = |path: &Path| {
-            let file = written.file(path).expect("it was opened");
+            // A merge that only ends does not write its target.
+            let file = written.file(path).unwrap_or_else(|| self.target.clone());
             Member::read(reactor, file)
         };
         let (layer, target) = (member(self.layer.path())?, member(self.target.path())?);
         for image in [&layer, &target] {
             image.image.check_writable().file(image.path())?;
         }
-        merge::refuse_relatives_of_served(&layer, &target, &self.chain)?;
+        let mut chain = self.chain.clone();
+        chain.push(layer.path().into());
+        merge::refuse_relatives_of_served(&layer, &target, &chain)?;
         Ok(layer.image.metadata.virtual_size)
     }
 }

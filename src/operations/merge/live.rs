@@ -123,8 +123,28 @@ impl LiveMerge {
         self.settle(files, served, guids, new_guid).await
     }
 
+    /// Whether the file at the layer's path is what a merge has left that was cut before step 5: the child
+    /// still knows it by the first linkage, and the target by the second. Another image may have got the name
+    /// since, and even the number of its file; or this one was written, and is a disk of its own.
+    ///
+    /// # Errors
+    /// Those of reading the child and the target.
+    pub async fn is_left<F: Files>(&self, files: &F) -> Result<bool> {
+        let Ok(layer) = read(files, &self.layer).await else { return Ok(false) };
+        let target = read(files, &self.target).await?.header.header.data_write_guid;
+        let locator = match &self.child {
+            Child::Leaf(_, locator) => Some(locator.clone()),
+            Child::Layer(path) => read(files, path).await?.metadata.parent_locator.clone(),
+        };
+        let knows = |locator: ParentLocator| {
+            locator.linkage().is_ok_and(|linkage| linkage == layer.header.header.data_write_guid)
+                && locator.linkage2() == Some(target)
+        };
+        Ok(locator.is_some_and(knows))
+    }
+
     /// Steps 5 and 6 of a merge that was cut between them and step 4: the chain no longer has the layer. If
-    /// the layer's file `is_there`, it is removed.
+    /// its file [is left](Self::is_left), it is removed.
     ///
     /// # Errors
     /// Those of [`Self::run`].
@@ -132,11 +152,11 @@ impl LiveMerge {
         &self,
         files: &F,
         served: &impl Served,
-        is_there: bool,
+        is_left: bool,
         new_guid: impl FnMut() -> Uuid + Clone,
     ) -> Result<()> {
         let target = read(files, &self.target).await?.header.header.data_write_guid;
-        if is_there {
+        if is_left {
             files.remove(&self.layer).await?;
         }
         self.settle(files, served, Guids { layer: target, target }, new_guid).await
