@@ -137,10 +137,14 @@ impl Outcome {
 
 /// Has the file systems of the device `id` trimmed where they are mounted.
 pub fn mounted(id: u32) -> Outcome {
-    let trimmed = trim_mounted(id).and_then(|volumes| match volumes.is_empty() {
-        false => Ok(Trimmed { volumes, stopped: false }),
-        true => Err(Error::new(Kind::NotFound, "no file system of the device is mounted here")
-            .remedy("mount it, or run `fstrim` where it is mounted")),
+    let trimmed = trim_mounted(id).and_then(|volumes| {
+        if volumes.is_empty() {
+            let message = "no file system of the device is mounted here";
+            return Err(
+                Error::new(Kind::NotFound, message).remedy("mount it, or run `fstrim` where it is mounted")
+            );
+        }
+        Ok(Trimmed { volumes, stopped: false })
     });
     Outcome { before: None, trimmed, record: None }
 }

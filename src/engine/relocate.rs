@@ -140,19 +140,25 @@ impl<D: Disk + 'static> Engine<D> {
         let gone = relocations.extract_if(.., |relocation| !self.is_there(relocation));
         self.free_places(gone);
         let blocks: Vec<u64> = relocations.iter().filter_map(|relocation| relocation.what.block()).collect();
-        blocks.iter().for_each(|block| self.shared.map.begin_move(*block));
+        for block in &blocks {
+            self.shared.map.begin_move(*block);
+        }
         if !planted(Plant::EarlyCopy) {
             self.await_pieces().await;
         }
         if let Err(errno) = self.fill_new_places(&relocations).await {
-            blocks.iter().for_each(|block| self.shared.map.end_move(*block));
+            for block in blocks {
+                self.shared.map.end_move(block);
+            }
             self.give_places_back(relocations).await;
             return Err(errno);
         }
         if !planted(Plant::SkipMoveSync) {
             self.durability.payload_written();
         }
-        relocations.iter().for_each(|relocation| self.publish_move(relocation));
+        for relocation in &relocations {
+            self.publish_move(relocation);
+        }
         Ok(relocations)
     }
 

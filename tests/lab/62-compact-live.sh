@@ -24,13 +24,11 @@ await_job() {
     fail "there is no job: $(ublk list)"
 }
 
-# make_holes DEVICE SEED: of 16 blocks behind the writer's, every second one is given back.
-make_holes() {
-    local number
-    write_stamps "$1" 600 16 "$2"
-    for number in $(seq 600 2 615); do
-        blkdiscard -o "$((number << 20))" -l 1M "$1"
-    done
+# exchange DEVICE NUMBER: writes blocks behind the writer's, and gives those back that the number before has written,
+# which lie lower in the file.
+exchange() {
+    write_stamps "$1" $((600 + $2 % 2 * 100)) 16 "$2"
+    blkdiscard -o $((600 + ($2 + 1) % 2 * 100 << 20)) -l 16M "$1"
 }
 
 # A verifying writer works all the time. The daemon is killed in the middle of one of two compactions.
@@ -39,15 +37,14 @@ compact_under_writer() {
     ublk create disk.vhdx --size 2G --block-size "$1"
     device=$(ublk add disk.vhdx --queues 2)
     rm -f stop
-    # Low places for what is given back later.
-    make_holes "$device" 0
+    exchange "$device" 0
     stamper "$device" stop >stamper.log 2>&1 &
     writer=$!
     for number in $(seq 6); do
-        blkdiscard -o $((600 << 20)) -l 16M "$device"
+        exchange "$device" "$number"
         if [ $((number % 2)) = 0 ]; then
             ublk compact "$device" --json --max-rate 1G >said 2>refusal || fail "$(cat said refusal)"
-            jq -e ".stopped == false and .file_bytes_after <= .file_bytes_before" said >/dev/null || fail "$(cat said)"
+            jq -e ".stopped == false" said >/dev/null || fail "$(cat said)"
             moves=$((moves + $(jq .moves said)))
             cut=$((cut + $(jq '.file_bytes_before - .file_bytes_after' said)))
         else
@@ -59,28 +56,17 @@ compact_under_writer() {
             kills=$((kills + 1))
             recovered "$device" || fail "not recovered: $(cat refusal /run/vhdx-ublk/*.log)"
         fi
-        make_holes "$device" "$number"
     done
     touch stop
     wait "$writer" || status=1
     [ $status -eq 0 ] || { cat stamper.log; cat /run/vhdx-ublk/*.log; fail "something was lost"; }
-    check_stamps_between "$device" "$number"
+    check_stamps "$device" $((600 + number % 2 * 100)) 16 "$number"
     ublk del "$device"
     ublk check disk.vhdx >/dev/null || fail "$(ublk check disk.vhdx)"
     qemu-img check -q disk.vhdx
     [ $moves -gt 0 ] && [ $cut -gt 0 ] || fail "nothing was won: $moves moves, $cut bytes"
     note "$moves moves and $((cut >> 20)) MiB cut off under a writer, $kills kills in the middle"
     [ -z "$(ls /run/vhdx-ublk/*.session* 2>/dev/null)" ] || fail "a session outlives the clean close"
-}
-
-# The blocks that make_holes has left, with this seed.
-check_stamps_between() {
-    local number
-    stamps x 0 16 "$2" >expected
-    for number in $(seq 1 2 15); do
-        dd if="$1" bs=1M skip=$((600 + number)) count=1 iflag=direct status=none |
-            cmp - <(dd if=expected bs=1M skip="$number" count=1 status=none) || fail "MiB $number has changed"
-    done
 }
 
 test_compact_live_under_a_verifying_writer() { compact_under_writer 1M; }
@@ -124,7 +110,8 @@ test_compact_live_follows_a_mounted_file_system() {
 
 # compacting DEVICE: slowly, in the background, until something is moved.
 compacting() {
-    ublk compact "$1" --max-rate 2M --progress none >said 2>&1 &
+    # Not the function: a signal is for the program.
+    "$VHDX_UBLK" compact "$1" --max-rate 512K --progress none >said 2>&1 &
     compacting=$!
     await_job "$1"
 }
@@ -173,7 +160,8 @@ test_compact_live_is_stopped_and_done_again() {
     [ "$(stat -c %s disk.vhdx)" -lt $((80 << 20)) ] || fail "$(stat -c %s disk.vhdx) bytes for 60 MiB"
     cmp <(stamps x 0 120 1 | tail -c +$(((60 << 20) + 1))) <(dd if="$device" bs=1M skip=60 count=60 status=none) ||
         fail "the disk has changed"
-    blkdiscard -o $((60 << 20)) -l 30M "$device"
+    # The last blocks of the disk went to the lowest places.
+    blkdiscard -o $((90 << 20)) -l 30M "$device"
     compacting "$device"
     ublk snapshot "$device" next.vhdx >/dev/null
     ends_early " by a snapshot"
