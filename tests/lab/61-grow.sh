@@ -132,6 +132,7 @@ test_grow_with_a_full_run() {
     local device fill size=$((4 << 30)) refusals=0 grown=0
     ublk create parent.vhdx --size 4G --block-size 256M
     ublk create child.vhdx --parent parent.vhdx --block-size 256M
+    mkdir -p /run/vhdx-ublk
     mount -t tmpfs -o size=4M,mode=755 tmpfs /run/vhdx-ublk
     device=$(ublk add child.vhdx)
     for number in $(seq 0 15); do
