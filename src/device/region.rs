@@ -3,7 +3,6 @@
 
 use std::fs::File;
 use std::io;
-use std::ops::Deref;
 use std::os::fd::AsRawFd;
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
@@ -100,36 +99,26 @@ impl Drop for Region {
     }
 }
 
-/// The words of a file in memory, shared with every process that maps it.
-struct Words {
-    region: Region,
-    count: usize,
-}
-
-// SAFETY: the words are atomic, and `Region` gives out no reference to them.
-unsafe impl Sync for Words {}
-
-impl Deref for Words {
-    type Target = [AtomicU64];
-
-    #[inline]
-    fn deref(&self) -> &[AtomicU64] {
-        #[expect(clippy::cast_ptr_alignment, reason = "a mapping starts on a page border")]
-        let words = self.region.base.as_ptr().cast::<AtomicU64>();
-        // SAFETY: mapped with room for as many words, aligned, mapped as long as `self` lives, and any bits
-        // are a valid word. Other processes that map the file use atomic words too.
-        unsafe { std::slice::from_raw_parts(words, self.count) }
-    }
-}
-
 /// Maps the first `count` words of `file`, until the last user drops them.
 pub(super) fn shared_words(file: &File, count: usize) -> io::Result<SharedWords> {
     let length = count * size_of::<AtomicU64>();
     let region =
         Region::map(length, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED, file.as_raw_fd(), 0)?;
     region.leave_out_of_cores()?;
-    Ok(Arc::new(Words { region, count }))
+    #[expect(clippy::cast_ptr_alignment, reason = "a mapping starts on a page border")]
+    let words = region.base.as_ptr().cast::<AtomicU64>();
+    // SAFETY: mapped with room for as many words, aligned, and any bits are a valid word. Other processes that
+    // map the file use atomic words too. The mapping goes with the region, and that with what is returned,
+    // which lends the words for no longer.
+    let words = unsafe { std::slice::from_raw_parts(words, count) };
+    Ok(SharedWords::of(words, Arc::new(Mapped(region))))
 }
+
+/// A mapping that is only kept.
+struct Mapped(#[expect(dead_code, reason = "it is unmapped when it is dropped")] Region);
+
+// SAFETY: nothing reaches the region through it.
+unsafe impl Sync for Mapped {}
 
 #[cfg(test)]
 mod tests {

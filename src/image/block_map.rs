@@ -432,7 +432,7 @@ mod tests {
             written.iter().map(cut).find(|part| part.start < part.end)
         };
         let none = Arc::new(|_| Err(std::io::ErrorKind::ReadOnlyFilesystem.into()));
-        let left = BlockMap::left_in(SessionMemory::shared(Arc::new(words), none, Arc::new(find)), geometry);
+        let left = BlockMap::left_in(SessionMemory::shared(words.into(), none, Arc::new(find)), geometry);
         // The first page of the memory is its header, and page 7 was not said to be written.
         let set: Vec<u64> = left.slots_set_with(&left).map(|slots| slots.start / SLOTS_PER_PAGE).collect();
         assert_eq!(set, [2, 3, 99]);

@@ -518,7 +518,7 @@ mod tests {
         let words = bytes.chunks_exact(size_of::<u64>());
         let words = words.map(|word| u64::from_le_bytes(word.try_into().expect("eight bytes")).into());
         let none = Arc::new(|_| Err(std::io::ErrorKind::ReadOnlyFilesystem.into()));
-        SessionMemory::shared(Arc::new(words.collect::<Vec<AtomicU64>>()), none, Arc::new(Some))
+        SessionMemory::shared(words.collect::<Vec<AtomicU64>>().into(), none, Arc::new(Some))
     }
 
     #[test]

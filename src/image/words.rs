@@ -1,5 +1,6 @@
 //! Words of memory that other processes share, and the room for them.
 
+use std::any::Any;
 use std::io;
 use std::ops::{Deref, Range};
 use std::sync::Arc;
@@ -9,7 +10,35 @@ use std::sync::atomic::AtomicU64;
 pub const WORD_BITS: u64 = u64::BITS as u64;
 
 /// Words that other processes may use, too, while anything here holds them.
-pub type SharedWords = Arc<dyn Deref<Target = [AtomicU64]> + Send + Sync>;
+#[derive(Clone)]
+pub struct SharedWords {
+    /// A plain reference: they are looked at for every request.
+    words: &'static [AtomicU64],
+    _owner: Arc<dyn Any + Send + Sync>,
+}
+
+impl SharedWords {
+    /// `words`, which go with `owner`: nothing else may have this reference to them.
+    pub fn of(words: &'static [AtomicU64], owner: Arc<dyn Any + Send + Sync>) -> Self {
+        Self { words, _owner: owner }
+    }
+}
+
+impl Deref for SharedWords {
+    type Target = [AtomicU64];
+
+    #[inline]
+    fn deref(&self) -> &[AtomicU64] {
+        self.words
+    }
+}
+
+impl From<Vec<AtomicU64>> for SharedWords {
+    /// They are never given back.
+    fn from(words: Vec<AtomicU64>) -> Self {
+        Self::of(words.leak(), Arc::new(()))
+    }
+}
 
 /// Makes room for a range of shared memory, in words: touching memory without room would kill the process.
 pub type Reserve = Arc<dyn Fn(Range<usize>) -> io::Result<()> + Send + Sync>;

@@ -12,7 +12,7 @@ use vhdx_ublk::disk::{Buffer, Disk};
 use vhdx_ublk::engine::front::Op;
 use vhdx_ublk::format::header;
 use vhdx_ublk::format::log::{Change, NewEntry};
-use vhdx_ublk::image::{Image, Mismatch, SLOTS_PER_PAGE, SessionMemory, VERSION, WritableImage};
+use vhdx_ublk::image::{Image, Mismatch, SLOTS_PER_PAGE, SessionMemory, SharedWords, VERSION, WritableImage};
 use vhdx_ublk::simulation::{Plant, plant};
 
 use crate::resize;
@@ -316,9 +316,10 @@ fn changed_session(number: usize, change: impl Fn(u64) -> u64) -> Result<(), Mis
     let disk = SimDisk::new(new_image(&config, &mut Rng::with_seed(1)), true, true, 512);
     let mut image = block_on(Image::open_for_writing(&disk, || Uuid::from_u128(1))).expect("a new image");
     let count = SessionMemory::words_for(image.map.geometry());
-    let words: Arc<Vec<AtomicU64>> = Arc::new((0..count).map(|_| AtomicU64::new(0)).collect());
+    let words: &[AtomicU64] = (0..count).map(|_| AtomicU64::new(0)).collect::<Vec<_>>().leak();
     let owner = image.owner(place(1));
-    let memory = SessionMemory::shared(words.clone(), Arc::new(|_| Ok(())), Arc::new(Some));
+    let memory =
+        SessionMemory::shared(SharedWords::of(words, Arc::new(())), Arc::new(|_| Ok(())), Arc::new(Some));
     image.start_session(memory.clone(), &owner).expect("there is room");
     memory.check(&owner, image.header.header.file_write_guid).expect("it is whole");
     words[number].store(change(words[number].load(Ordering::Relaxed)), Ordering::Relaxed);

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 use fastrand::Rng;
 use uuid::Uuid;
 use vhdx_ublk::format::bat::Geometry;
-use vhdx_ublk::image::{Image, Place, SessionMemory, WritableImage};
+use vhdx_ublk::image::{Image, Place, SessionMemory, SharedWords, WritableImage};
 
 use super::corpus;
 use super::target::{Case, Outcome, Target};
@@ -57,7 +57,7 @@ fn memory(count: usize, bytes: &[u8]) -> SessionMemory {
         word.store(given.next().unwrap_or(0), Ordering::Relaxed);
     }
     SessionMemory::shared(
-        Arc::new(words),
+        SharedWords::of(words, Arc::new(())),
         Arc::new(move |range| {
             assert!(range.end <= count, "room for {range:?} of {count} words");
             Ok(())
