@@ -20,9 +20,12 @@ const MOST: usize = 3;
 /// Batches of a life, at most.
 const MOST_BATCHES: usize = 20;
 
+/// How many moves were made, and by how many bytes the file has become shorter.
+type Ended = Outcome<(usize, u64)>;
+
 /// A batch that is under way, and how many images were judged before it.
 pub(super) struct Batch {
-    outcome: Rc<RefCell<Option<Outcome<(usize, u64)>>>>,
+    outcome: Rc<RefCell<Option<Ended>>>,
     planned: usize,
     judged: u64,
 }
