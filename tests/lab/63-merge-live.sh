@@ -207,24 +207,3 @@ test_merge_live_answers_others() {
     ublk del "$device"
     ublk check 0.vhdx >/dev/null || fail "$(ublk check 0.vhdx)"
 }
-
-# The script brings a copy up to date by what has changed, again and again, and the chain keeps its length.
-test_merge_live_backup_script() {
-    local device writer number
-    ublk create 0.vhdx --size 1G --block-size 1M
-    device=$(ublk add 0.vhdx --queues 2)
-    begin_writer "$device"
-    for number in $(seq 4); do
-        sleep 0.5
-        "$tests/../../tools/backup" --verify "$device" copy.raw >said 2>&1 || fail "round $number: $(cat said)"
-        [ "$(chain_length)" -eq 2 ] || fail "round $number: the chain has $(chain_length) images"
-    done
-    end_writer
-    # A run that ends before its copy is complete is run again.
-    blkdiscard -z -o $((100 << 20)) -l 4M "$device"
-    ublk snapshot "$device" extra.vhdx >/dev/null
-    "$tests/../../tools/backup" --keep 2 "$device" copy.raw >said 2>&1 || fail "$(cat said)"
-    [ "$(chain_length)" -eq 3 ] || fail "the chain has $(chain_length) images"
-    cmp "$device" copy.raw || fail "the copy is another disk"
-    ublk del "$device"
-}

@@ -96,6 +96,7 @@ test_guide_backup() {
         sed "/snapshot --freeze monday.vhdx/i dd if=/dev/urandom of=$device bs=1M seek=900 count=3 oflag=direct" |
         follow backup -
     ublk compare restored.vhdx backup/disk.raw
+    ublk del "$device"
     grep -q 'seek=[1-9]' backup.log || fail "nothing was copied by increments: the test shows nothing"
 }
 
