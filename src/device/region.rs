@@ -107,9 +107,9 @@ pub(super) fn shared_words(file: &File, count: usize) -> io::Result<SharedWords>
     region.leave_out_of_cores()?;
     #[expect(clippy::cast_ptr_alignment, reason = "a mapping starts on a page border")]
     let words = region.base.as_ptr().cast::<AtomicU64>();
-    // SAFETY: mapped with room for as many words, aligned, and any bits are a valid word. Other processes that
-    // map the file use atomic words too. The mapping goes with the region, and that with what is returned,
-    // which lends the words for no longer.
+    // SAFETY: mapped with room for as many words, aligned, and any bits are a valid word. Other processes
+    // that map the file use atomic words too. The mapping goes with the region, and that with what is
+    // returned, which lends the words for no longer.
     let words = unsafe { std::slice::from_raw_parts(words, count) };
     Ok(SharedWords::of(words, Arc::new(Mapped(region))))
 }

@@ -161,7 +161,7 @@ const WITH_DEVICES: [&str; 16] = [
 ];
 
 /// Options with which other commands need them, too.
-const NEED_DEVICES: [&str; 2] = [" --trim", " --grow-fs"];
+const NEED_DEVICES: [&str; 3] = [" --trim", " --grow-fs", " /dev/ublkb0"];
 
 /// What examples name, and what the test has in its place.
 const STAND_INS: [(&str, &str); 7] = [

@@ -49,7 +49,7 @@ pub(in crate::device) enum Report {
     Ready,
     /// No requests are left, and none will come.
     Drained,
-    /// The next process has its requests, and nothing of the image is held any more.
+    /// The next process has its requests, and it holds nothing of the image.
     Left,
     /// It could not begin; nothing of it is left.
     Unready(Error),
@@ -202,8 +202,8 @@ impl Server {
         Ok(if self.calls.quiesced.load(Ordering::Acquire) { End::HandedOver } else { End::Closed })
     }
 
-    /// Until the image is complete for the next process. Requests of other queues may need the engine, which needs
-    /// the answers of all fronts.
+    /// Until the image is complete for the next process. Requests of other queues may need the engine, which
+    /// needs the answers of all fronts.
     fn answer_engine(&mut self) -> Result<End> {
         while !self.calls.over.load(Ordering::Acquire) {
             self.ring.wait()?;
