@@ -2,7 +2,7 @@
 //!
 //! A frozen file system has everything on the disk, and whoever writes to it waits. None may stay frozen,
 //! whatever becomes of the command: so another process freezes and thaws, in a session of its own, and thaws
-//! as soon as the pipe from the command is closed, which a kill closes, too; and after [`HOLD_PATIENCE`] in
+//! as soon as the pipe from the command is closed, which a kill closes, too; and after `HOLD_PATIENCE` in
 //! any case. While something is frozen neither of the two writes to anything but their pipes: what the
 //! command prints may go to a file on the device.
 

@@ -52,7 +52,9 @@ struct File {
 impl Folder {
     pub fn of(stores: &BTreeMap<PathBuf, Store>) -> Self {
         let folder = Self::default();
-        stores.iter().for_each(|(path, store)| folder.add(path, store.clone()));
+        for (path, store) in stores {
+            folder.add(path, store.clone());
+        }
         folder
     }
 
@@ -475,13 +477,15 @@ impl ServedChain {
         match request.op {
             Op::Write { .. } => {
                 value = self.fates.new_value();
-                let mut buffer = vec![0; request.length as usize];
+                let mut buffer = vec![0; buffer_bytes(request.length)];
                 for (sector, bytes) in sectors.clone().zip(buffer.chunks_mut(512)) {
                     bytes[..8].copy_from_slice(&(value | sector).to_le_bytes());
                 }
                 self.hosts[index].buffers[usize::from(tag)] = buffer;
             }
-            Op::Read => self.hosts[index].buffers[usize::from(tag)] = vec![0xee; request.length as usize],
+            Op::Read => {
+                self.hosts[index].buffers[usize::from(tag)] = vec![0xee; buffer_bytes(request.length)];
+            }
             _ => {}
         }
         match request.op {
@@ -571,7 +575,9 @@ impl ServedChain {
         for disk in self.folder.disks() {
             let mut abandoned = disk.abandon();
             self.rng.shuffle(&mut abandoned);
-            abandoned.into_iter().for_each(|op| disk.land(op, &mut self.rng));
+            for op in abandoned {
+                disk.land(op, &mut self.rng);
+            }
         }
         self.folder.0.borrow_mut().retain(|_, file| !file.removed);
         let disk = self.folder.disk(&self.entry[0]);
@@ -737,6 +743,10 @@ impl Host {
 /// What a chain that was made holds.
 pub fn fates_of(chain: &Chain) -> Fates {
     Fates::of(chain.disk())
+}
+
+fn buffer_bytes(length: u64) -> usize {
+    length.try_into().expect("a request has a few MiB")
 }
 
 fn new_inbox(fronts: usize) -> Rc<Inbox> {
