@@ -58,6 +58,14 @@ impl ProcessId {
         }
     }
 
+    /// Whether it has ended with all of its threads. One that ends later than the first keeps the files of the
+    /// process open until then.
+    pub fn has_left(&self) -> bool {
+        let threads = || fs::read_dir(format!("/proc/{}/task", self.pid)).map_or(0, Iterator::count);
+        self.life() == Life::Ended
+            && (threads() <= 1 || read(self.pid).is_none_or(|(_, start)| start != self.start_time))
+    }
+
     /// Whether it can be seen to run, or to be stopped.
     pub fn is_alive(&self) -> bool {
         matches!(self.life(), Life::Runs | Life::Stopped)
@@ -103,8 +111,9 @@ mod tests {
     #[test]
     fn this_process_is_alive_and_a_later_one_of_its_number_would_not_be_it() {
         let this = ProcessId::this().expect("/proc");
-        assert_eq!(this.life(), Life::Runs);
-        assert_eq!(ProcessId { start_time: this.start_time + 1, ..this }.life(), Life::Ended);
+        assert_eq!((this.life(), this.has_left()), (Life::Runs, false));
+        let later = ProcessId { start_time: this.start_time + 1, ..this };
+        assert_eq!((later.life(), later.has_left()), (Life::Ended, true));
     }
 
     #[test]

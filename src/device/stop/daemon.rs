@@ -28,7 +28,7 @@ pub(super) fn end_daemon(
     }
     let is_over = || -> Result<bool> {
         Ok(match entry.daemon.life() {
-            Life::Ended => true,
+            Life::Ended => entry.daemon.has_left(),
             // Removing its entry is the last thing that it does.
             Life::Hidden => registry.entry(entry.id)?.is_none_or(|last| last.mark != entry.mark),
             Life::Runs | Life::Stopped => false,
