@@ -52,7 +52,7 @@ fn test_for(planted: Plant) -> Option<fn()> {
         Plant::NoExtension => a_length_that_the_log_asks_for_is_restored,
         Plant::LongEntry => others_can_read_every_entry,
         Plant::ReplayBeforeTail => entries_before_the_tail_are_not_replayed,
-        Plant::SkipMoveSync | Plant::ReuseMovedEarly | Plant::MoveBareBitmap => compact::moves_survive_cuts,
+        Plant::SkipMoveSync | Plant::MoveBareBitmap => compact::moves_survive_cuts,
         Plant::KeepOldEnd | Plant::KeepOldSlots | Plant::ShowParentsEnd => {
             resize::what_comes_into_a_disk_is_zero
         }
@@ -139,7 +139,9 @@ fn catch_for_move(planted: Plant) -> Catch {
     match planted {
         Plant::KeepMove => Catch::Assertion("moving-killed", "moves once at a time"),
         Plant::EarlyCut => Catch::Scenario("moving"),
-        Plant::IgnoreMove | Plant::EarlyCopy | Plant::ForgetReaders => Catch::Scenario("moving-slowly"),
+        Plant::IgnoreMove | Plant::EarlyCopy | Plant::ForgetReaders | Plant::ReuseMovedEarly => {
+            Catch::Scenario("moving-slowly")
+        }
         other => unreachable!("{other:?} is caught by a test"),
     }
 }
