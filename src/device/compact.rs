@@ -65,7 +65,7 @@ impl<'a> Compactor<'a> {
 
     /// Begins what is ordered; the caller gets the outcome when it has ended.
     pub(super) fn start(&self, order: CompactOrder, served: &ServedImage) {
-        let CompactOrder { max_rate, requests, running, reply } = order;
+        let CompactOrder { max_rate, requests, running, reply, .. } = order;
         let (job, ended) = (running.job.clone(), Promise::default());
         let work = Work {
             engine: served.engine.clone(),

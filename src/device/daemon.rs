@@ -550,7 +550,8 @@ impl<E: EngineHandle> Device<E> {
             change_entry(&Registry::open()?, &entry, &mut room, |entry| entry.merging = merging)
         });
         let switch = Some(self.switch());
-        self.engine().merge(MergeOrder { layer, unfinished, switch, note, running, reply, ended });
+        let device = self.info.id;
+        self.engine().merge(MergeOrder { device, layer, unfinished, switch, note, running, reply, ended });
     }
 
     /// Why a device does something else only when the merge has ended.
@@ -576,7 +577,13 @@ impl<E: EngineHandle> Device<E> {
             Ok(running) => {
                 let sources = self.sources.clone();
                 let requests = Box::new(move || sources.requests());
-                self.engine().compact(CompactOrder { max_rate, requests, running, reply });
+                self.engine().compact(CompactOrder {
+                    device: self.info.id,
+                    max_rate,
+                    requests,
+                    running,
+                    reply,
+                });
             }
             Err(error) => reply.send(Err(error)),
         }

@@ -175,16 +175,13 @@ impl EngineHandle for NoEngine {
     }
 
     fn merge(&self, order: MergeOrder) {
-        let message = "the device is read-only, and so are the layers of its chain";
-        let error = Error::new(Kind::Unsupported, message);
+        let error = self.refusal(order.device, "so are the layers of its chain");
         order.end(Err(error.remedy("remove the device (`vhdx-ublk del`), then merge its layers")));
     }
 
     fn compact(&self, order: CompactOrder) {
-        let message = "the device is read-only: nothing is written to its image";
-        let error = Error::new(Kind::Unsupported, message)
-            .remedy("remove the device (`vhdx-ublk del`), then compact its image");
-        order.reply.send(Err(error));
+        let error = self.refusal(order.device, "nothing is written to its image");
+        order.reply.send(Err(error.remedy("remove the device (`vhdx-ublk del`), then compact its image")));
     }
 
     fn snapshot(&self, order: SnapshotOrder) {

@@ -98,6 +98,8 @@ pub struct HandedOver {
 
 /// A merge as the engine's thread begins it.
 pub struct MergeOrder {
+    /// The number of the device.
+    pub(super) device: u32,
     /// The file of the layer.
     pub(super) layer: HostFile,
     /// A merge that was cut before, if the entry has one.
@@ -173,6 +175,8 @@ pub struct GrowOrder {
 
 /// A compaction as the engine carries it out.
 pub struct CompactOrder {
+    /// The number of the device.
+    pub(super) device: u32,
     /// The most bytes that are copied in a second, if the caller has a limit.
     pub(super) max_rate: Option<u64>,
     /// The requests that the guest has made so far.
