@@ -55,7 +55,8 @@ test_guide_shrink() {
     before=$(stat -c %s ext4.vhdx)
     # The page's part about a disk in use has one.
     commands_of shrink |
-        sed -e '/compact .dev.ublkb0/i vhdx-ublk add ext4.vhdx' -e '/compact .dev.ublkb0/a vhdx-ublk del /dev/ublkb0' |
+        sed -e '/compact .dev.ublkb0/i vhdx-ublk add ext4.vhdx; mount /dev/ublkb0 /mnt' \
+            -e '/compact .dev.ublkb0/a umount /mnt; vhdx-ublk del /dev/ublkb0' |
         follow shrink -
     [ "$(stat -c %s ext4.vhdx)" -lt "$before" ] || fail "the file is not smaller"
     ublk info --json ext4.vhdx | tr -d ' \n' | grep -q '"virtual_size":1073741824,' && fail "the disk is not smaller"
