@@ -58,8 +58,8 @@ impl ProcessId {
         }
     }
 
-    /// Whether it has ended with all of its threads. One that ends later than the first keeps the files of the
-    /// process open until then.
+    /// Whether it has ended with all of its threads. One that ends later than the first keeps the files of
+    /// the process open until then.
     pub fn has_left(&self) -> bool {
         let threads = || fs::read_dir(format!("/proc/{}/task", self.pid)).map_or(0, Iterator::count);
         self.life() == Life::Ended
