@@ -102,7 +102,7 @@ impl LiveMerge {
         served.has_taken_over();
         let adopt = |child: &PathBuf| Link::Adopt { child: child.clone(), target: target.clone(), guids };
         let before_link = planted(Plant::LayerBeforeLink);
-        let before_drop = matches!(child, Child::Layer(_)) && planted(Plant::LayerBeforeFronts);
+        let before_drop = planted(Plant::LayerBeforeFronts);
         if before_link {
             files.remove(layer).await?;
         }
