@@ -73,7 +73,8 @@ impl<'a> Compactor<'a> {
             ring: self.reactor.ring().clone(),
             job: job.clone(),
             requests,
-            max_rate: max_rate.unwrap_or(RATE),
+            // Whoever writes the line to the socket may write zero.
+            max_rate: max_rate.unwrap_or(RATE).max(1),
         };
         self.current.replace(Some((job, ended.clone())));
         self.reactor.spawn(end(work, running, reply, ended)).detach();

@@ -181,8 +181,6 @@ struct Device<E> {
     growing: usize,
     /// What is done on the image beside serving it.
     jobs: Jobs,
-    /// A layer is being merged.
-    merging: bool,
 }
 
 impl<E: EngineHandle> Device<E> {
@@ -286,7 +284,6 @@ impl<E: EngineHandle> Device<E> {
             leaving: Arc::default(),
             growing: 0,
             jobs: Jobs::default(),
-            merging: false,
         }
     }
 
@@ -395,7 +392,7 @@ impl<E: EngineHandle> Device<E> {
     /// Does what a caller requests, or has it done. Whether the device is handed over then.
     fn answer(&mut self, call: Call) -> bool {
         match call {
-            Call::Snapshot { reply, .. } if self.merging => reply.send(Err(self.is_merging())),
+            Call::Snapshot { reply, .. } if self.jobs.is_merging() => reply.send(Err(self.is_merging())),
             Call::Snapshot { image, reply } => self.snapshot(image, reply),
             Call::Grow { sizes, reply } => self.grow(sizes, reply),
             Call::Compact { max_rate, job, reply } => self.compact(max_rate, job, reply),
@@ -404,12 +401,8 @@ impl<E: EngineHandle> Device<E> {
                 reply.send(outcome.and_then(|grown| self.tell_size(grown)));
             }
             Call::Merge { layer, job, reply } => self.merge(layer, job, reply),
-            Call::HasMerged { outcome, reply } => {
-                self.merging = false;
-                reply.send(outcome);
-            }
             Call::HandOver { reply, .. } if self.growing > 0 => reply.send(Err(self.is_growing())),
-            Call::HandOver { reply, .. } if self.merging => reply.send(Err(self.is_merging())),
+            Call::HandOver { reply, .. } if self.jobs.is_merging() => reply.send(Err(self.is_merging())),
             Call::HandOver { image_file, successor, reply } => {
                 return self.hand_over(image_file, successor, reply);
             }
@@ -536,22 +529,20 @@ impl<E: EngineHandle> Device<E> {
     }
 
     /// Has the engine's thread merge a layer; the outcome is a call.
-    fn merge(&mut self, layer: HostFile, job: Arc<Job>, reply: Reply<Merged>) {
+    fn merge(&self, layer: HostFile, job: Arc<Job>, reply: Reply<Merged>) {
         let running = match self.jobs.begin(job) {
             Ok(running) => running,
             Err(error) => return reply.send(Err(error)),
         };
-        self.merging = true;
-        let (call, entry) = (self.supervisor.caller(), self.entry.clone());
+        let entry = self.entry.clone();
         let unfinished = entry.lock().unwrap_or_else(PoisonError::into_inner).merging.clone();
-        let ended = Box::new(move |outcome, reply| call(Call::HasMerged { outcome, reply }));
         let note = Box::new(move |merging| {
             let mut room = Reserved::default();
             change_entry(&Registry::open()?, &entry, &mut room, |entry| entry.merging = merging)
         });
         let switch = Some(self.switch());
         let device = self.info.id;
-        self.engine().merge(MergeOrder { device, layer, unfinished, switch, note, running, reply, ended });
+        self.engine().merge(MergeOrder { device, layer, unfinished, switch, note, running, reply });
     }
 
     /// Why a device does something else only when the merge has ended.

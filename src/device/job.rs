@@ -139,6 +139,11 @@ impl Jobs {
         self.place().as_ref().map(|job| job.progress())
     }
 
+    /// Whether it merges a layer of its chain.
+    pub fn is_merging(&self) -> bool {
+        self.progress().is_some_and(|progress| progress.job == JobKind::Merge)
+    }
+
     fn place(&self) -> MutexGuard<'_, Option<Arc<Job>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -110,14 +110,13 @@ pub struct MergeOrder {
     pub(super) note: Box<dyn Fn(Option<MergeUnderWay>) -> Result<()> + Send>,
     pub(super) running: Running,
     pub(super) reply: Reply<Merged>,
-    /// Gets the outcome, and the reply that it is for.
-    pub(super) ended: Box<dyn FnOnce(Result<Merged>, Reply<Merged>) + Send>,
 }
 
 impl MergeOrder {
     pub(super) fn end(self, outcome: Result<Merged>) {
+        // Who gets the answer may begin the next job.
         drop(self.running);
-        (self.ended)(outcome, self.reply);
+        self.reply.send(outcome);
     }
 }
 
@@ -140,8 +139,6 @@ pub(super) enum Call {
         job: Arc<Job>,
         reply: Reply<Merged>,
     },
-    /// That has ended.
-    HasMerged { outcome: Result<Merged>, reply: Reply<Merged> },
     /// That the file of the image becomes shorter.
     Compact { max_rate: Option<u64>, job: Arc<Job>, reply: Reply<Shortened> },
     /// That this daemon ends, and leaves its device to the caller.

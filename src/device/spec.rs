@@ -68,7 +68,7 @@ pub trait EngineHandle {
     /// Makes the disk larger, and gives the outcome to the order's end.
     fn grow(&self, order: GrowOrder);
 
-    /// Merges a layer of the chain into its parent, and gives the outcome to the order's end.
+    /// Merges a layer of the chain into its parent, and answers through the order's reply.
     fn merge(&self, order: MergeOrder);
 
     /// Makes the file of the image shorter, and answers through the order's reply.
