@@ -5,7 +5,7 @@
 //! (the image is clean now) → queues over → device deleted → entry removed.
 //!
 //! A third way is a handover: requests wait in the kernel, those that are served are completed, and the
-//! process ends as if it had been killed. See [`upgrade`](super::upgrade).
+//! process ends as if it had been killed. See [`upgrade`](crate::device::upgrade).
 //!
 //! Invariants:
 //!
@@ -16,44 +16,39 @@
 //! * signals that request something are blocked in every thread and taken by one, so that no call is
 //!   interrupted.
 
+mod calls;
+mod leaving;
+
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use super::confine::{self, Role};
-use super::control::{self, Control, DeviceInfo, NewDevice};
-use super::ending::{Ending, INSISTENCE, Step};
-use super::features;
-use super::handover::{self, QUIESCE_PATIENCE, SETTLE_PATIENCE, Way};
-use super::image_name;
-use super::job::{Job, Jobs};
-use super::launch;
-use super::leaf_handover::LeafHandover;
-use super::links::{self, Names};
-use super::log_file;
-use super::mailbox::{EngineEnds, FrontEnds, mailboxes};
-use super::node::{Node, await_node};
-use super::options::{Options, Recovery, ZeroCopy};
-use super::order::{
-    Call, CompactOrder, GrowOrder, Grown, HandedOver, MergeOrder, Merged, NewLeaf, Shortened, Sizes, Snapped,
-    SnapshotOrder, Switch,
-};
-use super::private_mounts;
-use super::queue::{BufferIndex, QueueSetup, RingSetup, Transfer};
-use super::registry::{self, ENTRY_FORMAT, Entry, MergeUnderWay, ProcessId, Registry, Reserved};
-use super::reply::Reply;
-use super::service_manager::ServiceManager;
-use super::socket::{self, Report, Status};
-use super::spec::{DeviceSpec, EngineHandle, Ready};
-use super::stats::Sources;
-use super::supervisor::{Demand, Supervisor};
-use super::sys;
-use super::sysfs::disk_size;
-use super::usage;
-use super::warnings;
-use crate::disk::HostFile;
+use crate::device::confine::{self, Role};
+use crate::device::control::{self, Control, DeviceInfo, NewDevice};
+use crate::device::ending::{Ending, INSISTENCE, Step};
+use crate::device::features;
+use crate::device::handover;
+use crate::device::job::Jobs;
+use crate::device::launch;
+use crate::device::leaf_handover::LeafHandover;
+use crate::device::links::{self, Names};
+use crate::device::log_file;
+use crate::device::mailbox::{EngineEnds, FrontEnds, mailboxes};
+use crate::device::node::{Node, await_node};
+use crate::device::options::{Options, Recovery, ZeroCopy};
+use crate::device::private_mounts;
+use crate::device::queue::{BufferIndex, QueueSetup, RingSetup, Transfer};
+use crate::device::registry::{self, ENTRY_FORMAT, Entry, MergeUnderWay, ProcessId, Registry, Reserved};
+use crate::device::service_manager::ServiceManager;
+use crate::device::socket::{self, Report, Status};
+use crate::device::spec::{DeviceSpec, EngineHandle, Ready};
+use crate::device::stats::Sources;
+use crate::device::supervisor::{Demand, Supervisor};
+use crate::device::sys;
+use crate::device::usage;
+use crate::device::warnings;
 use crate::engine::front::Front;
 use crate::engine::shared::{Session, Shared};
 use crate::error::{Error, Kind, Result};
@@ -389,27 +384,6 @@ impl<E: EngineHandle> Device<E> {
         }
     }
 
-    /// Does what a caller requests, or has it done. Whether the device is handed over then.
-    fn answer(&mut self, call: Call) -> bool {
-        match call {
-            Call::Snapshot { reply, .. } if self.jobs.is_merging() => reply.send(Err(self.is_merging())),
-            Call::Snapshot { image, reply } => self.snapshot(image, reply),
-            Call::Grow { sizes, reply } => self.grow(sizes, reply),
-            Call::Compact { max_rate, job, reply } => self.compact(max_rate, job, reply),
-            Call::HasGrown { outcome, reply } => {
-                self.growing -= 1;
-                reply.send(outcome.and_then(|grown| self.tell_size(grown)));
-            }
-            Call::Merge { layer, job, reply } => self.merge(layer, job, reply),
-            Call::HandOver { reply, .. } if self.growing > 0 => reply.send(Err(self.is_growing())),
-            Call::HandOver { reply, .. } if self.jobs.is_merging() => reply.send(Err(self.is_merging())),
-            Call::HandOver { image_file, successor, reply } => {
-                return self.hand_over(image_file, successor, reply);
-            }
-        }
-        false
-    }
-
     /// Has the service manager wait, if one stops this daemon.
     fn ask_for_time(&self, time: Duration) {
         if let Some(manager) = &self.manager
@@ -429,202 +403,8 @@ impl<E: EngineHandle> Device<E> {
         );
     }
 
-    /// Ends serving for the caller, which takes the device over. `false`: that was refused, and the device is
-    /// served as before.
-    fn hand_over(&mut self, image_file: HostFile, successor: u32, reply: Reply<HandedOver>) -> bool {
-        let left = || Error::new(Kind::Io, "the caller has stopped waiting");
-        handover::note("asked for");
-        let agreed = self.agree(image_file);
-        handover::note("agreed");
-        // Whoever asks after the caller's death must not learn later that the device is handed over.
-        self.leaving.store(true, Ordering::Release);
-        let agreed = agreed.and_then(|way| if reply.claim() { self.pause(way) } else { Err(left()) });
-        match agreed {
-            Ok(handed_over) => {
-                handover::note("requests wait");
-                tracing::info!("ending: another process serves the device from now on");
-                reply.send(Ok(handed_over));
-                self.announce_to_manager(successor);
-                // What is not completed or not synced now is the successor's, as after a kill. If a sync
-                // fails, it refuses the session.
-                let is_quiescable = self.is_quiescable();
-                let engine = self.engine.as_ref().expect("a device that is up has an engine");
-                if is_quiescable
-                    && let Err(error) = self.supervisor.hand_over(|| engine.settle(false, SETTLE_PATIENCE))
-                {
-                    tracing::warn!("{error:#}");
-                }
-                handover::note("the process ends");
-                true
-            }
-            Err(error) => {
-                self.leaving.store(false, Ordering::Release);
-                tracing::warn!("the device is not handed over: {error:#}");
-                reply.send(Err(error));
-                false
-            }
-        }
-    }
-
-    /// Has the service manager, if there is one, watch the process `pid`.
-    fn announce_to_manager(&self, pid: u32) {
-        if let Some(manager) = &self.manager
-            && let Err(error) = manager.announce(pid)
-        {
-            tracing::warn!("the service manager does not learn of process {pid}: {error}");
-        }
-    }
-
-    /// Whether another process may take the device over, and how. Leaves little to be committed.
-    fn agree(&self, image_file: HostFile) -> Result<Way> {
-        let entry = || self.entry.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let way = handover::way(entry().recovery, self.is_quiescable())?;
-        // Snapshots that were requested before are taken first, and change the entry.
-        self.engine().settle(false, SETTLE_PATIENCE)?;
-        if entry().image_file != image_file {
-            let message = format!("{} serves another image by now", self.path().display());
-            return Err(Error::new(Kind::InUse, message).remedy("run the command again"));
-        }
-        Ok(way)
-    }
-
-    /// Has requests wait for the next server.
-    fn pause(&self, way: Way) -> Result<HandedOver> {
-        let handed_over = HandedOver { paused_at_us: handover::now_us()? };
-        match way {
-            Way::Quiesce => self.control.quiesce(self.info.id, QUIESCE_PATIENCE)?,
-            Way::Hold => self.engine().settle(true, SETTLE_PATIENCE)?,
-        }
-        Ok(handed_over)
-    }
-
-    fn is_quiescable(&self) -> bool {
-        self.info.flags & control::QUIESCE_FEATURE != 0
-    }
-
     fn engine(&self) -> &E {
         self.engine.as_ref().expect("a device that is up has an engine")
-    }
-
-    fn snapshot(&self, image: PathBuf, reply: Reply<Snapped>) {
-        let switch = self.switch();
-        self.engine().snapshot(SnapshotOrder { image, device: self.info.id, switch, reply });
-    }
-
-    /// Makes the entry name another chain.
-    fn switch(&self) -> Switch {
-        let entry = self.entry.clone();
-        Box::new(move |leaf: NewLeaf| {
-            let image = leaf.image.clone();
-            change_entry(&Registry::open()?, &entry, &mut Reserved::default(), |entry| {
-                entry.image = leaf.image;
-                entry.image_file = leaf.image_file;
-                entry.parent_files = leaf.parent_files;
-                entry.parents = leaf.parents;
-                entry.file_write_guid = leaf.file_write_guid;
-            })?;
-            image_name::set(&image);
-            Ok(())
-        })
-    }
-
-    /// Has the engine's thread merge a layer; the outcome is a call.
-    fn merge(&self, layer: HostFile, job: Arc<Job>, reply: Reply<Merged>) {
-        let running = match self.jobs.begin(job) {
-            Ok(running) => running,
-            Err(error) => return reply.send(Err(error)),
-        };
-        let entry = self.entry.clone();
-        let unfinished = entry.lock().unwrap_or_else(PoisonError::into_inner).merging.clone();
-        let note = Box::new(move |merging| {
-            let mut room = Reserved::default();
-            change_entry(&Registry::open()?, &entry, &mut room, |entry| entry.merging = merging)
-        });
-        let switch = Some(self.switch());
-        let device = self.info.id;
-        self.engine().merge(MergeOrder { device, layer, unfinished, switch, note, running, reply });
-    }
-
-    /// Why a device does something else only when the merge has ended.
-    fn is_merging(&self) -> Error {
-        let message = format!("a layer of the chain of {} is being merged", self.path().display());
-        Error::new(Kind::InUse, message)
-            .remedy("run the command again when that has ended; Ctrl-C ends `vhdx-ublk merge` early")
-    }
-
-    /// Has the engine make the disk larger; the outcome is a call.
-    fn grow(&mut self, sizes: Sizes, reply: Reply<Grown>) {
-        if !self.control.can_update_size() {
-            return reply.send(Err(self.keeps_its_size(sizes)));
-        }
-        self.growing += 1;
-        let call = self.supervisor.caller();
-        let ended = Box::new(move |outcome, reply| call(Call::HasGrown { outcome, reply }));
-        self.engine().grow(GrowOrder { device: self.info.id, sizes, reply, ended });
-    }
-
-    fn compact(&self, max_rate: Option<u64>, job: Arc<Job>, reply: Reply<Shortened>) {
-        match self.jobs.begin(job) {
-            Ok(running) => {
-                let sources = self.sources.clone();
-                let requests = Box::new(move || sources.requests());
-                self.engine().compact(CompactOrder {
-                    device: self.info.id,
-                    max_rate,
-                    requests,
-                    running,
-                    reply,
-                });
-            }
-            Err(error) => reply.send(Err(error)),
-        }
-    }
-
-    fn keeps_its_size(&self, sizes: Sizes) -> Error {
-        let (device, image) = (self.path(), self.ready().image);
-        let (device, image, size) = (device.display(), shell(&image), sizes.to_bytes);
-        let message = format!("this kernel cannot change the size of {device} (Linux 6.16 or newer can)");
-        Error::new(Kind::Unsupported, message).remedy(format!(
-            "remove the device first: `vhdx-ublk del {device}`, then `vhdx-ublk resize {image} --size {size}`"
-        ))
-    }
-
-    /// The disk is larger, durably, and the queues serve all of it: now its users may know. The entry is
-    /// first: if the kernel refuses, the same size again comes here again. This daemon stops the device only
-    /// when it handles no more calls.
-    fn tell_size(&self, grown: Grown) -> Result<Grown> {
-        let size_bytes = grown.size_bytes;
-        let told = self
-            .record(|entry| entry.size_bytes = size_bytes)
-            .and_then(|()| self.control.update_size(self.info.id, size_bytes));
-        told.map(|()| grown).map_err(|error| {
-            let message = format!("the image is larger, and {} is not: {error}", self.path().display());
-            Error::new(error.kind(), message).remedy(self.told_again_by(size_bytes))
-        })
-    }
-
-    /// The command that gives the kernel the size again. A relative size would make the disk larger again.
-    fn told_again_by(&self, size_bytes: u64) -> String {
-        format!("run `vhdx-ublk resize {} --size {size_bytes}`", self.path().display())
-    }
-
-    /// Gives the kernel the size of a disk that has grown when its daemon was killed. A failure is a warning.
-    fn catch_up_with(&self, size_bytes: u64) {
-        if disk_size(self.info.id).is_none_or(|known| known < size_bytes) && self.control.can_update_size() {
-            match self.control.update_size(self.info.id, size_bytes) {
-                Ok(()) => tracing::info!("{} has {size_bytes} bytes now", self.path().display()),
-                Err(error) => {
-                    let remedy = self.told_again_by(size_bytes);
-                    tracing::warn!("the kernel does not know the disk's new size: {error:#}; {remedy}");
-                }
-            }
-        }
-    }
-
-    /// Why a device is not handed over whose disk is growing.
-    fn is_growing(&self) -> Error {
-        let message = format!("the disk of {} is being made larger", self.path().display());
-        Error::new(Kind::InUse, message).remedy("run the command again when that has ended")
     }
 
     fn say_what_is_continued(&self) {
