@@ -13,6 +13,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use fastrand::Rng;
+use nix::errno::Errno;
 use uuid::Uuid;
 use vhdx_ublk::chain::ReadLayer;
 use vhdx_ublk::engine::front::{Front, Op, Request};
@@ -341,6 +342,8 @@ pub struct World {
     /// What outlives the daemon.
     memory: SessionMemory,
     deaths: u64,
+    /// The last one has no successor.
+    stays_dead: bool,
     /// How many fronts hold, while they are asked to.
     held: Option<usize>,
     snapshots: usize,
@@ -449,6 +452,7 @@ impl World {
             marks: Marks::default(),
             memory,
             deaths: 0,
+            stays_dead: false,
             held: None,
             snapshots: 0,
             batch: None,
@@ -695,6 +699,9 @@ impl World {
         self.config.requests = 0;
         self.drain();
         loop {
+            if self.stays_dead {
+                return Err(Errno::EIO);
+            }
             let (engine, deaths) = (self.engine.clone(), self.deaths);
             let closed = self.tasks.start(async move { engine.close().await });
             self.drain();
