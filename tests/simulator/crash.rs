@@ -178,7 +178,7 @@ fn one_seed_gives_one_trace() {
     }
 }
 
-fn number(name: &str) -> Option<u64> {
+pub fn number(name: &str) -> Option<u64> {
     let text = std::env::var(name).ok()?;
     Some(text.parse().unwrap_or_else(|_| panic!("{name}={text} is no number")))
 }
@@ -211,7 +211,10 @@ fn the_long_run() {
     let images = number("VHDX_IMAGES").map(|images| images.saturating_sub(before));
     let minutes = number("VHDX_MINUTES").map(|minutes| Duration::from_secs(60 * minutes));
     let seed = number("VHDX_SEED").unwrap_or(1_000_000);
-    let scenarios = scenarios().into_iter().map(Scenario::lengthened).collect();
+    let part = std::env::var("VHDX_SCENARIO").unwrap_or_default();
+    let wanted = scenarios().into_iter().filter(|scenario| scenario.name.contains(&part));
+    let scenarios: Vec<Scenario> = wanted.map(Scenario::lengthened).collect();
+    assert!(!scenarios.is_empty(), "no scenario has {part} in its name");
     let campaign = Campaign { scenarios, effort: effort(), seed, images, at_most: minutes, done };
     let report = campaign.run(|ledger| {
         let (distinct, rate) = (before + ledger.total.distinct, ledger.total.speed());

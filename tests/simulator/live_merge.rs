@@ -2,8 +2,11 @@
 //! lost or torn: not for the guest, not when the daemon is killed at any step and another one takes over, and
 //! not when the power is cut at any step. What was interrupted is done again, and the chain gets shorter.
 
+use std::time::Instant;
+
 use fastrand::Rng;
 
+use crate::crash::number;
 use crate::sim::layers::{Chain, MIB, Shape, examined, open_chain, opened, shape};
 use crate::sim::marks::Marks;
 use crate::sim::served_chain::{Folder, Rates, ServedChain, fates_of};
@@ -98,6 +101,25 @@ fn a_live_merge_survives_kills_and_power_cuts() {
     ] {
         assert!(marks.count(what) > 20, "{what}: {}", marks.count(what));
     }
+}
+
+/// The long run of merges, as `tools/crash` asks for it.
+#[test]
+#[ignore = "takes hours: tools/crash runs it"]
+fn the_long_run() {
+    let images = number("VHDX_IMAGES").unwrap_or(IMAGES);
+    let (begun, minutes) = (Instant::now(), number("VHDX_MINUTES").unwrap_or(u64::MAX / 60));
+    let (mut marks, mut seed) = (Marks::default(), number("VHDX_SEED").unwrap_or(1_000_000));
+    while marks.count("images in a merge") < images && begun.elapsed().as_secs() < 60 * minutes {
+        let death = if seed.is_multiple_of(2) { 0 } else { 1500 };
+        marks.merge(&merge_all(seed, Rates { death, cuts: 10 }));
+        seed += 1;
+    }
+    println!("{marks}");
+    println!(
+        "{} images in merges, no promise broken; the next seed is {seed}",
+        marks.count("images in a merge")
+    );
 }
 
 /// What catches the bugs that are planted in merges.
