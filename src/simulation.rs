@@ -142,8 +142,9 @@ pub enum Plant {
     EarlyCopy,
     /// The old place of a block that has moved is used again while reads are still on their way to it.
     ForgetReaders,
-    /// A successor takes a block for one that moves, since the killed process was moving it.
-    KeepMove,
+    /// A sector is written to the new place of a partially present block, and its bit logged, before the entry
+    /// that has the place.
+    EarlyBits,
     /// The file of a served image is cut while its log says that it is longer.
     EarlyCut,
     /// A region table names a new place of the BAT before the BAT is there.
@@ -256,7 +257,7 @@ impl Plant {
         Self::IgnoreMove,
         Self::EarlyCopy,
         Self::ForgetReaders,
-        Self::KeepMove,
+        Self::EarlyBits,
         Self::EarlyCut,
         Self::EarlyRegion,
         Self::SilentChange,

@@ -28,6 +28,9 @@ impl<D: Disk + 'static> Engine<D> {
     }
 
     async fn allocate_block(self: &Rc<Self>, block: u64) -> Outcome {
+        if self.shared.map.load(block).moving {
+            self.end_move(block).await?;
+        }
         let old = self.shared.map.load(block).entry;
         if self.has_space(old) {
             return Ok(());

@@ -9,7 +9,9 @@
 //! * A chunk's bitmap is named by a durable entry before any of the chunk's blocks becomes partially present:
 //!   their entries may be in other pages, which a power cut may keep without it.
 //!
-//! With these three, pages may be logged in any order. A block becomes partially present from absent only,
+//! * A block that moves gets no bits at its new place before a durable entry has it ([`super::relocate`]).
+//!
+//! With these four, pages may be logged in any order. A block becomes partially present from absent only,
 //! and never twice: discarded it is ZERO, written again it is whole. A block with all its bits set becomes
 //! fully present.
 //!

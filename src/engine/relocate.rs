@@ -9,16 +9,20 @@
 //! 3. every front answers a barrier: what was looked up before the mark has ended. Without that, a write
 //!    could reach the old place when its part of it is copied already;
 //! 4. what the host has stored of the old places is copied, several pieces at once: holes stay holes;
-//! 5. the new mappings are published, in one step with the marks of their pages, and the blocks move no
-//!    longer;
+//! 5. the new mappings are published, in one step with the marks of their pages, and fully present blocks
+//!    move no longer;
 //! 6. a commit syncs the copies before it writes the entry that has the mappings. Without that sync, a power
 //!    cut could keep the entry and lose the copies: the blocks would show what was at their new places;
-//! 7. the old places leave quarantine once the entry is durable, and what was looked up there has ended. If
+//! 7. a partially present block moves until that entry is durable. A sector that is written to its new place
+//!    has a bit, and the page of the bit may be logged before the page that has the place: a power cut in
+//!    between would show the sector at the old place, which does not have it;
+//! 8. the old places leave quarantine once the entry is durable, and what was looked up there has ended. If
 //!    they were used again earlier, a power cut would bring the old mappings back, onto the content of other
 //!    blocks; or a read would find it there.
 //!
-//! A power cut before step 6 leaves copies that nothing names, which is space without an owner. A kill leaves
-//! marks in the session, which the successor takes off: a block is where its entry says.
+//! A power cut before step 6 leaves copies that nothing names, which is space without an owner. A kill, or a
+//! host without room for the entry, leaves marks in the session: whoever would change such a block asks, and
+//! the answer comes when its entry is durable.
 //!
 //! A sector bitmap moves as it is in the file, so none of its bits may be on their way there: neither waits a
 //! page of it for the log, nor is one in it. A replay would write such a page to the old place, over what is
@@ -36,9 +40,9 @@ use super::shared::{LEAF, Session};
 use super::waiting::Promise;
 use super::{Engine, Outcome, errno, for_guest};
 use crate::disk::{Buffer, Disk, PAGE_BYTES, is_zero};
-use crate::format::bat::BITMAP_BLOCK_SIZE;
+use crate::format::bat::{BITMAP_BLOCK_SIZE, PayloadState};
 use crate::format::{MIB, index};
-use crate::image::{Content, Extent, Page};
+use crate::image::{Content, Extent, Mapping, Page};
 use crate::simulation::{Plant, planted};
 
 /// Pieces that are copied at once: together the memory that a batch takes, in MiB.
@@ -135,11 +139,15 @@ impl<D: Disk + 'static> Engine<D> {
         Ok(relocations.iter().map(made).collect())
     }
 
-    /// Steps 2 to 5, while nothing else changes the blocks.
+    /// Steps 2 to 7, while nothing else changes the blocks.
     async fn relocate_granted(self: &Rc<Self>, mut relocations: Vec<Relocation>) -> Outcome<Vec<Relocation>> {
         let gone = relocations.extract_if(.., |relocation| !self.is_there(relocation));
         self.free_places(gone);
         let blocks: Vec<u64> = relocations.iter().filter_map(|relocation| relocation.what.block()).collect();
+        if let Err(errno) = self.end_moves(&blocks).await {
+            self.give_places_back(relocations).await;
+            return Err(errno);
+        }
         for block in &blocks {
             self.shared.map.begin_move(*block);
         }
@@ -159,7 +167,27 @@ impl<D: Disk + 'static> Engine<D> {
         for relocation in &relocations {
             self.publish_move(relocation);
         }
+        self.end_moves(&blocks).await?;
         Ok(relocations)
+    }
+
+    /// Takes the marks of moves that have ended off: step 7, or what an earlier process or failure has left.
+    async fn end_moves(self: &Rc<Self>, blocks: &[u64]) -> Outcome {
+        for block in blocks.iter().filter(|block| self.shared.map.load(**block).moving) {
+            self.end_move(*block).await?;
+        }
+        Ok(())
+    }
+
+    /// The same for one block, which nothing else changes. Where no front writes, no bit is set.
+    pub(super) async fn end_move(self: &Rc<Self>, block: u64) -> Outcome {
+        let Mapping { entry, durable, .. } = self.shared.map.load(block);
+        let partial = entry.payload_state() == Some(PayloadState::PartiallyPresent);
+        if partial && !durable && self.fronts.count() > 0 && !planted(Plant::EarlyBits) {
+            self.flush().await?;
+        }
+        self.shared.map.end_move(block);
+        Ok(())
     }
 
     fn free_places(&self, relocations: impl IntoIterator<Item = Relocation>) {

@@ -8,7 +8,7 @@
 //!
 //! * bit 3, DURABLE: the entry that logged this very word has been synced;
 //! * bit 4, MOVING: the block is on its way to another place. It is read where it was, and whoever would
-//!   change it asks the engine first. A killed process may leave the mark; its successor takes it off.
+//!   change it asks the engine first. A killed process may leave the mark, which the next such ask takes off.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -235,24 +235,24 @@ impl BlockMap {
         assert_eq!(before & MOVING, 0, "block {block} moves once at a time");
     }
 
-    /// Payload block `block` stays where it is, or its mark was left by a killed process. Engine only.
+    /// Payload block `block` may be changed again where it is. Engine only.
     pub fn end_move(&self, block: u64) {
         let word = &self.memory.slots()[index(self.geometry.payload_slot(block))];
         word.fetch_and(!MOVING, Ordering::AcqRel);
     }
 
-    /// Publishes another place of payload block `block`, at which its content is; not yet durable, and no
-    /// longer moving. Engine only.
+    /// Publishes another place of payload block `block`, at which its content is; not yet durable. A fully
+    /// present block no longer moves; [`Self::end_move`] follows for a partially present one. Engine only.
     pub fn move_block(&self, block: u64, file_offset: u64) {
         let old = self.load(block).entry;
         let new = match old.payload_state() {
-            Some(PayloadState::FullyPresent) => BatEntry::present(file_offset),
-            Some(PayloadState::PartiallyPresent) => BatEntry::partially_present(file_offset),
+            Some(PayloadState::FullyPresent) => BatEntry::present(file_offset).0,
+            Some(PayloadState::PartiallyPresent) => BatEntry::partially_present(file_offset).0 | MOVING,
             state => panic!("block {block} moves, which is {state:?}"),
         };
         let apart = old.offset().abs_diff(file_offset);
         assert!(apart >= self.geometry.block_size(), "block {block} moves onto itself");
-        self.store(self.geometry.payload_slot(block), new.0);
+        self.store(self.geometry.payload_slot(block), new);
     }
 
     /// Publishes another place of the sector bitmap of `chunk`, at which all its bits are. Engine only.

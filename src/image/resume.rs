@@ -145,12 +145,6 @@ impl WritableImage {
     /// Brings one slot of the session's `map` and of the file together.
     fn reconcile(&mut self, (slot, role): (u64, Role), map: &BlockMap) -> Result<()> {
         let (in_file, live) = (self.map.load_slot(slot).entry, map.load_slot(slot));
-        if let Role::Block(block) = role
-            && live.moving
-            && !planted(Plant::KeepMove)
-        {
-            map.end_move(block);
-        }
         if live.entry == in_file {
             if in_file.0 != 0 {
                 map.restore(slot, &[in_file.write()]);

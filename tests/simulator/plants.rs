@@ -137,7 +137,7 @@ fn catch_for(planted: Plant) -> Catch {
 /// What catches `planted`, of a block that moves or a file that is cut under load.
 fn catch_for_move(planted: Plant) -> Catch {
     match planted {
-        Plant::KeepMove => Catch::Assertion("moving-killed", "moves once at a time"),
+        Plant::EarlyBits => Catch::Scenario("moving-child"),
         Plant::EarlyCut => Catch::Scenario("moving"),
         Plant::IgnoreMove | Plant::EarlyCopy | Plant::ForgetReaders | Plant::ReuseMovedEarly => {
             Catch::Scenario("moving-slowly")

@@ -326,12 +326,14 @@ fn grown_fixed(faults: Faults) -> Config {
 }
 
 /// Blocks move, and the file is cut, while requests come.
-fn moving() -> [Scenario; 6] {
+fn moving() -> [Scenario; 7] {
     let faults = Faults { moves: 15, ..Faults::NONE };
     let killed = Faults { death: 150, ..faults };
     let config = Config { faults, fronts: 3, weights: [50, 10, 30, 20, 12, 12], ..tiny() };
     let mut child = Config { beginning: Beginning::Partial, requests: 80, ..config.clone() };
     child.image.parent = Some(descent());
+    // More pages of sector bitmaps change between two flushes than one round of the log has.
+    let marked = Config { weights: [90, 5, 5, 10, 5, 5], ..child.clone() };
     let slow = Faults { again: 3, slow_io: 2, ..faults };
     let slow = Config { faults: slow, can_punch: false, blocks: (0..3).collect(), ..config.clone() };
     let interrupted = Faults { snapshot: 200, grow: 200, death: 200, ..faults };
@@ -344,6 +346,7 @@ fn moving() -> [Scenario; 6] {
         once("moving", config.clone()),
         once("moving-slowly", slow),
         once("moving-killed", Config { faults: killed, can_punch: false, ..config }),
+        once("moving-child", marked),
         once("moving-child-killed", Config { faults: killed, ..child }),
         once("moving-interrupted", interrupted),
         once("moving-full", full),
