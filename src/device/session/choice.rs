@@ -8,6 +8,9 @@
 //! One that was made under another device number is taken over if it fits, as after a new mount of its file
 //! system. If it does not fit, it may belong to another image on another file system, and stays.
 
+use std::thread;
+use std::time::{Duration, Instant};
+
 use uuid::Uuid;
 
 use super::file::{Found, FoundSession, SessionFile, Sessions};
@@ -16,8 +19,12 @@ use super::origin::place_of;
 use crate::device::registry::Listed;
 use crate::disk::{HostFile, ImageFile};
 use crate::error::{Error, Kind, Locate, Result};
-use crate::image::{Image, Mismatch, Place, Session};
+use crate::image::{Image, Mismatch, Place, Session, SessionMemory};
 use crate::printable::shell;
+
+/// How long a process may hold a session whose image it has not locked, and how often to look.
+const HOLDER_PATIENCE: Duration = Duration::from_secs(2);
+const HOLDER_INTERVAL: Duration = Duration::from_millis(5);
 
 /// What an opening for writing does about sessions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,12 +53,22 @@ pub enum Plan {
 ///
 /// [`Kind::InUse`] if there is one, or one that cannot be read; the host's.
 pub fn refuse_orphan(file: &ImageFile, image: Option<&Image>) -> Result<()> {
-    let place = place_of(file)?;
-    let found = Sessions::of_machine().find(&place, image)?;
-    let path = file.path();
-    let (session, memory) = match found {
+    refuse_orphan_among(&Sessions::of_machine(), file, image)
+}
+
+pub(super) fn refuse_orphan_among(
+    sessions: &Sessions,
+    file: &ImageFile,
+    image: Option<&Image>,
+) -> Result<()> {
+    let (place, path) = (place_of(file)?, file.path());
+    let may_have_more = |memory: &SessionMemory| memory.session() != Session::Idle;
+    let (session, memory) = match find_left(sessions, image, &place, may_have_more)? {
         Some(Found::Free(session, memory)) => (session, memory),
         Some(Found::Short(session)) => return Err(unreadable(&session, Mismatch::Damaged("length"))),
+        Some(Found::Held(Some(memory))) if is_at(&memory, &place) && may_have_more(&memory) => {
+            return Err(held(&place));
+        }
         // The process that holds it has another image, or no longer writes this one.
         Some(Found::Held(_)) | None => return Ok(()),
     };
@@ -73,6 +90,33 @@ pub fn refuse_orphan(file: &ImageFile, image: Option<&Image>) -> Result<()> {
     Err(Error::new(Kind::InUse, message).file(path).remedy(remedy))
 }
 
+/// The session of the image at `place`, which this process has locked. One that another process holds is
+/// waited for if that is worth while: a process that was killed lets go of the image and of the session one
+/// after the other, and others look at sessions.
+fn find_left(
+    sessions: &Sessions,
+    image: Option<&Image>,
+    place: &Place,
+    is_worth_while: impl Fn(&SessionMemory) -> bool,
+) -> Result<Option<Found>> {
+    let until = Instant::now() + HOLDER_PATIENCE;
+    loop {
+        match sessions.find(place, image)? {
+            Some(Found::Held(Some(memory)))
+                if is_at(&memory, place) && is_worth_while(&memory) && Instant::now() < until =>
+            {
+                thread::sleep(HOLDER_INTERVAL);
+            }
+            found => return Ok(found),
+        }
+    }
+}
+
+/// Whether the session is of the image at `place`, and not of a copy of its file system.
+fn is_at(memory: &SessionMemory, place: &Place) -> bool {
+    memory.check_layout().is_ok() && memory.place().device == place.device
+}
+
 fn unreadable(session: &SessionFile, mismatch: Mismatch) -> Error {
     let message = format!(
         "the image has a session of a killed daemon that cannot be read: {}",
@@ -90,7 +134,7 @@ pub(in crate::device) fn choose(
     place: &Place,
 ) -> Result<Option<FoundSession>> {
     let disk_id: Option<Uuid> = image.map(|image| image.metadata.disk_id);
-    let (session, obstacle) = match sessions.find(place, image)? {
+    let (session, obstacle) = match find_left(sessions, image, place, |_| true)? {
         None => (None, Obstacle::Missing),
         Some(Found::Held(_)) => return Err(held(place)),
         Some(Found::Short(session)) => (Some(session), Obstacle::Unfit(Mismatch::Damaged("length"))),

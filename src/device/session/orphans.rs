@@ -4,7 +4,10 @@
 use std::fs;
 use std::path::PathBuf;
 
-use super::Plan;
+use nix::fcntl::{Flock, FlockArg};
+
+use super::choice::refuse_orphan_among;
+use super::{Plan, Sessions};
 use crate::device::spec::EngineHandle;
 use crate::device::testing::Bench;
 use crate::error::Kind;
@@ -14,6 +17,8 @@ const WORD: usize = 8;
 const VERSION_PLACE: usize = 1;
 const BOOT_PLACE: usize = 3;
 const BYTES_PLACE: usize = 10;
+const STATE_PLACE: usize = 16;
+const IDLE: u64 = 0x1d1e_1d1e_0f0f_0f01;
 
 /// A bench whose image has an open session that a killed daemon left, changed by `change`.
 fn orphan(change: impl FnOnce(&mut Vec<u8>)) -> (Bench, PathBuf, Vec<u8>) {
@@ -120,4 +125,23 @@ fn closing_reports_a_session_that_cannot_be_taken_over() {
     let error = bench.open_as(Plan::Close).err().expect("it is lost");
     assert!(error.to_string().contains("another program has written"), "{error}");
     assert_eq!(bench.session(), None, "it is of no use to any program");
+}
+
+/// That a process looks at the session, as `session list` does, or has not ended yet, is no reason to change
+/// the image.
+#[test]
+fn an_orphan_that_a_process_holds_is_not_passed_by() {
+    let (bench, left, bytes) = orphan(|_| {});
+    let (sessions, file) = (Sessions::at(left.parent().expect("its folder")), bench.file());
+    let refuse = || refuse_orphan_among(&sessions, &file, None);
+    assert_eq!(refuse().expect_err("it is one").kind(), Kind::InUse);
+    let open = fs::File::open(&left).expect("readable");
+    let held = Flock::lock(open, FlockArg::LockExclusiveNonblock).expect("free");
+    assert_eq!(refuse().expect_err("it still is one").kind(), Kind::InUse);
+    assert!(fs::read(&left).expect("it is kept") == bytes);
+    let mut rests = bytes;
+    set_word(&mut rests, STATE_PLACE, IDLE);
+    fs::write(&left, &rests).expect("as after a snapshot");
+    refuse().expect("the image has everything, whoever holds the session");
+    drop(held);
 }
