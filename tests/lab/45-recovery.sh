@@ -47,6 +47,23 @@ test_recovery_by_deleting_and_adding() {
     ublk del "$device"
 }
 
+# A device that has failed keeps its entry: what another one of the image has left is committed all the same.
+test_recovery_by_deleting_beside_a_failed_device() {
+    local failed device
+    ublk create disk.vhdx --size 1G
+    failed=$(ublk add disk.vhdx --recovery none)
+    kill_daemon disk.vhdx
+    device=$(ublk add disk.vhdx)
+    write_stamps "$device" 10 40 7
+    kill -9 "$(ublk list --json | jq -r ".[] | select(.device == \"$device\") | .pid")"
+    ublk del --force "$device"
+    [ -z "$(ls /run/vhdx-ublk/*.session 2>/dev/null)" ] || fail "the image is not closed"
+    ublk del --force "$failed"
+    device=$(ublk add --read-only disk.vhdx)
+    check_stamps "$device" 10 40 7
+    ublk del "$device"
+}
+
 # A session that does not fit is refused, and nothing is made up.
 test_recovery_refuses_what_does_not_fit() {
     local device

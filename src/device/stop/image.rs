@@ -29,22 +29,27 @@ pub(super) enum Closed {
 /// Closes the image of a device that is gone and whose daemon did not close it: commits what was acknowledged
 /// and is in the session only.
 pub(super) fn close_image(registry: &Registry, entry: &Entry) -> Result<Closed> {
-    let served = |listed: Listed| listed.entry.image_file == entry.image_file;
-    if entry.read_only || registry.list()?.into_iter().any(served) {
+    if entry.read_only {
         return Ok(Closed::Untouched);
     }
     let HostFile { device, inode } = entry.image_file;
-    match Sessions::of_machine().of_file(device, inode)? {
-        Some(Found::Free(session, memory))
-            if memory.check_layout().is_ok() && memory.session() == Session::Poisoned =>
-        {
-            session.remove()?;
-            return Err(unclean(entry, "writing to it had failed"));
-        }
-        // If it is held, the last I/O of the killed daemon has not ended. Locking the image waits for that,
-        // too.
-        Some(_) => {}
-        None => return Ok(Closed::Untouched),
+    let found = Sessions::of_machine().of_file(device, inode)?;
+    // Without the session a device does not serve the image: one that has failed keeps its entry, too.
+    let is_held = matches!(found, Some(Found::Held(_)));
+    let has_it = |listed: &Listed| {
+        listed.entry.image_file == entry.image_file && (is_held || listed.may_be_abandoned())
+    };
+    if found.is_none() || registry.list()?.iter().any(has_it) {
+        return Ok(Closed::Untouched);
+    }
+    // If it is held, the last I/O of the killed daemon has not ended. Locking the image waits for that, too.
+    // One that is free is given back here.
+    if let Some(Found::Free(session, memory)) = found
+        && memory.check_layout().is_ok()
+        && memory.session() == Session::Poisoned
+    {
+        session.remove()?;
+        return Err(unclean(entry, "writing to it had failed"));
     }
     let file = ImageFile::open(&entry.image, Access::ReadWrite, LOCK_DEADLINE);
     let closed = file.and_then(|file| {

@@ -161,14 +161,17 @@ pub fn stop(registry: &Registry, entry: &Entry, how: &How) -> Result<()> {
         remove_remains(control, entry)?;
     }
     await_node_gone(entry)?;
-    registry.remove(entry.id, entry.mark)?;
     if let Some(below) = &below
         && !last.read_only
     {
+        registry.remove(entry.id, entry.mark)?;
         return Err(not_closed(&last, below));
     }
     // A snapshot may have changed the image since the entry was read.
-    match (close_image(registry, &last)?, &last.failure) {
+    let closed = close_image(registry, &last);
+    // Not before: another `del` takes a device without an entry for one whose daemon has closed the image.
+    registry.remove(entry.id, entry.mark)?;
+    match (closed?, &last.failure) {
         (Closed::Untouched, Some(failure)) => Err(unclean(&last, failure)),
         _ => Ok(()),
     }
