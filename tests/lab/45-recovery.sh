@@ -32,6 +32,27 @@ kill_again_and_again() {
 test_recovery_reissue_loses_nothing() { kill_again_and_again reissue "$(cycles)"; }
 test_recovery_queue_loses_nothing() { kill_again_and_again queue "$(cycles)" --errors; }
 
+# Whatever several queues read at once, there is an order of all requests that explains it, kills included.
+test_recovery_keeps_one_order() {
+    local device writer status=0 until
+    ublk create disk.vhdx --size 1G --block-size 1M
+    device=$(ublk add disk.vhdx --queues 2 --recovery reissue)
+    rm -f stop
+    "$(dirname "$VHDX_UBLK")/examples/historian" "$device" stop >historian.log 2>&1 &
+    writer=$!
+    until=$((SECONDS + ${FULL:-0} * 580 + 20))
+    while [ $SECONDS -lt $until ]; do
+        sleep "0.$((RANDOM % 10))"
+        kill -9 "$(daemon_pid)"
+        ublk recover "$device" >/dev/null || fail "not recovered"
+    done
+    touch stop
+    wait "$writer" || status=1
+    note "$(tail -n 1 historian.log)"
+    [ $status -eq 0 ] || { tail -n 20 historian.log; fail "requests have come in no order"; }
+    ublk del "$device"
+}
+
 # What was acknowledged and never flushed is in the image even if the device is never recovered.
 test_recovery_by_deleting_and_adding() {
     local device
