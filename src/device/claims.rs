@@ -100,7 +100,8 @@ impl Devices for Claims {
     fn refuse_abandoned(&self, image: &ImageFile, access: Access) -> Result<()> {
         // The path may name another file by now.
         let file = image.identity();
-        let both_read = |listed: &Listed| listed.entry.read_only && access == Access::ReadOnly;
+        let writes = |entry: &Entry| !entry.read_only && entry.image_file == file;
+        let both_read = |listed: &Listed| !writes(&listed.entry) && access == Access::ReadOnly;
         let concerns =
             |listed: &Listed| listed.may_be_abandoned() && !both_read(listed) && listed.entry.reads(file);
         let refusal = "only root can see whether a killed daemon has left data for this image that is not in \

@@ -18,6 +18,7 @@ use super::caller::Caller;
 use super::compact::Compactor;
 use super::confine::{self, Role};
 use super::control::Control;
+use super::errands::{Errand, Errands};
 use super::exchange::Exchange;
 use super::fronts::{FrontInbox, Mailboxes};
 use super::grow::Grower;
@@ -64,7 +65,8 @@ impl EngineThread {
     /// session to resume.
     pub fn open(file: Arc<ImageFile>, plan: Plan, parents: Parents) -> Result<Self> {
         let may_write = || Control::open().map(drop);
-        Self::open_with(file, WritableOpener { may_write, plan, sessions: Sessions::of_machine(), parents })
+        let (sessions, errands) = (Sessions::of_machine(), Errands::default());
+        Self::open_with(file, WritableOpener { may_write, plan, sessions, parents, errands })
     }
 
     pub(super) fn open_with(file: Arc<ImageFile>, opener: WritableOpener) -> Result<Self> {
@@ -73,9 +75,14 @@ impl EngineThread {
         let (orders, ordered) = mpsc::channel();
         let (closing, called) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
         let handover = LeafHandover::default();
+        let reports = report.clone();
+        let errands = Errands::by(move |errand| {
+            // It is received until the image is open.
+            let _ = reports.send(Report::Errand(errand));
+        });
         let engine = EngineLoop {
             file,
-            opener,
+            opener: WritableOpener { errands, ..opener },
             report,
             start,
             ordered,
@@ -86,17 +93,22 @@ impl EngineThread {
         };
         let thread = thread::Builder::new().name("vhdx-engine".into()).spawn(|| engine.run());
         let thread = thread.doing("starting the engine's thread")?;
-        if let Ok(image) = reported.recv() {
-            return Ok(Self {
-                thread,
-                opened: Some(image),
-                ends,
-                orders,
-                closing,
-                called,
-                handover,
-                wake: None,
-            });
+        while let Ok(report) = reported.recv() {
+            match report {
+                Report::Errand(errand) => errand(),
+                Report::Opened(image) => {
+                    return Ok(Self {
+                        thread,
+                        opened: Some(image),
+                        ends,
+                        orders,
+                        closing,
+                        called,
+                        handover,
+                        wake: None,
+                    });
+                }
+            }
         }
         let outcome = thread.join().expect("a panic ends the process");
         Err(outcome.expect_err("it has not opened the image"))
@@ -177,11 +189,18 @@ impl EngineHandle for EngineThread {
     }
 }
 
+/// What the engine's thread reports until the image is open.
+enum Report {
+    Opened(OpenImage),
+    /// The other thread is to run this.
+    Errand(Errand),
+}
+
 /// The thread's own end.
 struct EngineLoop {
     file: Arc<ImageFile>,
     opener: WritableOpener,
-    report: mpsc::Sender<OpenImage>,
+    report: mpsc::Sender<Report>,
     start: mpsc::Receiver<EngineEnds>,
     ordered: mpsc::Receiver<Order>,
     /// For the threads that merge.
@@ -202,7 +221,7 @@ impl EngineLoop {
         let fronts = Rc::new(Mailboxes::default());
         let mut served = self.open_engine(&reactor, &fronts)?;
         // The other side waits for this. If it has gone, it does not start the engine either.
-        let _ = self.report.send(served.opened.clone());
+        let _ = self.report.send(Report::Opened(served.opened.clone()));
         let mut workers = Workers::default();
         let outcome = match self.start.recv() {
             Ok(ends) => self.serve(&reactor, &mut served, (&fronts, &mut workers), ends),
@@ -497,7 +516,9 @@ mod tests {
         reactor.block_on(Image::read(&disk)).expect("an image")
     }
 
+    /// What the program does here asks the driver too, for which the engine's thread has no privilege.
     fn reading(path: &Path) -> Result<ImageFile> {
+        assert_ne!(thread::current().name(), Some("vhdx-engine"), "another thread opens parents");
         ImageFile::open(path, Access::ReadOnly, Duration::ZERO)
     }
 

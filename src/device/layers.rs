@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use super::errands::Errands;
 use super::registry::Entry;
 use super::session;
 use crate::chain::{self, Member, ReadLayer, Search};
@@ -16,7 +17,7 @@ use crate::image::{BlockMap, Image, ReadImage};
 pub struct Parents {
     /// Where to look for them.
     pub search: Search,
-    /// Opens and locks one of them.
+    /// Opens and locks one of them. It may ask the driver.
     pub open: fn(&Path) -> Result<ImageFile>,
 }
 
@@ -31,8 +32,17 @@ impl Parents {
     /// # Errors
     ///
     /// Those of [`chain::open_parents`] and of [`read`].
-    pub(super) fn of(&self, image: &Image, path: &Path, reactor: &Reactor) -> Result<Vec<Member>> {
-        let open = |path: &Path| read(reactor, Arc::new((self.open)(path)?));
+    pub(super) fn of(
+        &self,
+        image: &Image,
+        path: &Path,
+        reactor: &Reactor,
+        errands: &Errands,
+    ) -> Result<Vec<Member>> {
+        let open = |path: &Path| {
+            let (open, path) = (self.open, path.to_owned());
+            read(reactor, Arc::new(errands.run(move || open(&path))?))
+        };
         chain::open_parents(&(image, path), &self.search, open)
     }
 }

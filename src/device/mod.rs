@@ -31,6 +31,7 @@ mod control;
 pub mod daemon;
 mod ending;
 pub mod engine_thread;
+mod errands;
 mod exchange;
 pub mod features;
 pub mod freeze;

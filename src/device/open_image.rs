@@ -8,6 +8,7 @@ use std::time::Duration;
 use uuid::Uuid;
 
 use super::control::Control;
+use super::errands::Errands;
 use super::layers::{self, Parents};
 use super::leaf_handover::LeafHandover;
 use super::mailbox::EngineEnds;
@@ -53,7 +54,7 @@ impl OpenImage {
         let reactor = Reactor::new()?;
         file.read_anew();
         let leaf = layers::read(&reactor, file)?;
-        let parents = parents.of(&leaf.image, leaf.file.path(), &reactor)?;
+        let parents = parents.of(&leaf.image, leaf.file.path(), &reactor, &Errands::default())?;
         Control::open()?;
         let fixed = leaf.image.metadata.kind() == DiskType::Fixed;
         let files = std::iter::once(&leaf).chain(&parents).map(|member| &*member.file);

@@ -8,6 +8,7 @@ use std::time::Duration;
 use uuid::Uuid;
 
 use super::engine_thread::EngineThread;
+use super::errands::Errands;
 use super::layers::Parents;
 use super::mailbox::{FrontEnds, mailboxes};
 use super::session::{Plan, Sessions, folder_in_memory};
@@ -81,7 +82,7 @@ impl Bench {
     pub(super) fn opener(&self, plan: Plan) -> WritableOpener {
         let parents = Parents { search: Search::default(), open: |path| panic!("{path:?} is no parent") };
         let sessions = Sessions::at(self.memory.path());
-        WritableOpener { may_write: || Ok(()), plan, sessions, parents }
+        WritableOpener { may_write: || Ok(()), plan, sessions, parents, errands: Errands::default() }
     }
 
     /// The session file, if there is one.

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
+use super::errands::Errands;
 use super::layers::{Parents, choose_payload_io, read_image};
 use super::registry::RUN_DIRECTORY;
 use super::session::{self, Plan, SessionFile, Sessions};
@@ -26,6 +27,8 @@ pub(super) struct WritableOpener {
     pub(super) sessions: Sessions,
     /// How the image's parents are found and opened.
     pub(super) parents: Parents,
+    /// What asks the driver.
+    pub(super) errands: Errands,
 }
 
 /// What was found before anything is written.
@@ -58,7 +61,7 @@ impl WritableOpener {
         let (disk, place) = (reactor.disk(file.clone()), session::place_of(file)?);
         file.read_anew();
         let found = reactor.block_on(self.check(&disk, &place)).file(path)?;
-        let parents_of = |image: &Image| self.parents.of(image, path, reactor);
+        let parents_of = |image: &Image| self.parents.of(image, path, reactor, &self.errands);
         super::handover::note("the image is read");
         let early_parents = found.image.as_deref().map(parents_of).transpose()?;
         (self.may_write)()?;
@@ -92,7 +95,7 @@ impl WritableOpener {
             Err(error) if error.kind() == Kind::Unsupported && error.structure() == Some("log") => None,
             Err(error) => return Err(error),
         };
-        let session = session::choose(self.plan, &self.sessions, image.as_deref(), place)?;
+        let session = session::choose((self.plan, &self.errands), &self.sessions, image.as_deref(), place)?;
         let session = session.zip(image.as_ref()).map(|((file, memory), image)| Resumable {
             file,
             memory,

@@ -299,6 +299,29 @@ test_chain_parent_is_not_written_by_mistake() {
 }
 
 # What a served image and its parents are like can be asked at any time.
+# While other devices are there, a child is served for writing, and is recovered.
+test_chain_of_which_several_children_are_written() {
+    local first second third
+    ublk create base.vhdx --size 64M --block-size 1M
+    first=$(ublk add base.vhdx)
+    write_stamps "$first" 0 8 1
+    ublk del "$first"
+    for name in one two three; do ublk create $name.vhdx --parent base.vhdx; done
+    first=$(ublk add one.vhdx)
+    second=$(ublk add two.vhdx)
+    write_stamps "$first" 4 2 2
+    write_stamps "$second" 5 2 3
+    kill_daemon one.vhdx
+    third=$(ublk add three.vhdx)
+    ublk recover "$first" >/dev/null
+    check_stamps "$first" 4 2 2
+    check_stamps "$second" 5 2 3
+    check_stamps "$third" 0 8 1
+    ublk del "$first" && ublk del "$second" && ublk del "$third"
+    ublk check one.vhdx >/dev/null
+    ublk check two.vhdx >/dev/null
+}
+
 test_chain_info_while_it_is_served() {
     local device
     ublk create base.vhdx --size 64M

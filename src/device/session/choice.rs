@@ -16,6 +16,7 @@ use uuid::Uuid;
 use super::file::{Found, FoundSession, SessionFile, Sessions};
 use super::obstacle::Obstacle;
 use super::origin::place_of;
+use crate::device::errands::Errands;
 use crate::device::registry::Listed;
 use crate::disk::{HostFile, ImageFile};
 use crate::error::{Error, Kind, Locate, Result};
@@ -128,7 +129,7 @@ fn unreadable(session: &SessionFile, mismatch: Mismatch) -> Error {
 /// The session to take over, of the image at `place`, which is not open for writing yet; `image` is the image
 /// as it was read, if it could be.
 pub(in crate::device) fn choose(
-    plan: Plan,
+    (plan, errands): (Plan, &Errands),
     sessions: &Sessions,
     image: Option<&Image>,
     place: &Place,
@@ -140,7 +141,7 @@ pub(in crate::device) fn choose(
         Some(Found::Short(session)) => (Some(session), Obstacle::Unfit(Mismatch::Damaged("length"))),
         Some(Found::Free(session, memory)) => match Obstacle::of(&memory, image, place) {
             None => {
-                refuse_waiting(plan, sessions, &session, place)?;
+                refuse_waiting((plan, errands), sessions, &session, place)?;
                 return Ok(Some((session, memory)));
             }
             Some(obstacle) => (Some(session), obstacle),
@@ -155,14 +156,20 @@ pub(in crate::device) fn choose(
 
 /// Refuses a session of a device that waits for its next daemon. Such a device is known by the image's device
 /// number, which a new mount of its file system has changed.
-fn refuse_waiting(plan: Plan, sessions: &Sessions, session: &SessionFile, place: &Place) -> Result<()> {
+fn refuse_waiting(
+    (plan, errands): (Plan, &Errands),
+    sessions: &Sessions,
+    session: &SessionFile,
+    place: &Place,
+) -> Result<()> {
     let Some(name) = session.name().filter(|name| name.device != place.device) else { return Ok(()) };
     let was = HostFile { device: name.device, inode: name.inode };
     let waits = |listed: &Listed| listed.entry.image_file == was && listed.may_be_abandoned();
     if !matches!(plan, Plan::Fresh { .. }) {
         return Ok(());
     }
-    let Some(listed) = sessions.registry()?.list()?.into_iter().find(waits) else {
+    let registry = sessions.registry()?;
+    let Some(listed) = errands.run(move || registry.list())?.into_iter().find(waits) else {
         return Ok(());
     };
     let device = listed.entry.device.display();
