@@ -61,7 +61,7 @@ layer has it), zero, data (a file has space for it), compressed (never), offset 
 layer, only with data).
 
 An incremental backup copies what has changed since the last one: `vhdx-ublk help backup` has the
-commands.
+commands, and a script that runs them.
 Blocks that were discarded or filled with zeros count as changed. An image that is being written
 cannot be mapped; the layers below it can.
 Exit status: 0 success, 1 failure, 2 wrong usage.";
