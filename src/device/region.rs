@@ -3,10 +3,11 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use libublk::sys;
 use rustix::mm;
@@ -112,6 +113,34 @@ pub(super) fn shared_words(file: &File, count: usize) -> io::Result<SharedWords>
     // returned, which lends the words for no longer.
     let words = unsafe { std::slice::from_raw_parts(words, count) };
     Ok(SharedWords::of(words, Arc::new(Mapped(region))))
+}
+
+/// Has private memory take the place of `words`, with the same content: what is in `written`, and zeros.
+/// Nothing stores to them any longer; other threads may load them all the time.
+pub(super) fn make_private(
+    words: &SharedWords,
+    written: impl Iterator<Item = Range<usize>>,
+) -> io::Result<()> {
+    let length = size_of_val(&**words);
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    let copy = Region::map(length, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0)?;
+    copy.leave_out_of_cores()?;
+    for place in written.flatten() {
+        let word = words[place].load(Ordering::Relaxed);
+        if word != 0 {
+            let target = copy.at(place * size_of::<u64>(), size_of::<u64>());
+            // SAFETY: in range, aligned by whole words from a page border, and nothing else knows the copy.
+            unsafe { target.cast::<u64>().write_unaligned(word) };
+        }
+    }
+    let place = words.as_ptr().cast_mut().cast();
+    // SAFETY: `words` are a whole mapping of this length, made by `shared_words`, whose end unmaps whatever
+    // is there. A load in another thread finds one or the other, which are equal: one that comes in between
+    // waits for the end of the call in its page fault.
+    unsafe { mm::mremap_fixed(copy.base.as_ptr().cast(), length, length, mm::MremapFlags::MAYMOVE, place) }?;
+    // It has moved.
+    std::mem::forget(copy);
+    Ok(())
 }
 
 /// A mapping that is only kept.

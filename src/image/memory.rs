@@ -185,6 +185,14 @@ impl SessionMemory {
         Self(Words::Shared(Shared { words, reserve, written }))
     }
 
+    /// The words, if others may share them.
+    pub fn shared_words(&self) -> Option<&SharedWords> {
+        match &self.0 {
+            Words::Shared(shared) => Some(&shared.words),
+            Words::Private(_) => None,
+        }
+    }
+
     /// How many words a map of `geometry` needs from the start.
     pub fn reserved_words(geometry: &Geometry) -> usize {
         HEADER_WORDS + index(geometry.slot_count())

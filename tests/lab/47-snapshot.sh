@@ -37,6 +37,29 @@ snapshots_under_writer() {
     [ -z "$(ls /run/vhdx-ublk/*.session 2>/dev/null)" ] || fail "a session outlives the clean close"
 }
 
+# A frozen image needs no session, and leaves no room taken under /run.
+test_snapshot_gives_room_under_run_back() {
+    local device number before after
+    ublk create 0.vhdx --size 1T --block-size 1M
+    device=$(ublk add 0.vhdx)
+    write_stamps "$device" 0 3 7
+    before=$(df --output=used -k /run | tail -n 1)
+    for number in 1 2 3 4; do
+        ublk snapshot "$device" "$number.vhdx" >/dev/null
+        write_stamps "$device" $((number * 100000)) 2 "$number"
+    done
+    after=$(df --output=used -k /run | tail -n 1)
+    note "/run: $before KiB with one image, $after KiB with four frozen ones below it"
+    [ "$after" -lt $((before + 1024)) ] || fail "the sessions of frozen images take $((after - before)) KiB"
+    check_stamps "$device" 0 3 7
+    ublk merge 2.vhdx >/dev/null
+    kill_daemon 4.vhdx
+    ublk recover "$device" >/dev/null
+    check_stamps "$device" 0 3 7
+    for number in 1 2 3 4; do check_stamps "$device" $((number * 100000)) 2 "$number"; done
+    ublk del "$device"
+}
+
 test_snapshot_under_a_verifying_writer() { snapshots_under_writer 40; }
 test_snapshot_and_kill() { snapshots_under_writer 20 true; }
 test_snapshot_zero_copy() { zero_copy=on snapshots_under_writer 10; }

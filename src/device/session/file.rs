@@ -36,7 +36,7 @@ pub(in crate::device) struct SessionFile {
     naming: Naming,
     /// This process made it and may give it up, unlike one of a killed process.
     made_here: bool,
-    share: Share,
+    reserved: Reserved,
 }
 
 /// How far a session file has its name.
@@ -164,8 +164,8 @@ impl Sessions {
             }
         };
         let reserved = Reserved { file: Arc::new(file), share: Share::of_found() };
-        let session =
-            SessionFile { path, naming: Naming::Own, made_here: false, share: reserved.share.clone() };
+        let (naming, kept) = (Naming::Own, reserved.clone());
+        let session = SessionFile { path, naming, made_here: false, reserved: kept };
         if is_short {
             return Ok(Some(Found::Short(session)));
         }
@@ -195,7 +195,7 @@ impl Sessions {
         let locked = locked.map_err(|(_, errno): (_, Errno)| errno);
         let file = Arc::new(locked.doing("locking the session file").file(&path)?);
         let reserved = Reserved { file: file.clone(), share: Share::of_new() };
-        let share = reserved.share.clone();
+        let kept = reserved.clone();
         let (needed, count) = (SessionMemory::reserved_words(geometry), SessionMemory::words_for(geometry));
         assert!(needed <= count, "{needed} words of {count} are reserved");
         let memory = file
@@ -204,7 +204,7 @@ impl Sessions {
             .and_then(|()| reserved.map(count))
             .doing("reserving room for the session")
             .file(&path)?;
-        Ok((SessionFile { path, naming: Naming::None(file), made_here: true, share }, memory))
+        Ok((SessionFile { path, naming: Naming::None(file), made_here: true, reserved: kept }, memory))
     }
 
     /// The host has reported that it lost data of the file system of the image at `place`, and will not
@@ -261,7 +261,7 @@ impl SessionFile {
             named.doing("naming the session file").file(&self.path)?;
             self.naming = Naming::Own;
         }
-        self.share.grow();
+        self.reserved.share.grow();
         Ok(())
     }
 
@@ -277,7 +277,7 @@ impl SessionFile {
             named.doing("naming the session file").file(&self.path)?;
             self.naming = Naming::Next;
         }
-        self.share.claim();
+        self.reserved.share.claim();
         Ok(())
     }
 
@@ -324,6 +324,14 @@ impl SessionFile {
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
             removed => removed.doing("removing the session file").file(&self.path),
         }
+    }
+
+    /// Removes it, and gives back the room of `memory`, which is in it, although that is still read: private
+    /// memory, which takes only what was stored, is in its place then. Nothing stores to it any longer.
+    pub(in crate::device) fn retire(self, memory: &SessionMemory) -> Result<()> {
+        let (path, reserved) = (self.path.clone(), self.reserved.clone());
+        self.remove()?;
+        reserved.release(memory).doing("giving back the room of the session").file(&path)
     }
 
     /// Removes it if this process made it and has not used it.

@@ -12,7 +12,7 @@ use nix::fcntl::{FallocateFlags, Flock, fallocate};
 use nix::sys::statfs::{self, fstatfs};
 use nix::sys::statvfs::fstatvfs;
 
-use crate::device::region::shared_words;
+use crate::device::region::{make_private, shared_words};
 use crate::disk::{PAGE_BYTES, next_data, next_hole};
 use crate::error::{Doing, Error, Kind, Result};
 use crate::image::{HEADER_WORDS, SessionMemory, Written};
@@ -66,7 +66,7 @@ pub(super) fn refuse_lasting(directory: &File) -> Result<()> {
 }
 
 /// A session's file, which reserves room for the session.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub(super) struct Reserved {
     pub(super) file: Arc<Flock<File>>,
     pub(super) share: Share,
@@ -93,6 +93,25 @@ impl Reserved {
         let signed = |bytes: u64| i64::try_from(bytes).expect("17 GiB at most");
         let (start, length) = (signed(bytes(words.start)), signed(bytes(words.len())));
         Ok(fallocate(self.file.as_fd(), FallocateFlags::FALLOC_FL_KEEP_SIZE, start, length)?)
+    }
+
+    /// Gives all room back; what `memory` holds, which is mapped from the file, is in private memory from now
+    /// on.
+    pub(super) fn release(&self, memory: &SessionMemory) -> io::Result<()> {
+        let words = memory.shared_words().expect("it is in the file of a session");
+        let written = written_in(self.file.clone());
+        let mut next = 0;
+        let written = std::iter::from_fn(|| {
+            let found = (next < words.len()).then(|| written(next..words.len()))??;
+            next = found.end;
+            Some(found)
+        });
+        make_private(words, written)?;
+        // Another process may look at it just now: it finds zeros, where the end of the file would kill it.
+        let holes = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        let length = size_of_val(&**words).next_multiple_of(PAGE_BYTES);
+        let length = i64::try_from(length).expect("17 GiB at most");
+        Ok(fallocate(self.file.as_fd(), holes, 0, length)?)
     }
 
     /// How many bytes may be taken; `None` without a bound.
@@ -164,6 +183,38 @@ mod tests {
         assert!(is_mapped() && user.len() == HEADER_WORDS);
         drop(user);
         assert!(!is_mapped());
+    }
+
+    /// What is read on after the end of its session takes no room there, and only what it was in private.
+    #[test]
+    fn what_a_session_held_is_still_read_when_its_room_is_given_back() {
+        let folder = folder_in_memory();
+        let file = tempfile::tempfile_in(folder.path()).expect("room in memory");
+        let count = 64 * HEADER_WORDS + 1;
+        file.set_len((count * size_of::<AtomicU64>()) as u64).expect("an empty file");
+        let blocks = file.try_clone().expect("a descriptor");
+        let blocks = || std::os::unix::fs::MetadataExt::blocks(&blocks.metadata().expect("open"));
+        let locked = Flock::lock(file, FlockArg::LockExclusiveNonblock).expect("nothing else has it");
+        let reserved = Reserved { file: Arc::new(locked), share: Share::of_new() };
+        reserved.reserve(0..count).expect("room in memory");
+        let memory = reserved.clone().map(count).expect("mapped");
+        let words = memory.shared_words().expect("shared").clone();
+        for place in [0, 5, 3 * HEADER_WORDS + 7, count - 1] {
+            words[place].store(place as u64 + 1, Ordering::Relaxed);
+        }
+        assert!(blocks() > 0);
+        let reader = {
+            let words = words.clone();
+            std::thread::spawn(move || (0..100_000).all(|_| words[5].load(Ordering::Acquire) == 6))
+        };
+        reserved.release(&memory).expect("released");
+        assert_eq!(blocks(), 0);
+        for (place, word) in words.iter().enumerate() {
+            let stored = [0, 5, 3 * HEADER_WORDS + 7, count - 1].contains(&place);
+            assert_eq!(word.load(Ordering::Relaxed), if stored { place as u64 + 1 } else { 0 });
+        }
+        assert_eq!(blocks(), 0, "it is not read from there");
+        assert!(reader.join().expect("no panic"), "it was there all the time");
     }
 
     /// A session that replaces another one asks for nothing once it stands by, however full /run is by then:

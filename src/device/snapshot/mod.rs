@@ -11,7 +11,8 @@
 //! 4. the image is committed, its log emptied, its session at rest: it is complete for every reader;
 //! 5. the device's entry names the child: a successor of this process serves the child from now on, and the
 //!    image before;
-//! 6. the fronts continue with the child; the image's unused tail is cut off and its session removed.
+//! 6. the fronts continue with the child; the image's unused tail is cut off and its session removed;
+//!    what is read of the frozen image's map is in private memory then, and takes no room in `/run`.
 //!
 //! A failure before 5 removes the child, and the device continues as before. A child that a kill or a power
 //! cut leaves behind is empty: it reads as the image does, until a session of the image begins; then it is
@@ -32,7 +33,6 @@ use super::exchange::Exchange;
 use super::order::{NewLeaf, Snapped, SnapshotOrder, Switch};
 use super::reply::Reply;
 use super::served_image::{ServedImage, open_served};
-use super::session::SessionFile;
 use super::writable::WritableOpener;
 use crate::chain::MAX_DEPTH;
 use crate::chain::ReadLayer;
@@ -204,7 +204,8 @@ impl Snapshotter<'_> {
             tracing::warn!("{} keeps its unused tail: errno {errno}", parent.file.path().display());
         }
         parent.file.share();
-        if let Some(Err(error)) = parent.session.map(SessionFile::remove) {
+        let Some(session) = parent.session else { return };
+        if let Err(error) = session.retire(parent.engine.shared().map.memory()) {
             tracing::warn!("{error:#}");
         }
     }
