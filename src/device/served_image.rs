@@ -1,10 +1,12 @@
 //! The image that is served, with its engine and its session.
 
 use std::path::Path;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::sync::Arc;
+use std::time::Duration;
 
 use nix::errno::Errno;
+use smol::Task;
 use uuid::Uuid;
 
 use super::fronts::Mailboxes;
@@ -13,13 +15,17 @@ use super::open_image::OpenImage;
 use super::options::Parameters;
 use super::session::SessionFile;
 use crate::chain::ReadLayer;
-use crate::disk::{HostFile, ImageFile, Reactor, UringDisk};
+use crate::disk::{HostFile, ImageFile, Reactor, Ring, UringDisk};
 use crate::engine::shared::Session;
-use crate::engine::waiting::Spawn;
+use crate::engine::waiting::{Bell, Spawn};
 use crate::engine::{Engine, Outcome, Setup};
 use crate::error::{Error, Kind, Locate, Result};
 use crate::format::locator::ParentLocator;
 use crate::image::WritableImage;
+
+/// How long after blocks have lost space it is committed, unless a flush does that before: then the host gets
+/// the space. A guest that discards all the time costs a sync in so long.
+const LOST_SPACE_DELAY: Duration = Duration::from_secs(1);
 
 /// See the module's head.
 pub(super) struct ServedImage {
@@ -29,6 +35,8 @@ pub(super) struct ServedImage {
     pub(super) file: Arc<ImageFile>,
     /// What it says of its parent.
     pub(super) locator: Option<ParentLocator>,
+    /// Ends with it.
+    _returns: Task<()>,
 }
 
 /// Starts an engine for an image that was opened, and its parents.
@@ -59,7 +67,22 @@ pub(super) fn open_served(
         sync_times,
         parents,
     };
-    Ok(ServedImage { engine, opened, session, file, locator })
+    let _returns =
+        reactor.spawn(return_space(Rc::downgrade(&engine), engine.lost_space(), reactor.ring().clone()));
+    Ok(ServedImage { engine, opened, session, file, locator, _returns })
+}
+
+/// Has what blocks lose go back to the host although nothing is flushed.
+async fn return_space(engine: Weak<Engine<UringDisk>>, lost: Rc<Bell>, ring: Rc<Ring>) {
+    loop {
+        lost.wait().await;
+        if let Err(error) = ring.sleep(LOST_SPACE_DELAY).await {
+            tracing::warn!("what is discarded goes back to the host with the next flush only: {error}");
+            return;
+        }
+        let Some(engine) = engine.upgrade() else { return };
+        engine.commit_lost_space();
+    }
 }
 
 impl ServedImage {

@@ -1,11 +1,11 @@
 //! The reactor: one thread's executor and its ring, driven together.
 //!
 //! Tasks run until none is ready; then one `io_uring_enter` submits all that they have asked for and waits
-//! for the first completion. There are no timeouts: an idle reactor sleeps.
+//! for the first completion: an idle reactor sleeps.
 //!
 //! Wake-ups come from the ring, on this thread, and from nowhere else. A task that waits for another thread
-//! waits for an eventfd (see [`Ring::read_eventfd`]); timers, channels and locks of other runtimes do not end
-//! the sleep.
+//! waits for an eventfd (see [`Ring::read_eventfd`]), one that waits for a time uses [`Ring::sleep`]; timers,
+//! channels and locks of other runtimes do not end the sleep.
 
 use std::future::Future;
 use std::pin::pin;

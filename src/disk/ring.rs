@@ -22,6 +22,7 @@ use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
+use std::time::Duration;
 
 use io_uring::squeue::Entry;
 use io_uring::{IoUring, opcode, types};
@@ -53,6 +54,8 @@ pub(super) enum Memory {
     Shared(Rc<Buffer>),
     /// An eventfd's counter.
     Counter(Box<u64>),
+    /// How long a timer runs.
+    Time(Box<types::Timespec>),
 }
 
 enum State {
@@ -70,7 +73,7 @@ struct Slot {
     /// May wait for ever: abandoning it cancels it.
     unbounded: bool,
     /// Keeps the descriptor number valid.
-    _file: Arc<dyn AsFd>,
+    _file: Option<Arc<dyn AsFd>>,
 }
 
 /// One `io_uring`, shared by the disks and the reactor of one thread.
@@ -138,6 +141,24 @@ impl Ring {
         }
     }
 
+    /// Waits for `time`, from now on and not from the first poll. Dropping the future ends the wait.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says; nothing that a wait could cure.
+    pub fn sleep(self: &Rc<Self>, time: Duration) -> impl Future<Output = io::Result<()>> + use<> {
+        let op = self.arm(None, Memory::Time(Box::new(time.into())), true, |memory| {
+            let Memory::Time(time) = memory else { unreachable!("given above") };
+            opcode::Timeout::new(&raw const **time).build()
+        });
+        async move {
+            match op.await.0 {
+                Err(error) if error.raw_os_error() == Some(libc::ETIME) => Ok(()),
+                outcome => outcome.map(drop),
+            }
+        }
+    }
+
     /// Reads at `offset` of `file` into the bytes `range` of `pages`.
     pub(super) fn read(
         self: &Rc<Self>,
@@ -165,7 +186,7 @@ impl Ring {
             let source = match memory {
                 Memory::Pages(pages) => &pages[range],
                 Memory::Shared(pages) => &pages[range],
-                Memory::None | Memory::Counter(_) => unreachable!("only pages are written"),
+                Memory::None | Memory::Counter(_) | Memory::Time(_) => unreachable!("only pages are written"),
             };
             opcode::Write::new(fd, source.as_ptr(), length_of(source)).offset(offset).build()
         })
@@ -206,7 +227,7 @@ impl Ring {
         })
     }
 
-    /// Gives an operation its slot, has `build` point the SQE at the memory *in the slot*, and pushes it.
+    /// Begins an operation on `file`; see [`Self::arm`].
     fn start(
         self: &Rc<Self>,
         file: Arc<dyn AsFd>,
@@ -215,13 +236,24 @@ impl Ring {
         build: impl FnOnce(types::Fd, &mut Memory) -> Entry,
     ) -> Op {
         let fd = types::Fd(file.as_fd().as_raw_fd());
+        self.arm(Some(file), memory, unbounded, |memory| build(fd, memory))
+    }
+
+    /// Gives an operation its slot, has `build` point the SQE at the memory *in the slot*, and pushes it.
+    fn arm(
+        self: &Rc<Self>,
+        file: Option<Arc<dyn AsFd>>,
+        memory: Memory,
+        unbounded: bool,
+        build: impl FnOnce(&mut Memory) -> Entry,
+    ) -> Op {
         let generation = self.generation.get();
         self.generation.set(generation.wrapping_add(1));
         let (key, entry) = {
             let mut slots = self.slots.borrow_mut();
             let state = State::InFlight(None);
             let key = slots.insert(Slot { state, memory, generation, unbounded, _file: file });
-            (key, build(fd, &mut slots[key].memory))
+            (key, build(&mut slots[key].memory))
         };
         self.in_flight.set(self.in_flight.get() + 1);
         self.push(&entry.user_data(user_data(key, generation)));
@@ -233,11 +265,11 @@ impl Ring {
             let mut io = self.io.borrow_mut();
             // SAFETY: an entry comes from `start` or is a cancellation. A cancellation carries no pointer.
             // The pointer of any other leads into heap memory owned by the entry's slot, and covers
-            // `length_of` what it was taken from. The slot lives, unshared with any code of ours, until
-            // `complete` has seen the CQE (`Op::drop` only abandons it, and the drop of the ring waits), and
-            // what moves when the slots move is the owner's handle, not the heap memory. Shared pages are
-            // only ever read, by us and by the kernel. The descriptor is valid until then, too: the slot
-            // holds the file.
+            // `length_of` what it was taken from, or the whole time of a timer. The slot lives, unshared with
+            // any code of ours, until `complete` has seen the CQE (`Op::drop` only abandons it, and the drop
+            // of the ring waits), and what moves when the slots move is the owner's handle, not the heap
+            // memory. Shared pages are only ever read, by us and by the kernel. The descriptor, where there
+            // is one, is valid until then, too: the slot holds the file.
             if unsafe { io.submission().push(entry) }.is_ok() {
                 return;
             }

@@ -46,7 +46,7 @@ impl<D: Disk + 'static> Engine<D> {
     }
 
     fn cycle_is_due(&self) -> bool {
-        self.dirty.count() >= cycle_threshold(self.layout.log.length)
+        self.dirty.count() >= cycle_threshold(self.layout.log.length) || self.reclaim.is_due()
     }
 
     /// Runs a cycle whenever a task waits for one or one is due, until the engine closes.

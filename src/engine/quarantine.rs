@@ -15,6 +15,10 @@ use crate::simulation::{Plant, planted};
 /// What is wrong when a batch has left before a cycle has ended that logs it.
 const NOT_DURABLE: &str = "space stays in quarantine until its unmapping is durable";
 
+/// The most bytes that leave as one extent, unless a single block is longer: a host may keep others from the
+/// file while it punches one.
+const MOST_AT_ONCE: u64 = 64 << 20;
+
 /// The batches and their two conditions; see the module's head.
 #[derive(Debug, Default)]
 pub struct Quarantine {
@@ -53,6 +57,11 @@ impl Quarantine {
     /// How much space is here, bytes.
     pub fn bytes(&self) -> u64 {
         self.bytes
+    }
+
+    /// Whether there is space here whose unmapping no cycle has taken up yet.
+    pub fn has_fresh(&self) -> bool {
+        !self.fresh.is_empty()
     }
 
     /// The batch closed last, if any is still here.
@@ -139,7 +148,7 @@ impl Quarantine {
         }
     }
 
-    /// Takes out what may be used again, merged and in file order.
+    /// Takes out what may be used again, in file order, neighbours together.
     pub fn release(&mut self) -> Vec<Extent> {
         let mut released = Vec::new();
         self.batches.retain_mut(|batch| {
@@ -160,11 +169,14 @@ fn merge(mut extents: Vec<Extent>) -> Vec<Extent> {
     let mut merged: Vec<Extent> = Vec::with_capacity(extents.len());
     for extent in extents {
         match merged.last_mut() {
-            Some(last) if last.end() >= extent.offset => {
-                assert_eq!(last.end(), extent.offset, "space is in quarantine once");
+            Some(last) if last.end() == extent.offset && last.length + extent.length <= MOST_AT_ONCE => {
                 last.length += extent.length;
             }
-            _ => merged.push(extent),
+            last => {
+                let end = last.map_or(0, |last| last.end());
+                assert!(end <= extent.offset, "space is in quarantine once");
+                merged.push(extent);
+            }
         }
     }
     merged
@@ -192,6 +204,17 @@ mod tests {
         assert!(quarantine.holds_batch_until(id));
         assert_eq!(quarantine.release(), [Extent { offset: A.offset, length: 2 << 20 }]);
         assert_eq!((quarantine.newest_batch(), quarantine.bytes()), (None, 0));
+    }
+
+    #[test]
+    fn a_long_run_leaves_in_pieces() {
+        let mut quarantine = Quarantine::default();
+        (0..150).for_each(|at| quarantine.add(Extent { offset: at << 20, length: 1 << 20 }));
+        let id = quarantine.close_batch().expect("they wait");
+        quarantine.batch_durable(id);
+        assert!(!quarantine.start_barrier(0), "there is no front");
+        let lengths: Vec<u64> = quarantine.release().iter().map(|extent| extent.length).collect();
+        assert_eq!(lengths, [64 << 20, 64 << 20, 22 << 20]);
     }
 
     #[test]

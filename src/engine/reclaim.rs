@@ -20,16 +20,27 @@ pub(super) struct Reclaim {
     /// Rung when all fronts have answered a barrier.
     fenced: Bell,
     turn: Turnstile,
+    /// Rung when there is space that no cycle has taken up.
+    lost: Rc<Bell>,
+    /// A cycle is to take it up, whether a task waits for one or not.
+    is_due: Cell<bool>,
 }
 
 impl Reclaim {
     /// A block has just lost `extent`.
     pub(super) fn lost(&self, extent: Extent) {
         self.quarantine.borrow_mut().add(extent);
+        self.lost.ring();
+    }
+
+    /// Whether a cycle is due for the space that blocks have lost.
+    pub(super) fn is_due(&self) -> bool {
+        self.is_due.get()
     }
 
     /// A commit cycle closes its set. The batch whose unmappings it logs, if there is one.
     pub(super) fn close_batch(&self) -> Option<u64> {
+        self.is_due.set(false);
         self.quarantine.borrow_mut().close_batch()
     }
 
@@ -37,7 +48,10 @@ impl Reclaim {
     pub(super) fn end_batch(&self, batch: Option<u64>, durable: bool) -> bool {
         match batch {
             Some(batch) if durable => self.quarantine.borrow_mut().batch_durable(batch),
-            Some(batch) => self.quarantine.borrow_mut().reopen_batch(batch),
+            Some(batch) => {
+                self.quarantine.borrow_mut().reopen_batch(batch);
+                self.lost.ring();
+            }
             None => {}
         }
         if !durable {
@@ -136,6 +150,21 @@ impl<D: Disk + 'static> Engine<D> {
         self.release_quarantine().await;
         while !self.reclaim.quarantine.borrow().is_fenced(fence) {
             self.reclaim.fenced.wait().await;
+        }
+    }
+
+    /// The bell that rings when blocks have lost space that no commit cycle has taken up: a flush takes it up,
+    /// or [`Self::commit_lost_space`].
+    pub fn lost_space(&self) -> Rc<Bell> {
+        self.reclaim.lost.clone()
+    }
+
+    /// Has a commit cycle take up what blocks have lost, if none has by now. A guest that discards need not
+    /// flush: its space would stay with the file until something else did.
+    pub fn commit_lost_space(&self) {
+        if self.reclaim.quarantine.borrow().has_fresh() {
+            self.reclaim.is_due.set(true);
+            self.commits.ring();
         }
     }
 

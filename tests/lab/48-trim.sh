@@ -108,3 +108,40 @@ test_trim_a_file_that_is_cut_under_its_device_fails_reads() {
         fail "the device's log does not say it, or says it more than once"
     ublk del "$device" --force || true
 }
+
+# returns_space FILE BYTES: until the file takes at most so many of the host. How long that takes is only printed.
+returns_space() {
+    local started=$SECONDS
+    for _ in $(seq 300); do
+        [ "$(host_bytes "$1")" -gt "$2" ] || { note "the host has it after $((SECONDS - started)) s"; return 0; }
+        sleep 0.1
+    done
+    fail "the file takes $(host_bytes "$1") bytes still, and not $2"
+}
+
+# What is deleted in a mounted file system and trimmed goes back to the host, though nothing is flushed afterwards.
+test_trim_of_a_mounted_file_system_gives_space_back_without_a_flush() {
+    local device before number flushes
+    ublk create disk.vhdx --size 2G --block-size 1M
+    device=$(ublk add disk.vhdx)
+    mkfs.ext4 -q -F -E nodiscard,lazy_itable_init=0 -J size=16 "$device"
+    mount "$device" "$mnt"
+    for number in $(seq 16); do stamps x 0 32 "$number" >"$mnt/$number"; done
+    sync -f "$mnt"
+    before=$(host_bytes disk.vhdx)
+    rm "$mnt"/1[0-6] "$mnt"/[1-5]
+    sync -f "$mnt"
+    fstrim "$mnt"
+    returns_space disk.vhdx $((before - (11 * 32 << 20)))
+    umount "$mnt"
+    # Of a disk that nothing flushes at all.
+    blkdiscard "$device"
+    write_stamps "$device" 0 64 1
+    returns_space disk.vhdx $((80 << 20))
+    flushes=$(ublk stats "$device" --json | jq '.[0].requests.flush')
+    blkdiscard -o 0 -l 64M "$device"
+    returns_space disk.vhdx $((16 << 20))
+    [ "$(ublk stats "$device" --json | jq '.[0].requests.flush')" = "$flushes" ] || fail "something has flushed it"
+    ublk del "$device"
+    ublk check disk.vhdx >/dev/null || fail "$(ublk check disk.vhdx)"
+}

@@ -59,6 +59,28 @@ fn a_thousand_first_writes_to_neighbouring_blocks_sync_nothing() {
     assert_eq!(flush(&mut world), 1, "clean metadata costs one sync");
 }
 
+/// What is discarded is free again, and the host has it, although no flush follows.
+#[test]
+fn discarded_space_comes_back_without_a_flush() {
+    let mut world = warmed_up();
+    (1..=8).for_each(|block| write(&mut world, block));
+    flush(&mut world);
+    world.commit_lost_space();
+    world.drain();
+    let before = world.counters();
+    world.request(Op::Discard, BLOCK, 8 * BLOCK);
+    world.drain();
+    assert_eq!(world.counters().commits, before.commits, "a discard waits for no commit");
+    world.commit_lost_space();
+    world.drain();
+    let after = world.counters();
+    assert_eq!((after.unmapped - before.unmapped, after.commits - before.commits), (8, 1));
+    assert!(after.released > before.released, "the space is in quarantine still");
+    world.commit_lost_space();
+    world.drain();
+    assert_eq!(world.counters().syncs, after.syncs, "there is nothing to commit");
+}
+
 #[test]
 fn random_first_writes_flush_within_the_formula() {
     let mut world = warmed_up();

@@ -108,6 +108,7 @@ pub fn scenarios() -> Vec<Scenario> {
     all.extend(killed_snapshots());
     all.extend(grown());
     all.extend(moving());
+    all.extend(discarding());
     all.extend(losses());
     all.extend(full_hosts());
     all.extend(dense_hosts());
@@ -350,6 +351,18 @@ fn moving() -> [Scenario; 7] {
         once("moving-child-killed", Config { faults: killed, ..child }),
         once("moving-interrupted", interrupted),
         once("moving-full", full),
+    ]
+}
+
+/// A guest that discards and never flushes.
+fn discarding() -> [Scenario; 2] {
+    let faults = Faults { lost_space: 12, ..Faults::NONE };
+    let config = Config { faults, weights: [50, 10, 20, 0, 30, 12], ..tiny() };
+    let killed = Faults { death: 150, full: 150, host: HostKind::Copying, ..faults };
+    let once = |name: &str, config| Scenario { name: name.into(), config, body: Body::Short, seeds: 12 };
+    [
+        once("discarding", config.clone()),
+        once("discarding-killed", Config { faults: killed, can_punch: false, fronts: 3, ..config }),
     ]
 }
 

@@ -97,6 +97,8 @@ pub struct Faults {
     pub grow: u32,
     /// Blocks begin to move at one step in so many; 0 for never.
     pub moves: u32,
+    /// What blocks have lost is committed without a flush at one step in so many; 0 for never.
+    pub lost_space: u32,
     /// The first sync or durable write that a death cuts short may fail, and no later sync gets the error.
     pub lost_with_death: bool,
     /// One end of a front's I/O in so many is posted, and its thread sees it long after; 0 for none.
@@ -141,6 +143,7 @@ impl Faults {
         snapshot: 0,
         grow: 0,
         moves: 0,
+        lost_space: 0,
         lost_with_death: false,
         unseen: 0,
         loss: None,
@@ -618,6 +621,11 @@ impl World {
             self.begin_batch();
             return true;
         }
+        let lost_space = self.config.faults.lost_space;
+        if lost_space > 0 && self.rng.u32(..lost_space) == 0 {
+            self.commit_lost_space();
+            return true;
+        }
         false
     }
 
@@ -735,6 +743,13 @@ impl World {
     /// Where the session stands.
     pub fn session(&self) -> Session {
         self.engine.shared().session()
+    }
+
+    /// What a device does some time after blocks have lost space.
+    pub fn commit_lost_space(&mut self) {
+        let lost = self.engine.shared().activity().levels().quarantined_bytes;
+        self.marks.add("commits of lost space", u64::from(lost > 0));
+        self.engine.commit_lost_space();
     }
 
     /// The disk beneath.
