@@ -54,6 +54,23 @@ pub fn human_size(size: u64) -> String {
     }
 }
 
+/// A number of things for people: `1 flush`, `2 flushes`.
+pub fn counted(count: u64, thing: &str) -> String {
+    let end = if count == 1 {
+        ""
+    } else if thing.ends_with('h') {
+        "es"
+    } else {
+        "s"
+    };
+    format!("{count} {thing}{end}")
+}
+
+/// How often, for people: `once`, `2 times`.
+pub fn times(count: u64) -> String {
+    if count == 1 { "once".into() } else { counted(count, "time") }
+}
+
 /// A size both ways: `10737418240 (10 GiB)`.
 pub fn both_sizes(size: u64) -> String {
     if size < 1024 { size.to_string() } else { format!("{size} ({})", human_size(size)) }
@@ -99,6 +116,13 @@ mod tests {
         ] {
             assert_eq!(shell(Path::new(path)), word);
         }
+    }
+
+    #[test]
+    fn one_thing_is_no_plural() {
+        assert_eq!([0, 1, 2].map(|count| counted(count, "flush")), ["0 flushes", "1 flush", "2 flushes"]);
+        assert_eq!(counted(1, "read") + &counted(7, "read"), "1 read7 reads");
+        assert_eq!([0, 1, 2].map(times), ["0 times", "once", "2 times"]);
     }
 
     #[test]

@@ -16,7 +16,7 @@ use vhdx_ublk::disk::{Reactor, Sparse};
 use vhdx_ublk::error::{Error, Kind, Result};
 use vhdx_ublk::format::metadata::DiskType;
 use vhdx_ublk::operations::compact::{Compacted, Figures, Request, Steps};
-use vhdx_ublk::printable::human_size;
+use vhdx_ublk::printable::{counted, human_size};
 
 use super::parent_options::ParentOptions;
 use super::progress::ProgressOptions;
@@ -276,7 +276,7 @@ fn text_of_served(done: &Shortened, trimmed: Option<&trim::Outcome>) -> String {
         format!("File size  {}", change(before.length, after.length)),
     ];
     if *moves > 0 {
-        lines.push(format!("{moves} moves made, {} copied", human_size(*moved_bytes)));
+        lines.push(format!("{} made, {} copied", counted(*moves, "move"), human_size(*moved_bytes)));
     }
     lines.extend(trimmed.iter().flat_map(|trimmed| trimmed.lines(false)));
     if let Some(why) = stopped {
@@ -325,11 +325,13 @@ fn text(
     let (give, held) = if after.is_some() { ("gave", "held") } else { ("would give", "hold") };
     if done.given_up_bytes > 0 {
         let [blocks, bytes] = [done.zero_blocks + done.old_blocks, done.given_up_bytes];
-        line(format!("{blocks} blocks {held} only zeros and {give} up {}", human_size(bytes)));
+        let (blocks, held) =
+            (counted(blocks, "block"), if blocks == 1 && held == "hold" { "holds" } else { held });
+        line(format!("{blocks} {held} only zeros and {give} up {}", human_size(bytes)));
     }
     if done.moves > 0 {
         let made = if after.is_some() { "made" } else { "would be made" };
-        line(format!("{} moves {made}, {} copied", done.moves, human_size(done.moved_bytes)));
+        line(format!("{} {made}, {} copied", counted(done.moves, "move"), human_size(done.moved_bytes)));
     }
     trimmed.iter().flat_map(|trimmed| trimmed.lines(after.is_none())).for_each(&mut line);
     notes(compacted, steps).into_iter().for_each(&mut line);

@@ -17,7 +17,7 @@ use vhdx_ublk::disk::tally::Times;
 use vhdx_ublk::engine::port_counts::{Requests, Wait};
 use vhdx_ublk::engine::{Counters, Levels};
 use vhdx_ublk::error::{Error, Kind};
-use vhdx_ublk::printable::{human_size, printable};
+use vhdx_ublk::printable::{self, counted, human_size, printable};
 
 use super::output;
 
@@ -227,8 +227,12 @@ fn text(row: &Row) -> String {
     fields.add(
         "requests",
         format!(
-            "{read} reads, {write} writes, {durable_write} durable writes, {flush} flushes, \
-             {discard} discards, {write_zeroes} for zeros; {failed} failed"
+            "{}, {}, {}, {}, {}, {write_zeroes} for zeros; {failed} failed",
+            counted(read, "read"),
+            counted(write, "write"),
+            counted(durable_write, "durable write"),
+            counted(flush, "flush"),
+            counted(discard, "discard")
         ),
     );
     for (layer, key) in row.read.iter().zip(std::iter::once("read").chain(std::iter::repeat(""))) {
@@ -241,8 +245,11 @@ fn text(row: &Row) -> String {
     fields.add(
         "first writes",
         format!(
-            "{} blocks got space ({} of it used before, {} filled from parents); the file grew {} times",
-            engine.grants, engine.recycled_grants, engine.fills, engine.grows
+            "{} got space ({} of it used before, {} filled from parents); the file grew {}",
+            counted(engine.grants, "block"),
+            engine.recycled_grants,
+            engine.fills,
+            printable::times(engine.grows)
         ),
     );
     let mut key = "waits";
@@ -253,15 +260,23 @@ fn text(row: &Row) -> String {
     fields.add("syncs", times(&row.syncs));
     fields.add(
         "commits",
-        format!("{} in {} rounds, with {} pages", engine.commits, engine.rounds, engine.pages),
+        format!(
+            "{} in {}, with {}",
+            engine.commits,
+            counted(engine.rounds, "round"),
+            counted(engine.pages, "page")
+        ),
     );
     let (log, percent) = (human_size(row.levels.log_bytes), row.log_percent());
-    let dirty = row.levels.dirty_pages;
-    fields
-        .add("log", format!("{percent}% of {log} filled; begun {} times; {dirty} pages dirty", engine.logs));
+    let (begun, dirty) = (printable::times(engine.logs), counted(row.levels.dirty_pages, "page"));
+    fields.add("log", format!("{percent}% of {log} filled; begun {begun}; {dirty} dirty"));
     fields.add(
         "unmapped",
-        format!("{} blocks; {} in quarantine", engine.unmapped, human_size(row.levels.quarantined_bytes)),
+        format!(
+            "{}; {} in quarantine",
+            counted(engine.unmapped, "block"),
+            human_size(row.levels.quarantined_bytes)
+        ),
     );
     fields.add("zero copy", if row.zero_copy { "all data" } else { "no data" });
     fields.add("retries", row.retries.to_string());
@@ -381,7 +396,7 @@ mod tests {
     fn text_and_json_say_the_same() {
         let shown = text(&row());
         for part in [
-            "7 reads, 5 writes, 1 durable writes, 0 flushes",
+            "7 reads, 5 writes, 1 durable write, 0 flushes",
             "1 failed",
             "512 bytes from /images/disk.vhdx",
             "24 KiB; 0 bytes made zero",

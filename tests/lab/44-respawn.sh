@@ -1,7 +1,6 @@
 # `add --respawn`: a device comes back by itself whenever its daemon dies, until it is removed.
 # shellcheck shell=bash
 
-stamper() { "${VHDX_STAMPER:-$(dirname "$VHDX_UBLK")/examples/stamper}" "$@"; }
 health() { ublk list --json | tr -d ' \n' | grep -o '"health":"[a-z-]*"' | cut -d'"' -f4; }
 keepers() { pgrep -fc -- 'respawn --mark' || true; }
 

@@ -1,8 +1,6 @@
 # The daemon is killed again and again while a verifying writer works: nothing acknowledged is lost.
 # shellcheck shell=bash
 
-stamper() { "${VHDX_STAMPER:-$(dirname "$VHDX_UBLK")/examples/stamper}" "$@"; }
-
 cycles() { if [ -n "$FULL" ]; then echo 200; elif [ "$zero_copy" = auto ]; then echo 50; else echo 20; fi; }
 
 # kill_again_and_again RECOVERY CYCLES [stamper options]

@@ -1,8 +1,6 @@
 # Snapshots of devices in use: what is frozen is the device at one moment, and the device stays in use.
 # shellcheck shell=bash
 
-stamper() { "${VHDX_STAMPER:-$(dirname "$VHDX_UBLK")/examples/stamper}" "$@"; }
-
 # Takes a snapshot of the only device and keeps the pause, in microseconds, in `pauses`.
 snap() { ublk snapshot "$device" "$1" --json | tr -d ' \n' | grep -o '"pause_us":[0-9]*' | cut -d: -f2 >>pauses; }
 

@@ -1,8 +1,6 @@
 # Devices change their program while they are in use: no error, nothing lost, and a way back.
 # shellcheck shell=bash
 
-stamper() { "${VHDX_STAMPER:-$(dirname "$VHDX_UBLK")/examples/stamper}" "$@"; }
-
 # pid_of DEVICE: its daemon.
 pid_of() {
     ublk list --json | tr -d ' \n' | grep -o "\"device\":\"$1\".*" | grep -o '"pid":[0-9]*' | head -n 1 | cut -d: -f2

@@ -7,8 +7,6 @@ growths=${FULL:+25} kills=${FULL:+30}
 
 take_down() { ! mountpoint -q /run/vhdx-ublk || umount /run/vhdx-ublk; }
 
-stamper() { "${VHDX_STAMPER:-$(dirname "$VHDX_UBLK")/examples/stamper}" "$@"; }
-
 # has_size DEVICE BYTES: to the kernel, to `list` and in the image.
 has_size() {
     local listed inside
@@ -26,19 +24,17 @@ is_zero_from() {
     cmp -n $((size - $2)) -i "$2:0" "$1" /dev/zero || fail "what has come into the disk at $2 is not zero"
 }
 
-# begin_writer BYTES BLOCK-SIZE: a disk of that size on `device`, on which a verifying writer works all the time.
-begin_writer() {
+# begin_disk BYTES BLOCK-SIZE: a disk of that size on `device`, on which a verifying writer works all the time.
+begin_disk() {
     ublk create disk.vhdx --size "$1" --block-size "$2"
     device=$(ublk add disk.vhdx --queues 2)
-    rm -f stop pauses
-    stamper "$device" stop >stamper.log 2>&1 &
-    writer=$!
+    rm -f pauses
+    begin_writer "$device"
 }
 
 # Nothing is lost, and the image is whole.
-end_writer() {
-    touch stop
-    wait "$writer" || { cat stamper.log; cat /run/vhdx-ublk/*.log; fail "something was lost"; }
+end_disk() {
+    end_writer
     ublk del "$device"
     ublk check disk.vhdx >/dev/null || fail "$(ublk check disk.vhdx)"
     [ -z "$(ls /run/vhdx-ublk/*.session* 2>/dev/null)" ] || fail "a session outlives the clean close"
@@ -48,7 +44,7 @@ end_writer() {
 grow_under_writer() {
     local device writer number before after
     before=$(((1 << 30) + 512))
-    begin_writer $before "$1"
+    begin_disk $before "$1"
     for number in $(seq "$growths"); do
         after=$((before + number * 7654400))
         ublk resize "$device" --size "$after" --json >said || { cat said; fail "it does not grow"; }
@@ -64,7 +60,7 @@ grow_under_writer() {
         blkdiscard -z -o $((after - 512)) -l 512 "$device"
         before=$after
     done
-    end_writer
+    end_disk
     qemu-img check -q disk.vhdx
     [ "$(ublk info --json disk.vhdx | jq .virtual_size)" -eq "$after" ] || fail "$(ublk info disk.vhdx)"
     sort -n pauses >sorted
@@ -75,20 +71,11 @@ grow_under_writer() {
 test_grow_under_a_verifying_writer() { grow_under_writer 1M; }
 test_grow_zero_copy() { zero_copy=on grow_under_writer 2M; }
 
-# recovered DEVICE: its dead daemon has the image as long as a write or a sync of it is under way.
-recovered() {
-    for _ in $(seq 6); do
-        ! ublk recover "$1" >/dev/null 2>refusal || return 0
-        grep -q 'has it open' refusal || return 1
-    done
-    return 1
-}
-
 # The daemon is killed in the middle of it: the device comes back with the old size or the new one.
 test_grow_killed_in_the_middle() {
     local device writer growing before after now grown=0
     before=$((1 << 30))
-    begin_writer $before 1M
+    begin_disk $before 1M
     for _ in $(seq "$kills"); do
         after=$((before + 9999872))
         ublk resize "$device" --size "$after" >/dev/null 2>&1 &
@@ -108,7 +95,7 @@ test_grow_killed_in_the_middle() {
         dd if="$device" bs=512 skip=$((after / 512 - 1)) iflag=direct status=none | cmp -n 512 - /dev/zero
         before=$after
     done
-    end_writer
+    end_disk
     note "$kills kills, $grown of them left the new size"
 }
 

@@ -2,8 +2,6 @@
 # an acknowledged flush covered. A cell of the matrix is a kind of host, a fault and a way of recovery.
 # shellcheck shell=bash
 
-stamper() { "${VHDX_STAMPER:-$(dirname "$VHDX_UBLK")/examples/stamper}" "$@"; }
-
 # Names of this test's own: another laboratory sees other devices, but the same script.
 host_disk=vhdx-ublk-host
 host_loop=

@@ -118,6 +118,29 @@ check_stamps() {
     [ "$found" = "$expected" ] || fail "$1 does not hold at $2 MB what was written there"
 }
 
+# The verifying writer.
+stamper() { "${VHDX_STAMPER:-$(dirname "$VHDX_UBLK")/examples/stamper}" "$@"; }
+
+# begin_writer DEVICE: it works there until end_writer, which says whether anything was lost.
+begin_writer() {
+    rm -f stop
+    stamper "$1" stop >stamper.log 2>&1 &
+    writer=$!
+}
+end_writer() {
+    touch stop
+    wait "$writer" || { cat stamper.log; cat /run/vhdx-ublk/*.log; fail "something was lost"; }
+}
+
+# recovered DEVICE: its dead daemon has the images as long as a write or a sync of them is under way.
+recovered() {
+    for _ in $(seq 6); do
+        ! ublk recover "$1" >/dev/null 2>refusal || return 0
+        grep -q 'has it open' refusal || return 1
+    done
+    return 1
+}
+
 daemon_pid() { ublk list --json | tr -d ' \n' | grep -o '"pid":[0-9]*' | head -n 1 | cut -d: -f2; }
 
 # Kills the daemon and waits until it is gone, and its lock with it.
