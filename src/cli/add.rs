@@ -24,6 +24,7 @@ use vhdx_ublk::device::layers::Parents;
 use vhdx_ublk::device::name::Name;
 use vhdx_ublk::device::open_image::{NoEngine, OpenImage};
 use vhdx_ublk::device::path::WrittenPath;
+use vhdx_ublk::device::reclaim::Reclaim;
 use vhdx_ublk::device::registry::{Entry, Registry};
 use vhdx_ublk::device::respawn::refuse_useless;
 use vhdx_ublk::device::salvaged;
@@ -119,6 +120,13 @@ pub struct Add {
     /// only, and ignored by desktops (udisks), where the udev rule is installed
     #[arg(long, conflicts_with_all = ["parent", "parent_map", "force"])]
     untrusted: bool,
+    /// Whether the device compacts its image by itself: `off`, or `auto`, once it had no request for 60 s
+    /// (`auto=SECONDS`: for so many) and more than a quarter of the file is free. It stops at the first
+    /// request, and continues when the device is idle again; `list` shows it. An image that was only read
+    /// since it was added is left alone
+    #[arg(long, value_name = "WHEN", default_value = "off")]
+    #[arg(conflicts_with_all = ["read_only", "salvage", "untrusted"])]
+    reclaim: Reclaim,
     /// Serve from this process until it is interrupted (Ctrl-C)
     #[arg(short, long)]
     foreground: bool,
@@ -148,6 +156,7 @@ Examples:
   vhdx-ublk add --fd 3 3<>disk.vhdx
   vhdx-ublk add --salvage damaged.vhdx    later: mount -o ro,noload /dev/ublkb0 /mnt
   vhdx-ublk add --respawn disk.vhdx
+  vhdx-ublk add --reclaim auto disk.vhdx
   vhdx-ublk add --untrusted received.vhdx
 
 If the daemon is killed, no acknowledged write is lost: I/O waits until `vhdx-ublk recover`, which
@@ -278,6 +287,7 @@ impl Add {
         let request_bytes = request_bytes(queues, self.depth);
         let Self { id, depth, recovery, zero_copy, for_mount, private, private_mounts, untrusted, .. } =
             *self;
+        let reclaim = self.reclaim;
         let (name, no_partitions) = (self.name.clone(), self.no_partitions || untrusted);
         Options {
             id,
@@ -292,6 +302,7 @@ impl Add {
             private_mounts,
             no_partitions,
             untrusted,
+            reclaim,
         }
     }
 
@@ -311,6 +322,7 @@ impl Add {
         arguments.push(format!("--zero-copy={}", zero_copy.get_name()).into());
         let sparse = self.sparse.to_possible_value().expect("every choice has a name");
         arguments.push(format!("--sparse={}", sparse.get_name()).into());
+        arguments.extend(reclaim_argument(self.reclaim));
         arguments.extend(self.parents.arguments());
         arguments.extend(logging::arguments());
         arguments.extend(self.read_only.then(|| "--read-only".into()));
@@ -413,6 +425,10 @@ pub fn private(file: &File, access: Access, sparse: Sparse, parents: &ParentOpti
     arguments
 }
 
+fn reclaim_argument(reclaim: Reclaim) -> Option<OsString> {
+    (reclaim != Reclaim::OFF).then(|| format!("--reclaim={reclaim}").into())
+}
+
 /// The command line of a daemon that serves `image`, whose parents are these, as the device of `entry` was
 /// served.
 pub fn again(entry: &Entry, image: &Path, parents: &[&Path]) -> Vec<OsString> {
@@ -433,6 +449,7 @@ pub fn again(entry: &Entry, image: &Path, parents: &[&Path]) -> Vec<OsString> {
         .map(Into::into),
     );
     arguments.extend(entry.name.as_ref().map(|name| format!("--name={name}").into()));
+    arguments.extend(reclaim_argument(entry.reclaim));
     arguments.extend(entry.private_mounts.then(|| "--private-mounts".into()));
     arguments.extend(entry.no_partitions.then(|| "--no-partitions".into()));
     arguments.extend(logging::arguments());
@@ -608,6 +625,17 @@ mod tests {
         let add = parse(&["--salvage", "--assume", "x"]);
         let again = Line::try_parse_from(add.child_arguments(&add.options())).expect("its own words").add;
         assert!(again.salvage && again.assume && again.reads_only() && !parse(&["x"]).salvage);
+    }
+
+    #[test]
+    fn the_child_compacts_when_the_parent_was_told_to() {
+        let add = parse(&["--reclaim=auto=7", "x"]);
+        let again = Line::try_parse_from(add.child_arguments(&add.options())).expect("its own words").add;
+        assert_eq!(again.options().reclaim.to_string(), "auto=7");
+        assert_eq!(parse(&["x"]).options().reclaim, Reclaim::OFF);
+        for arguments in [&["--reclaim", "auto=0"][..], &["--reclaim", "auto", "--untrusted"]] {
+            assert!(Line::try_parse_from([&["add", "x"], arguments].concat()).is_err(), "{arguments:?}");
+        }
     }
 
     #[test]

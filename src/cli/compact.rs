@@ -282,6 +282,7 @@ fn text_of_served(done: &Shortened, trimmed: Option<&trim::Outcome>) -> String {
     if let Some(why) = stopped {
         let why = match why {
             Stop::Caller => "",
+            Stop::Requests => " by requests",
             Stop::Snapshot => " by a snapshot",
             Stop::Resize => " by a resize",
             Stop::Upgrade => " by an upgrade",

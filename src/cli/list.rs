@@ -259,6 +259,7 @@ fn short(text: &str) -> String {
 /// A device for tests.
 #[cfg(test)]
 pub mod testing {
+    use vhdx_ublk::device::reclaim::Reclaim;
     use vhdx_ublk::device::registry::{ENTRY_FORMAT, Entry, ProcessId};
     use vhdx_ublk::disk::{HostFile, Sparse};
 
@@ -286,6 +287,7 @@ pub mod testing {
             salvage: None,
             no_partitions: false,
             recovery: Recovery::None,
+            reclaim: Reclaim::OFF,
             zero_copy: true,
             sparse: Sparse::Auto,
             file_write_guid: uuid::Uuid::nil(),

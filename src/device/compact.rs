@@ -6,7 +6,8 @@
 //! moved.
 //!
 //! The guest comes first. If it has requested anything while a batch was moved, the next one waits for
-//! several times as long as that took. What holds the queues (a snapshot, a disk that grows, a handover, the
+//! several times as long as that took. A device that compacts by itself while it is idle stops at the first
+//! request, at the end of its batch. What holds the queues (a snapshot, a disk that grows, a handover, the
 //! end of the device) stops the job at the end of its batch.
 //!
 //! Sector bitmaps and regions stay where they are: their bits may change at any moment.
@@ -24,7 +25,6 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use super::job::{Job, Running, Stop};
 use super::mailbox::wake_up;
 use super::order::{CompactOrder, Shortened};
-use super::reply::Reply;
 use super::served_image::{ServedImage, unclean};
 use crate::disk::{ImageFile, Reactor, Ring, UringDisk};
 use crate::engine::Engine;
@@ -44,10 +44,13 @@ const BATCH: u64 = 8 << 20;
 const RATE: u64 = 64 << 20;
 
 /// For how many times as long as a batch took, the guest has the disk to itself then.
-const YIELD: u32 = 3;
+const YIELD: u32 = 5;
 
 /// The longest pause in which no notice is taken of a request to stop.
 const PAUSE: Duration = Duration::from_millis(100);
+
+/// A device compacts by itself when one part of so many of the file is free.
+const LEAST_FREE_PART: u64 = 4;
 
 /// How often a job plans anew, at most: a guest that allocates all the time could keep it for ever.
 const MOST_PLANS: usize = 16;
@@ -65,19 +68,20 @@ impl<'a> Compactor<'a> {
 
     /// Begins what is ordered; the caller gets the outcome when it has ended.
     pub(super) fn start(&self, order: CompactOrder, served: &ServedImage) {
-        let CompactOrder { max_rate, requests, running, reply, .. } = order;
+        let CompactOrder { max_rate, requests, while_idle, running, ended: report, .. } = order;
         let (job, ended) = (running.job.clone(), Promise::default());
         let work = Work {
             engine: served.engine.clone(),
             file: served.file.clone(),
             ring: self.reactor.ring().clone(),
             job: job.clone(),
+            idle_since: while_idle.then(|| requests()),
             requests,
             // Whoever writes the line to the socket may write zero.
             max_rate: max_rate.unwrap_or(RATE).max(1),
         };
         self.current.replace(Some((job, ended.clone())));
-        self.reactor.spawn(end(work, running, reply, ended)).detach();
+        self.reactor.spawn(end(work, running, report, ended)).detach();
     }
 
     /// Has the job end, if there is one, and waits until it has.
@@ -89,15 +93,26 @@ impl<'a> Compactor<'a> {
     }
 }
 
-async fn end(work: Work, running: Running, reply: Reply<Shortened>, ended: Promise<()>) {
+async fn end(
+    work: Work,
+    running: Running,
+    report: Box<dyn FnOnce(Result<Shortened>) + Send>,
+    ended: Promise<()>,
+) {
     let outcome = work.run().await.file(work.file.path());
     match &outcome {
-        Ok(done) => tracing::info!("compacted: {} bytes moved, {} cut off", done.moved_bytes, done.cut_bytes),
+        Ok(done) if (done.moves, done.cut_bytes) == (0, 0) => {}
+        Ok(done) => {
+            tracing::info!("compacted: {} bytes moved, {} cut off", done.moved_bytes, done.cut_bytes);
+            if done.stopped == Some(Stop::Requests) {
+                tracing::info!("requests have come: compacting continues when the device is idle again");
+            }
+        }
         Err(error) => tracing::warn!("compacting has failed: {error:#}"),
     }
     // Who gets the answer may begin the next job.
     drop(running);
-    reply.send(outcome);
+    report(outcome);
     ended.keep(());
 }
 
@@ -108,6 +123,8 @@ struct Work {
     job: Arc<Job>,
     /// The requests that the guest has made so far.
     requests: Box<dyn Fn() -> Requests + Send>,
+    /// What they were when a device began to compact by itself, which any other ends.
+    idle_since: Option<Requests>,
     /// The most bytes that are copied in a second.
     max_rate: u64,
 }
@@ -116,6 +133,9 @@ impl Work {
     async fn run(&self) -> Result<Shortened> {
         let before = self.figures()?;
         let mut done = Shortened { before, after: before, ..Shortened::default() };
+        if self.idle_since.is_some() && !self.is_worth_it().await? {
+            return Ok(done);
+        }
         for _ in 0..MOST_PLANS {
             let moved = done.moves;
             let steps = self.plan().await?;
@@ -135,10 +155,7 @@ impl Work {
     /// The moves that make the file shorter, as it is now. They are found by another thread: requests that
     /// need the engine do not wait for it.
     async fn plan(&self) -> Result<Vec<Step>> {
-        if self.engine.shared().session() != Session::Idle {
-            // What the guest has discarded lately is not free yet.
-            self.check("committing dirty metadata", self.engine.give_up(&[]).await)?;
-        }
+        self.free_what_is_discarded().await?;
         let space = self.engine.space();
         let (items, others) = movable(&self.engine.shared().map, &space);
         let plan = move || {
@@ -149,12 +166,34 @@ impl Work {
         elsewhere(&self.ring, plan).await
     }
 
+    /// Whether so much of the file is free that a device compacts it by itself.
+    async fn is_worth_it(&self) -> Result<bool> {
+        self.free_what_is_discarded().await?;
+        let length = self.engine.shared().map.file_bytes();
+        let free = length.saturating_sub(self.engine.space().used_bytes());
+        let is_worth_it = free > length / LEAST_FREE_PART;
+        if is_worth_it {
+            tracing::info!(
+                "the device is idle, and {free} of {length} bytes of the file are free: compacting"
+            );
+        }
+        Ok(is_worth_it)
+    }
+
+    /// What the guest has discarded lately is not free yet.
+    async fn free_what_is_discarded(&self) -> Result<()> {
+        if self.engine.shared().session() == Session::Idle {
+            return Ok(());
+        }
+        self.check("committing dirty metadata", self.engine.give_up(&[]).await)
+    }
+
     async fn make(&self, mut steps: &[Step], done: &mut Shortened) -> Result<()> {
         let bytes = |steps: &[Step]| steps.iter().map(|step| step.item.place.length).sum::<u64>();
         while !steps.is_empty() {
             let (now, later) = steps.split_at(batch(steps, self.max_rate.min(BATCH)));
             self.advance(done, bytes(steps));
-            done.stopped = self.job.stopped();
+            done.stopped = self.stopped();
             if done.stopped.is_some() {
                 return Ok(());
             }
@@ -183,6 +222,14 @@ impl Work {
         })
     }
 
+    /// Why to stop, if it is to.
+    fn stopped(&self) -> Option<Stop> {
+        if self.idle_since.is_some_and(|before| (self.requests)() != before) {
+            self.job.stop(Stop::Requests);
+        }
+        self.job.stopped()
+    }
+
     fn advance(&self, done: &Shortened, left: u64) {
         let file = self.engine.shared().map.file_bytes();
         self.job.advance(done.moved_bytes, done.moved_bytes + left, file);
@@ -195,10 +242,10 @@ impl Work {
         let guest = if busy { started.elapsed() * (1 + YIELD) } else { Duration::ZERO };
         let due = started + rate.max(guest);
         while let Some(left) = due.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) {
-            if self.job.stopped().is_some() {
+            if self.stopped().is_some() {
                 break;
             }
-            elsewhere(&self.ring, move || thread::sleep(left.min(PAUSE))).await?;
+            self.ring.sleep(left.min(PAUSE)).await.doing("waiting")?;
         }
         Ok(())
     }

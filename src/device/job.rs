@@ -61,6 +61,9 @@ impl fmt::Display for Progress {
 pub enum Stop {
     /// Who requested it has left, or wants it to.
     Caller,
+    /// Requests have come to a device that was idle: what a caller has ordered does not stop for them.
+    #[schemars(skip)]
+    Requests,
     /// A snapshot is to be taken.
     Snapshot,
     /// The disk is to become larger.

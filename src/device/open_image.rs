@@ -182,7 +182,7 @@ impl EngineHandle for NoEngine {
 
     fn compact(&self, order: CompactOrder) {
         let error = self.refusal(order.device, "nothing is written to its image");
-        order.reply.send(Err(error.remedy("remove the device (`vhdx-ublk del`), then compact its image")));
+        (order.ended)(Err(error.remedy("remove the device (`vhdx-ublk del`), then compact its image")));
     }
 
     fn snapshot(&self, order: SnapshotOrder) {

@@ -7,6 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::name::Name;
+use super::reclaim::Reclaim;
 use crate::engine::front::MAX_LOOKS;
 use crate::error::{Error, Kind, Result};
 
@@ -100,6 +101,8 @@ pub struct Options {
     pub no_partitions: bool,
     /// Its image may be anybody's: programs of the machine that mount what they find are to leave it alone.
     pub untrusted: bool,
+    /// Whether it compacts its image when it is idle.
+    pub reclaim: Reclaim,
 }
 
 impl Default for Options {
@@ -117,6 +120,7 @@ impl Default for Options {
             private_mounts: false,
             no_partitions: false,
             untrusted: false,
+            reclaim: Reclaim::OFF,
         }
     }
 }

@@ -141,6 +141,8 @@ pub(super) enum Call {
     },
     /// That the file of the image becomes shorter.
     Compact { max_rate: Option<u64>, job: Arc<Job>, reply: Reply<Shortened> },
+    /// The device itself has compacted its image.
+    Reclaimed(Result<Shortened>),
     /// That this daemon ends, and leaves its device to the caller.
     HandOver {
         /// The image that the caller has opened.
@@ -178,8 +180,11 @@ pub struct CompactOrder {
     pub(super) max_rate: Option<u64>,
     /// The requests that the guest has made so far.
     pub(super) requests: Box<dyn Fn() -> Requests + Send>,
+    /// The device has no requests, and compacts by itself: only if it is worth it, and until one comes.
+    pub(super) while_idle: bool,
     pub(super) running: Running,
-    pub(super) reply: Reply<Shortened>,
+    /// Takes the outcome.
+    pub(super) ended: Box<dyn FnOnce(Result<Shortened>) + Send>,
 }
 
 /// A snapshot as the engine takes it.

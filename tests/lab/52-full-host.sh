@@ -31,6 +31,34 @@ fill() {
     done
 }
 
+# A compaction of a served image takes no room that the guest may need next: it wants more than it takes at a time.
+test_full_host_keeps_its_last_room_from_a_compaction() {
+    local device before left
+    full_host xfs 600M
+    ublk create full/disk.vhdx --size 1G --block-size 1M
+    device=$(ublk add full/disk.vhdx)
+    dd if=/dev/urandom of="$device" bs=1M count=200 oflag=direct,sync status=none
+    blkdiscard -o 0 -l 100M "$device"
+    for _ in $(seq 300); do
+        [ "$(host_bytes full/disk.vhdx)" -gt $((110 << 20)) ] || break
+        sleep 0.1
+    done
+    left=$(df --output=avail -B1 full | tail -n 1)
+    fallocate -l $((left - (12 << 20))) full/filler
+    before=$(stat -c %s full/disk.vhdx)
+    refused ublk compact "$device"
+    grep -q 'compacting an image while it is served needs' refusal || fail "$(cat refusal)"
+    [ "$(stat -c %s full/disk.vhdx)" -eq "$before" ] || fail "it was compacted"
+    write_stamps "$device" 300 8 2
+    check_stamps "$device" 300 8 2
+    rm full/filler
+    ublk compact "$device" >/dev/null
+    [ "$(stat -c %s full/disk.vhdx)" -lt $((130 << 20)) ] || fail "$(stat -c %s full/disk.vhdx) bytes for 108 MiB"
+    check_stamps "$device" 300 8 2
+    ublk del "$device"
+    ublk check full/disk.vhdx >/dev/null || fail "$(ublk check full/disk.vhdx)"
+}
+
 error_of() { grep -o 'No space left\|Input/output\|[A-Z][a-z ]*error' "$1" | head -n 1 | tr ' ' '-'; }
 
 # put NAME DD-ARGUMENT...: a write of 4096 bytes; whether it worked is noted, not judged.

@@ -1,23 +1,12 @@
 # The file of an image becomes shorter while it is served: nothing is lost, whoever writes or is killed meanwhile.
 # shellcheck shell=bash
 
-stamper() { "${VHDX_STAMPER:-$(dirname "$VHDX_UBLK")/examples/stamper}" "$@"; }
-
-# recovered DEVICE: its dead daemon has the image as long as a write or a sync of it is under way.
-recovered() {
-    for _ in $(seq 6); do
-        ! ublk recover "$1" >/dev/null 2>refusal || return 0
-        grep -q 'has it open' refusal || return 1
-    done
-    return 1
-}
-
 # job DEVICE: what its daemon does beside serving it.
 job() { ublk list --json | jq -c --arg device "$1" '.[] | select(.device == $device) | .job'; }
 
 # await_job DEVICE: until it has one that has moved something.
 await_job() {
-    for _ in $(seq 200); do
+    for _ in $(seq 600); do
         ! job "$1" | jq -e '.job == "compact" and .done_bytes > 0' >/dev/null || return 0
         sleep 0.05
     done
@@ -33,13 +22,11 @@ exchange() {
 
 # A verifying writer works all the time. The daemon is killed in the middle of one of two compactions.
 compact_under_writer() {
-    local device writer number compacting kills=0 moves=0 cut=0 status=0
+    local device writer number compacting kills=0 moves=0 cut=0
     ublk create disk.vhdx --size 2G --block-size "$1"
     device=$(ublk add disk.vhdx --queues 2)
-    rm -f stop
     exchange "$device" 0
-    stamper "$device" stop >stamper.log 2>&1 &
-    writer=$!
+    begin_writer "$device"
     for number in $(seq 6); do
         exchange "$device" "$number"
         if [ $((number % 2)) = 0 ]; then
@@ -57,9 +44,7 @@ compact_under_writer() {
             recovered "$device" || fail "not recovered: $(cat refusal /run/vhdx-ublk/*.log)"
         fi
     done
-    touch stop
-    wait "$writer" || status=1
-    [ $status -eq 0 ] || { cat stamper.log; cat /run/vhdx-ublk/*.log; fail "something was lost"; }
+    end_writer
     check_stamps "$device" $((600 + number % 2 * 100)) 16 "$number"
     ublk del "$device"
     ublk check disk.vhdx >/dev/null || fail "$(ublk check disk.vhdx)"
@@ -106,6 +91,72 @@ test_compact_live_follows_a_mounted_file_system() {
     manifest "$mnt" | cmp - kept || fail "files have changed"
     umount "$mnt"
     ublk del "$device"
+}
+
+# await_length BYTES: until the file is no longer than that.
+await_length() {
+    for _ in $(seq 600); do
+        [ "$(stat -c %s disk.vhdx)" -gt "$1" ] || return 0
+        sleep 0.1
+    done
+    fail "the file has $(stat -c %s disk.vhdx) bytes still: $(ublk list; cat /run/vhdx-ublk/*.log)"
+}
+
+# begun DEVICE: how often its daemon has begun to compact by itself.
+begun() { grep -c 'of the file are free: compacting' "/run/vhdx-ublk/${1#/dev/ublkb}.log" || true; }
+
+# A device that nothing uses compacts its image by itself, stops for a request, and does nothing in vain.
+test_compact_live_while_the_device_is_idle() {
+    local device
+    ublk create disk.vhdx --size 2G --block-size 1M
+    refused ublk add disk.vhdx --reclaim auto=0
+    refused ublk add disk.vhdx --reclaim auto --read-only
+    device=$("$VHDX_UBLK" add disk.vhdx --reclaim auto=1 -v)
+    head -c 400M /dev/urandom >written
+    dd if=written of="$device" bs=1M oflag=direct status=none
+    blkdiscard -o 0 -l 240M "$device"
+    await_job "$device"
+    dd if="$device" of=/dev/null bs=4k count=1 skip=80000 iflag=direct status=none
+    for _ in $(seq 100); do [ "$(job "$device")" != null ] || break; sleep 0.05; done
+    [ "$(job "$device")" = null ] || fail "a request does not stop it"
+    grep -q 'requests have come' "/run/vhdx-ublk/${device#/dev/ublkb}.log" || fail "it was done before"
+    await_length $((180 << 20))
+    for _ in $(seq 100); do [ "$(job "$device")" != null ] || break; sleep 0.05; done
+    [ "$(begun "$device")" -eq 2 ] || fail "begun $(begun "$device") times"
+    cmp <(tail -c 160M written) <(dd if="$device" bs=1M skip=240 count=160 status=none) || fail "the disk has changed"
+    sleep 4
+    [ "$(begun "$device")" -eq 2 ] || fail "it compacts what cannot become smaller"
+    # It is the device's, whichever daemon serves it.
+    ublk upgrade "$device" >/dev/null
+    blkdiscard -o 240M -l 80M "$device"
+    await_length $((100 << 20))
+    kill_daemon disk.vhdx
+    ublk recover "$device" >/dev/null
+    blkdiscard -o 320M -l 40M "$device"
+    await_length $((60 << 20))
+    ublk del "$device"
+    ublk check disk.vhdx >/dev/null || fail "$(ublk check disk.vhdx)"
+    # One that was not to.
+    device=$(ublk add disk.vhdx)
+    blkdiscard "$device"
+    sleep 4
+    [ "$(stat -c %s disk.vhdx)" -gt $((40 << 20)) ] || fail "it compacts by itself"
+    ublk del "$device"
+}
+
+# Whoever wants the image comes first.
+test_compact_live_while_idle_makes_way_for_a_caller() {
+    local device
+    ublk create disk.vhdx --size 2G --block-size 1M
+    device=$(ublk add disk.vhdx --reclaim auto=1)
+    dd if=/dev/urandom of="$device" bs=1M count=400 oflag=direct status=none
+    blkdiscard -o 0 -l 240M "$device"
+    await_job "$device"
+    ublk compact "$device" --max-rate 1G --json >said 2>refusal || fail "$(cat refusal)"
+    jq -e '.stopped == false' said >/dev/null || fail "$(cat said)"
+    [ "$(stat -c %s disk.vhdx)" -le $((180 << 20)) ] || fail "$(cat said)"
+    ublk del "$device"
+    ublk check disk.vhdx >/dev/null || fail "$(ublk check disk.vhdx)"
 }
 
 # compacting DEVICE: slowly, in the background, until something is moved.

@@ -2,10 +2,12 @@
 
 use std::path::PathBuf;
 use std::sync::{Arc, PoisonError};
+use std::time::Instant;
 
-use super::{Device, change_entry};
+use super::reclaimer::Sight;
+use super::{Device, change_entry, served_now};
 use crate::device::image_name;
-use crate::device::job::Job;
+use crate::device::job::{Job, JobKind, Running};
 use crate::device::order::{
     Call, CompactOrder, GrowOrder, Grown, MergeOrder, Merged, NewLeaf, Shortened, Sizes, Snapped,
     SnapshotOrder, Switch,
@@ -15,17 +17,26 @@ use crate::device::reply::Reply;
 use crate::device::spec::EngineHandle;
 use crate::device::sysfs::disk_size;
 use crate::disk::HostFile;
+use crate::engine::shared::Session;
 use crate::error::{Error, Kind, Result};
 use crate::printable::shell;
 
 impl<E: EngineHandle> Device<E> {
     /// Does what a caller requests, or has it done. Whether the device is handed over then.
     pub(super) fn answer(&mut self, call: Call) -> bool {
+        let call = match call {
+            Call::Compact { .. } | Call::Merge { .. } => match self.reclaimer.defer(call) {
+                Some(call) => call,
+                None => return false,
+            },
+            call => call,
+        };
         match call {
+            Call::Compact { max_rate, job, reply } => self.compact(max_rate, job, reply),
+            Call::Reclaimed(outcome) => self.has_reclaimed(&outcome),
             Call::Snapshot { reply, .. } if self.jobs.is_merging() => reply.send(Err(self.is_merging())),
             Call::Snapshot { image, reply } => self.snapshot(image, reply),
             Call::Grow { sizes, reply } => self.grow(sizes, reply),
-            Call::Compact { max_rate, job, reply } => self.compact(max_rate, job, reply),
             Call::HasGrown { outcome, reply } => {
                 self.growing -= 1;
                 reply.send(outcome.and_then(|grown| self.tell_size(grown)));
@@ -147,17 +158,48 @@ impl<E: EngineHandle> Device<E> {
     fn compact(&self, max_rate: Option<u64>, job: Arc<Job>, reply: Reply<Shortened>) {
         match self.jobs.begin(job) {
             Ok(running) => {
-                let sources = self.sources.clone();
-                let requests = Box::new(move || sources.requests());
-                self.engine().compact(CompactOrder {
-                    device: self.info.id,
-                    max_rate,
-                    requests,
-                    running,
-                    reply,
-                });
+                let ended = Box::new(move |outcome| reply.send(outcome));
+                self.engine().compact(self.compact_order(max_rate, false, running, ended));
             }
             Err(error) => reply.send(Err(error)),
         }
+    }
+
+    fn compact_order(
+        &self,
+        max_rate: Option<u64>,
+        while_idle: bool,
+        running: Running,
+        ended: Box<dyn FnOnce(Result<Shortened>) + Send>,
+    ) -> CompactOrder {
+        let sources = self.sources.clone();
+        let requests = Box::new(move || sources.requests());
+        CompactOrder { device: self.info.id, max_rate, requests, while_idle, running, ended }
+    }
+
+    /// Compacts the image if the device is idle, and is to do that.
+    pub(super) fn reclaim(&mut self) {
+        let shared = served_now(&self.engine().handover(), &self.first);
+        let sight = Sight {
+            requests: self.sources.requests(),
+            unmapped: shared.activity().counters().unmapped,
+            is_written: shared.session() == Session::Open,
+        };
+        let job = Job::new(JobKind::Compact);
+        if !self.reclaimer.looks(Instant::now(), &sight) {
+            return;
+        }
+        // A job of a caller comes first, and this one with the next look.
+        if let Ok(running) = self.jobs.begin(job.clone()) {
+            self.reclaimer.began(job, &sight);
+            let call = self.supervisor.caller();
+            let ended = Box::new(move |outcome| call(Call::Reclaimed(outcome)));
+            self.engine().compact(self.compact_order(None, true, running, ended));
+        }
+    }
+
+    fn has_reclaimed(&mut self, outcome: &Result<Shortened>) {
+        let call = self.supervisor.caller();
+        self.reclaimer.ended(outcome, Instant::now()).into_iter().for_each(call);
     }
 }

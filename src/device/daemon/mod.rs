@@ -18,6 +18,7 @@
 
 mod calls;
 mod leaving;
+mod reclaimer;
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -27,7 +28,7 @@ use std::time::{Duration, Instant};
 
 use crate::device::confine::{self, Role};
 use crate::device::control::{self, Control, DeviceInfo, NewDevice};
-use crate::device::ending::{Ending, INSISTENCE, Step};
+use crate::device::ending::{Ending, Happening, INSISTENCE, Step};
 use crate::device::features;
 use crate::device::handover;
 use crate::device::job::Jobs;
@@ -40,6 +41,7 @@ use crate::device::node::{Node, await_node};
 use crate::device::options::{Options, Recovery, ZeroCopy};
 use crate::device::private_mounts;
 use crate::device::queue::{BufferIndex, QueueSetup, RingSetup, Transfer};
+use crate::device::reclaim::Reclaim;
 use crate::device::registry::{self, ENTRY_FORMAT, Entry, MergeUnderWay, ProcessId, Registry, Reserved};
 use crate::device::service_manager::ServiceManager;
 use crate::device::socket::{self, Report, Status};
@@ -53,6 +55,7 @@ use crate::engine::front::Front;
 use crate::engine::shared::{Session, Shared};
 use crate::error::{Error, Kind, Result};
 use crate::printable::shell;
+use reclaimer::Reclaimer;
 
 /// How long a service manager that stops the daemon is asked to wait for the next check of its users.
 const CHECK_PATIENCE: Duration = Duration::from_secs(5);
@@ -176,6 +179,9 @@ struct Device<E> {
     growing: usize,
     /// What is done on the image beside serving it.
     jobs: Jobs,
+    reclaimer: Reclaimer,
+    /// What the queues served first.
+    first: Weak<Shared>,
 }
 
 impl<E: EngineHandle> Device<E> {
@@ -207,9 +213,10 @@ impl<E: EngineHandle> Device<E> {
         }
         let info = control.add(&new)?;
         let (name, for_mount, private) = (options.name.clone(), options.for_mount, options.private);
-        let (private_mounts, no_partitions) = (options.private_mounts, options.no_partitions);
+        let Options { private_mounts, no_partitions, reclaim, .. } = *options;
         let described = describe(&info, spec, daemon);
-        let entry = Entry { name, for_mount, private, private_mounts, no_partitions, recovery, ..described };
+        let entry =
+            Entry { name, for_mount, private, private_mounts, no_partitions, recovery, reclaim, ..described };
         let written = registry.forget_request(entry.id);
         let written = written.and_then(|()| locked.mark_untrusted(entry.id, options.untrusted));
         let written = written.and_then(|()| locked.write(&entry));
@@ -263,6 +270,7 @@ impl<E: EngineHandle> Device<E> {
         entry: Entry,
     ) -> Self {
         supervisor.note_requests(registry.request_path(info.id));
+        let reclaimer = Reclaimer::new(entry.reclaim, Instant::now());
         Self {
             transfer: transfer(&info, BufferIndex::Tag),
             sources: Sources::new(info.queues, spec.sync_times.clone()),
@@ -279,6 +287,8 @@ impl<E: EngineHandle> Device<E> {
             leaving: Arc::default(),
             growing: 0,
             jobs: Jobs::default(),
+            reclaimer,
+            first: spec.shared.clone(),
         }
     }
 
@@ -353,7 +363,8 @@ impl<E: EngineHandle> Device<E> {
         confine::seal();
         let mut ending = Ending::default();
         loop {
-            let happening = match self.supervisor.next_demand(ending.due())? {
+            let due = ending.due().into_iter().chain(self.reclaimer.due()).min();
+            let happening = match self.supervisor.next_demand(due)? {
                 Demand::Call(call) => {
                     if self.answer(call) {
                         return Ok(End::HandedOver);
@@ -363,6 +374,10 @@ impl<E: EngineHandle> Device<E> {
                 Demand::Stopped => {
                     tracing::info!("ending: another process has stopped the device");
                     return Ok(End::Down);
+                }
+                Demand::Happening(Happening::Time) if ending.due().is_none_or(|due| due > Instant::now()) => {
+                    self.reclaim();
+                    continue;
                 }
                 Demand::Happening(happening) => happening,
             };
@@ -603,6 +618,7 @@ fn describe(info: &DeviceInfo, spec: &DeviceSpec, daemon: ProcessId) -> Entry {
         salvage: spec.salvage,
         no_partitions: false,
         recovery: Recovery::None,
+        reclaim: Reclaim::OFF,
         zero_copy: features::is_in_place(info.flags),
         sparse: spec.sparse,
         file_write_guid: spec.file_write_guid,

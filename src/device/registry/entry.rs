@@ -11,6 +11,7 @@ use crate::device::name::Name;
 use crate::device::options::{Recovery, Salvage};
 use crate::device::path;
 use crate::device::process::ProcessId;
+use crate::device::reclaim::Reclaim;
 use crate::disk::{HostFile, Sparse};
 use crate::error::{Error, Kind, Result};
 use crate::printable::printable;
@@ -79,6 +80,9 @@ pub struct Entry {
     pub no_partitions: bool,
     /// What happens to it when its daemon is killed.
     pub recovery: Recovery,
+    /// Whether it compacts its image when it is idle.
+    #[serde(default, skip_serializing_if = "is_off")]
+    pub reclaim: Reclaim,
     /// The data of requests is not copied.
     #[serde(default)]
     pub zero_copy: bool,
@@ -107,6 +111,10 @@ pub struct Entry {
     /// A layer of the chain is being merged, or was when the daemon was killed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub merging: Option<MergeUnderWay>,
+}
+
+fn is_off(reclaim: &Reclaim) -> bool {
+    *reclaim == Reclaim::OFF
 }
 
 /// A merge of a layer of the chain that a device serves.
@@ -208,6 +216,7 @@ pub(crate) mod tests {
             read_only: false,
             salvage: None,
             no_partitions: false,
+            reclaim: Reclaim::OFF,
             recovery: Recovery::Reissue,
             sparse: Sparse::Auto,
             zero_copy: false,

@@ -354,7 +354,7 @@ mod tests {
                     Call::Grow { reply, .. } => reply.send(Err(refusal())),
                     Call::Merge { reply, .. } => reply.send(Err(refusal())),
                     Call::Compact { .. } => unreachable!("no test calls it"),
-                    Call::HasGrown { .. } => panic!("no client makes it"),
+                    Call::HasGrown { .. } | Call::Reclaimed(_) => panic!("no client makes it"),
                 }
             },
         )
