@@ -949,7 +949,10 @@ impl ReadDisk for SimDisk {
     }
 
     async fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
-        Ok(self.state.borrow().cache.next_stored(offset))
+        let state = self.state.borrow();
+        // A host that is not known to take space back may call a hole what was written and not synced.
+        let store = if self.can_punch { &state.cache } else { &state.durable };
+        Ok(store.next_stored(offset).filter(|found| *found < state.cache.length))
     }
 
     async fn length(&self) -> io::Result<u64> {

@@ -58,6 +58,11 @@ impl Room {
         self.stored.as_ref().is_none_or(|stored| pages(offset, length).all(|page| stored.contains(&page)))
     }
 
+    /// Whether all of this range is a hole.
+    pub fn is_hole(&self, offset: u64, length: u64) -> bool {
+        self.stored.as_ref().is_some_and(|stored| !pages(offset, length).any(|page| stored.contains(&page)))
+    }
+
     /// This range is a hole now.
     pub fn give_back(&mut self, offset: u64, length: u64) {
         if let Some(stored) = &mut self.stored {

@@ -28,6 +28,8 @@ pub(super) struct Batch {
     outcome: Rc<RefCell<Option<Ended>>>,
     planned: usize,
     judged: u64,
+    /// The new places that were holes.
+    holes: Vec<Extent>,
 }
 
 /// Whether the entries are those of a block before and after a move.
@@ -52,6 +54,10 @@ impl World {
             return;
         }
         self.batches += 1;
+        let block_size = self.engine.shared().geometry().block_size();
+        let places = moves.iter().map(|place| Extent { offset: place.to, length: block_size });
+        let holes = places.filter(|place| self.disk.room(|room| room.is_hole(place.offset, place.length)));
+        let holes = holes.collect();
         let (engine, cuts, planned) = (self.engine.clone(), self.rng.bool(), moves.len());
         let outcome = self.tasks.start(async move {
             engine.open_session().await?;
@@ -59,7 +65,8 @@ impl World {
             let cut = if cuts { engine.cut().await? } else { 0 };
             Ok((made, cut))
         });
-        self.batch = Some(Batch { outcome, planned, judged: self.images_judged() });
+        let judged = self.images_judged();
+        self.batch = Some(Batch { outcome, planned, judged, holes });
     }
 
     fn choose_moves(&mut self) -> Vec<Move> {
@@ -99,7 +106,7 @@ impl World {
         let Some(outcome) = self.batch.as_ref().and_then(|batch| batch.outcome.borrow_mut().take()) else {
             return;
         };
-        let Batch { planned, judged, .. } = self.batch.take().expect("just seen");
+        let Batch { planned, judged, holes, .. } = self.batch.take().expect("just seen");
         self.marks.add("images while blocks move", self.images_judged() - judged);
         match outcome {
             Ok((made, cut)) => {
@@ -107,9 +114,20 @@ impl World {
                 self.marks.add("moves that come too late", (planned - made) as u64);
                 self.marks.add("cuts of a served file", u64::from(cut > 0));
             }
-            Err(Errno::ENOSPC) if self.config.faults.full > 0 => {}
+            Err(Errno::ENOSPC) if self.config.faults.full > 0 => self.check_room(&holes),
             Err(_) if self.injected => {}
             Err(errno) => violated(format!("blocks do not move: {errno}")),
+        }
+    }
+
+    /// A batch that has found no room keeps none.
+    fn check_room(&mut self, holes: &[Extent]) {
+        self.marks.hit("batches that find no room");
+        let space = self.engine.space();
+        for place in holes.iter().filter(|place| !space.is_used(place.offset..place.end())) {
+            if !self.disk.room(|room| room.is_hole(place.offset, place.length)) {
+                violated(format!("a batch without room keeps what it has taken at {}", place.offset));
+            }
         }
     }
 
