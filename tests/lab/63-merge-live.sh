@@ -1,34 +1,11 @@
 # Layers of a chain that is served are merged: nothing is lost or torn, and the chain keeps its length.
 # shellcheck shell=bash
 
-stamper() { "${VHDX_STAMPER:-$(dirname "$VHDX_UBLK")/examples/stamper}" "$@"; }
-
 # served IMAGE-KEY: what `list` says of the only device.
 served() { ublk list --json | jq -r ".[0].$1"; }
 
 # chain_length: of the chain that the only device serves, by the paths of its images.
 chain_length() { ublk info --chain --json "$(served image)" | jq '.chain | length'; }
-
-# recovered DEVICE: its dead daemon has the images as long as a write or a sync of them is under way.
-recovered() {
-    for _ in $(seq 6); do
-        ! ublk recover "$1" >/dev/null 2>refusal || return 0
-        grep -q 'has it open' refusal || return 1
-    done
-    return 1
-}
-
-# begin_writer DEVICE: a verifying writer works all the time.
-begin_writer() {
-    rm -f stop
-    stamper "$1" stop >stamper.log 2>&1 &
-    writer=$!
-}
-
-end_writer() {
-    touch stop
-    wait "$writer" || { cat stamper.log; cat /run/vhdx-ublk/*.log; fail "something was lost"; }
-}
 
 # kill_in_the_middle DEVICE LAYER: of the merge of that layer; the device comes back, and the same merge ends.
 kill_in_the_middle() {
@@ -206,4 +183,69 @@ test_merge_live_answers_others() {
     [ "$(chain_length)" -eq 2 ] || fail "the chain has $(chain_length) images"
     ublk del "$device"
     ublk check 0.vhdx >/dev/null || fail "$(ublk check 0.vhdx)"
+}
+
+# Everyone who finishes a merge looks at what the file is, not only at its name and number.
+test_merge_live_finished_removes_only_what_it_has_left() {
+    local device number
+    mkdir kept
+    take_down() { chattr -i kept 2>/dev/null || true; }
+    ublk create base.vhdx --size 64M --block-size 1M
+    ublk create kept/1.vhdx --parent base.vhdx
+    device=$(ublk add kept/1.vhdx)
+    write_stamps "$device" 0 20 1
+    ublk snapshot "$device" 2.vhdx >/dev/null
+    number=$(stat -c %i kept/1.vhdx)
+    # The file of the layer cannot be removed: the merge ends there.
+    chattr +i kept
+    refused ublk merge kept/1.vhdx
+    chattr -i kept
+    [ "$(served merging)" = "$PWD/kept/1.vhdx" ] || fail "$(ublk list)"
+    # A child was made of it meanwhile.
+    ublk create kept/other.vhdx --parent kept/1.vhdx
+    refused ublk merge kept/1.vhdx
+    grep -q other.vhdx refusal || fail "$(cat refusal)"
+    rm kept/other.vhdx
+    # Another image has its name and its number.
+    ublk create another.vhdx --size 64M
+    cat another.vhdx >kept/1.vhdx
+    [ "$(stat -c %i kept/1.vhdx)" = "$number" ] || fail "it has another number"
+    ublk merge kept/1.vhdx >/dev/null
+    cmp another.vhdx kept/1.vhdx || fail "another image was removed, or written"
+    [ "$(served merging) $(chain_length)" = 'null 2' ] || fail "the merge has not ended: $(ublk list)"
+    check_stamps "$device" 0 20 1
+    ublk del "$device"
+    ublk check 2.vhdx >/dev/null || fail "$(ublk check 2.vhdx)"
+}
+
+# The file of a layer that is gone has left its number to another layer, which is not merged for it.
+test_merge_live_finished_spares_a_layer_with_the_number_of_another() {
+    local device entry number
+    ublk create 0.vhdx --size 64M --block-size 1M
+    device=$(ublk add 0.vhdx)
+    for number in 1 2; do
+        write_stamps "$device" $((number * 20)) 10 "$number"
+        ublk snapshot "$device" "$number.vhdx" >/dev/null
+    done
+    kill_daemon 2.vhdx
+    entry=/run/vhdx-ublk/${device#/dev/ublkb}.json
+    # Not by jq, which has no room for all digits of a number.
+    python3 - "$entry" "$PWD" <<'SCRIPT'
+import json, sys
+entry = json.load(open(sys.argv[1]))
+layer, target = entry["parent_files"]
+entry["merging"] = {"layer": sys.argv[2] + "/gone.vhdx", "layer_file": layer,
+                    "target": sys.argv[2] + "/0.vhdx", "target_file": target}
+json.dump(entry, open(sys.argv[1], "w"))
+SCRIPT
+    recovered "$device" || fail "not recovered: $(cat refusal)"
+    ublk merge gone.vhdx >/dev/null || fail "the merge is not finished"
+    [ -e 1.vhdx ] || fail "another layer was merged"
+    [ "$(served merging) $(chain_length)" = 'null 3' ] || fail "$(ublk list)"
+    check_stamps "$device" 20 10 1
+    check_stamps "$device" 40 10 2
+    ublk merge 1.vhdx >/dev/null
+    [ "$(chain_length)" -eq 2 ] || fail "the chain has $(chain_length) images"
+    ublk del "$device"
+    ublk check 2.vhdx >/dev/null || fail "$(ublk check 2.vhdx)"
 }

@@ -1,6 +1,6 @@
 //! The thread that carries out a merge.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -99,7 +99,7 @@ impl Work {
         let layer = written.file(self.layer.path());
         let place = layer.as_ref().map(|layer| Place::of_file(layer)).transpose()?;
         let files = WorkFiles { work: self, order, reactor: &reactor, written: &written, place, disk_bytes };
-        let device = Device { work: self, reactor: &reactor, switch, must_end };
+        let device = Device { work: self, reactor: &reactor, written: &written, switch, must_end };
         let merge = self.live_merge();
         let merged = match self.layer {
             Layer::InChain(_) => {
@@ -181,18 +181,23 @@ impl Work {
     }
 }
 
-/// What a merge writes. Readers get their locks back before the writers leave.
+/// What a merge writes. Readers that are still in the chain get their locks back before the writers leave.
 #[derive(Default)]
 struct Written {
-    readers: Vec<Arc<ImageFile>>,
+    readers: RefCell<Vec<Arc<ImageFile>>>,
     writers: Vec<Arc<ImageFile>>,
 }
 
 impl Written {
     fn open(&mut self, reader: &Arc<ImageFile>) -> Result<()> {
         self.writers.push(Arc::new(ImageFile::writer_for(reader)?));
-        self.readers.push(reader.clone());
+        self.readers.borrow_mut().push(reader.clone());
         Ok(())
+    }
+
+    /// `layer` has left the chain. If its file cannot be removed, the same merge again must get its lock.
+    fn leaves(&self, layer: HostFile) {
+        self.readers.borrow_mut().retain(|reader| reader.identity() != layer);
     }
 
     fn file(&self, path: &Path) -> Option<Arc<ImageFile>> {
@@ -202,7 +207,7 @@ impl Written {
 
 impl Drop for Written {
     fn drop(&mut self) {
-        for reader in &self.readers {
+        for reader in self.readers.get_mut() {
             if let Err(error) = reader.lock_again() {
                 tracing::warn!("the file is no longer locked: {error:#}");
             }
@@ -254,6 +259,7 @@ impl Files for WorkFiles<'_> {
 struct Device<'a> {
     work: &'a Work,
     reactor: &'a Reactor,
+    written: &'a Written,
     /// Taken when the layer is dropped.
     switch: &'a Cell<Option<Switch>>,
     /// Set when no other merge may begin before this one is finished.
@@ -283,7 +289,9 @@ impl Served for Device<'_> {
         image.read_bitmaps(&disk).await.file(target.path())?;
         let switch = self.switch.take().expect("a layer is dropped once");
         let (layer, target) = (self.work.layer.file(), image.into_map());
-        self.order(link, Some(Dropped { layer, target, switch }))
+        self.order(link, Some(Dropped { layer, target, switch }))?;
+        self.written.leaves(layer);
+        Ok(())
     }
 
     async fn relink(&self, link: Link) -> Result<()> {
