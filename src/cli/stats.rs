@@ -222,19 +222,8 @@ pub(super) fn report(registry: &Registry, listed: &Listed) -> Result<Report, Err
 
 fn text(row: &Row) -> String {
     let mut fields = output::Fields::default();
-    let Requests { read, write, durable_write, flush, discard, write_zeroes, failed } = row.requests;
     fields.add("device", row.device.display().to_string());
-    fields.add(
-        "requests",
-        format!(
-            "{}, {}, {}, {}, {}, {write_zeroes} for zeros; {failed} failed",
-            counted(read, "read"),
-            counted(write, "write"),
-            counted(durable_write, "durable write"),
-            counted(flush, "flush"),
-            counted(discard, "discard")
-        ),
-    );
+    fields.add("requests", requests(row.requests));
     for (layer, key) in row.read.iter().zip(std::iter::once("read").chain(std::iter::repeat(""))) {
         fields.add(key, format!("{} from {}", human_size(layer.bytes), layer.image.display()));
     }
@@ -287,6 +276,18 @@ fn text(row: &Row) -> String {
     };
     fields.add("health", health);
     fields.to_string()
+}
+
+fn requests(requests: Requests) -> String {
+    let Requests { read, write, durable_write, flush, discard, write_zeroes, failed } = requests;
+    format!(
+        "{}, {}, {}, {}, {}, {write_zeroes} for zeros; {failed} failed",
+        counted(read, "read"),
+        counted(write, "write"),
+        counted(durable_write, "durable write"),
+        counted(flush, "flush"),
+        counted(discard, "discard")
+    )
 }
 
 fn times(times: &Times) -> String {

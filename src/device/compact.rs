@@ -75,7 +75,7 @@ impl<'a> Compactor<'a> {
             file: served.file.clone(),
             ring: self.reactor.ring().clone(),
             job: job.clone(),
-            idle_since: while_idle.then(|| requests()),
+            idle_since: while_idle.then(&*requests),
             requests,
             // Whoever writes the line to the socket may write zero.
             max_rate: max_rate.unwrap_or(RATE).max(1),

@@ -8,7 +8,8 @@
 //! * [`session`], [`layers`], [`open_image`], `writable`: an image checked and ready to be served;
 //! * `fronts`, `served_image`, `snapshot`, `grow`, [`engine_thread`]: the engine of a writable device, on its
 //!   own thread; how its image becomes the parent of a new one, or its disk larger, while it is served;
-//! * `order`, `reply`, [`socket`]: how a running daemon gets commands; [`reclaim`]: which one it gives itself; [`stats`]: what it has done;
+//! * `order`, `reply`, [`socket`]: how a running daemon gets commands;
+//!   [`reclaim`]: which one it gives itself; [`stats`]: what it has done;
 //! * [`spec`], `ending`, `supervisor`, [`daemon`]: the device from `ADD_DEV` to `DEL_DEV`;
 //! * `handover`, [`upgrade`], `service_manager`: how another program takes the device over while it is in
 //!   use, and who learns of that;

@@ -23,6 +23,11 @@ impl Reclaim {
     /// Never.
     pub const OFF: Self = Self(None);
 
+    /// Whether that is the choice.
+    pub fn is_off(&self) -> bool {
+        *self == Self::OFF
+    }
+
     /// How long the device is idle before it does.
     pub fn patience(self) -> Option<Duration> {
         self.0.map(|seconds| Duration::from_secs(seconds.into()))

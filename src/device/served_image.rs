@@ -67,9 +67,9 @@ pub(super) fn open_served(
         sync_times,
         parents,
     };
-    let _returns =
+    let returns =
         reactor.spawn(return_space(Rc::downgrade(&engine), engine.lost_space(), reactor.ring().clone()));
-    Ok(ServedImage { engine, opened, session, file, locator, _returns })
+    Ok(ServedImage { engine, opened, session, file, locator, _returns: returns })
 }
 
 /// Has what blocks lose go back to the host although nothing is flushed.

@@ -153,8 +153,8 @@ impl<D: Disk + 'static> Engine<D> {
         }
     }
 
-    /// The bell that rings when blocks have lost space that no commit cycle has taken up: a flush takes it up,
-    /// or [`Self::commit_lost_space`].
+    /// The bell that rings when blocks have lost space that no commit cycle has taken up: a flush takes it
+    /// up, or [`Self::commit_lost_space`].
     pub fn lost_space(&self) -> Rc<Bell> {
         self.reclaim.lost.clone()
     }

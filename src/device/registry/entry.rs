@@ -81,7 +81,7 @@ pub struct Entry {
     /// What happens to it when its daemon is killed.
     pub recovery: Recovery,
     /// Whether it compacts its image when it is idle.
-    #[serde(default, skip_serializing_if = "is_off")]
+    #[serde(default, skip_serializing_if = "Reclaim::is_off")]
     pub reclaim: Reclaim,
     /// The data of requests is not copied.
     #[serde(default)]
@@ -111,10 +111,6 @@ pub struct Entry {
     /// A layer of the chain is being merged, or was when the daemon was killed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub merging: Option<MergeUnderWay>,
-}
-
-fn is_off(reclaim: &Reclaim) -> bool {
-    *reclaim == Reclaim::OFF
 }
 
 /// A merge of a layer of the chain that a device serves.
