@@ -56,8 +56,9 @@ log is.
 
 JSON: id, device, image, poisoned, host_full, last_error, requests (by kind, and failed),
 read (an array: image, bytes), zero_filled_bytes, written_bytes, zeroed_bytes, retries, zero_copy,
-late_registrations, waits (an array: for, waiting, count, sum_us, buckets), engine (counters),
-levels (log_bytes, log_used_bytes, dirty_pages, quarantined_bytes), syncs (count, sum_us, buckets).
+late_registrations, wakes (between the threads of the queues and the engine's), waits (an array:
+for, waiting, count, sum_us, buckets), engine (counters), levels (log_bytes, log_used_bytes,
+dirty_pages, quarantined_bytes), syncs (count, sum_us, buckets).
 The first bucket has what took up to 16 us, the next one up to 32 us, and so on; the last one has
 the rest.
 Exit status: 0 success, 1 failure, 2 wrong usage.";
@@ -87,6 +88,7 @@ pub struct Row {
     retries: u64,
     zero_copy: bool,
     late_registrations: u64,
+    wakes: u64,
     waits: Vec<Wait>,
     engine: Counters,
     levels: Levels,
@@ -127,6 +129,7 @@ impl Row {
             retries: traffic.retries,
             zero_copy: entry.zero_copy,
             late_registrations: traffic.late_registrations,
+            wakes: traffic.wakes,
             waits: traffic.waits,
             engine: stats.engine,
             levels: stats.levels,

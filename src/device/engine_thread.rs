@@ -35,7 +35,7 @@ use super::snapshot::{Makers, Snapshotter};
 use super::spec::EngineHandle;
 use super::sys;
 use super::writable::{WritableChain, WritableOpener};
-use crate::disk::{ImageFile, Reactor};
+use crate::disk::{ImageFile, Mail, Reactor};
 use crate::engine::Outcome;
 use crate::engine::shared::Session;
 use crate::error::{Doing, Error, Kind, Result};
@@ -267,6 +267,8 @@ impl EngineLoop {
         let caller = Caller::new(self.orders.clone(), self.called.clone(), ends.wake.clone());
         let inbox = FrontInbox::new(ends.wake, receivers, served.engine.clone(), self.called.clone());
         let inbox = Rc::new(inbox);
+        let mail: Rc<dyn Mail> = inbox.clone();
+        reactor.serve(Rc::downgrade(&mail));
         let receiving = reactor.spawn(inbox.clone().run(reactor.ring().clone()));
         let makers = Makers::default();
         let opener = &self.opener;
@@ -392,6 +394,36 @@ mod tests {
             8
         );
         again.close().expect("nothing to do");
+    }
+
+    /// A wake across CPUs may cost more than what it is for: requests that come together share them.
+    #[test]
+    fn first_writes_that_come_together_share_their_wakes() {
+        const BLOCKS: u16 = 16;
+        let bench = Bench::new();
+        let (ends, mut fronts) = mailboxes(1, BLOCKS).expect("file descriptors");
+        let engine = bench.open().expect("a good image").start(ends);
+        let front = &mut fronts[0];
+        front.sender.send(ToEngine::Ask { tag: 0, ask: Ask::OpenSession });
+        front.sender.flush();
+        assert_eq!(answered(receive(front)), 0);
+        for tag in 0..BLOCKS {
+            front.sender.send(ToEngine::Ask { tag, ask: Ask::Allocate { first: tag.into(), count: 1 } });
+        }
+        let mut wakes = u64::from(front.sender.flush());
+        let mut answers = 0;
+        while answers < BLOCKS {
+            if front.receiver.pop().map(answered).is_some() {
+                answers += 1;
+                continue;
+            }
+            if front.receiver.may_sleep() {
+                wakes += front.wake.read().expect("it is open");
+            }
+            front.receiver.awake();
+        }
+        assert!(wakes * 5 <= u64::from(BLOCKS), "{wakes} wakes for {BLOCKS} first writes");
+        engine.close().expect("committed");
     }
 
     /// Whether the image may be written is checked before the first byte is written, and the error names no

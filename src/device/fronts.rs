@@ -11,7 +11,7 @@ use nix::sys::eventfd::EventFd;
 use smol::future::yield_now;
 
 use super::mailbox::{Receiver, Sender, wake_up};
-use crate::disk::{Reactor, Ring, UringDisk};
+use crate::disk::{Mail, Reactor, Ring, UringDisk};
 use crate::engine::message::{ToEngine, ToFront};
 use crate::engine::waiting::Bell;
 use crate::engine::{Engine, Fronts};
@@ -59,11 +59,7 @@ impl FrontInbox {
         while !self.closed.get() {
             let count = ring.read_eventfd(self.wake.clone()).await;
             count.expect("an eventfd can be read as long as it is open");
-            for (front, receiver) in self.receivers.iter().enumerate() {
-                while let Some(message) = receiver.pop() {
-                    self.receive(front, message);
-                }
-            }
+            self.take();
             if self.called.swap(false, Ordering::AcqRel) {
                 self.attention.ring();
             }
@@ -110,6 +106,27 @@ impl FrontInbox {
     }
 }
 
+impl Mail for FrontInbox {
+    fn take(&self) -> bool {
+        let mut came = false;
+        for (front, receiver) in self.receivers.iter().enumerate() {
+            while let Some(message) = receiver.pop() {
+                self.receive(front, message);
+                came = true;
+            }
+        }
+        came
+    }
+
+    fn may_sleep(&self) -> bool {
+        self.receivers.iter().all(Receiver::may_sleep)
+    }
+
+    fn awake(&self) {
+        self.receivers.iter().for_each(Receiver::awake);
+    }
+}
+
 /// The engine's way to the fronts.
 #[derive(Default)]
 pub(super) struct Mailboxes {
@@ -152,6 +169,8 @@ impl Mailboxes {
     }
 
     fn flush(&self) {
-        self.senders.borrow_mut().iter_mut().for_each(Sender::flush);
+        for sender in self.senders.borrow_mut().iter_mut() {
+            sender.flush();
+        }
     }
 }

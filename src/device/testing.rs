@@ -115,7 +115,10 @@ pub(super) fn receive(front: &FrontEnds) -> ToFront {
         if let Some(message) = front.receiver.pop() {
             return message;
         }
-        front.wake.read().expect("it is open");
+        if front.receiver.may_sleep() {
+            front.wake.read().expect("it is open");
+        }
+        front.receiver.awake();
     }
 }
 

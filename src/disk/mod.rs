@@ -39,7 +39,7 @@ pub use lock::Access;
 pub use open::{Links, Opened, open_regular};
 pub use place::Place;
 pub use plain::PlainDisk;
-pub use reactor::Reactor;
+pub use reactor::{Mail, Reactor};
 pub use refusal::{CHOOSE, REPLACE, missing_folder, taken, without_proc};
 pub use ring::{Ring, ring_refused};
 pub use sectors::read_sectors;

@@ -3,13 +3,17 @@
 //! Tasks run until none is ready; then one `io_uring_enter` submits all that they have asked for and waits
 //! for the first completion: an idle reactor sleeps.
 //!
+//! Other threads may leave [`Mail`], which is looked at before each turn of the ring.
+//!
 //! Wake-ups come from the ring, on this thread, and from nowhere else. A task that waits for another thread
 //! waits for an eventfd (see [`Ring::read_eventfd`]), one that waits for a time uses [`Ring::sleep`]; timers,
 //! channels and locks of other runtimes do not end the sleep.
 
+use std::cell::RefCell;
+use std::fmt;
 use std::future::Future;
 use std::pin::pin;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
@@ -24,13 +28,32 @@ use crate::error::Result;
 /// I/O.
 const POLLS_MAX: u32 = 256;
 
+/// Where other threads leave what is to be done. Whoever leaves something for a thread that sleeps wakes it
+/// by an eventfd that is read in the ring.
+pub trait Mail {
+    /// Takes what has come, as tasks; whether there was anything.
+    fn take(&self) -> bool;
+
+    /// Whether nothing is there: from the call on, whoever leaves something wakes the thread.
+    fn may_sleep(&self) -> bool;
+
+    /// The thread is awake: it need not be woken.
+    fn awake(&self);
+}
+
 /// One thread's executor and ring.
-#[derive(Debug)]
 pub struct Reactor {
     // Dropped in this order: the tasks, with their operations, before the ring that waits for them.
     executor: Rc<LocalExecutor<'static>>,
     ring: Rc<Ring>,
     sync_times: Arc<Histogram>,
+    mail: RefCell<Option<Weak<dyn Mail>>>,
+}
+
+impl fmt::Debug for Reactor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Reactor").field("ring", &self.ring).finish_non_exhaustive()
+    }
 }
 
 impl Reactor {
@@ -41,7 +64,7 @@ impl Reactor {
     /// Those of [`Ring::new`].
     pub fn new() -> Result<Self> {
         let executor = Rc::new(LocalExecutor::new());
-        Ok(Self { executor, ring: Ring::new()?, sync_times: Arc::default() })
+        Ok(Self { executor, ring: Ring::new()?, sync_times: Arc::default(), mail: RefCell::default() })
     }
 
     /// The ring, on which to arm operations.
@@ -63,6 +86,11 @@ impl Reactor {
     /// How long the syncs of its disks have taken, for any thread to read.
     pub fn sync_times(&self) -> &Arc<Histogram> {
         &self.sync_times
+    }
+
+    /// From now on `mail` is taken whenever no task is ready, as long as it lives.
+    pub fn serve(&self, mail: Weak<dyn Mail>) {
+        self.mail.replace(Some(mail));
     }
 
     /// Starts a task; it runs while [`Self::block_on`] does. Dropping the handle cancels it, `detach` lets it
@@ -94,11 +122,28 @@ impl Reactor {
             }
             polls += 1; // the main future's
             let ready = polls >= POLLS_MAX || woken.is_set();
-            if polls >= POLLS_MAX || !ready {
-                self.ring.turn(!ready);
+            if polls >= POLLS_MAX || (!ready && !self.take_mail()) {
+                self.turn(!ready);
                 polls = 0;
             }
         }
+    }
+
+    /// One turn of the ring, and a look at the mail: with `wait` it sleeps until something has completed,
+    /// unless mail has come.
+    fn turn(&self, wait: bool) {
+        let Some(mail) = self.mail() else { return self.ring.turn(wait) };
+        self.ring.turn(wait && mail.may_sleep());
+        mail.awake();
+        mail.take();
+    }
+
+    fn take_mail(&self) -> bool {
+        self.mail().is_some_and(|mail| mail.take())
+    }
+
+    fn mail(&self) -> Option<Rc<dyn Mail>> {
+        self.mail.borrow().as_ref().and_then(Weak::upgrade)
     }
 }
 

@@ -46,6 +46,7 @@ pub struct PortCounts {
     zeroed: Tally,
     retries: Tally,
     late_registrations: Tally,
+    wakes: Tally,
     asks: [Tally; REASONS.len()],
     waits: [Histogram; REASONS.len()],
 }
@@ -61,6 +62,7 @@ impl Default for PortCounts {
             zeroed: Tally::default(),
             retries: Tally::default(),
             late_registrations: Tally::default(),
+            wakes: Tally::default(),
             asks: Default::default(),
             waits: Default::default(),
         }
@@ -115,6 +117,11 @@ impl PortCounts {
         self.late_registrations.add(1);
     }
 
+    /// The thread of the queue has woken the engine's, or was woken by it.
+    pub fn wakes(&self) {
+        self.wakes.add(1);
+    }
+
     /// The engine is asked.
     pub fn asks(&self, tag: u16, reason: Reason) {
         probes::ask_start(tag, reason.0);
@@ -143,6 +150,7 @@ impl PortCounts {
             zeroed_bytes: self.zeroed.get(),
             retries: self.retries.get(),
             late_registrations: self.late_registrations.get(),
+            wakes: self.wakes.get(),
             waits: REASONS.iter().enumerate().map(|(place, reason)| wait((place, reason))).collect(),
         }
     }
@@ -217,6 +225,8 @@ pub struct Traffic {
     pub retries: u64,
     /// With zero copy: requests whose pages had to be registered by a command of their own.
     pub late_registrations: u64,
+    /// How often a queue's thread has woken the engine's, or was woken by it.
+    pub wakes: u64,
     /// What requests have waited for.
     pub waits: Vec<Wait>,
 }
@@ -248,6 +258,7 @@ impl Traffic {
             (&mut self.zeroed_bytes, other.zeroed_bytes),
             (&mut self.retries, other.retries),
             (&mut self.late_registrations, other.late_registrations),
+            (&mut self.wakes, other.wakes),
         ] {
             *mine = mine.saturating_add(theirs);
         }

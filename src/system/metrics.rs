@@ -31,7 +31,7 @@ pub struct Sample {
 type Number = fn(&Report) -> u64;
 
 /// Counters without further labels: name, meaning, value.
-const COUNTERS: [(&str, &str, Number); 17] = [
+const COUNTERS: [(&str, &str, Number); 18] = [
     ("requests_failed", "Requests of any kind that failed.", |r| r.stats.traffic.requests.failed),
     ("zero_filled_bytes", "Bytes of reads that no file has.", |r| r.stats.traffic.zero_filled_bytes),
     ("written_bytes", "Bytes written to the image.", |r| r.stats.traffic.written_bytes),
@@ -40,6 +40,7 @@ const COUNTERS: [(&str, &str, Number); 17] = [
     ("late_registrations", "Zero copy requests whose pages were registered late.", |r| {
         r.stats.traffic.late_registrations
     }),
+    ("wakes", "Wakes between the threads of the queues and the engine's.", |r| r.stats.traffic.wakes),
     ("first_writes", "Blocks that got space.", |r| r.stats.engine.grants),
     ("recycled_grants", "First writes into space that was used before.", |r| r.stats.engine.recycled_grants),
     ("fills", "First writes that copied the block from the parents.", |r| r.stats.engine.fills),

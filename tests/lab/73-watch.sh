@@ -31,11 +31,10 @@ print(wait["count"])' "$1"
 # Nothing but what a test requests comes to the device: udev has no part in the laboratory, and what scanning for
 # partitions has read is subtracted.
 test_stats_count_what_was_done() {
-    local device read flushes parent
+    local device read flushes parent wakes
     # The kernel would look for partitions beside the test.
     ublk create disk.vhdx --size 1G --block-size 1M
     device=$(ublk add disk.vhdx --queues 2 --no-partitions)
-    read=$(stat_of requests.read)
     counts requests.write 0
     counts engine.grants 0
     # 64 writes of 64 KiB, each to a block of its own.
@@ -46,9 +45,16 @@ test_stats_count_what_was_done() {
     counts engine.grants 64
     [ "$(waits_for space)" = 64 ] || fail "each first write waits for its space once"
     [ "$(waits_for session)" = 1 ] || fail "the session is opened once"
+    [ "$(stat_of wakes)" -gt 0 ] || fail "the engine gave space, and no thread was woken"
+    # An overwrite, a read and a discard of space that is not there wake no other thread.
+    wakes=$(stat_of wakes)
     dd if=/dev/urandom of="$device" bs=64k count=1 seek=0 oflag=direct conv=notrunc status=none
+    dd if="$device" of=/dev/null bs=64k count=64 iflag=direct status=none
+    blkdiscard --offset 512M --length 256M "$device"
+    counts wakes "$wakes"
     counts requests.write 65
     counts engine.grants 64
+    read=$(stat_of requests.read)
     flushes=$(stat_of requests.flush)
     for _ in 1 2 3; do sync "$device"; done
     dd if="$device" of=/dev/null bs=64k count=2 iflag=direct status=none

@@ -214,9 +214,15 @@ impl QueueRing {
         self.push(opcode::Read::new(fd, count, 8).build(), Token::Wake);
     }
 
-    /// Announces what was sent, submits what was pushed, and sleeps until something has come back.
+    /// Announces what was sent.
+    pub(super) fn announce(&mut self) {
+        if self.setup.sender.flush() {
+            self.setup.counts.wakes();
+        }
+    }
+
+    /// Submits what was pushed, and sleeps until something has come back.
     pub(super) fn wait(&mut self) -> Result<()> {
-        self.setup.sender.flush();
         self.enter(1)
     }
 
@@ -250,14 +256,15 @@ impl QueueRing {
                 assert!(self.wake_armed, "the eventfd was read twice");
                 assert_eq!(result, 8, "reading an eventfd that blocks gives its count");
                 self.wake_armed = false;
+                self.setup.counts.wakes();
                 Event::Wake
             }
         })
     }
 
-    /// As [`QueueRing::wait`], without sleeping.
+    /// Announces what was sent and submits what was pushed, without sleeping.
     pub(super) fn exchange(&mut self) -> Result<()> {
-        self.setup.sender.flush();
+        self.announce();
         self.enter(0)
     }
 

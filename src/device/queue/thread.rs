@@ -186,8 +186,7 @@ impl Server {
 
     fn run(&mut self, report: &dyn Fn(Report)) -> Result<End> {
         while !(self.ring.has_ended() && self.front.is_idle()) {
-            self.ring.wait()?;
-            self.handle_events()?;
+            self.turn()?;
             if self.calls.quiesced.load(Ordering::Acquire) && self.is_handed_over()? {
                 report(Report::Drained);
                 return self.answer_engine();
@@ -195,8 +194,7 @@ impl Server {
         }
         report(Report::Drained);
         while !self.ring.is_quiet() {
-            self.ring.wait()?;
-            self.handle_events()?;
+            self.turn()?;
         }
         assert!(self.front.is_idle(), "the engine sends nothing to a front that is over");
         Ok(if self.calls.quiesced.load(Ordering::Acquire) { End::HandedOver } else { End::Closed })
@@ -206,8 +204,7 @@ impl Server {
     /// needs the answers of all fronts.
     fn answer_engine(&mut self) -> Result<End> {
         while !self.calls.over.load(Ordering::Acquire) {
-            self.ring.wait()?;
-            self.handle_events()?;
+            self.turn()?;
         }
         Ok(End::HandedOver)
     }
@@ -226,6 +223,20 @@ impl Server {
                 return Ok(true);
             }
         }
+    }
+
+    /// Takes the messages that are here, submits, sleeps until something has come, and handles that. What the
+    /// messages lead to is submitted by the same call: in parts, each would cost a call of its own.
+    fn turn(&mut self) -> Result<()> {
+        self.ring.announce();
+        while !self.receiver.may_sleep() {
+            self.receiver.awake();
+            self.take_messages();
+            self.ring.announce();
+        }
+        self.ring.wait()?;
+        self.receiver.awake();
+        self.handle_events()
     }
 
     fn handle_events(&mut self) -> Result<()> {
@@ -249,12 +260,16 @@ impl Server {
 
     /// Reads the mailbox, then waits for the next wake, unless this was the last.
     fn receive(&mut self) {
+        self.take_messages();
+        if !self.calls.over.load(Ordering::Acquire) {
+            self.ring.arm_wake();
+        }
+    }
+
+    fn take_messages(&mut self) {
         while let Some(message) = self.receiver.pop() {
             self.ring.received(message);
             self.front.receive(message, &mut self.ring);
-        }
-        if !self.calls.over.load(Ordering::Acquire) {
-            self.ring.arm_wake();
         }
     }
 
