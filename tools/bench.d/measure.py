@@ -42,9 +42,11 @@ class Duration:
 class Sample:
     """What one run gave. `value` is in the workload's unit: requests or 10^6 bytes per second.
 
-    p50_us, p99_us  completion latency of the requests; of the syncs where every write is synced
+    p50_us, p99_us, p999_us
+                    completion latency of the requests; of the syncs where every write is synced
     cpu_s           seconds the serving process computed, None where the kernel serves
     cpu_s_per_m     the same per million of fio's requests, those of the warm-up included
+    wakes           between the server's threads, per request of fio's; None of servers that do not count them
     """
 
     value: float
@@ -52,8 +54,10 @@ class Sample:
     bytes_per_s: float
     p50_us: float
     p99_us: float
+    p999_us: float
     cpu_s: float | None
     cpu_s_per_m: float | None
+    wakes: float | None
 
 
 @dataclass(frozen=True)
@@ -62,12 +66,21 @@ class Usage:
 
     sectors: int
     ticks: int | None
+    wakes: int | None
 
     @classmethod
     def of(cls, device: Device) -> "Usage":
         counted = [int(word) for word in (device.sysfs / "stat").read_text().split()]
         read, written, discarded = counted[2], counted[6], counted[13]
-        return cls(read + written + discarded, process_ticks(device.pid) if device.pid else None)
+        return cls(read + written + discarded, process_ticks(device.pid) if device.pid else None, wakes(device))
+
+
+def wakes(device: Device) -> int | None:
+    """How often the server's threads have woken each other."""
+    if not device.program:
+        return None
+    counted: dict[str, Any] = json.loads(run([device.program, "stats", device.path, "--json"]))[0]
+    return counted.get("wakes")
 
 
 def process_ticks(pid: int) -> int:
@@ -131,7 +144,7 @@ def fio_arguments(
         f"--numjobs={workload.jobs}",
         "--thread",
         "--group_reporting",
-        "--percentile_list=50:99",
+        "--percentile_list=50:99:99.9",
         *workload.arguments,
     ]
     if workload.first_writes:
@@ -176,7 +189,9 @@ def sample(workload: Workload, job: dict[str, Any], before: Usage, after: Usage)
         raise CommandError("fio: not one request was completed")
     latency = job["sync"]["lat_ns"] if workload.synced else done["clat_ns"]
     requests = (after.sectors - before.sectors) * SECTOR / workload.request
-    cpu = None
+    cpu, woken = None, None
+    if before.wakes is not None and after.wakes is not None:
+        woken = (after.wakes - before.wakes) / requests
     if before.ticks is not None and after.ticks is not None:
         cpu = (after.ticks - before.ticks) / TICKS
     return Sample(
@@ -185,6 +200,8 @@ def sample(workload: Workload, job: dict[str, Any], before: Usage, after: Usage)
         bytes_per_s=done["bw_bytes"],
         p50_us=latency["percentile"]["50.000000"] / 1e3,
         p99_us=latency["percentile"]["99.000000"] / 1e3,
+        p999_us=latency["percentile"]["99.900000"] / 1e3,
         cpu_s=cpu,
         cpu_s_per_m=None if cpu is None else cpu / requests * 1e6,
+        wakes=woken,
     )

@@ -11,8 +11,17 @@ METRICS = {
     "p50_us": "p50 latency",
     "cpu_s_per_m": "server CPU per request",
 }
+# What the tables have of each workload beside its throughput.
+FIGURES = {
+    "p50_us": "p50 µs",
+    "p99_us": "p99 µs",
+    "p999_us": "p99.9 µs",
+    "cpu_s_per_m": "CPU s / 10⁶",
+    "wakes": "wakes",
+}
 # Whose ratio a peer's row gives: the one that moves the data in the same way.
 COUNTERPARTS = {
+    systems.OLD.name: systems.OURS.name,
     systems.RUBLK.name: systems.OURS.name,
     systems.LOOP.name: systems.OURS.name,
     systems.QEMU_NATIVE.name: systems.OURS.name,
@@ -27,11 +36,12 @@ NOTES = """\
 * CPU is what the serving process computed, user and system, per million of fio's requests; the work of kernel threads
   (the loop device, the NBD client) is not in it. The clock has 100 ticks a second: runs of less than a second of
   computing say little. The user-mode kernel counts the wait for a disk's sync as computing, whoever asked for it.
+* wakes: how often our threads have woken each other, per request; it does not depend on the kernel.
 * Where blocks are written first and in the fill, the final sync is in the time. qemu-nbd is stopped there, and counted
   as far as it came, when a time limit ends.
 * ours: a dynamic image; rublk and the kernel's loop device: a raw file, as sparse as the image is empty; all on the
   same file system, with direct I/O, logical blocks of 512 bytes and no scheduler. The two ublk servers have the same
-  queues, depth and request size. zc: zero copy; 2q: two queues.
+  queues, depth and request size. zc: zero copy; 2q: two queues. old: another vhdx-ublk, which ours is compared with.
 """
 CHAIN_NOTES = """\
 * chain N: a child of which every read passes through N images, the last of which has all content; chain 1 has it
@@ -46,11 +56,20 @@ def markdown(results: Results) -> str:
     parts = [
         "# Benchmark",
         facts(results),
-        "## Targets",
-        target_table(results),
-        "## Beside the peers",
+        "## Beside the others",
         NOTES,
         big_table(results),
+    ]
+    if systems.OLD.name not in results.facts:
+        parts += peers_only(results)
+    if results.failures:
+        parts += ["## Failed", "\n".join(f"* {failure}" for failure in results.failures)]
+    return "\n\n".join(part.strip() for part in parts if part) + "\n"
+
+
+def peers_only(results: Results) -> list[str]:
+    """What is of no use where two programs of ours are compared."""
+    return [
         "## Growth",
         "4 KiB requests to written blocks of images of three sizes; in parentheses the ratio to 1 GiB.",
         growth_table(results),
@@ -59,10 +78,9 @@ def markdown(results: Results) -> str:
         chain_table(results),
         "## Block layer settings",
         settings_table(results),
+        "## Targets",
+        target_table(results),
     ]
-    if results.failures:
-        parts += ["## Failed", "\n".join(f"* {failure}" for failure in results.failures)]
-    return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
 def facts(results: Results) -> str:
@@ -95,7 +113,7 @@ def title_of(name: str) -> str:
 
 
 def big_table(results: Results) -> str:
-    head = ["workload", "system", "throughput", "p50 µs", "p99 µs", "CPU s / 10⁶", "ours / this"]
+    head = ["workload", "system", "throughput", *FIGURES.values(), "ours / this"]
     rows = []
     for workload in workloads.COMPARED:
         if any(workload.name in measured for measured in results.rounds):
@@ -113,7 +131,7 @@ def workload_rows(results: Results, workload: Workload) -> list[list[str]]:
             continue
         title = f"**{workload.title}**" if not rows else ""
         if not results.has(workload.name, system.name):
-            rows.append([title, system.name, *["—"] * 5])
+            rows.append([title, system.name, *["—"] * (len(FIGURES) + 2)])
             continue
         throughput = results.spread(workload.name, system.name, "value")
         rows.append(
@@ -121,8 +139,7 @@ def workload_rows(results: Results, workload: Workload) -> list[list[str]]:
                 title,
                 system.name,
                 f"{spread(throughput)} {workload.unit}",
-                *(middle(results.spread(workload.name, system.name, metric)) for metric in ("p50_us", "p99_us")),
-                middle(results.spread(workload.name, system.name, "cpu_s_per_m")),
+                *(middle(results.spread(workload.name, system.name, metric)) for metric in FIGURES),
                 peer_ratio(results, workload, system.name),
             ]
         )
@@ -164,17 +181,16 @@ def chain_table(results: Results) -> str:
             if not results.has(workload.name, system.name):
                 continue
             ratio = results.ratio(workload.name, system.name, [first]) if system.name != first else None
-            metrics = ("p50_us", "p99_us", "cpu_s_per_m")
             rows.append(
                 [
                     f"**{workload.title}**" if system.name == first else "",
                     system.name,
                     f"{spread(results.spread(workload.name, system.name, 'value'))} {workload.unit}",
-                    *(middle(results.spread(workload.name, system.name, metric)) for metric in metrics),
+                    *(middle(results.spread(workload.name, system.name, metric)) for metric in FIGURES),
                     spread(ratio) if ratio else "",
                 ]
             )
-    return table(["workload", "system", "throughput", "p50 µs", "p99 µs", "CPU s / 10⁶", "this / first"], rows)
+    return table(["workload", "system", "throughput", *FIGURES.values(), "this / first"], rows)
 
 
 def settings_table(results: Results) -> str:

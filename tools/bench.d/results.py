@@ -14,7 +14,9 @@ BETTER: dict[str, Callable[[Sequence[float]], float]] = {
     "value": max,
     "p50_us": min,
     "p99_us": min,
+    "p999_us": min,
     "cpu_s_per_m": min,
+    "wakes": min,
 }
 
 

@@ -24,6 +24,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="tools/bench", allow_abbrev=False)
     parser.add_argument("--vhdx-ublk", type=Path, required=True)
     parser.add_argument("--rublk", type=Path, required=True)
+    parser.add_argument("--old", type=Path)
+    parser.add_argument("--load", required=True)
     parser.add_argument("--revision", required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rounds", type=positive, default=3)
@@ -58,7 +60,6 @@ def chosen_systems(lists: list[str]) -> list[System]:
 
 
 def gather_facts(options: argparse.Namespace, tools: Tools, measured: list[System]) -> dict[str, str]:
-    first_line = {name: run([name, "--version"]).splitlines()[0] for name in ("fio", "qemu-nbd")}
     disk = "a disk in memory (null_blk)" if options.fast_disk else "a disk in a file"
     return {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
@@ -66,13 +67,23 @@ def gather_facts(options: argparse.Namespace, tools: Tools, measured: list[Syste
         "CPUs": str(os.cpu_count()),
         "file system": f"{'xfs' if options.xfs else 'ext4'} on {disk}",
         "ours": f"{run([tools.vhdx_ublk, '--version']).strip()}, {options.revision}",
-        "rublk": run([tools.rublk, "--version"]).strip(),
-        "qemu-nbd": first_line["qemu-nbd"],
-        "fio": first_line["fio"],
+        **programs_beside(tools),
+        "fio": first_line("fio"),
+        "load of the machine before": options.load,
         "rounds": str(options.rounds),
         "seconds": f"{options.seconds} after a warm-up of 1",
         "systems": ", ".join(system.name for system in measured),
     }
+
+
+def programs_beside(tools: Tools) -> dict[str, str]:
+    if tools.old:
+        return {"old": first_line(tools.old)}
+    return {"rublk": first_line(tools.rublk), "qemu-nbd": first_line("qemu-nbd")}
+
+
+def first_line(program: str | Path) -> str:
+    return run([program, "--version"]).splitlines()[0]
 
 
 def write_report(results: Results, folder: Path) -> None:
@@ -81,8 +92,11 @@ def write_report(results: Results, folder: Path) -> None:
 
 
 def measure_all(options: argparse.Namespace) -> Results:
-    tools = Tools(options.vhdx_ublk, options.rublk)
-    wanted, measured = chosen_workloads(options.only), chosen_systems(options.systems)
+    tools = Tools(options.vhdx_ublk, options.rublk, options.old)
+    wanted = chosen_workloads(options.only)
+    if options.old:
+        wanted = [workload for workload in wanted if systems.OLD in workload.measured]
+    measured = list(systems.COMPARED) if options.old else chosen_systems(options.systems)
     results = Results(gather_facts(options, tools, measured))
     for system in measured:
         if reason := system.missing(tools):

@@ -34,6 +34,7 @@ class Tools:
 
     vhdx_ublk: Path
     rublk: Path
+    old: Path | None = None  # the program that ours is compared with
 
     def has_zero_copy(self) -> bool:
         return "--zero-copy" in run([self.vhdx_ublk, "add", "--help"])
@@ -56,11 +57,16 @@ class Filled(Enum):
 
 @dataclass(frozen=True)
 class Device:
-    """A device that is up. `pid` is the process that serves it, None if the kernel does."""
+    """A device that is up.
+
+    pid      the process that serves it, None if the kernel does
+    program  the vhdx-ublk that knows its counters, None if another program serves it
+    """
 
     path: Path
     file: Path
     pid: int | None
+    program: Path | None = None
 
     @property
     def sysfs(self) -> Path:
@@ -164,10 +170,33 @@ class Ours(System):
         options = ["--queues", str(self.queues), "--depth", str(DEPTH), *copies]
         path = Path(run([tools.vhdx_ublk, "add", *options, file]).strip())
         served = json.loads(run([tools.vhdx_ublk, "list", "--json"]))
-        return Device(path, file, next(one["pid"] for one in served if one["device"] == str(path)))
+        pid = next(one["pid"] for one in served if one["device"] == str(path))
+        return Device(path, file, pid, tools.vhdx_ublk)
 
     def stop(self, tools: Tools, device: Device) -> None:
         run([tools.vhdx_ublk, "del", device.path], 120)
+
+
+@dataclass(frozen=True)
+class Old(Ours):
+    """Another vhdx-ublk, which ours is compared with."""
+
+    def missing(self, tools: Tools) -> str | None:
+        return super().missing(old(tools))
+
+    def create(self, tools: Tools, file: Path, shape: Shape) -> None:
+        super().create(old(tools), file, shape)
+
+    def start(self, tools: Tools, file: Path) -> Device:
+        return super().start(old(tools), file)
+
+    def stop(self, tools: Tools, device: Device) -> None:
+        super().stop(old(tools), device)
+
+
+def old(tools: Tools) -> Tools:
+    assert tools.old, "the old program is measured where one was given"
+    return replace(tools, vhdx_ublk=tools.old)
 
 
 @dataclass(frozen=True)
@@ -309,6 +338,7 @@ def free_nbd() -> Path:
 
 OURS = Ours("ours")
 OURS_ZC = Ours("ours zc", zero_copy=True)
+OLD = Old("old")
 RUBLK = Rublk("rublk")
 RUBLK_ZC = Rublk("rublk zc", zero_copy=True)
 LOOP = KernelLoop("kernel loop")
@@ -327,5 +357,6 @@ CHILD_HALF = Chain("ours child half", half=True)
 GROWTH = (OURS_1G, OURS_100G, OURS_10T)
 CHAINS = (CHAIN_1, CHAIN_2, CHAIN_5, OURS_HALF, CHILD_HALF)
 QEMU = (QEMU_NATIVE, QEMU_URING)
-COPYING = (OURS, RUBLK, LOOP, *QEMU)
+COPYING = (OURS, OLD, RUBLK, LOOP, *QEMU)
+COMPARED = (OURS, OLD)
 ALL = (OURS, OURS_ZC, RUBLK, RUBLK_ZC, LOOP, *QEMU, OURS_2Q, RUBLK_2Q, *GROWTH, *CHAINS)

@@ -71,9 +71,9 @@ class Workload:
         return self.pattern.removeprefix("rand")
 
 
-MAIN = (systems.OURS, systems.OURS_ZC, systems.RUBLK, systems.RUBLK_ZC, systems.LOOP, *systems.QEMU)
+MAIN = (systems.OURS, systems.OLD, systems.OURS_ZC, systems.RUBLK, systems.RUBLK_ZC, systems.LOOP, *systems.QEMU)
 QUEUES = (systems.OURS, systems.OURS_2Q, systems.RUBLK, systems.RUBLK_2Q)
-TRIMMING = (systems.OURS, systems.RUBLK, systems.LOOP)  # QEMU's VHDX driver has no discard
+TRIMMING = (systems.OURS, systems.OLD, systems.RUBLK, systems.LOOP)  # QEMU's VHDX driver has no discard
 
 
 def hits() -> list[Workload]:
