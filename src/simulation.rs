@@ -187,11 +187,13 @@ pub enum Plant {
     LayerBeforeLink,
     /// The file of a merged layer is removed while fronts read it.
     LayerBeforeFronts,
+    /// What a killed process has written counts as durable.
+    RelyOnCache,
 }
 
 impl Plant {
     /// All of them.
-    pub const ALL: [Self; 87] = [
+    pub const ALL: [Self; 88] = [
         Self::SkipRecyclingSync,
         Self::SkipGrowthSync,
         Self::ApplyBeforeLog,
@@ -279,6 +281,7 @@ impl Plant {
         Self::UnsyncedMerge,
         Self::LayerBeforeLink,
         Self::LayerBeforeFronts,
+        Self::RelyOnCache,
     ];
 }
 

@@ -127,3 +127,9 @@ fn the_long_run() {
 pub fn a_merge_shows_what_is_wrong() {
     merge_many(0..20, Rates { death: 0, cuts: 10 });
 }
+
+/// What catches the bugs that are planted where a merge follows one that was killed.
+#[cfg(feature = "simulation")]
+pub fn a_merge_after_a_kill_shows_what_is_wrong() {
+    merge_many(0..30, Rates { death: 300, cuts: 30 });
+}

@@ -67,6 +67,7 @@ fn test_for(planted: Plant) -> Option<fn()> {
         | Plant::UnsyncedMerge
         | Plant::LayerBeforeLink
         | Plant::LayerBeforeFronts => live_merge::a_merge_shows_what_is_wrong,
+        Plant::RelyOnCache => live_merge::a_merge_after_a_kill_shows_what_is_wrong,
         Plant::SilentChange => amend::what_a_guest_sees_changes_under_a_new_guid,
         Plant::EarlyRegion | Plant::EarlyOrphans => resize::a_bat_that_moves_is_durable_before_it_is_named,
         _ => return None,
