@@ -345,8 +345,8 @@ pub struct World {
     /// What outlives the daemon.
     memory: SessionMemory,
     deaths: u64,
-    /// The last one has no successor.
-    stays_dead: bool,
+    /// The number of the one that has no successor.
+    last_death: Option<u64>,
     /// How many fronts hold, while they are asked to.
     held: Option<usize>,
     snapshots: usize,
@@ -455,7 +455,7 @@ impl World {
             marks: Marks::default(),
             memory,
             deaths: 0,
-            stays_dead: false,
+            last_death: None,
             held: None,
             snapshots: 0,
             batch: None,
@@ -707,7 +707,7 @@ impl World {
         self.config.requests = 0;
         self.drain();
         loop {
-            if self.stays_dead {
+            if self.last_death.is_some() {
                 return Err(Errno::EIO);
             }
             let (engine, deaths) = (self.engine.clone(), self.deaths);

@@ -119,7 +119,8 @@ impl World {
     /// No daemon serves the device from now on: what it has not answered, it never will.
     fn stay_dead(&mut self) {
         self.marks.hit("successors that refuse what may be lost");
-        (self.stays_dead, self.injected, self.issued) = (true, true, self.config.requests);
+        (self.injected, self.issued) = (true, self.config.requests);
+        self.last_death = Some(self.deaths);
         (self.config.faults.death, self.config.faults.snapshot) = (0, 0);
         self.memory.poison();
         self.inbox = Rc::new(Inbox(RefCell::new(vec![VecDeque::new(); self.config.fronts])));
