@@ -142,8 +142,8 @@ pub enum Plant {
     EarlyCopy,
     /// The old place of a block that has moved is used again while reads are still on their way to it.
     ForgetReaders,
-    /// A sector is written to the new place of a partially present block, and its bit logged, before the entry
-    /// that has the place.
+    /// A sector is written to the new place of a partially present block, and its bit logged, before the
+    /// entry that has the place.
     EarlyBits,
     /// The file of a served image is cut while its log says that it is longer.
     EarlyCut,

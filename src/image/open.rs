@@ -353,9 +353,9 @@ pub fn payload_extent(entry: BatEntry, geometry: &Geometry) -> Option<Extent> {
 /// The structure's name, as errors have it.
 pub(super) const FILE_ID: &str = "file identifier";
 
-/// Makes durable what an earlier process wrote, which may have been killed. A child that is made to know what a
-/// header in the host's cache says would not find it after a power cut; and the next header overwrites the one
-/// that a power cut would need.
+/// Makes durable what an earlier process wrote, which may have been killed. A child that is made to know what
+/// a header in the host's cache says would not find it after a power cut; and the next header overwrites the
+/// one that a power cut would need.
 ///
 /// # Errors
 /// The host's.

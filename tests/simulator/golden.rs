@@ -196,7 +196,8 @@ fn a_replay_costs_the_same_syncs_whatever_it_replays() {
     let zeros = Change::Zeros { at: BAT + 4096, length: MIB - 4096 };
     let image = image_with_block(&[(0, LogEntry::new(1, 0, &[zeros]))]);
     let (_, disk) = image.open_writable().expect("replayed in place");
-    assert_eq!(disk.activity().syncs, 7, "as it is opened, before the replay, two headers, changes, two headers");
+    let parts = "as it is opened, before the replay, two headers, the changes, two headers";
+    assert_eq!(disk.activity().syncs, 7, "{parts}");
     assert_eq!(disk.activity().writes, 4, "the headers");
 }
 

@@ -128,8 +128,8 @@ pub fn a_merge_shows_what_is_wrong() {
     merge_many(0..20, Rates { death: 0, cuts: 10 });
 }
 
-/// A merge is killed when the host has the target's new DataWriteGuid, durable or not, and the power is cut at
-/// every step of the next one.
+/// A merge is killed when the host has the target's new DataWriteGuid, durable or not, and the power is cut
+/// at every step of the next one.
 fn merge_after_kill(seed: u64) {
     let mut rng = Rng::with_seed(seed);
     let chain = Chain::new(&mut rng, &[(); 3].map(|()| Shape { virtual_size: 2 * MIB, ..shape(0, 1) }));
