@@ -61,7 +61,8 @@ test_stats_count_what_was_done() {
     counts requests.read $((read + 2))
     counts requests.failed 0
     [ "$(stat_of requests.flush)" -ge $((flushes + 1)) ] || fail "no flush was counted"
-    [ "$(stat_of syncs.count)" = "$(stat_of engine.syncs)" ] || fail "each sync is timed once"
+    # The image was synced as it was opened, too.
+    [ "$(stat_of syncs.count)" = $(($(stat_of engine.syncs) + 1)) ] || fail "each sync is timed once"
     [ "$(stat_of engine.syncs)" -ge 1 ] && [ "$(stat_of engine.pages)" -ge 1 ] || fail "nothing was committed"
     ublk stats "$device" | grep -q '64 blocks got space' || fail "the text says something else"
     # A snapshot begins no count anew, and what is read from the frozen image is the frozen image's.
