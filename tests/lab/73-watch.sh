@@ -96,7 +96,8 @@ test_metrics_show_a_device_that_has_failed() {
     sync "$device"
     ublk metrics --textfile vhdx.prom
     parse vhdx.prom 'value("vhdx_ublk_poisoned", "") == 0 and value("vhdx_ublk_first_writes_total", "") == 4'
-    parse vhdx.prom 'value("vhdx_ublk_sync_seconds_count", "") == value("vhdx_ublk_syncs_total", "")'
+    # The image was synced as it was opened, too.
+    parse vhdx.prom 'value("vhdx_ublk_sync_seconds_count", "") == value("vhdx_ublk_syncs_total", "") + 1'
     # A sync that the host's disk fails poisons the device.
     dmsetup suspend --noflush --nolockfs vhdx-ublk-watch
     echo "$host_table flakey $host_loop 0 0 600 1 error_writes" | dmsetup reload vhdx-ublk-watch
