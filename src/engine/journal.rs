@@ -79,14 +79,18 @@ impl Journal {
         self.log.borrow().as_ref().is_none_or(LogSpace::is_settled)
     }
 
-    /// The newest round that is in place, if a sync issued now confirms one.
-    pub(super) fn newest_applied(&self) -> Option<u64> {
-        self.log.borrow().as_ref().and_then(LogSpace::newest_applied)
+    /// The newest round that is in place, if a sync issued now confirms one, and the log that it is in.
+    pub(super) fn newest_applied(&self) -> Option<(Uuid, u64)> {
+        let log = self.log.borrow();
+        log.as_ref().and_then(|log| log.newest_applied().map(|newest| (log.guid, newest)))
     }
 
-    /// A sync has completed that was issued when [`Self::newest_applied`] was `newest`.
-    pub(super) fn confirm_applied(&self, newest: Option<u64>) {
-        if let (Some(log), Some(newest)) = (&mut *self.log.borrow_mut(), newest) {
+    /// A sync has completed that was issued when [`Self::newest_applied`] was `newest`. It says nothing of a
+    /// log that has begun since, whose rounds have the same numbers: a power cut could take them.
+    pub(super) fn confirm_applied(&self, newest: Option<(Uuid, u64)>) {
+        if let (Some(log), Some((guid, newest))) = (&mut *self.log.borrow_mut(), newest)
+            && log.guid == guid
+        {
             log.confirm_applied(newest);
         }
     }
