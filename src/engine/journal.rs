@@ -120,3 +120,23 @@ impl Journal {
         applied.wait().await
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sync_confirms_nothing_of_a_log_that_has_begun_since() {
+        let log = |number| LogSpace::after_initial_entry(Uuid::from_u128(number), 1 << 20, 1 << 20);
+        let journal = Journal::default();
+        journal.begin(log(1));
+        let early = journal.newest_applied();
+        journal.confirm_applied(early);
+        journal.end();
+        journal.begin(log(2));
+        journal.confirm_applied(early);
+        assert!(!journal.is_settled(), "the sync was issued before the log was there");
+        journal.confirm_applied(journal.newest_applied());
+        assert!(journal.is_settled());
+    }
+}
