@@ -225,17 +225,20 @@ impl Server {
         }
     }
 
-    /// Takes the messages that are here, submits, sleeps until something has come, and handles that. What the
-    /// messages lead to is submitted by the same call: in parts, each would cost a call of its own.
+    /// Takes the messages that are here. If there are none, submits, and sleeps until something has come.
+    /// What the messages lead to is submitted by the next turn: in parts, each would cost a call of its own.
+    /// The thread does not sleep behind a message: the message may have ended what the caller waits for, or
+    /// begun a piece that ends without the kernel. Nothing would end that sleep.
     fn turn(&mut self) -> Result<()> {
         self.ring.announce();
-        while !self.receiver.may_sleep() {
-            self.receiver.awake();
-            self.take_messages();
-            self.ring.announce();
+        let may_sleep = self.receiver.may_sleep();
+        if may_sleep {
+            self.ring.wait()?;
         }
-        self.ring.wait()?;
         self.receiver.awake();
+        if !may_sleep {
+            self.take_messages();
+        }
         self.handle_events()
     }
 
