@@ -187,7 +187,7 @@ pub enum Plant {
     LayerBeforeLink,
     /// The file of a merged layer is removed while fronts read it.
     LayerBeforeFronts,
-    /// What a killed process has written counts as durable.
+    /// A merge takes a GUID that a killed one has written for durable.
     RelyOnCache,
 }
 

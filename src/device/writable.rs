@@ -16,7 +16,7 @@ use crate::chain::{self, Member};
 use crate::disk::{Disk, ImageFile, Reactor, UringDisk};
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::format::metadata::Metadata;
-use crate::image::{FoundLog, Image, Place, ReadImage, Session, SessionMemory, WritableImage, sync_earlier};
+use crate::image::{FoundLog, Image, Place, ReadImage, Session, SessionMemory, WritableImage};
 
 /// How an image is opened for writing.
 pub(super) struct WritableOpener {
@@ -112,10 +112,7 @@ impl WritableOpener {
                 let (image, session) = self.resume(disk, session).await?;
                 (image, Some(session))
             }
-            (None, Some(image)) => {
-                sync_earlier(disk).await?;
-                (image, None)
-            }
+            (None, Some(image)) => (image, None),
             (None, None) => (Image::open_for_writing(disk, Uuid::new_v4).await?, None),
         };
         if let (FoundLog::Dirty(entries), None) = (image.found_log, &session) {

@@ -91,7 +91,7 @@ impl<D: Disk + 'static> Engine<D> {
         decide: impl FnOnce(&WritableImage, &PreparedResize<'_>) -> Result<()>,
     ) -> Result<WritableImage> {
         assert_eq!(self.shared.session(), Session::Idle, "a disk grows while its session rests");
-        let image = Image::open_synced(&self.disk, || self.new_guid()).await?;
+        let image = Image::open_for_writing(&self.disk, || self.new_guid()).await?;
         let metadata = Metadata { virtual_size, ..image.metadata.clone() };
         let parent = self.shared.layers().nth(1);
         let parent_bytes = parent.map_or(0, |parent| parent.geometry().virtual_size());
@@ -118,7 +118,7 @@ impl<D: Disk + 'static> Engine<D> {
         change: impl FnOnce(&WritableImage, Option<&mut ParentLocator>) -> Result<()>,
     ) -> Result<WritableImage> {
         assert_eq!(self.shared.session(), Session::Idle, "a locator changes while its session rests");
-        let image = Image::open_synced(&self.disk, || self.new_guid()).await?;
+        let image = Image::open_for_writing(&self.disk, || self.new_guid()).await?;
         let mut metadata = image.metadata.clone();
         change(&image, metadata.parent_locator.as_mut())?;
         if metadata == image.metadata {

@@ -118,12 +118,12 @@ impl PreparedResize<'_> {
                 true
             }
         };
-        let image = Image::open_synced(disk, &mut new_guid).await?;
+        let image = Image::open_for_writing(disk, &mut new_guid).await?;
         if !gives_back {
             return Ok(image);
         }
         give_back(&image, disk).await?;
-        Image::open_synced(disk, new_guid).await
+        Image::open_for_writing(disk, new_guid).await
     }
 }
 

@@ -39,7 +39,7 @@ pub use headers::Headers;
 pub use identity::Identity;
 pub use locate::{Location, locate};
 pub use memory::{HEADER_WORDS, Mismatch, Owner, Place, Session, SessionMemory, VERSION};
-pub use open::{FoundLog, Image, Layout, ReadImage, WritableImage, payload_extent, sync_earlier};
+pub use open::{FoundLog, Image, Layout, ReadImage, WritableImage, payload_extent};
 pub use overlay::Overlay;
 pub use page::Page;
 pub use pending::Pending;

@@ -26,7 +26,6 @@ use crate::format::file_id::{self, FileId};
 use crate::format::header::{self, Current};
 use crate::format::metadata::{self, Metadata};
 use crate::format::region::{self, CurrentTable, Region};
-use crate::simulation::{Plant, planted};
 
 /// Where the metadata lies, bytes.
 #[derive(Clone, Copy, Debug)]
@@ -150,15 +149,6 @@ impl Image {
     /// # Errors
     /// Whatever contradicts the format, by structure and offset; I/O errors.
     pub async fn open_for_writing<D: Disk>(
-        disk: &D,
-        new_guid: impl FnOnce() -> Uuid,
-    ) -> Result<WritableImage> {
-        sync_earlier(disk).await?;
-        Self::open_synced(disk, new_guid).await
-    }
-
-    /// The same for an image of which no earlier process has left anything that is not durable.
-    pub(crate) async fn open_synced<D: Disk>(
         disk: &D,
         new_guid: impl FnOnce() -> Uuid,
     ) -> Result<WritableImage> {
@@ -352,19 +342,6 @@ pub fn payload_extent(entry: BatEntry, geometry: &Geometry) -> Option<Extent> {
 
 /// The structure's name, as errors have it.
 pub(super) const FILE_ID: &str = "file identifier";
-
-/// Makes durable what an earlier process wrote, which may have been killed. A child that is made to know what
-/// a header in the host's cache says would not find it after a power cut; and the next header overwrites the
-/// one that a power cut would need.
-///
-/// # Errors
-/// The host's.
-pub async fn sync_earlier<D: Disk>(disk: &D) -> Result<()> {
-    if planted(Plant::RelyOnCache) {
-        return Ok(());
-    }
-    disk.sync().await.map_err(|error| Error::io("syncing what was written before", error))
-}
 
 /// The file identifier. A file without it is refused, by the name of what it looks like; [`Kind::Corrupt`] if
 /// a valid header or region table is in its place, so that it is a VHDX all the same.

@@ -57,7 +57,7 @@ impl WritableImage {
         room.clear(disk).await?;
         copy_stored(disk, from, to.offset).await?;
         edit.write(disk, &mut headers, None, new_guid()).await?;
-        Image::open_synced(disk, new_guid).await
+        Image::open_for_writing(disk, new_guid).await
     }
 }
 

@@ -110,7 +110,7 @@ impl WritableImage {
             replaying = true;
             guid
         };
-        let opened = Image::open_synced(disk, announced).await;
+        let opened = Image::open_for_writing(disk, announced).await;
         let mut image = opened.inspect_err(|error| {
             // A write or sync that failed is never tried again: the host may have dropped what it held.
             if replaying && error.kind() == Kind::Io {

@@ -209,6 +209,5 @@ fn nothing_is_written_if_nothing_changes_or_there_is_no_room() {
     let error = block_on(image.amend(&disk, &long, guid)).err().expect("too long for an entry");
     assert_eq!(error.kind(), Kind::Unsupported, "{error}");
     let activity = disk.activity();
-    assert_eq!((activity.writes, activity.resizes, activity.zeroes), (0, 0, 0));
-    assert_eq!(activity.syncs, 1, "what was there is synced once, as it is opened");
+    assert_eq!((activity.writes, activity.syncs, activity.resizes, activity.zeroes), (0, 0, 0, 0));
 }

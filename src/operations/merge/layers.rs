@@ -4,8 +4,9 @@
 //! layer above has, until the layers are gone. The chain opens all the time, as the layer directly above the
 //! target knows both GUIDs that the target may carry. Each step is durable before the next:
 //!
-//! 1. that layer gets the target's DataWriteGuid of now and, as its second linkage, the one to come (the
-//!    first is renewed for a merge that was cut before, after which the target may carry the second);
+//! 1. the images are synced, and that layer gets the target's DataWriteGuid of now and, as its second
+//!    linkage, the one to come (the first is renewed for a merge that was cut before, after which the target
+//!    may carry the second);
 //! 2. a target that is smaller grows: the new part is zero, as a reader of the chain sees it;
 //! 3. the target's session opens under the new DataWriteGuid; the content is copied; the target is closed;
 //! 4. it takes the disk's size, if it was larger, and what else describes the disk;
@@ -32,7 +33,7 @@ use crate::disk::Disk;
 use crate::engine::message::ToFront;
 use crate::engine::waiting::Spawn;
 use crate::engine::{Engine, Fronts, Outcome, Setup};
-use crate::error::{Doing, Locate, Result};
+use crate::error::{Doing, Error, Locate, Result};
 use crate::format::guid;
 use crate::format::locator::{PARENT_LINKAGE, PARENT_LINKAGE2, ParentLocator};
 use crate::format::metadata::Metadata;
@@ -126,6 +127,7 @@ impl Merge {
         if is_copied(known, &layers[0], &target) {
             return Ok(Guids { target: target.header.header.data_write_guid, ..guids });
         }
+        self.sync(files).await?;
         let lowest = layers.pop().expect("something is merged");
         layers.push(self.announce(files, lowest, &target, data_write, new_guid.clone()).await?);
         let parent_bytes = below.first().map_or(0, |parent| parent.metadata.virtual_size);
@@ -138,6 +140,16 @@ impl Merge {
         drop((engine, layers));
         self.describe(files, &disk, new_guid.clone()).await?;
         Ok(guids)
+    }
+
+    /// The images' children are made to know them by their GUIDs. A header that a killed process wrote may be
+    /// in the host's cache only: a power cut would bring the one before back, which no child knows.
+    async fn sync<F: Files>(&self, files: &F) -> Result<()> {
+        for path in self.layers.iter().chain([&self.target]).filter(|_| !planted(Plant::RelyOnCache)) {
+            let synced = files.disk(path).sync().await;
+            synced.map_err(|error| Error::io("syncing what was written before", error)).file(path)?;
+        }
+        Ok(())
     }
 
     /// Step 1: the layer above the target knows it by what it is and by what it will be.
