@@ -1,7 +1,7 @@
 # Files are copied all the time on a disk that grows, is compacted, snapshotted and merged, and whose daemon is killed.
 # shellcheck shell=bash
 
-# Each kind of round comes three times, half of them with a kill; the long run has more.
+# Each kind of round comes three times, and the daemon is killed in five of the twelve; the long run has more.
 loops=${FULL:+100}
 : "${loops:=12}"
 
