@@ -24,7 +24,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, PosixFadviseAdvice, fallocate, fcntl, posix_fadvise};
 use nix::sys::statfs::{BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, FsType, TMPFS_MAGIC, fstatfs};
 use nix::sys::statvfs::{Statvfs, fstatvfs, statvfs};
-use nix::unistd::{Gid, Uid, Whence, fchown, lseek};
+use nix::unistd::{Gid, Uid, Whence, fchown, fdatasync, lseek};
 
 use super::open::{Links, Opened, open_again, open_regular};
 use super::ring::{DirectAlignment, direct_alignment};
@@ -405,6 +405,22 @@ impl ImageFile {
     /// The descriptor to sync by.
     pub(super) fn syncing_fd(&self) -> BorrowedFd<'_> {
         self.syncing.as_ref().unwrap_or(&self.file).as_fd()
+    }
+
+    /// Makes durable what the host's cache has of the file, whichever process wrote it. A file system that is
+    /// read-only has nothing there, and may know no sync.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::Io`] if the host has lost something.
+    pub fn sync_found(&self) -> Result<()> {
+        match fdatasync(self.syncing_fd()) {
+            Ok(()) | Err(Errno::EINVAL | Errno::EROFS) => Ok(()),
+            Err(errno) => {
+                let doing = "syncing what was written before";
+                Err(Error::io(doing, errno.into()).file(&self.path))
+            }
+        }
     }
 
     /// Gives the file the permissions of `other` that `most` has too, and if possible its owner. It must be

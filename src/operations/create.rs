@@ -63,6 +63,9 @@ impl Creation {
         let Self { image, mut new, mode, sparse, .. } = self;
         let mut most = EVERYTHING;
         if let Some((parent, file)) = &parent {
+            // The child knows it by a GUID that a killed process may have left in the host's cache only:
+            // after a power cut the parent would have the one before.
+            file.sync_found()?;
             new = child_of(parent, &new, &place)?;
             // What the child does not have itself is read from the parent.
             most = file.mode()? | PRIVATE;

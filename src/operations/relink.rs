@@ -36,6 +36,9 @@ pub fn relink(child: &Path, parent: &Path, ignore_mismatch: bool, devices: &dyn 
     if child.image.metadata.parent_locator.as_ref() == Some(&locator) {
         return Ok(());
     }
+    // The child will know it by a GUID that a killed process may have left in the host's cache only: after a
+    // power cut the parent would have the one before.
+    parent.file.sync_found()?;
     naming::amend(&child.file, locator, &reactor)
 }
 

@@ -103,3 +103,40 @@ test_power_cuts_below_the_host_file_system() {
     note "$(cat chosen) at which the power failed, $dirty with a dirty log, $files synced files found whole"
     [ $dirty -gt 5 ] || fail "hardly any cut left a log to replay"
 }
+
+# killed_write: host/parent.vhdx as a process leaves it that has written it and was killed before its sync.
+killed_write() {
+    local device
+    cp host/parent.vhdx changed.vhdx
+    device=$(ublk add changed.vhdx)
+    printf '%s' "$1" | dd of="$device" conv=notrunc,fsync status=none
+    ublk del "$device"
+    dd if=changed.vhdx of=host/parent.vhdx bs=1M conv=notrunc status=none
+}
+
+# The child lies on another disk: what makes it durable does nothing for the parent.
+test_power_cut_behind_a_new_child_leaves_the_chain_whole() {
+    local command from=0 upto mark
+    record_below 64
+    ublk create host/parent.vhdx --size 4M --block-size 1M
+    ublk create relinked.vhdx --parent host/parent.vhdx
+    sync -f host
+    killed_write first
+    ublk create created.vhdx --parent host/parent.vhdx
+    dmsetup message "$recorder" 0 mark 1
+    sync -f host
+    killed_write second
+    ublk relink relinked.vhdx host/parent.vhdx --ignore-mismatch
+    dmsetup message "$recorder" 0 mark 2
+    end_record
+    power points writes.log 1000 | sort -k2,2n -k1,1n >points
+    for command in created:1 relinked:2; do
+        upto=$(awk -v mark="${command#*:}" '$2 == mark { print $1; exit }' points)
+        power replay writes.log fast/replay.raw "$from" "$upto"
+        from=$upto
+        cp --sparse=always fast/replay.raw fast/copy.raw
+        mount -o loop fast/copy.raw host
+        ublk info --chain "${command%:*}.vhdx" >chain.log 2>&1 || fail "${command%:*}: $(cat chain.log)"
+        umount host
+    done
+}
