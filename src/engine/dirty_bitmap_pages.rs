@@ -88,10 +88,11 @@ impl DirtyBitmapPages {
         if planted(Plant::ForgetBits) {
             return;
         }
-        // Counted first: the count must never be less than the marks that can be taken.
-        self.count.fetch_add(1, Ordering::AcqRel);
+        // Counted first: the count must never be less than the marks that can be taken. Whoever takes the
+        // mark finds it counted.
+        self.count.fetch_add(1, Ordering::Relaxed);
         if self.page(chunk, page).fetch_or(MARKED, Ordering::AcqRel) & MARKED != 0 {
-            self.count.fetch_sub(1, Ordering::AcqRel);
+            self.count.fetch_sub(1, Ordering::Relaxed);
         }
         self.chunks[index(chunk / WORD_BITS)].fetch_or(1 << (chunk % WORD_BITS), Ordering::AcqRel);
     }
@@ -110,7 +111,7 @@ impl DirtyBitmapPages {
                 taken.extend((0..PAGES_PER_CHUNK).filter(marked).map(|page| Page::Bitmap { chunk, page }));
             }
         }
-        let before = self.count.fetch_sub(taken.len(), Ordering::AcqRel);
+        let before = self.count.fetch_sub(taken.len(), Ordering::Relaxed);
         assert!(before >= taken.len(), "a mark is counted before it can be taken");
         taken
     }
