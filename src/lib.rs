@@ -17,12 +17,13 @@
 //!   image        geometry, block map, space, replay         one image
 //!   disk         io_uring, locks, direct I/O                one file
 //!   format       structures, checked and laid out           bytes
-//!   simulation, error, printable                            used by all of them
+//!   atomic, simulation, error, printable                    used by all of them
 //! ```
 //!
 //! * [`printable`]: text from elsewhere, made fit to be shown;
 //! * [`error`]: the one error type;
 //! * [`simulation`]: switches for the crash tests, constants in every other build;
+//! * [`atomic`]: the words that threads share, the standard library's in every build but that of one test;
 //! * [`mod@format`]: the bytes of a VHDX file, both ways, no I/O;
 //! * [`disk`]: the seam under the engine, and its `io_uring` implementation;
 //! * [`image`]: an opened image: geometry, block map, log replay;
@@ -91,6 +92,7 @@
 //! * The words of a command: its file in `cli`, and the tests in `tests/cli/main.rs` that read them.
 //! * A word: the [`design::glossary`].
 
+pub mod atomic;
 pub mod chain;
 pub mod design;
 pub mod device;

@@ -5,6 +5,8 @@
 //! `simulation` every question asked here is a constant, and a build without debug assertions refuses the
 //! feature. The switches belong to the thread that sets them.
 
+use std::sync::atomic::Ordering;
+
 #[cfg(all(feature = "simulation", not(debug_assertions)))]
 compile_error!("the feature `simulation` plants bugs: it is for tests and never for a release");
 
@@ -189,10 +191,46 @@ pub enum Plant {
     LayerBeforeFronts,
     /// A merge takes a GUID that a killed one has written for durable.
     RelyOnCache,
+    /// A thread that is about to sleep looks for messages in no order with having said so.
+    SkipSleepFence,
+    /// A thread that has sent a message looks whether the receiver sleeps in no order with having sent it.
+    SkipSendFence,
+    /// A thread looks for messages before it says that it is about to sleep.
+    LookFirst,
+    /// A front that finds a sector marked as present leaves the mark of its page to whichever front set it.
+    TrustFoundBits,
+    /// A page is marked as changed before its bits are set.
+    MarkBeforeBits,
+    /// A chunk is marked as having marked pages before its page is.
+    ChunkBeforePage,
+    /// Whoever finds a sector's bit set may see its page as it was before.
+    RelaxedFind,
+    /// A sector's bit is set in no order with what its front did before.
+    RelaxedBits,
+    /// A page is marked in no order with its bits.
+    RelaxedMark,
+    /// The mark of a page is taken in no order with the copy of its bits.
+    RelaxedTake,
+    /// A mapping is published in no order with the bit that its page has entries.
+    RelaxedPublish,
+    /// Whoever finds a mapping may not see the bit that its page has entries.
+    RelaxedLookup,
+    /// A mapping counts as durable although it has changed since it was logged.
+    IgnoreChange,
+    /// A session is opened over poison that came meanwhile.
+    OpenOverPoison,
+    /// A durable write has ended in no order with its poison.
+    RelaxedEnd,
+    /// Whoever finds no durable write in flight may not see the poison of one that has ended.
+    RelaxedLook,
+    /// A durable write has ended before its failure has poisoned.
+    EndBeforePoison,
+    /// A front answers a barrier or a fence while what it waits for is under way.
+    EarlyAnswer,
 }
 
 impl Plant {
-    /// All of them.
+    /// Those that show in the order of requests, of what the host does, and of crashes.
     pub const ALL: [Self; 88] = [
         Self::SkipRecyclingSync,
         Self::SkipGrowthSync,
@@ -283,6 +321,28 @@ impl Plant {
         Self::LayerBeforeFronts,
         Self::RelyOnCache,
     ];
+
+    /// Those that show where threads run side by side.
+    pub const OF_THREADS: [Self; 18] = [
+        Self::SkipSleepFence,
+        Self::SkipSendFence,
+        Self::LookFirst,
+        Self::TrustFoundBits,
+        Self::MarkBeforeBits,
+        Self::ChunkBeforePage,
+        Self::RelaxedFind,
+        Self::RelaxedBits,
+        Self::RelaxedMark,
+        Self::RelaxedTake,
+        Self::RelaxedPublish,
+        Self::RelaxedLookup,
+        Self::IgnoreChange,
+        Self::OpenOverPoison,
+        Self::RelaxedEnd,
+        Self::RelaxedLook,
+        Self::EndBeforePoison,
+        Self::EarlyAnswer,
+    ];
 }
 
 /// Whether `plant` is planted: never, outside the simulation.
@@ -290,6 +350,12 @@ impl Plant {
 #[inline]
 pub const fn planted(_plant: Plant) -> bool {
     false
+}
+
+/// The order of a step on a word that threads share: `usual`, or none while `plant` is planted.
+#[inline]
+pub fn ordered(plant: Plant, usual: Ordering) -> Ordering {
+    if planted(plant) { Ordering::Relaxed } else { usual }
 }
 
 /// The unit of a log's length, bytes: `usual`.

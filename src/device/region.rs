@@ -7,11 +7,11 @@ use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use libublk::sys;
 use rustix::mm;
 
+use crate::atomic::{AtomicU64, Ordering};
 use crate::image::SharedWords;
 
 /// A mapped range that the kernel reads and writes behind the compiler's back: it is used through raw
@@ -102,6 +102,7 @@ impl Drop for Region {
 
 /// Maps the first `count` words of `file`, until the last user drops them.
 pub(super) fn shared_words(file: &File, count: usize) -> io::Result<SharedWords> {
+    assert_eq!(size_of::<AtomicU64>(), size_of::<u64>(), "a file has no words of a model");
     let length = count * size_of::<AtomicU64>();
     let region =
         Region::map(length, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED, file.as_raw_fd(), 0)?;

@@ -10,13 +10,13 @@
 //!   itself.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
+use crate::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use crate::disk::PAGE_BYTES;
 use crate::format::bat::Geometry;
 use crate::format::index;
 use crate::image::{BlockMap, PAGES_PER_CHUNK, Page, WORD_BITS};
-use crate::simulation::{Plant, planted};
+use crate::simulation::{Plant, ordered, planted};
 
 /// The page has changed.
 const MARKED: u32 = 1;
@@ -43,7 +43,7 @@ impl DirtyBitmapPages {
         let pages = usize::try_from(chunks * PAGES_PER_CHUNK).expect("2^22 pages at most");
         let chunks = usize::try_from(chunks.div_ceil(WORD_BITS)).expect("2^8 words at most");
         Self {
-            pages: (0..pages).map(|_| AtomicU32::new(0)).collect(),
+            pages: (0..pages).map(|_| AtomicU32::default()).collect(),
             chunks: (0..chunks).map(|_| AtomicU64::new(0)).collect(),
             count: AtomicUsize::new(0),
         }
@@ -74,11 +74,17 @@ impl DirtyBitmapPages {
             let word = self.page(chunk, page);
             if !bitmaps.has(geometry, block, part.clone()) {
                 word.fetch_add(INSIDE, Ordering::AcqRel);
+                let marks_first = planted(Plant::MarkBeforeBits);
+                if marks_first {
+                    self.mark(chunk, page);
+                }
                 bitmaps.set(geometry, block, part);
-                self.mark(chunk, page);
+                if !marks_first {
+                    self.mark(chunk, page);
+                }
                 let before = word.fetch_sub(INSIDE, Ordering::AcqRel);
                 assert!(before >= INSIDE, "a front leaves a page that it is in");
-            } else if word.load(Ordering::Acquire) != 0 {
+            } else if word.load(Ordering::Acquire) != 0 && !planted(Plant::TrustFoundBits) {
                 self.mark(chunk, page);
             }
         }
@@ -88,17 +94,27 @@ impl DirtyBitmapPages {
         if planted(Plant::ForgetBits) {
             return;
         }
+        let chunks = &self.chunks[index(chunk / WORD_BITS)];
+        let mark_chunk = || chunks.fetch_or(1 << (chunk % WORD_BITS), Ordering::AcqRel);
+        let chunk_first = planted(Plant::ChunkBeforePage);
+        if chunk_first {
+            mark_chunk();
+        }
         // Counted first: the count must never be less than the marks that can be taken. Whoever takes the
         // mark finds it counted.
         self.count.fetch_add(1, Ordering::Relaxed);
-        if self.page(chunk, page).fetch_or(MARKED, Ordering::AcqRel) & MARKED != 0 {
+        let order = ordered(Plant::RelaxedMark, Ordering::AcqRel);
+        if self.page(chunk, page).fetch_or(MARKED, order) & MARKED != 0 {
             self.count.fetch_sub(1, Ordering::Relaxed);
         }
-        self.chunks[index(chunk / WORD_BITS)].fetch_or(1 << (chunk % WORD_BITS), Ordering::AcqRel);
+        // Marked last: whoever takes the chunk's mark finds the page's.
+        if !chunk_first {
+            mark_chunk();
+        }
     }
 
     /// Takes the marks away; the pages that had one.
-    pub(super) fn take(&self) -> Vec<Page> {
+    pub fn take(&self) -> Vec<Page> {
         let mut taken = Vec::new();
         for (word, chunks) in (0..).zip(&self.chunks) {
             let mut chunks =
@@ -106,8 +122,8 @@ impl DirtyBitmapPages {
             while chunks != 0 {
                 let chunk = word * WORD_BITS + u64::from(chunks.trailing_zeros());
                 chunks &= chunks - 1;
-                let marked =
-                    |page: &u64| self.page(chunk, *page).fetch_and(!MARKED, Ordering::AcqRel) & MARKED != 0;
+                let order = ordered(Plant::RelaxedTake, Ordering::AcqRel);
+                let marked = |page: &u64| self.page(chunk, *page).fetch_and(!MARKED, order) & MARKED != 0;
                 taken.extend((0..PAGES_PER_CHUNK).filter(marked).map(|page| Page::Bitmap { chunk, page }));
             }
         }

@@ -1,6 +1,8 @@
 //! Waiting for the operations that are under way now, while others begin: each is counted in one of two
 //! counters, and a wait makes new ones use the other counter.
 
+use crate::simulation::{Plant, planted};
+
 /// Two counters, and whether an answer is owed once one of them is zero. One wait at a time.
 #[derive(Debug, Default)]
 pub(super) struct Drain {
@@ -43,7 +45,8 @@ impl Drain {
     #[inline]
     #[must_use]
     pub(super) fn answer(&mut self) -> bool {
-        let due = self.owed && self.under_way[self.parity ^ 1] == 0;
+        let ended = self.under_way[self.parity ^ 1] == 0 || planted(Plant::EarlyAnswer);
+        let due = self.owed && ended;
         self.owed &= !due;
         due
     }

@@ -3,14 +3,16 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::AtomicBool;
 
 use super::activity::Activity;
 use super::dirty_bitmap_pages::DirtyBitmapPages;
 use super::troubles::Troubles;
+use crate::atomic::{AtomicU32, Ordering};
 use crate::format::bat::{Geometry, PayloadState};
 use crate::image::BlockMap;
 pub use crate::image::Session;
+use crate::simulation::{Plant, ordered};
 
 /// The layer that is served itself; the others are its parents, each the parent of the one before it.
 pub const LEAF: u8 = 0;
@@ -22,7 +24,7 @@ pub struct Shared {
     /// Of a differencing image the parents, its own first; they are never written.
     parents: Box<[Arc<BlockMap>]>,
     /// Pages of the leaf's sector bitmaps that have changed.
-    pub(super) dirty_bitmap_pages: Arc<DirtyBitmapPages>,
+    pub dirty_bitmap_pages: Arc<DirtyBitmapPages>,
     /// Writes are refused before they reach the engine.
     pub read_only: bool,
     /// The image promises provisioned space (LeaveBlocksAllocated): nothing is ever unmapped.
@@ -151,13 +153,13 @@ impl Shared {
 
     /// The end of a durable write has been seen; if it failed, the session is poisoned already.
     pub(super) fn durable_write_ended(&self) {
-        let before = self.durable_writes.fetch_sub(1, Ordering::SeqCst);
+        let before = self.durable_writes.fetch_sub(1, ordered(Plant::RelaxedEnd, Ordering::SeqCst));
         assert!(before > 0, "a durable write ends once");
     }
 
     /// Durable writes whose end has not been seen.
-    pub(super) fn durable_writes(&self) -> u32 {
-        self.durable_writes.load(Ordering::SeqCst)
+    pub fn durable_writes(&self) -> u32 {
+        self.durable_writes.load(ordered(Plant::RelaxedLook, Ordering::SeqCst))
     }
 
     /// Whether the host is believed to take `ZERO_RANGE`.

@@ -8,14 +8,13 @@
 use std::io;
 use std::ops::Range;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-
-use zerocopy::FromZeros;
 
 use super::words::{Shared, SharedWords, WORD_BITS};
+use crate::atomic::{AtomicU64, AtomicUsize, Ordering, zeroed};
 use crate::disk::PAGE_BYTES;
 use crate::format::bat::{BITMAP_BLOCK_SIZE, Geometry};
 use crate::format::index;
+use crate::simulation::{Plant, ordered};
 
 /// The most memory that the bitmaps of one image may take, bytes: a bit per sector of every chunk that has
 /// partially present blocks, so 32 TiB in 512-byte sectors.
@@ -95,9 +94,7 @@ impl SectorBitmaps {
         }
         self.chunks[chunk].get_or_init(|| match &self.shared {
             Some((memory, place)) => Words::Shared(memory.words.clone(), place + chunk * WORDS_PER_CHUNK),
-            None => Words::Private(
-                <[AtomicU64]>::new_box_zeroed_with_elems(WORDS_PER_CHUNK).expect("1 MiB of address space"),
-            ),
+            None => Words::Private(zeroed(WORDS_PER_CHUNK)),
         });
         Ok(())
     }
@@ -130,7 +127,8 @@ impl SectorBitmaps {
     pub fn run(&self, geometry: &Geometry, block: u64, from: u64, end: u64) -> (bool, u64) {
         debug_assert!(from < end && end <= sectors_per_block(geometry), "sectors {from} to {end}");
         let Some(words) = self.slice(geometry, block) else { return (false, end) };
-        let word = |sector: u64| words[index(sector / WORD_BITS)].load(Ordering::Acquire);
+        let order = ordered(Plant::RelaxedFind, Ordering::Acquire);
+        let word = |sector: u64| words[index(sector / WORD_BITS)].load(order);
         let here = word(from) >> (from % WORD_BITS) & 1 == 1;
         let mut sector = from;
         while sector < end {
@@ -157,7 +155,8 @@ impl SectorBitmaps {
         while sector < sectors.end {
             let next = ((sector / WORD_BITS + 1) * WORD_BITS).min(sectors.end);
             let bits = u64::MAX >> (WORD_BITS - (next - sector)) << (sector % WORD_BITS);
-            words[index(sector / WORD_BITS)].fetch_or(bits, Ordering::AcqRel);
+            let order = ordered(Plant::RelaxedBits, Ordering::AcqRel);
+            words[index(sector / WORD_BITS)].fetch_or(bits, order);
             sector = next;
         }
     }

@@ -12,14 +12,14 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::bitmaps::SectorBitmaps;
 use super::memory::SessionMemory;
+use crate::atomic::{AtomicU64, Ordering};
 use crate::disk::PAGE_BYTES;
 use crate::format::bat::{BatEntry, BitmapState, ENTRY_SIZE, Geometry, PayloadState, Role};
 use crate::format::{MIB, index};
-use crate::simulation::{Plant, planted};
+use crate::simulation::{Plant, ordered, planted};
 
 /// Slots in one 4096-byte BAT page.
 pub const SLOTS_PER_PAGE: u64 = (PAGE_BYTES / size_of::<u64>()) as u64;
@@ -167,8 +167,8 @@ impl BlockMap {
     #[inline]
     pub fn load(&self, block: u64) -> Mapping {
         debug_assert!(block < self.geometry.block_count(), "block {block} is on the disk");
-        let word = self.memory.slots()[index(self.geometry.payload_slot(block))].load(Ordering::Acquire);
-        Mapping::of(word)
+        let word = &self.memory.slots()[index(self.geometry.payload_slot(block))];
+        Mapping::of(word.load(ordered(Plant::RelaxedLookup, Ordering::Acquire)))
     }
 
     /// The first of `blocks` whose slot may be set, their end if there is none. Pages that never had a slot
@@ -338,7 +338,9 @@ impl BlockMap {
             let word = u64::from_le_bytes(*word);
             assert!(word & MARKS == 0 || self.geometry.is_bitmap_slot(slot), "a mark is not logged");
             let current = self.memory.slots()[index(slot)].load(Ordering::Relaxed);
-            if current & !MOVING == word && !self.geometry.is_bitmap_slot(slot) {
+            if (current & !MOVING == word || planted(Plant::IgnoreChange))
+                && !self.geometry.is_bitmap_slot(slot)
+            {
                 self.memory.slots()[index(slot)].store(current | DURABLE, Ordering::Release);
             }
         }
@@ -347,7 +349,7 @@ impl BlockMap {
     /// The bit comes before the word, so that whoever has seen the word sees the bit.
     fn store(&self, slot: u64, word: u64) {
         self.note_set(slot);
-        self.memory.slots()[index(slot)].store(word, Ordering::Release);
+        self.memory.slots()[index(slot)].store(word, ordered(Plant::RelaxedPublish, Ordering::Release));
     }
 
     fn note_set(&self, slot: u64) {

@@ -34,13 +34,12 @@ use std::ops::Range;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use uuid::Uuid;
-use zerocopy::FromZeros;
 
 use super::bitmaps::{MAX_BITMAP_BYTES, SectorBitmaps, WORDS_PER_CHUNK};
 use super::words::{Reserve, Shared, SharedWords, Written};
+use crate::atomic::{AtomicU64, Ordering, zeroed};
 use crate::disk::PAGE_BYTES;
 use crate::format::bat::Geometry;
 use crate::format::index;
@@ -171,8 +170,7 @@ struct Private {
 impl SessionMemory {
     /// Zeroed memory of this process for a map of `geometry`. It is touched only where something is stored.
     pub fn private(geometry: &Geometry) -> Self {
-        let words = <[AtomicU64]>::new_box_zeroed_with_elems(Self::reserved_words(geometry));
-        let words = words.expect("513 MiB of address space at most");
+        let words = zeroed(Self::reserved_words(geometry));
         words[STATE_PLACE].store(IDLE, Ordering::Relaxed);
         Self(Words::Private(Arc::new(Private { words, bitmaps: Arc::new(SectorBitmaps::private(geometry)) })))
     }
@@ -274,6 +272,9 @@ impl SessionMemory {
     /// Idle becomes open; poison stays.
     pub fn open(&self) {
         let word = &self.words()[STATE_PLACE];
+        if planted(Plant::OpenOverPoison) && self.session() == Session::Idle {
+            self.store(STATE_PLACE, OPEN);
+        }
         let found = word.compare_exchange(IDLE, OPEN, Ordering::AcqRel, Ordering::Acquire);
         assert!(matches!(found, Ok(IDLE) | Err(OPEN | POISONED)), "the word was checked: {found:?}");
         assert_ne!(self.session(), Session::Idle, "an open session has not begun to rest");

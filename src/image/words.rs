@@ -4,7 +4,8 @@ use std::any::Any;
 use std::io;
 use std::ops::{Deref, Range};
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+
+use crate::atomic::AtomicU64;
 
 /// Bits of a word.
 pub const WORD_BITS: u64 = u64::BITS as u64;

@@ -12,10 +12,11 @@ use imports::{Imports, circles};
 use source::{Function, Source, files, text};
 
 /// The folders and files of `src`, each of which uses only those before it.
-const ORDER: [&str; 13] = [
+const ORDER: [&str; 14] = [
     "printable",
     "error",
     "simulation",
+    "atomic",
     "format",
     "disk",
     "image",

@@ -392,6 +392,9 @@ impl Front {
     }
 
     fn end_piece<P: Port>(&mut self, id: PieceId, outcome: Outcome, port: &mut P) {
+        if planted(Plant::EndBeforePoison) {
+            self.durable_write_ended(id, port);
+        }
         if let Err(errno) = outcome
             && self.slots.piece(id).rest.op == (FileOp::Write { durable: true })
             && !planted(Plant::NoPoison)
