@@ -18,3 +18,22 @@ selftests() {
 test_suites_selftests() { selftests -v '^(recover|stress)_'; }
 test_suites_selftests_of_recovery() { selftests '^recover_'; }
 test_suites_selftests_under_stress() { selftests '^stress_'; }
+
+# What is not there, or not built, is refused before anything is done.
+test_suites_are_refused_without_their_source() {
+    local run=$tests/../suites/run
+    mkdir empty
+    refused "$run" blktests
+    grep -q 'say where blktests are' refusal || fail "$(cat refusal)"
+    refused "$run" other --source empty
+    grep -q 'selftests .* the kernel' refusal || fail "$(cat refusal)"
+    refused "$run" xfstests --source nowhere
+    grep -q 'nowhere: No such file' refusal || fail "$(cat refusal)"
+    for suite in selftests blktests xfstests; do
+        refused "$run" $suite --source empty
+        grep -q "empty: " refusal || fail "$(cat refusal)"
+    done
+    mkdir -p empty/ltp && touch empty/check && chmod +x empty/check
+    refused "$run" xfstests --source empty
+    grep -q 'not built' refusal || fail "$(cat refusal)"
+}

@@ -1,4 +1,4 @@
-# The kernel's ublk selftests, in the current folder. Sourced by tests/lab/77-suites.sh.
+# The kernel's ublk selftests, in the current folder. Sourced by tests/lab/77-suites.sh and tests/suites/run.
 # shellcheck shell=bash
 
 suites=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
