@@ -89,12 +89,13 @@ impl OpenImage {
     /// # Errors
     ///
     /// When the process has no file descriptor left.
-    pub fn spec(&self, file: &ImageFile) -> Result<DeviceSpec> {
-        let files = std::iter::once(file).chain(self.parents.iter().map(Arc::as_ref));
+    pub fn spec(&self, file: &Arc<ImageFile>) -> Result<DeviceSpec> {
+        let files = std::iter::once(&**file).chain(self.parents.iter().map(Arc::as_ref));
         Ok(DeviceSpec {
             sparse: file.sparse(),
             path: file.path().to_owned(),
             images: files.map(same_description).collect::<Result<_>>()?,
+            leaf: file.clone(),
             image_file: file.identity(),
             parents: self.parents.iter().map(|parent| parent.path().to_owned()).collect(),
             parent_files: self.parent_files(),

@@ -14,7 +14,7 @@ use super::order::{CompactOrder, GrowOrder, MergeOrder, SnapshotOrder};
 use super::path;
 use super::spare_buffers::SpareBuffers;
 use crate::disk::tally::Histogram;
-use crate::disk::{HostFile, Sparse};
+use crate::disk::{HostFile, ImageFile, Sparse};
 use crate::engine::shared::Shared;
 use crate::error::Result;
 
@@ -25,6 +25,8 @@ pub struct DeviceSpec {
     /// The open file descriptions that carry the locks of the image and its parents, nearest first; all rings
     /// use them.
     pub images: Arc<[File]>,
+    /// The image's file.
+    pub leaf: Arc<ImageFile>,
     /// The image, independent of its path.
     pub image_file: HostFile,
     /// The parents' paths, absolute, without symbolic links, nearest first.

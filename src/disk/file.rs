@@ -1,10 +1,10 @@
-//! An image's file: the open file description that carries its lock and serves every ring, and another one
-//! for syncs.
+//! An image's file: the open file description that carries its lock and serves every ring, and others for
+//! syncs.
 //!
 //! Linux reports a write that it has accepted and lost once per description. A durable write of a queue is
 //! told by the description of the rings, and a sync by that one right behind it would succeed; so the engine
-//! syncs by one that nothing else uses. It carries the lock, too: while anything of a dead process is under
-//! way on either, a sync that fails included, no other process has the file.
+//! syncs by one that nothing else uses, and so does each queue. They carry the lock, too: while anything of a
+//! dead process is under way on one of them, a sync that fails included, no other process has the file.
 //!
 //! Invariants:
 //!
@@ -14,10 +14,11 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::mem;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -79,6 +80,8 @@ pub struct ImageFile {
     file: File,
     /// The other description, if it may be written.
     syncing: Option<File>,
+    /// Those by which the queues sync that serve it.
+    queues: Mutex<Vec<File>>,
     /// The host may report a failed write only to a sync of the description that the write went through.
     keeps_errors_by_handle: bool,
     /// What its host does with holes.
@@ -343,9 +346,9 @@ impl ImageFile {
         let host = fstatfs(&file).map_err(|errno| looking(errno.into()))?.filesystem_type();
         let keeps_errors_by_handle = HOSTS_WITH_HANDLES.contains(&host);
         let host = Host::of(&file);
-        let sparse = OnceLock::new();
+        let (queues, sparse) = (Mutex::default(), OnceLock::new());
         let path = path.to_owned();
-        Ok(Self { file, syncing, keeps_errors_by_handle, host, sparse, path, access, identity })
+        Ok(Self { file, syncing, queues, keeps_errors_by_handle, host, sparse, path, access, identity })
     }
 
     /// Decides whether the file may get holes; without this [`Sparse::Auto`] does. Called once, before
@@ -423,6 +426,34 @@ impl ImageFile {
         }
     }
 
+    /// Opens a description for each of `count` queues, which will write the file: none of their writes may be
+    /// accepted before, or a loss could be told to another. Called once.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::open`].
+    pub fn open_for_queues(&self, count: usize) -> Result<()> {
+        assert_eq!(self.access, Access::ReadWrite, "who only reads has nothing to sync");
+        let opened = (0..count).map(|_| open_to_sync(&self.file, self.identity)).collect::<Result<Vec<_>>>();
+        let before = mem::replace(&mut *self.queues(), opened.map_err(|error| error.file(&self.path))?);
+        assert!(before.is_empty(), "a queue has one description to sync by");
+        Ok(())
+    }
+
+    /// How many queues may sync it.
+    pub fn queue_count(&self) -> usize {
+        self.queues().len()
+    }
+
+    /// Shows the description by which `queue` syncs, if there is one, to whom keeps it open.
+    pub fn with_queue<T>(&self, queue: u16, take: impl FnOnce(Option<BorrowedFd<'_>>) -> T) -> T {
+        take(self.queues().get(usize::from(queue)).map(AsFd::as_fd))
+    }
+
+    fn queues(&self) -> MutexGuard<'_, Vec<File>> {
+        self.queues.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Gives the file the permissions of `other` that `most` has too, and if possible its owner. It must be
     /// finished: others may open it from now on.
     ///
@@ -460,8 +491,10 @@ impl ImageFile {
         set.map_err(|error| Error::io("setting the file's permissions", error).file(&self.path))
     }
 
-    /// Lets others read it too, who could not before: this process writes it no more.
+    /// Lets others read it too, who could not before: this process writes it no more, and no queue syncs it.
     pub fn share(&self) {
+        // Unlocked now: a queue's ring has its descriptor until that queue serves another image.
+        mem::take(&mut *self.queues()).iter().for_each(lock::unlock);
         for file in self.descriptions() {
             lock::share(file);
         }
@@ -621,6 +654,7 @@ impl Drop for ImageFile {
     /// after the last completion, which can be as late as its thread's next entry into the kernel.
     fn drop(&mut self) {
         self.descriptions().for_each(lock::unlock);
+        self.queues().iter().for_each(lock::unlock);
     }
 }
 
@@ -746,6 +780,31 @@ mod tests {
         drop(image);
         open(file.path()).expect("the writer is gone");
         drop(ring_reference);
+    }
+
+    /// A queue's description has the lock, too, which a sync of a dead process keeps. It ends when the image
+    /// is shared or dropped, though the queue's ring may hold the description longer.
+    #[test]
+    fn a_queue_syncs_by_a_description_that_has_the_lock() {
+        let file = file_with(b"x");
+        let image = ImageFile::open(file.path(), Access::ReadWrite, NO_WAIT).expect("regular");
+        image.open_for_queues(2).expect("there are descriptors");
+        let of_queue = |image: &ImageFile, queue| {
+            let copy = |file: BorrowedFd<'_>| file.try_clone_to_owned().expect("descriptors can be copied");
+            image.with_queue(queue, |file| file.map(copy))
+        };
+        assert_eq!((image.queue_count(), of_queue(&image, 2).is_none()), (2, true));
+        let ring_reference = of_queue(&image, 1).expect("it has one");
+        lock::unlock(&image.file);
+        lock::unlock(image.syncing.as_ref().expect("a writer has one"));
+        assert_eq!(open(file.path()).expect_err("a sync may be under way").kind(), Kind::InUse);
+        image.share();
+        drop(open(file.path()).expect("others may read it"));
+        image.open_for_queues(1).expect("the last ones are gone");
+        let second_reference = of_queue(&image, 0).expect("it has one");
+        drop(image);
+        open(file.path()).expect("the writer is gone");
+        drop((ring_reference, second_reference));
     }
 
     /// A file that has lost its name while it was waited for is no longer the image.

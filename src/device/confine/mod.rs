@@ -50,7 +50,7 @@ mod filter;
 pub(super) const KEPT_VARIABLES: [&str; 3] = ["RUST_LOG", "RUST_BACKTRACE", "LLVM_PROFILE_FILE"];
 
 /// Descriptors that a process may have: the longest chain has 256 images, with at most four each, and a
-/// device has at most 64 queues, with at most eight each.
+/// device has at most 64 queues, with at most nine each.
 const DESCRIPTORS: rlim_t = 4096;
 
 /// Limits at which a daemon would be killed, or its disk would fail.

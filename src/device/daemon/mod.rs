@@ -51,6 +51,7 @@ use crate::device::supervisor::{Demand, Supervisor};
 use crate::device::sys;
 use crate::device::usage;
 use crate::device::warnings;
+use crate::disk::Access;
 use crate::engine::front::Front;
 use crate::engine::shared::{Session, Shared};
 use crate::error::{Error, Kind, Result};
@@ -303,6 +304,9 @@ impl<E: EngineHandle> Device<E> {
         let cdev = Arc::new(await_node(Path::new(&path), Node::Character)?);
         self.cdev = Some(cdev.clone());
         handover::note("the entry is written");
+        if spec.leaf.access() == Access::ReadWrite {
+            spec.leaf.open_for_queues(self.info.queues.into())?;
+        }
         let (engine, fronts) = mailboxes(self.info.queues, self.info.depth)?;
         self.engine = Some(start_engine(engine)?);
         for (queue, ends) in (0..).zip(fronts) {

@@ -183,6 +183,7 @@ fn make(request: &ChildRequest, unfinished: &Unfinished) -> Result<Child> {
     reactor.block_on(new.write(&disk, Uuid::new_v4)).file(file.path())?;
     file.resemble(&request.parent, PERMISSIONS)?;
     let image = reactor.block_on(Image::open_for_writing(&disk, Uuid::new_v4)).file(file.path())?;
+    file.open_for_queues(request.parent.queue_count())?;
     choose_payload_io(&file, &image.metadata)?;
     let memory_alignment = file.memory_alignment(image.metadata.logical_sector_size)?;
     let place = session::place_of(&file)?;
