@@ -67,7 +67,7 @@
 //! 8. The front looks the block up again, and it is a hit.
 //!
 //! Nothing has been synced. A flush of the guest, or a log a quarter of which is dirty, starts a commit
-//! cycle.
+//! cycle. (With nothing to log, the front syncs for the flush: `engine/unlogged`.)
 //!
 //! 9. `engine/commit` closes the set of dirty pages and copies them.
 //! 10. It syncs if a page names space or data that no completed sync covers.

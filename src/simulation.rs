@@ -116,6 +116,16 @@ pub enum Plant {
     SharedDescription,
     /// A sync counts although a durable write that was in flight may have failed.
     UnseenFailure,
+    /// A flush counts as one that needs a sync only, before what a cycle logs is durable.
+    EarlyClear,
+    /// A flush counts as one that needs a sync only, although a mapping is visible, until a cycle logs it.
+    LateFlag,
+    /// A front syncs for a flush while bits of sectors are not in the log.
+    SyncOverBits,
+    /// A front's sync counts although what was in flight at its end may have failed.
+    SyncPastUnseen,
+    /// A front's sync that failed does not poison the device.
+    SilentSync,
     /// A durable write for which the host has no room poisons the device.
     RefusalPoisons,
     /// A sector bitmap is named while it is a hole of the file.
@@ -231,7 +241,7 @@ pub enum Plant {
 
 impl Plant {
     /// Those that show in the order of requests, of what the host does, and of crashes.
-    pub const ALL: [Self; 88] = [
+    pub const ALL: [Self; 93] = [
         Self::SkipRecyclingSync,
         Self::SkipGrowthSync,
         Self::ApplyBeforeLog,
@@ -283,6 +293,11 @@ impl Plant {
         Self::KeepLeaks,
         Self::SharedDescription,
         Self::UnseenFailure,
+        Self::EarlyClear,
+        Self::LateFlag,
+        Self::SyncOverBits,
+        Self::SyncPastUnseen,
+        Self::SilentSync,
         Self::RefusalPoisons,
         Self::UnreservedBitmap,
         Self::ForgetRefusedPages,

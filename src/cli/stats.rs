@@ -47,8 +47,9 @@ Examples:
 
 Requests wait for the engine only if they need something that is not there yet: `session` (the
 first change of the image), `space` (a block without space), `unmap` and `zero` (discards and
-zeros), `flush` (a sync). Times of waits and syncs are counted in steps: up to 16 us, 32 us, and so
-on; `99% up to 4 ms` means that at most one in a hundred took longer.
+zeros), `flush` (a change that has to be logged; other flushes are a sync by their queue). Times of
+waits and syncs are counted in steps: up to 16 us, 32 us, and so on; `99% up to 4 ms` means that at
+most one in a hundred took longer.
 
 --watch shows, for each second: reads, writes and flushes; read and written data; first writes
 (blocks that got space); requests that wait now; syncs of the image and their mean; how full the

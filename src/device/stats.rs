@@ -19,7 +19,7 @@ pub struct Stats {
     pub engine: Counters,
     /// What its engine has before it.
     pub levels: Levels,
-    /// How long the engine's syncs of the image have taken.
+    /// How long syncs of the image have taken, the engine's and the queues' own.
     pub syncs: Times,
 }
 
@@ -50,6 +50,8 @@ impl Sources {
         let mut traffic = Traffic::default();
         self.queues.iter().for_each(|queue| traffic.add(&queue.traffic(layers)));
         let activity = shared.activity();
-        Stats { traffic, engine: activity.counters(), levels: activity.levels(), syncs: self.syncs.times() }
+        let mut syncs = self.syncs.times();
+        self.queues.iter().for_each(|queue| syncs.add(&queue.syncs()));
+        Stats { traffic, engine: activity.counters(), levels: activity.levels(), syncs }
     }
 }

@@ -98,6 +98,12 @@ pub trait Disk: ReadDisk {
         true
     }
 
+    /// Whether the host reports a write that it has lost to every description of the file, so that a sync by
+    /// any of them finds it.
+    fn reports_losses_to_all(&self) -> bool {
+        true
+    }
+
     /// Makes `offset..offset + length` read as zero, keeping its space.
     async fn zero(&self, offset: u64, length: u64) -> io::Result<()>;
 

@@ -325,6 +325,10 @@ impl Disk for UringDisk {
         !self.file.is_dense()
     }
 
+    fn reports_losses_to_all(&self) -> bool {
+        !self.file.keeps_errors_by_handle()
+    }
+
     async fn truncate(&self, length: u64) -> io::Result<()> {
         let present = self.fresh_length()?;
         if length > present {

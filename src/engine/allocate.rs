@@ -86,18 +86,27 @@ impl<D: Disk + 'static> Engine<D> {
         })
     }
 
-    /// Publishes a mapping and marks its page dirty, in one step: visible means committable. (A cycle between
-    /// the two would answer a flush, and a power cut would take what was written there.) Space that the old
-    /// entry names goes to quarantine.
+    /// Marks a page dirty and publishes a mapping in it, in one step: visible means committable. (A cycle
+    /// between the two would answer a flush, and a power cut would take what was written there.) Space that
+    /// the old entry names goes to quarantine.
     pub(super) fn remap(self: &Rc<Self>, block: u64, new: BatEntry) {
         let old = self.shared.map.load(block).entry;
         self.check_change(old, new);
+        self.mark(Page::Bat(self.shared.map.page_of(block)));
         self.shared.map.publish(block, new);
-        self.dirty.mark(Page::Bat(self.shared.map.page_of(block)));
         if let Some(extent) = self.space_of(old) {
             self.count(|counters| counters.unmapped.add(1));
             self.reclaim.lost(extent);
         }
+    }
+
+    /// `page` is about to change. A front that sees the change must find the flag: the write that it makes
+    /// possible is acknowledged, and a flush follows.
+    pub(super) fn mark(&self, page: Page) {
+        if !planted(Plant::LateFlag) {
+            self.shared.unlogged.set();
+        }
+        self.dirty.mark(page);
     }
 
     /// What every change of a mapping must satisfy. The new space is in use, so that no grant can hand it out

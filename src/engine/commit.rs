@@ -70,8 +70,12 @@ impl<D: Disk + 'static> Engine<D> {
     async fn cycle(self: &Rc<Self>) -> Outcome {
         let mut waiters = self.commits.take_waiters();
         let closed = self.durability.epoch();
+        self.shared.unlogged.set();
         self.take_bits();
         let set = self.dirty.close();
+        if planted(Plant::EarlyClear) {
+            self.shared.unlogged.clear();
+        }
         let batch = self.reclaim.close_batch();
         if planted(Plant::EarlyFlush) {
             waiters.drain(..).for_each(|waiter| waiter.keep(Ok(())));
@@ -85,6 +89,7 @@ impl<D: Disk + 'static> Engine<D> {
             self.dirty.give_back();
         } else {
             assert!(self.durability.is_durable(closed), "a flush ends in a sync issued after it");
+            self.clear_unlogged();
         }
         if self.reclaim.end_batch(batch, outcome.is_ok()) {
             self.start(|engine| async move { engine.release_quarantine().await });
@@ -100,6 +105,14 @@ impl<D: Disk + 'static> Engine<D> {
         }
         self.note_levels();
         outcome
+    }
+
+    /// A cycle has succeeded: if nothing has changed since it closed its set, fronts sync for themselves.
+    fn clear_unlogged(&self) {
+        let logged = self.dirty.is_logged() && !self.durability.has_punched();
+        if logged && self.disk.reports_losses_to_all() {
+            self.shared.unlogged.clear();
+        }
     }
 
     /// Logs the pages of `set`, syncs, and leaves the last round to be applied in the background.

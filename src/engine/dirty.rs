@@ -47,6 +47,11 @@ impl DirtySet {
         self.dirty.borrow().len() + self.bitmap_pages.count()
     }
 
+    /// Whether the log has every page, apart from what fronts have marked and no cycle has taken.
+    pub(super) fn is_logged(&self) -> bool {
+        self.dirty.borrow().is_empty() && self.being_logged.borrow().is_empty()
+    }
+
     /// Takes into the set what fronts have marked; returns those pages.
     pub(super) fn take_marked(&self) -> Vec<Page> {
         let marked = self.bitmap_pages.take();

@@ -50,8 +50,9 @@ impl DirtyBitmapPages {
     }
 
     /// How many pages are marked.
+    #[inline]
     pub(super) fn count(&self) -> usize {
-        self.count.load(Ordering::Relaxed)
+        self.count.load(Ordering::Acquire)
     }
 
     /// Whether a page of the bitmap of `chunk` may be marked.
@@ -127,7 +128,8 @@ impl DirtyBitmapPages {
                 taken.extend((0..PAGES_PER_CHUNK).filter(marked).map(|page| Page::Bitmap { chunk, page }));
             }
         }
-        let before = self.count.fetch_sub(taken.len(), Ordering::Relaxed);
+        // A front that misses these finds the flag that the caller has set.
+        let before = self.count.fetch_sub(taken.len(), Ordering::Release);
         assert!(before >= taken.len(), "a mark is counted before it can be taken");
         taken
     }

@@ -116,6 +116,11 @@ impl Durability {
         self.punched_unsynced.borrow_mut().push(extent);
     }
 
+    /// Whether space waits for a sync to be known as zeros.
+    pub(super) fn has_punched(&self) -> bool {
+        !self.punched_unsynced.borrow().is_empty()
+    }
+
     /// What pages copied now rely on; `used_end` is the end of the space in use.
     pub(super) fn reliance(&self, used_end: u64) -> Reliance {
         // A tolerated last block may reach past the end of the file: a length that never was cannot be

@@ -18,7 +18,7 @@ pub enum ToEngine {
     },
     /// Every piece that was looked up before the last [`ToFront::Barrier`] has ended.
     BarrierDone,
-    /// Every durable write that was in flight at the last [`ToFront::Fence`] has ended.
+    /// Every durable write and sync that was in flight at the last [`ToFront::Fence`] has ended.
     Fenced,
     /// No request is being served, and none will be before [`ToFront::Release`].
     Held,
@@ -58,6 +58,9 @@ pub enum Ask {
     },
     /// Make everything that was acknowledged before this request durable.
     Flush,
+    /// The front has synced for a flush: wait until the end of every durable write and sync that is under way
+    /// has been seen.
+    Fence,
 }
 
 /// From the engine to a front.
@@ -72,7 +75,7 @@ pub enum ToFront {
     },
     /// Answer with [`ToEngine::BarrierDone`] once every piece looked up before this message has ended.
     Barrier,
-    /// Answer with [`ToEngine::Fenced`] once every durable write in flight now has ended.
+    /// Answer with [`ToEngine::Fenced`] once every durable write and sync in flight now has ended.
     Fence,
     /// Begin no more requests, and answer with [`ToEngine::Held`] once those begun have ended.
     Hold,

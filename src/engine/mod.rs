@@ -58,6 +58,7 @@ pub mod shared;
 mod span;
 mod sync;
 mod troubles;
+mod unlogged;
 mod unmap;
 pub mod waiting;
 
@@ -256,7 +257,7 @@ impl<D: Disk + 'static> Engine<D> {
 
     async fn perform(self: &Rc<Self>, ask: Ask) -> Outcome {
         self.check_poison()?;
-        let changes = !matches!(ask, Ask::OpenSession | Ask::Flush);
+        let changes = !matches!(ask, Ask::OpenSession | Ask::Flush | Ask::Fence);
         assert!(!changes || self.shared.session() == Session::Open, "fronts open the session first");
         match ask {
             Ask::OpenSession => self.open_session().await,
@@ -264,6 +265,10 @@ impl<D: Disk + 'static> Engine<D> {
             Ask::Unmap { first, count, define_absent } => self.unmap(first, count, define_absent).await,
             Ask::ZeroAbsent { first, count, whole } => self.zero_absent(first, count, whole).await,
             Ask::Flush => self.flush().await,
+            Ask::Fence => {
+                self.await_unseen().await;
+                self.check_poison()
+            }
         }
     }
 

@@ -58,8 +58,8 @@ impl<D: Disk + 'static> Engine<D> {
             }
             self.check_poison()?;
             self.count(|counters| counters.bitmaps.add(1));
+            self.mark(Page::Bat(map.page_of_bitmap(chunk)));
             map.publish_bitmap(chunk, extent.offset);
-            self.dirty.mark(Page::Bat(map.page_of_bitmap(chunk)));
             self.dirty.bitmap_begun(chunk);
         }
         if self.dirty.is_bitmap_unnamed(chunk) && !planted(Plant::EarlyReliance) {
@@ -122,8 +122,8 @@ impl<D: Disk + 'static> Engine<D> {
                 self.durability.payload_written();
                 let whole = BatEntry::present(entry.offset());
                 assert_eq!(self.space_of(whole), self.space_of(entry), "a block made whole keeps its space");
+                self.mark(Page::Bat(map.page_of(block)));
                 map.publish(block, whole);
-                self.dirty.mark(Page::Bat(map.page_of(block)));
             }
         }
     }

@@ -74,6 +74,9 @@ pub enum FileOp {
     ZeroRange,
     /// `fallocate` with `PUNCH_HOLE | KEEP_SIZE`.
     PunchHole,
+    /// Make what has completed durable, through a description of the leaf that the front alone syncs by. It
+    /// has no offset and no length.
+    Sync,
 }
 
 /// Longest [`FileOp::WriteZeros`]: the size of the loop's one zero buffer.

@@ -10,13 +10,16 @@ use serde::{Deserialize, Serialize};
 
 use super::front::{Op, Request};
 use super::message::Ask;
-use super::port::{FileIo, FileOp};
+use super::port::{FileIo, FileOp, errno};
 use super::{Outcome, probes};
 use crate::chain::MAX_DEPTH;
 use crate::disk::tally::{Histogram, Tally, Times};
 
 /// What a tag may wait for, by the names that reports use.
 const REASONS: [&str; 5] = ["session", "space", "unmap", "zero", "flush"];
+
+/// What probes show as the epoch of a front's sync, which ends none.
+const OF_A_FRONT: u64 = 0;
 
 /// What an ask waits for, of those that reports name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,7 +33,7 @@ impl Reason {
             Ask::Allocate { .. } => 1,
             Ask::Unmap { .. } => 2,
             Ask::ZeroAbsent { .. } => 3,
-            Ask::Flush => 4,
+            Ask::Flush | Ask::Fence => 4,
         })
     }
 }
@@ -47,6 +50,7 @@ pub struct PortCounts {
     retries: Tally,
     late_registrations: Tally,
     wakes: Tally,
+    syncs: Histogram,
     asks: [Tally; REASONS.len()],
     waits: [Histogram; REASONS.len()],
 }
@@ -63,6 +67,7 @@ impl Default for PortCounts {
             retries: Tally::default(),
             late_registrations: Tally::default(),
             wakes: Tally::default(),
+            syncs: Histogram::default(),
             asks: Default::default(),
             waits: Default::default(),
         }
@@ -103,6 +108,7 @@ impl PortCounts {
             FileOp::FillZero => &self.zero_filled,
             FileOp::Write { .. } => &self.written,
             FileOp::WriteZeros | FileOp::ZeroRange | FileOp::PunchHole => &self.zeroed,
+            FileOp::Sync => return,
         };
         bytes.add(u64::from(io.length));
     }
@@ -120,6 +126,22 @@ impl PortCounts {
     /// The thread of the queue has woken the engine's, or was woken by it.
     pub fn wakes(&self) {
         self.wakes.add(1);
+    }
+
+    /// The front syncs for a flush.
+    pub fn sync_starts(&self) {
+        probes::sync_start(OF_A_FRONT);
+    }
+
+    /// The sync has ended after so long, with 0 or a negative `errno`.
+    pub fn sync_ends(&self, result: i32, took: Duration) {
+        probes::sync_end(OF_A_FRONT, if result < 0 { Err(errno(-result)) } else { Ok(()) });
+        self.syncs.record(took);
+    }
+
+    /// How long the front's syncs have taken.
+    pub fn syncs(&self) -> Times {
+        self.syncs.times()
     }
 
     /// The engine is asked.

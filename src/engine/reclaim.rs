@@ -131,7 +131,10 @@ impl<D: Disk + 'static> Engine<D> {
             Ok(false)
         };
         match punched {
-            Ok(true) => self.durability.punched(extent),
+            Ok(true) => {
+                self.shared.unlogged.set();
+                self.durability.punched(extent);
+            }
             Ok(false) => {
                 self.shared.forget_punch();
                 self.space.borrow_mut().free(extent, Content::Recycled);

@@ -362,17 +362,16 @@ impl<D: Disk + 'static> Engine<D> {
         assert!(self.space.borrow().is_used(to.offset..to.end()), "a new place is taken before it is named");
         assert!(to.end() <= self.durability.file_length(), "a new place lies in the file");
         let map = &self.shared.map;
-        let page = match what {
+        match what {
             Occupant::Block(block) => {
+                self.mark(Page::Bat(map.page_of(block)));
                 map.move_block(block, to.offset);
-                map.page_of(block)
             }
             Occupant::Bitmap(chunk) => {
+                self.mark(Page::Bat(map.page_of_bitmap(chunk)));
                 map.move_bitmap(chunk, to.offset);
-                map.page_of_bitmap(chunk)
             }
-        };
-        self.dirty.mark(Page::Bat(page));
+        }
         if planted(Plant::ReuseMovedEarly) {
             self.space.borrow_mut().free(from, Content::Recycled);
         } else if planted(Plant::ForgetReaders) {

@@ -8,11 +8,12 @@ use std::sync::atomic::AtomicBool;
 use super::activity::Activity;
 use super::dirty_bitmap_pages::DirtyBitmapPages;
 use super::troubles::Troubles;
+use super::unlogged::Unlogged;
 use crate::atomic::{AtomicU32, Ordering};
 use crate::format::bat::{Geometry, PayloadState};
 use crate::image::BlockMap;
 pub use crate::image::Session;
-use crate::simulation::{Plant, ordered};
+use crate::simulation::{Plant, ordered, planted};
 
 /// The layer that is served itself; the others are its parents, each the parent of the one before it.
 pub const LEAF: u8 = 0;
@@ -35,8 +36,10 @@ pub struct Shared {
     activity: Activity,
     /// That a file has lost its end was logged.
     cut_was_said: AtomicBool,
-    /// Durable writes of all fronts whose end has not been seen.
-    durable_writes: AtomicU32,
+    /// What the engine has to log.
+    pub(super) unlogged: Unlogged,
+    /// Durable writes of the fronts, and syncs of theirs and the engine's, whose end has not been seen.
+    unseen: AtomicU32,
 }
 
 impl Shared {
@@ -64,7 +67,8 @@ impl Shared {
             troubles: Troubles::default(),
             activity: Activity::default(),
             cut_was_said: AtomicBool::new(false),
-            durable_writes: AtomicU32::new(0),
+            unlogged: Unlogged::default(),
+            unseen: AtomicU32::new(0),
         }
     }
 
@@ -146,20 +150,28 @@ impl Shared {
         &self.activity
     }
 
-    /// A durable write is about to be submitted.
-    pub(super) fn durable_write_begins(&self) {
-        self.durable_writes.fetch_add(1, Ordering::SeqCst);
+    /// Whether a sync of the file makes everything durable that was acknowledged: see `engine/unlogged` for
+    /// the order of the two looks.
+    #[inline]
+    pub(super) fn is_logged(&self) -> bool {
+        let has_marks = self.dirty_bitmap_pages.count() > 0 && !planted(Plant::SyncOverBits);
+        !has_marks && !self.unlogged.is_set()
     }
 
-    /// The end of a durable write has been seen; if it failed, the session is poisoned already.
-    pub(super) fn durable_write_ended(&self) {
-        let before = self.durable_writes.fetch_sub(1, ordered(Plant::RelaxedEnd, Ordering::SeqCst));
-        assert!(before > 0, "a durable write ends once");
+    /// A durable write or a sync is about to be submitted.
+    pub(super) fn unseen_begins(&self) {
+        self.unseen.fetch_add(1, Ordering::SeqCst);
     }
 
-    /// Durable writes whose end has not been seen.
-    pub fn durable_writes(&self) -> u32 {
-        self.durable_writes.load(ordered(Plant::RelaxedLook, Ordering::SeqCst))
+    /// Its end has been seen; if it failed, the session is poisoned already.
+    pub(super) fn unseen_ended(&self) {
+        let before = self.unseen.fetch_sub(1, ordered(Plant::RelaxedEnd, Ordering::SeqCst));
+        assert!(before > 0, "what is under way ends once");
+    }
+
+    /// Whether the end of a durable write or a sync has not been seen.
+    pub fn has_unseen(&self) -> bool {
+        self.unseen.load(ordered(Plant::RelaxedLook, Ordering::SeqCst)) > 0
     }
 
     /// Whether the host is believed to take `ZERO_RANGE`.

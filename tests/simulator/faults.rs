@@ -14,6 +14,7 @@ use vhdx_ublk::engine::shared::Session;
 use crate::sim::disk::{Effect, Fault, Injection, Owner, Profile};
 use crate::sim::lineage::descent;
 use crate::sim::room::Room;
+use crate::sim::violation::violated;
 use crate::sim::world::{Activation, Beginning, Config, HostKind, World, check_recovery, new_image};
 
 /// Operations of a workload that are hit, one after the other.
@@ -44,8 +45,9 @@ fn anything(_: Owner, _: &Effect) -> bool {
     true
 }
 
-fn front(owner: Owner, _: &Effect) -> bool {
-    matches!(owner, Owner::Front(..))
+/// What a front repeats: anything but a sync.
+fn front(owner: Owner, effect: &Effect) -> bool {
+    matches!(owner, Owner::Front(..)) && !matches!(effect, Effect::Sync)
 }
 
 fn long_transfer(owner: Owner, effect: &Effect) -> bool {
@@ -365,8 +367,8 @@ fn a_full_host_fails_writes_while_it_is_full_and_harms_nothing() {
     assert!(worked > 0, "nothing works on a full host");
 }
 
-/// A block that is there, durably, and beside it one written and not flushed.
-fn world_with_unflushed_write(rng: &mut Rng) -> World {
+/// A block that is there, durably, and was overwritten since.
+fn world_with_overwrite(rng: &mut Rng) -> World {
     let config = Config { requests: 0, ..Config::small() };
     let content = new_image(&config, rng);
     let mut world = World::open(config.clone(), content, config.oracle(), rng.fork());
@@ -376,6 +378,12 @@ fn world_with_unflushed_write(rng: &mut Rng) -> World {
         world.request(op, offset, length);
         world.drain();
     }
+    world
+}
+
+/// The same, with a durable write under way.
+fn world_with_unflushed_write(rng: &mut Rng) -> World {
+    let mut world = world_with_overwrite(rng);
     world.request(Op::Write { durable: true }, 64 << 10, 4096);
     while world.disk().operations() == 0 {
         assert!(world.step());
@@ -407,6 +415,26 @@ fn no_flush_succeeds_after_another_was_told_of_lost_data() {
             world.posted.held = true;
         };
         flush_beside_unseen_failure(lose, seed);
+    }
+}
+
+/// A front's own sync for a flush is under way when a durable write loses the device's cache, and succeeds.
+#[test]
+pub fn no_front_s_sync_succeeds_beside_a_durable_write_that_has_lost_the_cache() {
+    for seed in 0..20 {
+        let mut rng = Rng::with_seed(seed);
+        let mut world = world_with_overwrite(&mut rng);
+        world.request(Op::Flush, 0, 0);
+        assert!(world.disk().is_front_sync(0), "there is nothing to log");
+        world.request(Op::Write { durable: true }, 64 << 10, 4096);
+        world.lose_device_cache();
+        world.posted.held = false;
+        world.drain();
+        if !world.failures.contains(&(Op::Flush, libc::EIO)) {
+            violated(format!("the flush succeeded, and what it covers is lost: {:?}", world.failures));
+        }
+        assert_eq!(world.session(), Session::Poisoned);
+        Run { world, rng }.check_cuts();
     }
 }
 

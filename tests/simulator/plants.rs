@@ -26,7 +26,7 @@ use crate::sim::tasks::block_on;
 use crate::sim::violation::{broken_promise, message, violated};
 use crate::sim::world::death::place;
 use crate::sim::world::{Config, World, new_image};
-use crate::{amend, compact, contents, live_merge, move_chain, trim, upgrade};
+use crate::{amend, compact, contents, faults, live_merge, move_chain, trim, upgrade};
 
 /// Seeds that a planted bug may take to be caught.
 const SEEDS: u64 = 200;
@@ -68,6 +68,9 @@ fn test_for(planted: Plant) -> Option<fn()> {
         | Plant::LayerBeforeLink
         | Plant::LayerBeforeFronts => live_merge::a_merge_shows_what_is_wrong,
         Plant::RelyOnCache => live_merge::a_merge_after_a_kill_shows_what_is_wrong,
+        Plant::SyncPastUnseen => {
+            faults::no_front_s_sync_succeeds_beside_a_durable_write_that_has_lost_the_cache
+        }
         Plant::SilentChange => amend::what_a_guest_sees_changes_under_a_new_guid,
         Plant::EarlyRegion | Plant::EarlyOrphans => resize::a_bat_that_moves_is_durable_before_it_is_named,
         _ => return None,
@@ -143,6 +146,16 @@ fn catch_for_move(planted: Plant) -> Catch {
         Plant::IgnoreMove | Plant::EarlyCopy | Plant::ForgetReaders | Plant::ReuseMovedEarly => {
             Catch::Scenario("moving-slowly")
         }
+        other => catch_for_sync(other),
+    }
+}
+
+/// What catches `planted`, of a flush that its front syncs for.
+fn catch_for_sync(planted: Plant) -> Catch {
+    match planted {
+        Plant::EarlyClear | Plant::LateFlag => Catch::Scenario("dynamic"),
+        Plant::SyncOverBits => Catch::Scenario("child"),
+        Plant::SilentSync => Catch::Scenario("failed-sync"),
         other => unreachable!("{other:?} is caught by a test"),
     }
 }

@@ -54,7 +54,7 @@ fn sync_beside(
 ) {
     let lost = *lost.lock().expect("no panic holds it");
     let (mut owed, mut done) = (0, 0);
-    if shared.durable_writes() > 0 {
+    if shared.has_unseen() {
         came_to(SYNC.outcomes[2]);
         for front in to {
             front.send(Some(ToFront::Fence));

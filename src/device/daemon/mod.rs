@@ -469,6 +469,7 @@ impl<E: EngineHandle> Device<E> {
                 transfer: self.transfer,
                 character_device: cdev.clone(),
                 images: spec.images.clone(),
+                leaf: spec.leaf.clone(),
                 handover: self.engine.as_ref().expect("started before the queues").handover(),
                 sender: ends.sender,
                 wake: ends.wake,

@@ -14,11 +14,11 @@ use std::fs::File;
 use std::io;
 use std::iter;
 use std::mem::offset_of;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use io_uring::types::{Fd, Fixed};
+use io_uring::types::{Fd, Fixed, FsyncFlags};
 use io_uring::{IoUring, opcode, squeue};
 use libublk::sys;
 use nix::errno::Errno;
@@ -32,7 +32,7 @@ use crate::device::control::bare_number;
 use crate::device::leaf_handover::LeafHandover;
 use crate::device::mailbox::Sender;
 use crate::device::region::Region;
-use crate::disk::PAGE_BYTES;
+use crate::disk::{ImageFile, PAGE_BYTES};
 use crate::engine::Outcome;
 use crate::engine::front::{MAX_PIECES, Request};
 use crate::engine::message::{ToEngine, ToFront};
@@ -49,11 +49,12 @@ const MAX_SUBMISSIONS: u32 = 4096;
 const MAX_SHORTAGES: u32 = 1000;
 const SHORTAGE_PAUSE: Duration = Duration::from_millis(2);
 
-/// The files of the ring: the character device, the source of zeros, and the images of the chain, the leaf
-/// last, with slots for more.
+/// The files of the ring: the character device, the source of zeros, the leaf as this queue alone syncs it,
+/// and the images of the chain, the leaf last, with slots for more.
 const CHARACTER_DEVICE: Fixed = Fixed(0);
 const ZEROS: Fixed = Fixed(1);
-const FIRST_IMAGE: u32 = 2;
+const SYNCING: u32 = 2;
+const FIRST_IMAGE: u32 = 3;
 
 /// A slot without a file.
 const NO_FILE: i32 = -1;
@@ -78,6 +79,8 @@ pub(in crate::device) struct RingSetup {
     pub(in crate::device) character_device: Arc<File>,
     /// The images, the leaf first.
     pub(in crate::device) images: Arc<[File]>,
+    /// The leaf.
+    pub(in crate::device) leaf: Arc<ImageFile>,
     /// Where a new leaf appears after a snapshot.
     pub(in crate::device) handover: LeafHandover,
     /// To the engine.
@@ -152,6 +155,8 @@ pub(super) struct QueueRing {
     holders: Box<[Holder]>,
     /// What each tag asks the engine for, and since when.
     asked: Box<[Option<(Reason, Instant)>]>,
+    /// Since when a flush syncs the leaf, by its tag.
+    syncs: Box<[Option<Instant>]>,
     /// Pieces that ended as they were submitted, with their lengths.
     filled: Vec<(PieceId, u32)>,
     ended: u16,
@@ -171,9 +176,10 @@ impl QueueRing {
         buffers.register(&uring, setup.depth).doing(doing("registering its buffers"))?;
         let images =
             setup.images.iter().rev().map(AsRawFd::as_raw_fd).chain(iter::repeat(NO_FILE)).take(MAX_LAYERS);
-        let first = [setup.character_device.as_raw_fd(), buffers.zeros_fd().unwrap_or(NO_FILE)];
+        let first = [setup.character_device.as_raw_fd(), buffers.zeros_fd().unwrap_or(NO_FILE), NO_FILE];
         let files: Vec<_> = first.into_iter().chain(images).collect();
         uring.submitter().register_files(&files).doing(doing("registering its files"))?;
+        sync_through(&uring, &setup.leaf, queue);
         let (offset, length) = descriptor_range(setup.queue, setup.depth);
         let descriptors = Region::of_device(&setup.character_device, offset, length);
         let pieces = usize::from(setup.depth) * MAX_PIECES;
@@ -185,6 +191,7 @@ impl QueueRing {
             zeros: Region::zeros(bytes(MAX_WRITE_ZEROS)).doing(doing("mapping zeros"))?,
             holders: vec![Holder::Unfetched; usize::from(setup.depth)].into_boxed_slice(),
             asked: vec![None; usize::from(setup.depth)].into_boxed_slice(),
+            syncs: vec![None; usize::from(setup.depth)].into_boxed_slice(),
             filled: Vec::with_capacity(pieces),
             layers: setup.images.len(),
             exchanges: 0,
@@ -250,6 +257,9 @@ impl QueueRing {
             Token::FileIo(piece) => {
                 assert!(self.file_io_in_flight > 0, "{piece:?} has ended before it was submitted");
                 self.file_io_in_flight -= 1;
+                if let Some(since) = self.syncs[usize::from(piece.tag)].take() {
+                    self.setup.counts.sync_ends(result, since.elapsed());
+                }
                 Event::Io { piece, result }
             }
             Token::Wake => {
@@ -437,7 +447,7 @@ impl QueueRing {
 impl Port for QueueRing {
     fn submit(&mut self, piece: PieceId, io: FileIo) {
         let FileIo { op, file_offset, length, .. } = io;
-        assert!(length > 0, "{piece:?}: I/O of nothing");
+        assert!(length > 0 || op == FileOp::Sync, "{piece:?}: I/O of nothing");
         assert!(usize::from(piece.piece) < MAX_PIECES, "{piece:?} of a request of {MAX_PIECES} pieces");
         self.assert_served(piece.tag);
         self.setup.counts.submits(io, self.layers);
@@ -457,6 +467,12 @@ impl Port for QueueRing {
             }
             FileOp::ZeroRange => fallocate(self.image(LEAF), libc::FALLOC_FL_ZERO_RANGE, file_offset, length),
             FileOp::PunchHole => fallocate(self.image(LEAF), libc::FALLOC_FL_PUNCH_HOLE, file_offset, length),
+            FileOp::Sync => {
+                self.setup.counts.sync_starts();
+                let before = self.syncs[usize::from(piece.tag)].replace(Instant::now());
+                assert_eq!(before, None, "a flush syncs once");
+                opcode::Fsync::new(Fixed(SYNCING)).flags(FsyncFlags::DATASYNC).build()
+            }
         };
         self.file_io_in_flight += 1;
         // Otherwise completions could overflow, see `build_ring`.
@@ -478,10 +494,10 @@ impl Port for QueueRing {
             let files = leaf.files.iter().rev().map(|file| file.as_fd().as_raw_fd());
             let slots = layers.max(self.layers);
             let files: Vec<_> = files.chain(iter::repeat(NO_FILE)).take(slots).collect();
-            let updated = self.uring.submitter().register_files_update(FIRST_IMAGE, &files);
-            assert!(updated.as_ref().is_ok_and(|&count| count == slots), "slots take files: {updated:?}");
+            update_files(&self.uring, FIRST_IMAGE, &files);
             self.layers = layers;
         }
+        sync_through(&self.uring, &leaf.files[0], self.setup.queue);
         Some(leaf.shared)
     }
 
@@ -497,6 +513,19 @@ impl Port for QueueRing {
     fn complete(&mut self, ticket: Ticket, result: Outcome<u32>) {
         self.end(ticket.tag(), result);
     }
+}
+
+/// Has flushes of `queue` sync `leaf` from now on, if it may be written. None is under way.
+fn sync_through(uring: &IoUring, leaf: &ImageFile, queue: u16) {
+    leaf.with_queue(queue, |syncing| {
+        update_files(uring, SYNCING, &[syncing.map_or(NO_FILE, |file| file.as_raw_fd())]);
+    });
+}
+
+/// Puts `files` into the slots from `first` on. The ring keeps them open.
+fn update_files(uring: &IoUring, first: u32, files: &[RawFd]) {
+    let updated = uring.submitter().register_files_update(first, files);
+    assert!(updated.as_ref().is_ok_and(|&count| count == files.len()), "slots take files: {updated:?}");
 }
 
 /// A ring whose completions do not interrupt the thread.

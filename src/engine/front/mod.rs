@@ -14,8 +14,11 @@
 //! * a durable write into a block whose mapping is not durable is an ordinary write that joins a flush, and
 //!   so is one for which the host has no room: the sync of that flush fails if the host has lost anything
 //!   else by then;
-//! * a durable write in flight is known to the engine, until its end has been seen and, if it failed, has
-//!   poisoned;
+//! * a durable write or a sync in flight is known to the engine and to all fronts, until its end has been
+//!   seen and, if it failed, has poisoned;
+//! * a flush is a sync by the front where nothing has to be logged, and counts once the end of every other
+//!   sync and durable write that was in flight at its end has been seen (`engine/unlogged`,
+//!   `engine/sync`);
 //! * a sector of a partially present block is marked as present when its data is, and before the request is
 //!   done.
 
@@ -90,8 +93,8 @@ pub struct Front {
     active: u32,
     /// Pieces, from their lookup on, for the barrier.
     looked_up: Drain,
-    /// Durable writes in flight, for the fence.
-    durable: Drain,
+    /// Durable writes and syncs in flight, for the fence.
+    unseen: Drain,
     /// No request is begun.
     held: bool,
     hold_owed: bool,
@@ -107,7 +110,7 @@ impl Front {
             slots: Slots::new(depth),
             active: 0,
             looked_up: Drain::default(),
-            durable: Drain::default(),
+            unseen: Drain::default(),
             held: false,
             hold_owed: false,
             parked: Vec::with_capacity(usize::from(depth)),
@@ -116,7 +119,7 @@ impl Front {
 
     /// No request is active, and no barrier or fence is owed.
     pub fn is_idle(&self) -> bool {
-        self.active == 0 && !self.looked_up.is_owed() && !self.durable.is_owed() && self.parked.is_empty()
+        self.active == 0 && !self.looked_up.is_owed() && !self.unseen.is_owed() && self.parked.is_empty()
     }
 
     /// Takes a request; `tag` is idle.
@@ -170,7 +173,7 @@ impl Front {
                 self.answer_barrier(port);
             }
             ToFront::Fence => {
-                self.durable.ask();
+                self.unseen.ask();
                 self.answer_fence(port);
             }
             ToFront::Hold => {
@@ -285,7 +288,7 @@ impl Front {
         let id = self.claim_piece(tag, io);
         self.slots.piece_mut(id).advisory = advisory;
         if op == (FileOp::Write { durable: true }) {
-            self.durable_write_begins(id);
+            self.unseen_begins(id);
         }
         if span.partial && !advisory && op != FileOp::Read {
             self.slots.piece_mut(id).written = Some((from, from + u64::from(span.length)));
@@ -304,13 +307,21 @@ impl Front {
             rest: io,
             retries: 0,
             parity: self.looked_up.enter(),
-            durable_parity: None,
+            unseen_parity: None,
             advisory: false,
             written: None,
         });
         slot.cursor += u64::from(io.length);
         slot.asks = 0;
         PieceId { tag, piece }
+    }
+
+    /// Starts the sync of a flush that needs no more.
+    fn start_sync<P: Port>(&mut self, tag: u16, port: &mut P) {
+        let io = FileIo { op: FileOp::Sync, layer: LEAF, file_offset: 0, buffer_offset: 0, length: 0 };
+        let id = self.claim_piece(tag, io);
+        self.unseen_begins(id);
+        submit(id, io, port);
     }
 
     /// Whether a durable write that failed may be done as an ordinary one that joins a flush.
@@ -323,23 +334,23 @@ impl Front {
 
     fn flush_instead<P: Port>(&mut self, id: PieceId, port: &mut P) {
         self.slots[id.tag].flush_at_end = true;
-        self.durable_write_ended(id, port);
+        self.unseen_ended(id, port);
         let rest = self.slots.piece(id).rest;
         self.resubmit(id, FileIo { op: FileOp::Write { durable: false }, ..rest }, port);
     }
 
-    fn durable_write_begins(&mut self, id: PieceId) {
-        self.shared.durable_write_begins();
-        let parity = self.durable.enter();
-        let before = self.slots.piece_mut(id).durable_parity.replace(parity);
-        debug_assert_eq!(before, None, "a durable write begins once");
+    fn unseen_begins(&mut self, id: PieceId) {
+        self.shared.unseen_begins();
+        let parity = self.unseen.enter();
+        let before = self.slots.piece_mut(id).unseen_parity.replace(parity);
+        debug_assert_eq!(before, None, "a durable write or a sync begins once");
     }
 
-    /// The end of a durable write has been seen, and has poisoned if it must.
-    fn durable_write_ended<P: Port>(&mut self, id: PieceId, port: &mut P) {
-        if let Some(parity) = self.slots.piece_mut(id).durable_parity.take() {
-            self.shared.durable_write_ended();
-            self.durable.leave(parity);
+    /// The end of a durable write or a sync has been seen, and has poisoned if it must.
+    fn unseen_ended<P: Port>(&mut self, id: PieceId, port: &mut P) {
+        if let Some(parity) = self.slots.piece_mut(id).unseen_parity.take() {
+            self.shared.unseen_ended();
+            self.unseen.leave(parity);
             self.answer_fence(port);
         }
     }
@@ -393,21 +404,19 @@ impl Front {
 
     fn end_piece<P: Port>(&mut self, id: PieceId, outcome: Outcome, port: &mut P) {
         if planted(Plant::EndBeforePoison) {
-            self.durable_write_ended(id, port);
+            self.unseen_ended(id, port);
         }
-        if let Err(errno) = outcome
-            && self.slots.piece(id).rest.op == (FileOp::Write { durable: true })
-            && !planted(Plant::NoPoison)
-            && self.shared.poison()
-        {
-            tracing::error!("a durable write failed: {errno}; no write or flush will succeed");
+        let op = self.slots.piece(id).rest.op;
+        if let Err(errno) = outcome {
+            self.note_failure(op, errno);
         }
-        self.durable_write_ended(id, port);
+        self.unseen_ended(id, port);
         let piece = self.slots[id.tag].remove(id.piece);
         self.looked_up.leave(piece.parity);
         if let Err(errno) = outcome {
-            self.shared.troubles().note("reading or writing the image", errno);
-            self.slots[id.tag].fail(for_guest(errno));
+            // What no sync has made durable is lost, whatever the host says of why.
+            let errno = if op == FileOp::Sync { Errno::EIO } else { for_guest(errno) };
+            self.slots[id.tag].fail(errno);
         } else if let Some((from, to)) = piece.written {
             self.shared.mark_written(from, to);
         }
@@ -415,8 +424,21 @@ impl Front {
         self.advance(id.tag, port);
     }
 
+    /// File I/O has failed; what must not fail poisons.
+    fn note_failure(&self, op: FileOp, errno: Errno) {
+        let (doing, poisons) = match op {
+            FileOp::Sync => ("syncing the image", !planted(Plant::SilentSync)),
+            FileOp::Write { durable: true } => ("a durable write", !planted(Plant::NoPoison)),
+            _ => ("reading or writing the image", false),
+        };
+        self.shared.troubles().note(doing, errno);
+        if poisons && self.shared.poison() {
+            tracing::error!("{doing} failed: {errno}; no write or flush will succeed, reads still work");
+        }
+    }
+
     fn answer_fence<P: Port>(&mut self, port: &mut P) {
-        if self.durable.answer() {
+        if self.unseen.answer() {
             port.send(ToEngine::Fenced);
         }
     }

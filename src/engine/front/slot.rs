@@ -21,8 +21,21 @@ pub(super) struct Slot {
     error: Option<Errno>,
     /// The request is done once a flush is.
     pub(super) flush_at_end: bool,
+    /// Of a flush: how far it has come.
+    pub(super) flush: Flush,
     /// Asks since the request got on.
     pub(super) asks: u16,
+}
+
+/// How far a flush has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Flush {
+    /// Nothing was done.
+    Begun,
+    /// The front has synced the file, or is about to.
+    Synced,
+    /// The engine was asked.
+    Asked,
 }
 
 /// File I/O in flight.
@@ -34,8 +47,8 @@ pub(super) struct Piece {
     pub(super) retries: u8,
     /// In which of the barrier's counters it is.
     pub(super) parity: usize,
-    /// Of a durable write: in which of the fence's counters it is.
-    pub(super) durable_parity: Option<usize>,
+    /// Of a durable write or a sync: in which of the fence's counters it is.
+    pub(super) unseen_parity: Option<usize>,
     /// Not needed for the request's result: a host that cannot do it is no error.
     pub(super) advisory: bool,
     /// Of a write into partially present blocks: its virtual range.
@@ -51,6 +64,7 @@ impl Slot {
         waiting: false,
         error: None,
         flush_at_end: false,
+        flush: Flush::Begun,
         asks: 0,
     };
 
@@ -62,6 +76,7 @@ impl Slot {
         self.cursor = request.offset;
         self.error = None;
         self.flush_at_end = false;
+        self.flush = Flush::Begun;
         self.asks = 0;
     }
 

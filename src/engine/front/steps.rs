@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use nix::errno::Errno;
 
+use super::slot::Flush;
 use super::{Front, MAX_LOOKS, MIN_PUNCH_BYTES, Op, submit};
 use crate::engine::message::{Ask, ToEngine};
 use crate::engine::port::{FileIo, FileOp, Port};
@@ -77,15 +78,32 @@ impl Front {
     }
 
     fn step_flush<P: Port>(&mut self, tag: u16, port: &mut P) -> Step {
-        let slot = &mut self.slots[tag];
-        debug_assert_eq!(slot.live_pieces(), 0, "a flush has no file I/O");
-        if self.shared.read_only || slot.asks > 0 {
-            self.finish(tag, port);
-        } else {
-            slot.asks = 1;
-            self.ask(tag, Ask::Flush, port);
+        debug_assert_eq!(self.slots[tag].live_pieces(), 0, "a flush has one piece of file I/O at most");
+        match self.slots[tag].flush {
+            _ if self.shared.read_only => self.finish(tag, port),
+            Flush::Begun if self.may_sync() => {
+                self.slots[tag].flush = Flush::Synced;
+                self.start_sync(tag, port);
+            }
+            Flush::Begun => self.end_flush(tag, Ask::Flush, port),
+            // Another may have been told of what was lost, and its thread not have seen it yet.
+            Flush::Synced if self.shared.has_unseen() && !planted(Plant::SyncPastUnseen) => {
+                self.end_flush(tag, Ask::Fence, port);
+            }
+            Flush::Synced | Flush::Asked => self.finish(tag, port),
         }
         Step::Wait
+    }
+
+    /// Whether a sync of the file, which nothing else is about to tell of a loss, is all that a flush needs.
+    fn may_sync(&self) -> bool {
+        self.shared.session() == Session::Open && self.shared.is_logged() && !self.shared.has_unseen()
+    }
+
+    /// The flush ends with the answer to `ask`.
+    fn end_flush<P: Port>(&mut self, tag: u16, ask: Ask, port: &mut P) {
+        self.slots[tag].flush = Flush::Asked;
+        self.ask(tag, ask, port);
     }
 
     fn step_discard<P: Port>(&mut self, tag: u16, port: &mut P) -> Step {

@@ -33,6 +33,8 @@ pub(super) fn judge(piece: &Piece, result: i32, sector: u32) -> Verdict {
     let (rest, zeroes) = (piece.rest, matches!(piece.rest.op, FileOp::PunchHole | FileOp::ZeroRange));
     match u32::try_from(result).map_err(|_| errno(-result)) {
         Ok(_) if zeroes => Verdict::Done,
+        // Whatever it says: the host may have dropped what it could not write.
+        Err(errno) if rest.op == FileOp::Sync => Verdict::Failed(errno),
         Ok(done) => judge_transfer(rest, done, sector),
         Err(errno) if NOT_BEGUN.contains(&errno) && piece.retries < MAX_RETRIES => Verdict::Continue(rest),
         Err(errno) if NOT_BEGUN.contains(&errno) => Verdict::Failed(errno),
@@ -75,7 +77,7 @@ mod tests {
 
     fn piece(op: FileOp, length: u32) -> Piece {
         let rest = FileIo { op, layer: LEAF, file_offset: 8 << 20, buffer_offset: 4096, length };
-        Piece { rest, retries: 0, parity: 0, durable_parity: None, advisory: false, written: None }
+        Piece { rest, retries: 0, parity: 0, unseen_parity: None, advisory: false, written: None }
     }
 
     #[test]
@@ -85,6 +87,15 @@ mod tests {
             assert_eq!(judge(&again, -(errno as i32), 512), Verdict::Continue(again.rest));
             again.retries = MAX_RETRIES;
             assert_eq!(judge(&again, -(errno as i32), 512), Verdict::Failed(errno));
+        }
+    }
+
+    #[test]
+    fn a_sync_is_never_repeated() {
+        let sync = piece(FileOp::Sync, 0);
+        assert_eq!(judge(&sync, 0, 512), Verdict::Done);
+        for errno in NOT_BEGUN.into_iter().chain([Errno::EIO, Errno::ENOSPC, Errno::EOPNOTSUPP]) {
+            assert_eq!(judge(&sync, -(errno as i32), 512), Verdict::Failed(errno));
         }
     }
 

@@ -252,6 +252,8 @@ pub struct SimDisk {
     can_punch: bool,
     /// The file must have no holes.
     dense: Rc<Cell<bool>>,
+    /// A lost write is reported only to the description that it came by.
+    reports_to_writer_only: Rc<Cell<bool>>,
     /// The medium writes no less than this at once, bytes.
     sector_size: u32,
 }
@@ -278,6 +280,7 @@ impl SimDisk {
             slow_syncs: Rc::default(),
             can_punch,
             dense: Rc::default(),
+            reports_to_writer_only: Rc::default(),
             sector_size,
         }
     }
@@ -370,19 +373,23 @@ impl SimDisk {
     }
 
     /// Fails the `index`-th operation, a sync: of what it should have made durable, some sectors are on the
-    /// medium and the rest never will be, though reads still see it.
-    pub fn fail_sync(&self, index: usize, rng: &mut Rng) {
+    /// medium and the rest never will be, though reads still see it. No other description gets the error.
+    pub fn fail_sync(&self, index: usize, rng: &mut Rng) -> Option<FrontDone> {
         let mut state = self.state.borrow_mut();
         let op = state.in_flight.remove(index);
         state.lose(op.covers, rng);
+        if let Owner::Front(front, piece) = op.owner {
+            return Some(FrontDone { front, piece, result: -EIO, bytes: None });
+        }
         state.results.push((op.id, Err(io::Error::from_raw_os_error(EIO))));
         if let Some(place) = state.waiting.iter().position(|(id, _)| *id == op.id) {
             state.waiting.swap_remove(place).1.wake();
         }
+        None
     }
 
-    /// A durable write, the `index`-th operation, fails as the device's cache cannot be flushed: what was
-    /// there is gone, and no other process gets an error.
+    /// A durable write or a front's sync, the `index`-th operation, fails as the device's cache cannot be
+    /// flushed: what was there is gone, and no other description gets an error.
     pub fn lose_device_cache(&self, index: usize) -> FrontDone {
         self.state.borrow_mut().at_risk.retain(AtRisk::stays);
         self.fail(index, EIO)
@@ -411,6 +418,11 @@ impl SimDisk {
     /// From now on a hole breaks a promise.
     pub fn forbid_holes(&self) {
         self.dense.set(true);
+    }
+
+    /// From now on a lost write is reported only to the description that it came by.
+    pub fn report_to_writer_only(&self) {
+        self.reports_to_writer_only.set(true);
     }
 
     /// From now on the holes of the file count, and on a host that copies on write overwrites, too.
@@ -449,6 +461,13 @@ impl SimDisk {
         (matches!(op.owner, Owner::Front(..)), durable)
     }
 
+    /// Whether the `index`-th operation is a front's sync.
+    pub fn is_front_sync(&self, index: usize) -> bool {
+        let state = self.state.borrow();
+        let op = &state.in_flight[index];
+        matches!(op.owner, Owner::Front(..)) && matches!(op.effect, Effect::Sync)
+    }
+
     /// Lets a fault wait for its operation.
     pub fn inject(&self, injection: Injection) {
         self.state.borrow_mut().injection = Some(injection);
@@ -472,7 +491,11 @@ impl SimDisk {
 
     /// Starts an operation.
     pub fn issue(&self, owner: Owner, effect: Effect, slow: bool) -> u64 {
-        self.issue_through(owner, effect, slow, Through::Shared)
+        let through = match (owner, &effect) {
+            (Owner::Front(front, _), Effect::Sync) => Through::Queue(front),
+            _ => Through::Shared,
+        };
+        self.issue_through(owner, effect, slow, through)
     }
 
     fn issue_through(&self, owner: Owner, effect: Effect, slow: bool, through: Through) -> u64 {
@@ -526,6 +549,9 @@ impl SimDisk {
         if failed.is_some() || matches!(op.effect, Effect::Sync | Effect::Write { durable: true, .. }) {
             state.changed(&op.effect);
         }
+        if failed.is_none() && matches!(op.effect, Effect::Sync) {
+            state.added.retain(|(_, completed)| *completed > op.covers);
+        }
         match op.owner {
             Owner::Front(front, piece) => {
                 let done = match &op.effect {
@@ -537,9 +563,6 @@ impl SimDisk {
                 Some(FrontDone { front, piece, result: failed.map_or(done, |errno| -errno), bytes })
             }
             Owner::Engine => {
-                if failed.is_none() && matches!(op.effect, Effect::Sync) {
-                    state.added.retain(|(_, completed)| *completed > op.covers);
-                }
                 let buffer = bytes.map_or_else(|| Buffer::zeroed(0), |bytes| Buffer::copy_of(&bytes));
                 let result = failed.map_or(Ok(buffer), |errno| Err(io::Error::from_raw_os_error(errno)));
                 state.results.push((op.id, result));
@@ -967,6 +990,10 @@ impl ReadDisk for SimDisk {
 impl Disk for SimDisk {
     fn may_have_holes(&self) -> bool {
         !self.dense.get()
+    }
+
+    fn reports_losses_to_all(&self) -> bool {
+        !self.reports_to_writer_only.get()
     }
 
     async fn write(&self, offset: u64, data: Buffer) -> io::Result<()> {

@@ -35,6 +35,9 @@ impl Lost {
     }
 }
 
+/// The most queues of a device that have descriptions.
+const QUEUES: usize = 8;
+
 /// The descriptions to which a file's lost writes are reported.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Descriptions {
@@ -43,6 +46,8 @@ pub struct Descriptions {
     shared: Cursor,
     /// The one that the engine syncs through.
     own: Cursor,
+    /// Those that the queues sync through.
+    queues: [Cursor; QUEUES],
 }
 
 /// Through what something is synced.
@@ -50,6 +55,7 @@ pub struct Descriptions {
 pub enum Through {
     Shared,
     Own,
+    Queue(usize),
 }
 
 impl Descriptions {
@@ -60,7 +66,8 @@ impl Descriptions {
 
     /// Another process opens the file.
     pub fn open_anew(&mut self) {
-        (self.shared, self.own) = (self.file.open(), self.file.open());
+        let opened = self.file.open();
+        (self.shared, self.own, self.queues) = (opened, opened, [opened; QUEUES]);
     }
 
     /// The error of a sync.
@@ -68,6 +75,7 @@ impl Descriptions {
         match through {
             Through::Shared => self.file.tell(&mut self.shared),
             Through::Own => self.file.tell(&mut self.own),
+            Through::Queue(queue) => self.file.tell(&mut self.queues[queue]),
         }
     }
 }

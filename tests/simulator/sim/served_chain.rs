@@ -206,6 +206,7 @@ impl Port for SimPort<'_> {
             FileOp::ZeroRange | FileOp::PunchHole => {
                 Effect::Zero { offset, length: length as u64, gives_back: io.op == FileOp::PunchHole }
             }
+            FileOp::Sync => Effect::Sync,
         };
         let layer = if io.op == FileOp::FillZero { LEAF } else { io.layer };
         let disk = self.folder.opened(&self.files[usize::from(layer)]);

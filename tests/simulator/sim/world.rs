@@ -256,6 +256,7 @@ impl Port for SimPort<'_> {
             FileOp::ZeroRange | FileOp::PunchHole => {
                 Effect::Zero { offset, length: length as u64, gives_back: io.op == FileOp::PunchHole }
             }
+            FileOp::Sync => Effect::Sync,
         };
         let slow = self.rng.u32(..self.slow_io) == 0;
         self.disk.issue(Owner::Front(self.index, piece), effect, slow);
@@ -979,7 +980,9 @@ impl World {
     fn end_op(&mut self, index: usize) -> Option<FrontDone> {
         let faults = self.config.faults;
         let (front, durable) = self.disk.front_op(index);
-        if front && faults.again > 0 && self.rng.u32(..faults.again) == 0 {
+        let syncs = self.disk.is_front_sync(index);
+        self.marks.add("syncs by a front", u64::from(syncs));
+        if front && !syncs && faults.again > 0 && self.rng.u32(..faults.again) == 0 {
             self.marks.hit("a front's I/O is tried again");
             return Some(self.disk.fail(index, EAGAIN));
         }
@@ -989,7 +992,7 @@ impl World {
             return Some(self.disk.fail(index, EIO));
         }
         let cached = self.disk.at_risk(|_, changes, _| changes.iter().any(|change| !change.in_flight()));
-        if durable && faults.loss == Some(Loss::Cache) && cached && self.rng.u32(..3) == 0 {
+        if (durable || syncs) && faults.loss == Some(Loss::Cache) && cached && self.rng.u32(..3) == 0 {
             self.marks.hit("the device loses its cache");
             (self.config.faults.loss, self.injected) = (None, true);
             return Some(self.disk.lose_device_cache(index));
@@ -997,8 +1000,7 @@ impl World {
         if faults.sync && self.disk.syncs().contains(&index) && self.rng.u32(..12) == 0 {
             self.marks.hit("P6 a sync fails");
             (self.config.faults.sync, self.injected) = (false, true);
-            self.disk.fail_sync(index, &mut self.rng);
-            return None;
+            return self.disk.fail_sync(index, &mut self.rng);
         }
         self.disk.complete(index)
     }
