@@ -71,7 +71,10 @@ impl From<io::ErrorKind> for Kind {
             io::ErrorKind::NotFound => Self::NotFound,
             io::ErrorKind::PermissionDenied => Self::Permission,
             io::ErrorKind::AlreadyExists => Self::Exists,
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::NoSpace,
+            // The last: by a limit of the process or of the file system.
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge => {
+                Self::NoSpace
+            }
             _ => Self::Io,
         }
     }

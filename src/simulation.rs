@@ -201,6 +201,12 @@ pub enum Plant {
     LayerBeforeFronts,
     /// A merge takes a GUID that a killed one has written for durable.
     RelyOnCache,
+    /// A request that waits for room counts as one that is served.
+    CountWaiting,
+    /// Of a request that has waited for room, only what was not begun before is done.
+    DoOnlyTheRest,
+    /// A request that has waited for room is done, even if it found none again.
+    TrustSecondTry,
     /// A thread that is about to sleep looks for messages in no order with having said so.
     SkipSleepFence,
     /// A thread that has sent a message looks whether the receiver sleeps in no order with having sent it.
@@ -241,7 +247,7 @@ pub enum Plant {
 
 impl Plant {
     /// Those that show in the order of requests, of what the host does, and of crashes.
-    pub const ALL: [Self; 93] = [
+    pub const ALL: [Self; 96] = [
         Self::SkipRecyclingSync,
         Self::SkipGrowthSync,
         Self::ApplyBeforeLog,
@@ -335,6 +341,9 @@ impl Plant {
         Self::LayerBeforeLink,
         Self::LayerBeforeFronts,
         Self::RelyOnCache,
+        Self::CountWaiting,
+        Self::DoOnlyTheRest,
+        Self::TrustSecondTry,
     ];
 
     /// Those that show where threads run side by side.

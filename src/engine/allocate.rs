@@ -4,7 +4,7 @@ use std::rc::Rc;
 
 use nix::errno::Errno;
 
-use super::{Engine, Outcome, errno, for_guest};
+use super::{Engine, Outcome, errno, for_guest, too_long_is_full};
 use crate::disk::Disk;
 use crate::format::MIB;
 use crate::format::bat::{BatEntry, PayloadState};
@@ -149,11 +149,12 @@ impl<D: Disk + 'static> Engine<D> {
         if let Some(grant) = self.take_space(length) {
             return Ok(grant);
         }
-        if let Err(error) = self.grow_for(length).await {
-            if error != Errno::ENOSPC {
-                return Err(error);
+        if let Err(refused) = self.grow_for(length).await {
+            if too_long_is_full(refused) != Errno::ENOSPC {
+                return Err(refused);
             }
             self.reclaim().await?;
+            return self.take_space(length).ok_or(refused);
         }
         let grant = self.take_space(length).ok_or(Errno::ENOSPC);
         drop(turn);
@@ -174,7 +175,7 @@ impl<D: Disk + 'static> Engine<D> {
         let longest = if self.disk.may_have_holes() { MAX_GROW_STEP_BYTES } else { MIN_GROW_STEP_BYTES };
         let step = (end / 8).clamp(MIN_GROW_STEP_BYTES, longest).next_multiple_of(MIB);
         match self.grow_to(end + length.max(step)).await {
-            Err(Errno::ENOSPC) if length < step => self.grow_to(end + length).await,
+            Err(Errno::ENOSPC | Errno::EFBIG) if length < step => self.grow_to(end + length).await,
             outcome => outcome,
         }
     }
@@ -185,12 +186,9 @@ impl<D: Disk + 'static> Engine<D> {
         // The one that waited before may have grown a dense file, and failed to sync it.
         self.check_poison()?;
         if length > crate::image::MAX_FILE_BYTES {
-            return Err(Errno::ENOSPC);
+            return Err(Errno::EFBIG);
         }
-        self.disk.grow(length).await.map_err(|error| match errno(&error) {
-            Errno::EFBIG => Errno::ENOSPC,
-            other => for_guest(other),
-        })?;
+        self.disk.grow(length).await.map_err(|error| for_guest(errno(&error)))?;
         if !self.disk.may_have_holes() && !planted(Plant::EarlyGrowth) {
             // Zeros that were written are no zeros after a power cut before they are durable.
             self.sync().await?;

@@ -18,7 +18,7 @@ use nix::errno::Errno;
 
 use super::allocate::MIN_GROW_STEP_BYTES;
 use super::shared::Session;
-use super::{Engine, Outcome, errno, for_guest};
+use super::{Engine, Outcome, errno, for_guest, too_long_is_full};
 use crate::disk::Disk;
 use crate::error::Result;
 use crate::format::MIB;
@@ -56,7 +56,7 @@ impl<D: Disk + 'static> Engine<D> {
             }
             let step = left.min(longest);
             let from = self.durability.file_length().next_multiple_of(MIB);
-            self.grow_to(from + step).await?;
+            self.grow_to(from + step).await.map_err(too_long_is_full)?;
             if !dense {
                 let reserved = self.disk.reserve(from, step).await;
                 reserved.map_err(|error| for_guest(errno(&error)))?;

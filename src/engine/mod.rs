@@ -246,7 +246,7 @@ impl<D: Disk + 'static> Engine<D> {
         let outcome = self.perform(ask).await;
         match outcome {
             Ok(()) if needs_room => self.shared.troubles().found_room(),
-            Err(errno @ (Errno::ENOSPC | Errno::EDQUOT)) => {
+            Err(errno @ (Errno::ENOSPC | Errno::EDQUOT | Errno::EFBIG)) => {
                 self.shared.troubles().note("making room in the image", errno);
             }
             _ => {}
@@ -322,6 +322,12 @@ fn is_refusal(errno: Errno) -> bool {
 /// What a guest gets for it, whose kernel knows no quotas.
 fn for_guest(errno: Errno) -> Errno {
     if errno == Errno::EDQUOT { Errno::ENOSPC } else { errno }
+}
+
+/// A host that takes no longer file has no room for more. Until the end of a request the two are kept apart:
+/// room may come, and a longer file never will.
+fn too_long_is_full(errno: Errno) -> Errno {
+    if errno == Errno::EFBIG { Errno::ENOSPC } else { errno }
 }
 
 /// The `errno` of a host error; EIO where it has none.

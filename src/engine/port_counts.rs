@@ -53,6 +53,9 @@ pub struct PortCounts {
     syncs: Histogram,
     asks: [Tally; REASONS.len()],
     waits: [Histogram; REASONS.len()],
+    short_of_room: Tally,
+    /// Seconds since 1970.
+    short_since: Tally,
 }
 
 impl Default for PortCounts {
@@ -70,6 +73,8 @@ impl Default for PortCounts {
             syncs: Histogram::default(),
             asks: Default::default(),
             waits: Default::default(),
+            short_of_room: Tally::default(),
+            short_since: Tally::default(),
         }
     }
 }
@@ -156,6 +161,20 @@ impl PortCounts {
         self.waits[reason.0].record(waited);
     }
 
+    /// So many requests wait for room, `now`, in seconds since 1970.
+    pub fn short_of_room(&self, requests: u64, now: u64) {
+        if self.short_of_room.get() == 0 {
+            self.short_since.set(now);
+        }
+        self.short_of_room.set(requests);
+    }
+
+    /// The requests that wait for room, if any do.
+    pub fn shortage(&self) -> Option<Shortage> {
+        let (requests, since) = (self.short_of_room.get(), self.short_since.get());
+        (requests > 0).then_some(Shortage { requests, since })
+    }
+
     /// What has been counted, on a chain of so many `layers`.
     pub fn traffic(&self, layers: usize) -> Traffic {
         let wait = |(place, reason): (usize, &str)| {
@@ -175,6 +194,23 @@ impl PortCounts {
             wakes: self.wakes.get(),
             waits: REASONS.iter().enumerate().map(|(place, reason)| wait((place, reason))).collect(),
         }
+    }
+}
+
+/// Requests that wait until the host has room for them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Shortage {
+    /// How many there are.
+    pub requests: u64,
+    /// Since when some have waited without a break, seconds since 1970.
+    pub since: u64,
+}
+
+impl Shortage {
+    /// Both together.
+    #[must_use]
+    pub fn plus(self, other: Self) -> Self {
+        Self { requests: self.requests.saturating_add(other.requests), since: self.since.min(other.since) }
     }
 }
 
@@ -351,6 +387,25 @@ mod tests {
         both.add(&traffic);
         assert_eq!((both.requests.read, both.written_bytes, both.read_bytes.len()), (2, 8192, 1));
         assert_eq!(both.requests.since(&traffic.requests), traffic.requests);
+    }
+
+    #[test]
+    fn a_shortage_lasts_as_long_as_any_request_waits() {
+        let (counts, others) = (PortCounts::default(), PortCounts::default());
+        assert_eq!(counts.shortage(), None);
+        for (requests, now) in [(2, 100), (1, 200), (3, 300)] {
+            counts.short_of_room(requests, now);
+        }
+        others.short_of_room(1, 150);
+        let (one, other) = (counts.shortage().expect("three"), others.shortage().expect("one"));
+        assert_eq!(
+            (one, other.plus(one)),
+            (Shortage { requests: 3, since: 100 }, Shortage { requests: 4, since: 100 })
+        );
+        counts.short_of_room(0, 400);
+        assert_eq!(counts.shortage(), None);
+        counts.short_of_room(1, 500);
+        assert_eq!(counts.shortage(), Some(Shortage { requests: 1, since: 500 }));
     }
 
     #[test]

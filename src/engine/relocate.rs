@@ -38,7 +38,7 @@ use nix::errno::Errno;
 
 use super::shared::{LEAF, Session};
 use super::waiting::Promise;
-use super::{Engine, Outcome, errno, for_guest};
+use super::{Engine, Outcome, errno, for_guest, too_long_is_full};
 use crate::disk::{Buffer, Disk, PAGE_BYTES, is_zero};
 use crate::format::bat::{BITMAP_BLOCK_SIZE, PayloadState};
 use crate::format::{MIB, index};
@@ -235,7 +235,7 @@ impl<D: Disk + 'static> Engine<D> {
         let mut relocations: Vec<Relocation> = relocations.collect();
         let end = relocations.iter().map(|relocation| relocation.to.end()).max().unwrap_or(0);
         if end > self.durability.file_length() {
-            self.grow_to(end).await?;
+            self.grow_to(end).await.map_err(too_long_is_full)?;
         }
         let mut space = self.space.borrow_mut();
         relocations.retain_mut(|relocation| match space.take_at(relocation.to) {

@@ -15,7 +15,7 @@ use crate::sim::disk::{Effect, Fault, Injection, Owner, Profile};
 use crate::sim::lineage::descent;
 use crate::sim::room::Room;
 use crate::sim::violation::violated;
-use crate::sim::world::{Activation, Beginning, Config, HostKind, World, check_recovery, new_image};
+use crate::sim::world::{Activation, Beginning, Config, Faults, HostKind, World, check_recovery, new_image};
 
 /// Operations of a workload that are hit, one after the other.
 const OPERATIONS: u64 = 200;
@@ -365,6 +365,35 @@ fn a_full_host_fails_writes_while_it_is_full_and_harms_nothing() {
     println!("{refusals} operations refused");
     assert!(refusals > 5000, "hardly anything needed room: {refusals}");
     assert!(worked > 0, "nothing works on a full host");
+}
+
+/// Where requests wait for room, those do that a host without room refuses. A file that gets no longer, by
+/// the format or a limit of the host, never will, and what needs that fails.
+#[test]
+fn what_may_find_room_later_waits_and_nothing_else() {
+    let longer = |_: Owner, effect: &Effect| matches!(effect, Effect::Resize(_));
+    for (errno, waiting) in [(libc::ENOSPC, 1), (libc::EDQUOT, 1), (libc::EFBIG, 0), (libc::EIO, 0)] {
+        let config =
+            Config { requests: 0, faults: Faults { waits: true, ..Faults::NONE }, ..Config::small() };
+        let mut rng = Rng::with_seed(1);
+        let content = new_image(&config, &mut rng);
+        let mut world = World::open(config.clone(), content, config.oracle(), rng.fork());
+        let fault = Fault::Error { errno, times: u32::MAX };
+        world.disk().inject(Injection { fault, hits: longer, after: 0, seed: 1 });
+        world.request(Op::Write { durable: false }, 0, 4096);
+        for _ in 0..1000 {
+            world.step();
+        }
+        let says = if errno == libc::EIO { libc::EIO } else { libc::ENOSPC };
+        let failures = vec![(Op::Write { durable: false }, says); 1 - waiting];
+        assert_eq!((world.short_of_room(), &world.failures), (waiting, &failures), "errno {errno}");
+        assert_ne!(world.session(), Session::Poisoned);
+        world.end_waits();
+        // One that is being tried again at that moment fails when it has found no room.
+        world.drain();
+        assert_eq!(world.failures, [(Op::Write { durable: false }, says)], "errno {errno}");
+        world.close();
+    }
 }
 
 /// A block that is there, durably, and was overwritten since.

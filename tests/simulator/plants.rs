@@ -134,15 +134,17 @@ fn catch_for(planted: Plant) -> Catch {
         }
         Plant::IgnoreDensity | Plant::EarlyGrowth => Scenario("dense"),
         Plant::SkipRefusedSlot => Scenario("full-copying-flushes"),
-        other => catch_for_move(other),
+        other => catch_for_more(other),
     }
 }
 
-/// What catches `planted`, of a block that moves or a file that is cut under load.
-fn catch_for_move(planted: Plant) -> Catch {
+/// What catches `planted`, of a block that moves, a file that is cut under load, or a request that waits.
+fn catch_for_more(planted: Plant) -> Catch {
     match planted {
         Plant::EarlyBits => Catch::Scenario("moving-child"),
         Plant::EarlyCut => Catch::Scenario("moving"),
+        Plant::CountWaiting => Catch::Scenario("waiting-snapshot"),
+        Plant::DoOnlyTheRest | Plant::TrustSecondTry => Catch::Scenario("waiting"),
         Plant::IgnoreMove | Plant::EarlyCopy | Plant::ForgetReaders | Plant::ReuseMovedEarly => {
             Catch::Scenario("moving-slowly")
         }

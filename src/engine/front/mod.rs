@@ -8,7 +8,7 @@
 //! Invariants:
 //!
 //! * a request is completed exactly once, when its last piece has ended and no ask is outstanding, with its
-//!   full length or its first error;
+//!   full length or its first error. One that waits for room is served again first;
 //! * a piece counts for the barrier from its *lookup* to its end, in one of two counters by barrier parity;
 //! * a write is submitted only in an open session and reported as done only in an unpoisoned one;
 //! * a durable write into a block whose mapping is not durable is an ordinary write that joins a flush, and
@@ -22,6 +22,7 @@
 //! * a sector of a partially present block is marked as present when its data is, and before the request is
 //!   done.
 
+mod shortage;
 mod slot;
 mod steps;
 mod verdict;
@@ -30,6 +31,7 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 
+use self::shortage::Shortage;
 use self::slot::{Piece, Slots};
 use self::steps::Step;
 use self::verdict::{Verdict, judge};
@@ -38,7 +40,7 @@ use super::message::{Ask, ToEngine, ToFront};
 use super::port::{FileIo, FileOp, MAX_WRITE_ZEROS, PieceId, Port, Ticket};
 use super::shared::{LEAF, Session, Shared};
 use super::span::Span;
-use super::{Outcome, for_guest, is_refusal};
+use super::{Outcome, for_guest, is_refusal, too_long_is_full};
 use crate::image::Location;
 use crate::simulation::{Plant, planted};
 
@@ -100,6 +102,8 @@ pub struct Front {
     hold_owed: bool,
     /// Requests that came meanwhile.
     parked: Vec<(u16, Request)>,
+    /// Requests that wait for room.
+    shortage: Shortage,
 }
 
 impl Front {
@@ -114,21 +118,34 @@ impl Front {
             held: false,
             hold_owed: false,
             parked: Vec::with_capacity(usize::from(depth)),
+            shortage: Shortage::default(),
         }
     }
 
-    /// No request is active, and no barrier or fence is owed.
+    /// No request is here, and no barrier or fence is owed.
     pub fn is_idle(&self) -> bool {
+        self.is_at_rest() && self.shortage.is_over()
+    }
+
+    /// The same, but for requests that wait for room.
+    pub fn is_at_rest(&self) -> bool {
         self.active == 0 && !self.looked_up.is_owed() && !self.unseen.is_owed() && self.parked.is_empty()
     }
 
     /// Takes a request; `tag` is idle.
     pub fn start<P: Port>(&mut self, tag: u16, request: Request, port: &mut P) {
         debug_assert!(self.parked.iter().all(|(parked, _)| *parked != tag), "tag {tag} is parked");
+        debug_assert!(!self.shortage.holds(tag), "tag {tag} waits for room");
         if self.held {
             return self.parked.push((tag, request));
         }
         self.slots[tag].begin(request, Ticket::of(tag));
+        self.serve(tag, request, port);
+    }
+
+    /// Serves the request that the slot of `tag` has taken.
+    #[inline]
+    fn serve<P: Port>(&mut self, tag: u16, request: Request, port: &mut P) {
         self.active += 1;
         if let Err(errno) = self.admit(request) {
             self.slots[tag].fail(errno);
@@ -199,6 +216,7 @@ impl Front {
         if let Some(shared) = port.change_leaf()
             && !planted(Plant::KeepOldMap)
         {
+            shared.troubles().take_over(self.shared.troubles(), self.short_of_room());
             self.shared = shared;
         }
         let mut parked = std::mem::take(&mut self.parked);
@@ -256,19 +274,27 @@ impl Front {
         if slot.error().is_none() && std::mem::take(&mut slot.flush_at_end) {
             return self.ask(tag, Ask::Flush, port);
         }
+        if self.is_short(tag) {
+            return self.wait_for_room(tag, port);
+        }
+        let slot = &mut self.slots[tag];
         let bytes = match request.op {
             Op::Read | Op::Write { .. } => request.length,
             Op::Flush | Op::Discard | Op::WriteZeroes { .. } => 0,
         };
         let result = match slot.error() {
             None => Ok(u32::try_from(bytes).expect("at most 1 MiB")),
-            Some(errno) => Err(errno),
+            Some(errno) => Err(too_long_is_full(errno)),
         };
+        let has_waited = slot.has_waited;
         let ticket = slot.end();
         debug_assert!(self.active > 0, "an active request ends");
         self.active -= 1;
         port.complete(ticket, result);
         self.answer_hold(port);
+        if has_waited {
+            self.second_try_ends(result.is_ok(), port);
+        }
     }
 
     /// Starts `op` on the file that `span` lies in; the number of its piece is in use from now on.
@@ -416,7 +442,9 @@ impl Front {
         if let Err(errno) = outcome {
             // What no sync has made durable is lost, whatever the host says of why.
             let errno = if op == FileOp::Sync { Errno::EIO } else { for_guest(errno) };
-            self.slots[id.tag].fail(errno);
+            if !(planted(Plant::TrustSecondTry) && self.slots[id.tag].has_waited) {
+                self.slots[id.tag].fail(errno);
+            }
         } else if let Some((from, to)) = piece.written {
             self.shared.mark_written(from, to);
         }

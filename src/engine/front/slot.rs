@@ -25,6 +25,8 @@ pub(super) struct Slot {
     pub(super) flush: Flush,
     /// Asks since the request got on.
     pub(super) asks: u16,
+    /// The request has waited for room.
+    pub(super) has_waited: bool,
 }
 
 /// How far a flush has come.
@@ -66,6 +68,7 @@ impl Slot {
         flush_at_end: false,
         flush: Flush::Begun,
         asks: 0,
+        has_waited: false,
     };
 
     /// Takes a request. The places of its pieces are empty already: each was emptied when its piece ended.
@@ -78,6 +81,7 @@ impl Slot {
         self.flush_at_end = false;
         self.flush = Flush::Begun;
         self.asks = 0;
+        self.has_waited = false;
     }
 
     /// Gives up the request; the caller completes it.
@@ -171,6 +175,11 @@ impl Slots {
     /// `depth` idle slots.
     pub(super) fn new(depth: u16) -> Self {
         Self((0..depth).map(|_| Slot::IDLE).collect())
+    }
+
+    /// How many there are.
+    pub(super) fn count(&self) -> usize {
+        self.0.len()
     }
 
     /// A piece that is in flight.

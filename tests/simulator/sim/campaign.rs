@@ -111,6 +111,7 @@ pub fn scenarios() -> Vec<Scenario> {
     all.extend(discarding());
     all.extend(losses());
     all.extend(full_hosts());
+    all.extend(waiting());
     all.extend(dense_hosts());
     all.push(Scenario {
         name: "sequences".into(),
@@ -264,6 +265,27 @@ fn full_hosts() -> [Scenario; 7] {
         Scenario::swarm("full-copying-child", 20, child(copies, Beginning::Nothing)),
         Scenario::swarm("full-copying-killed", 20, killed),
         Scenario::swarm("full-copying-flushes", 15, often),
+    ]
+}
+
+/// Requests wait while the host has no room, whatever happens to the device meanwhile.
+fn waiting() -> [Scenario; 7] {
+    let faults = Faults { full: 80, waits: true, ..Faults::NONE };
+    let copying = Faults { host: HostKind::Copying, ..faults };
+    let config = Config { faults, weights: [50, 20, 10, 26, 12, 12], ..tiny() };
+    let mut child = Config { beginning: Beginning::Partial, requests: 80, ..config.clone() };
+    child.image.parent = Some(descent());
+    let with = |faults| Config { faults, ..config.clone() };
+    let killed = Config { can_punch: false, fronts: 3, ..with(Faults { death: 150, ..copying }) };
+    let once = |name: &str, config| Scenario { name: name.into(), config, body: Body::Short, seeds: 20 };
+    [
+        once("waiting", with(faults)),
+        once("waiting-child", child),
+        once("waiting-copying", with(copying)),
+        once("waiting-killed", killed),
+        once("waiting-snapshot", with(Faults { snapshot: 60, ..faults })),
+        once("waiting-failed-sync", with(Faults { sync: true, ..copying })),
+        once("waiting-moving", with(Faults { moves: 15, ..copying })),
     ]
 }
 

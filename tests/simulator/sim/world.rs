@@ -4,6 +4,7 @@
 pub mod death;
 mod grow;
 mod moves;
+mod shortage;
 mod snapshot;
 
 use std::cell::RefCell;
@@ -109,6 +110,8 @@ pub struct Faults {
     pub full: u32,
     /// What needs room there.
     pub host: HostKind,
+    /// Requests wait until the host has room.
+    pub waits: bool,
 }
 
 /// What is lost, and which process gets the error.
@@ -149,6 +152,7 @@ impl Faults {
         loss: None,
         full: 0,
         host: HostKind::Sparse,
+        waits: false,
     };
 }
 
@@ -314,6 +318,7 @@ impl Activation {
     }
 }
 
+#[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
 pub struct World {
     pub config: Config,
     rng: Rng,
@@ -355,6 +360,8 @@ pub struct World {
     batch: Option<moves::Batch>,
     batches: usize,
     pub posted: Posted,
+    /// Requests that wait for room were failed, as the device ends.
+    waits_ended: bool,
 }
 
 /// What has ended for fronts and was not seen yet.
@@ -429,7 +436,7 @@ impl World {
             guids: Box::new(guids),
         });
         let engine = engine.expect("the image is writable");
-        let hosts = (0..config.fronts).map(|_| Host::new(engine.shared().clone(), config.depth)).collect();
+        let hosts = (0..config.fronts).map(|_| Host::new(engine.shared().clone(), &config)).collect();
         let activation = Activation::default();
         Self {
             config,
@@ -462,6 +469,7 @@ impl World {
             batch: None,
             batches: 0,
             posted: Posted::default(),
+            waits_ended: false,
         }
     }
 
@@ -569,8 +577,17 @@ impl World {
         let seen =
             !self.posted.ends.is_empty() && !self.posted.held && (rest == 0 || self.rng.u32(..80) == 0);
         let seen = if seen { self.posted.ends.len() } else { 0 };
-        let weights =
-            [tasks * 3, ops.len() * 2, to_front.len() * 3, to_engine.len() * 3, new * 2, late * 5, seen * 5];
+        let short = self.tries_again(rest);
+        let weights = [
+            tasks * 3,
+            ops.len() * 2,
+            to_front.len() * 3,
+            to_engine.len() * 3,
+            new * 2,
+            late * 5,
+            seen * 5,
+            short.len(),
+        ];
         let total: usize = weights.iter().sum();
         if total == 0 {
             return false;
@@ -591,6 +608,7 @@ impl World {
                 let done = self.posted.ends.swap_remove(pick / 5);
                 self.see(done);
             }
+            7 => self.try_again(short[pick]),
             2 => self.deliver_to_front(to_front[pick / 3]),
             3 => self.deliver_to_engine(to_engine[pick / 3]),
             _ => self.new_request(),
@@ -644,6 +662,9 @@ impl World {
             let full = self.disk.room(Room::is_full);
             self.marks.hit(if full { "the host has room again" } else { "the host is full" });
             self.disk.set_full(!full);
+        }
+        if self.ends_waits_now() {
+            self.end_waits();
         }
     }
 
@@ -872,7 +893,7 @@ impl World {
             2 => Op::Read,
             3 => return Request { op: Op::Flush, offset: 0, length: 0 },
             // One that waits until the disk has grown may no longer reach to the end of its last block.
-            4 if self.config.faults.grow > 0 && self.held.is_some() => Op::Read,
+            4 if self.config.faults.grow > 0 && (self.held.is_some() || self.config.faults.waits) => Op::Read,
             4 => Op::Discard,
             _ => Op::WriteZeroes { keep_space: self.rng.bool() },
         };
@@ -1050,7 +1071,12 @@ impl World {
             let refused = result == -ENOSPC && self.disk.room(Room::refusals) > refusals;
             let copies = self.config.faults.host == HostKind::Copying;
             let needs_room = request.op != Op::Read && (request.op != Op::Flush || copies);
-            if !self.injected && self.disk.struck().is_none() && !(refused && needs_room) {
+            let waits = self.config.faults.waits && result == -ENOSPC && request.op != Op::Read;
+            if waits && !self.waits_ended && !self.injected && self.disk.struck().is_none() {
+                violated(format!("{request:?} failed for want of room and does not wait"));
+            }
+            let expected = refused && needs_room || waits;
+            if !self.injected && self.disk.struck().is_none() && !expected {
                 violated(format!("{request:?} failed with {result} and nothing was injected"));
             }
             if self.injected {
@@ -1093,10 +1119,17 @@ impl World {
     }
 }
 
+/// A front as `config` wants it.
+fn front(shared: Arc<Shared>, config: &Config) -> Front {
+    let front = Front::new(shared, config.depth);
+    if config.faults.waits { front.waiting_for_room() } else { front }
+}
+
 impl Host {
-    fn new(shared: Arc<Shared>, depth: u16) -> Self {
+    fn new(shared: Arc<Shared>, config: &Config) -> Self {
+        let depth = config.depth;
         Self {
-            front: Front::new(shared, depth),
+            front: front(shared, config),
             next: None,
             to_engine: VecDeque::new(),
             buffers: vec![Vec::new(); usize::from(depth)],

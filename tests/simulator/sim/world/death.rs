@@ -10,13 +10,12 @@ use std::rc::Rc;
 
 use uuid::Uuid;
 use vhdx_ublk::chain::ReadLayer;
-use vhdx_ublk::engine::front::Front;
 use vhdx_ublk::engine::{Engine, Setup};
 use vhdx_ublk::error::Error;
 use vhdx_ublk::image::{Image, Mismatch, Place, SessionMemory, WritableImage};
 use vhdx_ublk::simulation::{Plant, planted};
 
-use super::{Faults, Inbox, Seen, World, guids, read_sector};
+use super::{Faults, Inbox, Seen, World, front, guids, read_sector};
 use crate::sim::disk::{Abandoned, SimDisk};
 use crate::sim::violation::violated;
 
@@ -125,7 +124,7 @@ impl World {
         self.memory.poison();
         self.inbox = Rc::new(Inbox(RefCell::new(vec![VecDeque::new(); self.config.fronts])));
         for host in &mut self.hosts {
-            host.front = Front::new(self.engine.shared().clone(), self.config.depth);
+            host.front = front(self.engine.shared().clone(), &self.config);
             host.to_engine.clear();
             host.active.fill_with(|| None);
         }
@@ -179,7 +178,7 @@ impl World {
         let repeat = self.rng.bool();
         for index in 0..self.hosts.len() {
             let host = &mut self.hosts[index];
-            host.front = Front::new(self.engine.shared().clone(), self.config.depth);
+            host.front = front(self.engine.shared().clone(), &self.config);
             host.to_engine.clear();
             for tag in 0..self.config.depth {
                 let active = &mut self.hosts[index].active[usize::from(tag)];

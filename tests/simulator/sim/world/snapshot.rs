@@ -28,6 +28,7 @@ impl World {
     /// its successor serves the image that was served then, and holds no front.
     pub(super) fn snapshot(&mut self) {
         self.marks.hit("snapshots");
+        self.marks.add("requests that wait for room through a snapshot", self.short_of_room() as u64);
         let before = self.images_judged();
         let deaths = self.deaths;
         self.hold();
@@ -127,9 +128,10 @@ impl World {
         let mut values = BTreeMap::new();
         for sector in self.oracle.touched() {
             let value = self.read_frozen(map, &content, sector);
-            // What a death has failed may be there, or not.
+            // What a death has failed may be there, or not, and so may what waits for room.
+            let is_doubtful = self.deaths > 0 || self.waits_ended || self.short_of_room() > 0;
             let known =
-                if self.deaths > 0 { self.oracle.readable(sector) } else { self.oracle.acknowledged(sector) };
+                if is_doubtful { self.oracle.readable(sector) } else { self.oracle.acknowledged(sector) };
             if !known.contains(&value) {
                 violated(format!("a frozen image: {}", self.oracle.explain(sector, value)));
             }
