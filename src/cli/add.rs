@@ -32,7 +32,7 @@ use vhdx_ublk::device::session::Plan;
 use vhdx_ublk::device::spec::Ready;
 use vhdx_ublk::device::stop::{self, How, Target};
 use vhdx_ublk::device::{
-    MAX_BUFFER_BYTES, MAX_DEPTH, MAX_QUEUES, MIN_REQUEST_BYTES, Options, Recovery, Salvage, ZeroCopy,
+    MAX_BUFFER_BYTES, MAX_DEPTH, MAX_QUEUES, MIN_REQUEST_BYTES, OnFull, Options, Recovery, Salvage, ZeroCopy,
     confine, features, launch, private_mounts,
 };
 use vhdx_ublk::disk::{Access, ImageFile, Sparse};
@@ -127,6 +127,12 @@ pub struct Add {
     #[arg(long, value_name = "WHEN", default_value = "off")]
     #[arg(conflicts_with_all = ["read_only", "salvage", "untrusted"])]
     reclaim: Reclaim,
+    /// What becomes of writes that the host has no room for: `fail` fails them, `wait` lets them wait until
+    /// it has some; `list` shows how many wait, and for how long. Reads wait, too, once the waiting writes
+    /// take all places of a queue (--depth). `del --force` fails what waits
+    #[arg(long, value_enum, value_name = "HOW", default_value = "fail")]
+    #[arg(conflicts_with_all = ["read_only", "salvage", "untrusted"])]
+    on_full: OnFull,
     /// Serve from this process until it is interrupted (Ctrl-C)
     #[arg(short, long)]
     foreground: bool,
@@ -157,6 +163,7 @@ Examples:
   vhdx-ublk add --salvage damaged.vhdx    later: mount -o ro,noload /dev/ublkb0 /mnt
   vhdx-ublk add --respawn disk.vhdx
   vhdx-ublk add --reclaim auto disk.vhdx
+  vhdx-ublk add --on-full wait disk.vhdx
   vhdx-ublk add --untrusted received.vhdx
 
 If the daemon is killed, no acknowledged write is lost: I/O waits until `vhdx-ublk recover`, which
@@ -287,7 +294,7 @@ impl Add {
         let request_bytes = request_bytes(queues, self.depth);
         let Self { id, depth, recovery, zero_copy, for_mount, private, private_mounts, untrusted, .. } =
             *self;
-        let reclaim = self.reclaim;
+        let (reclaim, on_full) = (self.reclaim, self.on_full);
         let (name, no_partitions) = (self.name.clone(), self.no_partitions || untrusted);
         Options {
             id,
@@ -303,6 +310,7 @@ impl Add {
             no_partitions,
             untrusted,
             reclaim,
+            on_full,
         }
     }
 
@@ -323,6 +331,7 @@ impl Add {
         let sparse = self.sparse.to_possible_value().expect("every choice has a name");
         arguments.push(format!("--sparse={}", sparse.get_name()).into());
         arguments.extend(reclaim_argument(self.reclaim));
+        arguments.extend(on_full_argument(self.on_full));
         arguments.extend(self.parents.arguments());
         arguments.extend(logging::arguments());
         arguments.extend(self.read_only.then(|| "--read-only".into()));
@@ -429,6 +438,10 @@ fn reclaim_argument(reclaim: Reclaim) -> Option<OsString> {
     (reclaim != Reclaim::OFF).then(|| format!("--reclaim={reclaim}").into())
 }
 
+fn on_full_argument(on_full: OnFull) -> Option<OsString> {
+    (on_full == OnFull::Wait).then(|| "--on-full=wait".into())
+}
+
 /// The command line of a daemon that serves `image`, whose parents are these, as the device of `entry` was
 /// served.
 pub fn again(entry: &Entry, image: &Path, parents: &[&Path]) -> Vec<OsString> {
@@ -450,6 +463,7 @@ pub fn again(entry: &Entry, image: &Path, parents: &[&Path]) -> Vec<OsString> {
     );
     arguments.extend(entry.name.as_ref().map(|name| format!("--name={name}").into()));
     arguments.extend(reclaim_argument(entry.reclaim));
+    arguments.extend(on_full_argument(entry.on_full));
     arguments.extend(entry.private_mounts.then(|| "--private-mounts".into()));
     arguments.extend(entry.no_partitions.then(|| "--no-partitions".into()));
     arguments.extend(logging::arguments());
@@ -636,6 +650,17 @@ mod tests {
         for arguments in [&["--reclaim", "auto=0"][..], &["--reclaim", "auto", "--untrusted"]] {
             assert!(Line::try_parse_from([&["add", "x"], arguments].concat()).is_err(), "{arguments:?}");
         }
+    }
+
+    #[test]
+    fn writes_wait_for_room_when_the_parent_was_told_that_they_do() {
+        let add = parse(&["--on-full=wait", "x"]);
+        let again = Line::try_parse_from(add.child_arguments(&add.options())).expect("its own words").add;
+        assert_eq!((again.options().on_full, parse(&["x"]).options().on_full), (OnFull::Wait, OnFull::Fail));
+        let entry = Entry { on_full: OnFull::Wait, ..crate::cli::list::testing::listed().entry };
+        let words = super::again(&entry, Path::new("/x"), &[]);
+        assert_eq!(Line::try_parse_from(words).expect("its own words").add.on_full, OnFull::Wait);
+        assert!(Line::try_parse_from(["add", "x", "--on-full", "wait", "--read-only"]).is_err());
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::thread;
+use std::time::SystemTime;
 
 use anyhow::Result;
 use schemars::JsonSchema;
@@ -13,6 +14,7 @@ use vhdx_ublk::device::name::Name;
 use vhdx_ublk::device::registry::{Listed, Registry, State, Survey, Unreadable};
 use vhdx_ublk::device::warnings::Warning;
 use vhdx_ublk::device::{DeviceInfo, KernelState, Recovery, claims, path};
+use vhdx_ublk::engine::port_counts::Shortage;
 use vhdx_ublk::printable::human_size;
 
 use super::{FAILURE, SUCCESS, output};
@@ -45,11 +47,13 @@ States: live (served), starting, stopping, quiesced (the daemon was killed: I/O 
 I/O fails: `del` removes the device), failed (the device is removed, but its image could not be
 closed cleanly: `del` shows why), unknown (the driver or the entry of the device cannot be read).
 
-Health: ok, host-full (writes that need room fail), poisoned (a sync or metadata write failed:
-writes fail until the device is removed and added again), waiting (for `recover`), stopped (a
-signal stopped the daemon), no-answer (the daemon did not answer within a second), dead, unknown.
+Health: ok, host-full (writes that need room fail, or wait, with `add --on-full wait`: then it says
+how many, and for how long), poisoned (a sync or metadata write failed: writes fail until the
+device is removed and added again), waiting (for `recover`), stopped (a signal stopped the daemon),
+no-answer (the daemon did not answer within a second), dead, unknown.
 
-JSON: id, device, name (null or a text), image, pid, state, health, last_error (null or a text),
+JSON: id, device, name (null or a text), image, pid, state, health, short_of_room (null, or the
+requests that wait for room: requests, since in seconds since 1970), last_error (null or a text),
 last_warning (null, or time in seconds since 1970, and text, at most 200 characters), job (null,
 or what is done on the image while it is served: job (compact, merge), done_bytes, total_bytes,
 file_bytes), queues, depth, read_only, salvage (`add --salvage`), zero_copy, recovery, size
@@ -73,6 +77,8 @@ pub struct Row {
     pid: Option<u32>,
     state: State,
     health: Health,
+    /// The requests that wait until the host has room, if any do.
+    short_of_room: Option<Shortage>,
     last_error: Option<String>,
     /// The last warning of its daemon.
     last_warning: Option<Warning>,
@@ -104,6 +110,7 @@ impl Row {
             pid: Some(entry.daemon.pid),
             state,
             health: condition.health,
+            short_of_room: condition.short_of_room,
             last_error: condition.last_error,
             last_warning: condition.last_warning,
             job: condition.job,
@@ -130,6 +137,7 @@ impl Row {
             pid: None,
             state: State::Unknown,
             health: Health::Unknown,
+            short_of_room: None,
             last_error: None,
             last_warning: None,
             job: None,
@@ -236,7 +244,10 @@ fn row(device: &Row) -> Result<[String; 12]> {
             Some(job) => format!("{} ({job})", output::word(&device.state)?),
             None => output::word(&device.state)?,
         },
-        output::word(&device.health)?,
+        match device.short_of_room {
+            Some(shortage) => format!("{} ({})", output::word(&device.health)?, waiting(shortage)),
+            None => output::word(&device.health)?,
+        },
         text(mode),
         text(device.size.map(human_size)),
         text(device.queues),
@@ -246,6 +257,12 @@ fn row(device: &Row) -> Result<[String; 12]> {
         image.unwrap_or_else(|| format!("? ({failure})")),
         device.last_warning.as_ref().map_or_else(|| "-".into(), |warning| short(&warning.text)),
     ])
+}
+
+/// How many requests wait for room, and for how long.
+pub(super) fn waiting(Shortage { requests, since }: Shortage) -> String {
+    let now = SystemTime::UNIX_EPOCH.elapsed().map_or(since, |now| now.as_secs());
+    format!("{requests} wait for room, for {} s", now.saturating_sub(since))
 }
 
 /// What fits a line.
@@ -259,6 +276,7 @@ fn short(text: &str) -> String {
 /// A device for tests.
 #[cfg(test)]
 pub mod testing {
+    use vhdx_ublk::device::OnFull;
     use vhdx_ublk::device::reclaim::Reclaim;
     use vhdx_ublk::device::registry::{ENTRY_FORMAT, Entry, ProcessId};
     use vhdx_ublk::disk::{HostFile, Sparse};
@@ -288,6 +306,7 @@ pub mod testing {
             no_partitions: false,
             recovery: Recovery::None,
             reclaim: Reclaim::OFF,
+            on_full: OnFull::Fail,
             zero_copy: true,
             sparse: Sparse::Auto,
             file_write_guid: uuid::Uuid::nil(),
@@ -320,6 +339,7 @@ mod tests {
             last_error: Some("no room".into()),
             last_warning,
             job: Some(job),
+            short_of_room: None,
         }
     }
 
@@ -328,7 +348,8 @@ mod tests {
         let json = serde_json::to_value([Row::of(listed(), condition())]).expect("serialisable");
         let expected = serde_json::json!([{
             "id": 3, "device": "/dev/ublkb3", "name": "data", "image": "/images/disk.vhdx", "pid": 1234,
-            "state": "fail-io", "health": "waiting", "last_error": "no room", "queues": 2, "depth": 64,
+            "state": "fail-io", "health": "waiting", "short_of_room": null, "last_error": "no room",
+            "queues": 2, "depth": 64,
             "last_warning": {"time": 7, "text": "w".repeat(61)},
             "job": {"job": "compact", "done_bytes": 1, "total_bytes": 4, "file_bytes": 9},
             "read_only": true, "salvage": false, "zero_copy": true, "recovery": "none",
@@ -348,6 +369,9 @@ mod tests {
         assert_eq!(known.join(" "), format!("{expected} {}...", "w".repeat(60)));
         let salvage = Row { salvage: Some(true), ..Row::of(listed(), condition()) };
         assert_eq!(row(&salvage).expect("every state has a name")[4], "salvage");
+        let short_of_room = Some(Shortage { requests: 3, since: u64::MAX });
+        let full = Row { health: Health::HostFull, short_of_room, ..Row::of(listed(), condition()) };
+        assert_eq!(row(&full).expect("as well")[3], "host-full (3 wait for room, for 0 s)");
         let unknown = row(&Row::unknown(1, "damaged".into())).expect("as well");
         assert_eq!(unknown.join(" "), "/dev/ublkb1 - unknown unknown ? ? ? ? ? ? ? (damaged) -");
     }

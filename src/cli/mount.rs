@@ -51,7 +51,8 @@ Examples:
 
 Options beside those of mount(8): partition=N or LABEL; and, for the device, those of `vhdx-ublk
 add` by the same names: name=, parent=, parent-map=, queues=, depth=, zero-copy=, recovery=,
-sparse=, salvage, assume, untrusted. For another type of the inner file system: -t vhdx.TYPE.
+sparse=, on-full=, salvage, assume, untrusted. For another type of the inner file system:
+-t vhdx.TYPE.
 
 An image that is served already is mounted from its device. An NTFS volume of a hibernated
 Windows is refused unless the mount is read-only. A read-only mount does not replay the journal

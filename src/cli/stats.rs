@@ -14,12 +14,12 @@ use vhdx_ublk::device::socket::{self, Report};
 use vhdx_ublk::device::stop::{self, Target};
 use vhdx_ublk::device::{claims, path};
 use vhdx_ublk::disk::tally::Times;
-use vhdx_ublk::engine::port_counts::{Requests, Wait};
+use vhdx_ublk::engine::port_counts::{Requests, Shortage, Wait};
 use vhdx_ublk::engine::{Counters, Levels};
 use vhdx_ublk::error::{Error, Kind};
 use vhdx_ublk::printable::{self, counted, human_size, printable};
 
-use super::output;
+use super::{list, output};
 
 /// Show what devices have done, and how long requests have waited.
 ///
@@ -52,10 +52,11 @@ waits and syncs are counted in steps: up to 16 us, 32 us, and so on; `99% up to 
 most one in a hundred took longer.
 
 --watch shows, for each second: reads, writes and flushes; read and written data; first writes
-(blocks that got space); requests that wait now; syncs of the image and their mean; how full the
-log is.
+(blocks that got space); requests that wait now, for the engine or for room on the host; syncs of
+the image and their mean; how full the log is.
 
-JSON: id, device, image, poisoned, host_full, last_error, requests (by kind, and failed),
+JSON: id, device, image, poisoned, host_full, short_of_room (null, or the requests that wait for
+room: requests, since in seconds since 1970), last_error, requests (by kind, and failed),
 read (an array: image, bytes), zero_filled_bytes, written_bytes, zeroed_bytes, retries, zero_copy,
 late_registrations, wakes (between the threads of the queues and the engine's), waits (an array:
 for, waiting, count, sum_us, buckets), engine (counters), levels (log_bytes, log_used_bytes,
@@ -80,6 +81,8 @@ pub struct Row {
     image: PathBuf,
     poisoned: bool,
     host_full: bool,
+    /// The requests that wait until the host has room, if any do.
+    short_of_room: Option<Shortage>,
     last_error: Option<String>,
     requests: Requests,
     read: Vec<Layer>,
@@ -121,6 +124,7 @@ impl Row {
             image: entry.image,
             poisoned: status.poisoned,
             host_full: status.host_full,
+            short_of_room: status.short_of_room,
             last_error: status.last_error,
             requests: traffic.requests,
             read,
@@ -140,6 +144,12 @@ impl Row {
 
     fn read_bytes(&self) -> u64 {
         self.read.iter().fold(0, |sum, layer| sum.saturating_add(layer.bytes))
+    }
+
+    /// The requests that wait now.
+    fn waiting(&self) -> u64 {
+        let for_room = self.short_of_room.map_or(0, |shortage| shortage.requests);
+        self.waits.iter().fold(for_room, |sum, wait| sum.saturating_add(wait.waiting))
     }
 
     fn log_percent(&self) -> u64 {
@@ -273,10 +283,11 @@ fn text(row: &Row) -> String {
     );
     fields.add("zero copy", if row.zero_copy { "all data" } else { "no data" });
     fields.add("retries", row.retries.to_string());
-    let health = match (row.poisoned, row.host_full) {
-        (true, _) => "poisoned: no write or flush succeeds",
-        (false, true) => "the host is full",
-        (false, false) => "well",
+    let health = match (row.poisoned, row.short_of_room) {
+        (true, _) => "poisoned: no write or flush succeeds".into(),
+        (false, Some(shortage)) => format!("the host is full: {}", list::waiting(shortage)),
+        (false, None) if row.host_full => "the host is full".into(),
+        (false, None) => "well".to_owned(),
     };
     fields.add("health", health);
     fields.to_string()
@@ -357,7 +368,7 @@ fn cells(then: &Row, now: &Row, elapsed: Duration) -> [String; 11] {
         human_size(grew(now.read_bytes(), then.read_bytes())),
         human_size(grew(now.written_bytes, then.written_bytes)),
         grew(now.engine.grants, then.engine.grants).to_string(),
-        now.waits.iter().map(|wait| wait.waiting).sum::<u64>().to_string(),
+        now.waiting().to_string(),
         rate(syncs.count).to_string(),
         syncs.mean().map_or("-".into(), duration),
         format!("{}%", now.log_percent()),
@@ -371,7 +382,7 @@ mod tests {
     use super::*;
 
     fn row() -> Row {
-        let listed = crate::cli::list::testing::listed();
+        let listed = list::testing::listed();
         let mut report = Report::default();
         report.stats.traffic = Traffic {
             requests: Requests { read: 7, write: 5, durable_write: 1, failed: 1, ..Requests::default() },

@@ -8,6 +8,7 @@ use super::options::Recovery;
 use super::registry::{Life, Listed, Registry, State};
 use super::socket::{self, Status};
 use super::warnings::Warning;
+use crate::engine::port_counts::Shortage;
 use crate::error::{Kind, Result};
 
 /// The worst that is true of a device.
@@ -16,7 +17,7 @@ use crate::error::{Kind, Result};
 pub enum Health {
     /// All is well.
     Ok,
-    /// The host has no room: writes that need some fail.
+    /// The host has no room: writes that need some fail, or wait.
     HostFull,
     /// A sync or a metadata write has failed: every write and flush fails, reads work.
     Poisoned,
@@ -70,6 +71,8 @@ pub struct Condition {
     pub last_warning: Option<Warning>,
     /// What its daemon does on the image beside serving it.
     pub job: Option<Progress>,
+    /// The requests that wait until the host has room, if any do.
+    pub short_of_room: Option<Shortage>,
 }
 
 impl Condition {
@@ -83,7 +86,13 @@ impl Condition {
 
 fn judge(listed: &Listed, life: Life, answer: Option<Result<Status>>) -> Condition {
     let failure = listed.entry.failure.clone();
-    let only = |health| Condition { health, last_error: failure.clone(), last_warning: None, job: None };
+    let only = |health| Condition {
+        health,
+        last_error: failure.clone(),
+        last_warning: None,
+        job: None,
+        short_of_room: None,
+    };
     match (listed.state, life, answer) {
         (State::Dead | State::Failed, ..) => only(Health::Dead),
         (State::Unknown, ..) => only(Health::Unknown),
@@ -92,8 +101,8 @@ fn judge(listed: &Listed, life: Life, answer: Option<Result<Status>>) -> Conditi
         (_, Life::Stopped, _) => only(Health::Stopped),
         (_, _, Some(Ok(status))) => {
             let health = of_status(&status);
-            let Status { last_error, last_warning, job, .. } = status;
-            Condition { health, last_error, last_warning, job }
+            let Status { last_error, last_warning, job, short_of_room, .. } = status;
+            Condition { health, last_error, last_warning, job, short_of_room }
         }
         // A daemon of an older version answers, but not this.
         (_, _, Some(Err(error))) if error.kind() == Kind::Unsupported => only(Health::Unknown),
@@ -107,7 +116,7 @@ fn judge(listed: &Listed, life: Life, answer: Option<Result<Status>>) -> Conditi
 fn of_status(status: &Status) -> Health {
     match status {
         Status { poisoned: true, .. } => Health::Poisoned,
-        Status { host_full: true, .. } => Health::HostFull,
+        Status { host_full: true, .. } | Status { short_of_room: Some(_), .. } => Health::HostFull,
         Status { .. } => Health::Ok,
     }
 }
@@ -129,6 +138,8 @@ mod tests {
         let (poisoned, host_full) = (true, true);
         assert_eq!(health_of(Status::default()), Health::Ok);
         assert_eq!(health_of(Status { host_full, ..Status::default() }), Health::HostFull);
+        let short_of_room = Some(Shortage { requests: 1, since: 0 });
+        assert_eq!(health_of(Status { short_of_room, ..Status::default() }), Health::HostFull);
         assert_eq!(health_of(Status { poisoned, host_full, ..Status::default() }), Health::Poisoned);
     }
 

@@ -88,7 +88,7 @@ mod writable;
 
 pub use control::{Control, DeviceInfo, KernelState, NewDevice};
 pub use options::{
-    MAX_BUFFER_BYTES, MAX_DEPTH, MAX_ID, MAX_QUEUES, MAX_REQUEST_BYTES, MIN_REQUEST_BYTES, Options,
+    MAX_BUFFER_BYTES, MAX_DEPTH, MAX_ID, MAX_QUEUES, MAX_REQUEST_BYTES, MIN_REQUEST_BYTES, OnFull, Options,
     Parameters, Recovery, Salvage, ZeroCopy,
 };
 pub use sys::{btrfs_devices, trim_file_system};

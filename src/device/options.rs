@@ -50,6 +50,24 @@ pub enum Recovery {
     Reissue,
 }
 
+/// What becomes of a request for which the host has no room.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum OnFull {
+    /// It fails.
+    #[default]
+    Fail,
+    /// It waits until the host has room.
+    Wait,
+}
+
+impl OnFull {
+    /// Whether it fails.
+    pub fn is_fail(&self) -> bool {
+        *self == Self::Fail
+    }
+}
+
 /// Whether the data of requests is copied between the kernel and the daemon.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
@@ -103,6 +121,8 @@ pub struct Options {
     pub untrusted: bool,
     /// Whether it compacts its image when it is idle.
     pub reclaim: Reclaim,
+    /// What becomes of requests for which the host has no room.
+    pub on_full: OnFull,
 }
 
 impl Default for Options {
@@ -121,6 +141,7 @@ impl Default for Options {
             no_partitions: false,
             untrusted: false,
             reclaim: Reclaim::OFF,
+            on_full: OnFull::Fail,
         }
     }
 }

@@ -143,6 +143,9 @@ pub(super) enum Call {
     Compact { max_rate: Option<u64>, job: Arc<Job>, reply: Reply<Shortened> },
     /// The device itself has compacted its image.
     Reclaimed(Result<Shortened>),
+    /// That requests that wait for room fail, as the caller is about to have the device stopped. The answer
+    /// is how many there are.
+    EndWaits { reply: Reply<u64> },
     /// That this daemon ends, and leaves its device to the caller.
     HandOver {
         /// The image that the caller has opened.

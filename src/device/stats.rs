@@ -5,7 +5,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::disk::tally::{Histogram, Times};
-use crate::engine::port_counts::{PortCounts, Requests, Traffic};
+use crate::engine::port_counts::{PortCounts, Requests, Shortage, Traffic};
 use crate::engine::shared::Shared;
 use crate::engine::{Counters, Levels};
 
@@ -42,6 +42,11 @@ impl Sources {
     pub(super) fn requests(&self) -> Requests {
         let of_each = self.queues.iter().map(|queue| queue.traffic(0).requests);
         of_each.fold(Requests::default(), |sum, requests| sum.plus(&requests))
+    }
+
+    /// The requests that wait for room, if any do.
+    pub(super) fn shortage(&self) -> Option<Shortage> {
+        self.queues.iter().filter_map(|queue| queue.shortage()).reduce(Shortage::plus)
     }
 
     /// What they have counted, on a device that serves `shared`.

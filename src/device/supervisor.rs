@@ -237,6 +237,12 @@ impl Supervisor {
         self.work_off(READY_DEADLINE, |queues| queues.starting == 0)
     }
 
+    /// Has every request fail that waits for room, now and from now on: the kernel, which is about to stop
+    /// the device, waits for them.
+    pub(super) fn end_waits(&self) {
+        self.queues.iter().for_each(Queue::end_waits);
+    }
+
     /// Waits until every queue has drained. The kernel has stopped the device.
     pub(super) fn drain(&mut self) -> Result<()> {
         self.work_off(DRAIN_DEADLINE, |queues| queues.drained == queues.queues.len())

@@ -55,9 +55,12 @@ const COUNTERS: [(&str, &str, Number); 18] = [
 ];
 
 /// Gauges without further labels.
-const GAUGES: [(&str, &str, Number); 6] = [
+const GAUGES: [(&str, &str, Number); 7] = [
     ("poisoned", "1 if no write or flush succeeds any longer.", |r| u64::from(r.status.poisoned)),
     ("host_full", "1 if the host had no room for a write.", |r| u64::from(r.status.host_full)),
+    ("short_of_room", "Requests that wait until the host has room.", |r| {
+        r.status.short_of_room.map_or(0, |shortage| shortage.requests)
+    }),
     ("log_bytes", "Length of the image's log.", |r| r.stats.levels.log_bytes),
     ("log_used_bytes", "How far the log is filled.", |r| r.stats.levels.log_used_bytes),
     ("dirty_pages", "Pages of metadata that are not in the log.", |r| r.stats.levels.dirty_pages),

@@ -1,4 +1,5 @@
-# A host without room: what needs room fails, nothing is poisoned, and everything works again when there is room.
+# A host without room: what needs room fails, or waits where that was chosen, nothing is poisoned, and everything works
+# again when there is room.
 # shellcheck shell=bash
 
 # full_host FSTYPE SIZE: a small file system of that kind, mounted on full/.
@@ -145,3 +146,176 @@ no_poison() {
 test_full_host_ext4() { on_full_host ext4 96M; }
 test_full_host_xfs() { on_full_host xfs 320M; }
 test_full_host_btrfs() { on_full_host btrfs 256M; }
+
+short_of_room() { ublk list --json | jq -r ".[] | select(.device == \"$1\") | .short_of_room.requests // 0"; }
+
+await_short() {
+    for _ in $(seq 300); do
+        [ "$(short_of_room "$device")" = 0 ] || return 0
+        sleep 0.1
+    done
+    fail "nothing waits for room: $(ublk list)"
+}
+
+# waiting_host FSTYPE SIZE [OPTION...]: a device on a full host, with a writer that waits for room.
+waiting_host() {
+    full_host "$1" "$2"
+    shift 2
+    ublk create full/disk.vhdx --size 1G --block-size 1M
+    begin_to_wait "$@"
+}
+
+# begin_to_wait OPTION...
+begin_to_wait() {
+    device=$(ublk add full/disk.vhdx --on-full wait "$@")
+    write_stamps "$device" 0 4 5
+    sync "$device"
+    fill
+    write_stamps "$device" 100 8 6 &
+    writer=$!
+    await_short
+}
+
+make_room() { rm -f full/filler*; sync -f full; }
+
+# The writer, and whatever else, has lost nothing.
+ends_well() {
+    wait "$writer" || { cat /run/vhdx-ublk/*.log; fail "a write that has waited failed"; }
+    check_stamps "$device" 100 8 6
+    check_stamps "$device" 0 4 5
+    [ "$(short_of_room "$device")" = 0 ] || fail "everything is written, and something waits: $(ublk list)"
+    [ "$(ublk list --json | jq -r '.[].health')" = ok ] || fail "$(ublk list)"
+    no_poison
+}
+
+remove() {
+    ublk del "$device"
+    ublk check "$1" >/dev/null || fail "$(ublk check "$1")"
+}
+
+# requests_wait FSTYPE SIZE
+requests_wait() {
+    local device writer flusher said log=/run/vhdx-ublk/0.log
+    waiting_host "$1" "$2"
+    dd if=/dev/urandom of="$device" bs=4k count=1 seek=768 oflag=direct conv=notrunc,fdatasync status=none &
+    flusher=$!
+    ublk list | grep -q 'host-full ([0-9]* wait for room, for [0-9]* s)' || fail "$(ublk list)"
+    ublk list | grep -q 'requests wait until the host has room' || fail "$(ublk list)"
+    ublk stats "$device" | grep -q 'the host is full: [0-9]* wait for room' || fail "$(ublk stats "$device")"
+    [ "$(ublk stats --json "$device" | jq '.[0].requests.failed')" = 0 ] || fail "a request failed"
+    [ "$(dd if="$device" bs=1M count=2 iflag=direct status=none | sha256sum)" = "$(stamps - 0 2 5 | sha256sum)" ] ||
+        fail "it cannot be read meanwhile"
+    sleep 3
+    kill -0 "$writer" || fail "the writer has ended on a full host"
+    make_room
+    wait "$flusher" || fail "a flush that came meanwhile failed"
+    wait "$writer" || { cat $log; fail "a write that has waited failed"; }
+    for said in 'requests wait until the host has room' 'the host has room again'; do
+        [ "$(grep -c "\[$(daemon_pid)\]: .*$said" $log)" = 1 ] || { cat $log; fail "not said once: $said"; }
+    done
+    check_stamps "$device" 100 8 6
+    [ "$(ublk list --json | jq -r '.[].health')" = ok ] || fail "$(ublk list)"
+    no_poison
+    remove full/disk.vhdx
+    qemu-img check -q full/disk.vhdx
+}
+
+test_full_host_lets_requests_wait_ext4() { requests_wait ext4 96M; }
+test_full_host_lets_requests_wait_xfs() { requests_wait xfs 320M; }
+test_full_host_lets_requests_wait_btrfs() { requests_wait btrfs 256M; }
+
+test_full_host_waits_through_a_kill() {
+    local device writer
+    waiting_host ext4 96M
+    for _ in 1 2; do
+        kill_daemon full/disk.vhdx
+        recovered "$device" || fail "$(cat refusal)"
+        await_short
+        kill -0 "$writer" || fail "the writer has ended on a full host"
+    done
+    make_room
+    ends_well
+    remove full/disk.vhdx
+}
+
+test_full_host_waits_through_an_upgrade() {
+    local device writer pid
+    waiting_host ext4 96M --queues 2
+    for _ in 1 2; do
+        pid=$(daemon_pid)
+        ublk upgrade "$device" || { cat /run/vhdx-ublk/0.log; fail "it is not upgraded while requests wait"; }
+        [ "$(daemon_pid)" != "$pid" ] || fail "the same daemon serves it"
+        await_short
+        kill -0 "$writer" || fail "the writer has ended on a full host"
+    done
+    make_room
+    ends_well
+    remove full/disk.vhdx
+}
+
+# The kernel would not repeat them.
+test_full_host_refuses_an_upgrade_that_fails_what_waits() {
+    local device writer
+    waiting_host ext4 96M --recovery queue
+    refused ublk upgrade "$device"
+    grep -q 'wait for room on the host, and would fail' refusal || fail "$(cat refusal)"
+    make_room
+    ends_well
+    ublk upgrade "$device"
+    remove full/disk.vhdx
+}
+
+# A snapshot does not wait for them, and they find room in the new image if its host has some.
+test_full_host_waits_through_a_snapshot() {
+    local device writer
+    waiting_host ext4 96M
+    refused ublk snapshot "$device" full/child.vhdx
+    kill -0 "$writer" || fail "the writer has ended on a full host"
+    ublk snapshot "$device" child.vhdx
+    ends_well
+    remove child.vhdx
+    qemu-img check -q full/disk.vhdx
+}
+
+test_full_host_waits_while_the_disk_grows() {
+    local device writer
+    waiting_host ext4 96M
+    ublk resize "$device" --size 1500M
+    [ "$(blockdev --getsize64 "$device")" -eq $((1500 << 20)) ] || fail "the disk has not grown"
+    await_short
+    make_room
+    ends_well
+    remove full/disk.vhdx
+}
+
+# fails_what_waits: what has waited has failed, and the image is sound.
+fails_what_waits() {
+    ! wait "$writer" || fail "there was no room, and the write succeeded"
+    [ "$(ublk list --json)" = "[]" ] || fail "$(ublk list)"
+    [ ! -e "/proc/$pid" ] || fail "the daemon is still there"
+    make_room
+    ublk check full/disk.vhdx >/dev/null || fail "$(ublk check full/disk.vhdx)"
+    device=$(ublk add full/disk.vhdx)
+    check_stamps "$device" 0 4 5
+    ublk del "$device"
+}
+
+test_full_host_is_no_reason_to_keep_a_device() {
+    local device writer pid
+    waiting_host ext4 96M
+    pid=$(daemon_pid)
+    refused ublk del "$device"
+    [ "$(short_of_room "$device")" != 0 ] || fail "a refusal has failed what waits"
+    ublk del --force "$device" 2>said || fail "$(cat said)"
+    grep -q 'requests that wait for room on the host fail: [1-9]' said || fail "$(cat said)"
+    ! grep -q 'was killed' said || fail "$(cat said)"
+    fails_what_waits
+
+    begin_to_wait
+    pid=$(daemon_pid)
+    kill "$pid"
+    sleep 1
+    kill "$pid"
+    for _ in $(seq 200); do [ -e "/proc/$pid" ] || break; sleep 0.05; done
+    fails_what_waits
+}

@@ -396,6 +396,36 @@ fn what_may_find_room_later_waits_and_nothing_else() {
     }
 }
 
+/// Of thousands that wait, one that ends has all others follow, on the small stack of a thread.
+#[test]
+fn what_waits_for_room_fails_once_writing_fails_for_good() {
+    let thread = std::thread::Builder::new().stack_size(512 << 10).spawn(fail_what_waits);
+    thread.expect("memory").join().expect("it does not panic");
+}
+
+fn fail_what_waits() {
+    const WRITES: u64 = 1999;
+    let faults = Faults { waits: true, full: u32::MAX, ..Faults::NONE };
+    let config = Config { requests: 0, fronts: 1, depth: 2000, faults, ..Config::small() };
+    let mut rng = Rng::with_seed(1);
+    let content = new_image(&config, &mut rng);
+    let mut world = World::open(config.clone(), content, config.oracle(), rng.fork());
+    world.request(Op::Write { durable: false }, 0, 4096);
+    world.drain();
+    world.disk().set_full(true);
+    (0..WRITES).for_each(|n| world.request(Op::Write { durable: false }, (1 << 20) + n * 512, 512));
+    while world.short_of_room() < usize::try_from(WRITES).expect("few") {
+        assert!(world.step());
+    }
+    assert!(world.failures.is_empty());
+    world.lose(libc::EIO);
+    world.request(Op::Flush, 0, 0);
+    world.drain();
+    assert_eq!((world.session(), world.short_of_room()), (Session::Poisoned, 0));
+    assert!(world.failures.iter().all(|(_, errno)| *errno == libc::EIO), "{:?}", world.failures);
+    assert_eq!(world.failures.len() as u64, WRITES + 1);
+}
+
 /// A block that is there, durably, and was overwritten since.
 fn world_with_overwrite(rng: &mut Rng) -> World {
     let config = Config { requests: 0, ..Config::small() };

@@ -42,6 +42,7 @@ impl<E: EngineHandle> Device<E> {
                 reply.send(outcome.and_then(|grown| self.tell_size(grown)));
             }
             Call::Merge { layer, job, reply } => self.merge(layer, job, reply),
+            Call::EndWaits { reply } => reply.send(Ok(self.end_waits())),
             Call::HandOver { reply, .. } if self.growing > 0 => reply.send(Err(self.is_growing())),
             Call::HandOver { reply, .. } if self.jobs.is_merging() => reply.send(Err(self.is_merging())),
             Call::HandOver { image_file, successor, reply } => {
@@ -49,6 +50,17 @@ impl<E: EngineHandle> Device<E> {
             }
         }
         false
+    }
+
+    /// Before the device is stopped: requests that wait for room fail, now and from now on. How many there
+    /// are.
+    pub(super) fn end_waits(&self) -> u64 {
+        let requests = self.sources.shortage().map_or(0, |shortage| shortage.requests);
+        if requests > 0 {
+            tracing::warn!("the device ends, and requests that wait for room on the host fail: {requests}");
+        }
+        self.supervisor.end_waits();
+        requests
     }
 
     fn snapshot(&self, image: PathBuf, reply: Reply<Snapped>) {

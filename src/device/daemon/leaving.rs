@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use super::Device;
 use crate::device::control;
 use crate::device::handover::{self, QUIESCE_PATIENCE, SETTLE_PATIENCE, Way};
+use crate::device::options::Recovery;
 use crate::device::order::HandedOver;
 use crate::device::reply::Reply;
 use crate::device::spec::EngineHandle;
@@ -37,6 +38,10 @@ impl<E: EngineHandle> Device<E> {
                 // What is not completed or not synced now is the successor's, as after a kill. If a sync
                 // fails, it refuses the session.
                 let is_quiescable = self.is_quiescable();
+                if !self.is_repeated() {
+                    // One that began to wait just now: the kernel would fail it with another error.
+                    self.supervisor.end_waits();
+                }
                 let engine = self.engine.as_ref().expect("a device that is up has an engine");
                 if is_quiescable
                     && let Err(error) = self.supervisor.hand_over(|| engine.settle(false, SETTLE_PATIENCE))
@@ -59,6 +64,9 @@ impl<E: EngineHandle> Device<E> {
     fn agree(&self, image_file: HostFile) -> Result<Way> {
         let entry = || self.entry.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let way = handover::way(entry().recovery, self.is_quiescable())?;
+        if self.sources.shortage().is_some() && !self.is_repeated() {
+            return Err(self.is_short_of_room());
+        }
         // Snapshots that were requested before are taken first, and change the entry.
         self.engine().settle(false, SETTLE_PATIENCE)?;
         if entry().image_file != image_file {
@@ -76,6 +84,19 @@ impl<E: EngineHandle> Device<E> {
             Way::Hold => self.engine().settle(true, SETTLE_PATIENCE)?,
         }
         Ok(handed_over)
+    }
+
+    /// Whether the kernel repeats to the next process what this one has not completed.
+    fn is_repeated(&self) -> bool {
+        self.entry.lock().unwrap_or_else(PoisonError::into_inner).recovery == Recovery::Reissue
+    }
+
+    fn is_short_of_room(&self) -> Error {
+        let message = format!(
+            "requests of {} wait for room on the host, and would fail: it was added with --recovery queue",
+            self.path().display()
+        );
+        Error::new(Kind::InUse, message).remedy("free space there, and run the command again")
     }
 
     fn is_quiescable(&self) -> bool {

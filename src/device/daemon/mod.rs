@@ -38,7 +38,7 @@ use crate::device::links::{self, Names};
 use crate::device::log_file;
 use crate::device::mailbox::{EngineEnds, FrontEnds, mailboxes};
 use crate::device::node::{Node, await_node};
-use crate::device::options::{Options, Recovery, ZeroCopy};
+use crate::device::options::{OnFull, Options, Recovery, ZeroCopy};
 use crate::device::private_mounts;
 use crate::device::queue::{BufferIndex, QueueSetup, RingSetup, Transfer};
 use crate::device::reclaim::Reclaim;
@@ -214,10 +214,9 @@ impl<E: EngineHandle> Device<E> {
         }
         let info = control.add(&new)?;
         let (name, for_mount, private) = (options.name.clone(), options.for_mount, options.private);
-        let Options { private_mounts, no_partitions, reclaim, .. } = *options;
-        let described = describe(&info, spec, daemon);
-        let entry =
-            Entry { name, for_mount, private, private_mounts, no_partitions, recovery, reclaim, ..described };
+        let Options { private_mounts, no_partitions, reclaim, on_full, .. } = *options;
+        let described = Entry { recovery, reclaim, on_full, ..describe(&info, spec, daemon) };
+        let entry = Entry { name, for_mount, private, private_mounts, no_partitions, ..described };
         let written = registry.forget_request(entry.id);
         let written = written.and_then(|()| locked.mark_untrusted(entry.id, options.untrusted));
         let written = written.and_then(|()| locked.write(&entry));
@@ -334,7 +333,8 @@ impl<E: EngineHandle> Device<E> {
         let report = move || {
             let shared = served_now(&handover, &first);
             let (leaving, job) = (leaving.load(Ordering::Acquire), jobs.progress());
-            let status = Status { job, leaving, ..status_of(&shared) };
+            let short_of_room = sources.shortage();
+            let status = Status { job, leaving, short_of_room, ..status_of(&shared) };
             Report { status, stats: sources.stats(&shared) }
         };
         socket::listen(&self.registry.socket_path(self.info.id), report, self.supervisor.caller())?;
@@ -475,12 +475,20 @@ impl<E: EngineHandle> Device<E> {
                 wake: ends.wake,
                 counts: self.sources.queues[usize::from(queue)].clone(),
             },
-            front: Front::new(spec.shared.upgrade().expect("its engine has it"), self.info.depth),
+            front: self.front(spec.shared.upgrade().expect("its engine has it")),
             receiver: ends.receiver,
             cpus: self.control.queue_cpus(self.info.id, queue)?,
             may_scan: self.may_scan,
         };
         self.supervisor.start(setup)
+    }
+
+    fn front(&self, shared: Arc<Shared>) -> Front {
+        let front = Front::new(shared, self.info.depth);
+        match self.entry.lock().unwrap_or_else(PoisonError::into_inner).on_full {
+            OnFull::Fail => front,
+            OnFull::Wait => front.waiting_for_room(),
+        }
     }
 
     /// The way down, unless there is none: the device stays for the next process.
@@ -515,6 +523,7 @@ impl<E: EngineHandle> Device<E> {
     /// Stops the device and waits until no request is left.
     fn stop(&mut self) -> Result<()> {
         self.supervisor.settle()?;
+        self.end_waits();
         self.control.stop(self.info.id)?;
         self.supervisor.drain()
     }
@@ -563,6 +572,7 @@ fn status_of(shared: &Shared) -> Status {
         last_warning: warnings::last(),
         job: None,
         leaving: false,
+        short_of_room: None,
     }
 }
 
@@ -624,6 +634,7 @@ fn describe(info: &DeviceInfo, spec: &DeviceSpec, daemon: ProcessId) -> Entry {
         no_partitions: false,
         recovery: Recovery::None,
         reclaim: Reclaim::OFF,
+        on_full: OnFull::Fail,
         zero_copy: features::is_in_place(info.flags),
         sparse: spec.sparse,
         file_write_guid: spec.file_write_guid,

@@ -6,7 +6,7 @@
 //! * a tag is with the kernel (its command is out), with the front (its request is being served), or ended;
 //!   [`Port::complete`] takes it from the front back to the kernel, exactly once per request;
 //! * everything pushed in a batch is submitted by the one `io_uring_enter` that also waits:
-//!   [`QueueRing::wait`]. It has no timeout, so an idle queue never wakes up;
+//!   [`QueueRing::wait`]. It has no timeout, so an idle queue never wakes up, unless requests wait for room;
 //! * the buffers and the eventfd's eight bytes outlive all I/O: a ring that fails is leaked, not dropped.
 #![allow(unsafe_code, reason = "pushing a submission gives the kernel a pointer")]
 
@@ -16,9 +16,9 @@ use std::iter;
 use std::mem::offset_of;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
-use io_uring::types::{Fd, Fixed, FsyncFlags};
+use io_uring::types::{Fd, Fixed, FsyncFlags, SubmitArgs, Timespec};
 use io_uring::{IoUring, opcode, squeue};
 use libublk::sys;
 use nix::errno::Errno;
@@ -209,7 +209,7 @@ impl QueueRing {
             assert_eq!(before, Holder::Unfetched, "tag {tag} is fetched once");
             self.push_offer(tag, sys::UBLK_U_IO_FETCH_REQ, 0);
         }
-        self.enter(0)
+        self.enter(0, None)
     }
 
     /// Has the other side's next write of the eventfd, or the last one that was not yet read, end a wait.
@@ -228,9 +228,10 @@ impl QueueRing {
         }
     }
 
-    /// Submits what was pushed, and sleeps until something has come back.
-    pub(super) fn wait(&mut self) -> Result<()> {
-        self.enter(1)
+    /// Submits what was pushed, and sleeps until something has come back, or for so long, if there is a
+    /// limit.
+    pub(super) fn wait(&mut self, limit: Option<Duration>) -> Result<()> {
+        self.enter(1, limit)
     }
 
     /// The next thing that came back, if there is one.
@@ -275,7 +276,7 @@ impl QueueRing {
     /// Announces what was sent and submits what was pushed, without sleeping.
     pub(super) fn exchange(&mut self) -> Result<()> {
         self.announce();
-        self.enter(0)
+        self.enter(0, None)
     }
 
     /// Everything that was pushed is with the kernel.
@@ -283,10 +284,10 @@ impl QueueRing {
         self.uring.submission().is_empty()
     }
 
-    /// No request is here: every tag is with the kernel, or has ended.
-    pub(super) fn serves_nothing(&self) -> bool {
-        let is_served = |holder: &Holder| matches!(holder, Holder::Registering | Holder::Front { .. });
-        self.file_io_in_flight == 0 && !self.holders.iter().any(is_served)
+    /// No request is here but `resting` ones: every other tag is with the kernel, or has ended.
+    pub(super) fn serves_only(&self, resting: usize) -> bool {
+        let is_served = |holder: &&Holder| matches!(holder, Holder::Registering | Holder::Front { .. });
+        self.file_io_in_flight == 0 && self.holders.iter().filter(is_served).count() == resting
     }
 
     /// Every tag has ended: the kernel has nothing left for this queue.
@@ -393,6 +394,12 @@ impl QueueRing {
         }
     }
 
+    /// Notes how many requests wait for room.
+    pub(super) fn short_of_room(&self, requests: usize) {
+        let now = SystemTime::UNIX_EPOCH.elapsed().map_or(0, |time| time.as_secs());
+        self.setup.counts.short_of_room(requests as u64, now);
+    }
+
     /// A command that offers `tag` to the kernel.
     fn push_offer(&mut self, tag: u16, op: u32, result: i32) {
         let (address, submission_address) = self.buffers.offer(tag);
@@ -411,16 +418,23 @@ impl QueueRing {
         // SAFETY: the pointers in an entry lead into regions of this ring, which outlive it, are offsets in
         // pages that the kernel has registered, or are none.
         while unsafe { self.uring.submission().push(&entry) }.is_err() {
-            self.enter(0).expect("a full submission queue can be submitted");
+            self.enter(0, None).expect("a full submission queue can be submitted");
         }
     }
 
-    /// Submits everything and waits for `want` completions.
-    fn enter(&mut self, want: usize) -> Result<()> {
+    /// Submits everything and waits for `want` completions, or for so long, if there is a limit.
+    fn enter(&mut self, want: usize, limit: Option<Duration>) -> Result<()> {
         let mut shortages = 0;
         loop {
-            let Err(error) = self.uring.submitter().submit_and_wait(want) else { return Ok(()) };
+            let entered = match limit.map(Timespec::from) {
+                None => self.uring.submitter().submit_and_wait(want),
+                Some(limit) => {
+                    self.uring.submitter().submit_with_args(want, &SubmitArgs::new().timespec(&limit))
+                }
+            };
+            let Err(error) = entered else { return Ok(()) };
             match error.raw_os_error() {
+                Some(libc::ETIME) => return Ok(()),
                 Some(libc::EINTR) => {}
                 Some(libc::EAGAIN) if shortages < MAX_SHORTAGES => {
                     shortages += 1;

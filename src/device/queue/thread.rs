@@ -4,7 +4,11 @@
 //! back for good and its front is idle; *over* when the device says so. Between drained and over it still
 //! answers the engine's barriers, so that the engine can close the image in its own order.
 //!
-//! A queue whose device the kernel has quiesced, for another program, is drained when it serves no request.
+//! While requests wait for room on the host, some are tried again every second. Before the kernel stops the
+//! device they fail, as it waits for them.
+//!
+//! A queue whose device the kernel has quiesced, for another program, is drained when it serves no request;
+//! those that wait for room are the other program's.
 //! The tags that it offers then never get one. When the image is complete it gives up what it holds. Requests
 //! wait, so it is not ended by itself: the end of the process takes the tags of all queues back at once.
 //!
@@ -14,6 +18,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 use libublk::sys::UBLK_IO_RES_ABORT;
 use nix::sys::eventfd::EventFd;
@@ -25,6 +30,9 @@ use crate::device::sys;
 use crate::engine::front::Front;
 use crate::engine::message::ToFront;
 use crate::error::{Doing, Error, Kind, Result};
+
+/// The time between two tries of requests that wait for room.
+const TRY_PERIOD: Duration = Duration::from_secs(1);
 
 /// What a queue is made of.
 pub(in crate::device) struct QueueSetup {
@@ -71,6 +79,8 @@ struct Calls {
     over: AtomicBool,
     /// The kernel has quiesced the device.
     quiesced: AtomicBool,
+    /// The kernel is about to stop the device: no request waits for room.
+    waits_end: AtomicBool,
 }
 
 impl Queue {
@@ -92,6 +102,12 @@ impl Queue {
     /// The kernel has quiesced the device: the queue completes what it serves.
     pub(in crate::device) fn hand_over(&self) {
         self.calls.quiesced.store(true, Ordering::Release);
+        wake_up(&self.wake);
+    }
+
+    /// The device is about to be stopped: requests that wait for room fail, now and from now on.
+    pub(in crate::device) fn end_waits(&self) {
+        self.calls.waits_end.store(true, Ordering::Release);
         wake_up(&self.wake);
     }
 
@@ -120,7 +136,7 @@ fn serve(setup: QueueSetup, calls: Arc<Calls>, report: &dyn Fn(Report)) {
         }
     }
     let mut server = match QueueRing::new(setup.ring) {
-        Ok(ring) => Server { front: setup.front, receiver: setup.receiver, ring, calls },
+        Ok(ring) => Server::new(setup.front, setup.receiver, ring, calls),
         Err(error) => return report(Report::Unready(error)),
     };
     let begun = server.begin();
@@ -174,9 +190,17 @@ struct Server {
     receiver: Receiver<ToFront>,
     ring: QueueRing,
     calls: Arc<Calls>,
+    /// When requests that wait for room are tried again, if any wait.
+    next_try: Option<Instant>,
+    /// How many wait, as reports know it.
+    short_of_room: usize,
 }
 
 impl Server {
+    fn new(front: Front, receiver: Receiver<ToFront>, ring: QueueRing, calls: Arc<Calls>) -> Self {
+        Self { front, receiver, ring, calls, next_try: None, short_of_room: 0 }
+    }
+
     fn begin(&mut self) -> Result<()> {
         self.ring.fetch_all()?;
         self.handle_events()?;
@@ -206,6 +230,8 @@ impl Server {
         while !self.calls.over.load(Ordering::Acquire) {
             self.turn()?;
         }
+        // A request that waited for room may have failed in the last turn.
+        self.ring.exchange()?;
         Ok(End::HandedOver)
     }
 
@@ -216,7 +242,7 @@ impl Server {
         loop {
             self.ring.exchange()?;
             self.handle_events()?;
-            if !(self.ring.serves_nothing() && self.front.is_idle()) {
+            if !(self.ring.serves_only(self.front.resting()) && self.front.is_at_rest()) {
                 return Ok(false);
             }
             if self.ring.is_submitted() {
@@ -233,13 +259,36 @@ impl Server {
         self.ring.announce();
         let may_sleep = self.receiver.may_sleep();
         if may_sleep {
-            self.ring.wait()?;
+            self.ring.wait(self.next_try.map(|at| at.saturating_duration_since(Instant::now())))?;
         }
         self.receiver.awake();
         if !may_sleep {
             self.take_messages();
         }
-        self.handle_events()
+        self.handle_events()?;
+        self.tend_short_of_room();
+        Ok(())
+    }
+
+    /// Has requests that wait for room fail if they are to, or some of them tried again if it is time. Those
+    /// of a quiesced device are the next process's.
+    fn tend_short_of_room(&mut self) {
+        if self.calls.waits_end.load(Ordering::Acquire) {
+            self.front.end_waits(&mut self.ring);
+        }
+        if self.front.resting() == 0 || self.calls.quiesced.load(Ordering::Acquire) {
+            self.next_try = None;
+        } else {
+            let now = Instant::now();
+            if self.next_try.is_some_and(|at| at <= now) {
+                self.front.try_again(&mut self.ring);
+            }
+            self.next_try = self.next_try.filter(|at| *at > now).or(Some(now + TRY_PERIOD));
+        }
+        let short_of_room = self.front.short_of_room();
+        if std::mem::replace(&mut self.short_of_room, short_of_room) != short_of_room {
+            self.ring.short_of_room(short_of_room);
+        }
     }
 
     fn handle_events(&mut self) -> Result<()> {

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::device::name::Name;
-use crate::device::options::{Recovery, Salvage};
+use crate::device::options::{OnFull, Recovery, Salvage};
 use crate::device::path;
 use crate::device::process::ProcessId;
 use crate::device::reclaim::Reclaim;
@@ -83,6 +83,9 @@ pub struct Entry {
     /// Whether it compacts its image when it is idle.
     #[serde(default, skip_serializing_if = "Reclaim::is_off")]
     pub reclaim: Reclaim,
+    /// What becomes of requests for which the host has no room.
+    #[serde(default, skip_serializing_if = "OnFull::is_fail")]
+    pub on_full: OnFull,
     /// The data of requests is not copied.
     #[serde(default)]
     pub zero_copy: bool,
@@ -213,6 +216,7 @@ pub(crate) mod tests {
             salvage: None,
             no_partitions: false,
             reclaim: Reclaim::OFF,
+            on_full: OnFull::Fail,
             recovery: Recovery::Reissue,
             sparse: Sparse::Auto,
             zero_copy: false,

@@ -92,6 +92,16 @@ pub(in crate::device) fn hand_over(path: &Path, image_file: HostFile) -> Result<
     send(path, &Command::HandOver { image_file }, ANSWER_DEADLINE)
 }
 
+/// Has the daemon that listens at `path` fail the requests that wait for room, now and from now on. How many
+/// there are.
+///
+/// # Errors
+///
+/// As [`snapshot`].
+pub(in crate::device) fn end_waits(path: &Path) -> Result<u64> {
+    send(path, &Command::EndWaits, LINE_DEADLINE)
+}
+
 /// Requests the status of its device from the daemon that listens at `path`.
 ///
 /// # Errors

@@ -22,8 +22,8 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-pub(super) use client::hand_over;
 pub use client::{compact, grow, merge, report, snapshot, status};
+pub(super) use client::{end_waits, hand_over};
 pub(super) use server::listen;
 
 use super::job::Progress;
@@ -33,6 +33,7 @@ use super::stats::Stats;
 use super::warnings::Warning;
 use super::wire::Failure;
 use crate::disk::HostFile;
+use crate::engine::port_counts::Shortage;
 use crate::error::{Doing, Error, Kind, Result};
 
 /// The version of the protocol.
@@ -81,6 +82,8 @@ pub enum Command {
         /// That image: the daemon refuses if it serves another one by now.
         image_file: HostFile,
     },
+    /// Have requests fail that wait for room, now and from now on: the device is about to be stopped.
+    EndWaits,
     /// Report the status of the device.
     Status,
     /// Report what the device has done.
@@ -105,6 +108,9 @@ pub struct Status {
     /// The daemon is handing its device over, and ends.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub leaving: bool,
+    /// The requests that wait until the host has room, if any do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub short_of_room: Option<Shortage>,
 }
 
 /// What a daemon knows of its device.

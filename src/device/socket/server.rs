@@ -114,6 +114,10 @@ fn serve_client(
             let outcome = ask(stream, "the handover of the device", pass_on, call);
             write_answer(stream, outcome.and_then(|done| json(&done)))
         }
+        Ok(Command::EndWaits) => {
+            let outcome = ask(stream, "the end of waits", pass_on, |reply| Call::EndWaits { reply });
+            write_answer(stream, outcome.and_then(|requests| json(&requests)))
+        }
         Err(error) => write_answer(stream, Err(error)),
     };
     // A caller that has left misses nothing.
@@ -256,7 +260,10 @@ mod tests {
         assert!(refusal(&line.replace(":1", ":2")).contains("version 1, not 2"));
         assert!(refusal(&line.replace("snapshot", "dance")).contains("dance"));
         assert!(refusal("hello").contains("does not understand"));
-        assert_eq!(parse(r#"{"version":1,"command":"status"}"#).expect("understood"), Command::Status);
+        for (word, command) in [("status", Command::Status), ("endwaits", Command::EndWaits)] {
+            let line = format!(r#"{{"version":1,"command":"{word}"}}"#);
+            assert_eq!(parse(&line).expect("understood"), command);
+        }
         let line = r#"{"version":1,"command":{"handover":{"image_file":{"device":1,"inode":2}}}}"#;
         let image_file = HostFile { device: 1, inode: 2 };
         let grow = r#"{"version":1,"command":{"grow":{"from_bytes":512,"to_bytes":1024}}}"#;
@@ -353,6 +360,7 @@ mod tests {
                     Call::HandOver { reply, .. } => reply.send(Err(refusal())),
                     Call::Grow { reply, .. } => reply.send(Err(refusal())),
                     Call::Merge { reply, .. } => reply.send(Err(refusal())),
+                    Call::EndWaits { reply } => reply.send(Ok(7)),
                     Call::Compact { .. } => unreachable!("no test calls it"),
                     Call::HasGrown { .. } | Call::Reclaimed(_) => panic!("no client makes it"),
                 }
@@ -374,5 +382,9 @@ mod tests {
         assert_eq!(error.kind(), expected, "{error}");
         let error = crate::device::socket::hand_over(&path, HostFile { device: 1, inode: 2 });
         assert_eq!(error.expect_err("refused").kind(), expected);
+        match crate::device::socket::end_waits(&path) {
+            Ok(requests) => assert_eq!(requests, 7),
+            Err(error) => assert_eq!(error.kind(), Kind::Permission, "{error}"),
+        }
     }
 }

@@ -8,7 +8,8 @@ use super::How;
 use crate::device::control::{Control, POLL_INTERVAL};
 use crate::device::launch;
 use crate::device::process::Life;
-use crate::device::registry::Entry;
+use crate::device::registry::{Entry, Registry};
+use crate::device::socket;
 use crate::device::usage;
 use crate::error::{Error, Kind, Result};
 
@@ -17,20 +18,42 @@ const PASSING_PATIENCE: Duration = Duration::from_secs(3);
 
 /// Has the kernel stop the device, which its daemon then notices. Does nothing if only the death of the
 /// daemon helps, or it is dead.
-pub(super) fn stop_device(control: Option<&Control>, entry: &Entry, how: &How, until: Instant) -> Result<()> {
+pub(super) fn stop_device(
+    registry: &Registry,
+    control: Option<&Control>,
+    entry: &Entry,
+    how: &How,
+    until: Instant,
+) -> Result<()> {
     let life = entry.daemon.life();
     if !how.force {
         if life == Life::Stopped {
             return Err(is_stopped(entry));
         }
-        return stop_unused(control, entry, until);
+        return stop_unused(registry, control, entry, until);
     }
-    if matches!(life, Life::Runs | Life::Hidden)
-        && let Err(error) = stop_apart(entry.id, entry.mark, Openers::Any, until)
-    {
-        tracing::warn!("{error:#}");
+    if matches!(life, Life::Runs | Life::Hidden) {
+        end_waits(registry, entry);
+        if let Err(error) = stop_apart(entry.id, entry.mark, Openers::Any, until) {
+            tracing::warn!("{error:#}");
+        }
     }
     Ok(())
+}
+
+/// The kernel's stop waits for the requests that are served: those that wait for room are to fail.
+fn end_waits(registry: &Registry, entry: &Entry) {
+    if entry.on_full.is_fail() {
+        return;
+    }
+    let device = entry.device.display();
+    match socket::end_waits(&registry.socket_path(entry.id)) {
+        Ok(0) => {}
+        Ok(requests) => {
+            tracing::warn!("{device} ends, and requests that wait for room on the host fail: {requests}");
+        }
+        Err(error) => tracing::warn!("{device}: requests may still wait for room on the host: {error:#}"),
+    }
 }
 
 fn is_stopped(entry: &Entry) -> Error {
@@ -42,7 +65,7 @@ fn is_stopped(entry: &Entry) -> Error {
 }
 
 /// Stops a device that is not in use. Waits for users that leave by themselves.
-fn stop_unused(control: Option<&Control>, entry: &Entry, until: Instant) -> Result<()> {
+fn stop_unused(registry: &Registry, control: Option<&Control>, entry: &Entry, until: Instant) -> Result<()> {
     let decides = control.is_some_and(Control::has_safe_stop);
     let patience = Instant::now() + PASSING_PATIENCE;
     loop {
@@ -51,6 +74,9 @@ fn stop_unused(control: Option<&Control>, entry: &Entry, until: Instant) -> Resu
             return Err(in_use(entry, &users.lasting));
         }
         let openers = if decides { Openers::None } else { Openers::Any };
+        if openers == Openers::Any && users.passing.is_empty() {
+            end_waits(registry, entry);
+        }
         if (decides || users.passing.is_empty()) && stop_apart(entry.id, entry.mark, openers, until)? {
             return Ok(());
         }

@@ -150,7 +150,7 @@ pub fn stop(registry: &Registry, entry: &Entry, how: &How) -> Result<()> {
         return Err(lies_on_waiting(entry, below));
     }
     if matches!(state, Some(State::Live | State::Quiesced | State::FailIo)) {
-        stop_device(control.as_ref(), entry, how, until)?;
+        stop_device(registry, control.as_ref(), entry, how, until)?;
     }
     end_daemon(registry, entry, state, how, until)?;
     // A daemon that has ended in order has removed its entry. The entry of a new device with this number

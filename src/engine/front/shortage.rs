@@ -25,6 +25,9 @@ pub(super) struct Shortage {
     waiting: VecDeque<(Request, Ticket)>,
     /// Requests that have waited and are being served again.
     tried: usize,
+    /// All of them are being tried. Each may end at once, which must not try the others again inside of that:
+    /// there may be thousands, and the stack is bounded.
+    all_tried: bool,
 }
 
 impl Shortage {
@@ -109,9 +112,13 @@ impl Front {
         if succeeded {
             troubles.found_room();
         }
+        if std::mem::replace(&mut self.shortage.all_tried, true) {
+            return;
+        }
         for _ in 0..self.shortage.waiting.len() {
             self.try_next(port);
         }
+        self.shortage.all_tried = false;
     }
 
     fn try_next<P: Port>(&mut self, port: &mut P) {

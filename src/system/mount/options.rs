@@ -3,8 +3,8 @@
 use crate::error::{Error, Kind, Result};
 
 /// The options that say how the device is made: all take a value, and are options of `add` by the same names.
-const OF_DEVICE: [&str; 8] =
-    ["parent", "parent-map", "queues", "depth", "zero-copy", "recovery", "name", "sparse"];
+const OF_DEVICE: [&str; 9] =
+    ["parent", "parent-map", "queues", "depth", "zero-copy", "recovery", "name", "sparse", "on-full"];
 
 /// Flags of the device, options of `add` by the same names, and whether such a device can be written to.
 const FLAGS: [(&str, bool); 3] = [("assume", true), ("salvage", false), ("untrusted", false)];
