@@ -110,6 +110,7 @@ pub fn scenarios() -> Vec<Scenario> {
     all.extend(moving());
     all.extend(discarding());
     all.extend(losses());
+    all.extend(overwrites());
     all.extend(full_hosts());
     all.extend(waiting());
     all.extend(dense_hosts());
@@ -241,6 +242,22 @@ fn losses() -> [Scenario; 2] {
     [
         Scenario::swarm("lost-writes", 30, Config { faults: lost_writes, ..config.clone() }),
         Scenario::swarm("lost-cache", 30, Config { faults: lost_cache, ..config }),
+    ]
+}
+
+/// Hardly anything but overwrites: most flushes have nothing to log, and fronts sync side by side.
+fn overwrites() -> [Scenario; 4] {
+    let mut config = Config { blocks: (0..3).collect(), depth: 2, weights: [50, 4, 5, 60, 1, 1], ..tiny() };
+    config.image.virtual_size = 3 << 20;
+    let failing = Faults { sync: true, unseen: 3, ..Faults::NONE };
+    let lost_cache = Faults { loss: Some(Loss::Cache), unseen: 2, ..Faults::NONE };
+    let killed = Faults { death: 150, lost_with_death: true, ..Faults::NONE };
+    let with = |faults| Config { faults, ..config.clone() };
+    [
+        Scenario::swarm("overwrites", 15, config.clone()),
+        Scenario::swarm("overwrites-failed-sync", 15, with(failing)),
+        Scenario::swarm("overwrites-lost-cache", 15, with(lost_cache)),
+        Scenario::swarm("overwrites-killed", 10, with(killed)),
     ]
 }
 
