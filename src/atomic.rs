@@ -137,6 +137,11 @@ mod modelled {
 
     impl AtomicBool {
         /// As the standard library's.
+        pub fn new(value: bool) -> Self {
+            Self(loom::sync::atomic::AtomicBool::new(value))
+        }
+
+        /// As the standard library's.
         pub fn load(&self, order: Ordering) -> bool {
             self.0.load(order)
         }

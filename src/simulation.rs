@@ -241,6 +241,10 @@ pub enum Plant {
     RelaxedLook,
     /// A durable write has ended before its failure has poisoned.
     EndBeforePoison,
+    /// Whoever finds no page marked may not see that a cycle has taken the marks.
+    RelaxedCount,
+    /// A cycle takes marks in no order with saying so.
+    RelaxedUncount,
     /// A front answers a barrier or a fence while what it waits for is under way.
     EarlyAnswer,
 }
@@ -347,7 +351,7 @@ impl Plant {
     ];
 
     /// Those that show where threads run side by side.
-    pub const OF_THREADS: [Self; 18] = [
+    pub const OF_THREADS: [Self; 20] = [
         Self::SkipSleepFence,
         Self::SkipSendFence,
         Self::LookFirst,
@@ -365,6 +369,8 @@ impl Plant {
         Self::RelaxedEnd,
         Self::RelaxedLook,
         Self::EndBeforePoison,
+        Self::RelaxedCount,
+        Self::RelaxedUncount,
         Self::EarlyAnswer,
     ];
 }

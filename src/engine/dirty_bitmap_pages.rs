@@ -52,7 +52,7 @@ impl DirtyBitmapPages {
     /// How many pages are marked.
     #[inline]
     pub(super) fn count(&self) -> usize {
-        self.count.load(Ordering::Acquire)
+        self.count.load(ordered(Plant::RelaxedCount, Ordering::Acquire))
     }
 
     /// Whether a page of the bitmap of `chunk` may be marked.
@@ -128,8 +128,9 @@ impl DirtyBitmapPages {
                 taken.extend((0..PAGES_PER_CHUNK).filter(marked).map(|page| Page::Bitmap { chunk, page }));
             }
         }
-        // A front that misses these finds the flag that the caller has set.
-        let before = self.count.fetch_sub(taken.len(), Ordering::Release);
+        // Whoever finds them gone finds the flag that the caller has set.
+        let order = ordered(Plant::RelaxedUncount, Ordering::Release);
+        let before = self.count.fetch_sub(taken.len(), order);
         assert!(before >= taken.len(), "a mark is counted before it can be taken");
         taken
     }

@@ -37,7 +37,7 @@ pub struct Shared {
     /// That a file has lost its end was logged.
     cut_was_said: AtomicBool,
     /// What the engine has to log.
-    pub(super) unlogged: Unlogged,
+    pub unlogged: Unlogged,
     /// Durable writes of the fronts, and syncs of theirs and the engine's, whose end has not been seen.
     unseen: AtomicU32,
 }
@@ -153,7 +153,7 @@ impl Shared {
     /// Whether a sync of the file makes everything durable that was acknowledged: see `engine/unlogged` for
     /// the order of the two looks.
     #[inline]
-    pub(super) fn is_logged(&self) -> bool {
+    pub fn is_logged(&self) -> bool {
         let has_marks = self.dirty_bitmap_pages.count() > 0 && !planted(Plant::SyncOverBits);
         !has_marks && !self.unlogged.is_set()
     }

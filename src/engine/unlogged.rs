@@ -28,11 +28,10 @@
 //! sync that made the page durable. Of A's marks B finds the count, or its decrease by a cycle (acquire and
 //! release), which had set the flag before. So B loads the count first and the flag after it.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use crate::atomic::{AtomicBool, Ordering};
 
 /// See the module's head.
-#[derive(Debug)]
-pub(super) struct Unlogged(AtomicBool);
+pub struct Unlogged(AtomicBool);
 
 impl Default for Unlogged {
     /// That of an engine that begins.
@@ -43,18 +42,18 @@ impl Default for Unlogged {
 
 impl Unlogged {
     /// The engine is about to make something visible that a flush has to log, or to take marks of fronts.
-    pub(super) fn set(&self) {
+    pub fn set(&self) {
         self.0.store(true, Ordering::Release);
     }
 
     /// Everything that was made visible is durable.
-    pub(super) fn clear(&self) {
+    pub fn clear(&self) {
         self.0.store(false, Ordering::Release);
     }
 
     /// Whether the engine has something to log.
     #[inline]
-    pub(super) fn is_set(&self) -> bool {
+    pub fn is_set(&self) -> bool {
         self.0.load(Ordering::Acquire)
     }
 }

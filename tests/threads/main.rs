@@ -7,6 +7,7 @@
 //! from one of its steps to the next, is for the simulator.
 
 mod explore;
+mod flush;
 mod front;
 mod mailbox;
 mod map;
@@ -40,6 +41,11 @@ fn a_sector_that_was_written_is_in_the_next_copy() {
 }
 
 #[test]
+fn a_flush_is_a_sync_only_where_everything_is_logged() {
+    holds(&flush::MODEL);
+}
+
+#[test]
 fn what_was_seen_of_the_map_is_there_and_what_is_durable_was_logged() {
     holds(&map::MODEL);
 }
@@ -65,6 +71,7 @@ fn catch_for(planted: Plant) -> (&'static Model, &'static str) {
         | Plant::ChunkBeforePage
         | Plant::RelaxedFind
         | Plant::RelaxedBits => (&marks::ONE_SECTOR, marks::LOST),
+        Plant::RelaxedCount | Plant::RelaxedUncount => (&flush::MODEL, flush::NOT_LOGGED),
         Plant::RelaxedPublish | Plant::RelaxedLookup => (&map::MODEL, map::PASSED_OVER),
         Plant::IgnoreChange => (&map::MODEL, map::NOT_LOGGED),
         Plant::EarlyAnswer | Plant::IgnoreMove => (&moves::MODEL, moves::LEFT_BEHIND),
@@ -99,8 +106,10 @@ fn every_planted_order_is_caught() {
     assert!(missed.is_empty(), "not caught: {missed:#?}");
 }
 
-/// The engine takes the marks before it copies the pages: that order is one thread's own.
+/// The engine takes the marks before it copies the pages, and sets its flag before it takes them: each of
+/// these orders is one thread's own.
 #[test]
-fn a_cycle_that_copies_first_is_caught() {
+fn a_cycle_that_copies_or_takes_first_is_caught() {
     assert_eq!(catches(None, &marks::COPY_FIRST, marks::LOST), Ok(()));
+    assert_eq!(catches(None, &flush::TAKE_FIRST, flush::NOT_LOGGED), Ok(()));
 }
