@@ -32,17 +32,20 @@ test_recovery_queue_loses_nothing() { kill_again_and_again queue "$(cycles)" --e
 
 # Whatever several queues read at once, there is an order of all requests that explains it, kills included.
 test_recovery_keeps_one_order() {
-    local device writer status=0 until
+    local device writer status=0 until died
     ublk create disk.vhdx --size 1G --block-size 1M
     device=$(ublk add disk.vhdx --queues 2 --recovery reissue)
     rm -f stop
-    "$(dirname "$VHDX_UBLK")/examples/historian" "$device" stop >historian.log 2>&1 &
+    : >deaths
+    "$(dirname "$VHDX_UBLK")/examples/historian" "$device" stop deaths >historian.log 2>&1 &
     writer=$!
     until=$((SECONDS + ${FULL:-0} * 580 + 20))
     while [ $SECONDS -lt $until ]; do
         sleep "0.$((RANDOM % 10))"
+        died=$(date +%s%N)
         kill -9 "$(daemon_pid)"
         ublk recover "$device" >/dev/null || fail "not recovered"
+        echo "$died $(date +%s%N)" >>deaths
     done
     touch stop
     wait "$writer" || status=1

@@ -1,10 +1,15 @@
 //! Reads, writes, zeroes and flushes a few sectors of a block device from several threads at once, until the
 //! stop file exists, and then looks for an order of all requests that explains every read.
 //!
-//! `historian DEVICE STOP-FILE`. Each sector is a register. Every write has a value of its own, so whether
-//! there is an order is decided per sector, by intervals (Gibbons and Korach, 1997): a value is the newest
-//! one from the first end to the last start of its requests; no two values may be so at once, and no other
-//! value may come and go meanwhile. Zeros have no value of their own: a read of zeros is judged by itself.
+//! `historian DEVICE STOP-FILE DEATHS-FILE`. Each sector is a register. Every write has a value of its own,
+//! so whether there is an order is decided per sector, by intervals (Gibbons and Korach, 1997): a value is
+//! the newest one from the first end to the last start of its requests; no two values may be so at once, and
+//! no other value may come and go meanwhile. Zeros have no value of their own: a read of zeros is judged by
+//! itself.
+//!
+//! The deaths file has a line for each death of the device's daemon: when it was about to be killed and when
+//! it had been recovered, nanoseconds since 1970. What was under way then is repeated: such a write may have
+//! come about before, been replaced, and come about again, until it has ended.
 
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
@@ -13,7 +18,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sched::{CpuSet, sched_setaffinity};
@@ -44,18 +49,33 @@ enum Did {
     Read(u64),
 }
 
+/// From before a kill until after the recovery, nanoseconds, as the events have them.
+type Death = (u64, u64);
+
 /// The requests of one value.
 #[derive(Clone, Copy, Debug)]
 struct Value {
     written: Option<Event>,
+    /// Its write may have been done twice.
+    repeated: bool,
     first_end: u64,
     last_start: u64,
 }
 
+impl Value {
+    /// Only the last time that a write is done counts for what follows it, and that is before its end.
+    fn settle(&mut self, written: Event) {
+        if self.repeated {
+            self.first_end = written.end;
+            self.last_start = if self.last_start > written.end { self.last_start } else { written.start };
+        }
+    }
+}
+
 /// Why no order of the events explains what was read of a sector.
-fn judge(events: &[Event]) -> Result<(), String> {
+fn judge(events: &[Event], deaths: &[Death]) -> Result<(), String> {
     let mut values: HashMap<u64, Value> = HashMap::new();
-    let fresh = Value { written: None, first_end: u64::MAX, last_start: 0 };
+    let fresh = Value { written: None, repeated: false, first_end: u64::MAX, last_start: 0 };
     let (mut zeroes, mut zero_reads) = (vec![Event { start: 0, end: 0, did: Did::Zero }], Vec::new());
     for event in events {
         let value = match event.did {
@@ -71,15 +91,17 @@ fn judge(events: &[Event]) -> Result<(), String> {
         };
         if let Did::Write(_) = event.did {
             value.written = Some(*event);
+            value.repeated = deaths.iter().any(|(from, to)| event.start <= *to && event.end >= *from);
         }
         value.first_end = value.first_end.min(event.end);
         value.last_start = value.last_start.max(event.start);
     }
-    for (value, Value { written, first_end, .. }) in &values {
-        let written = written.ok_or_else(|| format!("{value} was read and never written"))?;
-        if *first_end < written.start {
-            return Err(format!("{value} was read before it was written"));
+    for (name, value) in &mut values {
+        let written = value.written.ok_or_else(|| format!("{name} was read and never written"))?;
+        if value.first_end < written.start {
+            return Err(format!("{name} was read before it was written"));
         }
+        value.settle(written);
     }
     judge_order(&values, &zeroes)?;
     judge_zeros(&values, &zeroes, &zero_reads)
@@ -252,12 +274,22 @@ fn stay_on_cpu(number: usize) {
     }
 }
 
+/// What the file at `path` has, of a history that began at `epoch`, nanoseconds since 1970.
+fn deaths(path: &Path, epoch: u128) -> Vec<Death> {
+    let text = std::fs::read_to_string(path).expect("the deaths file is there");
+    let time = |word: &str| word.parse::<u128>().expect("nanoseconds").saturating_sub(epoch);
+    let time = |word| u64::try_from(time(word)).expect("centuries");
+    let times = text.lines().map(|line| line.split_once(' ').expect("two times"));
+    times.map(|(from, to)| (time(from), time(to))).collect()
+}
+
 fn main() -> ExitCode {
     let arguments: Vec<_> = std::env::args_os().skip(1).collect();
-    let [device, stop] = &arguments[..] else {
-        println!("usage: historian DEVICE STOP-FILE");
+    let [device, stop, died] = &arguments[..] else {
+        println!("usage: historian DEVICE STOP-FILE DEATHS-FILE");
         return ExitCode::from(2);
     };
+    let epoch = SystemTime::UNIX_EPOCH.elapsed().expect("after 1970").as_nanos();
     let (began, next) = (Instant::now(), AtomicU64::new(1));
     let guest = |number: usize| {
         stay_on_cpu(number);
@@ -279,8 +311,9 @@ fn main() -> ExitCode {
             (requests, bad) = (requests + requested, bad + failed);
         }
     });
+    let deaths = deaths(Path::new(died), epoch);
     for (sector, events) in &events {
-        if let Err(why) = judge(events) {
+        if let Err(why) = judge(events, &deaths) {
             bad += 1;
             println!("sector {sector}: no order of the requests explains what was read: {why}");
         }
@@ -309,13 +342,13 @@ mod tests {
             event(71, 80, Did::Zero),
             event(81, 90, Did::Read(0)),
         ];
-        assert_eq!(judge(&events), Ok(()));
+        assert_eq!(judge(&events, &[]), Ok(()));
     }
 
     #[test]
     fn a_stale_read_is_seen() {
         let writes = [event(1, 2, Did::Write(1)), event(3, 4, Did::Write(2))];
-        let read = |did| judge(&[&writes[..], &[event(5, 6, did)]].concat());
+        let read = |did| judge(&[&writes[..], &[event(5, 6, did)]].concat(), &[]);
         assert_eq!(read(Did::Read(2)), Ok(()));
         assert!(read(Did::Read(1)).is_err(), "it was replaced");
         assert!(read(Did::Read(0)).is_err(), "so were the zeros");
@@ -330,15 +363,15 @@ mod tests {
             event(10, 11, Did::Read(1)),
             event(12, 13, Did::Read(2)),
         ];
-        assert_eq!(judge(&events), Ok(()));
+        assert_eq!(judge(&events, &[]), Ok(()));
         let back = [&events[..], &[event(14, 15, Did::Read(1))]].concat();
-        assert!(judge(&back).is_err(), "1, 2 and then 1 again");
+        assert!(judge(&back, &[]).is_err(), "1, 2 and then 1 again");
     }
 
     #[test]
     fn a_write_that_was_acknowledged_is_not_lost_among_zeros() {
         let events = [event(1, 2, Did::Zero), event(3, 4, Did::Write(1)), event(5, 6, Did::Zero)];
-        let read = |did| judge(&[&events[..], &[event(7, 8, did)]].concat());
+        let read = |did| judge(&[&events[..], &[event(7, 8, did)]].concat(), &[]);
         assert_eq!(read(Did::Read(0)), Ok(()));
         assert!(read(Did::Read(1)).is_err(), "it was zeroed");
     }
@@ -347,8 +380,26 @@ mod tests {
     #[test]
     fn a_write_that_failed_may_be_there() {
         let events = [event(1, u64::MAX, Did::Write(1)), event(3, 4, Did::Write(2))];
-        let read = |did| judge(&[&events[..], &[event(7, 8, did)]].concat());
+        let read = |did| judge(&[&events[..], &[event(7, 8, did)]].concat(), &[]);
         assert_eq!((read(Did::Read(1)), read(Did::Read(2))), (Ok(()), Ok(())));
-        assert!(judge(&[event(3, 4, Did::Write(1)), event(1, 2, Did::Read(1))]).is_err());
+        assert!(judge(&[event(3, 4, Did::Write(1)), event(1, 2, Did::Read(1))], &[]).is_err());
+    }
+
+    /// A write that was under way at a death may come back until it has ended, and not later.
+    #[test]
+    fn a_write_that_was_repeated_may_come_back() {
+        let events = [
+            event(1, 50, Did::Write(1)),
+            event(2, 3, Did::Read(1)),
+            event(4, 5, Did::Write(2)),
+            event(51, 52, Did::Read(1)),
+        ];
+        assert!(judge(&events, &[]).is_err(), "1, 2 and then 1 again");
+        assert!(judge(&events, &[(60, 70)]).is_err(), "no death met it");
+        assert_eq!(judge(&events, &[(10, 20)]), Ok(()));
+        let back = [&events[..], &[event(53, 54, Did::Write(3)), event(55, 56, Did::Read(1))]].concat();
+        assert!(judge(&back, &[(10, 20)]).is_err(), "3 has replaced it for good");
+        let late = [&events[..3], &[event(51, 52, Did::Read(2)), event(53, 54, Did::Read(1))]].concat();
+        assert!(judge(&late, &[(10, 20)]).is_err(), "2 was left, and 1 is there later");
     }
 }
