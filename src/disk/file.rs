@@ -43,9 +43,9 @@ const COPYING_HOSTS: [(FsType, &str); 3] =
     [(FsType(0x9123_683e), "btrfs"), (FsType(0xca45_1a4e), "bcachefs"), (FsType(0x2fc1_2fc1), "ZFS")];
 
 /// File systems whose server may keep a failed write with the handle that it came by, and tell only a sync of
-/// that one: FUSE, NFS, SMB, 9P and Ceph.
-const HOSTS_WITH_HANDLES: [FsType; 5] =
-    [FsType(0x6573_5546), FsType(0x6969), FsType(0xfe53_4d42), FsType(0x0102_1997), FsType(0x00c3_6400)];
+/// that one, beside SMB: FUSE, NFS, 9P and Ceph.
+const HOSTS_WITH_HANDLES: [FsType; 4] =
+    [FsType(0x6573_5546), FsType(0x6969), FsType(0x0102_1997), FsType(0x00c3_6400)];
 
 /// The space that a file takes on its host, bytes: less than its length if it has holes.
 pub fn host_bytes(found: &fs::Metadata) -> u64 {
@@ -343,9 +343,9 @@ impl ImageFile {
             Access::ReadOnly => None,
             Access::ReadWrite => Some(open_to_sync(&file, identity)?),
         };
-        let host = fstatfs(&file).map_err(|errno| looking(errno.into()))?.filesystem_type();
-        let keeps_errors_by_handle = HOSTS_WITH_HANDLES.contains(&host);
+        let kind = fstatfs(&file).map_err(|errno| looking(errno.into()))?.filesystem_type();
         let host = Host::of(&file);
+        let keeps_errors_by_handle = host.is_smb() || HOSTS_WITH_HANDLES.contains(&kind);
         let (queues, sparse) = (Mutex::default(), OnceLock::new());
         let path = path.to_owned();
         Ok(Self { file, syncing, queues, keeps_errors_by_handle, host, sparse, path, access, identity })
