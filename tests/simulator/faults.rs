@@ -80,6 +80,8 @@ fn harm(beginning: Beginning, owner: Owner, effect: &Effect, errno: i32) -> Harm
         (Owner::Engine, Effect::Write { .. }) if REFUSALS.contains(&errno) => Harm::ThoseWaiting,
         // A block that is filled: nothing names it yet.
         (Owner::Engine, Effect::Write { offset, .. }) if payload(*offset) => Harm::OneRequest,
+        // The kernel has no thread for it, and has not begun it.
+        (Owner::Front(..), Effect::Sync) if errno == libc::ECANCELED => Harm::None,
         (_, Effect::Sync) | (Owner::Engine, Effect::Write { .. }) => Harm::Poison,
         (Owner::Front(..), Effect::Write { durable: true, .. }) if !REFUSALS.contains(&errno) => Harm::Poison,
         (Owner::Front(..), Effect::Read { .. } | Effect::Given { .. } | Effect::Write { .. })
@@ -240,6 +242,22 @@ fn a_failed_sync_poisons_and_is_never_repeated() {
     for errno in [libc::EIO, libc::ENOSPC, libc::ENOMEM, libc::EINTR] {
         let struck = hit_each(20, Fault::Error { errno, times: 1 }, sync, Some(Harm::Poison));
         assert!(struck >= 20, "the workload hardly syncs: {struck}");
+    }
+}
+
+/// A limit of processes on the host, say: what the kernel has not begun has lost nothing.
+#[test]
+fn a_front_s_sync_that_was_not_begun_is_the_engine_s() {
+    for seed in 0..20 {
+        let mut rng = Rng::with_seed(seed);
+        let mut world = world_with_overwrite(&mut rng);
+        let fault = Fault::Error { errno: libc::ECANCELED, times: 1 };
+        let hits = |owner: Owner, effect: &Effect| matches!(owner, Owner::Front(..)) && sync(owner, effect);
+        world.disk().inject(Injection { fault, hits, after: 0, seed });
+        world.request(Op::Flush, 0, 0);
+        world.drain();
+        assert!(world.disk().struck().is_some(), "there is nothing to log");
+        Run { world, rng }.check_alive(0..=0);
     }
 }
 

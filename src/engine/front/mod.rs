@@ -32,7 +32,7 @@ use std::sync::Arc;
 use nix::errno::Errno;
 
 use self::shortage::Shortage;
-use self::slot::{Piece, Slots};
+use self::slot::{Flush, Piece, Slots};
 use self::steps::Step;
 use self::verdict::{Verdict, judge};
 use super::drain::Drain;
@@ -159,6 +159,7 @@ impl Front {
         let piece = *self.slots.piece(id);
         match judge(&piece, result, self.shared.geometry().logical_sector_size()) {
             Verdict::Done => self.end_piece(id, Ok(()), port),
+            Verdict::NotBegun => self.have_engine_sync(id, port),
             Verdict::Failed(errno) if self.can_flush_instead(piece, errno) => self.flush_instead(id, port),
             Verdict::Failed(errno) => self.end_piece(id, Err(errno), port),
             Verdict::Continue(rest) => self.resubmit(id, rest, port),
@@ -348,6 +349,12 @@ impl Front {
         let id = self.claim_piece(tag, io);
         self.unseen_begins(id);
         submit(id, io, port);
+    }
+
+    /// The sync of a flush was not begun: the engine syncs for it.
+    fn have_engine_sync<P: Port>(&mut self, id: PieceId, port: &mut P) {
+        self.slots[id.tag].flush = Flush::Refused;
+        self.end_piece(id, Ok(()), port);
     }
 
     /// Whether a durable write that failed may be done as an ordinary one that joins a flush.

@@ -36,6 +36,8 @@ pub(super) enum Flush {
     Begun,
     /// The front has synced the file, or is about to.
     Synced,
+    /// It could not begin to.
+    Refused,
     /// The engine was asked.
     Asked,
 }

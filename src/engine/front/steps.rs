@@ -85,7 +85,7 @@ impl Front {
                 self.slots[tag].flush = Flush::Synced;
                 self.start_sync(tag, port);
             }
-            Flush::Begun => self.end_flush(tag, Ask::Flush, port),
+            Flush::Begun | Flush::Refused => self.end_flush(tag, Ask::Flush, port),
             // Another may have been told of what was lost, and its thread not have seen it yet.
             Flush::Synced if self.shared.has_unseen() && !planted(Plant::SyncPastUnseen) => {
                 self.end_flush(tag, Ask::Fence, port);

@@ -18,6 +18,8 @@ pub(super) enum Verdict {
     Done,
     /// It has failed.
     Failed(Errno),
+    /// The sync was not begun: the kernel has no thread for it, and had one for nothing else of this ring.
+    NotBegun,
     /// This is still to be done.
     Continue(FileIo),
     /// The file ends after so many bytes of a read.
@@ -33,7 +35,9 @@ pub(super) fn judge(piece: &Piece, result: i32, sector: u32) -> Verdict {
     let (rest, zeroes) = (piece.rest, matches!(piece.rest.op, FileOp::PunchHole | FileOp::ZeroRange));
     match u32::try_from(result).map_err(|_| errno(-result)) {
         Ok(_) if zeroes => Verdict::Done,
-        // Whatever it says: the host may have dropped what it could not write.
+        // By the kernel's ring, not by a file system: a limit of processes is no loss.
+        Err(Errno::ECANCELED) if rest.op == FileOp::Sync => Verdict::NotBegun,
+        // Whatever else it says: the host may have dropped what it could not write.
         Err(errno) if rest.op == FileOp::Sync => Verdict::Failed(errno),
         Ok(done) => judge_transfer(rest, done, sector),
         Err(errno) if NOT_BEGUN.contains(&errno) && piece.retries < MAX_RETRIES => Verdict::Continue(rest),
@@ -94,7 +98,10 @@ mod tests {
     fn a_sync_is_never_repeated() {
         let sync = piece(FileOp::Sync, 0);
         assert_eq!(judge(&sync, 0, 512), Verdict::Done);
-        for errno in NOT_BEGUN.into_iter().chain([Errno::EIO, Errno::ENOSPC, Errno::EOPNOTSUPP]) {
+        assert_eq!(judge(&sync, -libc::ECANCELED, 512), Verdict::NotBegun);
+        for errno in
+            [Errno::EAGAIN, Errno::EINTR, Errno::ENOMEM, Errno::EIO, Errno::ENOSPC, Errno::EOPNOTSUPP]
+        {
             assert_eq!(judge(&sync, -(errno as i32), 512), Verdict::Failed(errno));
         }
     }
