@@ -37,8 +37,9 @@ kill_within() {
     operating=$!
     sleep "$((RANDOM % 2)).$((RANDOM % 10))"
     kill -9 "$(daemon_pid)"
-    wait $operating || broken=$((broken + 1))
+    # Before the command ends: what it has asked of the file system may wait for the device.
     recovered "$device" || fail "not recovered: $(cat refusal /run/vhdx-ublk/*.log)"
+    wait $operating || broken=$((broken + 1))
     # What is no image yet is in the way of the next try.
     [ $(($1 % 4)) != 1 ] || [ "$(basename "$(served image)")" = "$1.vhdx" ] || rm -f "$1.vhdx"
 }
