@@ -12,7 +12,8 @@ systemd-run --quiet --scope --slice=user.slice vhdx-ublk add /images/disk.vhdx
 mkfs.ext4 -q /dev/ublkb0
 mount /dev/ublkb0 /mnt
 seq 1000000 >/mnt/numbers
-systemctl poweroff --no-block
+# After the end of this script, which has to be reported first.
+systemd-run --quiet --on-active=3 systemctl poweroff
 INSIDE
     note "the machine was off $(off_seconds) s later"
     image_closed disk.vhdx
