@@ -66,9 +66,12 @@ impl Front {
             _ if forgiving.has_forgiven() => {
                 notes.add("log", format!("a part of it cannot be read; {ignored}"));
             }
+            // A log that was just begun looks the same: a header names it before its first entry. But an
+            // image that is salvaged has been damaged.
+            Ok(None) => notes.add("log", format!("it has no entry, or has lost all; {ignored}")),
             Err(error) if error.kind() == Kind::Io => return Err(error),
             Err(error) => notes.add("log", format!("it cannot be replayed ({}); {ignored}", error.message())),
-            Ok((overlay, is_cut)) => {
+            Ok(Some((overlay, is_cut))) => {
                 if is_cut {
                     notes.add("log", "the file is shorter than the newest entry says; it is replayed");
                 } else {
@@ -82,16 +85,15 @@ impl Front {
 }
 
 /// The replayed log of a file of `length` bytes, and whether the file has lost its end since the log was
-/// written.
-async fn replayed<D: ReadDisk>(disk: &D, header: &Header, length: u64) -> Result<(Overlay, bool)> {
+/// written. Nothing if there are no entries.
+async fn replayed<D: ReadDisk>(disk: &D, header: &Header, length: u64) -> Result<Option<(Overlay, bool)>> {
     let log = Log::new(disk, header);
     let (state, is_cut) = match log.scan(length).await {
         Err(error) if error.kind() == Kind::Truncated => (log.scan(u64::MAX).await?, true),
         state => (state?, false),
     };
-    assert!(!matches!(state, LogState::Clean), "the header names a log");
-    let positions = state.positions().unwrap_or_default();
-    Ok((replay::in_memory(disk, header, &positions, length).await?, is_cut))
+    let LogState::Dirty(positions) = state else { return Ok(None) };
+    Ok(Some((replay::in_memory(disk, header, &positions, length).await?, is_cut)))
 }
 
 async fn note_file_id<D: ReadDisk>(file: &Forgiving<'_, D>, notes: &mut Notes) -> Result<()> {
