@@ -411,14 +411,14 @@ impl ImageFile {
     }
 
     /// Makes durable what the host's cache has of the file, whichever process wrote it. A file system that is
-    /// read-only has nothing there, and may know no sync.
+    /// never written to (`squashfs`, ISO 9660) has nothing there, and knows no sync.
     ///
     /// # Errors
     ///
     /// [`Kind::Io`] if the host has lost something.
     pub fn sync_found(&self) -> Result<()> {
         match fdatasync(self.syncing_fd()) {
-            Ok(()) | Err(Errno::EINVAL | Errno::EROFS) => Ok(()),
+            Ok(()) | Err(Errno::EINVAL) => Ok(()),
             Err(errno) => {
                 let doing = "syncing what was written before";
                 Err(Error::io(doing, errno.into()).file(&self.path))
