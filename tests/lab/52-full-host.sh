@@ -157,6 +157,12 @@ await_short() {
     fail "nothing waits for room: $(ublk list)"
 }
 
+# Something waits, the writer among it.
+still_waits() {
+    await_short
+    kill -0 "$writer" || fail "the writer has ended on a full host"
+}
+
 # waiting_host FSTYPE SIZE [OPTION...]: a device on a full host, with a writer that waits for room.
 waiting_host() {
     full_host "$1" "$2"
@@ -206,7 +212,7 @@ requests_wait() {
     [ "$(dd if="$device" bs=1M count=2 iflag=direct status=none | sha256sum)" = "$(stamps - 0 2 5 | sha256sum)" ] ||
         fail "it cannot be read meanwhile"
     sleep 3
-    kill -0 "$writer" || fail "the writer has ended on a full host"
+    still_waits
     make_room
     wait "$flusher" || fail "a flush that came meanwhile failed"
     wait "$writer" || { cat $log; fail "a write that has waited failed"; }
@@ -230,8 +236,7 @@ test_full_host_waits_through_a_kill() {
     for _ in 1 2; do
         kill_daemon full/disk.vhdx
         recovered "$device" || fail "$(cat refusal)"
-        await_short
-        kill -0 "$writer" || fail "the writer has ended on a full host"
+        still_waits
     done
     make_room
     ends_well
@@ -245,8 +250,7 @@ test_full_host_waits_through_an_upgrade() {
         pid=$(daemon_pid)
         ublk upgrade "$device" || { cat /run/vhdx-ublk/0.log; fail "it is not upgraded while requests wait"; }
         [ "$(daemon_pid)" != "$pid" ] || fail "the same daemon serves it"
-        await_short
-        kill -0 "$writer" || fail "the writer has ended on a full host"
+        still_waits
     done
     make_room
     ends_well
@@ -270,7 +274,7 @@ test_full_host_waits_through_a_snapshot() {
     local device writer
     waiting_host ext4 96M
     refused ublk snapshot "$device" full/child.vhdx
-    kill -0 "$writer" || fail "the writer has ended on a full host"
+    still_waits
     ublk snapshot "$device" child.vhdx
     ends_well
     remove child.vhdx
