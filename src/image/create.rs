@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use uuid::Uuid;
 
-use super::open::BAT_CHUNK_BYTES;
+use super::bat_reader::BAT_CHUNK_BYTES;
 use super::space::{Extent, MAX_FILE_BYTES};
 use super::view::sync;
 use crate::disk::{Buffer, Disk, PAGE_BYTES};

@@ -18,8 +18,9 @@
 
 use std::ops::Range;
 
+use super::bat_reader::{BAT_CHUNK_BYTES, payload_extent};
 use super::edit::Edit;
-use super::open::{BAT_CHUNK_BYTES, Image, payload_extent};
+use super::open::Image;
 use super::region_move::lay_tables;
 use super::room::{Provision, Room, zero_stored};
 use super::space::Extent;

@@ -2,6 +2,7 @@
 //! file.
 
 mod amend;
+mod bat_reader;
 mod bitmap_reader;
 mod bitmaps;
 mod block_map;
@@ -31,6 +32,7 @@ mod view;
 mod words;
 
 pub use amend::{PreparedResize, Resize};
+pub use bat_reader::payload_extent;
 pub use bitmaps::{MAX_BITMAP_BYTES, PAGES_PER_CHUNK, SectorBitmaps};
 pub use block_map::{BlockMap, Mapping, SLOTS_PER_PAGE};
 pub use check::{Finding, KEPT_FINDINGS, LogFound, Report, Severity, check};
@@ -39,7 +41,7 @@ pub use headers::Headers;
 pub use identity::Identity;
 pub use locate::{Location, locate};
 pub use memory::{HEADER_WORDS, Mismatch, Owner, Place, Session, SessionMemory, VERSION};
-pub use open::{FoundLog, Image, Layout, ReadImage, WritableImage, payload_extent};
+pub use open::{FoundLog, Image, Layout, ReadImage, WritableImage};
 pub use overlay::Overlay;
 pub use page::Page;
 pub use pending::Pending;

@@ -7,6 +7,7 @@ use std::ops::{Deref, DerefMut, Range};
 
 use uuid::Uuid;
 
+use super::bat_reader::read_bat;
 use super::bitmap_reader::{partial_blocks, read_bitmaps};
 use super::block_map::BlockMap;
 use super::headers::Headers;
@@ -15,13 +16,11 @@ use super::overlay::Overlay;
 use super::pending::Pending;
 use super::replay;
 use super::space::{Extent, Space};
-use super::view::{View, file_length, present};
+use super::view::{CUT_SHORT, View, file_length, present};
 use crate::disk::{Disk, PAGE_BYTES, ReadDisk};
 use crate::error::{Error, Kind, Result};
 use crate::format::MIB;
-use crate::format::bat::{
-    BITMAP_BLOCK_SIZE, BatEntry, BitmapState, ENTRY_SIZE, Geometry, PayloadState, Role,
-};
+use crate::format::bat::{BITMAP_BLOCK_SIZE, BitmapState, ENTRY_SIZE, Geometry};
 use crate::format::file_id::{self, FileId};
 use crate::format::header::{self, Current};
 use crate::format::metadata::{self, Metadata};
@@ -195,7 +194,7 @@ impl Image {
             metadata.logical_sector_size,
             metadata.has_parent,
         );
-        let (map, stored_slots) = read_bat(file, geometry, &layout, &mut space).await?;
+        let (map, stored_slots) = read_bat(file, geometry, layout.bat, length, &mut space).await?;
         // Of the file itself: a log that was replayed in memory may say more.
         map.set_file_bytes(file_length(file.disk).await?);
         Ok(Self { creator, header, found_log, regions, metadata, layout, map, stored_slots, space })
@@ -328,18 +327,6 @@ impl DerefMut for WritableImage {
     }
 }
 
-/// The space that a payload entry occupies: a present block's, or the old contents that an undefined or
-/// unmapped one still names.
-#[inline]
-pub fn payload_extent(entry: BatEntry, geometry: &Geometry) -> Option<Extent> {
-    let names_space = match entry.payload_state() {
-        Some(PayloadState::FullyPresent | PayloadState::PartiallyPresent) => true,
-        Some(PayloadState::Undefined | PayloadState::Unmapped) => entry.offset() != 0,
-        Some(PayloadState::NotPresent | PayloadState::Zero) | None => false,
-    };
-    names_space.then(|| Extent { offset: entry.offset(), length: geometry.block_size() })
-}
-
 /// The structure's name, as errors have it.
 pub(super) const FILE_ID: &str = "file identifier";
 
@@ -407,10 +394,6 @@ pub(super) fn truncated(structure: &'static str, offset: u64, end: u64, file_len
     Error::new(Kind::Truncated, message).in_structure(structure).at(offset).remedy(CUT_SHORT)
 }
 
-/// The one way out for a file that lacks its end.
-pub(super) const CUT_SHORT: &str = "the file was cut short: if its source is whole, copy it again; \
-     `vhdx-ublk salvage FILE COPY` copies what is left of the disk";
-
 pub(super) async fn read_regions<D: ReadDisk>(file: &View<'_, D>, file_length: u64) -> Result<CurrentTable> {
     let first = file.read("region table 1", region::OFFSETS[0], region::SIZE).await?;
     let second = file.read("region table 2", region::OFFSETS[1], region::SIZE).await?;
@@ -452,140 +435,6 @@ pub(super) async fn read_item<D: ReadDisk>(
     let length = within + entry.length as usize;
     let bytes = file.read("metadata item", page_start, length.next_multiple_of(PAGE_BYTES)).await?;
     Ok(bytes[within..length].to_vec())
-}
-
-/// How much of the BAT is read or written at a time, bytes.
-pub(super) const BAT_CHUNK_BYTES: u64 = MIB;
-
-async fn read_bat<D: ReadDisk>(
-    file: &View<'_, D>,
-    geometry: Geometry,
-    layout: &Layout,
-    space: &mut Space,
-) -> Result<(BlockMap, Vec<Range<u64>>)> {
-    if geometry.bat_length() > layout.bat.length {
-        let message = format!("has {} bytes, the disk needs {}", layout.bat.length, geometry.bat_length());
-        return Err(Error::corrupt("BAT", message).at(layout.bat.offset));
-    }
-    let map = BlockMap::empty(geometry);
-    let mut stored: Vec<Range<u64>> = Vec::new();
-    let mut done = 0;
-    while let Some(next) = file.next_stored(layout.bat.offset + done).await? {
-        // What lies between is a hole: slots that are all zero, as the map has them already.
-        done = next - layout.bat.offset;
-        if done >= geometry.bat_length() {
-            break;
-        }
-        let length = (geometry.bat_length() - done).min(BAT_CHUNK_BYTES).next_multiple_of(PAGE_BYTES as u64);
-        let length = usize::try_from(length).expect("at most 1 MiB");
-        let bytes = file.read("BAT", layout.bat.offset + done, length).await?;
-        let first = done / ENTRY_SIZE as u64;
-        let past = (first + (length / ENTRY_SIZE) as u64).min(geometry.slot_count());
-        assert!(past > first && past <= geometry.slot_count(), "slots {first} to {past} are in the BAT");
-        let words = &bytes.as_chunks().0[..usize::try_from(past - first).expect("a chunk's")];
-        take_words(first, words, &geometry, layout, space)?;
-        map.restore(first, words);
-        done += length as u64;
-        assert!(stored.last().is_none_or(|last| last.end <= first), "slots are read in order");
-        match stored.last_mut() {
-            Some(last) if last.end == first => last.end = past,
-            _ => stored.push(first..past),
-        }
-    }
-    Ok((map, stored))
-}
-
-/// Checks BAT entries, those of the slots from `first` on, and takes the space they name.
-fn take_words(
-    first: u64,
-    words: &[[u8; ENTRY_SIZE]],
-    geometry: &Geometry,
-    layout: &Layout,
-    space: &mut Space,
-) -> Result<()> {
-    for ((slot, role), word) in geometry.walk(first..first + words.len() as u64).zip(words) {
-        let entry = BatEntry::read(*word);
-        if entry.0 != 0 {
-            let taken = take_entry(entry, role, geometry, layout.file_length, space);
-            taken.map_err(|error| error.at(layout.bat.offset + slot * ENTRY_SIZE as u64))?;
-        }
-    }
-    Ok(())
-}
-
-/// Checks one BAT entry that is not all zero and takes the space it names.
-#[inline]
-fn take_entry(
-    entry: BatEntry,
-    role: Role,
-    geometry: &Geometry,
-    file_length: u64,
-    space: &mut Space,
-) -> Result<()> {
-    let extent = match role {
-        Role::Block(block) => checked_payload(entry, block, geometry)?,
-        Role::Bitmap(chunk) if geometry.is_differencing() => checked_bitmap(entry, chunk)?,
-        // Images exist whose unused slots hold garbage, or a bitmap no reader may use: it is kept, not
-        // obeyed.
-        Role::Bitmap(_) | Role::Nothing => None,
-    };
-    if let Some(extent) = extent {
-        if extent.offset >= file_length {
-            return Err(past_the_end(role, extent, file_length));
-        }
-        space.occupy(extent, "payload block").map_err(|error| of_role(role, &error))?;
-    }
-    Ok(())
-}
-
-#[cold]
-fn past_the_end(role: Role, extent: Extent, file_length: u64) -> Error {
-    let message = format!("{role} lies at byte {}, the file has {file_length} bytes", extent.offset);
-    Error::new(Kind::Truncated, message).in_structure("BAT").remedy(CUT_SHORT)
-}
-
-#[cold]
-fn of_role(role: Role, error: &Error) -> Error {
-    let in_bat = Error::corrupt("BAT", format!("{role}: {error}"));
-    match error.remedy_text() {
-        Some(remedy) => in_bat.remedy(remedy),
-        None => in_bat,
-    }
-}
-
-#[inline]
-pub(super) fn checked_payload(entry: BatEntry, block: u64, geometry: &Geometry) -> Result<Option<Extent>> {
-    let wrong = |what: &str| Err(illegal(block, what));
-    let Some(state) = entry.payload_state() else { return wrong("has the reserved state 4") };
-    if entry.reserved_bits() != 0 {
-        return wrong("has reserved bits set");
-    }
-    if state == PayloadState::PartiallyPresent && !geometry.is_differencing() {
-        return wrong("says partially present, in an image without parent");
-    }
-    let extent = payload_extent(entry, geometry);
-    if extent.is_some_and(|extent| extent.offset == 0) {
-        return wrong("says present, at offset 0");
-    }
-    Ok(extent)
-}
-
-#[cold]
-fn illegal(block: u64, what: &str) -> Error {
-    Error::corrupt("BAT", format!("the entry of block {block} {what}"))
-}
-
-fn checked_bitmap(entry: BatEntry, chunk: u64) -> Result<Option<Extent>> {
-    match entry.bitmap_state() {
-        Some(BitmapState::NotPresent) => Ok(None),
-        Some(BitmapState::Present) if entry.offset() != 0 => {
-            Ok(Some(Extent { offset: entry.offset(), length: BITMAP_BLOCK_SIZE }))
-        }
-        _ => {
-            let role = Role::Bitmap(chunk);
-            Err(Error::corrupt("BAT", format!("{role} has an entry that is not legal")))
-        }
-    }
 }
 
 /// Why an image whose log was replayed in memory is not read.

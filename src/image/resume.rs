@@ -10,11 +10,12 @@ use std::ops::Range;
 
 use uuid::Uuid;
 
+use super::bat_reader::{checked_payload, payload_extent};
 use super::bitmap_reader::{BitmapReader, missing, partial_blocks};
 use super::bitmaps::SectorBitmaps;
 use super::block_map::{BlockMap, SLOTS_PER_PAGE};
 use super::memory::{Owner, Place, Session, SessionMemory};
-use super::open::{Image, WritableImage, checked_payload, payload_extent};
+use super::open::{Image, WritableImage};
 use super::page::Page;
 use super::pending::Pending;
 use super::space::{Content, Extent};

@@ -5,6 +5,10 @@ use super::overlay::Overlay;
 use crate::disk::{Buffer, Disk, PAGE_BYTES, ReadDisk};
 use crate::error::{Doing, Locate, Result};
 
+/// The one way out for a file that lacks its end.
+pub(super) const CUT_SHORT: &str = "the file was cut short: if its source is whole, copy it again; \
+     `vhdx-ublk salvage FILE COPY` copies what is left of the disk";
+
 /// A file, and the replayed log over it.
 pub(super) struct View<'a, D> {
     pub(super) disk: &'a D,

@@ -2,8 +2,9 @@
 
 use std::fmt;
 
-use super::super::open::{BAT_CHUNK_BYTES, CUT_SHORT, payload_extent};
+use super::super::bat_reader::{BAT_CHUNK_BYTES, payload_extent};
 use super::super::space::{Extent, Space};
+use super::super::view::CUT_SHORT;
 use super::super::view::View;
 use super::{Examination, Finding};
 use crate::disk::{PAGE_BYTES, ReadDisk};

@@ -19,9 +19,9 @@ use crate::format::bat::{
     BITMAP_BLOCK_SIZE, BatEntry, BitmapState, ENTRY_SIZE, Geometry, PayloadState, Role,
 };
 use crate::format::{MIB, index};
+use crate::image::bat_reader::BAT_CHUNK_BYTES;
 use crate::image::bitmap_reader::partial_blocks;
 use crate::image::block_map::BlockMap;
-use crate::image::open::BAT_CHUNK_BYTES;
 use crate::image::space::{Extent, MAX_FILE_BYTES};
 
 /// Slots in a chunk of the BAT that is read at a time.
