@@ -9,11 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from commands import CommandError, Stuck
-from measure import Duration, Region, fill, measure
+from measure import Duration, Region, Sample, fill, measure, touch
 from results import Results
 from scratch import GIB, MIB, free_bytes, set_no_scheduler
 from systems import Device, System, Tools
+from tasks import Serving, Task, perform, serve
 from workloads import GROWING, GROWTH_SHAPES, STANDING, Workload
+
+Measured = Workload | Task | Serving
 
 REGION_LIMIT = GIB
 # The standing images and one new one at a time use less than 16 regions' space together.
@@ -34,6 +37,7 @@ class Bench:
     results: Results
     duration: Duration
     standing: dict[str, Device] = field(default_factory=dict)
+    served: set[Path] = field(default_factory=set)
     stuck: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -46,7 +50,7 @@ class Bench:
     def small(self) -> int:
         return self.length // 4
 
-    def run_round(self, number: int, workloads: list[Workload], systems: list[System]) -> None:
+    def run_round(self, number: int, workloads: list[Measured], systems: list[System]) -> None:
         """Measures every workload on every system; each round another system is the first."""
         self.results.rounds.append({})
         for workload in workloads:
@@ -55,15 +59,13 @@ class Bench:
             for system in chosen[turn:] + chosen[:turn]:
                 self.run_cell(number, workload, system)
 
-    def run_cell(self, number: int, workload: Workload, system: System) -> None:
+    def run_cell(self, number: int, workload: Measured, system: System) -> None:
         started = time.monotonic()
         label = f"round {number + 1}  {workload.name:34} {system.name:18}"
         try:
             if system.name in self.stuck:
                 raise CommandError("its device hung before")
-            with self.device(workload, system) as device, tempfile.TemporaryDirectory(dir="/run") as own:
-                set_no_scheduler(device.path)  # again: a rule of udev may have come after us
-                sample = measure(workload, device, self.region(workload, device), self.duration, Path(own))
+            sample = self.sample(workload, system)
         except Stuck as error:
             self.stuck.add(system.name)
             self.note_failure(label, workload, system, error)
@@ -74,19 +76,43 @@ class Bench:
             figures = f"{sample.value:10.0f} {workload.unit:4}  p50 {sample.p50_us:9.0f} µs"
             print(f"{label} {figures}  {time.monotonic() - started:5.1f} s", flush=True)
 
-    def note_failure(self, label: str, workload: Workload, system: System, error: Exception) -> None:
+    def sample(self, workload: Measured, system: System) -> Sample:
+        if isinstance(workload, Serving):
+            return self.sample_serving(workload, system)
+        with self.device(workload, system) as device, tempfile.TemporaryDirectory(dir="/run") as own:
+            if isinstance(workload, Task):
+                return perform(workload, device, Path(own))
+            set_no_scheduler(device.path)  # again: a rule of udev may have come after us
+            return measure(workload, device, self.region(workload, device), self.duration, Path(own))
+
+    def sample_serving(self, serving: Serving, system: System) -> Sample:
+        """Its file is made once: to write into every block takes longer than to serve it."""
+        file = self.folder / f"{serving.name}-{system.name}"
+        if file not in self.served:
+            system.remove(file)
+            system.create(self.tools, file, serving.fresh.shape)
+            self.served.add(file)
+            if serving.fresh.touched:
+                device = system.attach(self.tools, file)
+                try:
+                    touch(device, serving.fresh.shape)
+                finally:
+                    system.stop(self.tools, device)
+        return serve(self.tools, system, file)
+
+    def note_failure(self, label: str, workload: Measured, system: System, error: Exception) -> None:
         reason = f"{type(error).__name__}: {error}" if not isinstance(error, CommandError) else str(error)
         self.results.fail(workload.name, system.name, reason)
         print(f"{label} FAILED: {reason}", flush=True)
 
-    def region(self, workload: Workload, device: Device) -> Region:
+    def region(self, workload: Measured, device: Device) -> Region:
         if workload in GROWING:
             size = int((device.sysfs / "size").read_text()) * 512
             return Region(0 if workload.region == "start" else size - self.small, self.small)
         return Region(0, self.small if workload.small else self.length)
 
     @contextmanager
-    def device(self, workload: Workload, system: System) -> Iterator[Device]:
+    def device(self, workload: Measured, system: System) -> Iterator[Device]:
         if workload.fresh:
             with self.new_device(workload, system) as device:
                 yield device
@@ -94,7 +120,7 @@ class Bench:
             yield self.standing_device(system)
 
     @contextmanager
-    def new_device(self, workload: Workload, system: System) -> Iterator[Device]:
+    def new_device(self, workload: Measured, system: System) -> Iterator[Device]:
         assert workload.fresh
         file = self.folder / "new"
         system.remove(file)
@@ -102,6 +128,8 @@ class Bench:
         try:
             device = system.attach(self.tools, file)
             try:
+                if workload.fresh.touched:
+                    touch(device, workload.fresh.shape)
                 if workload.fresh.filled:
                     fill(device, self.region(workload, device), system.filled)
                     device = system.settle(self.tools, device)
@@ -145,7 +173,9 @@ class Bench:
             system.remove(device.file)
 
     def close(self, systems: list[System]) -> None:
-        """Takes every device away, whatever fails on the way."""
+        """Takes every device and file away, whatever fails on the way."""
+        for file in self.served:
+            file.unlink(missing_ok=True)
         for system in systems:
             if system.name in self.standing:
                 try:

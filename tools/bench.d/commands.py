@@ -1,9 +1,12 @@
 """Running other programs: every one has a time limit, and none can hold up the benchmark."""
 
+import os
+import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 KILL_WAIT_S = 20
@@ -44,6 +47,28 @@ def run(command: Sequence[str | Path], seconds: float = 60) -> str:
     if status != 0:
         raise CommandError(f"{name}: status {status}: {last_line(stderr or stdout)}")
     return stdout
+
+
+@contextmanager
+def beside(command: Sequence[str | Path] | None) -> Iterator[None]:
+    """`command`, if there is one, runs meanwhile; it must not have ended when the time is over."""
+    if command is None:
+        yield
+        return
+    words = [str(word) for word in command]
+    silent = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(words, start_new_session=True, **silent)
+    try:
+        yield
+        if process.poll() is not None:
+            raise CommandError(f"{Path(words[0]).name}: status {process.returncode} before its time was over")
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(KILL_WAIT_S)
+            except subprocess.TimeoutExpired:
+                kill(process, words[0])
 
 
 def kill(process: subprocess.Popen, name: str) -> None:

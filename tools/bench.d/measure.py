@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from commands import CommandError, run
-from systems import Device, Filled
-from workloads import Workload
+from commands import CommandError, beside, run
+from systems import REQUESTING_CPU, Device, Filled, Shape
+from workloads import DISCARDS, Workload
 
 SECTOR = 512
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -59,6 +59,11 @@ class Sample:
     cpu_s_per_m: float | None
     wakes: float | None
 
+    @classmethod
+    def once(cls, seconds: float) -> "Sample":
+        """Something that was done once, and took so long."""
+        return cls(1 / seconds, 1 / seconds, 0, seconds * 1e6, seconds * 1e6, seconds * 1e6, None, None, None)
+
 
 @dataclass(frozen=True)
 class Usage:
@@ -73,6 +78,16 @@ class Usage:
         counted = [int(word) for word in (device.sysfs / "stat").read_text().split()]
         read, written, discarded = counted[2], counted[6], counted[13]
         return cls(read + written + discarded, process_ticks(device.pid) if device.pid else None, wakes(device))
+
+    def cpu_s_since(self, before: "Usage") -> float | None:
+        if self.ticks is None or before.ticks is None:
+            return None
+        return (self.ticks - before.ticks) / TICKS
+
+    def wakes_since(self, before: "Usage") -> int | None:
+        if self.wakes is None or before.wakes is None:
+            return None
+        return self.wakes - before.wakes
 
 
 def wakes(device: Device) -> int | None:
@@ -90,11 +105,23 @@ def process_ticks(pid: int) -> int:
     return int(fields[14 - 3]) + int(fields[15 - 3])
 
 
+def touch(device: Device, shape: Shape) -> None:
+    """Writes 4 KiB of every block, so that all of them have space, and the host has little of it."""
+    gap = shape.block_size - ALIGNMENT
+    blocks = shape.size // shape.block_size
+    how = [f"--rw=write:{gap}", f"--bs={ALIGNMENT}", "--iodepth=32", f"--io_size={blocks * ALIGNMENT}"]
+    write_once(device, Region(0, shape.size), how)
+
+
 def fill(device: Device, region: Region, filled: Filled = Filled.WHOLLY) -> None:
     """Writes over the region with data that is the same for every system."""
     how = ["--rw=write", "--bs=1m", "--iodepth=4"]
     if filled is Filled.EVERY_OTHER_4K:
         how = ["--rw=write:4k", "--bs=4k", "--iodepth=32", f"--io_size={region.length // 2}"]
+    write_once(device, region, how)
+
+
+def write_once(device: Device, region: Region, how: list[str]) -> None:
     run(
         [
             "fio",
@@ -121,13 +148,28 @@ def measure(workload: Workload, device: Device, region: Region, duration: Durati
     # What is left to do for a file deleted before would otherwise be done in this run's time.
     os.sync()
     before = Usage.of(device)
-    run(["fio", *arguments, "--output-format=json", f"--output={answer}"], limit)
+    with beside(storm(workload, device)):
+        run(["fio", *arguments, "--output-format=json", f"--output={answer}"], limit)
     after = Usage.of(device)
     text = answer.read_text()
     jobs = json.loads(text[text.index("{") :])["jobs"]
     if len(jobs) != 1 or jobs[0]["error"] != 0:
         raise CommandError(f"fio: error {[job['error'] for job in jobs]}")
     return sample(workload, jobs[0], before, after)
+
+
+def storm(workload: Workload, device: Device) -> list[str] | None:
+    """The command that loads the second half of the disk meanwhile, until it is ended."""
+    if not workload.storm:
+        return None
+    size = int((device.sysfs / "size").read_text()) * SECTOR
+    start = size // 2
+    if workload.storm == DISCARDS:
+        repeated = f"while blkdiscard --force --offset {start} {device.path}; do sleep 0.2; done"
+        return ["sh", "-c", repeated]
+    area = [f"--filename={device.path}", f"--offset={start}", f"--size={size - start}"]
+    common = ["--name=storm", "--ioengine=io_uring", "--direct=1", "--thread", "--time_based", "--runtime=600s"]
+    return ["fio", *common, *area, *workload.storm, "--output=/dev/null"]
 
 
 def fio_arguments(
@@ -145,6 +187,7 @@ def fio_arguments(
         "--thread",
         "--group_reporting",
         "--percentile_list=50:99:99.9",
+        *([] if workload.spread_out else [f"--cpus_allowed={REQUESTING_CPU}"]),
         *workload.arguments,
     ]
     if workload.first_writes:
@@ -189,11 +232,7 @@ def sample(workload: Workload, job: dict[str, Any], before: Usage, after: Usage)
         raise CommandError("fio: not one request was completed")
     latency = job["sync"]["lat_ns"] if workload.synced else done["clat_ns"]
     requests = (after.sectors - before.sectors) * SECTOR / workload.request
-    cpu, woken = None, None
-    if before.wakes is not None and after.wakes is not None:
-        woken = (after.wakes - before.wakes) / requests
-    if before.ticks is not None and after.ticks is not None:
-        cpu = (after.ticks - before.ticks) / TICKS
+    cpu, woken = after.cpu_s_since(before), after.wakes_since(before)
     return Sample(
         value=done["iops"] if workload.unit == "IOPS" else done["bw_bytes"] / 1e6,
         iops=done["iops"],
@@ -203,5 +242,5 @@ def sample(workload: Workload, job: dict[str, Any], before: Usage, after: Usage)
         p999_us=latency["percentile"]["99.900000"] / 1e3,
         cpu_s=cpu,
         cpu_s_per_m=None if cpu is None else cpu / requests * 1e6,
-        wakes=woken,
+        wakes=None if woken is None else woken / requests,
     )

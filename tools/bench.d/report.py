@@ -2,13 +2,16 @@
 
 import systems
 import targets
+import tasks
 import workloads
 from results import Results, Spread
+from tasks import Serving, Task
 from workloads import Workload
 
 METRICS = {
     "value": "throughput",
     "p50_us": "p50 latency",
+    "p99_us": "p99 latency",
     "cpu_s_per_m": "server CPU per request",
 }
 # What the tables have of each workload beside its throughput.
@@ -37,6 +40,9 @@ NOTES = """\
   (the loop device, the NBD client) is not in it. The clock has 100 ticks a second: runs of less than a second of
   computing say little. The user-mode kernel counts the wait for a disk's sync as computing, whoever asked for it.
 * wakes: how often our threads have woken each other, per request; it does not depend on the kernel.
+* A command's throughput is how often a second has time for it; its latency is the time it took, and its wakes are all
+  of its. A full disk has 4 KiB in every block. The time of `add` ends with the first read.
+* With two CPUs and more the first one is the requests' and the others are the server's, but with two queues.
 * Where blocks are written first and in the fill, the final sync is in the time. qemu-nbd is stopped there, and counted
   as far as it came, when a time limit ends.
 * ours: a dynamic image; rublk and the kernel's loop device: a raw file, as sparse as the image is empty; all on the
@@ -109,24 +115,23 @@ def target_table(results: Results) -> str:
 
 
 def title_of(name: str) -> str:
-    return next(workload.title for workload in workloads.ALL if workload.name == name)
+    return next(one.title for one in [*workloads.ALL, *tasks.ALL] if one.name == name)
 
 
 def big_table(results: Results) -> str:
     head = ["workload", "system", "throughput", *FIGURES.values(), "ours / this"]
     rows = []
-    for workload in workloads.COMPARED:
+    for workload in [*workloads.COMPARED, *tasks.ALL]:
         if any(workload.name in measured for measured in results.rounds):
             rows += workload_rows(results, workload)
     return table(head, rows)
 
 
-def workload_rows(results: Results, workload: Workload) -> list[list[str]]:
+def workload_rows(results: Results, workload: Workload | Task | Serving) -> list[list[str]]:
     """A row of every system; one that does not do this, or failed in it, has dashes."""
     rows = []
     chosen = results.facts["systems"].split(", ")
-    listed = workloads.QUEUES if workload.measured == workloads.QUEUES else workloads.MAIN
-    for system in listed:
+    for system in workload.measured:
         if system.name not in chosen:
             continue
         title = f"**{workload.title}**" if not rows else ""
@@ -146,7 +151,7 @@ def workload_rows(results: Results, workload: Workload) -> list[list[str]]:
     return rows
 
 
-def peer_ratio(results: Results, workload: Workload, peer: str) -> str:
+def peer_ratio(results: Results, workload: Workload | Task | Serving, peer: str) -> str:
     if peer not in COUNTERPARTS:
         return ""
     return spread(results.ratio(workload.name, COUNTERPARTS[peer], [peer]))

@@ -9,15 +9,15 @@ import time
 from pathlib import Path
 
 import systems
+import tasks
 import workloads
-from bench import Bench
+from bench import Bench, Measured
 from commands import CommandError, run
 from measure import Duration
 from report import markdown
 from results import Results
 from scratch import laboratory_disk, memory_disk, mounted
 from systems import System, Tools
-from workloads import Workload
 
 
 def parse() -> argparse.Namespace:
@@ -44,10 +44,11 @@ def positive(text: str) -> int:
     return value
 
 
-def chosen_workloads(parts: list[str]) -> list[Workload]:
-    found = [one for one in workloads.ALL if not parts or any(part in one.name for part in parts)]
+def chosen_workloads(parts: list[str]) -> list[Measured]:
+    known: list[Measured] = [*workloads.ALL, *tasks.ALL]
+    found = [one for one in known if not parts or any(part in one.name for part in parts)]
     if not found:
-        raise CommandError(f"no such workload; there are: {', '.join(one.name for one in workloads.ALL)}")
+        raise CommandError(f"no such workload; there are: {', '.join(one.name for one in known)}")
     return found
 
 

@@ -1,6 +1,7 @@
 """The systems under test: each makes a block device of a file, and takes it away again."""
 
 import json
+import os
 import re
 import time
 from abc import ABC, abstractmethod
@@ -17,6 +18,7 @@ SECTOR_BYTES = 512
 PHYSICAL_SECTOR_BYTES = 4096
 CHILD_BLOCK_BYTES = 2 << 20
 ATTEMPTS = 5
+REQUESTING_CPU = 0
 QUEUE_SETTINGS = (
     "scheduler",
     "nr_requests",
@@ -94,6 +96,11 @@ class System(ABC):
         """How its image is written over before it is measured."""
         return Filled.WHOLLY
 
+    @property
+    def has_one_queue(self) -> bool:
+        """Its server need not have more than one CPU to itself."""
+        return True
+
     @abstractmethod
     def create(self, tools: Tools, file: Path, shape: Shape) -> None:
         """Makes the empty file."""
@@ -123,6 +130,8 @@ class System(ABC):
         device = self.start(tools, file)
         try:
             set_no_scheduler(device.path)
+            if self.has_one_queue:
+                pin(device)
             block = int((device.sysfs / "queue/logical_block_size").read_text())
             if block != SECTOR_BYTES:
                 raise CommandError(f"{self.name}: logical blocks of {block} bytes, not {SECTOR_BYTES}")
@@ -130,6 +139,14 @@ class System(ABC):
             self.stop(tools, device)
             raise
         return device
+
+
+def pin(device: Device) -> None:
+    """Leaves the first CPU to the requests: where they and their server run would be chance otherwise."""
+    others = os.sched_getaffinity(0) - {REQUESTING_CPU}
+    if device.pid and others:
+        for thread in Path(f"/proc/{device.pid}/task").iterdir():
+            os.sched_setaffinity(int(thread.name), others)
 
 
 def create_vhdx(tools: Tools, file: Path, shape: Shape) -> None:
@@ -152,6 +169,10 @@ class Ours(System):
     queues: int = 1
     zero_copy: bool = False
     half: bool = False
+
+    @property
+    def has_one_queue(self) -> bool:
+        return self.queues == 1
 
     @property
     def filled(self) -> Filled:
@@ -242,6 +263,10 @@ class Rublk(System):
 
     queues: int = 1
     zero_copy: bool = False
+
+    @property
+    def has_one_queue(self) -> bool:
+        return self.queues == 1
 
     def create(self, tools: Tools, file: Path, shape: Shape) -> None:
         create_raw(file, shape)
@@ -352,10 +377,11 @@ OURS_10T = Ours("ours 10 TiB")
 CHAIN_1 = Chain("ours chain 1")
 CHAIN_2 = Chain("ours chain 2", depth=2)
 CHAIN_5 = Chain("ours chain 5", depth=5)
+CHAIN_16 = Chain("ours chain 16", depth=16)
 OURS_HALF = Ours("ours half", half=True)
 CHILD_HALF = Chain("ours child half", half=True)
 GROWTH = (OURS_1G, OURS_100G, OURS_10T)
-CHAINS = (CHAIN_1, CHAIN_2, CHAIN_5, OURS_HALF, CHILD_HALF)
+CHAINS = (CHAIN_1, CHAIN_2, CHAIN_5, CHAIN_16, OURS_HALF, CHILD_HALF)
 QEMU = (QEMU_NATIVE, QEMU_URING)
 COPYING = (OURS, OLD, RUBLK, LOOP, *QEMU)
 COMPARED = (OURS, OLD)

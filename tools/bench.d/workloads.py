@@ -17,10 +17,15 @@ GROWTH_SHAPES = {
 
 @dataclass(frozen=True)
 class Fresh:
-    """The workload gets a new image every time; `filled` says whether it is written over first."""
+    """The workload gets a new image every time.
+
+    filled   it is written over first
+    touched  4 KiB of every block are written first
+    """
 
     shape: Shape
     filled: bool = False
+    touched: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,8 @@ class Workload:
     small    a quarter of the region is enough
     amount   what bounds it: None is time, `region` is one pass over the region
     synced   every write is followed by fdatasync; the latency is then the sync's
+    spread_out  its jobs run on all CPUs, not on the one that a server with one queue leaves to them
+    storm    what loads the disk's second half meanwhile: arguments of fio, or DISCARDS
     """
 
     name: str
@@ -61,6 +68,8 @@ class Workload:
     synced: bool = False
     fresh: Fresh | None = None
     first_writes: FirstWrites | None = None
+    storm: tuple[str, ...] = ()
+    spread_out: bool = False
     arguments: tuple[str, ...] = field(default=())
 
     @property
@@ -80,7 +89,7 @@ def hits() -> list[Workload]:
     """Requests to blocks that are there: what an overwrite or a read costs."""
     found = []
     for operation, verb in (("read", "read"), ("write", "overwrite")):
-        for depth in (1, 32):
+        for depth in (1, 32, 128):
             found.append(
                 Workload(
                     f"4k-rand{operation}-qd{depth}",
@@ -208,8 +217,38 @@ def queues() -> list[Workload]:
             16,
             QUEUES,
             jobs=4,
+            spread_out=True,
         )
         for operation, verb in (("read", "read"), ("write", "overwrite"))
+    ]
+
+
+# The whole second half is discarded, again and again.
+DISCARDS = ("blkdiscard",)
+STORMS = {
+    "calm": ("the disk is idle otherwise", ()),
+    "flushes": ("four jobs flush after every write", ("--rw=randwrite", "--bs=4k", "--numjobs=4", "--fdatasync=1")),
+    "first-writes": ("blocks are written first", ("--rw=randwrite", "--bs=4k", "--iodepth=32")),
+    "trims": ("blocks are trimmed", ("--rw=randtrim", "--bs=1m", "--iodepth=4")),
+    "discards": ("half of the disk is discarded", DISCARDS),
+}
+
+
+def storms() -> list[Workload]:
+    """Small reads, while the same disk gets what has to wait for more."""
+    return [
+        Workload(
+            f"storm-{name}",
+            f"4 KiB random read, QD 1, while {text}",
+            "randread",
+            4 * KIB,
+            1,
+            (systems.OURS, systems.OLD, systems.RUBLK),
+            small=True,
+            fresh=Fresh(Shape(64 * GIB, MIB), filled=True, touched=name in ("trims", "discards")),
+            storm=storm,
+        )
+        for name, (text, storm) in STORMS.items()
     ]
 
 
@@ -244,7 +283,7 @@ def chains() -> list[Workload]:
             "chain-4k-randread-qd32",
             "4 KiB random read through a chain, QD 32",
             "randread",
-            measured=(systems.OURS, systems.CHAIN_1, systems.CHAIN_2, systems.CHAIN_5),
+            measured=(systems.OURS, systems.CHAIN_1, systems.CHAIN_2, systems.CHAIN_5, systems.CHAIN_16),
             **common,
         ),
         Workload(
@@ -260,7 +299,8 @@ def chains() -> list[Workload]:
     ]
 
 
-COMPARED = [*hits(), *empty(), *synced(), *trims(), *queues()]
+STORMY = storms()
+COMPARED = [*hits(), *empty(), *synced(), *trims(), *queues(), *STORMY]
 GROWING = growth()
 CHAINED = chains()
 ALL = [*COMPARED, *GROWING, *CHAINED]
