@@ -283,13 +283,20 @@ impl BlockMap {
         let past = first + words.len() as u64;
         assert!(past <= self.geometry.slot_count(), "slots {first} to {past} are in the BAT");
         let roles = self.geometry.walk(first..past);
+        let mut noted = None;
         for (word, (slot, role)) in words.iter().zip(roles) {
             let word = u64::from_le_bytes(*word);
             let durable = if matches!(role, Role::Bitmap(_)) { 0 } else { DURABLE };
             // A store of zeros would take memory.
-            if word != 0 {
-                self.store(slot, word | durable);
+            if word == 0 {
+                continue;
             }
+            // Once a page: to note one takes longer than to store one of up to 2^26 words.
+            let page = slot / SLOTS_PER_PAGE;
+            if noted.replace(page) != Some(page) {
+                self.note_set(slot);
+            }
+            self.memory.slots()[index(slot)].store(word | durable, Ordering::Release);
         }
     }
 
