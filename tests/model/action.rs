@@ -1,6 +1,8 @@
 //! What may happen next to the machine.
 
-use super::machine::{BASE, CHILD, Command, DEVICES, Lock, Machine, PROCESSES, Process, State};
+use super::machine::{
+    BASE, CHILD, Command, DEVICES, Lock, Machine, PROCESSES, Process, Promise, State, Word,
+};
 use super::plant::Plant;
 use super::step::Step;
 
@@ -15,10 +17,16 @@ pub enum Action {
     Lands(usize),
     /// It says so.
     Acknowledges(usize),
+    /// It says that the write has failed.
+    Refuses(usize),
     /// It commits for a flush.
     Flushes(usize),
     /// It takes a snapshot.
     Snapshots(usize),
+    /// It makes its disk larger.
+    Grows(usize),
+    /// A process does its next step, and the host reports an error: what it wrote was done, or dropped.
+    Fails(usize, Step, bool),
     /// SIGTERM to a daemon whose device is not in use.
     Terminate(usize),
     /// SIGKILL.
@@ -49,6 +57,9 @@ pub fn actions(machine: &Machine) -> Vec<Action> {
                 serving(machine, slot, process, &mut all);
             }
             all.push(Action::Step(slot, process.step));
+            if left.failures > 0 && may_fail(process) {
+                all.extend([true, false].map(|done| Action::Fails(slot, process.step, done)));
+            }
             if left.kills > 0 {
                 all.push(Action::Kill(slot));
             }
@@ -70,8 +81,8 @@ fn launches(machine: &Machine) -> Vec<Action> {
         return all;
     }
     all.push(Action::Launch(Command::Add, 0));
-    if machine.left.compacts > 0 {
-        all.push(Action::Launch(Command::Compact, 0));
+    if machine.left.changes > 0 {
+        all.extend([Command::Compact, Command::Resize].map(|command| Action::Launch(command, 0)));
     }
     for number in 0..DEVICES {
         let Some(entry) = &machine.entries[number] else { continue };
@@ -93,23 +104,37 @@ fn serving(machine: &Machine, slot: usize, process: &Process, all: &mut Vec<Acti
     if device.state != State::Live {
         return;
     }
-    match guest.pending {
+    match guest.pending.filter(|_| !guest.failed) {
+        Some(_) if session.word == Word::Poisoned => all.push(Action::Refuses(slot)),
         Some(value) if session.value != Some(value) => all.push(Action::Lands(slot)),
         Some(_) => all.push(Action::Acknowledges(slot)),
         None => {
             all.push(Action::Terminate(slot));
-            if machine.left.writes > 0 {
+            if machine.left.writes > 0 && session.word != Word::Poisoned {
                 all.push(Action::Lands(slot));
             }
         }
     }
+    if session.word == Word::Poisoned {
+        return;
+    }
+    if machine.left.growths > 0 {
+        all.push(Action::Grows(slot));
+    }
     let durable = machine.images[at].as_ref().and_then(|image| image.durable);
-    if session.open && (durable != session.value || guest.flushed < guest.acknowledged) {
+    let is_open = session.word == Word::Open;
+    if is_open && (durable != session.value || guest.flushed < guest.acknowledged) {
         all.push(Action::Flushes(slot));
     }
-    if session.open && machine.left.snapshots > 0 && at == BASE && machine.images[CHILD].is_none() {
+    if is_open && machine.left.snapshots > 0 && at == BASE && machine.images[CHILD].is_none() {
         all.push(Action::Snapshots(slot));
     }
+}
+
+/// Whether an error of the host in its next step poisons the session.
+fn may_fail(process: &Process) -> bool {
+    use Step::{ChangesHeaders, Commits, Confirms, Enlarges, Freezes, NamesGrowth, Syncs};
+    matches!(process.step, Syncs | ChangesHeaders | Commits | Confirms | Freezes | NamesGrowth | Enlarges)
 }
 
 /// That a process has ended is seen before the kernel has closed its files. The program relies on it when it
@@ -144,31 +169,15 @@ fn happen(machine: &mut Machine, action: Action, plant: Plant) -> bool {
                 return false;
             }
         }
-        Action::Lands(slot) => {
-            let at = machine.process(slot).image;
-            if machine.session(at).open {
-                if machine.guest.pending.is_none() {
-                    machine.left.writes -= 1;
-                    machine.guest.pending = Some(machine.guest.acknowledged + 1);
-                }
-                machine.session(at).value = machine.guest.pending;
-            } else {
-                machine.process(slot).step = Step::AnnouncesSession;
-            }
-        }
-        Action::Acknowledges(_) => {
-            machine.guest.acknowledged = machine.guest.pending.take().expect("it was looked at");
-        }
-        Action::Flushes(slot) => {
-            let (at, acknowledged) = (machine.process(slot).image, machine.guest.acknowledged);
-            machine.image(at).value = machine.session(at).value;
-            machine.image(at).logs = true;
-            let process = machine.process(slot);
-            (process.flushing, process.step) = (Some(acknowledged), Step::Syncs);
-        }
-        Action::Snapshots(slot) => {
-            machine.left.snapshots -= 1;
-            machine.process(slot).step = Step::MakesChild;
+        Action::Lands(slot)
+        | Action::Acknowledges(slot)
+        | Action::Refuses(slot)
+        | Action::Flushes(slot)
+        | Action::Snapshots(slot)
+        | Action::Grows(slot) => serve(machine, action, slot),
+        Action::Fails(slot, _, done) => {
+            machine.left.failures -= 1;
+            machine.fail(slot, done, plant);
         }
         Action::Terminate(slot) => {
             let Process { device, .. } = *machine.process(slot);
@@ -196,11 +205,49 @@ fn happen(machine: &mut Machine, action: Action, plant: Plant) -> bool {
     true
 }
 
+/// A daemon does what it is there for.
+fn serve(machine: &mut Machine, action: Action, slot: usize) {
+    match action {
+        Action::Lands(_) => {
+            let at = machine.process(slot).image;
+            if machine.session(at).word == Word::Open {
+                if machine.guest.pending.is_none() || std::mem::take(&mut machine.guest.failed) {
+                    machine.left.writes -= 1;
+                    machine.guest.pending = Some(machine.guest.acknowledged + 1);
+                }
+                machine.session(at).value = machine.guest.pending;
+            } else {
+                machine.process(slot).step = Step::AnnouncesSession;
+            }
+        }
+        Action::Acknowledges(_) => {
+            machine.guest.acknowledged = machine.guest.pending.take().expect("it was looked at");
+        }
+        Action::Refuses(_) => machine.guest.failed = true,
+        Action::Flushes(_) => {
+            let (at, acknowledged) = (machine.process(slot).image, machine.guest.acknowledged);
+            machine.image(at).value = machine.session(at).value;
+            machine.image(at).logs = true;
+            let process = machine.process(slot);
+            (process.flushing, process.step) = (Some(acknowledged), Step::Syncs);
+        }
+        Action::Snapshots(_) => {
+            machine.left.snapshots -= 1;
+            machine.process(slot).step = Step::MakesChild;
+        }
+        _ => {
+            machine.left.growths -= 1;
+            let process = machine.process(slot);
+            (process.grows, process.step) = (true, Step::Freezes);
+        }
+    }
+}
+
 fn launch(machine: &mut Machine, command: Command, number: usize) {
     machine.left.commands -= 1;
     let (step, used) = match command {
         Command::Add => (Step::Locks, None),
-        Command::Compact => (Step::Locks, Some(&mut machine.left.compacts)),
+        Command::Compact | Command::Resize => (Step::Locks, Some(&mut machine.left.changes)),
         Command::Del => (Step::StopsDevice, None),
         Command::Recover => (Step::FindsDevice, None),
         Command::Upgrade => (Step::LocksBeside, Some(&mut machine.left.upgrades)),
@@ -209,7 +256,7 @@ fn launch(machine: &mut Machine, command: Command, number: usize) {
         *left -= 1;
     }
     let entry = machine.entries[number].as_ref();
-    let of_device = !matches!(command, Command::Add | Command::Compact);
+    let of_device = !matches!(command, Command::Add | Command::Compact | Command::Resize);
     let entry = entry.filter(|_| of_device);
     let (mark, image) = entry.map_or((0, machine.guest.leaf), |entry| (entry.mark, entry.image));
     let slot = machine.processes.iter().position(Option::is_none).expect("there is room");
@@ -223,6 +270,7 @@ fn launch(machine: &mut Machine, command: Command, number: usize) {
         dying: false,
         writes: None,
         flushing: None,
+        grows: false,
     });
 }
 
@@ -257,5 +305,5 @@ fn meddle(machine: &mut Machine) {
     (image.value, image.durable, image.logs) = (Some(value), Some(value), false);
     let guest = &mut machine.guest;
     (guest.acknowledged, guest.flushed, guest.pending) = (value, value, None);
-    guest.meddled = true;
+    (guest.failed, guest.promise, guest.meddled) = (false, Promise::Acknowledged, true);
 }

@@ -50,6 +50,8 @@ pub struct Image {
     /// Its headers name a log.
     pub logs: bool,
     pub era: u8,
+    /// Of its disk: a number that only grows. It is durable at once.
+    pub size: u8,
 }
 
 /// A session file.
@@ -57,7 +59,9 @@ pub struct Image {
 pub struct SessionFile {
     pub current: u8,
     pub next: u8,
-    pub open: bool,
+    pub word: Word,
+    /// Of the disk that its block map is of.
+    pub size: u8,
     /// What its block map names.
     pub value: Option<u8>,
     /// The era of the image that it continues.
@@ -66,6 +70,17 @@ pub struct SessionFile {
     pub holder: Option<usize>,
     /// The device that was served with it last.
     pub mark: Option<u8>,
+}
+
+/// What a session says of its image.
+#[derive(Clone, Copy, Debug, Hash, PartialEq, Eq)]
+pub enum Word {
+    /// It has everything.
+    Idle,
+    /// It may be modified.
+    Open,
+    /// What must not fail has failed: no write or flush succeeds from now on.
+    Poisoned,
 }
 
 /// A registry entry.
@@ -85,6 +100,8 @@ pub struct Device {
     pub state: State,
     /// The process that has its character device open.
     pub server: Option<usize>,
+    /// Of the disk, as the kernel has it.
+    pub size: u8,
 }
 
 #[derive(Clone, Copy, Debug, Hash, PartialEq, Eq)]
@@ -114,6 +131,8 @@ pub enum Command {
     Upgrade,
     /// A command that changes an image at rest, as `compact` does.
     Compact,
+    /// One that makes the disk of an image at rest larger.
+    Resize,
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq)]
@@ -130,6 +149,16 @@ pub struct Process {
     pub writes: Option<usize>,
     /// Of a flush under way: what had been acknowledged when it began.
     pub flushing: Option<u8>,
+    /// The image is frozen for its disk to grow, and not for a snapshot.
+    pub grows: bool,
+}
+
+/// What no kill takes from the guest.
+#[derive(Clone, Copy, Debug, Hash, PartialEq, Eq)]
+pub enum Promise {
+    Acknowledged,
+    /// The session of the disk is poisoned: what was flushed.
+    Flushed,
 }
 
 /// What the guest has seen, and may rely on.
@@ -139,6 +168,11 @@ pub struct Guest {
     pub flushed: u8,
     /// A write that waits in the kernel for its end.
     pub pending: Option<u8>,
+    /// It has ended, with an error: it may have been done.
+    pub failed: bool,
+    pub promise: Promise,
+    /// The size of the disk, as the kernel said.
+    pub size: u8,
     /// The image whose chain is the disk.
     pub leaf: usize,
     /// The user has a device.
@@ -157,12 +191,17 @@ pub struct Budget {
     pub meddlings: u8,
     pub snapshots: u8,
     pub upgrades: u8,
-    pub compacts: u8,
+    /// Of images at rest.
+    pub changes: u8,
+    /// Of the disk of a device.
+    pub growths: u8,
+    pub failures: u8,
 }
 
 impl Machine {
     pub fn new(left: Budget) -> Self {
-        let image = Image { guid: 0, value: Some(0), durable: Some(0), lasts: true, logs: false, era: 0 };
+        let image =
+            Image { guid: 0, value: Some(0), durable: Some(0), lasts: true, logs: false, era: 0, size: 0 };
         Self {
             images: [Some(image), None],
             sessions: [None, None],
@@ -174,6 +213,9 @@ impl Machine {
                 acknowledged: 0,
                 flushed: 0,
                 pending: None,
+                failed: false,
+                promise: Promise::Acknowledged,
+                size: 0,
                 leaf: BASE,
                 wants: false,
                 meddled: false,
@@ -221,10 +263,13 @@ impl Machine {
         })
     }
 
-    /// Whether the session's GUIDs are the image's.
+    /// Whether the session's GUIDs are the image's, and its map is the disk's. A disk grows while its session
+    /// rests.
     pub fn fits(&self, image: usize) -> bool {
         let (Some(session), Some(image)) = (&self.sessions[image], &self.images[image]) else { return false };
-        [session.current, session.next].contains(&image.guid)
+        let is_its = [session.current, session.next].contains(&image.guid);
+        let has_grown = session.size < image.size && session.word == Word::Idle;
+        is_its && session.word != Word::Poisoned && (session.size == image.size || has_grown)
     }
 
     /// Whether the device of an entry waits for its next daemon.
@@ -263,6 +308,34 @@ impl Machine {
         (least..=self.guest.pending.unwrap_or(self.guest.acknowledged)).contains(&value)
     }
 
+    /// The latest write that the disk may not be without.
+    pub fn promised(&self) -> u8 {
+        match self.guest.promise {
+            Promise::Acknowledged => self.guest.acknowledged,
+            Promise::Flushed => self.guest.flushed,
+        }
+    }
+
+    /// What must not fail has failed in the session of an image, and every write fails from now on.
+    pub fn poison(&mut self, image: usize) {
+        self.session(image).word = Word::Poisoned;
+        self.guest.promise = Promise::Flushed;
+    }
+
+    /// A device serves the disk anew after one that had failed.
+    pub fn begin_anew(&mut self) {
+        let guest = &self.guest;
+        if guest.promise == Promise::Acknowledged && !guest.failed {
+            return;
+        }
+        match self.served(guest.leaf) {
+            Some(value) if self.is_known(value, guest.flushed) => self.guest.acknowledged = value,
+            _ => self.broken = Some("a failure has lost what was flushed"),
+        }
+        (self.guest.pending, self.guest.failed) = (None, false);
+        self.guest.promise = Promise::Acknowledged;
+    }
+
     /// A process has ended, and all that it had is free.
     pub fn is_at_rest(&self) -> bool {
         self.processes.iter().all(Option::is_none)
@@ -273,7 +346,9 @@ impl Machine {
         let Process { device, mark, image, .. } = *self.process(slot);
         let left = self.devices[device].as_ref().is_some_and(|it| it.mark == mark)
             || self.entries[device].as_ref().is_some_and(|it| it.mark == mark);
-        let session = self.sessions[image].as_ref().is_some_and(|session| session.mark == Some(mark));
+        // A poisoned session stays where its image could not be closed, which is said.
+        let is_its = |it: &&SessionFile| it.mark == Some(mark) && it.word != Word::Poisoned;
+        let session = self.sessions[image].as_ref().is_some_and(|session| is_its(&session));
         if left || session && !self.guest.meddled {
             self.broken = Some("a device that was removed has left something");
         }
@@ -293,6 +368,7 @@ impl Machine {
             _ => self.broken = Some("a power cut has lost what was flushed"),
         }
         self.guest.pending = None;
+        (self.guest.failed, self.guest.promise) = (false, Promise::Acknowledged);
         self.guest.wants = false;
         self.guest.meddled = false;
         (self.sessions, self.entries, self.devices) = ([None, None], [None, None], [None, None]);

@@ -9,6 +9,7 @@
 
 mod action;
 mod machine;
+mod merge;
 mod plant;
 mod step;
 mod transition;
@@ -21,7 +22,7 @@ use std::time::Instant;
 use stateright::{Checker, HasDiscoveries, Model, Property};
 
 use action::{Action, actions, apply};
-use machine::{Budget, CHILD, Command, DEVICES, Machine, State};
+use machine::{Budget, CHILD, Command, DEVICES, Machine, Promise, State};
 use plant::{PLANTS, Plant};
 use step::Step;
 
@@ -51,7 +52,7 @@ impl Model for Life {
     }
 
     fn properties(&self) -> Vec<Property<Self>> {
-        vec![
+        let mut promises = vec![
             Property::always("an image has one writer", |_, machine: &Machine| {
                 [0, 1].iter().all(|image| {
                     let writes = |process: &&machine::Process| process.writes == Some(*image);
@@ -66,7 +67,7 @@ impl Model for Life {
                 machine.processes.iter().flatten().filter(|process| is_live(machine, process)).all(
                     |process| {
                         let served = machine.served(process.image);
-                        served.is_some_and(|value| machine.is_known(value, machine.guest.acknowledged))
+                        served.is_some_and(|value| machine.is_known(value, machine.promised()))
                     },
                 )
             }),
@@ -80,6 +81,7 @@ impl Model for Life {
                 !machine.is_at_rest()
                     || !machine.guest.wants
                     || machine.guest.meddled
+                    || machine.guest.promise == Promise::Flushed
                     || (0..DEVICES).any(|number| is_recoverable(machine, number))
             }),
             Property::always("no device is without an entry", |_, machine: &Machine| {
@@ -91,17 +93,42 @@ impl Model for Life {
                         })
                     })
             }),
-            Property::sometimes("recovered", |_, machine| is_served_by(machine, Command::Recover)),
-            Property::sometimes("upgraded", |_, machine| is_served_by(machine, Command::Upgrade)),
-            Property::sometimes("a child is served", |_, machine: &Machine| {
-                machine.processes.iter().flatten().any(|it| it.image == CHILD && is_live(machine, it))
+            Property::always("a disk is as large as its users were told", |_, machine: &Machine| {
+                let disk = machine.images[machine.guest.leaf].as_ref();
+                disk.is_some_and(|disk| disk.size >= machine.guest.size)
             }),
-            Property::sometimes("compacted", |_, machine: &Machine| {
-                let ends = |it: &machine::Process| it.command == Command::Compact && it.step == Step::EndsLog;
-                machine.processes.iter().flatten().any(ends)
+            Property::always("what was flushed outlives a failure", |_, machine: &Machine| {
+                machine.broken.is_none_or(|broken| !broken.contains("failure"))
             }),
-        ]
+        ];
+        promises.extend(reached());
+        promises
     }
+}
+
+/// What must happen somewhere, or nothing is proved.
+fn reached() -> [Property<Life>; 8] {
+    [
+        Property::sometimes("recovered", |_, machine| is_served_by(machine, Command::Recover)),
+        Property::sometimes("upgraded", |_, machine| is_served_by(machine, Command::Upgrade)),
+        Property::sometimes("a child is served", |_, machine: &Machine| {
+            machine.processes.iter().flatten().any(|it| it.image == CHILD && is_live(machine, it))
+        }),
+        Property::sometimes("compacted", |_, machine: &Machine| ends(machine, Command::Compact)),
+        Property::sometimes("resized", |_, machine: &Machine| ends(machine, Command::Resize)),
+        Property::sometimes("grown", |_, machine: &Machine| {
+            machine.processes.iter().flatten().any(|it| is_live(machine, it)) && machine.guest.size > 0
+        }),
+        Property::sometimes("caught up", |_, machine: &Machine| {
+            machine.processes.iter().flatten().any(|it| it.step == Step::CatchesUp)
+        }),
+        Property::sometimes("served after a failure", |life, machine: &Machine| {
+            let has_failed = machine.left.failures < life.budget.failures;
+            has_failed
+                && machine.guest.promise == Promise::Acknowledged
+                && is_served_by(machine, Command::Add)
+        }),
+    ]
 }
 
 /// Whether the process serves a device to which requests flow.
@@ -116,17 +143,22 @@ fn is_served_by(machine: &Machine, command: Command) -> bool {
     machine.processes.iter().flatten().any(|it| it.command == command && is_live(machine, it))
 }
 
+/// Whether such a command has changed an image at rest.
+fn ends(machine: &Machine, command: Command) -> bool {
+    machine.processes.iter().flatten().any(|it| it.command == command && it.step == Step::EndsLog)
+}
+
 /// Whether `recover` finds all that it needs, and serves what was acknowledged.
 fn is_recoverable(machine: &Machine, number: usize) -> bool {
     let Some(entry) = &machine.entries[number] else { return false };
     let value = machine.served(entry.image);
     machine.is_abandoned(number)
         && machine.fits(entry.image)
-        && value.is_some_and(|value| machine.is_known(value, machine.guest.acknowledged))
+        && value.is_some_and(|value| machine.is_known(value, machine.promised()))
 }
 
 /// What may happen in each scenario.
-fn scenarios() -> [(&'static str, Budget); 6] {
+fn scenarios() -> [(&'static str, Budget); 9] {
     let none = Budget {
         commands: 0,
         writes: 1,
@@ -135,20 +167,37 @@ fn scenarios() -> [(&'static str, Budget); 6] {
         meddlings: 0,
         snapshots: 0,
         upgrades: 0,
-        compacts: 0,
+        changes: 0,
+        growths: 0,
+        failures: 0,
     };
     [
         ("killed twice", Budget { commands: 3, kills: 2, ..none.clone() }),
         ("without power", Budget { commands: 2, writes: 2, kills: 1, cuts: 1, ..none.clone() }),
         ("written by another program", Budget { commands: 3, kills: 1, meddlings: 1, ..none.clone() }),
-        ("compacted at rest", Budget { commands: 3, kills: 1, compacts: 1, ..none.clone() }),
+        ("changed at rest", Budget { commands: 3, kills: 1, changes: 1, ..none.clone() }),
         ("frozen by a snapshot", Budget { commands: 2, kills: 2, cuts: 1, snapshots: 1, ..none.clone() }),
-        ("taken over by an upgrade", Budget { commands: 3, kills: 2, upgrades: 1, ..none }),
+        ("taken over by an upgrade", Budget { commands: 3, kills: 2, upgrades: 1, ..none.clone() }),
+        ("on a host that fails", Budget { commands: 3, kills: 1, cuts: 1, failures: 1, ..none.clone() }),
+        ("made larger", Budget { commands: 2, kills: 2, cuts: 1, growths: 1, ..none.clone() }),
+        (
+            "made larger on a host that fails",
+            Budget { commands: 2, kills: 1, growths: 1, failures: 1, ..none },
+        ),
     ]
 }
 
 /// What the scenarios must reach, or they prove nothing.
-const REACHED: [&str; 4] = ["recovered", "upgraded", "a child is served", "compacted"];
+const REACHED: [&str; 8] = [
+    "recovered",
+    "upgraded",
+    "a child is served",
+    "compacted",
+    "resized",
+    "grown",
+    "caught up",
+    "served after a failure",
+];
 
 fn check(budget: &Budget, plant: Plant, end: HasDiscoveries) -> impl Checker<Life> {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
@@ -188,10 +237,14 @@ fn each_mistake_is_seen() {
 #[test]
 fn every_step_names_a_function() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let text = fs::read_to_string(folder.join("tests/model/step.rs")).expect("readable");
-    let (_, steps) = text.split_once("pub enum Step {").expect("it is there");
+    let read = |file| fs::read_to_string(folder.join("tests/model").join(file)).expect("readable");
+    let texts = ["step.rs", "merge.rs"].map(read);
+    let lines = texts.iter().flat_map(|text| {
+        let (_, steps) = text.split_once("pub enum Step {").expect("it is there");
+        steps.lines().map(str::trim).take_while(|line| *line != "}")
+    });
     let mut doc = "";
-    for line in steps.lines().map(str::trim) {
+    for line in lines {
         if let Some(text) = line.strip_prefix("/// ") {
             doc = text;
         } else if let Some(step) = line.strip_suffix(',') {

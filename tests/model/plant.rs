@@ -32,10 +32,24 @@ pub enum Plant {
     CountOthers,
     /// `del` removes the entry of a dead daemon before it closes the image.
     EntryBeforeClose,
+    /// A sync that failed is done again: what the host has dropped is not written again.
+    SyncAgain,
+    /// A poisoned session is taken over.
+    TakePoisoned,
+    /// The larger disk has a FileWriteGuid that its session does not know.
+    UnannouncedGrowth,
+    /// The disk grows while its session is open.
+    GrowUnrested,
+    /// The session for the larger disk takes its name before the disk is larger.
+    RenewEarly,
+    /// The kernel has the new size before the image has.
+    TellEarly,
+    /// A successor serves a disk that has grown with the map that it had.
+    KeepShortMap,
 }
 
 /// All of them, with the property that catches each, and the scenario in which it does.
-pub const PLANTS: [(Plant, &str, usize); 14] = [
+pub const PLANTS: [(Plant, &str, usize); 21] = [
     (Plant::IgnoreGuid, "a session continues only what its image holds", 2),
     (Plant::LateAnnouncement, "a device that was killed can be recovered", 0),
     (Plant::EntryFirst, "no device is without an entry", 0),
@@ -50,4 +64,11 @@ pub const PLANTS: [(Plant, &str, usize); 14] = [
     (Plant::LeaveNothing, "a device that was killed can be recovered", 5),
     (Plant::EntryBeforeClose, "a device that was removed has left nothing", 0),
     (Plant::CountOthers, "a device that was removed has left nothing", 0),
+    (Plant::SyncAgain, "what was flushed survives a power cut", 6),
+    (Plant::TakePoisoned, "a session continues only what its image holds", 6),
+    (Plant::UnannouncedGrowth, "a device that was killed can be recovered", 7),
+    (Plant::GrowUnrested, "a device that was killed can be recovered", 7),
+    (Plant::RenewEarly, "a device that was killed can be recovered", 7),
+    (Plant::TellEarly, "a disk is as large as its users were told", 7),
+    (Plant::KeepShortMap, "a device that was killed can be recovered", 7),
 ];

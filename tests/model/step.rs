@@ -55,6 +55,18 @@ pub enum Step {
     Freezes,
     /// `engine/grow.rs` `rest`: its log is empty, its session rests.
     Rests,
+    /// `engine/grow.rs` `carry_out`: the session knows the FileWriteGuid of the larger disk.
+    AnnouncesGrowth,
+    /// `image/amend.rs` `carry_out`: both headers carry it.
+    NamesGrowth,
+    /// `image/edit.rs` `write`: one log entry makes the disk larger, and the headers name that log.
+    Enlarges,
+    /// `image/edit.rs` `write`: what the entry says is in place, and the headers name no log.
+    EndsEdit,
+    /// `device/session/file.rs` `publish`: a session for the larger disk takes the name of the other.
+    RenewsSession,
+    /// `device/daemon/calls.rs` `tell_size`: the kernel has the new size.
+    TellsSize,
     /// `device/snapshot/mod.rs` `switch`: the entry names the child.
     NamesChild,
     /// `device/snapshot/mod.rs` `retire`: the parent may be read, its session goes.
@@ -97,6 +109,8 @@ pub enum Step {
     NamesDaemon,
     /// `device/control/mod.rs` `end_recovery`: requests flow again.
     EndsRecovery,
+    /// `device/daemon/calls.rs` `catch_up_with`: the kernel has the size of a disk that grew before the kill.
+    CatchesUp,
     /// `disk/lock.rs` `lock_beside`: a successor's lock lies beside the daemon's.
     LocksBeside,
     /// `device/upgrade/successor.rs` `refuse_ended`: the daemon has lived until then.
@@ -115,4 +129,6 @@ pub enum Step {
     Leaves,
     /// `operations/compact/run.rs` `run`: changes the image at rest.
     Changes,
+    /// `operations/resize.rs` `resize`: makes the disk of the image at rest larger.
+    Resizes,
 }

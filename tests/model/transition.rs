@@ -1,7 +1,7 @@
 //! What each step does to the machine.
 
 use super::machine::{
-    BASE, CHILD, Command, DEVICES, Device, Entry, Image, Lock, Machine, Process, SessionFile, State,
+    BASE, CHILD, Command, DEVICES, Device, Entry, Image, Lock, Machine, Process, SessionFile, State, Word,
 };
 use super::plant::Plant;
 use super::step::Step;
@@ -36,6 +36,34 @@ impl Machine {
         true
     }
 
+    /// The host reports an error in the step of process `slot`, which was done all the same, or not: what the
+    /// host had of it is dropped then.
+    pub fn fail(&mut self, slot: usize, done: bool, plant: Plant) {
+        let Process { command, step, image: at, .. } = *self.process(slot);
+        let only_syncs = matches!(step, Step::Syncs | Step::Confirms);
+        match done {
+            true if only_syncs => self.make_durable(at),
+            true => assert!(self.step(slot, plant), "it does not wait"),
+            false => self.image(at).value = self.image(at).durable,
+        }
+        if step == Step::Syncs && plant == Plant::SyncAgain {
+            return;
+        }
+        self.poison(at);
+        if step == Step::Freezes && !self.process(slot).grows {
+            (self.images[CHILD], self.sessions[CHILD]) = (None, None);
+            self.process(slot).locks[CHILD] = Lock::None;
+        }
+        let process = self.process(slot);
+        (process.flushing, process.grows) = (None, false);
+        match (step, command) {
+            (Step::Commits | Step::Confirms, Command::Del) => process.step = after_close(plant),
+            (Step::Commits, _) => process.step = Step::Deletes,
+            (Step::Confirms, _) => self.end(slot),
+            _ => process.step = Step::Serves,
+        }
+    }
+
     /// The process ends in order, and everything that it has is free at once.
     fn end(&mut self, slot: usize) {
         for session in self.sessions.iter_mut().flatten().filter(|it| it.holder == Some(slot)) {
@@ -66,26 +94,14 @@ impl Machine {
             Step::Surveys if self.is_claimed(at) && plant != Plant::IgnoreClaims => Ends,
             Step::Surveys => To(Step::RefusesParent),
             Step::RefusesParent if at != self.guest.leaf => Ends,
-            Step::RefusesParent if command == Command::Compact => To(Step::RefusesOrphan),
+            Step::RefusesParent if matches!(command, Command::Compact | Command::Resize) => {
+                To(Step::RefusesOrphan)
+            }
             Step::RefusesParent => To(Step::Chooses),
             Step::RefusesOrphan => self.refuse_orphan(at, plant),
             Step::Chooses => self.choose(slot, plant),
-            Step::Confirms => {
-                let (era, guid, logs) = (self.image(at).era, self.image(at).guid, self.image(at).logs);
-                if self.session(at).era != era {
-                    self.broken = Some("a session is taken over that is not the image's");
-                }
-                self.session(at).current = guid;
-                To(if logs { Step::Announces } else { Step::Reconciles })
-            }
-            Step::Announces => {
-                self.session(at).next = self.new_guid();
-                To(Step::Replays)
-            }
-            Step::Replays => self.replay(slot),
-            Step::Reconciles => {
-                self.session(at).current = self.image(at).guid;
-                To(if command == Command::Del { Step::Commits } else { self.opened(slot) })
+            Step::Confirms | Step::Announces | Step::Replays | Step::Reconciles => {
+                self.take_over(slot, step, plant)
             }
             Step::Begins => {
                 self.begin(slot, at);
@@ -97,7 +113,47 @@ impl Machine {
                 self.image(at).logs = true;
                 To(Step::EndsLog)
             }
+            Step::Resizes => {
+                self.modify(at);
+                let image = self.image(at);
+                (image.logs, image.size) = (true, image.size + 1);
+                To(Step::EndsLog)
+            }
             _ => unreachable!("{step:?} is no step of an image"),
+        }
+    }
+
+    /// The session that was chosen, or none, and the image are brought together.
+    fn take_over(&mut self, slot: usize, step: Step, plant: Plant) -> Turn {
+        let Process { command, image: at, .. } = *self.process(slot);
+        match step {
+            Step::Confirms => {
+                let (era, guid, logs) = (self.image(at).era, self.image(at).guid, self.image(at).logs);
+                if self.session(at).era != era {
+                    self.broken = Some("a session is taken over that is not the image's");
+                }
+                if self.session(at).word == Word::Poisoned {
+                    self.broken = Some("a poisoned session is taken over");
+                }
+                self.session(at).current = guid;
+                To(if logs { Step::Announces } else { Step::Reconciles })
+            }
+            Step::Announces => {
+                self.session(at).next = self.new_guid();
+                To(Step::Replays)
+            }
+            Step::Replays => self.replay(slot),
+            _ => {
+                let size = self.image(at).size;
+                if self.session(at).size < size && plant != Plant::KeepShortMap {
+                    if self.session(at).word != Word::Idle {
+                        self.broken = Some("a session of a shorter disk is taken over");
+                    }
+                    self.begin(slot, at);
+                }
+                self.session(at).current = self.image(at).guid;
+                To(if command == Command::Del { Step::Commits } else { self.opened(slot) })
+            }
         }
     }
 
@@ -122,10 +178,10 @@ impl Machine {
         match &self.sessions[at] {
             _ if plant == Plant::IgnoreClaims => {}
             Some(session) if session.holder.is_some() => {
-                let passes = !session.open || plant == Plant::IgnoreHeldSession;
+                let passes = session.word == Word::Idle || plant == Plant::IgnoreHeldSession;
                 return if passes { To(Step::Replays) } else { Ends };
             }
-            Some(session) if !session.open => self.sessions[at] = None,
+            Some(session) if session.word == Word::Idle => self.sessions[at] = None,
             Some(_) if fits => return Ends,
             _ => {}
         }
@@ -134,7 +190,12 @@ impl Machine {
 
     fn choose(&mut self, slot: usize, plant: Plant) -> Turn {
         let Process { command, image: at, .. } = *self.process(slot);
-        let fits = self.fits(at) || plant == Plant::IgnoreGuid;
+        let poisoned = self.sessions[at].as_ref().is_some_and(|session| session.word == Word::Poisoned);
+        let fits = match plant {
+            Plant::IgnoreGuid => true,
+            Plant::TakePoisoned if poisoned => true,
+            _ => self.fits(at),
+        };
         match (&mut self.sessions[at], command) {
             (Some(session), _) if session.holder.is_some() => Ends,
             (Some(session), _) if fits => {
@@ -147,7 +208,7 @@ impl Machine {
             (_, Command::Recover | Command::Upgrade) => Ends,
             (unfit, Command::Del) => {
                 *unfit = None;
-                Ends
+                To(after_close(plant))
             }
             (unfit, _) => {
                 *unfit = None;
@@ -175,14 +236,15 @@ impl Machine {
         To(match command {
             _ if own => Step::Reconciles,
             Command::Compact => Step::Changes,
+            Command::Resize => Step::Resizes,
             _ => Step::Begins,
         })
     }
 
     fn begin(&mut self, slot: usize, at: usize) {
-        let Image { guid, value, era, .. } = *self.image(at);
-        let (current, next, holder) = (guid, guid, Some(slot));
-        self.sessions[at] = Some(SessionFile { current, next, open: false, value, era, holder, mark: None });
+        let Image { guid, value, era, size, .. } = *self.image(at);
+        let (current, next, holder, word) = (guid, guid, Some(slot), Word::Idle);
+        self.sessions[at] = Some(SessionFile { current, next, word, size, value, era, holder, mark: None });
     }
 
     /// The image is ready to be served.
@@ -218,7 +280,7 @@ impl Machine {
             }
             Step::EndsLog => {
                 self.image(at).logs = false;
-                if command == Command::Compact {
+                if matches!(command, Command::Compact | Command::Resize) {
                     return Ends;
                 }
                 if !session_first {
@@ -227,7 +289,7 @@ impl Machine {
             }
             _ => {
                 let session = self.sessions[at].take().expect("it is there");
-                if session_first && session.open {
+                if session_first && session.word == Word::Open {
                     self.process(slot).flushing = session.value;
                     return To(Step::Commits);
                 }
@@ -242,23 +304,10 @@ impl Machine {
 
     /// A daemon's own steps.
     fn serve(&mut self, slot: usize, step: Step, plant: Plant) -> Turn {
-        let Process { image: at, device, mark, .. } = *self.process(slot);
+        let Process { image: at, device, .. } = *self.process(slot);
         match step {
             Step::Sweeps | Step::AddsDevice | Step::WritesEntry => self.make_device(slot, step),
-            Step::Starts => {
-                self.device(device).state = State::Live;
-                To(Step::NotesStart)
-            }
-            Step::NotesStart => {
-                // It was stopped meanwhile.
-                if let Some(entry) = self.entry_of(device, mark) {
-                    entry.started = true;
-                }
-                self.guest.wants = self.device(device).state == State::Live;
-                self.session(at).mark = Some(mark);
-                self.guest.meddled = false;
-                To(Step::Serves)
-            }
+            Step::Starts | Step::NotesStart => self.start(slot, step),
             Step::Serves if self.device(device).state == State::Stopped => To(Step::Stops),
             Step::Serves => Waits,
             Step::AnnouncesSession | Step::ChangesHeaders | Step::OpensSession => {
@@ -270,27 +319,77 @@ impl Machine {
                 self.guest.flushed = self.guest.flushed.max(flushing);
                 To(Step::Serves)
             }
+            Step::Stops | Step::Deletes | Step::RemovesEntry | Step::Exits => {
+                self.take_down(slot, step, plant)
+            }
+            Step::Settles | Step::Leaves => self.leave(slot, step, plant),
+            Step::Freezes => {
+                let frozen = if self.process(slot).grows { at } else { BASE };
+                if self.session(frozen).word == Word::Open {
+                    self.commit(frozen);
+                    self.make_durable(frozen);
+                }
+                To(Step::Rests)
+            }
+            _ if self.process(slot).grows => self.grow(slot, step, plant),
+            _ => self.snapshot(slot, step, plant),
+        }
+    }
+
+    fn start(&mut self, slot: usize, step: Step) -> Turn {
+        let Process { image: at, device, mark, .. } = *self.process(slot);
+        if step == Step::Starts {
+            self.device(device).state = State::Live;
+            let size = self.device(device).size;
+            self.tell_size(device, size);
+            return To(Step::NotesStart);
+        }
+        // It was stopped meanwhile.
+        if let Some(entry) = self.entry_of(device, mark) {
+            entry.started = true;
+        }
+        self.guest.wants = self.device(device).state == State::Live;
+        self.begin_anew();
+        self.session(at).mark = Some(mark);
+        self.guest.meddled = false;
+        To(Step::Serves)
+    }
+
+    /// The daemon's device goes, and it ends.
+    fn take_down(&mut self, slot: usize, step: Step, plant: Plant) -> Turn {
+        let Process { image: at, device, .. } = *self.process(slot);
+        match step {
             Step::Stops => {
                 if plant == Plant::UnlockBeforeClose {
                     self.process(slot).locks = [Lock::None, Lock::None];
                 }
-                let has_more = self.session(at).open && plant != Plant::SessionFirst;
-                To(if has_more { Step::Commits } else { Step::RemovesSession })
+                To(match self.session(at).word {
+                    // It is not closed: the session and the entry stay.
+                    Word::Poisoned => Step::Deletes,
+                    Word::Open if plant != Plant::SessionFirst => Step::Commits,
+                    _ => Step::RemovesSession,
+                })
             }
             Step::Deletes => {
                 self.devices[device] = None;
-                To(if plant == Plant::EntryFirst { Step::Exits } else { Step::RemovesEntry })
+                let is_closed = self.sessions[at].is_none();
+                To(match plant {
+                    Plant::EntryFirst => Step::Exits,
+                    _ if is_closed => Step::RemovesEntry,
+                    _ => Step::Exits,
+                })
             }
             Step::RemovesEntry => {
                 self.entries[device] = None;
                 To(if plant == Plant::EntryFirst { Step::Deletes } else { Step::Exits })
             }
-            Step::Exits => {
-                self.check_gone(slot);
+            _ => {
+                // That an image could not be closed is said.
+                if self.sessions[at].is_none() {
+                    self.check_gone(slot);
+                }
                 Ends
             }
-            Step::Settles | Step::Leaves => self.leave(slot, step, plant),
-            _ => self.snapshot(slot, step, plant),
         }
     }
 
@@ -311,9 +410,9 @@ impl Machine {
             }
             Step::AddsDevice => {
                 let Some(number) = self.devices.iter().position(Option::is_none) else { return Waits };
-                let mark = self.marks;
+                let (mark, size) = (self.marks, self.image(at).size);
                 self.marks += 1;
-                self.devices[number] = Some(Device { mark, state: State::Added, server: Some(slot) });
+                self.devices[number] = Some(Device { mark, state: State::Added, server: Some(slot), size });
                 let process = self.process(slot);
                 (process.device, process.mark) = (number, mark);
                 To(Step::WritesEntry)
@@ -352,7 +451,7 @@ impl Machine {
             }
             _ => {
                 self.session(at).current = self.image(at).guid;
-                self.session(at).open = true;
+                self.session(at).word = Word::Open;
                 To(Step::Serves)
             }
         }
@@ -362,9 +461,9 @@ impl Machine {
         let device = self.process(slot).device;
         match step {
             Step::MakesChild => {
-                let (guid, era) = (self.new_guid(), self.new_era());
+                let (guid, era, size) = (self.new_guid(), self.new_era(), self.image(BASE).size);
                 self.images[CHILD] =
-                    Some(Image { guid, value: None, durable: None, lasts: false, logs: false, era });
+                    Some(Image { guid, value: None, durable: None, lasts: false, logs: false, era, size });
                 self.process(slot).locks[CHILD] = Lock::Writer;
                 To(if plant == Plant::UnsyncedChild { Step::BeginsChild } else { Step::SyncsChild })
             }
@@ -376,14 +475,9 @@ impl Machine {
                 self.begin(slot, CHILD);
                 To(if plant == Plant::EarlyName { Step::NamesChild } else { Step::Freezes })
             }
-            Step::Freezes => {
-                self.commit(BASE);
-                self.make_durable(BASE);
-                To(Step::Rests)
-            }
             Step::Rests => {
                 self.image(BASE).logs = false;
-                self.session(BASE).open = false;
+                self.session(BASE).word = Word::Idle;
                 To(if plant == Plant::EarlyName { Step::Retires } else { Step::NamesChild })
             }
             Step::NamesChild => {
@@ -403,10 +497,71 @@ impl Machine {
         }
     }
 
+    /// The disk that a daemon serves becomes larger, while the fronts are held.
+    fn grow(&mut self, slot: usize, step: Step, plant: Plant) -> Turn {
+        let Process { image: at, device, mark, .. } = *self.process(slot);
+        match step {
+            Step::Rests => {
+                self.image(at).logs = false;
+                if plant != Plant::GrowUnrested {
+                    self.session(at).word = Word::Idle;
+                }
+                if plant == Plant::TellEarly {
+                    self.tell_size(device, 1);
+                }
+                To(if plant == Plant::RenewEarly { Step::RenewsSession } else { Step::AnnouncesGrowth })
+            }
+            Step::AnnouncesGrowth => {
+                self.session(at).current = self.image(at).guid;
+                if plant != Plant::UnannouncedGrowth {
+                    self.session(at).next = self.new_guid();
+                }
+                To(Step::NamesGrowth)
+            }
+            Step::NamesGrowth => {
+                self.make_durable(at);
+                let (era, announced) = (self.new_era(), self.session(at).next);
+                let named = if plant == Plant::UnannouncedGrowth { self.new_guid() } else { announced };
+                self.session(at).era = era;
+                let image = self.image(at);
+                (image.era, image.guid) = (era, named);
+                To(Step::Enlarges)
+            }
+            Step::Enlarges => {
+                let image = self.image(at);
+                (image.size, image.logs) = (image.size + 1, true);
+                To(Step::EndsEdit)
+            }
+            Step::EndsEdit => {
+                self.image(at).logs = false;
+                To(if plant == Plant::RenewEarly { Step::TellsSize } else { Step::RenewsSession })
+            }
+            Step::RenewsSession => {
+                self.begin(slot, at);
+                let early = u8::from(plant == Plant::RenewEarly);
+                self.session(at).size += early;
+                self.session(at).mark = Some(mark);
+                To(if early == 1 { Step::AnnouncesGrowth } else { Step::TellsSize })
+            }
+            _ => {
+                let size = self.image(at).size;
+                self.tell_size(device, size);
+                self.process(slot).grows = false;
+                To(Step::Serves)
+            }
+        }
+    }
+
+    /// The kernel has the size of the disk, and its users with it.
+    fn tell_size(&mut self, number: usize, size: u8) {
+        self.device(number).size = size;
+        self.guest.size = self.guest.size.max(size);
+    }
+
     fn leave(&mut self, slot: usize, step: Step, plant: Plant) -> Turn {
         let Process { image: at, device, .. } = *self.process(slot);
         if step == Step::Settles {
-            if self.session(at).open {
+            if self.session(at).word == Word::Open {
                 self.commit(at);
                 self.make_durable(at);
             }
@@ -497,6 +652,10 @@ impl Machine {
         if (0..DEVICES).any(has_it) {
             return To(after_close(plant));
         }
+        if session.word == Word::Poisoned && session.holder.is_none() {
+            self.sessions[at] = None;
+            return To(after_close(plant));
+        }
         if self.lock(slot, at) {
             return To(Step::Chooses);
         }
@@ -543,6 +702,12 @@ impl Machine {
             Step::EndsRecovery if self.device(number).state != State::Quiesced => Ends,
             Step::EndsRecovery => {
                 self.device(number).state = State::Live;
+                let is_shorter = self.device(number).size < self.image(at).size;
+                To(if is_shorter { Step::CatchesUp } else { Step::NotesStart })
+            }
+            Step::CatchesUp => {
+                let size = self.image(at).size;
+                self.tell_size(number, size);
                 To(Step::NotesStart)
             }
             _ => self.succeed(slot, step, plant),
@@ -553,6 +718,7 @@ impl Machine {
     fn succeed(&mut self, slot: usize, step: Step, plant: Plant) -> Turn {
         let Process { image: at, device: number, mark, .. } = *self.process(slot);
         let daemon = self.entry_of(number, mark).map(|entry| entry.daemon);
+        let fails = self.sessions[at].as_ref().is_some_and(|session| session.word == Word::Poisoned);
         match (step, daemon) {
             (Step::LocksBeside, _) => {
                 if !self.is_free(at, Lock::Beside, slot) {
@@ -567,6 +733,7 @@ impl Machine {
                 let daemon = self.process(daemon);
                 match daemon.step {
                     _ if daemon.dying => To(Step::AwaitsEnd),
+                    Step::Serves if fails => Ends,
                     Step::Serves if daemon.image == at => {
                         daemon.step = Step::Settles;
                         To(if plant == Plant::EagerSuccessor { Step::TakesWriter } else { Step::AwaitsEnd })
@@ -634,7 +801,7 @@ fn after_close(plant: Plant) -> Step {
 fn is_of_image(step: Step) -> bool {
     use Step::{
         Announces, Begins, Changes, Chooses, Commits, Confirms, EndsLog, Locks, Reconciles, RefusesOrphan,
-        RefusesParent, RemovesSession, Replays, Surveys,
+        RefusesParent, RemovesSession, Replays, Resizes, Surveys,
     };
     matches!(
         step,
@@ -652,19 +819,21 @@ fn is_of_image(step: Step) -> bool {
             | EndsLog
             | RemovesSession
             | Changes
+            | Resizes
     )
 }
 
 fn is_of_recovery(step: Step) -> bool {
     use Step::{
-        AsksDaemon, AwaitsEnd, AwaitsSession, EndsRecovery, FindsDevice, LocksBeside, LocksToRecover,
-        NamesDaemon, RefusesChanged, RefusesEnded, StartsRecovery, TakesWriter,
+        AsksDaemon, AwaitsEnd, AwaitsSession, CatchesUp, EndsRecovery, FindsDevice, LocksBeside,
+        LocksToRecover, NamesDaemon, RefusesChanged, RefusesEnded, StartsRecovery, TakesWriter,
     };
     matches!(
         step,
         AsksDaemon
             | AwaitsEnd
             | AwaitsSession
+            | CatchesUp
             | EndsRecovery
             | FindsDevice
             | LocksBeside
