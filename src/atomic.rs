@@ -157,8 +157,7 @@ mod modelled {
         }
     }
 
-    /// A queue with one sender and one receiver, which may see late that something was sent: the real one
-    /// promises no more.
+    /// A queue whose receivers may see late that something was sent: the real one promises no more.
     pub struct ArrayQueue<T> {
         messages: Mutex<VecDeque<T>>,
         places: usize,
@@ -199,6 +198,11 @@ mod modelled {
             }
             self.received.fetch_add(1, Ordering::Relaxed);
             self.messages.lock().expect("no panic holds it").pop_front()
+        }
+
+        /// How many messages are here.
+        pub fn len(&self) -> usize {
+            self.messages.lock().expect("no panic holds it").len()
         }
 
         /// Whether no message is known to have come.

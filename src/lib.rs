@@ -55,7 +55,8 @@
 //!
 //! No lock, no allocation, no other thread: `tests/simulator/hit_path.rs` holds the front to that.
 //!
-//! **A miss**: the block has no space.
+//! **A miss**: the block has no space. As a rule the engine has set some aside, which the front gives the
+//! block itself (`engine/pool`); then it is a hit. Otherwise, or if the block needs content of its parents:
 //!
 //! 4. The front sends [`Ask::Allocate`](engine::message::Ask) through its mailbox. The tag waits; the queue
 //!    serves others meanwhile.

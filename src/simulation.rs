@@ -207,6 +207,10 @@ pub enum Plant {
     DoOnlyTheRest,
     /// A request that has waited for room is done, even if it found none again.
     TrustSecondTry,
+    /// A front gives a block space and does not mark the page of its mapping.
+    ForgetClaim,
+    /// What is in the pool of fronts stays there when the file is cut, or when the host has no room.
+    KeepPool,
     /// A thread that is about to sleep looks for messages in no order with having said so.
     SkipSleepFence,
     /// A thread that has sent a message looks whether the receiver sleeps in no order with having sent it.
@@ -215,10 +219,16 @@ pub enum Plant {
     LookFirst,
     /// A front that finds a sector marked as present leaves the mark of its page to whichever front set it.
     TrustFoundBits,
-    /// A page is marked as changed before its bits are set.
-    MarkBeforeBits,
-    /// A chunk is marked as having marked pages before its page is.
-    ChunkBeforePage,
+    /// A page is marked as changed before it is.
+    MarkBeforeChange,
+    /// A group of pages is marked as having marked ones before its page is.
+    GroupBeforePage,
+    /// A front that finds a mapping leaves the mark of its page to whichever front has made it.
+    TrustFoundMapping,
+    /// A front changes a page without being counted into it.
+    StayOutside,
+    /// A mapping is marked as durable over one that a front has made meanwhile.
+    StoreDurable,
     /// Whoever finds a sector's bit set may see its page as it was before.
     RelaxedFind,
     /// A sector's bit is set in no order with what its front did before.
@@ -251,7 +261,7 @@ pub enum Plant {
 
 impl Plant {
     /// Those that show in the order of requests, of what the host does, and of crashes.
-    pub const ALL: [Self; 96] = [
+    pub const ALL: [Self; 98] = [
         Self::SkipRecyclingSync,
         Self::SkipGrowthSync,
         Self::ApplyBeforeLog,
@@ -348,16 +358,21 @@ impl Plant {
         Self::CountWaiting,
         Self::DoOnlyTheRest,
         Self::TrustSecondTry,
+        Self::ForgetClaim,
+        Self::KeepPool,
     ];
 
     /// Those that show where threads run side by side.
-    pub const OF_THREADS: [Self; 20] = [
+    pub const OF_THREADS: [Self; 23] = [
         Self::SkipSleepFence,
         Self::SkipSendFence,
         Self::LookFirst,
         Self::TrustFoundBits,
-        Self::MarkBeforeBits,
-        Self::ChunkBeforePage,
+        Self::MarkBeforeChange,
+        Self::GroupBeforePage,
+        Self::TrustFoundMapping,
+        Self::StayOutside,
+        Self::StoreDurable,
         Self::RelaxedFind,
         Self::RelaxedBits,
         Self::RelaxedMark,

@@ -131,6 +131,8 @@ struct Work {
 
 impl Work {
     async fn run(&self) -> Result<Shortened> {
+        // Its space would lie where blocks move to, or behind them.
+        let _pool_is_empty = self.engine.without_pool();
         let before = self.figures()?;
         let mut done = Shortened { before, after: before, ..Shortened::default() };
         if self.idle_since.is_some() && !self.is_worth_it().await? {

@@ -1,6 +1,9 @@
 //! What an engine has done and what it has before it, for others to read.
 //!
-//! Nothing depends on it. The engine's thread is the only one that writes.
+//! Nothing depends on it. The engine's thread is the only one that writes a number, but for the blocks that
+//! fronts give space.
+
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -92,12 +95,26 @@ pub struct Levels<T = u64> {
 pub struct Activity {
     counters: Counters<Tally>,
     levels: Levels<Tally>,
+    /// Blocks that fronts have given space.
+    claims: AtomicU64,
 }
 
 impl Activity {
     /// What has been done so far.
     pub fn counters(&self) -> Counters {
-        self.counters.zip(&self.counters, |count, _| count.get())
+        let mut counters = self.counters.zip(&self.counters, |count, _| count.get());
+        counters.grants += self.claims();
+        counters
+    }
+
+    /// How many blocks fronts have given space.
+    pub fn claims(&self) -> u64 {
+        self.claims.load(Ordering::Relaxed)
+    }
+
+    /// A front has given a block space.
+    pub(super) fn claimed(&self) {
+        self.claims.fetch_add(1, Ordering::Relaxed);
     }
 
     /// What is to be done.

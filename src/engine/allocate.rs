@@ -8,7 +8,7 @@ use super::{Engine, Outcome, errno, for_guest, too_long_is_full};
 use crate::disk::Disk;
 use crate::format::MIB;
 use crate::format::bat::{BatEntry, PayloadState};
-use crate::image::{Content, Extent, Grant, Page};
+use crate::image::{Content, Extent, Grant, Mapping, Page};
 use crate::simulation::{Plant, planted};
 
 /// How far the file is extended beyond what is needed: an eighth of its length, within these bounds. Each
@@ -23,6 +23,7 @@ impl<D: Disk + 'static> Engine<D> {
         for block in first..first + count {
             self.turns.blocks.exclusively(block, self.allocate_block(block)).await?;
         }
+        self.fill_pool();
         self.start_cycle_if_due();
         Ok(())
     }
@@ -52,10 +53,15 @@ impl<D: Disk + 'static> Engine<D> {
             }
         }
         self.check_poison()?;
-        self.count(|counters| counters.grants.add(1));
         let offset = extent.offset;
         let new = if by_sectors { BatEntry::partially_present(offset) } else { BatEntry::present(offset) };
-        self.remap(block, new);
+        let now = self.shared.map.load(block);
+        if self.has_space(now.entry) || !self.remap(block, now, new) {
+            // A front was faster. What was zeroed here is no zeros before a sync.
+            self.space.borrow_mut().free(extent, Content::Recycled);
+            return Ok(());
+        }
+        self.count(|counters| counters.grants.add(1));
         Ok(())
     }
 
@@ -88,16 +94,17 @@ impl<D: Disk + 'static> Engine<D> {
 
     /// Marks a page dirty and publishes a mapping in it, in one step: visible means committable. (A cycle
     /// between the two would answer a flush, and a power cut would take what was written there.) Space that
-    /// the old entry names goes to quarantine.
-    pub(super) fn remap(self: &Rc<Self>, block: u64, new: BatEntry) {
-        let old = self.shared.map.load(block).entry;
-        self.check_change(old, new);
+    /// the old entry names goes to quarantine. Nothing of that if the block is no longer as it was `seen`:
+    /// a front has given it space. Whether it was.
+    pub(super) fn remap(self: &Rc<Self>, block: u64, seen: Mapping, new: BatEntry) -> bool {
+        self.check_change(seen.entry, new);
         self.mark(Page::Bat(self.shared.map.page_of(block)));
-        self.shared.map.publish(block, new);
-        if let Some(extent) = self.space_of(old) {
+        let replaced = self.shared.map.replace(block, seen, new);
+        if let Some(extent) = self.space_of(seen.entry).filter(|_| replaced) {
             self.count(|counters| counters.unmapped.add(1));
             self.reclaim.lost(extent);
         }
+        replaced
     }
 
     /// `page` is about to change. A front that sees the change must find the flag: the write that it makes
@@ -139,8 +146,8 @@ impl<D: Disk + 'static> Engine<D> {
         crate::image::payload_extent(entry, self.shared.geometry())
     }
 
-    /// Free space first, then a longer file, then what quarantine holds: one cycle and one barrier before it
-    /// is "no space".
+    /// Free space first, that of the pool included, then a longer file, then what quarantine holds: one cycle
+    /// and one barrier before it is "no space".
     async fn find_space(self: &Rc<Self>, length: u64) -> Outcome<Grant> {
         if let Some(grant) = self.take_space(length) {
             return Ok(grant);
@@ -162,7 +169,11 @@ impl<D: Disk + 'static> Engine<D> {
     }
 
     fn take_space(&self, length: u64) -> Option<Grant> {
-        let grant = self.space.borrow_mut().take(length)?;
+        let free = self.space.borrow_mut().take(length);
+        let grant = free.or_else(|| {
+            self.empty_pool();
+            self.space.borrow_mut().take(length)
+        })?;
         assert_eq!(grant.extent.length, length, "a grant is as long as it was asked for");
         Some(grant)
     }

@@ -74,6 +74,7 @@ impl<D: Disk + 'static> Engine<D> {
         self.reclaim().await?;
         assert!(self.dirty.count() == 0, "no page changes while the image is closed");
         self.end_log().await?;
+        self.empty_pool();
         assert!(!self.commits.has_waiters(), "no task waits for a cycle of a closed image");
         Ok(())
     }

@@ -71,7 +71,7 @@ impl<D: Disk + 'static> Engine<D> {
         let mut waiters = self.commits.take_waiters();
         let closed = self.durability.epoch();
         self.shared.unlogged.set();
-        self.take_bits();
+        self.take_marks();
         let set = self.dirty.close();
         if planted(Plant::EarlyClear) {
             self.shared.unlogged.clear();
@@ -103,6 +103,7 @@ impl<D: Disk + 'static> Engine<D> {
                 Err(errno) => Err(errno),
             });
         }
+        self.fill_pool();
         self.note_levels();
         outcome
     }

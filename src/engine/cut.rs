@@ -33,6 +33,7 @@ impl<D: Disk + 'static> Engine<D> {
 
     /// How many bytes [`Self::cut`] would take off now.
     pub fn unused_end(&self) -> u64 {
+        self.empty_pool();
         self.durability.file_length().saturating_sub(self.space.borrow().used_end())
     }
 
@@ -45,6 +46,7 @@ impl<D: Disk + 'static> Engine<D> {
         if !planted(Plant::EarlyCut) {
             self.end_log().await?;
         }
+        self.empty_pool();
         let (length, end) = (self.durability.file_length(), self.space.borrow().used_end());
         if end >= length {
             return Ok(0);

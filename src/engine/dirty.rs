@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 
-use super::dirty_bitmap_pages::DirtyBitmapPages;
+use super::marks::Marks;
 use crate::image::Page;
 use crate::simulation::{Plant, planted};
 
@@ -15,24 +15,19 @@ pub(super) struct DirtySet {
     dirty: RefCell<BTreeSet<Page>>,
     /// Copied by the cycle under way, and not durable yet.
     being_logged: RefCell<BTreeSet<Page>>,
-    /// Pages of sector bitmaps that fronts have changed; they belong to the set once they are taken.
-    bitmap_pages: Arc<DirtyBitmapPages>,
+    /// Pages that fronts have changed; they belong to the set once they are taken.
+    marks: Arc<Marks>,
     /// Chunks whose sector bitmaps no durable entry names yet.
     begun_bitmaps: RefCell<BTreeSet<u64>>,
 }
 
 impl DirtySet {
-    /// The set of a session that begins with `pages` and `begun_bitmaps` to be logged; fronts mark pages in
-    /// `bitmap_pages`.
-    pub(super) fn new(
-        pages: BTreeSet<Page>,
-        begun_bitmaps: BTreeSet<u64>,
-        bitmap_pages: Arc<DirtyBitmapPages>,
-    ) -> Self {
+    /// The set of a session that begins with `pages` and `begun_bitmaps` to be logged; fronts leave `marks`.
+    pub(super) fn new(pages: BTreeSet<Page>, begun_bitmaps: BTreeSet<u64>, marks: Arc<Marks>) -> Self {
         Self {
             dirty: RefCell::new(pages),
             being_logged: RefCell::default(),
-            bitmap_pages,
+            marks,
             begun_bitmaps: RefCell::new(begun_bitmaps),
         }
     }
@@ -44,7 +39,7 @@ impl DirtySet {
 
     /// How many pages the next cycle logs, about.
     pub(super) fn count(&self) -> usize {
-        self.dirty.borrow().len() + self.bitmap_pages.count()
+        self.dirty.borrow().len() + self.marks.count()
     }
 
     /// Whether the log has every page, apart from what fronts have marked and no cycle has taken.
@@ -54,7 +49,7 @@ impl DirtySet {
 
     /// Takes into the set what fronts have marked; returns those pages.
     pub(super) fn take_marked(&self) -> Vec<Page> {
-        let marked = self.bitmap_pages.take();
+        let marked = self.marks.take();
         self.dirty.borrow_mut().extend(&marked);
         marked
     }
@@ -83,7 +78,7 @@ impl DirtySet {
     pub(super) fn has_bits_of(&self, chunk: u64) -> bool {
         let pages = Page::Bitmap { chunk, page: 0 }..=Page::Bitmap { chunk, page: u64::MAX };
         let sets = [&self.dirty, &self.being_logged];
-        self.bitmap_pages.is_marked(chunk)
+        self.marks.has_bits_of(chunk)
             || sets.into_iter().any(|set| set.borrow().range(pages.clone()).next().is_some())
     }
 
@@ -122,8 +117,8 @@ mod tests {
     use crate::format::bat::Geometry;
 
     fn empty() -> DirtySet {
-        let bitmap_pages = DirtyBitmapPages::new(&Geometry::new(1 << 30, 1 << 20, 512, false));
-        DirtySet::new(BTreeSet::new(), BTreeSet::new(), bitmap_pages.into())
+        let marks = Marks::new(&Geometry::new(1 << 30, 1 << 20, 512, false));
+        DirtySet::new(BTreeSet::new(), BTreeSet::new(), marks.into())
     }
 
     proptest! {

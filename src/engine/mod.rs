@@ -1,7 +1,8 @@
 //! The live writer, and the front that serves one queue.
 //!
-//! [`Engine`] is the cold path and the only writer of metadata and of the block map: async functions on one
-//! thread, each of which reads as one straight sequence. [`front::Front`] is the hot path.
+//! [`Engine`] is the cold path and the only writer of metadata: async functions on one thread, each of which
+//! reads as one straight sequence. [`front::Front`] is the hot path. It changes the block map in one way: it
+//! gives a block space that the engine has set aside (`pool`).
 //!
 //! What must be durable before what:
 //!
@@ -22,7 +23,8 @@
 //! 10. no log that knows a longer file, before the file is shortened (`cut`).
 //!
 //! Allocation itself syncs nothing: visible means committable, always. A mapping is published once its space
-//! reads as zero, and its page is marked dirty in the same step.
+//! reads as zero, and its page is marked dirty in the same step; where a front publishes it, before any write
+//! to it is acknowledged.
 //!
 //! The crash behind each line is described in [`ordering`](crate::design::ordering).
 
@@ -33,7 +35,6 @@ mod commit;
 mod copy;
 mod cut;
 mod dirty;
-mod dirty_bitmap_pages;
 mod drain;
 mod durability;
 mod fences;
@@ -43,14 +44,17 @@ mod grow;
 mod headers;
 mod journal;
 mod log;
+mod marks;
 pub mod message;
 mod partial;
+mod pool;
 pub mod port;
 pub mod port_counts;
 mod probes;
 mod quarantine;
 mod queue;
 mod reclaim;
+mod refill;
 pub mod relocate;
 mod round;
 mod session;
@@ -85,6 +89,7 @@ use journal::Journal;
 use message::{Ask, ToEngine, ToFront};
 use queue::CommitQueue;
 use reclaim::Reclaim;
+pub use refill::WithoutPool;
 use shared::{Session, Shared};
 use waiting::{BlockLocks, Spawn, Turnstile};
 
@@ -128,6 +133,8 @@ pub struct Engine<D: Disk> {
     fences: Fences,
     turns: Turns,
     open_tasks: Cell<usize>,
+    /// How many want the pool to stay empty.
+    pool_holds: Rc<Cell<usize>>,
 }
 
 /// Work of which one at a time is done, in the order of arrival.
@@ -174,7 +181,7 @@ impl<D: Disk + 'static> Engine<D> {
             shared.forget_punch();
             shared.forget_zero_range();
         }
-        let dirty = DirtySet::new(pending.pages, pending.bitmaps, shared.dirty_bitmap_pages.clone());
+        let dirty = DirtySet::new(pending.pages, pending.bitmaps, shared.marks.clone());
         let reclaim = Reclaim::default();
         pending.unmapped.into_iter().for_each(|extent| reclaim.lost(extent));
         let engine = Rc::new(Self {
@@ -197,6 +204,7 @@ impl<D: Disk + 'static> Engine<D> {
             fences: Fences::default(),
             turns: Turns::default(),
             open_tasks: Cell::default(),
+            pool_holds: Rc::default(),
         });
         engine.note_levels();
         engine.start(|engine| async move { engine.commit_loop().await });

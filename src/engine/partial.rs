@@ -1,7 +1,7 @@
 //! Partially present blocks: a block of a differencing image that has some sectors itself, and the others
 //! from its parents, as the sector bitmap of its chunk says.
 //!
-//! * A front sets a sector's bit when its data is in the file ([`super::dirty_bitmap_pages`]); the commit
+//! * A front sets a sector's bit when its data is in the file ([`super::marks`]); the commit
 //!   cycle copies the bitmap's page, syncs, and only then writes the entry that has it. So a durable bit has
 //!   durable data.
 //! * An absent block becomes partially present with all its bits cleared *in the file*: bits that a power cut
@@ -86,9 +86,9 @@ impl<D: Disk + 'static> Engine<D> {
         Ok(bytes[index(slice.start - start)..index(slice.end - start)].iter().all(|byte| *byte == 0))
     }
 
-    /// The cycle closes its set: pages whose bits have changed belong to it, and blocks of which all sectors
+    /// The cycle closes its set: pages that fronts have changed belong to it, and blocks of which all sectors
     /// have come to be there.
-    pub(super) fn take_bits(&self) {
+    pub(super) fn take_marks(&self) {
         for page in self.dirty.take_marked() {
             if let Page::Bitmap { chunk, page } = page {
                 self.promote_blocks(chunk, page);

@@ -220,6 +220,7 @@ impl<D: Disk + 'static> Engine<D> {
 
     /// What occupies the file now, and what is free.
     pub fn space(&self) -> crate::image::Space {
+        self.empty_pool();
         self.space.borrow().clone()
     }
 

@@ -6,13 +6,14 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use super::activity::Activity;
-use super::dirty_bitmap_pages::DirtyBitmapPages;
+use super::marks::Marks;
+use super::pool::Pool;
 use super::troubles::Troubles;
 use super::unlogged::Unlogged;
 use crate::atomic::{AtomicU32, Ordering};
-use crate::format::bat::{Geometry, PayloadState};
-use crate::image::BlockMap;
+use crate::format::bat::{BatEntry, Geometry, PayloadState};
 pub use crate::image::Session;
+use crate::image::{BlockMap, Mapping, payload_extent};
 use crate::simulation::{Plant, ordered, planted};
 
 /// The layer that is served itself; the others are its parents, each the parent of the one before it.
@@ -24,8 +25,10 @@ pub struct Shared {
     pub map: Arc<BlockMap>,
     /// Of a differencing image the parents, its own first; they are never written.
     parents: Box<[Arc<BlockMap>]>,
-    /// Pages of the leaf's sector bitmaps that have changed.
-    pub dirty_bitmap_pages: Arc<DirtyBitmapPages>,
+    /// Pages of metadata that fronts have changed.
+    pub marks: Arc<Marks>,
+    /// Space that fronts may give blocks.
+    pub pool: Pool,
     /// Writes are refused before they reach the engine.
     pub read_only: bool,
     /// The image promises provisioned space (LeaveBlocksAllocated): nothing is ever unmapped.
@@ -57,7 +60,8 @@ impl Shared {
     ) -> Self {
         assert!(parents.len() < usize::from(u8::MAX) + 1, "a layer's number has 8 bits");
         Self {
-            dirty_bitmap_pages: DirtyBitmapPages::new(leaf.geometry()).into(),
+            marks: Marks::new(leaf.geometry()).into(),
+            pool: Pool::default(),
             map: leaf,
             parents,
             read_only,
@@ -99,10 +103,55 @@ impl Shared {
             let within = geometry.offset_in_block(at);
             let end = to.min(at - within + geometry.block_size());
             if self.map.load(block).entry.payload_state() == Some(PayloadState::PartiallyPresent) {
-                self.dirty_bitmap_pages.set(&self.map, block, within / sector..(within + end - at) / sector);
+                self.marks.set_bits(&self.map, block, within / sector..(within + end - at) / sector);
             }
             at = end;
         }
+    }
+
+    /// Gives `block`, which has no space, some of the pool. The session is open, and the caller starts what
+    /// it has for the block before it takes a message. Whether the block is to be looked up again; otherwise
+    /// the engine is to be asked.
+    pub fn give_space(&self, block: u64) -> bool {
+        let mut seen = self.map.load(block);
+        if !self.needs_zeros_only(seen) {
+            return false;
+        }
+        let Some(offset) = self.pool.take() else { return false };
+        let given = self.marks.change_mapping(&self.map, block, || {
+            while self.needs_zeros_only(seen) {
+                if self.map.replace(block, seen, BatEntry::present(offset)) {
+                    return true;
+                }
+                seen = self.map.load(block);
+            }
+            false
+        });
+        if given {
+            self.activity().claimed();
+            self.troubles().found_room();
+        } else {
+            self.pool.add(offset);
+        }
+        true
+    }
+
+    /// Whether a block can be written once it has space that reads as zero: it has none, not even one with
+    /// old content, and nothing of its parents.
+    fn needs_zeros_only(&self, Mapping { entry, moving, .. }: Mapping) -> bool {
+        let is_absent = match entry.payload_state() {
+            Some(PayloadState::Zero | PayloadState::Undefined | PayloadState::Unmapped) => true,
+            Some(PayloadState::NotPresent) => !self.geometry().is_differencing(),
+            _ => false,
+        };
+        is_absent && !moving && payload_extent(entry, self.geometry()).is_none()
+    }
+
+    /// `from..to` is about to be written where it is, and the mapping of a block in it may be one that a
+    /// front has given and not marked yet.
+    pub fn found_mappings(&self, from: u64, to: u64) {
+        let [first, last] = [from, to - 1].map(|offset| self.geometry().block_of_offset(offset));
+        self.marks.found_mappings(&self.map, first..last + 1);
     }
 
     /// Whether any of these `bytes` of a layer's file, which are read and lie past the file's end, were there
@@ -154,7 +203,7 @@ impl Shared {
     /// the order of the two looks.
     #[inline]
     pub fn is_logged(&self) -> bool {
-        let has_marks = self.dirty_bitmap_pages.count() > 0 && !planted(Plant::SyncOverBits);
+        let has_marks = self.marks.count() > 0 && !planted(Plant::SyncOverBits);
         !has_marks && !self.unlogged.is_set()
     }
 

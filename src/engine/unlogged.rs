@@ -6,9 +6,10 @@
 //!
 //! | what | known by |
 //! |---|---|
-//! | pages that the log lacks: first writes, discards, moves, blocks made whole, what a session has left | the flag, which is set before the change is visible |
+//! | pages that the log lacks by the engine's doing: first writes, discards, moves, blocks made whole, what a session has left | the flag, which is set before the change is visible |
+//! | blocks that fronts have given space | the marks of their pages, which are made before a write there is done |
 //! | pages that a cycle logs, or that a failed one could not log | the flag, until a cycle has ended that leaves none |
-//! | bits of sectors that fronts have set | their marks; a cycle sets the flag before it takes these |
+//! | bits of sectors that fronts have set | the marks of their pages, too; a cycle sets the flag before it takes any |
 //! | what a killed process wrote | the flag, with which every engine begins |
 //! | punched space, which is free again after the engine's next sync | the flag |
 //! | a host that reports a lost write only to the description that it came by | the flag, which is never cleared then |
@@ -27,6 +28,11 @@
 //! was set then, or as the engine, which alone stores it, has stored it since: it is cleared only after the
 //! sync that made the page durable. Of A's marks B finds the count, or its decrease by a cycle (acquire and
 //! release), which had set the flag before. So B loads the count first and the flag after it.
+//!
+//! A may have found a mapping that another front, C, has published (release) and not marked yet. C had
+//! counted itself into the page before. A looks at the page's word after the mapping. If it finds a front in
+//! it, A marks the page itself. Otherwise C has left it (acquire and release): A sees C's mark, counted; or
+//! that a cycle has taken it, and the flag that the cycle had set before.
 
 use crate::atomic::{AtomicBool, Ordering};
 

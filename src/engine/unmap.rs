@@ -48,13 +48,17 @@ impl<D: Disk + 'static> Engine<D> {
             if to_zero(self, block) {
                 let change = async {
                     self.check_poison()?;
-                    // The task that had the block until now may have given it space, and acknowledged data in
-                    // it.
-                    if to_zero(self, block) || planted(Plant::TrustFirstLook) {
-                        let reveals = planted(Plant::RevealParents);
-                        self.remap(block, if reveals { BatEntry::not_present() } else { BatEntry::zero() });
+                    let reveals = planted(Plant::RevealParents);
+                    let zero = if reveals { BatEntry::not_present() } else { BatEntry::zero() };
+                    // The task that had the block until now may have given it space, or a front may, and
+                    // acknowledged data in it. What changes behind the look is seen by the replacement.
+                    loop {
+                        let seen = self.shared.map.load(block);
+                        let changes = to_zero(self, block) || planted(Plant::TrustFirstLook);
+                        if !changes || self.remap(block, seen, zero) {
+                            return Outcome::Ok(());
+                        }
                     }
-                    Outcome::Ok(())
                 };
                 self.turns.blocks.exclusively(block, change).await?;
             }

@@ -1,8 +1,13 @@
 //! The BAT in memory, shared by every queue.
 //!
 //! One atomic word per BAT slot, in the format's own bit layout, so that looking a block up is one load and
-//! building a BAT page for the log is a copy. Only the engine stores; fronts load. A word is published with
-//! release and loaded with acquire: whoever sees a mapping sees everything that made it true.
+//! building a BAT page for the log is a copy. A word is published with release and loaded with acquire:
+//! whoever sees a mapping sees everything that made it true.
+//!
+//! The engine stores, and fronts load; but a front may give a block space that has none, where the engine has
+//! set space aside for that. So a payload slot whose block has no space changes by compare-exchange only, by
+//! whomever: what has changed in between stays. The slot of a block that has space, and that of a sector
+//! bitmap, are the engine's alone.
 //!
 //! Bits that are reserved in the format have a meaning in memory:
 //!
@@ -58,6 +63,11 @@ impl Mapping {
     fn of(word: u64) -> Self {
         let (durable, moving) = (word & DURABLE != 0, word & MOVING != 0);
         Self { entry: BatEntry(word & !MARKS), durable, moving }
+    }
+
+    fn word(self) -> u64 {
+        let mark = |is_set, mark| if is_set { mark } else { 0 };
+        self.entry.0 | mark(self.durable, DURABLE) | mark(self.moving, MOVING)
     }
 }
 
@@ -189,17 +199,28 @@ impl BlockMap {
         (0..self.page_count()).filter(is_set).map(|page| self.page_slots(page))
     }
 
-    /// Publishes a new mapping of payload block `block`, not yet durable. Engine only.
-    pub fn publish(&self, block: u64, entry: BatEntry) {
+    /// Publishes a new mapping of payload block `block`, not yet durable, unless the block is no longer as it
+    /// was `seen`. Whether it was.
+    pub fn replace(&self, block: u64, seen: Mapping, entry: BatEntry) -> bool {
         assert_eq!(entry.reserved_bits(), 0, "reserved bits never reach the map");
-        let Mapping { entry: old, moving, .. } = self.load(block);
+        let old = seen.entry;
         assert!(self.may_become(old, entry), "block {block} goes from {old:?} to {entry:?}");
+        let slot = self.geometry.payload_slot(block);
+        self.note_set(slot);
         // One that moves may come to have all its sectors meanwhile.
-        let mark = if moving { MOVING } else { 0 };
-        self.store(self.geometry.payload_slot(block), entry.0 | mark);
+        let mark = if seen.moving { MOVING } else { 0 };
+        let order = ordered(Plant::RelaxedPublish, Ordering::AcqRel);
+        let word = &self.memory.slots()[index(slot)];
+        word.compare_exchange(seen.word(), entry.0 | mark, order, Ordering::Relaxed).is_ok()
     }
 
-    /// The changes that the engine makes. Space comes and goes as a whole; a block becomes partially present
+    /// The same where nothing else changes the block. Engine only.
+    pub fn publish(&self, block: u64, entry: BatEntry) {
+        let replaced = self.replace(block, self.load(block), entry);
+        assert!(replaced, "block {block} is the engine's alone");
+    }
+
+    /// The changes that are made. Space comes and goes as a whole; a block becomes partially present
     /// only over its parents, and fully present from there only in its place; it never shows its parents
     /// again.
     fn may_become(&self, old: BatEntry, new: BatEntry) -> bool {
@@ -339,16 +360,23 @@ impl BlockMap {
     }
 
     /// Marks every slot of `page` that still holds what `logged` says as durable. Engine only, after the sync
-    /// of the entry that logged it.
+    /// of the entry that logged it. A front may change a slot meanwhile: the next entry has that.
     pub fn mark_durable(&self, page: u64, logged: &[u8; PAGE_BYTES]) {
         for (slot, word) in self.page_slots(page).zip(logged.as_chunks::<8>().0) {
             let word = u64::from_le_bytes(*word);
             assert!(word & MARKS == 0 || self.geometry.is_bitmap_slot(slot), "a mark is not logged");
-            let current = self.memory.slots()[index(slot)].load(Ordering::Relaxed);
-            if (current & !MOVING == word || planted(Plant::IgnoreChange))
-                && !self.geometry.is_bitmap_slot(slot)
+            let live = &self.memory.slots()[index(slot)];
+            let current = live.load(Ordering::Relaxed);
+            if (current & !MOVING != word && !planted(Plant::IgnoreChange))
+                || self.geometry.is_bitmap_slot(slot)
             {
-                self.memory.slots()[index(slot)].store(current | DURABLE, Ordering::Release);
+                continue;
+            }
+            let durable = current | DURABLE;
+            if planted(Plant::StoreDurable) {
+                live.store(durable, Ordering::Release);
+            } else {
+                let _ = live.compare_exchange(current, durable, Ordering::Release, Ordering::Relaxed);
             }
         }
     }
@@ -356,7 +384,7 @@ impl BlockMap {
     /// The bit comes before the word, so that whoever has seen the word sees the bit.
     fn store(&self, slot: u64, word: u64) {
         self.note_set(slot);
-        self.memory.slots()[index(slot)].store(word, ordered(Plant::RelaxedPublish, Ordering::Release));
+        self.memory.slots()[index(slot)].store(word, Ordering::Release);
     }
 
     fn note_set(&self, slot: u64) {

@@ -156,6 +156,14 @@ impl Space {
         Some(self.take_units(first..first + count))
     }
 
+    /// Takes what [`Self::take`] would take, if that reads as zero.
+    pub fn take_zeros(&mut self, length: u64) -> Option<Extent> {
+        let first = self.find_run(index(length / MIB))?;
+        let units = first..first + index(length / MIB);
+        let known_zero = self.known_zero.contains_all_in_range(units.clone());
+        known_zero.then(|| self.take_units(units).extent)
+    }
+
     /// Takes `extent`, if the file has it and all of it is free.
     pub fn take_at(&mut self, extent: Extent) -> Option<Grant> {
         assert!(extent.length > 0, "{extent:?} is something");
@@ -338,6 +346,18 @@ mod tests {
             (space.zero_from(), space.take(2 * MIB).map(|grant| grant.extent)),
             (6 * MIB, Some(extent(2, 2)))
         );
+    }
+
+    #[test]
+    fn zeros_are_taken_only_where_they_come_first() {
+        let mut space = Space::new(3 * MIB).expect("small");
+        space.extend(6 * MIB);
+        assert_eq!(space.take_zeros(2 * MIB), None, "what was found comes first");
+        assert_eq!(space.take(2 * MIB).expect("room").extent, extent(1, 2));
+        assert_eq!(space.take_zeros(2 * MIB), Some(extent(3, 2)));
+        assert_eq!(space.take_zeros(2 * MIB), None, "one is left");
+        space.free(extent(3, 2), Content::KnownZero);
+        assert_eq!(space.take(3 * MIB).expect("room").content, Content::KnownZero);
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Promises defended here: a first write costs no sync; a flush costs one sync when metadata is clean, which
-//! the front does itself, and at most one more than the rounds its dirty pages need. A discard of space that
-//! is not there asks the engine nothing, and zeros take no space where there is none.
+//! the front does itself, and at most one more than the rounds its dirty pages need. Few first writes ask the
+//! engine for space. A discard of space that is not there asks the engine nothing, and zeros take no space
+//! where there is none.
 
 use std::sync::Arc;
 
@@ -61,6 +62,9 @@ fn a_thousand_first_writes_to_neighbouring_blocks_sync_nothing() {
     (1..=WRITES).for_each(|block| write(&mut world, block));
     assert_eq!(world.counters().syncs, before, "a first write waited for a sync");
     assert_eq!(world.counters().grants, WRITES + 1);
+    let asked = WRITES - world.claims();
+    println!("{asked} of {WRITES} first writes asked the engine for space");
+    assert!((1..=WRITES / 16).contains(&asked), "{asked} first writes asked for space");
     let flushed = flush(&mut world);
     println!("{WRITES} neighbouring first writes: 0 syncs; one flush then: {flushed}");
     assert!((1..=2).contains(&flushed), "{flushed} syncs for one flush");
@@ -116,6 +120,7 @@ fn random_first_writes_flush_within_the_formula() {
         let block = rng.u64(1..(1 << 40) / BLOCK);
         write(&mut world, block);
     }
+    let logs = world.counters().logs;
     let flushed = flush(&mut world);
     let after = world.counters();
     let (pages, rounds_of) = (after.pages - before.pages, 83);
@@ -125,8 +130,10 @@ fn random_first_writes_flush_within_the_formula() {
          {flushed} of them in the flush",
         after.commits - before.commits
     );
-    // Cycles start by themselves at a quarter of the log: what is left for the flush is less than one round.
-    assert!(flushed <= 2, "{flushed} syncs for less than a round of pages");
+    // Cycles start by themselves at a quarter of the log: what is left for the flush is less than one round,
+    // for which the log may start again.
+    let most = 2 + 3 * (after.logs - logs);
+    assert!(flushed <= most, "{flushed} syncs for less than a round of pages, not {most}");
     let commits = after.commits - before.commits;
     // A log that has room for no more starts again, for three syncs; a grown file's length is synced first.
     let laps = (pages + commits).div_ceil(254 - 2 * 84);

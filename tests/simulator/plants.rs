@@ -152,10 +152,12 @@ fn catch_for_more(planted: Plant) -> Catch {
     }
 }
 
-/// What catches `planted`, of a flush that its front syncs for.
+/// What catches `planted`, of a flush that its front syncs for, or of space that its front gives a block.
 fn catch_for_sync(planted: Plant) -> Catch {
     match planted {
-        Plant::EarlyClear | Plant::LateFlag => Catch::Scenario("dynamic"),
+        Plant::EarlyClear | Plant::LateFlag | Plant::ForgetClaim | Plant::KeepPool => {
+            Catch::Scenario("dynamic")
+        }
         Plant::SyncOverBits => Catch::Scenario("child"),
         Plant::SilentSync => Catch::Scenario("failed-sync"),
         other => unreachable!("{other:?} is caught by a test"),

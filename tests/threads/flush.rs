@@ -35,14 +35,14 @@ type Log = Mutex<u8>;
 
 fn cycle(shared: &Shared, log: &Log) {
     shared.unlogged.set();
-    let is_marked = !shared.dirty_bitmap_pages.take().is_empty();
+    let is_marked = !shared.marks.take().is_empty();
     log_page(shared, log, is_marked);
     shared.unlogged.clear();
 }
 
 /// A mistake: the marks are gone before the flag is there.
 fn take_first(shared: &Shared, log: &Log) {
-    let is_marked = !shared.dirty_bitmap_pages.take().is_empty();
+    let is_marked = !shared.marks.take().is_empty();
     shared.unlogged.set();
     log_page(shared, log, is_marked);
     shared.unlogged.clear();

@@ -6,6 +6,7 @@
 //! and has a read-modify-write find the newest value, as the hardware does. What one thread does by itself,
 //! from one of its steps to the next, is for the simulator.
 
+mod claim;
 mod explore;
 mod flush;
 mod front;
@@ -41,6 +42,11 @@ fn a_sector_that_was_written_is_in_the_next_copy() {
 }
 
 #[test]
+fn a_block_that_a_front_gives_space_keeps_it_and_is_logged() {
+    holds(&claim::MODEL);
+}
+
+#[test]
 fn a_flush_is_a_sync_only_where_everything_is_logged() {
     holds(&flush::MODEL);
 }
@@ -67,10 +73,12 @@ fn catch_for(planted: Plant) -> (&'static Model, &'static str) {
         Plant::SkipSleepFence | Plant::SkipSendFence | Plant::LookFirst => (&mailbox::MODEL, "deadlock"),
         Plant::RelaxedMark | Plant::RelaxedTake => (&marks::TWO_SECTORS, marks::LOST),
         Plant::TrustFoundBits
-        | Plant::MarkBeforeBits
-        | Plant::ChunkBeforePage
+        | Plant::MarkBeforeChange
+        | Plant::GroupBeforePage
         | Plant::RelaxedFind
         | Plant::RelaxedBits => (&marks::ONE_SECTOR, marks::LOST),
+        Plant::TrustFoundMapping | Plant::StayOutside => (&claim::MODEL, claim::NOT_LOGGED),
+        Plant::StoreDurable => (&claim::MODEL, claim::GONE),
         Plant::RelaxedCount | Plant::RelaxedUncount => (&flush::MODEL, flush::NOT_LOGGED),
         Plant::RelaxedPublish | Plant::RelaxedLookup => (&map::MODEL, map::PASSED_OVER),
         Plant::IgnoreChange => (&map::MODEL, map::NOT_LOGGED),

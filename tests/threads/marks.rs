@@ -46,7 +46,7 @@ const FIRST: u64 = 63;
 /// a time.
 fn cycle(shared: &Shared, log: &Mutex<u8>) -> (u8, bool) {
     let mut logged = log.lock().expect("no panic holds it");
-    let pages = shared.dirty_bitmap_pages.take();
+    let pages = shared.marks.take();
     for page in &pages {
         assert_eq!(*page, Page::Bitmap { chunk: 0, page: 0 });
         *logged = shared.map.bitmaps().copy_page(0, 0)[0];
@@ -58,7 +58,7 @@ fn cycle(shared: &Shared, log: &Mutex<u8>) -> (u8, bool) {
 fn copy_first(shared: &Shared, log: &Mutex<u8>) -> (u8, bool) {
     let mut logged = log.lock().expect("no panic holds it");
     let copy = shared.map.bitmaps().copy_page(0, 0)[0];
-    let is_marked = !shared.dirty_bitmap_pages.take().is_empty();
+    let is_marked = !shared.marks.take().is_empty();
     if is_marked {
         *logged = copy;
     }
@@ -82,7 +82,7 @@ fn run(sectors: [u64; 2], cycle: Cycle) {
     map.publish(0, BatEntry::partially_present(1 << 20));
     let shared = Arc::new(Shared::new(map, false, false));
     shared.mark_written(FIRST * SECTOR, (FIRST + 1) * SECTOR);
-    assert_eq!(shared.dirty_bitmap_pages.take().len(), 1);
+    assert_eq!(shared.marks.take().len(), 1);
     let log = Arc::new(Mutex::new(0));
     start_threads();
     let threads = sectors.map(|sector| {

@@ -2,8 +2,8 @@
 //!
 //! A plain synchronous state machine: no lock, no future, no heap use per request. It splits a request at
 //! block borders, looks each piece up in the block map and starts file I/O on what is there. For what is not
-//! there it sends a request to the engine, and looks it up again. It does all payload I/O, also into blocks
-//! just granted.
+//! there it sends a request to the engine, or gives the block space of the pool, and looks it up again. It
+//! does all payload I/O, also into blocks just granted.
 //!
 //! Invariants:
 //!
@@ -312,6 +312,9 @@ impl Front {
             from + u64::from(io.length) <= self.slots[tag].past(),
             "a piece is part of its request"
         );
+        if op != FileOp::Read && !span.durable {
+            self.shared.found_mappings(from, from + u64::from(io.length));
+        }
         let id = self.claim_piece(tag, io);
         self.slots.piece_mut(id).advisory = advisory;
         if op == (FileOp::Write { durable: true }) {

@@ -68,6 +68,9 @@ impl Front {
         let span = self.span(tag, Span::in_leaf);
         if !span.is_changeable() {
             let (first, count) = self.blocks_ahead(tag);
+            if self.shared.give_space(first) {
+                return Step::Again;
+            }
             return self.ask_again(tag, Ask::Allocate { first, count }, port);
         }
         if durable && !span.durable {

@@ -702,11 +702,25 @@ impl World {
         let closed = self.try_close();
         if closed.is_ok() {
             self.activation.clean_closes += 1;
+            self.look_at_the_end();
             self.look_for_leaks();
         } else if !self.injected {
             violated(format!("the image does not close: {closed:?}"));
         }
         self.disk.content()
+    }
+
+    /// An image that was written and closed ends where its last structure does.
+    fn look_at_the_end(&mut self) {
+        if self.disk.struck().is_some() || self.session() == Session::Idle {
+            return;
+        }
+        let disk = SimDisk::new(self.disk.content(), true, true, self.config.image.logical_sector_size);
+        let image = block_on(Image::read(&disk)).expect("a closed image");
+        let (end, length) = (image.space.used_end(), image.layout.file_length);
+        if length > end {
+            violated(format!("a closed image is {length} bytes long and ends at byte {end}"));
+        }
     }
 
     /// Whatever power cuts have left behind, an image that was written and closed takes no room on the host
@@ -793,6 +807,7 @@ impl World {
     fn mark_counters(&mut self) {
         let counters = self.engine.counters();
         self.marks.add("blocks granted", counters.grants);
+        self.marks.add("blocks that fronts give space", self.claims());
         self.marks.add("blocks granted recycled space", counters.recycled_grants);
         self.marks.add("blocks filled from the parent", counters.fills);
         self.marks.add("sector bitmaps begun", counters.bitmaps);
@@ -809,6 +824,11 @@ impl World {
     /// Counters of the engine so far.
     pub fn counters(&self) -> Counters {
         self.engine.counters()
+    }
+
+    /// How many blocks the fronts have given space without asking the engine.
+    pub fn claims(&self) -> u64 {
+        self.engine.shared().activity().claims()
     }
 
     /// Cuts the power `count` times at this moment, recovers each file and checks it; returns one of them

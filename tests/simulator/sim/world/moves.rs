@@ -59,7 +59,9 @@ impl World {
         let holes = places.filter(|place| self.disk.room(|room| room.is_hole(place.offset, place.length)));
         let holes = holes.collect();
         let (engine, cuts, planned) = (self.engine.clone(), self.rng.bool(), moves.len());
+        let pool_is_empty = engine.without_pool();
         let outcome = self.tasks.start(async move {
+            let _pool_is_empty = pool_is_empty;
             engine.open_session().await?;
             let made = engine.relocate(&moves).await?.len();
             let cut = if cuts { engine.cut().await? } else { 0 };
