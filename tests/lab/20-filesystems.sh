@@ -77,9 +77,8 @@ test_fs_dynamic_512_2m_ext4() { round_trip dynamic 40G 512 2M ext4 4096; }
 test_fs_dynamic_4096_1m_xfs() { round_trip dynamic 40G 4096 1M xfs 32768; }
 test_fs_fixed_512_32m_xfs() { round_trip fixed 6G 512 32M xfs 4096; }
 
-# Every combination, on request.
-test_fs_matrix() {
-    [ -n "$FULL" ] || { note "the whole matrix runs with --full"; return 0; }
+# Every combination.
+full_test_fs_matrix() {
     local sector block fs
     for sector in 512 4096; do
         for block in 1M 2M 32M; do

@@ -243,9 +243,9 @@ grow_mounted() {
     ublk check disk.vhdx >/dev/null
 }
 
-test_grow_mounted_ext4() { grow_mounted ext4; }
+full_test_grow_mounted_ext4() { grow_mounted ext4; }
 test_grow_mounted_xfs() { grow_mounted xfs; }
-test_grow_mounted_btrfs() { grow_mounted btrfs; }
+full_test_grow_mounted_btrfs() { grow_mounted btrfs; }
 
 # A file system that has the whole disk, mounted or not; users of the device learn of the size by themselves.
 test_grow_whole_disk_and_uevent() {

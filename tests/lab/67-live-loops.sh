@@ -83,5 +83,5 @@ live_loops_on() {
 }
 
 test_live_loops_on_ext4() { live_loops_on ext4; }
-test_live_loops_on_xfs() { live_loops_on xfs; }
-test_live_loops_on_btrfs() { live_loops_on btrfs; }
+full_test_live_loops_on_xfs() { live_loops_on xfs; }
+full_test_live_loops_on_btrfs() { live_loops_on btrfs; }

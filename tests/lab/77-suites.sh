@@ -4,7 +4,11 @@
 # shellcheck source=../suites/selftests.sh
 . "$tests/../suites/selftests.sh"
 
-# selftests [grep options] REGEX: those with such names.
+# Do what others of them do, with more queues, with another target or without zero copy.
+alike='^(loop_0[15]|null_0[12]|stripe_0[13]|recover_02|stress_0[235])$'
+
+# selftests [grep options] REGEX: those with such names; only the long run has those that are like others, and those
+# that are listed as not applicable.
 selftests() {
     local names
     # Tests of another kernel than the one that runs may ask for what it does not have.
@@ -12,6 +16,8 @@ selftests() {
     [ -e "$kernel_source" ] || { skipped "the laboratory's kernel has left no source at $kernel_source"; return 0; }
     prepare_selftests "$kernel_source"
     mapfile -t names < <(selftest_names | grep -E "$@")
+    [ -n "$FULL" ] || mapfile -t names < <(printf '%s\n' "${names[@]}" | grep -vE "$alike" |
+        grep -vxFf <(sed '/^#/d; s/ .*//' "$suites/selftests.list"))
     run_selftests "${names[@]}"
 }
 
