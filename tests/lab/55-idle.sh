@@ -30,7 +30,7 @@ test_idle_device_never_wakes_up() {
 
 # All memory that the daemon has touched stays in memory, its buffers and its block map included.
 test_idle_daemon_is_locked_in_memory() {
-    local device pid
+    local device pid depth=()
     ublk create disk.vhdx --size 1T --block-size 2M
     zero_copy=off
     device=$(ublk add disk.vhdx --queues 1)
@@ -56,7 +56,7 @@ test_host_caches_nothing_of_a_served_image() {
 
 # A hundred thousand requests of every kind: what is remembered of one that has ended is nothing.
 test_memory_does_not_grow_with_time() {
-    local device pid before after round
+    local device pid before after round depth=()
     ublk create disk.vhdx --size 2G --block-size 1M
     device=$(ublk add disk.vhdx --queues 2)
     pid=$(daemon_pid)

@@ -45,7 +45,7 @@ test_upgrades_with_zero_copy() { zero_copy=on verified_upgrades 10; }
 
 # fio keeps deep queues full, and reads back what it has written.
 test_upgrades_under_deep_queues() {
-    local device writer status=0 count=0
+    local device writer status=0 count=0 depth=()
     ublk create disk.vhdx --size 2G --block-size 1M
     device=$(ublk add disk.vhdx --queues 2 --recovery queue)
     fio --name=verify --filename="$device" --direct=1 --ioengine=io_uring --iodepth=64 --numjobs=3 \
