@@ -33,7 +33,7 @@ test_backup_under_a_verifying_writer() {
     device=$(ublk add disk.vhdx --queues 2)
     write_stamps "$device" 100 8 4
     fio --name=verify --filename="$device" --direct=1 --ioengine=io_uring --iodepth=8 --rw=randrw --bsrange=4k-64k \
-        --blockalign=4k --size=96m --io_size=200m --rate=3m --verify=crc32c --verify_fatal=1 --verify_backlog=64 \
+        --blockalign=4k --size=96m --io_size=120m --rate=3m --verify=crc32c --verify_fatal=1 --verify_backlog=64 \
         --minimal >fio.log 2>&1 &
     fio=$!
     while [ $number -lt 2 ] || { [ $number -lt 5 ] && kill -0 $fio 2>/dev/null; }; do

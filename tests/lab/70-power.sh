@@ -2,12 +2,11 @@
 # was synced on the guest's file system is there.
 # shellcheck shell=bash
 
-# Debian's own interpreter: what others put before it can take seconds to start.
-power() { /usr/bin/python3 "$(dirname "${BASH_SOURCE[0]}")/power.py" "$@"; }
+power() { python3 "$(dirname "${BASH_SOURCE[0]}")/power.py" "$@"; }
 
 # Moments judged; each takes one to three seconds.
 moments=${FULL:+300}
-moments=${moments:-40}
+moments=${moments:-24}
 
 recorder=vhdx-ublk-power-$$
 loops=()
