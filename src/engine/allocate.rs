@@ -16,6 +16,9 @@ use crate::simulation::{Plant, planted};
 pub(super) const MIN_GROW_STEP_BYTES: u64 = 32 * MIB;
 const MAX_GROW_STEP_BYTES: u64 = 1024 * MIB;
 
+/// Blocks that a step has room for, where it takes no space and is not longer for that than any step may be.
+const BLOCKS_PER_STEP: u64 = 16;
+
 impl<D: Disk + 'static> Engine<D> {
     /// Gives every block of `first..first + count` space; an allocation in progress is joined.
     pub(super) async fn allocate(self: &Rc<Self>, first: u64, count: u64) -> Outcome {
@@ -182,10 +185,15 @@ impl<D: Disk + 'static> Engine<D> {
     async fn grow_for(self: &Rc<Self>, length: u64) -> Outcome {
         assert!(length > 0 && length.is_multiple_of(MIB), "space is granted in whole MiB");
         let end = self.durability.file_length().next_multiple_of(MIB);
-        // Without holes every step is written, while the guest waits.
-        let longest = if self.disk.may_have_holes() { MAX_GROW_STEP_BYTES } else { MIN_GROW_STEP_BYTES };
-        let step = (end / 8).clamp(MIN_GROW_STEP_BYTES, longest).next_multiple_of(MIB);
-        match self.grow_to(end + length.max(step)).await {
+        // Without holes every step is written, while the guest waits. With them a step has room for large
+        // blocks, too, that are written after this one.
+        let (least, longest) = if self.disk.may_have_holes() {
+            (length.max((BLOCKS_PER_STEP * length).min(MAX_GROW_STEP_BYTES)), MAX_GROW_STEP_BYTES)
+        } else {
+            (length, MIN_GROW_STEP_BYTES)
+        };
+        let step = (end / 8).clamp(MIN_GROW_STEP_BYTES, longest).next_multiple_of(MIB).max(least);
+        match self.grow_to(end + step).await {
             Err(Errno::ENOSPC | Errno::EFBIG) if length < step => self.grow_to(end + length).await,
             outcome => outcome,
         }

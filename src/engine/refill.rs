@@ -14,8 +14,8 @@ use crate::simulation::{Plant, planted};
 /// The most blocks that the pool has space for.
 const MOST_BLOCKS: u64 = 32;
 
-/// The most bytes in it, unless two blocks have more.
-const MOST_BYTES: u64 = 64 * MIB;
+/// The most bytes in it, unless two blocks have more: they take no space on the host.
+const MOST_BYTES: u64 = 512 * MIB;
 
 /// While it lives, the pool stays empty.
 #[must_use = "the pool is filled again once it is dropped"]
