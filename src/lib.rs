@@ -17,13 +17,14 @@
 //!   image        geometry, block map, space, replay         one image
 //!   disk         io_uring, locks, direct I/O                one file
 //!   format       structures, checked and laid out           bytes
-//!   atomic, simulation, error, printable                    used by all of them
+//!   machine, atomic, simulation, error, printable           used by all of them
 //! ```
 //!
 //! * [`printable`]: text from elsewhere, made fit to be shown;
 //! * [`error`]: the one error type;
 //! * [`simulation`]: switches for the crash tests, constants in every other build;
 //! * [`atomic`]: the words that threads share, the standard library's in every build but that of one test;
+//! * [`machine`]: the clock, and what a process waits for; in one test, the test's;
 //! * [`mod@format`]: the bytes of a VHDX file, both ways, no I/O;
 //! * [`disk`]: the seam under the engine, and its `io_uring` implementation;
 //! * [`image`]: an opened image: geometry, block map, log replay;
@@ -103,6 +104,7 @@ pub mod error;
 pub mod format;
 pub mod guide;
 pub mod image;
+pub mod machine;
 pub mod operations;
 pub mod printable;
 pub mod simulation;

@@ -257,6 +257,10 @@ pub enum Plant {
     RelaxedUncount,
     /// A front answers a barrier or a fence while what it waits for is under way.
     EarlyAnswer,
+    /// The session of a device is removed before what it holds is committed.
+    SessionFirst,
+    /// The entry of a device is removed before the device.
+    EntryFirst,
 }
 
 impl Plant {
@@ -362,6 +366,9 @@ impl Plant {
         Self::KeepPool,
     ];
 
+    /// Those that show in the order of what processes do to a device.
+    pub const OF_DEVICES: [Self; 2] = [Self::SessionFirst, Self::EntryFirst];
+
     /// Those that show where threads run side by side.
     pub const OF_THREADS: [Self; 23] = [
         Self::SkipSleepFence,
@@ -419,14 +426,24 @@ pub const fn descriptors_per_entry(usual: usize) -> usize {
 
 #[cfg(feature = "simulation")]
 pub use switches::{
-    descriptors_per_entry, log_unit, plant, planted, set_descriptors_per_entry, set_log_unit,
+    PLANT_VARIABLE, descriptors_per_entry, log_unit, plant, planted, set_descriptors_per_entry, set_log_unit,
 };
 
 #[cfg(feature = "simulation")]
 mod switches {
     use std::cell::Cell;
+    use std::sync::LazyLock;
 
     use super::Plant;
+
+    /// Names the bug that is planted in every thread of a process.
+    pub const PLANT_VARIABLE: &str = "VHDX_UBLK_PLANT";
+
+    static OF_PROCESS: LazyLock<Option<Plant>> = LazyLock::new(|| {
+        let name = std::env::var(PLANT_VARIABLE).ok()?;
+        let plant = Plant::OF_DEVICES.into_iter().find(|plant| format!("{plant:?}") == name);
+        Some(plant.unwrap_or_else(|| panic!("there is no bug {name} of devices")))
+    });
 
     thread_local! {
         static PLANTED: Cell<Option<Plant>> = const { Cell::new(None) };
@@ -436,7 +453,7 @@ mod switches {
 
     /// Whether `plant` is planted in this thread.
     pub fn planted(plant: Plant) -> bool {
-        PLANTED.get() == Some(plant)
+        PLANTED.get().or(*OF_PROCESS) == Some(plant)
     }
 
     /// Plants one bug in this thread, or none.

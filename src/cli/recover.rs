@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use schemars::JsonSchema;
 use serde::Serialize;
@@ -26,6 +26,7 @@ use vhdx_ublk::device::stop::{self, Target};
 use vhdx_ublk::device::usage;
 use vhdx_ublk::disk::{Access, HostFile, ImageFile};
 use vhdx_ublk::error::{Error, Kind, Result};
+use vhdx_ublk::machine;
 use vhdx_ublk::printable::shell;
 
 use super::output::{self, Failure};
@@ -265,9 +266,9 @@ impl Recover {
 
 /// Waits a little for the end of a daemon that was killed a moment ago and is not gone yet.
 fn await_end(listed: &Listed) {
-    let until = Instant::now() + END_WAIT;
-    while listed.entry.daemon.is_alive() && Instant::now() < until {
-        thread::sleep(Duration::from_millis(10));
+    let until = machine::now() + END_WAIT;
+    while listed.entry.daemon.is_alive() && machine::now() < until {
+        machine::pause(Duration::from_millis(10));
     }
 }
 

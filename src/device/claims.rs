@@ -9,6 +9,7 @@ use super::{session, usage};
 use crate::disk::{Access, HostFile, ImageFile};
 use crate::error::{Error, Kind, Locate, Result};
 use crate::image::Image;
+use crate::machine;
 use crate::operations::Devices;
 use crate::printable::shell;
 
@@ -23,10 +24,10 @@ pub fn registry() -> Result<Option<Registry>> {
 
 /// The registry; for a user who may not read it, this message.
 fn registry_or(refusal: &str) -> Result<Option<Registry>> {
-    if !Path::new(RUN_DIRECTORY).exists() {
+    if !machine::run_folder(RUN_DIRECTORY).exists() {
         return Ok(None);
     }
-    if !nix::unistd::geteuid().is_root() {
+    if !nix::unistd::geteuid().is_root() && machine::folder().is_none() {
         return Err(Error::new(Kind::Permission, refusal).remedy("run the command as root"));
     }
     Registry::open().map(Some)

@@ -39,6 +39,8 @@ use crate::disk::{ImageFile, Mail, Reactor};
 use crate::engine::Outcome;
 use crate::engine::shared::Session;
 use crate::error::{Doing, Error, Kind, Result};
+use crate::machine;
+use crate::simulation::{Plant, planted};
 
 /// The engine's thread, as the device sees it.
 pub struct EngineThread {
@@ -226,6 +228,7 @@ impl EngineLoop {
         let outcome = match self.start.recv() {
             Ok(ends) => self.serve(&reactor, &mut served, (&fronts, &mut workers), ends),
             Err(mpsc::RecvError) if self.closing.load(Ordering::Acquire) => {
+                machine::turn("commits what its session holds");
                 reactor.block_on(served.engine.close())
             }
             Err(mpsc::RecvError) => return served.give_up(&reactor),
@@ -301,6 +304,10 @@ impl EngineLoop {
             reactor.block_on(inbox.called());
         }
         compactor.stop(Stop::End);
+        if planted(Plant::SessionFirst) {
+            served.session.take().map(SessionFile::remove);
+        }
+        machine::turn("commits what is dirty");
         let outcome = reactor.block_on(served.engine.close());
         inbox.close();
         reactor.block_on(receiving);

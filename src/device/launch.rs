@@ -17,7 +17,7 @@ use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -32,6 +32,7 @@ use super::spec::Ready;
 use super::wire::Failure;
 use crate::disk::{HostFile, without_proc};
 use crate::error::{Doing, Error, Kind, Locate, Result};
+use crate::machine;
 
 /// This program, even if its file has been replaced.
 const SELF: &str = "/proc/self/exe";
@@ -164,7 +165,9 @@ enum Line {
 /// The child's, or that it ended without a line.
 pub fn launch(arguments: impl IntoIterator<Item = OsString>) -> Result<Ready> {
     let mut child = start(&Program::this(), FirstArgument::USUAL, arguments)?;
+    machine::waits_for(child.id());
     let line = read_line(child.stdout.take().expect("it was asked for"));
+    machine::turn("hears of its daemon");
     let line = line.doing("reading from the daemon")?;
     parse(&line).unwrap_or_else(|| Err(died(child)))
 }
@@ -222,9 +225,9 @@ pub fn launch_program(
 
 /// Waits a while for the end of a child that has nothing left to do.
 fn await_end(child: &mut Child) {
-    let until = Instant::now() + END_PATIENCE;
-    while matches!(child.try_wait(), Ok(None)) && Instant::now() < until {
-        thread::sleep(END_INTERVAL);
+    let until = machine::now() + END_PATIENCE;
+    while matches!(child.try_wait(), Ok(None)) && machine::now() < until {
+        machine::pause(END_INTERVAL);
     }
 }
 
@@ -286,7 +289,7 @@ fn start(
     first: FirstArgument,
     arguments: impl IntoIterator<Item = OsString>,
 ) -> Result<Child> {
-    let kept = confine::KEPT_VARIABLES.iter().filter_map(|name| Some((name, std::env::var_os(name)?)));
+    let kept = confine::kept_variables().filter_map(|name| Some((name, std::env::var_os(name)?)));
     let child = Command::new(program.link())
         .arg0(first.0)
         .args(arguments)
@@ -315,7 +318,10 @@ fn line_within(child: &mut Child, patience: Duration) -> Result<Option<String>> 
         let _ = sender.send(read_line(output)); // after the deadline nothing receives it
     };
     thread::Builder::new().name("listener".into()).spawn(read).doing("reading from the daemon")?;
-    match receiver.recv_timeout(patience) {
+    machine::waits_for(child.id());
+    let heard = receiver.recv_timeout(patience);
+    machine::turn("hears of its child");
+    match heard {
         Ok(line) => line.map(Some).doing("reading from the daemon"),
         Err(RecvTimeoutError::Timeout) => {
             child.kill().doing("killing the daemon")?;
@@ -447,8 +453,10 @@ pub fn has_handed_over() -> bool {
 fn write_line(line: &Line) -> Result<()> {
     let mut text = serde_json::to_string(line).doing("reporting to the parent")?;
     text.push('\n');
+    machine::turn("answers its parent");
     let mut output = io::stdout().lock();
     let written = output.write_all(text.as_bytes()).and_then(|()| output.flush());
+    machine::answers();
     written.doing("reporting to the parent")
 }
 

@@ -29,6 +29,7 @@ use super::order::Call;
 use super::queue::{Queue, QueueSetup, Report};
 use super::{sys, usage};
 use crate::error::{Doing, Error, Kind, Result};
+use crate::machine;
 
 /// How long the queues may take to be ready. Only a hang, or a machine that starves, takes this long.
 const READY_DEADLINE: Duration = Duration::from_secs(60);
@@ -204,7 +205,10 @@ impl Supervisor {
     /// Waits for the next demand, or until `due`, which is [`Happening::Time`]. An error if the device must
     /// be taken down because of a failure.
     pub(super) fn next_demand(&mut self, due: Option<Instant>) -> Result<Demand> {
-        let Some(event) = self.next_before(due) else { return Ok(Demand::Happening(Happening::Time)) };
+        machine::idles();
+        let event = self.next_before(due);
+        machine::turn("has something to act on");
+        let Some(event) = event else { return Ok(Demand::Happening(Happening::Time)) };
         match event {
             Event::Call(call) => Ok(Demand::Call(call)),
             Event::Happening(happening) => Ok(Demand::Happening(happening)),

@@ -25,13 +25,14 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 
 use super::sparse::is_on_smb;
 use crate::error::{Error, Kind, Result};
+use crate::machine;
 
 /// What the opener of an image does with it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,7 +88,7 @@ pub fn try_lock(file: &File, access: Access) -> Result<()> {
     let mut pause = FIRST_PAUSE;
     for _ in 1..ATTEMPTS {
         match attempt(file, access) {
-            Err(error) if error.kind() == Kind::InUse => std::thread::sleep(pause),
+            Err(error) if error.kind() == Kind::InUse => machine::pause(pause),
             outcome => return outcome,
         }
         pause *= 2;
@@ -102,11 +103,11 @@ pub fn try_lock(file: &File, access: Access) -> Result<()> {
 ///
 /// As [`try_lock`], once `wait` has passed.
 pub fn lock(file: &File, path: &Path, access: Access, wait: Duration) -> Result<()> {
-    let deadline = Instant::now() + wait;
+    let deadline = machine::now() + wait;
     let mut told = false;
     loop {
         let Err(error) = try_lock(file, access) else { return Ok(()) };
-        let left = deadline.saturating_duration_since(Instant::now());
+        let left = deadline.saturating_duration_since(machine::now());
         if error.kind() != Kind::InUse || left.is_zero() {
             return Err(error);
         }
@@ -114,7 +115,7 @@ pub fn lock(file: &File, path: &Path, access: Access, wait: Duration) -> Result<
             tracing::info!("{}: {error:#}; waiting up to {} s for it", path.display(), wait.as_secs_f32());
             told = true;
         }
-        std::thread::sleep(POLL_PAUSE.min(left));
+        machine::pause(POLL_PAUSE.min(left));
     }
 }
 
@@ -170,11 +171,11 @@ pub fn lock_beside(file: &File) -> Result<()> {
 ///
 /// [`Kind::InUse`] if the writer has not ended by then.
 pub fn take_writer(file: &File, wait: Duration) -> Result<()> {
-    let deadline = Instant::now() + wait;
+    let deadline = machine::now() + wait;
     loop {
         match set_each(file, Access::ReadWrite, [(libc::F_WRLCK, WRITER)]) {
-            Err(error) if error.kind() == Kind::InUse && Instant::now() < deadline => {
-                std::thread::sleep(FIRST_PAUSE);
+            Err(error) if error.kind() == Kind::InUse && machine::now() < deadline => {
+                machine::pause(FIRST_PAUSE);
             }
             outcome => return outcome,
         }
@@ -200,7 +201,7 @@ pub fn lock_for_readers<'a>(writer: &File, readers: impl Iterator<Item = &'a Fil
         if look(writer, Access::ReadWrite).is_ok() {
             return Ok(());
         }
-        std::thread::sleep(pause);
+        machine::pause(pause);
         pause *= 2;
     }
     let seen = look(writer, Access::ReadWrite);
@@ -233,6 +234,7 @@ pub fn share(file: &File) {
 
 /// One round: take every lock, then look for conflicts; give every lock back unless all is well.
 fn attempt(file: &File, access: Access) -> Result<()> {
+    machine::turn("locks an image");
     if is_on_smb(file) {
         return attempt_on_smb(file, access);
     }
@@ -354,6 +356,7 @@ mod tests {
     use std::process::{Child, Command, Output, Stdio};
     use std::sync::Barrier;
     use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::time::Instant;
 
     use super::*;
 

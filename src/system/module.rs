@@ -6,6 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::program;
+use crate::machine;
 
 /// What the driver shows when it is there.
 const CONTROL: &str = "/dev/ublk-control";
@@ -24,7 +25,9 @@ const POLL_INTERVAL: Duration = Duration::from_millis(10);
 /// Whatever prevents it is no failure here: the image may be wrong, too, and what opens the driver says what
 /// is missing.
 pub fn load_driver() {
-    if !is_missing(Path::new(CONTROL), Path::new(IN_KERNEL)) || !nix::unistd::geteuid().is_root() {
+    if !is_missing(&machine::node(Path::new(CONTROL)), Path::new(IN_KERNEL))
+        || !nix::unistd::geteuid().is_root()
+    {
         return;
     }
     let mut modprobe = program::command("modprobe");

@@ -12,11 +12,12 @@ use imports::{Imports, circles};
 use source::{Function, Source, files, text};
 
 /// The folders and files of `src`, each of which uses only those before it.
-const ORDER: [&str; 14] = [
+const ORDER: [&str; 15] = [
     "printable",
     "error",
     "simulation",
     "atomic",
+    "machine",
     "format",
     "disk",
     "image",

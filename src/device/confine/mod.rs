@@ -43,11 +43,17 @@ use nix::unistd::geteuid;
 use seccompiler::BpfProgram;
 
 use super::sys;
+use crate::machine;
 
 mod filter;
 
 /// What a daemon keeps of the environment: what to log, and where a build that measures coverage writes it.
-pub(super) const KEPT_VARIABLES: [&str; 3] = ["RUST_LOG", "RUST_BACKTRACE", "LLVM_PROFILE_FILE"];
+const KEPT_VARIABLES: [&str; 3] = ["RUST_LOG", "RUST_BACKTRACE", "LLVM_PROFILE_FILE"];
+
+/// Their names.
+pub(super) fn kept_variables() -> impl Iterator<Item = &'static str> {
+    KEPT_VARIABLES.into_iter().chain(machine::VARIABLES)
+}
 
 /// Descriptors that a process may have: the longest chain has 256 images, with at most four each, and a
 /// device has at most 64 queues, with at most nine each.

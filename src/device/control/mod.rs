@@ -18,7 +18,7 @@ use std::io;
 use std::mem::offset_of;
 use std::os::fd::AsRawFd;
 use std::path::Path;
-use std::thread;
+use std::slice;
 use std::time::{Duration, Instant};
 
 use io_uring::types::{Fd, SubmitArgs, Timespec};
@@ -31,6 +31,7 @@ pub(super) use info::{is_mark_of_program, new_mark};
 use super::options::KernelParameters;
 use crate::disk::ring_refused;
 use crate::error::{Error, Kind, Result};
+use crate::machine;
 use refusal::{forbidden, not_permitted, unavailable};
 
 /// The device that takes commands.
@@ -129,9 +130,9 @@ impl Control {
     ///
     /// [`Kind::NoDriver`] if the kernel has no ublk driver, [`Kind::Permission`] if the caller is not root.
     pub fn open() -> Result<Self> {
-        let file = OpenOptions::new().read(true).write(true).open(CONTROL_PATH);
+        let file = OpenOptions::new().read(true).write(true).open(machine::node(Path::new(CONTROL_PATH)));
         let mut control = Self { file: file.map_err(unavailable)?, features: None };
-        let deadline = Instant::now() + GET_FEATURES.deadline;
+        let deadline = machine::now() + GET_FEATURES.deadline;
         control.features = match control.attempt(GET_FEATURES, ANY_ID, 0, 0_u64, deadline)? {
             (0.., features) => Some(features),
             (_refused, _) => None,
@@ -152,7 +153,7 @@ impl Control {
 
     /// Whether its node can be opened, even if commands are forbidden.
     pub(in crate::device) fn may_be_opened() -> bool {
-        OpenOptions::new().read(true).write(true).open(CONTROL_PATH).is_ok()
+        OpenOptions::new().read(true).write(true).open(machine::node(Path::new(CONTROL_PATH))).is_ok()
     }
 
     /// The driver's `UBLK_F_*`, if it is new enough to report them.
@@ -227,18 +228,17 @@ impl Control {
     ///
     /// `EBUSY` if something still has the character device open; the kernel's otherwise.
     pub fn start_recovery(&self, id: u32, waiting: impl FnOnce()) -> Result<()> {
-        let started = Instant::now();
+        let started = machine::now();
+        let elapsed = || machine::now().saturating_duration_since(started);
         let mut waiting = Some(waiting);
         loop {
             match self.exchange(START_RECOVERY, id, 0, ()) {
-                Err(error) if error.os_error() == Some(libc::EBUSY) && started.elapsed() < DEADLINE => {
-                    if started.elapsed() > RELEASE_PATIENCE
-                        && let Some(waiting) = waiting.take()
-                    {
+                Err(error) if error.os_error() == Some(libc::EBUSY) && elapsed() < DEADLINE => {
+                    let is_late = elapsed() > RELEASE_PATIENCE;
+                    if is_late && let Some(waiting) = waiting.take() {
                         waiting();
                     }
-                    let is_late = started.elapsed() > RELEASE_PATIENCE;
-                    thread::sleep(if is_late { POLL_INTERVAL } else { RELEASE_INTERVAL });
+                    machine::pause(if is_late { POLL_INTERVAL } else { RELEASE_INTERVAL });
                 }
                 outcome => return outcome,
             }
@@ -340,23 +340,23 @@ impl Control {
             other => other,
         };
         unless_gone(result)?;
-        let until = Instant::now() + NUMBER_DEADLINE;
+        let until = machine::now() + NUMBER_DEADLINE;
         while self.info(id)?.is_some_and(|info| info.mark == mark) {
-            if Instant::now() >= until {
+            if machine::now() >= until {
                 return Ok(false);
             }
-            thread::sleep(POLL_INTERVAL);
+            machine::pause(POLL_INTERVAL);
         }
         Ok(true)
     }
 
     /// Sends a command with `payload` as its buffer, and returns the buffer as the kernel left it.
     fn exchange<T: Copy>(&self, verb: Verb, id: u32, data: u64, payload: T) -> Result<T> {
-        let deadline = Instant::now() + verb.deadline;
+        let deadline = machine::now() + verb.deadline;
         loop {
             match self.attempt(verb, id, data, payload, deadline)? {
                 (0.., payload) => return Ok(payload),
-                (errno, _) if errno == -libc::EINTR && Instant::now() < deadline => {}
+                (errno, _) if errno == -libc::EINTR && machine::now() < deadline => {}
                 (errno, _) => return Err(refused(verb, id, -errno)),
             }
         }
@@ -369,6 +369,13 @@ impl Control {
         let command = encode(id, if length == 0 { 0 } else { place }, length, data);
         let known = self.features.is_some() || verb.op == GET_FEATURES.op;
         let op = if known { verb.op } else { bare_number(verb.op) };
+        // SAFETY: plain data, of which the kernel's headers name every byte.
+        let bytes = unsafe { slice::from_raw_parts_mut((&raw mut *payload).cast::<u8>(), length) };
+        match machine::command(op, &command, bytes) {
+            Some(Some(result)) => return Ok((result, *payload)),
+            Some(None) => return Err(unanswered(verb, id, io::ErrorKind::TimedOut.into())),
+            None => {}
+        }
         let entry = opcode::UringCmd80::new(Fd(self.file.as_raw_fd()), op).cmd(command).build();
         let ring = IoUring::<squeue::Entry128>::builder().build(1);
         let mut ring =
@@ -422,7 +429,7 @@ fn unless_gone(result: Result<()>) -> Result<()> {
 
 /// The numbers of all devices.
 fn device_ids() -> Vec<u32> {
-    ids_in(Path::new(CHARACTER_CLASS))
+    ids_in(machine::folder().unwrap_or(Path::new(CHARACTER_CLASS)))
 }
 
 /// The numbers of the devices in a class directory of the kernel; none if there is no such directory.

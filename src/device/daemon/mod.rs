@@ -55,7 +55,9 @@ use crate::disk::Access;
 use crate::engine::front::Front;
 use crate::engine::shared::{Session, Shared};
 use crate::error::{Error, Kind, Result};
+use crate::machine;
 use crate::printable::shell;
+use crate::simulation::{Plant, planted};
 use reclaimer::Reclaimer;
 
 /// How long a service manager that stops the daemon is asked to wait for the next check of its users.
@@ -348,6 +350,9 @@ impl<E: EngineHandle> Device<E> {
 
     fn publish_names(&self, spec: &DeviceSpec, beginning: Beginning) -> Option<u64> {
         let Entry { name, private, .. } = self.entry.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if machine::folder().is_some() {
+            return None;
+        }
         links::remove_stale(self.info.id, name.as_ref());
         if private {
             return None;
@@ -461,6 +466,7 @@ impl<E: EngineHandle> Device<E> {
         let setup = QueueSetup {
             device: self.info.id,
             ring: RingSetup {
+                device: self.info.id,
                 queue,
                 depth: self.info.depth,
                 request_bytes: self.info.request_bytes,
@@ -509,12 +515,16 @@ impl<E: EngineHandle> Device<E> {
         if let Err(error) = self.stop() {
             return Err(outcome.err().unwrap_or(error));
         }
+        machine::turn("closes the image");
         let closed = match self.engine.take() {
             Some(engine) => engine.close(),
             None => Ok(()),
         };
         self.supervisor.finish();
         drop(self.cdev.take());
+        if planted(Plant::EntryFirst) {
+            let _ = self.registry.remove(self.info.id, self.info.mark);
+        }
         let deleted = self.delete();
         let recorded = self.leave(&closed, &deleted);
         outcome.and(closed).and(deleted).and(recorded)

@@ -118,6 +118,26 @@ impl RequestBuffers {
         Ok(())
     }
 
+    /// The first bytes of a tag's buffer.
+    #[cfg(feature = "simulation")]
+    pub(super) fn read_out(&self, tag: u16, length: usize) -> Vec<u8> {
+        let Self::Copied(buffers) = self else { panic!("a test copies data") };
+        let mut data = vec![0; length];
+        let place = buffers.at(tag, 0, u32::try_from(length).expect("a request's"));
+        // SAFETY: the buffer is mapped and at least this long, and nothing is under way on it.
+        unsafe { ptr::copy_nonoverlapping(place, data.as_mut_ptr(), length) };
+        data
+    }
+
+    /// Puts `data` at the begin of a tag's buffer.
+    #[cfg(feature = "simulation")]
+    pub(super) fn read_in(&self, tag: u16, data: &[u8]) {
+        let Self::Copied(buffers) = self else { panic!("a test copies data") };
+        let place = buffers.at(tag, 0, u32::try_from(data.len()).expect("a request's"));
+        // SAFETY: as above.
+        unsafe { ptr::copy_nonoverlapping(data.as_ptr(), place, data.len()) };
+    }
+
     /// The source of zeros, if the ring needs one.
     pub(super) fn zeros_fd(&self) -> Option<i32> {
         match self {

@@ -40,6 +40,7 @@ use crate::engine::port::{FileIo, FileOp, MAX_WRITE_ZEROS, PieceId, Port, Ticket
 use crate::engine::port_counts::{PortCounts, Reason};
 use crate::engine::shared::{LEAF, Shared};
 use crate::error::{Doing, Error, Result};
+use crate::machine;
 
 /// Places in the submission queue: a full one is submitted and filled again, so this bounds memory, not work.
 const MAX_SUBMISSIONS: u32 = 4096;
@@ -63,6 +64,8 @@ const _: () = assert!(size_of::<sys::ublksrv_io_desc>() == 24 && size_of::<sys::
 
 /// What a queue's ring is made of.
 pub(in crate::device) struct RingSetup {
+    /// The device's number.
+    pub(in crate::device) device: u32,
     /// The queue's number.
     pub(in crate::device) queue: u16,
     /// Its tags.
@@ -162,6 +165,9 @@ pub(super) struct QueueRing {
     ended: u16,
     file_io_in_flight: usize,
     wake_armed: bool,
+    /// Where a test takes the driver's place.
+    #[cfg_attr(not(feature = "simulation"), expect(dead_code, reason = "the driver has its own place"))]
+    tags: Option<machine::Tags>,
 }
 
 impl QueueRing {
@@ -182,6 +188,7 @@ impl QueueRing {
         sync_through(&uring, &setup.leaf, queue);
         let (offset, length) = descriptor_range(setup.queue, setup.depth);
         let descriptors = Region::of_device(&setup.character_device, offset, length);
+        let tags = machine::Tags::of(setup.device, setup.queue, setup.depth);
         let pieces = usize::from(setup.depth) * MAX_PIECES;
         Ok(Self {
             uring,
@@ -199,6 +206,7 @@ impl QueueRing {
             ended: 0,
             file_io_in_flight: 0,
             wake_armed: false,
+            tags,
         })
     }
 
@@ -345,6 +353,8 @@ impl QueueRing {
     }
 
     fn take_back(&mut self, tag: u16, result: i32) -> Option<Event> {
+        #[cfg(feature = "simulation")]
+        let result = self.tags.as_mut().map_or(result, |tags| take_simulated(tags, tag, &self.buffers));
         let holder = &mut self.holders[usize::from(tag)];
         assert_eq!(*holder, Holder::Kernel, "tag {tag} came back twice");
         if result.cast_unsigned() != sys::UBLK_IO_RES_OK {
@@ -402,9 +412,26 @@ impl QueueRing {
 
     /// A command that offers `tag` to the kernel.
     fn push_offer(&mut self, tag: u16, op: u32, result: i32) {
+        #[cfg(feature = "simulation")]
+        if self.tags.is_some() {
+            return self.push_simulated(tag, op, result);
+        }
         let (address, submission_address) = self.buffers.offer(tag);
         let entry = self.command(tag, op, result, address).addr(submission_address);
         self.push(entry.build(), Token::Command { tag });
+    }
+
+    /// The same where a test takes the driver's place: its line becomes readable.
+    #[cfg(feature = "simulation")]
+    fn push_simulated(&mut self, tag: u16, op: u32, result: i32) {
+        let is_read = self.descriptors.descriptor(usize::from(tag)).op_flags & 0xff == sys::UBLK_IO_OP_READ;
+        let result = (op == sys::UBLK_U_IO_COMMIT_AND_FETCH_REQ).then_some(result);
+        let length = result.filter(|_| is_read).and_then(|length| usize::try_from(length).ok()).unwrap_or(0);
+        let data = self.buffers.read_out(tag, length);
+        let tags = self.tags.as_mut().expect("it is simulated");
+        tags.offer(tag, result, &data);
+        let line = opcode::PollAdd::new(Fd(tags.line(tag)), libc::POLLIN.cast_unsigned().into()).build();
+        self.push(line, Token::Command { tag });
     }
 
     fn command(&self, tag: u16, op: u32, result: i32, address: u64) -> opcode::UringCmd16 {
@@ -527,6 +554,14 @@ impl Port for QueueRing {
     fn complete(&mut self, ticket: Ticket, result: Outcome<u32>) {
         self.end(ticket.tag(), result);
     }
+}
+
+/// What a test has for `tag`, with the data of a write in its buffer.
+#[cfg(feature = "simulation")]
+fn take_simulated(tags: &mut machine::Tags, tag: u16, buffers: &RequestBuffers) -> i32 {
+    let (result, data) = tags.take(tag);
+    buffers.read_in(tag, &data);
+    result
 }
 
 /// Has flushes of `queue` sync `leaf` from now on, if it may be written. None is under way.

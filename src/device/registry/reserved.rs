@@ -9,12 +9,16 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
+use crate::machine;
 use nix::fcntl::{AT_FDCWD, AtFlags};
 use nix::unistd::linkat;
-use uuid::Uuid;
 
 /// Only root may read entries.
 pub(in crate::device) const FILE_MODE: u32 = 0o600;
+
+/// The name of an entry until it takes the place of the one before. Its writer has the directory locked; one
+/// that was killed may have left it.
+pub(super) const NEXT_ENTRY: &str = ".entry";
 
 /// How much longer an entry may become than it was when its room was taken, bytes.
 const GROWTH: usize = 1024;
@@ -49,11 +53,20 @@ impl Reserved {
     }
 }
 
+pub(super) fn remove_if_there(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => removed,
+    }
+}
+
 fn put(file: &File, text: &str, path: &Path) -> io::Result<()> {
     file.write_all_at(text.as_bytes(), 0)?;
     let unnamed = format!("/proc/self/fd/{}", file.as_raw_fd());
-    let named = path.with_file_name(format!(".entry.{}", Uuid::new_v4()));
+    let named = path.with_file_name(NEXT_ENTRY);
+    remove_if_there(&named)?;
     linkat(AT_FDCWD, Path::new(&unnamed), AT_FDCWD, &named, AtFlags::AT_SYMLINK_FOLLOW)?;
+    machine::turn("puts the entry in its place");
     fs::rename(&named, path).inspect_err(|_| {
         let _ = fs::remove_file(&named); // the error says what is wrong with the folder
     })

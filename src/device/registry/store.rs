@@ -4,19 +4,19 @@ use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::fcntl::{Flock, FlockArg};
 
 use super::entry::{Entry, parse};
-use super::reserved::{FILE_MODE, Reserved};
+use super::reserved::{FILE_MODE, NEXT_ENTRY, Reserved, remove_if_there};
 use crate::device::control::POLL_INTERVAL;
 use crate::device::links;
 use crate::device::name::Name;
 use crate::device::process::ProcessId;
 use crate::disk::HostFile;
 use crate::error::{Doing, Error, Kind, Locate, Result};
+use crate::machine;
 use crate::printable::shell;
 use crate::simulation::{Plant, planted};
 
@@ -57,7 +57,7 @@ impl Registry {
     ///
     /// If its directory can be neither found nor made, or other users could write to it.
     pub fn open() -> Result<Self> {
-        Self::at(Path::new(RUN_DIRECTORY))
+        Self::at(machine::run_folder(RUN_DIRECTORY))
     }
 
     /// The registry in `directory`, which is made if it does not exist.
@@ -195,18 +195,19 @@ impl Registry {
         let path = self.directory.join(name);
         let file = OpenOptions::new().write(true).create(true).truncate(false).mode(FILE_MODE).open(&path);
         let mut file = file.doing(FAILED).file(&path).map_err(with_room)?;
-        let until = Instant::now() + LOCK_PATIENCE;
+        let until = machine::now() + LOCK_PATIENCE;
         loop {
+            machine::turn("locks a file of the registry");
             file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
                 Ok(lock) => return Ok(lock),
                 Err((file, nix::Error::EWOULDBLOCK | nix::Error::EINTR)) => file,
                 Err((_, errno)) => return Err(errno).doing(FAILED).file(&path),
             };
-            if Instant::now() >= until {
+            if machine::now() >= until {
                 let remedy = format!("find it: fuser -v {}", shell(&path));
                 return Err(Error::new(Kind::InUse, held).file(&path).remedy(remedy));
             }
-            thread::sleep(POLL_INTERVAL);
+            machine::pause(POLL_INTERVAL);
         }
     }
 
@@ -360,13 +361,6 @@ fn request_name(id: u32) -> String {
     format!("{id}.ending")
 }
 
-fn remove_if_there(path: &Path) -> io::Result<()> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        removed => removed,
-    }
-}
-
 /// An entry as it is written.
 fn text_of(entry: &Entry) -> Result<String> {
     serde_json::to_string_pretty(entry).doing("describing the device").file(&entry.image)
@@ -413,6 +407,7 @@ impl Locked<'_> {
 
     fn put(&self, id: u32, text: &str, room: &mut Reserved) -> Result<()> {
         let path = self.registry.entry_path(id);
+        machine::turn("writes the entry");
         let written = room
             .put(text, &path)
             .unwrap_or_else(|| self.replace(&path, text).or_else(|refused| overwrite(&path, text, refused)));
@@ -452,12 +447,16 @@ impl Locked<'_> {
 
     /// Half of an entry is removed when this fails.
     fn replace(&self, path: &Path, text: &str) -> io::Result<()> {
-        // Opened here, so that an error keeps its number.
-        let open = |path: &Path| OpenOptions::new().write(true).create_new(true).mode(FILE_MODE).open(path);
-        let mut temporary =
-            tempfile::Builder::new().prefix(".entry.").make_in(&self.registry.directory, open)?;
-        writeln!(temporary.as_file_mut(), "{text}")?;
-        Ok(temporary.persist(path).map(drop)?)
+        let next = self.registry.directory.join(NEXT_ENTRY);
+        remove_if_there(&next)?;
+        let mut file = OpenOptions::new().write(true).create_new(true).mode(FILE_MODE).open(&next)?;
+        let written = writeln!(file, "{text}").and_then(|()| {
+            machine::turn("puts the entry in its place");
+            fs::rename(&next, path)
+        });
+        written.inspect_err(|_| {
+            let _ = fs::remove_file(&next); // the error says what is wrong with the folder
+        })
     }
 
     /// Removes the entry of device `id`, its socket, its names, and its log if that is empty.
@@ -466,6 +465,7 @@ impl Locked<'_> {
             links::withdraw(&self.registry.directory, id, disk_sequence, name.as_ref());
         }
         let path = self.registry.entry_path(id);
+        machine::turn("removes the entry");
         remove_if_there(&path).doing("removing the device's entry").file(&path)?;
         let _ = fs::remove_file(self.registry.socket_path(id)); // no process listens there
         for name in [keeper_name(id), untrusted_name(id), request_name(id)] {
@@ -483,6 +483,7 @@ impl Locked<'_> {
 mod tests {
     use std::os::unix::ffi::OsStringExt;
     use std::os::unix::fs::PermissionsExt;
+    use std::thread;
 
     use nix::mount::{MsFlags, mount};
     use nix::sched::{CloneFlags, unshare};

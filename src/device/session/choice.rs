@@ -8,8 +8,7 @@
 //! One that was made under another device number is taken over if it fits, as after a new mount of its file
 //! system. If it does not fit, it may belong to another image on another file system, and stays.
 
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use uuid::Uuid;
 
@@ -21,6 +20,7 @@ use crate::device::registry::Listed;
 use crate::disk::{HostFile, ImageFile};
 use crate::error::{Error, Kind, Locate, Result};
 use crate::image::{Image, Mismatch, Place, Session, SessionMemory};
+use crate::machine;
 use crate::printable::shell;
 
 /// How long a process may hold a session whose image it has not locked, and how often to look.
@@ -100,13 +100,13 @@ fn find_left(
     place: &Place,
     is_worth_while: impl Fn(&SessionMemory) -> bool,
 ) -> Result<Option<Found>> {
-    let until = Instant::now() + HOLDER_PATIENCE;
+    let until = machine::now() + HOLDER_PATIENCE;
     loop {
         match sessions.find(place, image)? {
             Some(Found::Held(Some(memory)))
-                if is_at(&memory, place) && is_worth_while(&memory) && Instant::now() < until =>
+                if is_at(&memory, place) && is_worth_while(&memory) && machine::now() < until =>
             {
-                thread::sleep(HOLDER_INTERVAL);
+                machine::pause(HOLDER_INTERVAL);
             }
             found => return Ok(found),
         }

@@ -22,6 +22,7 @@ use crate::device::registry::{FILE_MODE, RUN_DIRECTORY, Registry};
 use crate::error::{Doing, Error, Locate, Result};
 use crate::format::bat::Geometry;
 use crate::image::{HEADER_WORDS, Image, Place, SessionMemory};
+use crate::machine;
 
 /// The folder of session files.
 #[derive(Clone, Debug)]
@@ -65,7 +66,7 @@ pub(in crate::device) enum Found {
 impl Sessions {
     /// The machine's.
     pub(in crate::device) fn of_machine() -> Self {
-        Self { directory: RUN_DIRECTORY.into() }
+        Self { directory: machine::run_folder(RUN_DIRECTORY).into() }
     }
 
     #[cfg(test)]
@@ -255,7 +256,9 @@ impl SessionFile {
     /// Another file that has the name is the session of the disk before it grew: it holds nothing that the
     /// image does not, and is replaced in one step, so that a kill leaves one of the two.
     pub(in crate::device) fn publish(&mut self) -> Result<()> {
+        machine::turn("names its session");
         self.stand_by()?;
+        machine::turn("puts its session in the place of another");
         if let Naming::Next = self.naming {
             let named = renameat(AT_FDCWD, &self.next(), AT_FDCWD, &self.path);
             named.doing("naming the session file").file(&self.path)?;
@@ -318,6 +321,7 @@ impl SessionFile {
 
     /// Removes it: the image no longer needs it.
     pub(in crate::device) fn remove(self) -> Result<()> {
+        machine::turn("removes the session");
         let is_named = matches!(self.naming, Naming::Own);
         let removed = self.remove_next();
         match removed.and_then(|()| if is_named { fs::remove_file(&self.path) } else { Ok(()) }) {

@@ -2,8 +2,7 @@
 
 use std::fs;
 use std::path::PathBuf;
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use schemars::JsonSchema;
 use serde::Serialize;
@@ -14,6 +13,7 @@ use super::origin::boot_id;
 use crate::disk::{HostFile, host_bytes};
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::image::{Mismatch, Session, SessionMemory};
+use crate::machine;
 
 /// The state of a kept session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
@@ -88,15 +88,15 @@ pub fn discard(name: &str) -> Result<()> {
 ///
 /// [`Kind::InUse`] if one still uses it after `patience`; if the session cannot be read.
 pub(in crate::device) fn await_free(file: HostFile, patience: Duration) -> Result<()> {
-    let (sessions, until) = (Sessions::of_machine(), Instant::now() + patience);
+    let (sessions, until) = (Sessions::of_machine(), machine::now() + patience);
     let is_its = |name: &Name| (name.device, name.inode) == (file.device, file.inode);
     let Some(name) = sessions.names()?.into_iter().find(is_its) else { return Ok(()) };
     while sessions.is_held(&name)? {
-        if Instant::now() >= until {
+        if machine::now() >= until {
             return Err(Error::new(Kind::InUse, "another process uses the session of the image")
                 .remedy("vhdx-ublk session list"));
         }
-        thread::sleep(Duration::from_millis(1));
+        machine::pause(Duration::from_millis(1));
     }
     Ok(())
 }

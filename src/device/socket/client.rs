@@ -18,6 +18,7 @@ use crate::device::job::Progress;
 use crate::device::order::{Grown, HandedOver, Merged, Shortened, Sizes, Snapped};
 use crate::disk::HostFile;
 use crate::error::{Doing, Error, Kind, Locate, Result};
+use crate::machine;
 use crate::operations::Watch;
 
 /// How long a daemon may take to report its status, which is in memory.
@@ -126,7 +127,9 @@ fn send<T: DeserializeOwned>(path: &Path, command: &Command, patience: Duration)
     let command = serde_json::to_value(command).doing(FAILED)?;
     let written = write_line(&stream, &Request { version: VERSION, command });
     // A daemon that refuses a caller may close before the line is written, and has answered all the same.
-    let answer = match read_line(&stream, patience).file(path) {
+    let read = read_line(&stream, patience).file(path);
+    machine::turn("hears of the daemon");
+    let answer = match read {
         Ok(answer) if !answer.is_empty() => answer,
         nothing => {
             written.doing(FAILED).file(path)?;

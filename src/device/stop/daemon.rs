@@ -1,7 +1,6 @@
 //! Waiting for a daemon's end, or killing it.
 
 use std::io;
-use std::thread;
 use std::time::{Duration, Instant};
 
 use super::How;
@@ -10,6 +9,7 @@ use crate::device::process::Life;
 use crate::device::registry::{Entry, Registry, State};
 use crate::device::sys::ProcessHandle;
 use crate::error::{Error, Kind, Result};
+use crate::machine;
 
 /// How long a process may take to end once it was killed: longer only if it waits for the host's storage.
 const KILL_DEADLINE: Duration = Duration::from_secs(10);
@@ -36,10 +36,10 @@ pub(super) fn end_daemon(
     };
     while !is_over()? {
         let is_hopeless = how.force && entry.daemon.life() == Life::Stopped;
-        if is_hopeless || Instant::now() >= until {
+        if is_hopeless || machine::now() >= until {
             return if how.force { kill_daemon(entry) } else { Err(has_not_ended(registry, entry, how)) };
         }
-        thread::sleep(POLL_INTERVAL);
+        machine::pause(POLL_INTERVAL);
     }
     Ok(())
 }
@@ -72,15 +72,15 @@ fn kill_daemon(entry: &Entry) -> Result<()> {
     }
     signal(entry, "killing the daemon", ProcessHandle::kill)?;
     tracing::warn!("the daemon of {device} (pid {pid}) did not end and was killed, as in a crash");
-    let until = Instant::now() + KILL_DEADLINE;
+    let until = machine::now() + KILL_DEADLINE;
     while entry.daemon.is_alive() {
-        if Instant::now() >= until {
+        if machine::now() >= until {
             let message =
                 format!("the daemon of {device} (pid {pid}) was killed, and waits for the host's storage");
             return Err(Error::new(Kind::InUse, message)
                 .remedy("check dmesg; run the command again when the storage answers"));
         }
-        thread::sleep(POLL_INTERVAL);
+        machine::pause(POLL_INTERVAL);
     }
     Ok(())
 }

@@ -1,7 +1,6 @@
 //! Having the kernel stop a device.
 
 use std::ffi::OsString;
-use std::thread;
 use std::time::{Duration, Instant};
 
 use super::How;
@@ -12,6 +11,7 @@ use crate::device::registry::{Entry, Registry};
 use crate::device::socket;
 use crate::device::usage;
 use crate::error::{Error, Kind, Result};
+use crate::machine;
 
 /// How long users that leave by themselves are waited for.
 const PASSING_PATIENCE: Duration = Duration::from_secs(3);
@@ -67,7 +67,7 @@ fn is_stopped(entry: &Entry) -> Error {
 /// Stops a device that is not in use. Waits for users that leave by themselves.
 fn stop_unused(registry: &Registry, control: Option<&Control>, entry: &Entry, until: Instant) -> Result<()> {
     let decides = control.is_some_and(Control::has_safe_stop);
-    let patience = Instant::now() + PASSING_PATIENCE;
+    let patience = machine::now() + PASSING_PATIENCE;
     loop {
         let users = if decides { usage::named(entry.id) } else { usage::of_device(entry.id) };
         if !users.lasting.is_empty() {
@@ -80,11 +80,11 @@ fn stop_unused(registry: &Registry, control: Option<&Control>, entry: &Entry, un
         if (decides || users.passing.is_empty()) && stop_apart(entry.id, entry.mark, openers, until)? {
             return Ok(());
         }
-        if Instant::now() >= patience {
+        if machine::now() >= patience {
             let unnamed = vec!["open in the kernel or in another namespace".to_owned()];
             return Err(in_use(entry, if users.passing.is_empty() { &unnamed } else { &users.passing }));
         }
-        thread::sleep(POLL_INTERVAL);
+        machine::pause(POLL_INTERVAL);
     }
 }
 
@@ -121,7 +121,7 @@ pub(super) fn stop_apart(id: u32, mark: u64, openers: Openers, until: Instant) -
     let mut arguments: Vec<OsString> = vec!["del".into(), "--stop-device".into(), mark.to_string().into()];
     arguments.extend((openers == Openers::Any).then(|| "--force".into()));
     arguments.extend(["--".into(), id.to_string().into()]);
-    let left = until.saturating_duration_since(Instant::now());
+    let left = until.saturating_duration_since(machine::now());
     launch::run_child(arguments, left)?.ok_or_else(|| {
         let message =
             format!("/dev/ublkb{id} has not stopped: its daemon does not complete the I/O in flight");

@@ -16,7 +16,7 @@ mod nesting;
 mod target;
 
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 pub use daemon::end_when_unused;
 pub use kernel::{Openers, refuse_used, stop_here};
@@ -29,6 +29,7 @@ use super::registry::{Entry, Registry, Sight, State};
 use super::sys::ProcessHandle;
 use super::usage;
 use crate::error::{Doing, Error, Kind, Result};
+use crate::machine;
 use daemon::end_daemon;
 use image::{Closed, close_image, unclean};
 use kernel::{stop_apart, stop_device};
@@ -77,7 +78,7 @@ pub fn stop_orphan(registry: &Registry, orphan: &DeviceInfo, how: &How) -> Resul
         return Err(unknown_image(orphan));
     }
     let control = Control::open()?;
-    let until = Instant::now() + how.timeout;
+    let until = machine::now() + how.timeout;
     // What this does not stop, the death of the server does.
     let stopped = match orphan.server {
         Some(_) => stop_apart(orphan.id, orphan.mark, Openers::Any, until),
@@ -93,7 +94,7 @@ pub fn stop_orphan(registry: &Registry, orphan: &DeviceInfo, how: &How) -> Resul
         // The handle is on the process that has the number now. Some kernels take the number unchecked from
         // the process that starts the device, and ignore its namespace: only a process that has the device
         // open is the server.
-        if !usage::has_device_open(pid, Path::new(&format!("/dev/ublkc{}", orphan.id))) {
+        if !usage::has_device_open(pid, &machine::node(Path::new(&format!("/dev/ublkc{}", orphan.id)))) {
             let stranger = not_the_server(orphan.id, pid);
             stopped.map_err(|_| stranger)?;
         } else if server()? == Some(pid) {
@@ -142,7 +143,7 @@ pub fn stop(registry: &Registry, entry: &Entry, how: &How) -> Result<()> {
         Sight::NoDriver => None,
         Sight::Hidden => return Err(hidden(entry)),
     };
-    let until = Instant::now() + how.timeout;
+    let until = machine::now() + how.timeout;
     let below = waits_below(registry, entry)?;
     if let Some(below) = &below
         && !how.force

@@ -2,8 +2,7 @@
 
 use std::ffi::OsString;
 use std::path::PathBuf;
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use schemars::JsonSchema;
 use serde::Serialize;
@@ -15,6 +14,7 @@ use crate::device::registry::{Entry, Listed, Registry};
 use crate::device::service_manager::GroupVisit;
 use crate::device::socket;
 use crate::error::{Error, Kind, Result};
+use crate::machine;
 use crate::printable::printable;
 
 /// How long a successor may take: it waits for the daemon's last I/O, and as long for the kernel.
@@ -100,10 +100,10 @@ impl Exchange {
             return error;
         }
         let device = entry.device.display();
-        let (begun, mut is_leaving) = (Instant::now(), stage == Stage::Begun);
+        let (begun, mut is_leaving) = (machine::now(), stage == Stage::Begun);
         while entry.daemon.life() != Life::Ended {
             let patience = if is_leaving { END_PATIENCE } else { WATCH };
-            if begun.elapsed() >= patience {
+            if machine::now().saturating_duration_since(begun) >= patience {
                 if !is_leaving && leaves(entry) {
                     is_leaving = true;
                     continue;
@@ -112,7 +112,7 @@ impl Exchange {
                 return Error::new(error.kind(), message)
                     .remedy(format!("`vhdx-ublk list` shows whether {device} is served"));
             }
-            thread::sleep(Duration::from_millis(10));
+            machine::pause(Duration::from_millis(10));
         }
         match launch::launch_program(old, first, with_id(&self.recover, entry), READY_DEADLINE) {
             Ok(_) => {

@@ -2,8 +2,7 @@
 
 use std::fs::File;
 use std::path::Path;
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::formats::Formats;
 use crate::device::control::Control;
@@ -19,6 +18,7 @@ use crate::device::spare_buffers::SpareBuffers;
 use crate::device::sys;
 use crate::disk::{Access, ImageFile};
 use crate::error::{Doing, Error, Kind, Result};
+use crate::machine;
 
 /// How long the daemon may take to end once it has agreed: its last I/O included.
 const END_PATIENCE: Duration = Duration::from_secs(50);
@@ -175,12 +175,12 @@ pub fn leave_requests(registry: &Registry, id: u32) {
 
 /// Whether the daemon ends within `patience`.
 fn has_ended(entry: &Entry, patience: Duration) -> bool {
-    let until = Instant::now() + patience;
+    let until = machine::now() + patience;
     while entry.daemon.life() != Life::Ended {
-        if Instant::now() >= until {
+        if machine::now() >= until {
             return false;
         }
-        thread::sleep(INTERVAL);
+        machine::pause(INTERVAL);
     }
     true
 }
