@@ -270,6 +270,10 @@ impl Front {
         let request = *slot.request();
         let reads_only = matches!(request.op, Op::Read) || self.shared.read_only;
         if !reads_only && self.shared.session() == Session::Poisoned {
+            // What may wait for room does not end for want of it: no room would help.
+            if self.shortage.is_waited_for() {
+                slot.forget_shortage();
+            }
             slot.fail(Errno::EIO);
         }
         if slot.error().is_none() && std::mem::take(&mut slot.flush_at_end) {

@@ -31,6 +31,11 @@ pub(super) struct Shortage {
 }
 
 impl Shortage {
+    /// Whether requests wait for room instead of failing.
+    pub(super) fn is_waited_for(&self) -> bool {
+        self.allowed
+    }
+
     /// Whether no request waits that is not being served again.
     pub(super) fn is_over(&self) -> bool {
         self.waiting.is_empty()

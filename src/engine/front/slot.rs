@@ -110,6 +110,11 @@ impl Slot {
         self.error.get_or_insert(errno);
     }
 
+    /// Room would not help the request: if it has found none, it fails for another reason.
+    pub(super) fn forget_shortage(&mut self) {
+        self.error = self.error.filter(|errno| !matches!(errno, Errno::ENOSPC | Errno::EDQUOT));
+    }
+
     /// Why the request has failed.
     #[inline]
     pub(super) fn error(&self) -> Option<Errno> {
