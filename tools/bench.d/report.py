@@ -105,6 +105,8 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 def target_table(results: Results) -> str:
     rows = []
     for target in targets.ALL:
+        if not any(target.workload in measured for measured in results.rounds):
+            continue
         ratio, verdict = target.judge(results)
         peers = " or ".join(target.peers)
         title = title_of(target.workload)
