@@ -29,10 +29,11 @@ use super::room::Room;
 use super::store::Store;
 use super::violation::violated;
 
-/// The numbers of "try again", of an I/O error and of a host without room.
+/// The numbers of "try again", of an I/O error, of a host without room and of what was not begun.
 pub const EAGAIN: i32 = 11;
 pub const EIO: i32 = 5;
 pub const ENOSPC: i32 = 28;
+const ECANCELED: i32 = 125;
 
 /// How a cut treats what was at risk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -461,6 +462,14 @@ impl SimDisk {
         (matches!(op.owner, Owner::Front(..)), durable)
     }
 
+    /// Whose the `index`-th operation is, a front's: the front, the tag, and the piece of its request.
+    pub fn front_piece(&self, index: usize) -> (usize, u16, u8) {
+        match self.state.borrow().in_flight[index].owner {
+            Owner::Front(front, piece) => (front, piece.tag, piece.piece),
+            Owner::Engine => panic!("it is the engine's"),
+        }
+    }
+
     /// Whether the `index`-th operation is a front's sync.
     pub fn is_front_sync(&self, index: usize) -> bool {
         let state = self.state.borrow();
@@ -838,7 +847,11 @@ impl State {
             Fault::Error { errno, times } => {
                 injection.fault = Fault::Error { errno, times: times - 1 };
                 self.injection = (times > 1).then_some(injection);
-                self.fail(op, injection.seed);
+                // The kernel has no thread for the sync, and nothing is lost.
+                let begun = !(matches!(op.effect, Effect::Sync) && errno == ECANCELED);
+                if begun {
+                    self.fail(op, injection.seed);
+                }
                 Some(errno)
             }
         }

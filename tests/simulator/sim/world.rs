@@ -8,7 +8,7 @@ mod shortage;
 mod snapshot;
 
 use std::cell::RefCell;
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -37,6 +37,9 @@ use super::room::Room;
 use super::store::Store;
 use super::tasks::{SimTasks, block_on};
 use super::violation::violated;
+
+/// How often in a row the host does not begin a piece of a front, which gives it up after 16 repetitions.
+const REFUSALS_MAX: u32 = 16;
 
 /// The shape of a run.
 #[derive(Clone, Debug)]
@@ -360,6 +363,8 @@ pub struct World {
     batch: Option<moves::Batch>,
     batches: usize,
     pub posted: Posted,
+    /// How often each piece of a front was to be tried again since it was last done.
+    refusals: BTreeMap<(usize, u16, u8), u32>,
     /// Requests that wait for room were failed, as the device ends.
     waits_ended: bool,
 }
@@ -469,6 +474,7 @@ impl World {
             batch: None,
             batches: 0,
             posted: Posted::default(),
+            refusals: BTreeMap::new(),
             waits_ended: false,
         }
     }
@@ -1017,13 +1023,25 @@ impl World {
         self.with_front(front, |front, port| front.io_done(piece, result, port));
     }
 
+    /// Whether a front's I/O is not begun: never so often in a row that the front gives up.
+    fn must_try_again(&mut self, index: usize) -> bool {
+        let again = self.config.faults.again;
+        if again == 0 {
+            return false;
+        }
+        let refusals = self.refusals.entry(self.disk.front_piece(index)).or_default();
+        let refused = *refusals < REFUSALS_MAX && self.rng.u32(..again) == 0;
+        *refusals = if refused { *refusals + 1 } else { 0 };
+        refused
+    }
+
     /// Lets an operation end, well or with an injected fault.
     fn end_op(&mut self, index: usize) -> Option<FrontDone> {
         let faults = self.config.faults;
         let (front, durable) = self.disk.front_op(index);
         let syncs = self.disk.is_front_sync(index);
         self.marks.add("syncs by a front", u64::from(syncs));
-        if front && !syncs && faults.again > 0 && self.rng.u32(..faults.again) == 0 {
+        if front && !syncs && self.must_try_again(index) {
             self.marks.hit("a front's I/O is tried again");
             return Some(self.disk.fail(index, EAGAIN));
         }

@@ -27,6 +27,9 @@ pub fn place(boot: u128) -> Place {
 /// How many daemons are killed before one serves again, at most.
 const DEATHS_IN_A_ROW: u32 = 5;
 
+/// At which step of an opening a daemon is killed, at most: a log half full takes most of them to replay.
+const LAST_STEP: usize = 180;
+
 /// Moves the block map of `image` into memory that outlives the daemon. Where what a death cuts short is
 /// lost, the data goes through the host's page cache.
 pub(super) fn start_session(image: &mut WritableImage, faults: Faults) -> SessionMemory {
@@ -55,7 +58,7 @@ impl World {
         self.make_room_for_successor();
         let opened = loop {
             let dies = deaths < DEATHS_IN_A_ROW && self.rng.bool();
-            let killed_at = dies.then(|| self.rng.usize(..90));
+            let killed_at = dies.then(|| self.rng.usize(..LAST_STEP));
             match self.open_again(killed_at) {
                 Some(Ok(opened)) => break opened,
                 Some(Err(_)) if self.disk.is_doubtful() => return self.stay_dead(),
