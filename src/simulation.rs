@@ -133,7 +133,9 @@ pub enum Plant {
     /// Pages that the host had no room to log are not logged again.
     ForgetRefusedPages,
     /// Pages that the host had no room for in their place stay in the log only.
-    ForgetRefusedRound,
+    ForgetRefusedBatch,
+    /// Of a page that several rounds have, the oldest copy goes to its place.
+    KeepOlderCopy,
     /// After a header was refused, the other one is written, which is the only whole one.
     SkipRefusedSlot,
     /// A header that was refused counts as not in the file.
@@ -265,7 +267,7 @@ pub enum Plant {
 
 impl Plant {
     /// Those that show in the order of requests, of what the host does, and of crashes.
-    pub const ALL: [Self; 98] = [
+    pub const ALL: [Self; 99] = [
         Self::SkipRecyclingSync,
         Self::SkipGrowthSync,
         Self::ApplyBeforeLog,
@@ -325,7 +327,8 @@ impl Plant {
         Self::RefusalPoisons,
         Self::UnreservedBitmap,
         Self::ForgetRefusedPages,
-        Self::ForgetRefusedRound,
+        Self::ForgetRefusedBatch,
+        Self::KeepOlderCopy,
         Self::SkipRefusedSlot,
         Self::TrustRefusal,
         Self::IgnoreDensity,

@@ -9,20 +9,19 @@
 //!    an entry names them. Later rounds are copied before the sync of the round before them, which serves
 //!    them as this one;
 //! 3. write the round's entries; a log without room for them starts again first;
-//! 4. sync. The last round's sync makes durable everything acknowledged before the cycle closed its set;
-//! 5. write the copies in place, in the background, one round at a time, so that no older copy ever
-//!    overwrites a newer one. The next round's sync confirms them.
+//! 4. sync, in one submission with the last entry's write, behind it. The last round's sync makes durable
+//!    everything acknowledged before the cycle closed its set;
+//! 5. leave the copies to be written in place ([`super::apply`]).
 //!
-//! A host without room for an entry, or for a page in its place, fails the requests that wait for the cycle
-//! and nothing else: the pages get their marks back, the round gives its place in the log back, and the next
-//! cycle does all of it again.
+//! A host without room for an entry fails the requests that wait for the cycle and nothing else: the pages
+//! get their marks back, the round gives its place in the log back, and the next cycle does all of it again.
 
 use std::collections::VecDeque;
 use std::rc::Rc;
 
 use super::log::{LogSpace, Placement, cycle_threshold, round_pages};
 use super::round::{PageCopy, Round};
-use super::{Engine, Outcome, probes};
+use super::{Engine, Outcome, WRITING_ENTRY, probes};
 use crate::disk::{Buffer, Disk, PAGE_BYTES};
 use crate::format::bat::BITMAP_BLOCK_SIZE;
 use crate::format::log::{Change, NewEntry};
@@ -116,7 +115,7 @@ impl<D: Disk + 'static> Engine<D> {
         }
     }
 
-    /// Logs the pages of `set`, syncs, and leaves the last round to be applied in the background.
+    /// Logs the pages of `set` and syncs.
     async fn commit(self: &Rc<Self>, mut set: VecDeque<Page>) -> Outcome {
         self.check_poison()?;
         if set.is_empty() {
@@ -133,15 +132,11 @@ impl<D: Disk + 'static> Engine<D> {
         }
         while let Some(round) = next {
             self.make_room(&round).await?;
-            self.log_round(&round).await?;
-            let logged = self.durability.epoch();
             next = self.copy_round(&mut set);
-            if !planted(Plant::ApplyBeforeLog) {
-                self.sync().await?;
-            }
+            let logged = self.durability.epoch();
+            self.log_round(&round).await?;
             assert!(self.durability.is_durable(logged), "pages go in place once their entry is durable");
-            self.round_is_durable(&round);
-            self.start_applying(round);
+            self.round_is_durable(round);
         }
         Ok(())
     }
@@ -183,30 +178,17 @@ impl<D: Disk + 'static> Engine<D> {
         Ok(())
     }
 
-    /// Waits until the newest round is in place. If the host had no room for it, it is tried again, once.
-    pub(super) async fn await_applied(self: &Rc<Self>) -> Outcome {
-        let outcome = self.journal.applied().await;
-        let Some(refused) = self.journal.take_refused() else { return outcome };
-        self.start_applying(refused);
-        self.journal.applied().await
-    }
-
-    /// Writes the round's entries, and waits until the round before it is in place, which the next sync
-    /// confirms. (Two rounds on their way at once could leave the older copy of a page on top of the newer
-    /// one.)
+    /// Writes the round's entries and syncs.
     async fn log_round(self: &Rc<Self>, round: &Round) -> Outcome {
-        let mut outcome = self.write_entries(round).await;
-        if outcome.is_ok() {
-            outcome = self.await_applied().await;
-        }
+        let outcome = self.write_entries(round).await;
         if outcome.is_err() {
             self.journal.active(LogSpace::withdraw_round);
         }
         outcome
     }
 
-    /// Places the round's entries and writes them. Only after the sync of the round before it has completed
-    /// is the space that this round may take known to be free.
+    /// Places the round's entries, writes them, and syncs behind the last one. Only after the sync of the
+    /// round before it has completed is the space that this round may take known to be free.
     async fn write_entries(self: &Rc<Self>, round: &Round) -> Outcome {
         assert!(
             self.durability.covers_payload(round.relies_on),
@@ -215,6 +197,7 @@ impl<D: Disk + 'static> Engine<D> {
         assert!(self.durability.covers_length(round.relies_on), "an entry names space past a stable length");
         let (tail, placements) = self.journal.active(|log| (log.tail(), log.place_round(round.pages.len())));
         let mut pages = round.pages.iter();
+        let (last, _) = placements.split_last().expect("a round has pages");
         for placement in &placements {
             let changes = pages.by_ref().take(placement.pages).map(|copy| Change::Data {
                 file_offset: self.page_place(copy.page),
@@ -226,7 +209,11 @@ impl<D: Disk + 'static> Engine<D> {
                 counters.entries.add(1);
                 counters.pages.add(changes.len() as u64);
             });
-            self.write_metadata("writing a log entry", position, entry).await?;
+            if placement == last && !planted(Plant::ApplyBeforeLog) {
+                self.write_entry_and_sync(position, entry).await?;
+            } else {
+                self.write_metadata(WRITING_ENTRY, position, entry).await?;
+            }
         }
         assert!(pages.next().is_none(), "a round places all its pages");
         Ok(())
@@ -249,7 +236,7 @@ impl<D: Disk + 'static> Engine<D> {
         (log + placement.position, Buffer::copy_of(&entry.encode()))
     }
 
-    fn round_is_durable(&self, round: &Round) {
+    fn round_is_durable(self: &Rc<Self>, round: Round) {
         self.journal.active(LogSpace::round_synced);
         self.count(|counters| counters.rounds.add(1));
         for copy in &round.pages {
@@ -258,41 +245,8 @@ impl<D: Disk + 'static> Engine<D> {
                 self.shared.map.mark_durable(page, &copy.bytes);
             }
         }
-    }
-
-    fn start_applying(self: &Rc<Self>, round: Round) {
-        let done = self.journal.begin_applying();
-        self.start(|engine| async move { done.keep(engine.apply(round).await) });
-    }
-
-    async fn apply(self: &Rc<Self>, round: Round) -> Outcome {
-        if let Err(errno) = self.write_in_place(&round).await
-            && !planted(Plant::ForgetRefusedRound)
-        {
-            self.journal.refuse(round);
-            return Err(errno);
-        }
-        self.journal.active(LogSpace::round_applied);
-        if planted(Plant::TailBeforeSync) {
-            self.journal.confirm_applied(self.journal.newest_applied());
-        }
-        Ok(())
-    }
-
-    /// Writes the round's copies in place, neighbouring pages together.
-    async fn write_in_place(self: &Rc<Self>, round: &Round) -> Outcome {
-        let follows = |a: &PageCopy, b: &PageCopy| {
-            self.page_place(a.page) + PAGE_BYTES as u64 == self.page_place(b.page)
-        };
-        for run in round.pages.chunk_by(follows) {
-            let mut bytes = Buffer::zeroed(run.len() * PAGE_BYTES);
-            for (target, copy) in bytes.chunks_exact_mut(PAGE_BYTES).zip(run) {
-                target.copy_from_slice(&*copy.bytes);
-            }
-            self.check_poison()?;
-            self.write_metadata("writing metadata", self.page_place(run[0].page), bytes).await?;
-        }
-        Ok(())
+        self.journal.put_off(round.pages);
+        self.apply_if_due();
     }
 
     fn copy_page(&self, page: Page) -> Box<[u8; PAGE_BYTES]> {
@@ -303,7 +257,7 @@ impl<D: Disk + 'static> Engine<D> {
     }
 
     /// Where a page lies in the file.
-    fn page_place(&self, page: Page) -> u64 {
+    pub(super) fn page_place(&self, page: Page) -> u64 {
         let (region, page) = match page {
             Page::Bat(page) => (self.layout.bat, page),
             Page::Bitmap { chunk, page } => {

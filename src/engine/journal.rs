@@ -1,22 +1,27 @@
-//! The log of the open session, and its newest round on the way to its place.
+//! The log of the open session, and what it has that is not in place.
 
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 
 use uuid::Uuid;
 
 use super::Outcome;
+use super::apply::Batch;
 use super::log::LogSpace;
-use super::round::Round;
+use super::round::PageCopy;
 use super::waiting::Promise;
+use crate::disk::PAGE_BYTES;
+use crate::image::Page;
+use crate::simulation::{Plant, planted};
 
 /// See the module's head.
 pub(super) struct Journal {
     /// None before the first commit, and after the last one.
     log: RefCell<Option<LogSpace>>,
-    /// Kept when the newest round is in place, or could not be written there.
+    /// The newest durable copy of each page that is neither in place nor on its way.
+    unapplied: RefCell<BTreeMap<Page, Box<[u8; PAGE_BYTES]>>>,
+    /// Kept when the newest batch is in place, or could not be written there.
     applied: RefCell<Promise<Outcome>>,
-    /// The newest round, if the host had no room for it in place.
-    refused: RefCell<Option<Round>>,
 }
 
 impl Default for Journal {
@@ -24,8 +29,8 @@ impl Default for Journal {
     fn default() -> Self {
         Self {
             log: RefCell::default(),
+            unapplied: RefCell::default(),
             applied: RefCell::new(Promise::kept(Ok(()))),
-            refused: RefCell::default(),
         }
     }
 }
@@ -43,7 +48,7 @@ impl Journal {
 
     /// The headers name `log` from now on, and not the one before it.
     pub(super) fn begin(&self, log: LogSpace) {
-        assert!(self.is_settled(), "the log starts again while it is needed");
+        assert!(self.is_settled() && !self.has_unapplied(), "the log starts again while it is needed");
         self.log.replace(Some(log));
     }
 
@@ -51,7 +56,7 @@ impl Journal {
     pub(super) fn end(&self) {
         let log = self.log.take();
         assert!(log.is_some_and(|log| log.is_settled()), "a log ends that is needed");
-        assert!(self.refused.borrow().is_none(), "a log ends, and its last round is not in place");
+        assert!(!self.has_unapplied(), "a log ends, and pages of it are not in place");
     }
 
     /// Works with the active log.
@@ -95,26 +100,47 @@ impl Journal {
         }
     }
 
-    /// A round is on its way to its place from now on; the caller keeps the promise.
-    pub(super) fn begin_applying(&self) -> Promise<Outcome> {
+    /// The log has these pages, durably, and their places have not.
+    pub(super) fn put_off(&self, pages: Vec<PageCopy>) {
+        let mut unapplied = self.unapplied.borrow_mut();
+        for copy in pages {
+            if planted(Plant::KeepOlderCopy) {
+                unapplied.entry(copy.page).or_insert(copy.bytes);
+            } else {
+                unapplied.insert(copy.page, copy.bytes);
+            }
+        }
+    }
+
+    /// Whether pages wait for a batch.
+    pub(super) fn has_unapplied(&self) -> bool {
+        !self.unapplied.borrow().is_empty()
+    }
+
+    /// Whether a batch is under way.
+    pub(super) fn is_applying(&self) -> bool {
+        !self.applied.borrow().is_kept()
+    }
+
+    /// All pages that wait are on their way to their places from now on; the caller keeps the promise.
+    pub(super) fn begin_applying(&self) -> (Batch, Promise<Outcome>) {
+        assert!(!self.is_applying(), "one batch at a time is on its way to its place");
+        let pages = self.unapplied.take().into_iter().map(|(page, bytes)| PageCopy { page, bytes });
+        let batch = Batch { pages: pages.collect(), newest: self.active(|log| log.newest_synced()) };
         let done = Promise::default();
-        let before = self.applied.replace(done.clone());
-        assert!(before.is_kept(), "one round at a time is on its way to its place");
-        done
+        self.applied.replace(done.clone());
+        (batch, done)
     }
 
-    /// The host had no room for `round` in its place. It is in the log.
-    pub(super) fn refuse(&self, round: Round) {
-        let before = self.refused.replace(Some(round));
-        assert!(before.is_none(), "one round at a time is on its way to its place");
+    /// The host had no room for `batch`. Rounds that became durable meanwhile have newer copies.
+    pub(super) fn put_back(&self, batch: Batch) {
+        let mut unapplied = self.unapplied.borrow_mut();
+        for copy in batch.pages {
+            unapplied.entry(copy.page).or_insert(copy.bytes);
+        }
     }
 
-    /// Takes the newest round if it is not in place, and cannot be before it is tried again.
-    pub(super) fn take_refused(&self) -> Option<Round> {
-        self.refused.take()
-    }
-
-    /// Waits until the newest round is in place, or has failed to get there.
+    /// Waits until the newest batch is in place, or has failed to get there.
     pub(super) async fn applied(&self) -> Outcome {
         let applied = self.applied.borrow().clone();
         applied.wait().await
@@ -124,6 +150,41 @@ impl Journal {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The older copy in its place would be all that is left of the page when the log starts again.
+    #[test]
+    fn what_the_host_refused_gives_way_to_newer_copies() {
+        let journal = Journal::default();
+        journal.begin(LogSpace::after_initial_entry(Uuid::from_u128(1), 1 << 20, 1 << 20));
+        let round = |pages: &[u64], value| {
+            journal.active(|log| {
+                log.place_round(pages.len());
+                log.round_synced();
+            });
+            let copy = |page: &u64| PageCopy { page: Page::Bat(*page), bytes: Box::new([value; PAGE_BYTES]) };
+            journal.put_off(pages.iter().map(copy).collect());
+        };
+        let values = |batch: &Batch| -> Vec<(Page, u8)> {
+            batch.pages.iter().map(|copy| (copy.page, copy.bytes[0])).collect()
+        };
+        round(&[1, 2], 1);
+        round(&[1, 3], 2);
+        let (batch, done) = journal.begin_applying();
+        assert_eq!(values(&batch), [(Page::Bat(1), 2), (Page::Bat(2), 1), (Page::Bat(3), 2)]);
+        round(&[3, 4], 3);
+        assert!(journal.is_applying() && journal.has_unapplied());
+        journal.put_back(batch);
+        done.keep(Err(nix::errno::Errno::ENOSPC));
+        let (batch, done) = journal.begin_applying();
+        assert_eq!(
+            values(&batch),
+            [(Page::Bat(1), 2), (Page::Bat(2), 1), (Page::Bat(3), 3), (Page::Bat(4), 3)]
+        );
+        journal.active(|log| log.applied(batch.newest));
+        done.keep(Ok(()));
+        journal.confirm_applied(journal.newest_applied());
+        assert!(journal.is_settled() && !journal.has_unapplied());
+    }
 
     #[test]
     fn a_sync_confirms_nothing_of_a_log_that_has_begun_since() {

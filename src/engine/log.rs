@@ -9,6 +9,7 @@
 //!   one that is full but for one sector for ever.
 //! * A round's Tail is the start of the oldest round whose pages are not known to be durable in place.
 //! * A round takes at most a third of the log, so that three of them, and the first entry, fit.
+//! * Rounds stay in it until their pages are in place, which is due when they fill half of it.
 //!
 //! [Rules 75 to 84](crate::design::vhdx_rules#rule-75).
 
@@ -94,7 +95,6 @@ impl LogSpace {
     pub fn place_round(&mut self, pages: usize) -> Vec<Placement> {
         assert!((1..=round_pages(self.length)).contains(&pages), "{pages} pages are no round");
         assert!(self.fits(pages), "a round of {pages} pages leaves the log");
-        assert!(self.live.len() <= 1, "one round at most is not durable in place when the next is placed");
         assert!(self.live.iter().all(|round| round.synced), "the round before is durable in the log");
         let (start, first_sequence, tail) = (self.head, self.next_sequence, self.tail());
         let mut left = pages;
@@ -131,11 +131,24 @@ impl LogSpace {
         self.check();
     }
 
-    /// The newest synced round has been written in place, not yet synced there.
-    pub fn round_applied(&mut self) {
-        let round = self.live.iter_mut().find(|round| !round.applied).expect("a round was placed");
-        assert!(round.synced, "pages go in place once their entry is durable");
-        round.applied = true;
+    /// The newest round that is durable in the log.
+    pub fn newest_synced(&self) -> u64 {
+        let synced = self.live.iter().rev().find(|round| round.synced);
+        synced.expect("what is to be applied has been synced").id
+    }
+
+    /// Whether the rounds that are not in place fill so much of the log that they should get there.
+    pub fn is_apply_due(&self) -> bool {
+        let oldest = self.live.iter().find(|round| !round.applied);
+        oldest.is_some_and(|round| self.head - round.start >= self.length / 2)
+    }
+
+    /// The rounds up to `newest` have been written in place, not yet synced there.
+    pub fn applied(&mut self, newest: u64) {
+        for round in self.live.iter_mut().take_while(|round| round.id <= newest) {
+            assert!(round.synced, "pages go in place once their entry is durable");
+            round.applied = true;
+        }
         self.check();
     }
 
@@ -230,7 +243,7 @@ mod tests {
                         log.confirm_applied(round);
                     }
                     assert!(!log.is_settled(), "a round is not in place yet");
-                    log.round_applied();
+                    log.applied(log.newest_synced());
                     rounds += 1;
                 }
                 assert!(rounds >= 3, "{rounds} rounds in a log of {length} bytes");
@@ -241,13 +254,38 @@ mod tests {
         }
     }
 
-    /// A round placed before the one before it is durable would need a fourth part of the log.
+    /// Small rounds wait in the log until they fill half of it.
     #[test]
-    #[should_panic(expected = "one round at most")]
-    fn a_round_is_not_placed_before_the_last_one_is_settled() {
+    fn places_are_due_when_rounds_that_wait_fill_half_of_the_log() {
+        let mut log = LogSpace::after_initial_entry(Uuid::from_u128(1), 1 << 20, 1 << 20);
+        let place = |log: &mut LogSpace| {
+            let newest = log.newest_applied();
+            log.place_round(1);
+            log.round_synced();
+            if let Some(newest) = newest {
+                log.confirm_applied(newest);
+            }
+        };
+        for _ in 0..63 {
+            place(&mut log);
+            assert!(!log.is_apply_due() && !log.is_settled());
+        }
+        assert_eq!(log.tail(), 4096, "the oldest round that is not in place");
+        place(&mut log);
+        assert!(log.is_apply_due());
+        let newest = log.newest_synced();
+        place(&mut log);
+        log.applied(newest);
+        assert!(!log.is_apply_due(), "one waits");
+        place(&mut log);
+        assert_eq!(log.tail(), 4096 + 64 * 8192, "a sync has confirmed those in place");
+    }
+
+    #[test]
+    #[should_panic(expected = "the round before is durable")]
+    fn a_round_is_not_placed_before_the_last_one_is_durable() {
         let mut log = LogSpace::after_initial_entry(Uuid::from_u128(1), 1 << 20, 1 << 20);
         log.place_round(80);
-        log.round_synced();
         log.place_round(80);
     }
 
