@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use vhdx_ublk::device::registry::{Listed, Registry};
 use vhdx_ublk::device::stop::{self, How, Openers, Target};
-use vhdx_ublk::device::{Control, DeviceInfo, claims, launch};
+use vhdx_ublk::device::{Control, DeviceInfo, claims, launch, leftovers};
 use vhdx_ublk::error::{Error, Kind, Result};
 
 use super::{SUCCESS, output};
@@ -92,7 +92,7 @@ impl Del {
         let outcomes = match &registry {
             Some(registry) => {
                 // Without the driver it is unknown which entries are stale.
-                Control::open().map_or(Ok(()), |control| registry.sweep(&control))?;
+                Control::open().map_or(Ok(()), |control| leftovers::sweep(registry, &control))?;
                 if self.all { self.all(registry)? } else { self.named(registry) }
             }
             None if self.all => Vec::new(),

@@ -16,10 +16,10 @@
 //! * [`confine`], [`launch`]: the privileges of that process, and how it is started and reports; [`respawn`]:
 //!   how it is started again when it dies; [`log_file`], [`warnings`]: what it warns of.
 //!
-//! What other processes see and do: [`registry`], [`usage`], [`stop`], [`health`], [`claims`]; how data
-//! travels between processes: [`path`], `wire`; what the kernel reports of the machine, and a daemon's view
-//! of it: `process`, `processes`, [`mounts`], [`private_mounts`], `sysfs`; and the nodes in `/dev`: `node`,
-//! [`name`], `links`. No two files use each other.
+//! What other processes see and do: [`registry`], [`usage`], [`stop`], [`leftovers`], [`health`],
+//! [`claims`]; how data travels between processes: [`path`], `wire`; what the kernel reports of the machine,
+//! and a daemon's view of it: `process`, `processes`, [`mounts`], [`private_mounts`], `sysfs`; and the nodes
+//! in `/dev`: `node`, [`name`], `links`. No two files use each other.
 //!
 //! Unsafe code is in `control`, `queue::ring`, `queue::buffers`, `region` and `sys` only. `libublk` gives the
 //! kernel's structures and numbers.
@@ -45,6 +45,7 @@ pub mod job;
 pub mod launch;
 pub mod layers;
 mod leaf_handover;
+pub mod leftovers;
 mod links;
 pub mod log_file;
 pub mod mailbox;

@@ -34,6 +34,7 @@ use crate::device::handover;
 use crate::device::job::Jobs;
 use crate::device::launch;
 use crate::device::leaf_handover::LeafHandover;
+use crate::device::leftovers;
 use crate::device::links::{self, Names};
 use crate::device::log_file;
 use crate::device::mailbox::{EngineEnds, FrontEnds, mailboxes};
@@ -208,7 +209,7 @@ impl<E: EngineHandle> Device<E> {
             mark: control::new_mark(),
         };
         let daemon = ProcessId::this()?;
-        registry.sweep(&control)?;
+        leftovers::sweep(&registry, &control)?;
         // Until its entry is written, the device looks like one without a daemon.
         let locked = registry.lock()?;
         if let Some(name) = &options.name {

@@ -15,6 +15,8 @@
 //!
 //! * a reader changes nothing: where the kernel's devices cannot be seen (a container that shares the
 //!   directory), entries of living devices look like those of removed ones;
+//! * what else a killed process has left is removed under that lock, too, and only where the kernel reports
+//!   no device of its number: whoever makes a device or its entry holds it;
 //! * an entry is removed only with its mark, under the directory's lock, once the kernel reports that there
 //!   is no device with that number and mark: a device added between the check and the removal keeps its own.
 

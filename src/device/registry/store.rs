@@ -1,5 +1,6 @@
 //! The directory of entries, and its lock.
 
+use std::collections::BTreeSet;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
@@ -304,6 +305,23 @@ impl Registry {
         Ok((entries, unreadable))
     }
 
+    /// The numbers of devices that have files here, and no entry.
+    pub(super) fn strays(&self) -> Result<BTreeSet<u32>> {
+        const FAILED: &str = "reading the directory of devices";
+        let mut strays = BTreeSet::new();
+        for item in fs::read_dir(&self.directory).doing(FAILED).file(&self.directory)? {
+            let name = item.doing(FAILED).file(&self.directory)?.file_name();
+            let id = name.to_str().and_then(id_of_stray).filter(|&id| !self.entry_path(id).exists());
+            strays.extend(id);
+        }
+        Ok(strays)
+    }
+
+    /// Whether a writer that was killed has left an entry that has not got its name, or one writes it now.
+    pub(super) fn has_half_entry(&self) -> bool {
+        self.directory.join(NEXT_ENTRY).exists()
+    }
+
     /// The entry of device `id`, if there is one.
     ///
     /// # Errors
@@ -361,6 +379,13 @@ fn request_name(id: u32) -> String {
     format!("{id}.ending")
 }
 
+/// The number of the device that `name`, of a file that only one with an entry needs, belongs to.
+fn id_of_stray(name: &str) -> Option<u32> {
+    let (id, _) = name.split_once('.')?;
+    let id = id.parse().ok()?;
+    [keeper_name(id), untrusted_name(id), request_name(id)].iter().any(|stray| stray == name).then_some(id)
+}
+
 /// An entry as it is written.
 fn text_of(entry: &Entry) -> Result<String> {
     serde_json::to_string_pretty(entry).doing("describing the device").file(&entry.image)
@@ -412,6 +437,12 @@ impl Locked<'_> {
             .put(text, &path)
             .unwrap_or_else(|| self.replace(&path, text).or_else(|refused| overwrite(&path, text, refused)));
         written.doing("writing the device's entry").file(&path).map_err(with_room)
+    }
+
+    /// Removes what a writer that was killed has left.
+    pub(super) fn remove_half_entry(&self) -> Result<()> {
+        let path = self.registry.directory.join(NEXT_ENTRY);
+        remove_if_there(&path).doing("removing half an entry").file(&path)
     }
 
     /// Has the rules of udev know whether the image of device `id` is trusted, before the device is there.
@@ -536,6 +567,23 @@ mod tests {
         assert!(registry.is_untrusted(7) && !registry.is_untrusted(3));
         registry.remove(7, entry(7).mark).expect("removed");
         assert!(!registry.is_untrusted(7));
+    }
+
+    #[test]
+    fn what_a_killed_process_has_left_of_a_device_is_known_by_its_number() {
+        let place = tempfile::tempdir().expect("a directory");
+        let registry = Registry::at(&place.path().join("run")).expect("made");
+        registry.write(&entry(7)).expect("written");
+        for name in ["3.ending", "4.untrusted", "5.respawn", "7.ending", "6.log", "x.ending", ".entry"] {
+            fs::write(registry.directory.join(name), "").expect("room");
+        }
+        assert!(registry.has_half_entry());
+        assert_eq!(registry.strays().expect("readable"), [3, 4, 5].into());
+        let locked = registry.lock().expect("free");
+        locked.remove_half_entry().expect("removed");
+        locked.unlink(3).expect("removed");
+        assert!(!registry.has_half_entry());
+        assert_eq!(registry.strays().expect("readable"), [4, 5].into());
     }
 
     #[test]

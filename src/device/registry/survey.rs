@@ -89,13 +89,13 @@ impl Registry {
         Ok(Survey { devices, orphans, unreadable })
     }
 
-    /// Removes the entries of devices that the kernel reports gone, unless a failure is still to be reported.
-    /// For commands that change devices.
+    /// Removes the entries of devices that the kernel reports gone, unless a failure is still to be reported,
+    /// and what else killed processes have left of devices.
     ///
     /// # Errors
     ///
     /// If the registry cannot be read or changed, or the kernel does not answer.
-    pub fn sweep(&self, control: &Control) -> Result<()> {
+    pub(in crate::device) fn sweep(&self, control: &Control) -> Result<()> {
         let (entries, unreadable) = self.entries()?;
         for entry in entries {
             let seen = control.info(entry.id)?;
@@ -111,7 +111,27 @@ impl Registry {
                 }
             }
         }
+        self.sweep_strays(control)
+    }
+
+    /// Removes half an entry, and the files of devices that have neither an entry nor are known to the
+    /// kernel. Whoever makes either has the directory locked.
+    fn sweep_strays(&self, control: &Control) -> Result<()> {
+        if !self.has_strays()? {
+            return Ok(());
+        }
+        let locked = self.lock()?;
+        locked.remove_half_entry()?;
+        for id in self.strays()? {
+            if control.info(id)?.is_none() {
+                locked.unlink(id)?;
+            }
+        }
         Ok(())
+    }
+
+    fn has_strays(&self) -> Result<bool> {
+        Ok(self.has_half_entry() || !self.strays()?.is_empty())
     }
 }
 

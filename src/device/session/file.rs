@@ -3,8 +3,8 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::PathBuf;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
@@ -69,8 +69,13 @@ impl Sessions {
         Self { directory: machine::run_folder(RUN_DIRECTORY).into() }
     }
 
+    /// Those in the folder of `registry`.
+    pub(super) fn of(registry: &Registry) -> Self {
+        Self { directory: registry.directory().into() }
+    }
+
     #[cfg(test)]
-    pub(in crate::device) fn at(directory: &std::path::Path) -> Self {
+    pub(in crate::device) fn at(directory: &Path) -> Self {
         Self { directory: directory.to_owned() }
     }
 
@@ -155,7 +160,9 @@ impl Sessions {
         let count = usize::try_from(length).unwrap_or(0) / size_of::<AtomicU64>();
         let is_short = count < HEADER_WORDS;
         let file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(file) => file,
+            Ok(file) if has_name(&file).doing("looking at the session file").file(&path)? => file,
+            // It was removed, or replaced, before it was locked.
+            Ok(_) => return Ok(None),
             Err(_) if is_short => return Ok(Some(Found::Held(None))),
             Err((file, _)) => {
                 let words = shared_words(&file, count).doing("mapping the session file").file(&path)?;
@@ -254,9 +261,11 @@ impl SessionFile {
     /// Gives the complete file its name. From now on the session grows as its guest writes.
     ///
     /// Another file that has the name is the session of the disk before it grew: it holds nothing that the
-    /// image does not, and is replaced in one step, so that a kill leaves one of the two.
+    /// image does not, and is replaced in one step, so that a kill leaves one of the two. Only then is the
+    /// new one named twice: whoever removes the old one removes both.
     pub(in crate::device) fn publish(&mut self) -> Result<()> {
         machine::turn("names its session");
+        self.take_free_name().doing("naming the session file").file(&self.path)?;
         self.stand_by()?;
         machine::turn("puts its session in the place of another");
         if let Naming::Next = self.naming {
@@ -272,15 +281,22 @@ impl SessionFile {
     /// stored in it by then nor [`Self::publish`] fails for want of any.
     pub(in crate::device) fn stand_by(&mut self) -> Result<()> {
         if let Naming::None(file) = &self.naming {
-            let link = format!("/proc/self/fd/{}", file.as_raw_fd());
-            let named = self.remove_next().and_then(|()| {
-                let next = self.next();
-                Ok(linkat(AT_FDCWD, link.as_str(), AT_FDCWD, &next, AtFlags::AT_SYMLINK_FOLLOW)?)
-            });
+            let named = self.remove_next().and_then(|()| Ok(link(file, &self.next())?));
             named.doing("naming the session file").file(&self.path)?;
             self.naming = Naming::Next;
         }
         self.reserved.share.claim();
+        Ok(())
+    }
+
+    /// Gives the file its name, unless it has one, or another file has that.
+    fn take_free_name(&mut self) -> io::Result<()> {
+        let Naming::None(file) = &self.naming else { return Ok(()) };
+        match link(file, &self.path) {
+            Ok(()) => self.naming = Naming::Own,
+            Err(Errno::EEXIST) => {}
+            Err(errno) => return Err(errno.into()),
+        }
         Ok(())
     }
 
@@ -351,4 +367,15 @@ impl SessionFile {
              data is safe in the image"
         ))
     }
+}
+
+/// Gives a file that has no name this one, which is free.
+fn link(file: &File, path: &Path) -> nix::Result<()> {
+    let unnamed = format!("/proc/self/fd/{}", file.as_raw_fd());
+    linkat(AT_FDCWD, unnamed.as_str(), AT_FDCWD, path, AtFlags::AT_SYMLINK_FOLLOW)
+}
+
+/// Whether the file has a name: one that was removed has none.
+fn has_name(file: &File) -> io::Result<bool> {
+    Ok(file.metadata()?.nlink() > 0)
 }

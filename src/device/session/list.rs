@@ -10,6 +10,7 @@ use serde::Serialize;
 use super::file::{Found, Sessions};
 use super::name::Name;
 use super::origin::boot_id;
+use crate::device::registry::Registry;
 use crate::disk::{HostFile, host_bytes};
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::image::{Mismatch, Session, SessionMemory};
@@ -65,6 +66,39 @@ pub fn kept() -> Result<Vec<Kept>> {
     names.filter_map(|name| describe(&sessions, name).transpose()).collect()
 }
 
+/// Removes the sessions that killed processes have left, that no device needs, and that hold nothing which
+/// their images do not.
+///
+/// # Errors
+///
+/// If the folder of `registry`, or a session in it, cannot be read or changed.
+pub(in crate::device) fn sweep(registry: &Registry) -> Result<()> {
+    let sessions = Sessions::of(registry);
+    for name in sessions.names()? {
+        // What is in use is not looked at: it may be as large as any session.
+        if sessions.is_held(&name)? {
+            continue;
+        }
+        let Some(Found::Free(session, memory)) = sessions.open(&name)? else { continue };
+        let is_at_rest = match memory.check_layout() {
+            Ok(()) => memory.session() == Session::Idle,
+            Err(mismatch) => mismatch == Mismatch::Incomplete,
+        };
+        // Not before the session is locked: whoever held it until then has written the entry of its device.
+        if is_at_rest && !may_have_device(registry, &name)? {
+            session.remove()?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether a device may need the session to be recovered. Another mount may have changed the number of the
+/// image's file system.
+fn may_have_device(registry: &Registry, name: &Name) -> Result<bool> {
+    let (entries, unreadable) = registry.entries()?;
+    Ok(!unreadable.is_empty() || entries.iter().any(|entry| entry.image_file.inode == name.inode))
+}
+
 /// Removes the session file `name`, whatever it holds.
 ///
 /// # Errors
@@ -77,8 +111,13 @@ pub fn discard(name: &str) -> Result<()> {
         return Err(Error::new(Kind::NotFound, format!("there is no session {name}"))
             .remedy("vhdx-ublk session list"));
     };
-    let path = sessions.path_of(&known);
-    fs::remove_file(&path).doing("removing the session file").file(&path)
+    match sessions.open(&known)? {
+        Some(Found::Free(session, _) | Found::Short(session)) => session.remove(),
+        _ => {
+            let path = sessions.path_of(&known);
+            fs::remove_file(&path).doing("removing the session file").file(&path)
+        }
+    }
 }
 
 /// Waits until no process uses the session of the image `file`: one that has ended lets go of it a moment

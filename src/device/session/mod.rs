@@ -11,6 +11,8 @@
 //!   the kernel's boot id.
 //! * The process that serves with it holds its lock (`flock`), until the last thread of a killed process has
 //!   ended.
+//! * An orphan at rest holds nothing that its image does not. Commands that change devices remove it, unless
+//!   the entry of a device may be its image's.
 //! * Room is reserved before it is touched: a store into memory that the file system cannot provide would
 //!   kill the daemon. A part of the file system stays free, so that a guest cannot fill it.
 
@@ -25,8 +27,8 @@ mod room;
 pub(super) use choice::choose;
 pub use choice::{Plan, refuse_orphan};
 pub(super) use file::{Found, FoundSession, SessionFile, Sessions};
-pub(super) use list::await_free;
 pub use list::{Kept, KeptState, discard, kept};
+pub(super) use list::{await_free, sweep};
 pub(super) use origin::place_of;
 #[cfg(test)]
 pub(super) use room::folder_in_memory;

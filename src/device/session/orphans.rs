@@ -7,7 +7,8 @@ use std::path::PathBuf;
 use nix::fcntl::{Flock, FlockArg};
 
 use super::choice::refuse_orphan_among;
-use super::{Plan, Sessions};
+use super::{Plan, Sessions, sweep};
+use crate::device::registry::{Registry, entry};
 use crate::device::spec::EngineHandle;
 use crate::device::testing::Bench;
 use crate::error::Kind;
@@ -144,4 +145,31 @@ fn an_orphan_that_a_process_holds_is_not_passed_by() {
     fs::write(&left, &rests).expect("as after a snapshot");
     refuse().expect("the image has everything, whoever holds the session");
     drop(held);
+}
+
+/// What a killed process has left at rest takes memory for nothing. Anything else may be all that there is.
+#[test]
+fn a_session_at_rest_is_given_up_unless_a_device_or_a_process_may_need_it() {
+    let at_rest = |bytes: &mut Vec<u8>| set_word(bytes, STATE_PLACE, IDLE);
+    let (bench, left, bytes) = orphan(|_| {});
+    let registry = Registry::at(left.parent().expect("its folder")).expect("made");
+    sweep(&registry).expect("readable");
+    assert!(fs::read(&left).expect("it is an orphan") == bytes);
+    let mut rests = bytes;
+    at_rest(&mut rests);
+    fs::write(&left, &rests).expect("as before the first write");
+    let mut waits = entry(7);
+    waits.image_file.inode = bench.file().identity().inode;
+    registry.write(&waits).expect("written");
+    sweep(&registry).expect("readable");
+    assert!(left.exists(), "a device cannot be recovered without it");
+    registry.remove(7, waits.mark).expect("removed");
+    let held = fs::File::open(&left).expect("readable");
+    let held = Flock::lock(held, FlockArg::LockExclusiveNonblock).expect("free");
+    sweep(&registry).expect("readable");
+    assert!(left.exists(), "a process uses it");
+    drop(held);
+    fs::write(left.with_extension("session.next"), "").expect("as of a disk that grew");
+    sweep(&registry).expect("readable");
+    assert!(!left.exists() && !left.with_extension("session.next").exists());
 }

@@ -24,6 +24,7 @@ pub use nesting::{lies_on, lies_on_waiting, nested_first, waits_below};
 pub use target::{Target, find};
 
 use super::control::{Control, DeviceInfo};
+use super::leftovers;
 use super::node::await_node_gone;
 use super::registry::{Entry, Registry, Sight, State};
 use super::sys::ProcessHandle;
@@ -62,7 +63,7 @@ pub fn take_away(registry: &Registry, target: &Target, how: &How) -> Result<()> 
     }
     if !listed && survey.unreadable.iter().any(|unreadable| has_id(unreadable.id)) {
         // The kernel has no device of this program with this number: only the entry is left.
-        return registry.sweep(&Control::open()?);
+        return leftovers::sweep(registry, &Control::open()?);
     }
     stop(registry, &find_in(survey, target)?.entry, how)
 }
@@ -103,7 +104,7 @@ pub fn stop_orphan(registry: &Registry, orphan: &DeviceInfo, how: &How) -> Resul
     }
     control.stop(orphan.id)?;
     control.delete(orphan.id, orphan.mark)?;
-    registry.sweep(&control)
+    leftovers::sweep(registry, &control)
 }
 
 /// The error for a device that does not stop, if the process that the kernel names must not be killed.
