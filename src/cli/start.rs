@@ -143,7 +143,7 @@ impl Start {
                     ready(served)
                 })
             });
-            served.inspect_err(|_| leave_requests(&registry, id))
+            served.inspect_err(|_| leave_requests(&registry, &listed.entry))
         })
     }
 

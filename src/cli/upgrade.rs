@@ -134,7 +134,7 @@ impl Upgrade {
             prepare(&registry, &listed)?.take_over(&registry)
         };
         let served = taken_over().and_then(|taken_over| continue_to_serve(taken_over, ready));
-        served.inspect_err(|_| leave_requests(&registry, listed.entry.id))
+        served.inspect_err(|_| leave_requests(&registry, &listed.entry))
     }
 }
 

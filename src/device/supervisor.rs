@@ -9,9 +9,7 @@
 //! the next daemon learns what this one was asked, whether the device is handed over to it or this one is
 //! killed.
 
-use std::fs::File;
 use std::os::fd::AsFd;
-use std::path::PathBuf;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -27,6 +25,7 @@ use super::ending::Happening;
 use super::handover;
 use super::order::Call;
 use super::queue::{Queue, QueueSetup, Report};
+use super::registry::EndRequest;
 use super::{sys, usage};
 use crate::error::{Doing, Error, Kind, Result};
 use crate::machine;
@@ -76,7 +75,7 @@ struct Signals {
     descriptor: SignalFd,
     /// Where a request to end is noted, as long as the device needs that. Whoever takes a signal holds this
     /// until it is noted: this process may end as soon as no other thread has one in hand.
-    note: Mutex<Option<PathBuf>>,
+    note: Mutex<Option<EndRequest>>,
 }
 
 impl Signals {
@@ -89,7 +88,7 @@ impl Signals {
         Ok(Self { descriptor, note: Mutex::default() })
     }
 
-    fn note(&self) -> MutexGuard<'_, Option<PathBuf>> {
+    fn note(&self) -> MutexGuard<'_, Option<EndRequest>> {
         self.note.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -108,12 +107,10 @@ impl Signals {
         let note = self.note();
         let taken: Vec<siginfo> =
             std::iter::from_fn(|| self.descriptor.read_signal().ok().flatten()).collect();
-        if let Some(path) = &*note
+        if let Some(request) = &*note
             && taken.iter().any(|signal| matches!(meaning(signal), Happening::EndRequested { .. }))
-            && let Err(error) = File::create(path)
         {
-            let path = path.display();
-            tracing::warn!("{path}: the next daemon would not learn of the request to end: {error}");
+            request.note();
         }
         taken
     }
@@ -129,9 +126,9 @@ impl Supervisor {
         Ok(Self { sender, events, queues, starting: 0, drained: 0, left: 0, failed, signals })
     }
 
-    /// Notes requests to end in the file at `path` from now on.
-    pub(super) fn note_requests(&self, path: PathBuf) {
-        *self.signals.note() = Some(path);
+    /// Notes requests to end as `request` from now on.
+    pub(super) fn note_requests(&self, request: EndRequest) {
+        *self.signals.note() = Some(request);
     }
 
     /// Notes no more of them: the number of the device may be another one's soon.
@@ -354,6 +351,7 @@ fn meaning(signal: &siginfo) -> Happening {
 mod tests {
     use nix::sys::signal::raise;
 
+    use super::super::registry::Registry;
     use super::*;
 
     const ASKED: Happening = Happening::EndRequested { by_init: true };
@@ -420,7 +418,7 @@ mod tests {
         ask(Signal::SIGTERM);
         leaving.note_last_requests();
         assert!(!path.exists(), "the device has no note yet");
-        leaving.note_requests(path.clone());
+        leaving.note_requests(Registry::at(folder.path()).expect("its own").request(0, 1));
         ask(Signal::SIGHUP);
         leaving.note_last_requests();
         assert!(!path.exists(), "nothing asks for the end");

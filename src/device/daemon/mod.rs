@@ -113,7 +113,7 @@ pub fn recover<E: EngineHandle>(
     prepare_process();
     let supervisor = Supervisor::new()?;
     let registry = Registry::open()?;
-    supervisor.note_requests(registry.request_path(entry.id));
+    supervisor.note_requests(registry.request(entry.id, entry.mark));
     let mut device = Device::take_over(registry, supervisor, spec, (entry, room))?;
     device.bring_up(spec, start_engine, Beginning::TakenOver)?;
     // Not before requests flow: it may be the last unmount of a file system on the device itself, which is
@@ -124,7 +124,7 @@ pub fn recover<E: EngineHandle>(
     device.announce_to_manager(std::process::id());
     ready(&device.ready())?;
     device.say_what_is_continued();
-    if device.registry.is_asked_to_end(entry.id) {
+    if device.registry.request(entry.id, entry.mark).is_noted() {
         device.supervisor.continue_to_end();
     }
     let outcome = device.run();
@@ -272,7 +272,7 @@ impl<E: EngineHandle> Device<E> {
         spec: &DeviceSpec,
         entry: Entry,
     ) -> Self {
-        supervisor.note_requests(registry.request_path(info.id));
+        supervisor.note_requests(registry.request(info.id, info.mark));
         let reclaimer = Reclaimer::new(entry.reclaim, Instant::now());
         Self {
             transfer: transfer(&info, BufferIndex::Tag),
@@ -526,6 +526,7 @@ impl<E: EngineHandle> Device<E> {
         if planted(Plant::EntryFirst) {
             let _ = self.registry.remove(self.info.id, self.info.mark);
         }
+        self.supervisor.note_no_requests();
         let deleted = self.delete();
         let recorded = self.leave(&closed, &deleted);
         outcome.and(closed).and(deleted).and(recorded)
@@ -555,7 +556,6 @@ impl<E: EngineHandle> Device<E> {
         if deleted.is_err() {
             return Ok(());
         }
-        self.supervisor.note_no_requests();
         self.registry.remove(self.info.id, self.info.mark)
     }
 

@@ -21,6 +21,7 @@
 //!   is no device with that number and mark: a device added between the check and the removal keeps its own.
 
 mod entry;
+mod request;
 mod reserved;
 mod sight;
 mod store;
@@ -28,6 +29,7 @@ mod survey;
 
 pub(super) use entry::mount_namespace;
 pub use entry::{ENTRY_FORMAT, Entry, MergeUnderWay};
+pub(super) use request::EndRequest;
 pub(super) use reserved::FILE_MODE;
 pub use reserved::Reserved;
 pub(super) use sight::Sight;

@@ -10,6 +10,7 @@ use std::time::Duration;
 use nix::fcntl::{Flock, FlockArg};
 
 use super::entry::{Entry, parse};
+use super::request::EndRequest;
 use super::reserved::{FILE_MODE, NEXT_ENTRY, Reserved, remove_if_there};
 use crate::device::control::POLL_INTERVAL;
 use crate::device::links;
@@ -107,14 +108,9 @@ impl Registry {
         &self.directory
     }
 
-    /// The file by which the next daemon of device `id` knows that this one was asked to end.
-    pub(in crate::device) fn request_path(&self, id: u32) -> PathBuf {
-        self.directory.join(request_name(id))
-    }
-
-    /// Whether a daemon of device `id` was asked to end, and has not.
-    pub(in crate::device) fn is_asked_to_end(&self, id: u32) -> bool {
-        self.request_path(id).exists()
+    /// By which the next daemon of device `id` with this mark knows that this one was asked to end.
+    pub(in crate::device) fn request(&self, id: u32, mark: u64) -> EndRequest {
+        EndRequest { path: self.directory.join(request_name(id)), mark }
     }
 
     /// Has the next daemon of device `id` stay whatever those before it were asked.
@@ -123,7 +119,7 @@ impl Registry {
     ///
     /// The host's.
     pub fn forget_request(&self, id: u32) -> Result<()> {
-        let path = self.request_path(id);
+        let path = self.directory.join(request_name(id));
         remove_if_there(&path).doing("forgetting a request to end").file(&path)
     }
 

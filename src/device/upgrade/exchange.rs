@@ -117,7 +117,7 @@ impl Exchange {
         match launch::launch_program(old, first, with_id(&self.recover, entry), READY_DEADLINE) {
             Ok(_) => {
                 let mut message = format!("{error:#}; the program before serves {device} again");
-                if Registry::open().is_ok_and(|registry| registry.is_asked_to_end(entry.id)) {
+                if Registry::open().is_ok_and(|registry| registry.request(entry.id, entry.mark).is_noted()) {
                     message.push_str(", and ends as it was asked to when nothing uses that");
                 }
                 let unit = "; its service manager watches it only if its unit has NotifyAccess=all";

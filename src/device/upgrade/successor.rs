@@ -1,6 +1,5 @@
 //! The process that takes a device over from a daemon that serves it.
 
-use std::fs::File;
 use std::path::Path;
 use std::time::Duration;
 
@@ -161,15 +160,12 @@ pub fn join_service(entry: &Entry) {
     }
 }
 
-/// Notes for the next daemon of device `id` what this process was asked while it took the device over, and
-/// has not taken up itself. Nothing if the daemon before still serves, which gets such requests itself.
-pub fn leave_requests(registry: &Registry, id: u32) {
-    let path = registry.request_path(id);
-    if launch::takes_over()
-        && sys::takes_end_request()
-        && let Err(error) = File::create(&path)
-    {
-        tracing::warn!("{}: a request to end is lost: {error}", path.display());
+/// Notes for the next daemon of the device of `entry` what this process was asked while it took the device
+/// over, and has not taken up itself. Nothing if the daemon before still serves, which gets such requests
+/// itself.
+pub fn leave_requests(registry: &Registry, entry: &Entry) {
+    if launch::takes_over() && sys::takes_end_request() {
+        registry.request(entry.id, entry.mark).note();
     }
 }
 
