@@ -132,8 +132,7 @@ impl Control {
     pub fn open() -> Result<Self> {
         let file = OpenOptions::new().read(true).write(true).open(machine::node(Path::new(CONTROL_PATH)));
         let mut control = Self { file: file.map_err(unavailable)?, features: None };
-        let deadline = machine::now() + GET_FEATURES.deadline;
-        control.features = match control.attempt(GET_FEATURES, ANY_ID, 0, 0_u64, deadline)? {
+        control.features = match control.persist(GET_FEATURES, ANY_ID, 0, 0_u64)? {
             (0.., features) => Some(features),
             (_refused, _) => None,
         };
@@ -352,12 +351,19 @@ impl Control {
 
     /// Sends a command with `payload` as its buffer, and returns the buffer as the kernel left it.
     fn exchange<T: Copy>(&self, verb: Verb, id: u32, data: u64, payload: T) -> Result<T> {
+        match self.persist(verb, id, data, payload)? {
+            (0.., payload) => Ok(payload),
+            (errno, _) => Err(refused(verb, id, -errno)),
+        }
+    }
+
+    /// The same, with the kernel's result. A command that a signal has interrupted is sent again.
+    fn persist<T: Copy>(&self, verb: Verb, id: u32, data: u64, payload: T) -> Result<(i32, T)> {
         let deadline = machine::now() + verb.deadline;
         loop {
-            match self.attempt(verb, id, data, payload, deadline)? {
-                (0.., payload) => return Ok(payload),
-                (errno, _) if errno == -libc::EINTR && machine::now() < deadline => {}
-                (errno, _) => return Err(refused(verb, id, -errno)),
+            let answer = self.attempt(verb, id, data, payload, deadline)?;
+            if answer.0 != -libc::EINTR || machine::now() >= deadline {
+                return Ok(answer);
             }
         }
     }
