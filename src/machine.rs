@@ -4,16 +4,19 @@
 //! ([`testing`](crate::design::testing)). Its variable names the folder that takes the place of `/run` and
 //! `/dev`, and in it the socket at which the test answers what the driver would. At each step that other
 //! processes can see, the process waits for its turn there: so the test has processes run in the order that
-//! it wants, and kills them between two steps of its choice. In every other build the functions here are the
-//! machine's own, or nothing.
+//! it wants, and kills them between two steps of its choice. If the
+//! test wants that, the threads that serve requests wait for their turns, too. In every other build the
+//! functions here are the machine's own, or nothing.
 
 #[cfg(not(feature = "simulation"))]
 pub use own::{
-    Tags, VARIABLES, answers, command, folder, idles, node, now, pause, run_folder, turn, waits_for,
+    Tags, VARIABLES, answers, attend, command, folder, idles, node, now, pause, run_folder, step, turn,
+    waits_for,
 };
 #[cfg(feature = "simulation")]
 pub use simulated::{
-    Tags, VARIABLE, VARIABLES, answers, command, folder, idles, node, now, pause, run_folder, turn, waits_for,
+    Tags, VARIABLE, VARIABLES, answers, attend, command, folder, idles, node, now, pause, run_folder, step,
+    turn, waits_for,
 };
 
 #[cfg(not(feature = "simulation"))]
@@ -62,6 +65,14 @@ mod own {
 
     /// Does nothing.
     #[inline]
+    pub const fn attend(_thread: std::fmt::Arguments<'_>) {}
+
+    /// Does nothing.
+    #[inline]
+    pub const fn step(_step: &'static str) {}
+
+    /// Does nothing.
+    #[inline]
     pub const fn idles() {}
 
     /// Does nothing.
@@ -94,6 +105,8 @@ mod own {
 #[cfg(feature = "simulation")]
 mod simulated {
     use std::borrow::Cow;
+    use std::cell::RefCell;
+    use std::fmt;
     use std::io::{Read, Write};
     use std::os::fd::{AsRawFd, RawFd};
     use std::os::unix::net::UnixStream;
@@ -117,6 +130,11 @@ mod simulated {
 
     /// One step of the process at a time.
     static LINE: Mutex<Option<UnixStream>> = Mutex::new(None);
+
+    thread_local! {
+        /// The line of a thread that serves requests.
+        static OWN_LINE: RefCell<Option<UnixStream>> = const { RefCell::new(None) };
+    }
 
     /// Where a test has made a machine.
     pub fn folder() -> Option<&'static Path> {
@@ -153,6 +171,27 @@ mod simulated {
     /// Waits until it is this process's turn to do `step`, which others can see.
     pub fn turn(step: &'static str) {
         ask(b't', step.as_bytes());
+    }
+
+    /// This `thread` serves requests: it waits for its turns, too, if the test wants that.
+    ///
+    /// # Panics
+    ///
+    /// If the test has gone.
+    pub fn attend(thread: fmt::Arguments<'_>) {
+        let Some(folder) = folder() else { return };
+        let mut line = connect(folder, b'B', thread.to_string().as_bytes()).expect("the test listens");
+        let [is_wanted] = read_chunk(&mut line).expect("the test answers");
+        OWN_LINE.set((is_wanted != 0).then_some(line));
+    }
+
+    /// Waits until it is this thread's turn to do `step` for a request.
+    pub fn step(step: &'static str) {
+        OWN_LINE.with_borrow_mut(|line| {
+            let Some(line) = line else { return };
+            let exchanged = send(line, b't', step.as_bytes()).and_then(|()| read_chunk::<1>(line));
+            exchanged.map_or_else(|_| process::exit(1), drop);
+        });
     }
 
     /// This process does nothing by itself from now on.

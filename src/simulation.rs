@@ -263,6 +263,22 @@ pub enum Plant {
     SessionFirst,
     /// The entry of a device is removed before the device.
     EntryFirst,
+    /// A session gets its name by way of another one, which a kill leaves.
+    SecondName,
+    /// A daemon notes requests to end when its device is gone.
+    NoteToTheEnd,
+    /// Requests that a killed daemon had fail, where they are to be repeated.
+    FailInFlight,
+    /// A write is completed when its I/O has not begun.
+    EarlyCompletion,
+    /// The entry of a device names the image before after a snapshot.
+    ForgetSwitch,
+    /// The kernel does not learn that a disk became larger when its daemon was killed.
+    SkipCatchUp,
+    /// A command of the driver that a signal has interrupted has failed.
+    GiveUpInterrupted,
+    /// A device that is open is stopped, although it was asked for only if it is not.
+    StopUsed,
 }
 
 impl Plant {
@@ -370,7 +386,18 @@ impl Plant {
     ];
 
     /// Those that show in the order of what processes do to a device.
-    pub const OF_DEVICES: [Self; 2] = [Self::SessionFirst, Self::EntryFirst];
+    pub const OF_DEVICES: [Self; 10] = [
+        Self::SessionFirst,
+        Self::EntryFirst,
+        Self::SecondName,
+        Self::NoteToTheEnd,
+        Self::FailInFlight,
+        Self::EarlyCompletion,
+        Self::ForgetSwitch,
+        Self::SkipCatchUp,
+        Self::GiveUpInterrupted,
+        Self::StopUsed,
+    ];
 
     /// Those that show where threads run side by side.
     pub const OF_THREADS: [Self; 23] = [

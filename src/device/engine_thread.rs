@@ -218,6 +218,7 @@ impl EngineLoop {
     fn run(self) -> Result<()> {
         block_signals();
         become_urgent();
+        machine::attend(format_args!("engine"));
         confine::become_(Role::Engine); // before the first byte of a foreign image is read
         let reactor = Reactor::new()?;
         let fronts = Rc::new(Mailboxes::default());

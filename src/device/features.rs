@@ -7,6 +7,7 @@ use serde::Serialize;
 use super::control::{Control, QUIESCE_FEATURE, SAFE_STOP, UPDATE_SIZE_FEATURE};
 use super::options::{Options, Recovery, ZeroCopy};
 use crate::error::{Error, Kind, Result};
+use crate::simulation::{Plant, planted};
 
 /// One feature of the driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
@@ -60,6 +61,7 @@ pub(super) fn wanted(recovery: Recovery) -> u64 {
         Recovery::None => 0,
         Recovery::Fail => FAIL,
         Recovery::Queue => QUEUE,
+        Recovery::Reissue if planted(Plant::FailInFlight) => QUEUE,
         Recovery::Reissue => REISSUE,
     }
 }

@@ -24,6 +24,7 @@ use super::sparse::Host;
 use super::transfer::{Transfer, assert_paged, invalid, span};
 use super::{Buffer, Disk, ImageFile, PAGE_BYTES, ReadDisk};
 use crate::disk::tally::Histogram;
+use crate::machine;
 
 /// Length of the zero pages that stand in for `fallocate` where the host has none.
 const ZERO_PAGES_BYTES: usize = 1 << 20;
@@ -114,6 +115,7 @@ impl UringDisk {
     }
 
     fn start_write(&self, transfer: Transfer, memory: Memory) -> PendingWrite {
+        machine::step("writes the image");
         self.count(|counters| counters.writes += 1);
         let op = self.ring.write(self.file.clone(), transfer.position(), memory, transfer.next());
         PendingWrite { transfer, op }
@@ -257,6 +259,7 @@ impl UringDisk {
             self.count(|counters| counters.syncs += 1);
             self.ring.sync_data(self.file.clone()).await.0?;
         }
+        machine::step("syncs the image");
         self.count(|counters| counters.syncs += 1);
         self.ring.sync_data(Arc::new(Syncing(self.file.clone()))).await.0.map(drop)
     }

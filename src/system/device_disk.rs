@@ -8,7 +8,11 @@ use rustix::fs::ioctl_blksszget;
 
 use crate::disk::{Access, BlockDevice};
 use crate::error::{Doing, Locate, Result};
+use crate::machine;
 use crate::operations::contents::{self, Contents, ReadAt};
+
+/// Of the file that a test has in the place of a device.
+const SECTOR_BYTES_OF_FILES: u32 = 512;
 
 /// An open block device. While it is open, the device is in use.
 pub struct DeviceDisk {
@@ -23,8 +27,11 @@ impl DeviceDisk {
     ///
     /// The operating system's.
     pub fn open(path: &Path) -> Result<Self> {
-        let device = BlockDevice::open(path, Access::ReadOnly)?;
-        let sector_bytes = ioctl_blksszget(device.file()).doing("reading the sector size").file(path)?;
+        let device = BlockDevice::open(&machine::node(path), Access::ReadOnly)?;
+        let sector_bytes = match machine::folder() {
+            None => ioctl_blksszget(device.file()).doing("reading the sector size").file(path)?,
+            Some(_) => SECTOR_BYTES_OF_FILES,
+        };
         Ok(Self { device, sector_bytes })
     }
 

@@ -23,6 +23,14 @@ const DEPTH: usize = offset_of!(sys::ublksrv_ctrl_dev_info, queue_depth);
 const SERVER: usize = offset_of!(sys::ublksrv_ctrl_dev_info, ublksrv_pid);
 const ID: usize = offset_of!(sys::ublksrv_ctrl_dev_info, dev_id);
 const FLAGS: usize = offset_of!(sys::ublksrv_ctrl_dev_info, flags);
+const STOP: u32 = sys::UBLK_U_CMD_STOP_DEV;
+const TRY_STOP: u32 = sys::UBLK_U_CMD_TRY_STOP_DEV;
+const DELETE: u32 = sys::UBLK_U_CMD_DEL_DEV_ASYNC;
+const DELETE_AND_WAIT: u32 = sys::UBLK_U_CMD_DEL_DEV;
+
+/// Where the parameters of a disk have its size.
+const SECTORS: usize = offset_of!(sys::ublk_params, basic) + offset_of!(sys::ublk_param_basic, dev_sectors);
+
 const INFO_BYTES: usize = size_of::<sys::ublksrv_ctrl_dev_info>();
 
 /// What a driver always grants.
@@ -47,6 +55,16 @@ impl Command {
         Self { op, device, data, payload: payload.into() }
     }
 
+    /// Whether the device gets no more requests while the driver has it.
+    pub fn stops(&self) -> bool {
+        [STOP, TRY_STOP, DELETE, DELETE_AND_WAIT].contains(&self.op)
+    }
+
+    /// Whether the device's requests wait afterwards, even if the driver does not say so.
+    pub fn pauses(&self) -> bool {
+        self.op == sys::UBLK_U_CMD_QUIESCE_DEV
+    }
+
     pub fn name(&self) -> &'static str {
         match self.op {
             sys::UBLK_U_CMD_GET_FEATURES => "GET_FEATURES",
@@ -62,6 +80,7 @@ impl Command {
             sys::UBLK_U_CMD_STOP_DEV => "STOP_DEV",
             sys::UBLK_U_CMD_TRY_STOP_DEV => "TRY_STOP_DEV",
             sys::UBLK_U_CMD_DEL_DEV_ASYNC => "DEL_DEV_ASYNC",
+            sys::UBLK_U_CMD_DEL_DEV => "DEL_DEV",
             _ => "?",
         }
     }
@@ -90,6 +109,7 @@ pub enum State {
 }
 
 #[derive(Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
 pub struct Device {
     pub id: u32,
     info: [u8; INFO_BYTES],
@@ -104,6 +124,13 @@ pub struct Device {
     pub was_served: bool,
     /// It gets no more requests.
     pub stopping: bool,
+    /// Its requests wait until a server resumes it.
+    pub pausing: bool,
+    /// The size of its disk.
+    pub sectors: u64,
+    /// How many others have its nodes open.
+    pub character_openers: usize,
+    pub block_openers: usize,
     deleted: bool,
     node: File,
 }
@@ -115,6 +142,8 @@ pub enum Effect {
     Abort(u32, (u16, u16)),
     /// All requests of this device that its server has not completed have failed.
     Fail(u32),
+    /// Those that its server has have failed; others wait.
+    FailServed(u32),
     /// The device is served.
     Serves(u32),
 }
@@ -125,6 +154,8 @@ pub struct Driver {
     folder: PathBuf,
     features: u64,
     pub devices: BTreeMap<u32, Device>,
+    /// How often a disk has become larger.
+    pub growths: usize,
 }
 
 impl Device {
@@ -134,6 +165,16 @@ impl Device {
 
     fn has(&self, flag: u32) -> bool {
         self.flags() & u64::from(flag) != 0
+    }
+
+    /// What its requests do when its server has gone, as `add --recovery` calls it.
+    pub fn recovery(&self) -> &'static str {
+        match self.state {
+            State::Quiesced if self.repeats() => "reissue",
+            State::Quiesced => "queue",
+            State::FailIo => "fail",
+            State::Dead | State::Live => "none",
+        }
     }
 
     /// Whether requests that its server has not completed are repeated to the next one.
@@ -150,6 +191,11 @@ impl Device {
         let (queues, depth) = self.shape();
         let begun = self.tags.values().filter(|tag| **tag != Tag::Unfetched).count();
         begun == usize::from(queues) * usize::from(depth)
+    }
+
+    /// Whether a process has its character device open.
+    fn is_open(&self) -> bool {
+        self.holder.is_some() || self.character_openers > 0
     }
 
     fn is_busy(&self) -> bool {
@@ -193,7 +239,7 @@ impl Device {
 impl Driver {
     pub fn new(folder: PathBuf, features: u64) -> Self {
         File::create(folder.join("ublk-control")).expect("room");
-        Self { folder, features: features | ALWAYS, devices: BTreeMap::new() }
+        Self { folder, features: features | ALWAYS, devices: BTreeMap::new(), growths: 0 }
     }
 
     /// Whether the driver can answer `command` now.
@@ -201,20 +247,26 @@ impl Driver {
         let Some(device) = self.devices.get(&command.device) else { return true };
         match command.op {
             sys::UBLK_U_CMD_START_DEV | sys::UBLK_U_CMD_END_USER_RECOVERY => device.is_offered(),
-            sys::UBLK_U_CMD_STOP_DEV | sys::UBLK_U_CMD_TRY_STOP_DEV | sys::UBLK_U_CMD_DEL_DEV_ASYNC => {
-                !device.is_busy()
-            }
+            TRY_STOP if device.block_openers > 0 => true,
+            STOP | TRY_STOP | DELETE | DELETE_AND_WAIT => !device.is_busy(),
             _ => true,
         }
     }
 
     /// A command has come: a device that is to be stopped gets no more requests.
     pub fn begin(&mut self, command: &Command) {
-        let stops = [sys::UBLK_U_CMD_STOP_DEV, sys::UBLK_U_CMD_TRY_STOP_DEV, sys::UBLK_U_CMD_DEL_DEV_ASYNC];
-        if stops.contains(&command.op)
+        if command.stops()
             && let Some(device) = self.devices.get_mut(&command.device)
+            && !(command.op == TRY_STOP && device.block_openers > 0)
         {
             device.stopping = true;
+        }
+    }
+
+    /// The command by which the device was to be stopped never came.
+    pub fn continues(&mut self, device: u32) {
+        if let Some(device) = self.devices.get_mut(&device) {
+            device.stopping = device.state == State::Dead && device.was_served;
         }
     }
 
@@ -230,7 +282,10 @@ impl Driver {
         match command.op {
             sys::UBLK_U_CMD_GET_DEV_INFO => return Ok(device.info()),
             sys::UBLK_U_CMD_GET_QUEUE_AFFINITY => return Ok(vec![0xff; command.payload.len()]),
-            sys::UBLK_U_CMD_SET_PARAMS if device.state == State::Dead => {}
+            sys::UBLK_U_CMD_SET_PARAMS if device.state == State::Dead => {
+                let sectors = command.payload[SECTORS..][..8].try_into().expect("eight bytes");
+                device.sectors = u64::from_ne_bytes(sectors);
+            }
             sys::UBLK_U_CMD_START_DEV if device.state == State::Dead && !device.stopping => {
                 self.serve(command.device, server, effects);
             }
@@ -239,7 +294,7 @@ impl Driver {
                 if !device.has(sys::UBLK_F_USER_RECOVERY) {
                     return Err(libc::EINVAL);
                 }
-                if !waits || device.holder.is_some() {
+                if !waits || device.is_open() {
                     return Err(libc::EBUSY);
                 }
             }
@@ -249,13 +304,19 @@ impl Driver {
                 }
                 self.serve(command.device, server, effects);
             }
-            sys::UBLK_U_CMD_UPDATE_SIZE if device.state == State::Live => {}
+            sys::UBLK_U_CMD_UPDATE_SIZE if device.state == State::Live => {
+                self.growths += usize::from(command.data > device.sectors);
+                device.sectors = command.data;
+                self.size_node(command.device);
+            }
             sys::UBLK_U_CMD_QUIESCE_DEV if device.state == State::Live => {
                 device.state = State::Quiesced;
+                device.pausing = true;
                 device.give_back(effects);
             }
-            sys::UBLK_U_CMD_STOP_DEV | sys::UBLK_U_CMD_TRY_STOP_DEV => self.stop(command.device, effects),
-            sys::UBLK_U_CMD_DEL_DEV_ASYNC => {
+            TRY_STOP if device.block_openers > 0 => return Err(libc::EBUSY),
+            STOP | TRY_STOP => self.stop(command.device, effects),
+            DELETE | DELETE_AND_WAIT => {
                 self.stop(command.device, effects);
                 self.devices.get_mut(&command.device).expect("it is there").deleted = true;
                 self.free(command.device);
@@ -287,6 +348,10 @@ impl Driver {
             tags: BTreeMap::new(),
             was_served: false,
             stopping: false,
+            pausing: false,
+            sectors: 0,
+            character_openers: 0,
+            block_openers: 0,
             deleted: false,
             node,
         };
@@ -301,8 +366,42 @@ impl Driver {
         device.state = State::Live;
         device.was_served = true;
         device.server = Some(server);
-        File::create(self.folder.join(format!("ublkb{id}"))).expect("room");
+        device.pausing = false;
+        self.size_node(id);
         effects.push(Effect::Serves(id));
+    }
+
+    fn size_node(&self, id: u32) {
+        let node = File::create(self.folder.join(format!("ublkb{id}"))).expect("room");
+        node.set_len(self.devices[&id].sectors * 512).expect("it is sparse");
+    }
+
+    /// The requests of a device wait, and nothing else is done about them.
+    pub fn pause(&mut self, id: u32) {
+        if let Some(device) = self.devices.get_mut(&id) {
+            device.pausing = true;
+        }
+    }
+
+    /// Another process opens the nodes of every device, as a user of the disk or its server does.
+    pub fn open(&mut self, character: bool) {
+        for device in self.devices.values_mut() {
+            if character {
+                device.character_openers += 1;
+            } else if device.state == State::Live {
+                device.block_openers += 1;
+            }
+        }
+    }
+
+    /// All of them are closed.
+    pub fn close(&mut self) {
+        let ids: Vec<u32> = self.devices.keys().copied().collect();
+        for id in ids {
+            let device = self.devices.get_mut(&id).expect("it is there");
+            (device.character_openers, device.block_openers) = (0, 0);
+            self.free(id);
+        }
     }
 
     fn stop(&mut self, id: u32, effects: &mut Vec<Effect>) {
@@ -316,7 +415,11 @@ impl Driver {
 
     /// Frees the number of a device that was deleted, once nothing has it open.
     fn free(&mut self, id: u32) {
-        if self.devices.get(&id).is_some_and(|device| device.deleted && device.holder.is_none()) {
+        if self
+            .devices
+            .get(&id)
+            .is_some_and(|device| device.deleted && !device.is_open() && device.block_openers == 0)
+        {
             self.devices.remove(&id);
             std::fs::remove_file(self.folder.join(format!("ublkc{id}"))).expect("it is there");
         }
@@ -333,9 +436,11 @@ impl Driver {
                 () if device.has(sys::UBLK_F_USER_RECOVERY) => State::Quiesced,
                 () => State::Dead,
             };
-            if !device.repeats() {
-                effects.push(Effect::Fail(id));
-            }
+        }
+        match device.state {
+            State::Quiesced if device.repeats() => {}
+            State::Quiesced => effects.push(Effect::FailServed(id)),
+            _ => effects.push(Effect::Fail(id)),
         }
         device.server = None;
         self.free(id);

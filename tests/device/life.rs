@@ -1,17 +1,19 @@
 //! A device's life on a machine: what is done to it, and what an administrator must find in the end.
 
 use std::fs;
+use std::path::PathBuf;
 
 use libublk::sys;
 use vhdx_ublk::simulation::Plant;
 
 use crate::driver::State;
-use crate::guest::Stage;
+use crate::guest::{KINDS, Stage};
 use crate::machine::Machine;
 
 /// What the driver of Linux 7.0 has, as far as the program uses it.
 const NEW: u64 = OLD
-    | (sys::UBLK_F_UPDATE_SIZE
+    | (sys::UBLK_F_USER_RECOVERY_FAIL_IO
+        | sys::UBLK_F_UPDATE_SIZE
         | sys::UBLK_F_QUIESCE
         | sys::UBLK_F_SAFE_STOP_DEV
         | sys::UBLK_F_NO_AUTO_PART_SCAN) as u64;
@@ -20,7 +22,8 @@ const NEW: u64 = OLD
 const OLD: u64 = (sys::UBLK_F_USER_RECOVERY | sys::UBLK_F_USER_RECOVERY_REISSUE) as u64;
 
 /// Files of the folder that are no device's.
-const OF_MACHINE: [&str; 6] = ["machine", "ublk-control", "disk.vhdx", ".lock", ".upgrade", ".mount"];
+const OF_MACHINE: [&str; 7] =
+    ["machine", "ublk-control", "disk.vhdx", "other.vhdx", ".lock", ".upgrade", ".mount"];
 
 /// What is done, one after the other, each once all before it is over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,6 +36,10 @@ pub enum Deed {
     Kill,
     /// The daemon is asked to end.
     Terminate,
+    /// Another process opens the disk, or what its server has open, and keeps it open.
+    OpenDisk,
+    OpenServers,
+    Close,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,7 +50,12 @@ pub enum Command {
     Recover,
     Upgrade,
     List,
+    Snapshot,
+    Grow,
 }
+
+/// The number of the first device.
+const FIRST_DEVICE: &str = "1000";
 
 /// What a run has reached.
 #[derive(Clone, Debug, Default)]
@@ -51,7 +63,37 @@ pub struct Reached {
     pub steps: usize,
     pub acknowledged: usize,
     pub repeated: usize,
+    pub failed: usize,
     pub killed: usize,
+    pub snapshots: usize,
+    pub grown: usize,
+}
+
+/// How devices are made, and what takes turns.
+#[derive(Clone, Copy, Debug)]
+pub struct Shape {
+    /// The threads that serve requests wait for their turns, too.
+    pub in_flight: bool,
+    pub recovery: &'static str,
+    pub queues: &'static str,
+    pub depth: &'static str,
+}
+
+impl Shape {
+    pub const SMALL: Self = Self { in_flight: false, recovery: "reissue", queues: "1", depth: "2" };
+
+    /// Several queues, whose requests are with the daemon for several turns.
+    pub fn in_flight(seed: u64) -> Self {
+        let recovery = ["reissue", "reissue", "queue", "fail"][(seed / 2 % 4) as usize];
+        // Before Linux 6.12 nothing fails until the recovery.
+        let recovery = if recovery == "fail" && is_old(seed) { "queue" } else { recovery };
+        let queues = if seed.is_multiple_of(2) { "1" } else { "2" };
+        Self { in_flight: true, recovery, queues, depth: "3" }
+    }
+}
+
+fn is_old(seed: u64) -> bool {
+    seed.is_multiple_of(3)
 }
 
 impl Reached {
@@ -59,6 +101,9 @@ impl Reached {
         self.steps += other.steps;
         self.acknowledged += other.acknowledged;
         self.repeated += other.repeated;
+        self.failed += other.failed;
+        self.snapshots += other.snapshots;
+        self.grown += other.grown;
         self.killed += other.killed;
     }
 }
@@ -67,33 +112,60 @@ impl Reached {
 pub struct Life {
     pub machine: Machine,
     image: String,
+    shape: Shape,
+    snapshots: usize,
 }
 
 impl Life {
-    pub fn new(seed: u64, plant: Option<Plant>) -> Self {
-        let features = if seed.is_multiple_of(3) { OLD } else { NEW };
-        let machine = Machine::new(seed, features, plant);
+    pub fn new(seed: u64, shape: Shape, plant: Option<Plant>) -> Self {
+        let features = if is_old(seed) { OLD } else { NEW };
+        let mut machine = Machine::new(seed, features, plant);
+        machine.in_flight = shape.in_flight;
+        machine.recovery = shape.recovery;
         let image = machine.image().to_str().expect("plain").to_owned();
-        let mut life = Self { machine, image };
-        let words = ["create", &life.image.clone(), "--size", "16M", "--block-size", "1M"];
-        let created = life.machine.run(&words);
-        let (_, errors) = life.machine.output(created);
-        assert_eq!(life.machine.processes[created].status, Some(0), "{errors}");
+        let mut life = Self { machine, image, shape, snapshots: 0 };
+        life.create(&life.image.clone());
         life
+    }
+
+    fn create(&mut self, image: &str) {
+        let created = self.machine.run(&["create", image, "--size", "16M", "--block-size", "1M"]);
+        let (_, errors) = self.machine.output(created);
+        assert_eq!(self.machine.processes[created].status, Some(0), "{errors}");
+    }
+
+    /// Starts `add` of another image.
+    pub fn add_another(&mut self) -> usize {
+        let image = self.image.replace("disk.vhdx", "other.vhdx");
+        self.create(&image);
+        self.machine.start(&["add", "--queues", "1", "--depth", "2", &image])
     }
 
     /// Starts a command.
     pub fn start(&mut self, command: Command) -> usize {
-        let image = self.image.clone();
+        let image = self.leaf();
+        let next = self.image.replace("disk.vhdx", &format!("snapshot{}.vhdx", self.snapshots));
+        self.snapshots += usize::from(command == Command::Snapshot);
+        let Shape { queues, depth, recovery, .. } = self.shape;
         let words: &[&str] = match command {
-            Command::Add => &["add", "--queues", "1", "--depth", "2", &image],
+            Command::Add => &["add", "--queues", queues, "--depth", depth, "--recovery", recovery, &image],
             Command::Del => &["del", &image],
             Command::DelByForce => &["del", "--force", &image],
             Command::Recover => &["recover", &image],
             Command::Upgrade => &["upgrade", &image],
             Command::List => &["list", "--json"],
+            Command::Snapshot => &["snapshot", FIRST_DEVICE, &next],
+            Command::Grow => &["resize", FIRST_DEVICE, "--size", "+1M"],
         };
         self.machine.start(words)
+    }
+
+    /// The image that is served, or was.
+    fn leaf(&self) -> String {
+        self.machine
+            .chain
+            .first()
+            .map_or_else(|| self.image.clone(), |leaf| leaf.to_str().expect("plain").into())
     }
 
     /// The device that is served, if one is.
@@ -107,14 +179,17 @@ impl Life {
         match deed {
             Deed::Run(command) => drop(self.start(command)),
             Deed::Use => {
-                let count = 3;
+                let count = if self.shape.in_flight { 6 } else { 3 };
                 for _ in 0..count {
-                    let kind = self.machine.choose(16);
+                    let kind = self.machine.choose(KINDS);
                     if let Some(device) = self.served() {
-                        self.machine.guest.send(device, kind);
+                        let sectors = self.machine.driver.devices[&device].sectors;
+                        self.machine.guest.send((device, sectors), kind);
                     }
                 }
             }
+            Deed::OpenDisk | Deed::OpenServers => self.machine.driver.open(deed == Deed::OpenServers),
+            Deed::Close => self.machine.driver.close(),
             Deed::Kill | Deed::Terminate => {
                 if let Some(daemon) = self.machine.server() {
                     if deed == Deed::Kill {
@@ -138,15 +213,18 @@ impl Life {
 
     /// An administrator looks after what is left: everything can be served again, or removed.
     pub fn administrate(&mut self) {
+        self.machine.driver.close();
         self.machine.settle();
         self.each_has_its_entry();
-        self.machine.kill_at = None;
-        self.machine.faults = 0;
+        self.machine.blow = None;
+        let had_faults = std::mem::take(&mut self.machine.faults) > 0;
         self.command_works(&["recover", "--all"]);
-        self.command_works(&["list"]);
-        if let Some(device) = self.served() {
-            self.machine.guest.read_all(device);
+        self.machine.settle();
+        if !had_faults {
+            self.each_size_is_known();
         }
+        self.command_works(&["list"]);
+        self.read_all();
         self.machine.settle();
         let is_open = |stage: Stage| matches!(stage, Stage::Queued | Stage::Served);
         let left = self.machine.guest.requests.iter().find(|request| is_open(request.stage)).cloned();
@@ -156,8 +234,28 @@ impl Life {
         self.command_works(&["del", "--force", "--all"]);
         self.remove_orphans();
         self.machine.settle();
-        self.nothing_is_left(false);
+        let needed = self.needed_sessions();
+        self.remove_spare_snapshots();
+        self.nothing_is_left(&needed);
         self.serve_once_more();
+    }
+
+    /// What a daemon was asked is noted as long as its device is there.
+    pub fn each_note_has_its_device(&mut self) {
+        let items = fs::read_dir(self.machine.folder.path()).expect("readable").flatten();
+        let notes = items
+            .map(|item| item.path())
+            .filter(|path| path.extension().is_some_and(|kind| kind == "ending"));
+        let strays: Vec<_> = notes
+            .filter(|note| {
+                let entry = fs::read_to_string(note.with_extension("json")).unwrap_or_default();
+                let mark = fs::read_to_string(note).unwrap_or_default();
+                mark.is_empty() || !entry.contains(&format!("\"mark\": {mark},"))
+            })
+            .collect();
+        if !strays.is_empty() {
+            self.machine.breaks(format!("requests to end are noted of no device: {strays:?}"));
+        }
     }
 
     /// A device that was served has an entry as long as the kernel has it.
@@ -171,6 +269,29 @@ impl Life {
         }
     }
 
+    /// The kernel has the size of a disk that is in its device's entry.
+    fn each_size_is_known(&mut self) {
+        for device in self.machine.driver.devices.values().filter(|device| device.state == State::Live) {
+            let path = self.machine.folder.path().join(format!("{}.json", device.id));
+            let text = fs::read_to_string(path).unwrap_or_default();
+            let entry: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
+            if entry["size_bytes"] != device.sectors * 512 {
+                let rule =
+                    format!("the kernel knows of {} sectors, and not of all of {entry}", device.sectors);
+                return self.machine.breaks(rule);
+            }
+        }
+    }
+
+    fn read_all(&mut self) {
+        if let Some(device) = self.served() {
+            let sectors = self.machine.driver.devices[&device].sectors;
+            if let Err(rule) = self.machine.guest.read_all((device, sectors)) {
+                self.machine.breaks(rule);
+            }
+        }
+    }
+
     /// What only the kernel knows is named by `list`, and removed by its number.
     fn remove_orphans(&mut self) {
         let ids: Vec<u32> = self.machine.driver.devices.keys().copied().collect();
@@ -179,17 +300,29 @@ impl Life {
         }
     }
 
-    /// The image has everything.
-    fn serve_once_more(&mut self) {
-        let image = self.image.clone();
-        self.command_works(&["add", "--queues", "1", "--depth", "2", &image]);
-        if let Some(device) = self.served() {
-            self.machine.guest.read_all(device);
+    /// A snapshot that was not taken is removed by hand if a kill has left it. Nothing serves it.
+    fn remove_spare_snapshots(&mut self) {
+        for number in 0..self.snapshots {
+            let image = self.image.replace("disk.vhdx", &format!("snapshot{number}.vhdx"));
+            let path = PathBuf::from(&image);
+            if self.machine.chain.contains(&path) || fs::remove_file(&path).is_err() {
+                continue;
+            }
+            if !self.machine.processes.iter().any(|process| process.killed || process.terminated) {
+                self.machine.breaks(format!("{image} is left, and no process has ended early"));
+            }
         }
+    }
+
+    /// The image has everything, and its chain is sound.
+    fn serve_once_more(&mut self) {
+        let image = self.leaf();
+        self.command_works(&["add", "--queues", "1", "--depth", "2", &image]);
+        self.read_all();
         self.machine.settle();
         self.command_works(&["del", &image]);
         self.machine.settle();
-        self.nothing_is_left(true);
+        self.nothing_is_left(&[]);
         self.command_works(&["check", &image]);
     }
 
@@ -202,6 +335,27 @@ impl Life {
         }
     }
 
+    /// Runs a command, which must succeed.
+    pub fn works(&mut self, command: Command) {
+        if self.machine.broken.is_none() {
+            let number = self.machine.processes.len();
+            self.act(Deed::Run(command));
+            self.machine.settle();
+            self.has_worked(number);
+        }
+    }
+
+    /// Runs a command, which must fail and change nothing.
+    pub fn is_refused(&mut self, command: Command) {
+        let number = self.machine.processes.len();
+        let before = self.served();
+        self.act(Deed::Run(command));
+        self.machine.settle();
+        if self.machine.processes[number].status == Some(0) || self.served() != before {
+            self.machine.breaks(format!("{command:?} is not refused"));
+        }
+    }
+
     fn command_works(&mut self, words: &[&str]) {
         if self.machine.broken.is_some() {
             return;
@@ -210,9 +364,21 @@ impl Life {
         self.has_worked(number);
     }
 
-    /// No device, no process, no file. A session may wait for the next opening until the image was `served`
-    /// once more.
-    fn nothing_is_left(&mut self, served: bool) {
+    /// The sessions that hold what their images do not: a `del` was killed before it had closed the image.
+    fn needed_sessions(&mut self) -> Vec<String> {
+        if self.machine.broken.is_some() {
+            return Vec::new();
+        }
+        let number = self.machine.run(&["session", "list", "--json"]);
+        self.has_worked(number);
+        let (answer, _) = self.machine.output(number);
+        let rows: Vec<serde_json::Value> = serde_json::from_str(&answer).unwrap_or_default();
+        let needed = rows.iter().filter(|row| row["state"] == "orphan");
+        needed.map(|row| row["name"].as_str().expect("a name").to_owned()).collect()
+    }
+
+    /// No device, no process, no file but what is `needed`.
+    fn nothing_is_left(&mut self, needed: &[String]) {
         if self.machine.broken.is_some() {
             return;
         }
@@ -230,9 +396,9 @@ impl Life {
         let is_left = |name: &str| {
             let of_command = name.ends_with(".out") || name.ends_with(".err");
             let is_log = name.ends_with(".log") && size(name) > 0;
-            let is_session =
-                name.ends_with(".session") || name.ends_with(".session.next") || name == ".entry";
-            !(of_command || is_log || is_session && !served || OF_MACHINE.contains(&name))
+            let is_needed = needed.iter().any(|other| other == name);
+            let is_image = self.machine.chain.iter().any(|image| image.ends_with(name));
+            !(of_command || is_log || is_needed || is_image || OF_MACHINE.contains(&name))
         };
         let names = items.map(|item| item.expect("readable").file_name().into_string().expect("plain"));
         let left: Vec<String> = names.filter(|name| is_left(name)).collect();
@@ -274,7 +440,10 @@ impl Life {
                 steps: machine.steps,
                 acknowledged: machine.guest.acknowledgements,
                 repeated: machine.guest.repetitions,
+                failed: machine.guest.failures,
                 killed: killed.count(),
+                snapshots: machine.chain.len().saturating_sub(1),
+                grown: machine.driver.growths,
             });
         };
         let mut story: String = machine.trace.iter().map(|line| format!("{line}\n")).collect();

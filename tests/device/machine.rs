@@ -53,6 +53,36 @@ enum Ask {
     Turn(String),
     Pause(u64),
     Driver(Command),
+    /// The driver begins with it only then.
+    Hangs(u64, Command),
+    /// The driver's answer is on its way until then.
+    Answer(u64, Vec<u8>),
+}
+
+/// How the driver fails.
+enum Fault {
+    /// The command ends with this number and is not done, or has no answer.
+    Refused(i32),
+    /// It is done, and its answer is lost.
+    Lost,
+    /// Its answer comes after so long, nanoseconds.
+    Late(u64),
+    /// It is done after so long.
+    Hangs(u64),
+}
+
+/// No answer comes.
+const NO_ANSWER: i32 = i32::MIN;
+
+/// The longest time that the driver is late, nanoseconds: shorter than any deadline of the program.
+const LATEST: usize = 3_000_000_000;
+
+/// What befalls a process at a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Blow {
+    Kill,
+    /// It is asked to end.
+    Terminate,
 }
 
 #[derive(Clone, Debug)]
@@ -76,7 +106,11 @@ pub struct Process {
     child: Option<Child>,
     /// It has locked an image, and the end of its rings may take a moment.
     locked: bool,
+    /// It serves a device: its threads wait for requests, and the first one for what others want.
+    idled: bool,
     pub killed: bool,
+    /// It was asked to end.
+    pub terminated: bool,
     /// How it has ended.
     pub status: Option<i32>,
 }
@@ -84,8 +118,20 @@ pub struct Process {
 impl Process {
     /// It has ended by a signal that no one sent.
     pub fn child_failed(&self) -> bool {
-        matches!(self.state, State::Gone) && self.child.is_some() && !self.killed && self.status.is_none()
+        let is_expected = self.killed || self.terminated;
+        matches!(self.state, State::Gone) && self.child.is_some() && !is_expected && self.status.is_none()
     }
+}
+
+/// A thread that serves requests, and waits for its turns.
+struct Thread {
+    pid: u32,
+    name: String,
+    stream: UnixStream,
+    /// What it asks for.
+    step: Option<String>,
+    /// Since when it may have something to do.
+    runs: Option<Instant>,
 }
 
 /// The line of a tag.
@@ -102,30 +148,44 @@ pub struct Machine {
     listener: UnixListener,
     pub processes: Vec<Process>,
     tags: Vec<TagLine>,
+    threads: Vec<Thread>,
+    /// The threads that serve requests wait for their turns.
+    pub in_flight: bool,
     pub driver: Driver,
     pub guest: Guest,
     rng: Rng,
     now: u64,
     plant: Option<Plant>,
+    /// The images that the last entry of a device named, the leaf first.
+    pub chain: Vec<PathBuf>,
     pub trace: VecDeque<String>,
     pub steps: usize,
     began: Instant,
     /// How many of them were of processes.
     pub asks: usize,
-    /// The process whose step has this number is killed instead.
-    pub kill_at: Option<usize>,
+    /// What befalls the process whose step has this number, instead of the step or before it.
+    pub blow: Option<(usize, Blow)>,
     /// Of so many commands of the driver one fails; none if it is zero.
     pub faults: usize,
+    /// None of them is more than a command that comes late, or that a signal has interrupted.
+    pub harmless: bool,
+    /// What the device's requests were said to do when its daemon is killed.
+    pub recovery: &'static str,
+    /// This process does not get its turn for this step.
+    pub held: Option<(usize, &'static str)>,
     /// What must not be.
     pub broken: Option<String>,
     /// Devices whose server has gone, which the driver has not noticed.
     unnoticed: Vec<(u32, u32)>,
+    /// Processes that may have had an image locked, and have just ended.
+    ended: Vec<u32>,
 }
 
 /// What can happen next.
 #[derive(Clone, Copy, Debug)]
 enum Event {
     Step(usize),
+    Serves(usize),
     Notices(usize),
     Sends(usize, usize),
 }
@@ -167,18 +227,25 @@ impl Machine {
             listener,
             processes: Vec::new(),
             tags: Vec::new(),
+            threads: Vec::new(),
+            in_flight: false,
             guest: Guest::default(),
             rng: Rng::with_seed(seed),
             now: 0,
             plant,
+            chain: Vec::new(),
             trace: VecDeque::new(),
             steps: 0,
             began: Instant::now(),
             asks: 0,
             faults: 0,
-            kill_at: None,
+            harmless: false,
+            recovery: "",
+            blow: None,
+            held: None,
             broken: None,
             unnoticed: Vec::new(),
+            ended: Vec::new(),
         }
     }
 
@@ -229,7 +296,9 @@ impl Machine {
             line: None,
             child: None,
             locked: false,
+            idled: false,
             killed: false,
+            terminated: false,
             status: None,
         });
         self.processes.len() - 1
@@ -266,6 +335,7 @@ impl Machine {
             fds.push(PollFd::new(line.as_fd(), PollFlags::POLLIN));
         }
         fds.extend(self.tags.iter().map(|tag| PollFd::new(tag.stream.as_fd(), PollFlags::POLLIN)));
+        fds.extend(self.threads.iter().map(|it| PollFd::new(it.stream.as_fd(), PollFlags::POLLIN)));
         let patience = PollTimeout::try_from(patience).expect("a short time");
         if !poll(&mut fds, patience).is_ok_and(|count| count > 0) {
             return self.reap();
@@ -276,6 +346,9 @@ impl Machine {
         for (&at, _) in lines.iter().zip(&ready[1..]).filter(|(_, ready)| **ready) {
             self.hear_process(at);
         }
+        let first = 1 + lines.len() + self.tags.len();
+        let heard: Vec<usize> = (0..self.threads.len()).filter(|at| ready[first + at]).collect();
+        heard.into_iter().rev().for_each(|at| self.hear_thread(at));
         let mut gone = Vec::new();
         for tag in (0..self.tags.len()).filter(|tag| ready[1 + lines.len() + tag]) {
             if !self.hear_tag(tag) {
@@ -316,6 +389,10 @@ impl Machine {
             let (device, place) = (word(4), (half(8), half(10)));
             return self.tag_begins(TagLine { pid, device, place, stream });
         }
+        if kind == b'B' {
+            let name = String::from_utf8(text[4..].to_vec()).expect("words");
+            return self.thread_begins(Thread { pid, name, stream, step: None, runs: None });
+        }
         let number = self.number_of(pid).unwrap_or_else(|| {
             let arguments = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
             let words = arguments.split('\0').skip(1).take(2).collect::<Vec<_>>().join(" ");
@@ -323,6 +400,25 @@ impl Machine {
         });
         self.processes[number].line = Some(stream);
         self.hear_process(number);
+    }
+
+    fn thread_begins(&mut self, mut thread: Thread) {
+        let is_wanted = self.in_flight;
+        let _ = thread.stream.write_all(&[u8::from(is_wanted)]); // its process may have gone
+        if is_wanted {
+            self.threads.push(thread);
+        }
+    }
+
+    /// What a thread that serves requests asks for, or its end.
+    fn hear_thread(&mut self, at: usize) {
+        match read_message(&mut self.threads[at].stream) {
+            Some((b't', text)) => {
+                self.threads[at].step = Some(String::from_utf8(text).expect("words"));
+                self.threads[at].runs = None;
+            }
+            _ => drop(self.threads.remove(at)),
+        }
     }
 
     fn hear_process(&mut self, number: usize) {
@@ -355,6 +451,7 @@ impl Machine {
         if matches!(&state, State::Asks(Ask::Turn(step)) if step == "locks an image") {
             self.processes[number].locked = true;
         }
+        self.processes[number].idled |= matches!(state, State::Idles);
         self.processes[number].state = state;
     }
 
@@ -375,6 +472,8 @@ impl Machine {
         }
         process.state = State::Gone;
         let pid = process.pid;
+        self.threads.retain(|thread| thread.pid != pid);
+        let process = &mut self.processes[number];
         process.status = match &mut process.child {
             Some(child) => child.wait().ok().and_then(|status| status.code()),
             None => None,
@@ -390,7 +489,7 @@ impl Machine {
         self.note(format!("{number} ends: {status:?}"));
         self.wake_parent(pid);
         if self.processes[number].locked {
-            self.await_unlocked(pid);
+            self.ended.push(pid);
         }
     }
 
@@ -451,7 +550,8 @@ impl Machine {
             self.send_tag(id, place, -libc::ENODEV, &[]);
         }
         // Its threads do this by themselves.
-        if let Some(number) = self.number_of(pid)
+        if !self.in_flight
+            && let Some(number) = self.number_of(pid)
             && matches!(self.processes[number].state, State::Runs(_))
             && kind == b'D'
         {
@@ -477,7 +577,10 @@ impl Machine {
         text.extend(data);
         let pid = tag.pid;
         let _ = tag.stream.write_all(&text); // its process may have gone
-        if let Some(number) = self.number_of(pid)
+        let name = format!("queue {}", place.0);
+        if let Some(thread) = self.threads.iter_mut().find(|it| it.pid == pid && it.name == name) {
+            thread.runs = Some(Instant::now());
+        } else if let Some(number) = self.number_of(pid)
             && matches!(self.processes[number].state, State::Idles)
         {
             self.processes[number].state = State::Runs(Instant::now());
@@ -487,6 +590,7 @@ impl Machine {
     fn happen(&mut self, effects: Vec<Effect>) {
         for effect in effects {
             match effect {
+                Effect::FailServed(device) => self.guest.fail_served(device),
                 Effect::Abort(device, place) => self.send_tag(device, place, -libc::ENODEV, &[]),
                 Effect::Fail(device) => self.guest.fail(device),
                 Effect::Serves(device) => self.note(format!("device {device} is served")),
@@ -494,35 +598,72 @@ impl Machine {
         }
     }
 
+    /// Whether a process is where it is held.
+    pub fn is_held(&self) -> bool {
+        self.held.is_some_and(|(number, step)| self.asks_for(number, step))
+    }
+
+    fn asks_for(&self, number: usize, step: &str) -> bool {
+        matches!(&self.processes[number].state, State::Asks(Ask::Turn(asked)) if asked == step)
+    }
+
     /// What can happen now.
     fn events(&self) -> Vec<Event> {
         let is_ready = |ask: &Ask| match ask {
             Ask::Turn(_) => true,
-            Ask::Pause(until) => *until <= self.now,
+            Ask::Pause(until) | Ask::Answer(until, _) => *until <= self.now,
+            Ask::Hangs(until, command) => *until <= self.now && self.driver.is_ready(command),
             Ask::Driver(command) => self.driver.is_ready(command),
         };
         let steps = (0..self.processes.len())
             .filter(|&at| matches!(&self.processes[at].state, State::Asks(ask) if is_ready(ask)))
+            .filter(|&at| !(self.is_held() && self.held.is_some_and(|(held, _)| held == at)))
             .map(Event::Step);
-        let notices = (0..self.unnoticed.len()).map(Event::Notices);
+        let serves = (0..self.threads.len()).filter(|&at| self.threads[at].step.is_some()).map(Event::Serves);
+        let is_closed =
+            |device: &u32| self.driver.devices.get(device).is_none_or(|device| device.character_openers == 0);
+        let notices = (0..self.unnoticed.len()).filter(|&at| is_closed(&self.unnoticed[at].1));
+        let notices = notices.map(Event::Notices);
         let requests = self.guest.requests.iter().enumerate().filter_map(|(number, request)| {
             let device = self.driver.devices.get(&request.device)?;
-            let is_served = device.state == Kernel::Live && !device.stopping;
+            let is_served = device.state == Kernel::Live && !device.stopping && !device.pausing;
             let tag = self.tags.iter().position(|tag| {
                 tag.device == request.device && device.tags.get(&tag.place) == Some(&Tag::Offered)
             })?;
             (request.stage == Stage::Queued && is_served).then_some(Event::Sends(number, tag))
         });
-        steps.chain(notices).chain(requests).collect()
+        steps.chain(notices).chain(requests).chain(serves).collect()
+    }
+
+    /// Waits until every thread that has had its turn has its next step, or sleeps, and so do all others of
+    /// its process: one may have given another something to do.
+    fn settle_threads(&mut self) {
+        while let Some(at) = (0..self.threads.len()).find(|&at| self.threads[at].runs.is_some()) {
+            let (pid, since) = (self.threads[at].pid, self.threads[at].runs.expect("it runs"));
+            if !self.pump(Duration::from_micros(500)) && (sleeps(pid) || since.elapsed() > PATIENCE) {
+                while self.pump(Duration::ZERO) {}
+                let of_process = self.threads.iter_mut().filter(|it| it.pid == pid);
+                of_process.for_each(|thread| thread.runs = None);
+            }
+        }
     }
 
     /// Waits until every process that has had its turn has its next step, or waits.
     fn settle_turn(&mut self) {
+        self.settle_threads();
+        while let Some(pid) = self.ended.pop() {
+            self.await_unlocked(pid);
+        }
         loop {
             let runs = |it: &Process| matches!(it.state, State::Runs(since) if since.elapsed() < PATIENCE);
             if !self.processes.iter().any(runs) {
                 while self.pump(Duration::ZERO) {}
                 if !self.processes.iter().any(runs) {
+                    let mut served = self.processes.iter_mut().filter(|it| it.idled);
+                    // The step was that of a thread of its own.
+                    served.by_ref().filter(|it| matches!(it.state, State::Runs(_))).for_each(|it| {
+                        it.state = State::Idles;
+                    });
                     return;
                 }
             }
@@ -533,17 +674,20 @@ impl Machine {
     /// One event, which the seed chooses. `false`: nothing can happen.
     pub fn step(&mut self) -> bool {
         self.settle_turn();
+        self.look_at_entries();
+        let fails = self.driver.devices.values().filter(|device| device.state == Kernel::FailIo);
+        fails.for_each(|device| self.guest.fail(device.id));
         let mut events = self.events();
         if events.is_empty() {
             if self.await_rest() {
                 return true;
             }
-            let due = |it: &Process| match it.state {
-                State::Asks(Ask::Pause(until)) => Some(until),
+            let due = |it: &Process| match &it.state {
+                State::Asks(Ask::Pause(until) | Ask::Hangs(until, _) | Ask::Answer(until, _)) => Some(*until),
                 _ => None,
             };
-            match self.processes.iter().filter_map(due).min() {
-                Some(due) => self.now = self.now.max(due),
+            match self.processes.iter().filter_map(due).filter(|due| *due > self.now).min() {
+                Some(due) => self.now = due,
                 None => return self.await_any(),
             }
             events = self.events();
@@ -562,12 +706,55 @@ impl Machine {
         match event {
             Event::Step(number) => {
                 self.asks += 1;
-                if self.kill_at == Some(self.asks) { self.kill(number) } else { self.grant(number) }
+                match self.blow.filter(|(step, _)| *step == self.asks) {
+                    Some((_, Blow::Kill)) => self.kill(number),
+                    Some((_, Blow::Terminate)) => {
+                        self.terminate(number);
+                        self.grant(number);
+                    }
+                    None => self.grant(number),
+                }
             }
+            Event::Serves(at) => self.serve(at),
             Event::Notices(at) => self.notice(at),
             Event::Sends(number, tag) => self.send_request(number, tag),
         }
         true
+    }
+
+    /// Which images the device has: a snapshot changes that when the entry changes.
+    fn look_at_entries(&mut self) {
+        for id in self.driver.devices.keys() {
+            let Ok(text) = fs::read_to_string(self.folder.path().join(format!("{id}.json"))) else {
+                continue;
+            };
+            let Ok(entry) = serde_json::from_str::<serde_json::Value>(&text) else { continue };
+            let parents = entry["parents"].as_array().cloned().unwrap_or_default();
+            let images = std::iter::once(&entry["image"]).chain(&parents);
+            let images: Vec<_> = images.filter_map(|path| path.as_str().map(PathBuf::from)).collect();
+            if images.contains(&self.image()) {
+                self.chain = images;
+            }
+        }
+    }
+
+    /// Has a thread do its step, unless its process is killed there.
+    fn serve(&mut self, at: usize) {
+        self.asks += 1;
+        let Thread { pid, name, .. } = &self.threads[at];
+        let number = self.number_of(*pid);
+        let name = format!("{} {name}", number.map_or(0, |number| number));
+        let step = self.threads[at].step.take().expect("it asks");
+        if self.blow == Some((self.asks, Blow::Kill))
+            && let Some(number) = number
+        {
+            self.note(format!("{name}: KILLED before it {step}"));
+            return self.kill(number);
+        }
+        self.note(format!("{name}: {step}"));
+        let thread = &mut self.threads[at];
+        thread.runs = Some(Instant::now());
+        let _ = thread.stream.write_all(&[1]); // it may have ended
     }
 
     /// Waits until no process has anything to do: on a loaded machine it may take long for that, and no time
@@ -591,7 +778,7 @@ impl Machine {
         let until = Instant::now() + STUCK;
         loop {
             let works = |it: &Process| matches!(it.state, State::Runs(_) | State::Waits(_));
-            if self.pump(QUIET) {
+            if self.pump(QUIET) || self.threads.iter().any(|thread| thread.step.is_some()) {
                 return true;
             }
             let is_served = self.guest.requests.iter().any(|request| {
@@ -608,28 +795,67 @@ impl Machine {
         }
     }
 
-    /// What the driver answers to a command that it does, or does not do: a fault, by chance.
-    fn fault(&mut self, command: &Command, effects: &mut Vec<Effect>) -> Option<i32> {
+    /// How the driver fails a command, by chance.
+    fn fault(&mut self) -> Option<Fault> {
         if self.faults == 0 || self.choose(self.faults) != 0 {
             return None;
         }
-        match self.choose(4) {
-            0 => Some(-libc::EINTR),
-            1 => Some(-libc::EIO),
-            2 => Some(i32::MIN),
-            _ => {
-                let _ = self.driver.execute(command, effects); // the answer is lost
-                Some(i32::MIN)
+        let refusals = [-libc::EINTR, -libc::EIO, -libc::EBUSY, -libc::EINVAL, NO_ANSWER];
+        let time = self.choose(LATEST) as u64;
+        let kinds = if self.harmless { 3 } else { 8 };
+        Some(match self.choose(kinds) {
+            0 if self.harmless => Fault::Refused(-libc::EINTR),
+            0 => Fault::Lost,
+            1 => Fault::Late(time),
+            2 => Fault::Hangs(time),
+            other => Fault::Refused(refusals[other - 3]),
+        })
+    }
+
+    /// The driver gets a command. Its answer, unless that comes later.
+    fn command(&mut self, number: usize, command: &Command, effects: &mut Vec<Effect>) -> Option<Vec<u8>> {
+        let fault = self.fault();
+        let (code, payload, late) = match fault {
+            Some(Fault::Hangs(time)) => {
+                let name = self.processes[number].name.clone();
+                self.note(format!("{number} {name}: {} {} hangs", command.name(), command.device));
+                let until = self.now + time;
+                self.processes[number].state = State::Asks(Ask::Hangs(until, command.clone()));
+                return None;
             }
-        }
+            Some(Fault::Refused(code)) => {
+                if code == -libc::EBUSY && command.pauses() {
+                    self.driver.pause(command.device);
+                }
+                self.withdraw(command);
+                (code, Vec::new(), None)
+            }
+            fault => match self.driver.execute(command, effects) {
+                _ if matches!(fault, Some(Fault::Lost)) => (NO_ANSWER, Vec::new(), None),
+                Ok(payload) => (0, payload, fault),
+                Err(errno) => (-errno, Vec::new(), fault),
+            },
+        };
+        let name = self.processes[number].name.clone();
+        self.note(format!("{number} {name}: {} {}: {code}", command.name(), command.device));
+        let answer: Vec<u8> = code.to_ne_bytes().into_iter().chain(payload).collect();
+        let Some(Fault::Late(time)) = late else { return Some(answer) };
+        let until = self.now + time;
+        self.processes[number].state = State::Asks(Ask::Answer(until, answer));
+        None
     }
 
     fn notice(&mut self, at: usize) {
         let (pid, device) = self.unnoticed.remove(at);
         self.note(format!("the driver notices that device {device} was closed"));
         if self.driver.devices.get(&device).is_some_and(|device| device.holder == Some(pid)) {
+            let was_served = self.driver.devices[&device].state == Kernel::Live;
             let mut effects = Vec::new();
             self.driver.release(device, &mut effects);
+            if was_served && self.driver.devices.get(&device).is_some_and(|it| it.recovery() != self.recovery)
+            {
+                self.breaks(format!("requests do not {} after a kill, as they were to", self.recovery));
+            }
             self.happen(effects);
             self.guest.repeat(device);
         }
@@ -650,31 +876,29 @@ impl Machine {
     fn grant(&mut self, number: usize) {
         let before = std::mem::replace(&mut self.processes[number].state, State::Runs(Instant::now()));
         let State::Asks(ask) = before else { panic!("it asks for nothing") };
-        let name = self.processes[number].name.clone();
         let mut effects = Vec::new();
-        let mut answer = Vec::new();
-        match ask {
-            Ask::Turn(step) => self.note(format!("{number} {name}: {step}")),
-            Ask::Pause(_) => {}
-            Ask::Driver(command) => {
-                let (code, payload) = match self.fault(&command, &mut effects) {
-                    Some(code) => (code, Vec::new()),
-                    None => match self.driver.execute(&command, &mut effects) {
-                        Ok(payload) => (0, payload),
-                        Err(errno) => (-errno, Vec::new()),
-                    },
-                };
-                self.note(format!("{number} {name}: {} {}: {code}", command.name(), command.device));
-                answer.extend(code.to_ne_bytes());
-                answer.extend(payload);
+        let answer = match ask {
+            Ask::Turn(step) => {
+                let name = self.processes[number].name.clone();
+                self.note(format!("{number} {name}: {step}"));
+                Some(Vec::new())
             }
+            Ask::Pause(_) => Some(Vec::new()),
+            Ask::Answer(_, answer) => Some(answer),
+            Ask::Driver(command) | Ask::Hangs(_, command) => self.command(number, &command, &mut effects),
+        };
+        if let Some(answer) = answer {
+            self.answer(number, answer);
         }
+        self.happen(effects);
+    }
+
+    fn answer(&mut self, number: usize, answer: Vec<u8>) {
         let mut text = self.now.to_ne_bytes().to_vec();
         text.extend(u32::try_from(answer.len()).expect("short").to_ne_bytes());
         text.extend(answer);
         let line = self.processes[number].line.as_mut().expect("it has one");
         let _ = line.write_all(&text); // it may have ended
-        self.happen(effects);
     }
 
     /// Kills a process, and waits until the kernel has taken it down.
@@ -682,6 +906,10 @@ impl Machine {
         let (pid, name) = (self.processes[number].pid, self.processes[number].name.clone());
         self.note(format!("{number} {name}: KILLED before {:?}", self.processes[number].state));
         self.processes[number].killed = true;
+        let before = std::mem::replace(&mut self.processes[number].state, State::Runs(Instant::now()));
+        if let State::Asks(Ask::Driver(command) | Ask::Hangs(_, command)) = before {
+            self.lose(&command);
+        }
         let _ = kill(Pid::from_raw(pid.cast_signed()), Signal::SIGKILL); // it may have ended
         if let Some(child) = &mut self.processes[number].child {
             let _ = child.wait();
@@ -692,12 +920,46 @@ impl Machine {
         self.process_ends(number);
     }
 
+    /// The sender of a command dies, and the driver may have got it.
+    fn lose(&mut self, command: &Command) {
+        if self.choose(2) == 0 && self.driver.is_ready(command) {
+            let mut effects = Vec::new();
+            let done = self.driver.execute(command, &mut effects).is_ok();
+            self.note(format!("{} {} is done all the same: {done}", command.name(), command.device));
+            self.happen(effects);
+        } else {
+            self.withdraw(command);
+        }
+    }
+
+    /// The driver has not done `command`, and stops nothing because of it.
+    fn withdraw(&mut self, command: &Command) {
+        let is_asked = |it: &Process| {
+            matches!(&it.state, State::Asks(Ask::Driver(other) | Ask::Hangs(_, other))
+                if other.device == command.device && other.stops())
+        };
+        if command.stops() && !self.processes.iter().any(is_asked) {
+            self.driver.continues(command.device);
+        }
+    }
+
     /// Asks a process to end.
     pub fn terminate(&mut self, number: usize) {
         self.note(format!("{number}: SIGTERM"));
+        self.processes[number].terminated = true;
         let pid = Pid::from_raw(self.processes[number].pid.cast_signed());
         let _ = kill(pid, Signal::SIGTERM); // it may have ended
-        self.processes[number].state = State::Runs(Instant::now());
+        if matches!(self.processes[number].state, State::Idles) {
+            self.processes[number].state = State::Runs(Instant::now());
+        }
+        // A thread of its own takes the signal, also while the process waits for its turn.
+        let until = Instant::now() + PATIENCE;
+        while Instant::now() < until {
+            thread::sleep(Duration::from_millis(2));
+            if sleeps(self.processes[number].pid) {
+                return;
+            }
+        }
     }
 
     /// Lets everything happen that can.

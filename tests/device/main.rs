@@ -9,6 +9,7 @@
 #![allow(
     clippy::maybe_infinite_iter,
     clippy::case_sensitive_file_extension_comparisons,
+    clippy::cast_possible_truncation,
     clippy::cast_precision_loss,
     clippy::format_collect,
     clippy::format_push_string,
@@ -24,17 +25,23 @@ use std::ops::Range;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use life::{Command, Deed, Life, Reached};
+use life::{Command, Deed, Life, Reached, Shape};
+use machine::Blow;
 use vhdx_ublk::simulation::Plant;
 
-use Command::{Add, Del, DelByForce, List, Recover, Upgrade};
-use Deed::{Kill, Run, Terminate, Use};
+use Command::{Add, Del, DelByForce, Grow, List, Recover, Snapshot, Upgrade};
+use Deed::{Close, Kill, OpenDisk, OpenServers, Run, Terminate, Use};
 
-/// One life: `deeds` one after the other, the process at its step `kill_at` killed.
-fn live(seed: u64, deeds: &[Deed], kill_at: Option<usize>, plant: Option<Plant>) -> Result<Reached, String> {
-    let mut life = Life::new(seed, plant);
+/// One life: `deeds` one after the other, the process at its step of that number struck by a `blow`.
+fn live(
+    seed: u64,
+    deeds: &[Deed],
+    blow: Option<(usize, Blow)>,
+    plant: Option<Plant>,
+) -> Result<Reached, String> {
+    let mut life = Life::new(seed, Shape::SMALL, plant);
     let begin = life.machine.asks;
-    life.machine.kill_at = kill_at.map(|step| begin + step);
+    life.machine.blow = blow.map(|(step, blow)| (begin + step, blow));
     for deed in deeds {
         if life.machine.broken.is_some() {
             break;
@@ -48,7 +55,7 @@ fn live(seed: u64, deeds: &[Deed], kill_at: Option<usize>, plant: Option<Plant>)
             continue;
         }
         life.machine.settle();
-        if *deed == Run(Recover) && life.machine.kill_at.is_none_or(|step| life.machine.asks < step) {
+        if *deed == Run(Recover) && life.machine.blow.is_none_or(|(step, _)| life.machine.asks < step) {
             life.has_worked(number);
         }
     }
@@ -56,21 +63,110 @@ fn live(seed: u64, deeds: &[Deed], kill_at: Option<usize>, plant: Option<Plant>)
     life.end()
 }
 
+/// A life in which a process is killed at a step while requests are with the daemon, whose threads take
+/// turns.
+fn live_in_flight(seed: u64, kill_at: usize, plant: Option<Plant>) -> Result<Reached, String> {
+    let mut life = Life::new(seed, Shape::in_flight(seed), plant);
+    life.act(Run(Add));
+    life.machine.settle();
+    life.machine.blow = Some((life.machine.asks + kill_at, Blow::Kill));
+    for _ in 0..2 {
+        life.act(Use);
+        let steps = life.machine.choose(30);
+        life.steps(steps);
+    }
+    life.machine.settle();
+    for deed in [Use, Run(Recover), Use] {
+        life.act(deed);
+        let steps = life.machine.choose(20);
+        life.steps(steps);
+    }
+    life.administrate();
+    life.end()
+}
+
+/// A life in which a daemon is asked to end when its device is gone and another one has the number.
+fn live_with_a_late_request(seed: u64, plant: Option<Plant>) -> Result<Reached, String> {
+    let mut life = Life::new(seed, Shape::SMALL, plant);
+    life.act(Run(Add));
+    life.machine.settle();
+    let daemon = life.machine.server().expect("it is served");
+    life.machine.held = Some((daemon, "locks a file of the registry"));
+    life.act(Run(Del));
+    while !life.machine.is_held() && life.machine.broken.is_none() {
+        life.machine.step();
+    }
+    let next = life.add_another();
+    while !life.machine.is_gone(next) && life.machine.broken.is_none() {
+        life.machine.step();
+    }
+    life.machine.terminate(daemon);
+    life.machine.held = None;
+    life.machine.settle();
+    life.each_note_has_its_device();
+    life.has_worked(next);
+    life.administrate();
+    life.end()
+}
+
+/// A life in which the driver is slow, and its commands are interrupted: all commands work.
+fn live_with_delays(seed: u64, plant: Option<Plant>) -> Result<Reached, String> {
+    let mut life = Life::new(seed, Shape::SMALL, plant);
+    (life.machine.faults, life.machine.harmless) = (4, true);
+    for command in [Add, List, Upgrade, Snapshot, Recover, Del] {
+        if command == Recover {
+            life.act(Kill);
+        }
+        life.works(command);
+        life.act(Use);
+    }
+    life.administrate();
+    life.end()
+}
+
+/// A life in which others have the disk open, and what its server has open.
+fn live_with_openers(seed: u64, plant: Option<Plant>) -> Result<Reached, String> {
+    // Only a new driver refuses to stop a disk that is open.
+    let mut life = Life::new(3 * seed + 1, Shape::SMALL, plant);
+    life.works(Add);
+    life.act(OpenDisk);
+    life.act(Use);
+    life.is_refused(Del);
+    life.act(Close);
+    life.act(OpenServers);
+    life.act(Use);
+    life.act(Kill);
+    let number = life.start(Recover);
+    let steps = 20 + life.machine.choose(40);
+    life.steps(steps);
+    life.act(Close);
+    life.machine.settle();
+    life.has_worked(number);
+    life.act(Use);
+    life.works(Del);
+    life.administrate();
+    life.end()
+}
+
 /// A life in which commands run at once, processes are killed, and the driver fails.
 fn live_wildly(seed: u64, plant: Option<Plant>) -> Result<Reached, String> {
-    let mut life = Life::new(seed, plant);
+    let shape = if seed.is_multiple_of(4) { Shape::in_flight(seed / 4) } else { Shape::SMALL };
+    let mut life = Life::new(seed, shape, plant);
     life.machine.faults = if life.machine.choose(2) == 0 { 0 } else { 60 };
     let deeds = 3 + life.machine.choose(5);
     for at in 0..deeds {
-        let commands = [Add, Add, Del, DelByForce, Recover, Recover, Upgrade, List];
-        let deed = match life.machine.choose(16) {
+        let commands = [Add, Add, Del, DelByForce, Recover, Recover, Upgrade, List, Snapshot, Grow];
+        let deed = match life.machine.choose(18) {
             _ if at == 0 => Run(Add),
             0..8 => Run(commands[life.machine.choose(commands.len())]),
             8..12 => Use,
             12 | 13 => Kill,
             14 => Terminate,
+            15 => [OpenDisk, OpenServers][life.machine.choose(2)],
+            16 => Close,
             _ => {
-                life.machine.kill_at = Some(life.machine.asks + 1 + life.machine.choose(30));
+                let blow = if life.machine.choose(3) == 0 { Blow::Terminate } else { Blow::Kill };
+                life.machine.blow = Some((life.machine.asks + 1 + life.machine.choose(30), blow));
                 Use
             }
         };
@@ -82,31 +178,43 @@ fn live_wildly(seed: u64, plant: Option<Plant>) -> Result<Reached, String> {
     life.end()
 }
 
-/// The lives of `seeds`, on all processors. What they have reached, together.
+/// The lives of `seeds`, several at once. What they have reached, together.
 fn live_all(seeds: Range<u64>, life: impl Fn(u64) -> Result<Reached, String> + Sync) -> Reached {
-    let (next, all) = (AtomicU64::new(seeds.start), Mutex::new(Reached::default()));
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let broken: Mutex<Vec<(u64, String)>> = Mutex::default();
+    let all = Mutex::new(Reached::default());
+    let broken = find(seeds, |seed| match life(seed) {
+        Ok(reached) => {
+            all.lock().expect("no panic").add(&reached);
+            None
+        }
+        Err(story) => Some((seed, story)),
+    });
+    if let Some((seed, story)) = broken {
+        panic!("seed {seed}: {story}");
+    }
+    all.into_inner().expect("no panic")
+}
+
+/// What `look` finds first in `range`, by several threads.
+fn find<T: Send>(range: Range<u64>, look: impl Fn(u64) -> Option<T> + Sync) -> Option<T> {
+    let (next, found) = (AtomicU64::new(range.start), Mutex::new(None));
+    // They wait for processes most of the time.
+    let threads = 4 * std::thread::available_parallelism().map_or(1, usize::from);
     std::thread::scope(|scope| {
         for _ in 0..threads {
             scope.spawn(|| {
                 loop {
-                    let seed = next.fetch_add(1, Ordering::Relaxed);
-                    if seed >= seeds.end || !broken.lock().expect("no panic").is_empty() {
+                    let number = next.fetch_add(1, Ordering::Relaxed);
+                    if number >= range.end || found.lock().expect("no panic").is_some() {
                         return;
                     }
-                    match life(seed) {
-                        Ok(reached) => all.lock().expect("no panic").add(&reached),
-                        Err(story) => broken.lock().expect("no panic").push((seed, story)),
+                    if let Some(it) = look(number) {
+                        found.lock().expect("no panic").get_or_insert(it);
                     }
                 }
             });
         }
     });
-    if let Some((seed, story)) = broken.into_inner().expect("no panic").first() {
-        panic!("seed {seed}: {story}");
-    }
-    all.into_inner().expect("no panic")
+    found.into_inner().expect("no panic")
 }
 
 /// `usual`, or the one that was asked for.
@@ -116,7 +224,7 @@ fn seeds(usual: Range<u64>) -> Range<u64> {
 }
 
 /// How often the steps are tried at which a kill shows a planted bug.
-const ATTEMPTS: u64 = 5;
+const ATTEMPTS: u64 = 20;
 
 const WHOLE: [Deed; 7] = [Run(Add), Use, Run(List), Kill, Run(Recover), Use, Run(Del)];
 
@@ -124,7 +232,7 @@ const WHOLE: [Deed; 7] = [Run(Add), Use, Run(List), Kill, Run(Recover), Use, Run
 fn kill_at_each(first: u64, stride: u64, steps: u64) -> Reached {
     live_all(0..steps / stride, |at| {
         let step = first + at * stride;
-        live(7 + step % 5, &WHOLE, usize::try_from(step).ok(), None)
+        live(7 + step % 5, &WHOLE, Some((step as usize, Blow::Kill)), None)
     })
 }
 
@@ -142,30 +250,116 @@ fn whatever_is_killed_when() {
     println!("{:?}", kill_at_each(1, 1, 200));
 }
 
+/// A few kills at steps of requests; the long run takes every step.
+#[test]
+fn requests_that_a_daemon_has_when_it_is_killed_are_repeated_or_fail_as_it_was_added() {
+    let reached = live_all(seeds(0..8), |seed| live_in_flight(seed, 3 + 7 * seed as usize, None));
+    println!("{reached:?}");
+    assert!(reached.repeated > 2 && reached.failed > 0 && reached.killed > 4, "{reached:?}");
+}
+
+/// What is done while a chain grows, and so does its disk.
+const CHAIN: [Deed; 9] =
+    [Run(Add), Use, Run(Snapshot), Use, Run(Grow), Use, Run(Snapshot), Kill, Run(Recover)];
+
+/// A few kills in a snapshot, and while the disk grows; the long run takes every step.
+#[test]
+fn a_chain_is_whole_whatever_is_killed_while_a_snapshot_is_taken_or_the_disk_grows() {
+    let reached =
+        live_all(seeds(0..12), |seed| live(seed, &CHAIN, Some((24 + 6 * seed as usize, Blow::Kill)), None));
+    println!("{reached:?}");
+    assert!(reached.snapshots > 6 && reached.grown > 2 && reached.killed > 8, "{reached:?}");
+}
+
+#[test]
+#[ignore = "it takes minutes"]
+fn whatever_is_killed_while_a_chain_grows() {
+    println!(
+        "{:?}",
+        live_all(seeds(0..400), |seed| {
+            live(seed, &CHAIN, Some((20 + (seed / 3) as usize, Blow::Kill)), None)
+        })
+    );
+}
+
+#[test]
+#[ignore = "it takes minutes"]
+fn whatever_is_killed_with_requests_in_flight() {
+    println!("{:?}", live_all(seeds(0..400), |seed| live_in_flight(seed, 1 + (seed / 4) as usize, None)));
+}
+
 #[test]
 #[ignore = "it takes minutes"]
 fn whatever_happens_at_once() {
-    println!("{:?}", live_all(seeds(0..200), |seed| live_wildly(seed, None)));
+    println!("{:?}", live_all(seeds(0..400), |seed| live_wildly(seed, None)));
 }
 
-/// Each planted bug, with the seed and the steps at one of which a kill shows it.
+#[test]
+fn what_a_daemon_is_asked_is_not_asked_of_the_next_device_with_its_number() {
+    println!("{:?}", live_all(seeds(1..3), |seed| live_with_a_late_request(seed, None)));
+}
+
+#[test]
+fn commands_work_with_a_driver_that_is_slow_or_interrupted() {
+    println!("{:?}", live_all(seeds(0..6), |seed| live_with_delays(seed, None)));
+}
+
+#[test]
+fn a_disk_that_is_open_is_not_removed_and_one_whose_server_is_watched_is_served_again() {
+    println!("{:?}", live_all(seeds(0..4), |seed| live_with_openers(seed, None)));
+}
+
+type PlantedLife = fn(u64, usize, Plant) -> Result<Reached, String>;
+
+/// A life with a planted bug.
+struct Planted {
+    plant: Plant,
+    /// With a seed, and the number of a step.
+    life: PlantedLife,
+    /// At one of which it shows.
+    steps: Range<usize>,
+    /// What breaks.
+    rule: &'static str,
+}
+
+/// Each planted bug, and where it shows.
+fn planted() -> [Planted; 10] {
+    let killed: PlantedLife = |seed, step, plant| {
+        live(seed, &[Run(Add), Use, Use, Run(Del)], Some((step, Blow::Kill)), Some(plant))
+    };
+    let chain: PlantedLife = |seed, step, plant| live(seed, &CHAIN, Some((step, Blow::Kill)), Some(plant));
+    let late: PlantedLife = |seed, _, plant| live_with_a_late_request(seed, Some(plant));
+    let flight: PlantedLife = |seed, step, plant| live_in_flight(seed, step, Some(plant));
+    let delays: PlantedLife = |seed, _, plant| live_with_delays(seed, Some(plant));
+    let openers: PlantedLife = |seed, _, plant| live_with_openers(seed, Some(plant));
+    let it = |plant, life, steps, rule| Planted { plant, life, steps, rule };
+    [
+        it(Plant::SessionFirst, killed, 38..48, "acknowledged was"),
+        it(Plant::EntryFirst, killed, 38..48, "devices without an entry"),
+        it(Plant::SecondName, killed, 5..12, ".session.next"),
+        it(Plant::NoteToTheEnd, late, 0..1, "noted of no device"),
+        it(Plant::FailInFlight, flight, 5..25, "requests do not reissue"),
+        it(Plant::EarlyCompletion, flight, 5..25, "acknowledged was"),
+        it(Plant::ForgetSwitch, chain, 40..60, "there is no session file"),
+        it(Plant::SkipCatchUp, chain, 40..70, "the kernel knows of"),
+        it(Plant::GiveUpInterrupted, delays, 0..1, "Interrupted system call"),
+        it(Plant::StopUsed, openers, 0..1, "Del is not refused"),
+    ]
+}
+
 #[test]
 fn each_planted_bug_of_devices_is_caught() {
-    let removed = [Run(Add), Use, Use, Run(Del)];
-    let plants: [(Plant, &[Deed], Range<usize>, &str); 2] = [
-        (Plant::SessionFirst, &removed, 36..70, "acknowledged was"),
-        (Plant::EntryFirst, &removed, 38..70, "devices without an entry"),
-    ];
-    for (plant, deeds, steps, rule) in plants.clone() {
+    for Planted { plant, life, steps, rule } in planted() {
+        let began = std::time::Instant::now();
         // A seed fixes the order of the steps, and not how far a process has come when it is killed.
-        let attempts = (0..ATTEMPTS).flat_map(|attempt| steps.clone().map(move |step| (attempt, step)));
-        let caught = attempts.into_iter().find_map(|(attempt, step)| {
-            let seed = attempt * 1000 + step as u64;
-            let story = live(seed, deeds, Some(step), Some(plant)).err()?;
-            story.contains(rule).then_some((seed, step))
+        let attempts = 0..ATTEMPTS * steps.len() as u64;
+        let caught = find(attempts, |attempt| {
+            let step = steps.start + attempt as usize % steps.len();
+            let story = life(attempt, step, plant).err()?;
+            story.contains(rule).then_some((attempt, step))
         });
         let (seed, step) = caught.unwrap_or_else(|| panic!("{plant:?} is not caught"));
-        println!("{plant:?}: caught with seed {seed}, a kill at step {step}");
+        println!("{plant:?}: caught with seed {seed} at step {step}, {:?}", began.elapsed());
     }
-    assert_eq!(plants.map(|(plant, ..)| plant), Plant::OF_DEVICES);
+    assert_eq!(planted().map(|it| it.plant), Plant::OF_DEVICES);
 }

@@ -32,6 +32,7 @@ use super::options::KernelParameters;
 use crate::disk::ring_refused;
 use crate::error::{Error, Kind, Result};
 use crate::machine;
+use crate::simulation::{Plant, planted};
 use refusal::{forbidden, not_permitted, unavailable};
 
 /// The device that takes commands.
@@ -362,7 +363,8 @@ impl Control {
         let deadline = machine::now() + verb.deadline;
         loop {
             let answer = self.attempt(verb, id, data, payload, deadline)?;
-            if answer.0 != -libc::EINTR || machine::now() >= deadline {
+            let is_interrupted = answer.0 == -libc::EINTR && !planted(Plant::GiveUpInterrupted);
+            if !is_interrupted || machine::now() >= deadline {
                 return Ok(answer);
             }
         }

@@ -20,6 +20,7 @@ use crate::disk::HostFile;
 use crate::engine::shared::Session;
 use crate::error::{Error, Kind, Result};
 use crate::printable::shell;
+use crate::simulation::{Plant, planted};
 
 impl<E: EngineHandle> Device<E> {
     /// Does what a caller requests, or has it done. Whether the device is handed over then.
@@ -73,6 +74,9 @@ impl<E: EngineHandle> Device<E> {
         let entry = self.entry.clone();
         Box::new(move |leaf: NewLeaf| {
             let image = leaf.image.clone();
+            if planted(Plant::ForgetSwitch) {
+                return Ok(());
+            }
             change_entry(&Registry::open()?, &entry, &mut Reserved::default(), |entry| {
                 entry.image = leaf.image;
                 entry.image_file = leaf.image_file;

@@ -327,7 +327,7 @@ impl<E: EngineHandle> Device<E> {
         }
         handover::note("requests flow");
         await_node(&self.path(), Node::Block)?;
-        if beginning == Beginning::TakenOver {
+        if beginning == Beginning::TakenOver && !planted(Plant::SkipCatchUp) {
             self.catch_up_with(spec.parameters.size_bytes);
         }
         let handover = self.engine.as_ref().expect("started above").handover();
@@ -526,7 +526,9 @@ impl<E: EngineHandle> Device<E> {
         if planted(Plant::EntryFirst) {
             let _ = self.registry.remove(self.info.id, self.info.mark);
         }
-        self.supervisor.note_no_requests();
+        if !planted(Plant::NoteToTheEnd) {
+            self.supervisor.note_no_requests();
+        }
         let deleted = self.delete();
         let recorded = self.leave(&closed, &deleted);
         outcome.and(closed).and(deleted).and(recorded)

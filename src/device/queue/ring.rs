@@ -41,6 +41,7 @@ use crate::engine::port_counts::{PortCounts, Reason};
 use crate::engine::shared::{LEAF, Shared};
 use crate::error::{Doing, Error, Result};
 use crate::machine;
+use crate::simulation::{Plant, planted};
 
 /// Places in the submission queue: a full one is submitted and filled again, so this bounds memory, not work.
 const MAX_SUBMISSIONS: u32 = 4096;
@@ -189,6 +190,7 @@ impl QueueRing {
         let (offset, length) = descriptor_range(setup.queue, setup.depth);
         let descriptors = Region::of_device(&setup.character_device, offset, length);
         let tags = machine::Tags::of(setup.device, setup.queue, setup.depth);
+        machine::attend(format_args!("queue {queue}"));
         let pieces = usize::from(setup.depth) * MAX_PIECES;
         Ok(Self {
             uring,
@@ -338,6 +340,7 @@ impl QueueRing {
     }
 
     fn end(&mut self, tag: u16, result: Outcome<u32>) {
+        machine::step("completes a request");
         let before = std::mem::replace(&mut self.holders[usize::from(tag)], Holder::Kernel);
         let Holder::Front { by_command } = before else {
             panic!("a request is completed exactly once (tag {tag}, {before:?})")
@@ -371,6 +374,7 @@ impl QueueRing {
             return None;
         }
         *holder = Holder::Front { by_command: false };
+        machine::step("takes a request");
         Some(self.request(tag, &descriptor))
     }
 
@@ -515,6 +519,11 @@ impl Port for QueueRing {
                 opcode::Fsync::new(Fixed(SYNCING)).flags(FsyncFlags::DATASYNC).build()
             }
         };
+        machine::step("begins I/O of a request");
+        if matches!(op, FileOp::Write { .. }) && planted(Plant::EarlyCompletion) {
+            self.filled.push((piece, length));
+            return self.push(entry.flags(squeue::Flags::SKIP_SUCCESS), Token::FileIo(piece));
+        }
         self.file_io_in_flight += 1;
         // Otherwise completions could overflow, see `build_ring`.
         assert!(self.file_io_in_flight <= self.holders.len() * MAX_PIECES, "a piece is submitted twice");

@@ -23,6 +23,7 @@ use crate::error::{Doing, Error, Locate, Result};
 use crate::format::bat::Geometry;
 use crate::image::{HEADER_WORDS, Image, Place, SessionMemory};
 use crate::machine;
+use crate::simulation::{Plant, planted};
 
 /// The folder of session files.
 #[derive(Clone, Debug)]
@@ -265,7 +266,9 @@ impl SessionFile {
     /// new one named twice: whoever removes the old one removes both.
     pub(in crate::device) fn publish(&mut self) -> Result<()> {
         machine::turn("names its session");
-        self.take_free_name().doing("naming the session file").file(&self.path)?;
+        if !planted(Plant::SecondName) {
+            self.take_free_name().doing("naming the session file").file(&self.path)?;
+        }
         self.stand_by()?;
         machine::turn("puts its session in the place of another");
         if let Naming::Next = self.naming {

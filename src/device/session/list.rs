@@ -111,13 +111,11 @@ pub fn discard(name: &str) -> Result<()> {
         return Err(Error::new(Kind::NotFound, format!("there is no session {name}"))
             .remedy("vhdx-ublk session list"));
     };
-    match sessions.open(&known)? {
-        Some(Found::Free(session, _) | Found::Short(session)) => session.remove(),
-        _ => {
-            let path = sessions.path_of(&known);
-            fs::remove_file(&path).doing("removing the session file").file(&path)
-        }
+    if let Some(Found::Free(session, _) | Found::Short(session)) = sessions.open(&known)? {
+        return session.remove();
     }
+    let path = sessions.path_of(&known);
+    fs::remove_file(&path).doing("removing the session file").file(&path)
 }
 
 /// Waits until no process uses the session of the image `file`: one that has ended lets go of it a moment

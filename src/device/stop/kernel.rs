@@ -12,6 +12,7 @@ use crate::device::socket;
 use crate::device::usage;
 use crate::error::{Error, Kind, Result};
 use crate::machine;
+use crate::simulation::{Plant, planted};
 
 /// How long users that leave by themselves are waited for.
 const PASSING_PATIENCE: Duration = Duration::from_secs(3);
@@ -143,6 +144,7 @@ pub fn stop_here(id: u32, mark: u64, openers: Openers) -> Result<bool> {
     }
     match openers {
         Openers::Any => control.stop(id).map(|()| true),
+        Openers::None if planted(Plant::StopUsed) => control.stop(id).map(|()| true),
         Openers::None => control.stop_if_unused(id),
     }
 }
