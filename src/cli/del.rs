@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::time::Duration;
 
-use vhdx_ublk::device::registry::{Listed, Registry};
+use vhdx_ublk::device::registry::{Entry, Listed, Registry};
 use vhdx_ublk::device::stop::{self, How, Openers, Target};
 use vhdx_ublk::device::{Control, DeviceInfo, claims, launch, leftovers};
 use vhdx_ublk::error::{Error, Kind, Result};
@@ -58,6 +58,9 @@ enum Doomed {
     Orphan(DeviceInfo),
 }
 
+/// A device that was gone, and what came of closing its image.
+type Completed = (Entry, Result<()>);
+
 impl Doomed {
     fn lies_on(&self, below: &Self) -> bool {
         match (self, below) {
@@ -92,8 +95,15 @@ impl Del {
         let outcomes = match &registry {
             Some(registry) => {
                 // Without the driver it is unknown which entries are stale.
-                Control::open().map_or(Ok(()), |control| leftovers::sweep(registry, &control))?;
-                if self.all { self.all(registry)? } else { self.named(registry) }
+                let completed = match Control::open() {
+                    Ok(control) => {
+                        let completed = stop::complete(registry, &control, |entry| self.means(entry))?;
+                        leftovers::sweep(registry, &control)?;
+                        completed
+                    }
+                    Err(_) => Vec::new(),
+                };
+                if self.all { self.all(registry, completed)? } else { self.named(registry, completed) }
             }
             None if self.all => Vec::new(),
             None => {
@@ -110,20 +120,32 @@ impl Del {
         How { force: self.force, timeout: Duration::from_secs(self.timeout) }
     }
 
-    fn named(&self, registry: &Registry) -> Vec<(OsString, Result<()>)> {
-        let take = |text: &OsString| {
-            Target::parse(text).and_then(|target| stop::take_away(registry, &target, &self.how()))
+    /// Whether the device of `entry` is to be removed.
+    fn means(&self, entry: &Entry) -> bool {
+        let names = |text: &OsString| Target::parse(text).is_ok_and(|target| target.names(entry));
+        self.all || self.target.iter().any(names)
+    }
+
+    fn named(&self, registry: &Registry, mut completed: Vec<Completed>) -> Vec<(OsString, Result<()>)> {
+        let mut take = |text: &OsString| {
+            let target = Target::parse(text)?;
+            match completed.iter().position(|(entry, _)| target.names(entry)) {
+                Some(at) => completed.swap_remove(at).1,
+                None => stop::take_away(registry, &target, &self.how()),
+            }
         };
         self.target.iter().map(|text| (text.clone(), take(text))).collect()
     }
 
     /// Removes all devices. A device in use is tried again after another has been removed, which may have
     /// lain on it.
-    fn all(&self, registry: &Registry) -> Result<Vec<(OsString, Result<()>)>> {
+    fn all(&self, registry: &Registry, completed: Vec<Completed>) -> Result<Vec<(OsString, Result<()>)>> {
         let survey = registry.survey()?;
         let known = survey.devices.into_iter().map(|listed| Doomed::Known(listed.into()));
         let all = known.chain(survey.orphans.into_iter().map(Doomed::Orphan)).collect();
-        let (mut left, mut outcomes) = (stop::nested_first(all, Doomed::lies_on), Vec::new());
+        let completed = completed.into_iter().map(|(entry, outcome)| (entry.device.into(), outcome));
+        let (mut left, mut outcomes) =
+            (stop::nested_first(all, Doomed::lies_on), completed.collect::<Vec<_>>());
         loop {
             let (count, mut again, mut in_use) = (left.len(), Vec::new(), Vec::new());
             for doomed in left {

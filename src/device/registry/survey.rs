@@ -89,17 +89,20 @@ impl Registry {
         Ok(Survey { devices, orphans, unreadable })
     }
 
-    /// Removes the entries of devices that the kernel reports gone, unless a failure is still to be reported,
-    /// and what else killed processes have left of devices.
+    /// Removes the entries of devices that the kernel reports gone, unless a failure is still to be reported
+    /// or the entry is to be kept, and what else killed processes have left of devices.
     ///
     /// # Errors
     ///
     /// If the registry cannot be read or changed, or the kernel does not answer.
-    pub(in crate::device) fn sweep(&self, control: &Control) -> Result<()> {
+    pub(in crate::device) fn sweep(
+        &self,
+        control: &Control,
+        keeps: impl Fn(&Entry) -> Result<bool>,
+    ) -> Result<()> {
         let (entries, unreadable) = self.entries()?;
         for entry in entries {
-            let seen = control.info(entry.id)?;
-            if judge(&entry, Seen::Answer(seen), entry.daemon.life()).is_none() {
+            if Self::is_gone(control, &entry)? && !keeps(&entry)? {
                 self.remove(entry.id, entry.mark)?;
             }
         }
@@ -112,6 +115,13 @@ impl Registry {
             }
         }
         self.sweep_strays(control)
+    }
+
+    /// Whether the kernel reports the device of `entry` gone, its daemon has ended, and there is nothing to
+    /// report.
+    pub(in crate::device) fn is_gone(control: &Control, entry: &Entry) -> Result<bool> {
+        let seen = control.info(entry.id)?;
+        Ok(judge(entry, Seen::Answer(seen), entry.daemon.life()).is_none())
     }
 
     /// Removes half an entry, and the files of devices that have neither an entry nor are known to the

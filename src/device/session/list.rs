@@ -80,16 +80,29 @@ pub(in crate::device) fn sweep(registry: &Registry) -> Result<()> {
             continue;
         }
         let Some(Found::Free(session, memory)) = sessions.open(&name)? else { continue };
-        let is_at_rest = match memory.check_layout() {
-            Ok(()) => memory.session() == Session::Idle,
-            Err(mismatch) => mismatch == Mismatch::Incomplete,
-        };
         // Not before the session is locked: whoever held it until then has written the entry of its device.
-        if is_at_rest && !may_have_device(registry, &name)? {
+        if is_at_rest(&memory) && !may_have_device(registry, &name)? {
             session.remove()?;
         }
     }
     Ok(())
+}
+
+/// Whether the session of the image `file` may hold what the image does not, or is in use.
+pub(in crate::device) fn is_needed(registry: &Registry, file: HostFile) -> Result<bool> {
+    Ok(match Sessions::of(registry).of_file(file.device, file.inode)? {
+        None => false,
+        Some(Found::Free(_, memory)) => !is_at_rest(&memory),
+        Some(Found::Held(_) | Found::Short(_)) => true,
+    })
+}
+
+/// Whether the image has everything that was acknowledged with the session.
+fn is_at_rest(memory: &SessionMemory) -> bool {
+    match memory.check_layout() {
+        Ok(()) => memory.session() == Session::Idle,
+        Err(mismatch) => mismatch == Mismatch::Incomplete,
+    }
 }
 
 /// Whether a device may need the session to be recovered. Another mount may have changed the number of the

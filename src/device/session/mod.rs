@@ -28,7 +28,7 @@ pub(super) use choice::choose;
 pub use choice::{Plan, refuse_orphan};
 pub(super) use file::{Found, FoundSession, SessionFile, Sessions};
 pub use list::{Kept, KeptState, discard, kept};
-pub(super) use list::{await_free, sweep};
+pub(super) use list::{await_free, is_needed, sweep};
 pub(super) use origin::place_of;
 #[cfg(test)]
 pub(super) use room::folder_in_memory;

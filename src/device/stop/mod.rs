@@ -27,6 +27,7 @@ use super::control::{Control, DeviceInfo};
 use super::leftovers;
 use super::node::await_node_gone;
 use super::registry::{Entry, Registry, Sight, State};
+use super::session;
 use super::sys::ProcessHandle;
 use super::usage;
 use crate::error::{Doing, Error, Kind, Result};
@@ -170,13 +171,40 @@ pub fn stop(registry: &Registry, entry: &Entry, how: &How) -> Result<()> {
         return Err(not_closed(&last, below));
     }
     // A snapshot may have changed the image since the entry was read.
-    let closed = close_image(registry, &last);
+    close_and_forget(registry, &last)
+}
+
+/// Closes the image of a device that is gone, and removes the entry.
+fn close_and_forget(registry: &Registry, last: &Entry) -> Result<()> {
+    let closed = close_image(registry, last);
     // Not before: another `del` takes a device without an entry for one whose daemon has closed the image.
-    registry.remove(entry.id, entry.mark)?;
+    registry.remove(last.id, last.mark)?;
     match (closed?, &last.failure) {
-        (Closed::Untouched, Some(failure)) => Err(unclean(&last, failure)),
+        (Closed::Untouched, Some(failure)) => Err(unclean(last, failure)),
         _ => Ok(()),
     }
+}
+
+/// Ends what a `del` that was killed had begun: closes the images of those devices which are gone, whose
+/// images are not closed, and which are meant. Each with what came of it.
+///
+/// # Errors
+///
+/// If the registry or a session cannot be read, or the kernel does not answer.
+pub fn complete(
+    registry: &Registry,
+    control: &Control,
+    is_meant: impl Fn(&Entry) -> bool,
+) -> Result<Vec<(Entry, Result<()>)>> {
+    let mut completed = Vec::new();
+    let (entries, _) = registry.entries()?;
+    for entry in entries.into_iter().filter(|entry| !entry.read_only && is_meant(entry)) {
+        if Registry::is_gone(control, &entry)? && session::is_needed(registry, entry.image_file)? {
+            let outcome = close_and_forget(registry, &entry);
+            completed.push((entry, outcome));
+        }
+    }
+    Ok(completed)
 }
 
 fn hidden(entry: &Entry) -> Error {

@@ -76,7 +76,8 @@ impl Target {
         }
     }
 
-    pub(super) fn names(&self, entry: &Entry) -> bool {
+    /// Whether it names the device of `entry`.
+    pub fn names(&self, entry: &Entry) -> bool {
         match self {
             Self::Id(id) => entry.id == *id,
             Self::Name(name, image) => {
