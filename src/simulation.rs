@@ -279,6 +279,8 @@ pub enum Plant {
     GiveUpInterrupted,
     /// A device that is open is stopped, although it was asked for only if it is not.
     StopUsed,
+    /// An image counts as closed because its device is gone.
+    TrustGone,
 }
 
 impl Plant {
@@ -386,7 +388,7 @@ impl Plant {
     ];
 
     /// Those that show in the order of what processes do to a device.
-    pub const OF_DEVICES: [Self; 10] = [
+    pub const OF_DEVICES: [Self; 11] = [
         Self::SessionFirst,
         Self::EntryFirst,
         Self::SecondName,
@@ -397,6 +399,7 @@ impl Plant {
         Self::SkipCatchUp,
         Self::GiveUpInterrupted,
         Self::StopUsed,
+        Self::TrustGone,
     ];
 
     /// Those that show where threads run side by side.

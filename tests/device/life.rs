@@ -8,7 +8,7 @@ use vhdx_ublk::simulation::Plant;
 
 use crate::driver::State;
 use crate::guest::{KINDS, Stage};
-use crate::machine::Machine;
+use crate::machine::{Blow, Machine};
 
 /// What the driver of Linux 7.0 has, as far as the program uses it.
 const NEW: u64 = OLD
@@ -234,9 +234,8 @@ impl Life {
         self.command_works(&["del", "--force", "--all"]);
         self.remove_orphans();
         self.machine.settle();
-        let needed = self.needed_sessions();
         self.remove_spare_snapshots();
-        self.nothing_is_left(&needed);
+        self.nothing_is_left();
         self.serve_once_more();
     }
 
@@ -308,7 +307,7 @@ impl Life {
             if self.machine.chain.contains(&path) || fs::remove_file(&path).is_err() {
                 continue;
             }
-            if !self.machine.processes.iter().any(|process| process.killed || process.terminated) {
+            if !self.machine.processes.iter().any(|process| process.struck.is_some()) {
                 self.machine.breaks(format!("{image} is left, and no process has ended early"));
             }
         }
@@ -322,7 +321,7 @@ impl Life {
         self.machine.settle();
         self.command_works(&["del", &image]);
         self.machine.settle();
-        self.nothing_is_left(&[]);
+        self.nothing_is_left();
         self.command_works(&["check", &image]);
     }
 
@@ -364,21 +363,8 @@ impl Life {
         self.has_worked(number);
     }
 
-    /// The sessions that hold what their images do not: a `del` was killed before it had closed the image.
-    fn needed_sessions(&mut self) -> Vec<String> {
-        if self.machine.broken.is_some() {
-            return Vec::new();
-        }
-        let number = self.machine.run(&["session", "list", "--json"]);
-        self.has_worked(number);
-        let (answer, _) = self.machine.output(number);
-        let rows: Vec<serde_json::Value> = serde_json::from_str(&answer).unwrap_or_default();
-        let needed = rows.iter().filter(|row| row["state"] == "orphan");
-        needed.map(|row| row["name"].as_str().expect("a name").to_owned()).collect()
-    }
-
-    /// No device, no process, no file but what is `needed`.
-    fn nothing_is_left(&mut self, needed: &[String]) {
+    /// No device, no process, no file.
+    fn nothing_is_left(&mut self) {
         if self.machine.broken.is_some() {
             return;
         }
@@ -396,9 +382,8 @@ impl Life {
         let is_left = |name: &str| {
             let of_command = name.ends_with(".out") || name.ends_with(".err");
             let is_log = name.ends_with(".log") && size(name) > 0;
-            let is_needed = needed.iter().any(|other| other == name);
             let is_image = self.machine.chain.iter().any(|image| image.ends_with(name));
-            !(of_command || is_log || is_needed || is_image || OF_MACHINE.contains(&name))
+            !(of_command || is_log || is_image || OF_MACHINE.contains(&name))
         };
         let names = items.map(|item| item.expect("readable").file_name().into_string().expect("plain"));
         let left: Vec<String> = names.filter(|name| is_left(name)).collect();
@@ -435,7 +420,7 @@ impl Life {
         self.machine.end();
         let machine = &self.machine;
         let Some(rule) = &machine.broken else {
-            let killed = machine.processes.iter().filter(|process| process.killed);
+            let killed = machine.processes.iter().filter(|process| process.struck == Some(Blow::Kill));
             return Ok(Reached {
                 steps: machine.steps,
                 acknowledged: machine.guest.acknowledgements,

@@ -108,9 +108,7 @@ pub struct Process {
     locked: bool,
     /// It serves a device: its threads wait for requests, and the first one for what others want.
     idled: bool,
-    pub killed: bool,
-    /// It was asked to end.
-    pub terminated: bool,
+    pub struck: Option<Blow>,
     /// How it has ended.
     pub status: Option<i32>,
 }
@@ -118,8 +116,10 @@ pub struct Process {
 impl Process {
     /// It has ended by a signal that no one sent.
     pub fn child_failed(&self) -> bool {
-        let is_expected = self.killed || self.terminated;
-        matches!(self.state, State::Gone) && self.child.is_some() && !is_expected && self.status.is_none()
+        matches!(self.state, State::Gone)
+            && self.child.is_some()
+            && self.struck.is_none()
+            && self.status.is_none()
     }
 }
 
@@ -297,8 +297,7 @@ impl Machine {
             child: None,
             locked: false,
             idled: false,
-            killed: false,
-            terminated: false,
+            struck: None,
             status: None,
         });
         self.processes.len() - 1
@@ -905,7 +904,7 @@ impl Machine {
     pub fn kill(&mut self, number: usize) {
         let (pid, name) = (self.processes[number].pid, self.processes[number].name.clone());
         self.note(format!("{number} {name}: KILLED before {:?}", self.processes[number].state));
-        self.processes[number].killed = true;
+        self.processes[number].struck = Some(Blow::Kill);
         let before = std::mem::replace(&mut self.processes[number].state, State::Runs(Instant::now()));
         if let State::Asks(Ask::Driver(command) | Ask::Hangs(_, command)) = before {
             self.lose(&command);
@@ -946,7 +945,7 @@ impl Machine {
     /// Asks a process to end.
     pub fn terminate(&mut self, number: usize) {
         self.note(format!("{number}: SIGTERM"));
-        self.processes[number].terminated = true;
+        self.processes[number].struck = Some(Blow::Terminate);
         let pid = Pid::from_raw(self.processes[number].pid.cast_signed());
         let _ = kill(pid, Signal::SIGTERM); // it may have ended
         if matches!(self.processes[number].state, State::Idles) {

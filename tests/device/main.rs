@@ -4,6 +4,13 @@
 //! The processes are those of the program, on a machine that the test makes: see
 //! [`testing`](vhdx_ublk::design::testing). Repeat one run: `VHDX_UBLK_SEED=N cargo test --features
 //! simulation --test device -- NAME --nocapture`.
+//!
+//! The runs with `--ignored` take one to three minutes each: `whatever_is_killed_when` kills at every step of
+//! a device's life, `whatever_is_killed_while_a_device_is_removed` in `del` after another kill,
+//! `whatever_is_killed_while_a_chain_grows` in snapshots and resizes,
+//! `whatever_is_killed_while_the_program_is_exchanged` in upgrades,
+//! `whatever_is_killed_with_requests_in_flight` at the steps of requests. `whatever_happens_at_once` has
+//! commands run side by side, kills, and a driver that fails. Of all but the first the seed may be chosen.
 
 #![cfg(feature = "simulation")]
 #![allow(
@@ -39,7 +46,17 @@ fn live(
     blow: Option<(usize, Blow)>,
     plant: Option<Plant>,
 ) -> Result<Reached, String> {
-    let mut life = Life::new(seed, Shape::SMALL, plant);
+    live_in((seed, Shape::SMALL), deeds, blow, plant)
+}
+
+/// The same with a device of this shape.
+fn live_in(
+    (seed, shape): (u64, Shape),
+    deeds: &[Deed],
+    blow: Option<(usize, Blow)>,
+    plant: Option<Plant>,
+) -> Result<Reached, String> {
+    let mut life = Life::new(seed, shape, plant);
     let begin = life.machine.asks;
     life.machine.blow = blow.map(|(step, blow)| (begin + step, blow));
     for deed in deeds {
@@ -277,7 +294,24 @@ fn whatever_is_killed_while_a_chain_grows() {
     println!(
         "{:?}",
         live_all(seeds(0..400), |seed| {
-            live(seed, &CHAIN, Some((20 + (seed / 3) as usize, Blow::Kill)), None)
+            let blow = Some((20 + (seed / 3) as usize, Blow::Kill));
+            let shape = if seed.is_multiple_of(2) { Shape::in_flight(seed) } else { Shape::SMALL };
+            live_in((seed, shape), &CHAIN, blow, None)
+        })
+    );
+}
+
+/// What is done while the program is exchanged.
+const UPGRADES: [Deed; 8] = [Run(Add), Use, Run(Upgrade), Use, Run(Snapshot), Use, Run(Upgrade), Use];
+
+#[test]
+#[ignore = "it takes minutes"]
+fn whatever_is_killed_while_the_program_is_exchanged() {
+    println!(
+        "{:?}",
+        live_all(seeds(0..400), |seed| {
+            let blow = Some((20 + (seed / 2) as usize, Blow::Kill));
+            live_in((seed, Shape::in_flight(seed)), &UPGRADES, blow, None)
         })
     );
 }
@@ -297,6 +331,29 @@ fn whatever_happens_at_once() {
 #[test]
 fn what_a_daemon_is_asked_is_not_asked_of_the_next_device_with_its_number() {
     println!("{:?}", live_all(seeds(1..3), |seed| live_with_a_late_request(seed, None)));
+}
+
+/// What is done to a device whose daemon was killed.
+const REMOVED: [Deed; 4] = [Run(Add), Use, Kill, Run(Del)];
+
+/// A few kills of `del`, which an administrator runs again; the long run takes every step.
+#[test]
+fn a_del_that_was_killed_is_completed_by_the_next_one() {
+    let reached =
+        live_all(seeds(0..8), |seed| live(seed, &REMOVED, Some((40 + 4 * seed as usize, Blow::Kill)), None));
+    println!("{reached:?}");
+    assert!(reached.killed > 10, "{reached:?}");
+}
+
+#[test]
+#[ignore = "it takes minutes"]
+fn whatever_is_killed_while_a_device_is_removed() {
+    println!(
+        "{:?}",
+        live_all(seeds(0..300), |seed| {
+            live(seed, &REMOVED, Some((24 + (seed / 5) as usize, Blow::Kill)), None)
+        })
+    );
 }
 
 #[test]
@@ -323,11 +380,13 @@ struct Planted {
 }
 
 /// Each planted bug, and where it shows.
-fn planted() -> [Planted; 10] {
+fn planted() -> [Planted; 11] {
     let killed: PlantedLife = |seed, step, plant| {
         live(seed, &[Run(Add), Use, Use, Run(Del)], Some((step, Blow::Kill)), Some(plant))
     };
     let chain: PlantedLife = |seed, step, plant| live(seed, &CHAIN, Some((step, Blow::Kill)), Some(plant));
+    let removed: PlantedLife =
+        |seed, step, plant| live(seed, &REMOVED, Some((step, Blow::Kill)), Some(plant));
     let late: PlantedLife = |seed, _, plant| live_with_a_late_request(seed, Some(plant));
     let flight: PlantedLife = |seed, step, plant| live_in_flight(seed, step, Some(plant));
     let delays: PlantedLife = |seed, _, plant| live_with_delays(seed, Some(plant));
@@ -344,6 +403,7 @@ fn planted() -> [Planted; 10] {
         it(Plant::SkipCatchUp, chain, 40..70, "the kernel knows of"),
         it(Plant::GiveUpInterrupted, delays, 0..1, "Interrupted system call"),
         it(Plant::StopUsed, openers, 0..1, "Del is not refused"),
+        it(Plant::TrustGone, removed, 40..70, ".session\"]"),
     ]
 }
 

@@ -15,6 +15,7 @@ use crate::disk::{HostFile, host_bytes};
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::image::{Mismatch, Session, SessionMemory};
 use crate::machine;
+use crate::simulation::{Plant, planted};
 
 /// The state of a kept session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
@@ -92,6 +93,7 @@ pub(in crate::device) fn sweep(registry: &Registry) -> Result<()> {
 pub(in crate::device) fn is_needed(registry: &Registry, file: HostFile) -> Result<bool> {
     Ok(match Sessions::of(registry).of_file(file.device, file.inode)? {
         None => false,
+        _ if planted(Plant::TrustGone) => false,
         Some(Found::Free(_, memory)) => !is_at_rest(&memory),
         Some(Found::Held(_) | Found::Short(_)) => true,
     })
