@@ -98,7 +98,7 @@ class Bench:
                     touch(device, serving.fresh.shape)
                 finally:
                     system.stop(self.tools, device)
-        return serve(self.tools, system, file)
+        return serve(self.tools, system, file, serving)
 
     def note_failure(self, label: str, workload: Measured, system: System, error: Exception) -> None:
         reason = f"{type(error).__name__}: {error}" if not isinstance(error, CommandError) else str(error)

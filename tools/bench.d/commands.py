@@ -92,4 +92,4 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = 30) ->
     while not condition():
         if time.monotonic() > deadline:
             raise CommandError(f"after {seconds:.0f} s still not so: {what}")
-        time.sleep(0.02)
+        time.sleep(0.005)

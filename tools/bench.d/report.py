@@ -41,7 +41,8 @@ NOTES = """\
   computing say little. The user-mode kernel counts the wait for a disk's sync as computing, whoever asked for it.
 * wakes: how often our threads have woken each other, per request; it does not depend on the kernel.
 * A command's throughput is how often a second has time for it; its latency is the time it took, and its wakes are all
-  of its. A full disk has 4 KiB in every block. The time of `add` ends with the first read.
+  of its. A full disk has 4 KiB in every block. The time of `add` ends with the first read, that of `del` when nothing
+  has the file open.
 * With two CPUs and more the first one is the requests' and the others are the server's, but with two queues.
 * Where blocks are written first and in the fill, the final sync is in the time. qemu-nbd is stopped there, and counted
   as far as it came, when a time limit ends.

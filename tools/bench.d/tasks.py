@@ -45,11 +45,15 @@ class Task:
 
 @dataclass(frozen=True)
 class Serving:
-    """How long it takes from the command that serves a file to the end of the first read."""
+    """How long it takes from the command that serves a file to the end of the first read.
+
+    If it `removes`, how long it takes from the command that removes that device until nothing has the file open.
+    """
 
     name: str
     title: str
     fresh: Fresh
+    removes: bool = False
     measured: tuple[System, ...] = (systems.OURS, systems.OLD, systems.RUBLK)
     unit: str = "/s"
     small: bool = False
@@ -73,7 +77,13 @@ def tasks() -> list[Task]:
 
 def servings() -> list[Serving]:
     return [
-        Serving(f"add-{state}-1T", f"add of a {state} disk of 1T", Fresh(SERVED_SHAPE, touched=state == "full"))
+        Serving(
+            f"{command}-{state}-1T",
+            f"{command} of a {state} disk of 1T",
+            Fresh(SERVED_SHAPE, touched=state == "full"),
+            removes=command == "del",
+        )
+        for command in ("add", "del")
         for state in ("new", "full")
     ]
 
@@ -109,13 +119,15 @@ def timed(device: Device, command: list[str | Path]) -> Sample:
     return replace(once, cpu_s=after.cpu_s_since(before), wakes=after.wakes_since(before))
 
 
-def serve(tools: Tools, system: System, file: Path) -> Sample:
-    """Serves the file once, until the first sector has been read."""
+def serve(tools: Tools, system: System, file: Path, serving: Serving) -> Sample:
+    """Serves the file once, until the first sector has been read, and removes the device."""
     os.sync()
     started = time.monotonic()
     device = system.start(tools, file)
     try:
         run(["dd", f"if={device.path}", "of=/dev/null", "bs=4096", "count=1", "iflag=direct", "status=none"])
-        return Sample.once(time.monotonic() - started)
+        served = time.monotonic()
     finally:
+        removing = time.monotonic()
         system.stop(tools, device)
+    return Sample.once(time.monotonic() - removing if serving.removes else served - started)
