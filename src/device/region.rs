@@ -27,10 +27,18 @@ unsafe impl Send for Region {}
 impl Region {
     /// Private memory, zero and present, for data of the disk: core dumps leave it out.
     pub(super) fn memory(length: usize) -> io::Result<Self> {
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_POPULATE;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
         let region = Self::map(length, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0)?;
         region.leave_out_of_cores()?;
+        region.bring_in()?;
         Ok(region)
+    }
+
+    /// Brings all of it into memory. MAP_POPULATE brings in nothing once the process locks what it touches.
+    fn bring_in(&self) -> io::Result<()> {
+        let place = self.base.as_ptr().cast();
+        // SAFETY: the range is this mapping, and its contents do not change.
+        Ok(unsafe { mm::madvise(place, self.length, mm::Advice::LinuxPopulateWrite) }?)
     }
 
     /// Zeros that cost no memory: never written, they stay the kernel's zero page.
@@ -153,6 +161,7 @@ unsafe impl Sync for Mapped {}
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::sys as sys_of_daemon;
 
     #[test]
     fn memory_is_zero_aligned_and_bounded() {
@@ -164,6 +173,20 @@ mod tests {
         region.fill_zero(4096, 1);
         // SAFETY: as above.
         assert_eq!(unsafe { place.read() }, 0);
+    }
+
+    /// A buffer that the kernel cannot fault in would stall its queue, whether it is registered or not.
+    #[test]
+    fn memory_is_present_where_the_process_locks_what_it_touches() {
+        // Without the right to it, the memory is present all the same.
+        let _ = sys_of_daemon::keep_in_memory();
+        let region = Region::memory(1 << 20).expect("memory");
+        let mut pages = [0_u8; (1 << 20) / 4096];
+        // SAFETY: the range is mapped, and there is a byte for each of its pages.
+        let result = unsafe { libc::mincore(region.at(0, 1 << 20).cast(), 1 << 20, pages.as_mut_ptr()) };
+        mm::munlockall().expect("any process may");
+        assert_eq!(result, 0);
+        assert!(pages.iter().all(|page| page & 1 == 1), "{pages:?}");
     }
 
     #[test]

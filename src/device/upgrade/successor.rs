@@ -91,7 +91,6 @@ impl Successor {
             refuse_another(&entry, path, parent.identity() == *file)?;
             parents.push(parent);
         }
-        // Before memory is locked as it is touched: such memory is not brought in by its allocation.
         let info = Control::open()?.info(entry.id)?;
         let spare = info.map(|info| SpareBuffers::of(&info)).transpose()?.unwrap_or_default();
         if let Err(error) = sys::keep_in_memory() {
