@@ -8,6 +8,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -230,6 +231,13 @@ impl ProcessHandle {
                 Err(errno) => return Err(errno.into()),
             }
         }
+    }
+
+    /// Waits for its end, at most so long; whether it has ended, with all of its threads.
+    pub(super) fn has_ended_within(&self, patience: Duration) -> bool {
+        let patience = PollTimeout::try_from(patience).expect("a short time");
+        let polled = poll(&mut [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)], patience);
+        polled.is_ok_and(|count| count > 0)
     }
 
     /// Ends it.

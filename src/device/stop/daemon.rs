@@ -34,14 +34,28 @@ pub(super) fn end_daemon(
             Life::Runs | Life::Stopped => false,
         })
     };
+    let mut process = ProcessHandle::open(entry.daemon.pid).ok();
     while !is_over()? {
         let is_hopeless = how.force && entry.daemon.life() == Life::Stopped;
         if is_hopeless || machine::now() >= until {
             return if how.force { kill_daemon(entry) } else { Err(has_not_ended(registry, entry, how)) };
         }
-        machine::pause(POLL_INTERVAL);
+        await_end(&mut process);
     }
     Ok(())
+}
+
+/// Waits until `process` ends, which may be the daemon, or for a moment. Behind that end only time is waited
+/// for: it may have been another process, and the daemon one that cannot be seen from here.
+fn await_end(process: &mut Option<ProcessHandle>) {
+    match process {
+        Some(handle) if machine::folder().is_none() => {
+            if handle.has_ended_within(POLL_INTERVAL) {
+                *process = None;
+            }
+        }
+        _ => machine::pause(POLL_INTERVAL),
+    }
 }
 
 /// Asks the daemon of a device in use to end when the use ends.
@@ -70,6 +84,7 @@ fn kill_daemon(entry: &Entry) -> Result<()> {
         let message = format!("the daemon of {device} does not end, and belongs to another PID namespace");
         return Err(Error::new(Kind::InUse, message).remedy("run the command where the daemon was started"));
     }
+    let mut process = ProcessHandle::open(pid).ok();
     signal(entry, "killing the daemon", ProcessHandle::kill)?;
     tracing::warn!("the daemon of {device} (pid {pid}) did not end and was killed, as in a crash");
     let until = machine::now() + KILL_DEADLINE;
@@ -80,7 +95,7 @@ fn kill_daemon(entry: &Entry) -> Result<()> {
             return Err(Error::new(Kind::InUse, message)
                 .remedy("check dmesg; run the command again when the storage answers"));
         }
-        machine::pause(POLL_INTERVAL);
+        await_end(&mut process);
     }
     Ok(())
 }
@@ -97,5 +112,28 @@ fn signal(entry: &Entry, doing: &str, send: impl FnOnce(&ProcessHandle) -> io::R
             Err(Error::io(format!("{doing} (pid {pid})"), error))
         }
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    /// Otherwise a wait for something else would take all of a CPU once the process has ended.
+    #[test]
+    fn behind_the_end_of_a_process_only_time_is_waited_for() {
+        let mut own = ProcessHandle::open(std::process::id()).ok();
+        await_end(&mut own);
+        assert!(own.is_some(), "it runs");
+        let mut child = Command::new("true").spawn().expect("every machine has it");
+        let mut process = ProcessHandle::open(child.id()).ok();
+        assert!(process.is_some(), "it is not waited for yet");
+        while process.is_some() {
+            await_end(&mut process);
+        }
+        await_end(&mut process);
+        child.wait().expect("it has ended");
     }
 }
