@@ -34,7 +34,7 @@ impl Region {
         Ok(region)
     }
 
-    /// Brings all of it into memory. MAP_POPULATE brings in nothing once the process locks what it touches.
+    /// Brings all of it into memory. `MAP_POPULATE` brings in nothing once the process locks what it touches.
     fn bring_in(&self) -> io::Result<()> {
         let place = self.base.as_ptr().cast();
         // SAFETY: the range is this mapping, and its contents do not change.
