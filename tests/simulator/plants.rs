@@ -47,6 +47,7 @@ fn test_for(planted: Plant) -> Option<fn()> {
         Plant::IgnoreBoot => a_session_from_before_a_power_cut_is_not_taken_over,
         Plant::IgnoreVersion => a_session_of_another_layout_is_told_apart,
         Plant::IgnoreChecksum => a_damaged_session_is_told_apart,
+        Plant::LateSettlement => two_successors_may_be_killed_at_any_step,
         Plant::TrustFirstLook => a_first_write_survives_zeros_beside_it,
         Plant::NoFlushedOffset => a_file_that_lost_its_durable_end_is_refused,
         Plant::NoExtension => a_length_that_the_log_asks_for_is_restored,
@@ -104,11 +105,9 @@ fn catch_for(planted: Plant) -> Catch {
         | Plant::TrustTail => Scenario("dynamic"),
         Plant::KeepLaterEntries | Plant::TailBeforeSync => Scenario("chunk-border"),
         Plant::LateCount => Scenario("again"),
-        Plant::NoFence
-        | Plant::LateAnnouncement
-        | Plant::LateSettlement
-        | Plant::TrustKilled
-        | Plant::ForgetPending => Scenario("killed"),
+        Plant::NoFence | Plant::LateAnnouncement | Plant::TrustKilled | Plant::ForgetPending => {
+            Scenario("killed")
+        }
         Plant::ForgetUnmapped => Scenario("killed-no-punch"),
         Plant::ForgetParents | Plant::SkipFillSync => Scenario("child-filled"),
         Plant::RevealParents
@@ -304,6 +303,35 @@ fn a_length_that_the_log_asks_for_is_restored() {
         Ok(image) if image.layout.file_length > file.length => {}
         Ok(_) => violated("the file was not extended".into()),
         Err(error) => violated(format!("a log that extends the file is not replayed: {error}")),
+    }
+}
+
+/// A daemon that leaves a log is killed, and so are its successors at these steps of their openings. Whether
+/// one of them was killed.
+fn kill_successors(steps: &[usize]) -> bool {
+    let config = Config { requests: 0, ..tiny() };
+    let mut rng = Rng::with_seed(1);
+    let content = new_image(&config, &mut rng);
+    let mut world = World::open(config.clone(), content, config.oracle(), rng);
+    for (op, length) in [(Op::Write { durable: false }, 4096), (Op::Flush, 0)] {
+        world.request(op, 0, length);
+        world.drain();
+    }
+    world.die_again(|_, deaths| steps.get(deaths as usize - 1).copied());
+    world.close();
+    world.marks.count("deaths in a recovery") > 0
+}
+
+/// The first one may have announced a FileWriteGuid, and written it; the second one another. Both come once
+/// the log was read, in the second half of an opening.
+#[test]
+fn two_successors_may_be_killed_at_any_step() {
+    let _logs = ShortLogs::new(None);
+    let steps = (0..1000).find(|step| !kill_successors(&[*step])).expect("an opening ends");
+    assert!(steps > 30, "no log was replayed: {steps}");
+    let later = steps / 2..steps;
+    for (first, second) in later.clone().flat_map(|first| later.clone().map(move |second| (first, second))) {
+        kill_successors(&[first, second]);
     }
 }
 

@@ -45,6 +45,15 @@ impl World {
     /// Kills the daemon. Returns when a successor serves, and has shown that it lost nothing acknowledged; or
     /// when it refuses, since the host has lost something.
     pub fn die(&mut self) {
+        self.die_again(|world, deaths| {
+            let dies = deaths < DEATHS_IN_A_ROW && world.rng.bool();
+            dies.then(|| world.rng.usize(..LAST_STEP))
+        });
+    }
+
+    /// The same; `killed_at` says of a successor, by how many were killed before it, at which step of its
+    /// opening it is killed, if at any.
+    pub fn die_again(&mut self, mut killed_at: impl FnMut(&mut Self, u32) -> Option<usize>) {
         self.marks.hit("daemon deaths");
         if self.held.take().is_some() {
             self.marks.hit("deaths while fronts are held");
@@ -57,9 +66,8 @@ impl World {
         let (mut late, mut deaths) = (self.end_process(), 1);
         self.make_room_for_successor();
         let opened = loop {
-            let dies = deaths < DEATHS_IN_A_ROW && self.rng.bool();
-            let killed_at = dies.then(|| self.rng.usize(..LAST_STEP));
-            match self.open_again(killed_at) {
+            let step = killed_at(self, deaths);
+            match self.open_again(step) {
                 Some(Ok(opened)) => break opened,
                 Some(Err(_)) if self.disk.is_doubtful() => return self.stay_dead(),
                 Some(Err(why)) => violated(format!("the successor refuses: {why}")),
