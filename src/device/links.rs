@@ -8,9 +8,10 @@
 //!
 //! A failure costs the names and not the device: it is a warning.
 
-use std::fs::{self, DirBuilder, File, Permissions};
+use std::collections::BTreeSet;
+use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt, symlink};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -51,7 +52,7 @@ pub(super) struct Names<'a> {
 pub(super) fn publish(directory: &Path, names: &Names<'_>) -> Option<u64> {
     let disk = format!("ublkb{}", names.id);
     let published = sequence_of(&disk).and_then(|sequence| {
-        write_properties(&properties_path(directory, sequence), names)?;
+        write_properties(directory, sequence, names)?;
         announce(&disk)?;
         Ok(sequence)
     });
@@ -110,19 +111,42 @@ fn sequence_of(disk: &str) -> io::Result<u64> {
     text.trim().parse().map_err(io::Error::other)
 }
 
+/// Removes the properties of disks that are gone: a daemon was killed before its entry had the number of its
+/// disk, or an entry that had it was replaced. No disk gets such a number again.
+pub(super) fn sweep(directory: &Path) {
+    let disks = names_in(Path::new(CLASS));
+    if !disks.is_empty() {
+        sweep_but(directory, &disks.iter().filter_map(|disk| sequence_of(disk).ok()).collect());
+    }
+}
+
+fn sweep_but(directory: &Path, present: &BTreeSet<u64>) {
+    for file in names_in(directory) {
+        let sequence = file.strip_prefix('.').unwrap_or(&file).strip_suffix(".udev");
+        if sequence.and_then(|sequence| sequence.parse().ok()).is_some_and(|found| !present.contains(&found))
+        {
+            let _ = fs::remove_file(directory.join(file)); // another command may have been first
+        }
+    }
+}
+
 fn properties_path(directory: &Path, sequence: u64) -> PathBuf {
     directory.join(format!("{sequence}.udev"))
 }
 
-/// What the rule imports: a line for each property.
-fn write_properties(path: &Path, names: &Names<'_>) -> io::Result<()> {
+/// The same before it is complete.
+fn next_properties_path(directory: &Path, sequence: u64) -> PathBuf {
+    directory.join(format!(".{sequence}.udev"))
+}
+
+/// What the rule imports: a line for each property. One daemon at a time has the disk.
+fn write_properties(directory: &Path, sequence: u64, names: &Names<'_>) -> io::Result<()> {
     let name = names.name.map(|name| format!("VHDX_NAME={name}\n")).unwrap_or_default();
     let text = format!("VHDX_DISK_ID={}\n{name}", names.disk_id);
-    let folder = path.parent().expect("a file in a directory");
-    let mut file = tempfile::Builder::new().prefix(".udev.").tempfile_in(folder)?;
+    let next = next_properties_path(directory, sequence);
+    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&next)?;
     file.write_all(text.as_bytes())?;
-    file.persist(path)?;
-    Ok(())
+    fs::rename(next, properties_path(directory, sequence))
 }
 
 /// Has udev look again at the disk and at its partitions.
@@ -216,11 +240,21 @@ mod tests {
         let directory = tempfile::tempdir().expect("a directory");
         let name = "data".parse().expect("a name");
         let names = Names { id: 7, disk_id: Uuid::from_u128(1), name: Some(&name), is_scanned: false };
-        write_properties(&properties_path(directory.path(), 42), &names).expect("room");
+        write_properties(directory.path(), 42, &names).expect("room");
         let text = fs::read_to_string(directory.path().join("42.udev")).expect("there");
         assert_eq!(text, "VHDX_DISK_ID=00000000-0000-0000-0000-000000000001\nVHDX_NAME=data\n");
         withdraw(directory.path(), 7, Some(42), None);
         assert_eq!(fs::read_dir(directory.path()).expect("there").count(), 0);
+    }
+
+    #[test]
+    fn properties_of_disks_that_are_gone_are_removed() {
+        let directory = tempfile::tempdir().expect("a directory");
+        for file in ["7.udev", ".7.udev", "8.udev", ".9.udev", "7.json", "x.udev", ".entry"] {
+            fs::write(directory.path().join(file), "").expect("room");
+        }
+        sweep_but(directory.path(), &[8, 10].into());
+        assert_eq!(names_in(directory.path()), [".entry", "7.json", "8.udev", "x.udev"]);
     }
 
     #[test]

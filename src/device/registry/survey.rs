@@ -4,6 +4,7 @@ use super::entry::Entry;
 use super::sight::{Seen, Sight, State, judge};
 use super::store::{Registry, Unreadable};
 use crate::device::control::{Control, DeviceInfo, is_mark_of_program};
+use crate::device::links;
 use crate::device::options::Recovery;
 use crate::device::process::Life;
 use crate::error::Result;
@@ -114,6 +115,7 @@ impl Registry {
                 }
             }
         }
+        links::sweep(self.directory());
         self.sweep_strays(control)
     }
 
