@@ -29,7 +29,7 @@ use super::fates::Fates;
 use super::layers::{self, Chain, Shape, data_write_guid, guids, open_chain, says};
 use super::marks::Marks;
 use super::store::Store;
-use super::tasks::{SimTasks, block_on};
+use super::tasks::{OwnedTasks, SimTasks, block_on};
 use super::violation::violated;
 use super::world::death::place;
 
@@ -243,7 +243,7 @@ pub struct ServedChain {
     pub entry: Vec<PathBuf>,
     rates: Rates,
     rng: Rng,
-    tasks: Rc<SimTasks>,
+    tasks: OwnedTasks,
     inbox: Rc<Inbox>,
     engine: Rc<Engine<SimDisk>>,
     hosts: Vec<Host>,
@@ -277,7 +277,7 @@ impl ServedChain {
     ) -> Self {
         let rng = Rng::with_seed(seed);
         let (entry, _) = open_chain(&folder.content(), leaf);
-        let (tasks, inbox) = (Rc::new(SimTasks::default()), new_inbox(fronts));
+        let (tasks, inbox) = (OwnedTasks::default(), new_inbox(fronts));
         let mut image = opened_for_writing(&folder.disk(leaf), rng.clone().u64(..));
         let memory = start_session(&mut image);
         let parents = fresh_parents(&folder, &entry);

@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
+use std::ops::Deref;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
@@ -17,6 +18,25 @@ pub struct SimTasks {
     tasks: RefCell<BTreeMap<u64, Option<Task>>>,
     ready: Arc<Mutex<BTreeSet<u64>>>,
     next: RefCell<u64>,
+}
+
+/// The tasks of one world, which end with it: the engine's loop would otherwise keep the engine, which keeps
+/// its tasks.
+#[derive(Default)]
+pub struct OwnedTasks(Rc<SimTasks>);
+
+impl Deref for OwnedTasks {
+    type Target = Rc<SimTasks>;
+
+    fn deref(&self) -> &Rc<SimTasks> {
+        &self.0
+    }
+}
+
+impl Drop for OwnedTasks {
+    fn drop(&mut self) {
+        self.0.die();
+    }
 }
 
 struct TaskWaker {

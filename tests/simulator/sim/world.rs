@@ -35,7 +35,7 @@ use super::oracle::{Oracle, Value, WATCHED, decode, stamp};
 use super::places::Places;
 use super::room::Room;
 use super::store::Store;
-use super::tasks::{SimTasks, block_on};
+use super::tasks::{OwnedTasks, block_on};
 use super::violation::violated;
 
 /// How often in a row the host does not begin a piece of a front, which gives it up after 16 repetitions.
@@ -329,7 +329,7 @@ pub struct World {
     /// The parents' files, its own first.
     parents: Vec<Store>,
     lineage: Lineage,
-    tasks: Rc<SimTasks>,
+    tasks: OwnedTasks,
     inbox: Rc<Inbox>,
     engine: Rc<Engine<SimDisk>>,
     hosts: Vec<Host>,
@@ -428,7 +428,7 @@ impl World {
         let mut guids = guids(&mut rng);
         let Opened { image, disk, memory } = open_image(&config, content, &mut guids);
         let layout = image.layout;
-        let tasks = Rc::new(SimTasks::default());
+        let tasks = OwnedTasks::default();
         let inbox = Rc::new(Inbox(RefCell::new(vec![VecDeque::new(); config.fronts])));
         let lineage = Lineage::of(&config);
         let (parents, parent_files) = parents(&lineage);
