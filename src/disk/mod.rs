@@ -76,13 +76,6 @@ pub trait Disk: ReadDisk {
     /// Makes everything that completed before this call durable, the file's length included.
     async fn sync(&self) -> io::Result<()>;
 
-    /// [`Self::write`], then [`Self::sync`], which makes what was written durable, too. The outer result is
-    /// the write's: no sync follows one that has failed.
-    async fn write_and_sync(&self, offset: u64, data: Buffer) -> io::Result<io::Result<()>> {
-        self.write(offset, data).await?;
-        Ok(self.sync().await)
-    }
-
     /// Makes durable what the whole file system of the image holds. Fails if the host has lost data of any of
     /// its files since it was last asked, by any program: an error that this file's sync has
     /// reported to a dead process is not reported twice, and is still found here.

@@ -24,7 +24,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use io_uring::squeue::{Entry, Flags};
+use io_uring::squeue::Entry;
 use io_uring::{IoUring, opcode, types};
 use nix::sys::eventfd::EventFd;
 use rustix::fs::{AtFlags, StatxFlags, statx};
@@ -43,9 +43,6 @@ pub(super) const STALLS_MAX: u32 = 16;
 
 /// The user datum of a cancellation, whose CQE says nothing of interest.
 const CANCELLATION: u64 = u64::MAX;
-
-/// In the user datum of the first of two linked operations; the other one's is the same without it.
-const FIRST: u64 = 1 << 31;
 
 /// What an operation reads into or writes from.
 pub(super) enum Memory {
@@ -70,8 +67,6 @@ enum State {
 
 struct Slot {
     state: State,
-    /// Of two linked operations, the first one has failed, and the second was not begun.
-    first_failed: bool,
     memory: Memory,
     /// Distinguishes this use of the slot from earlier ones.
     generation: u32,
@@ -204,30 +199,6 @@ impl Ring {
         })
     }
 
-    /// [`Self::write`], and behind it [`Self::sync_data`] of `synced`, in one submission. The kernel begins
-    /// the sync when everything has been written, and only then. `synced` keeps `file` open.
-    ///
-    /// Of the two, one has a CQE (`IOSQE_CQE_SKIP_SUCCESS`, 5.17): the write, if it has failed or was short;
-    /// otherwise the sync.
-    pub(super) fn write_then_sync(
-        self: &Rc<Self>,
-        file: BorrowedFd<'_>,
-        synced: Arc<dyn AsFd>,
-        offset: u64,
-        pages: Buffer,
-    ) -> WriteThenSync {
-        let (file, sync) = (types::Fd(file.as_raw_fd()), types::Fd(synced.as_fd().as_raw_fd()));
-        let (key, datum) = self.insert(Some(synced), Memory::Pages(pages), false);
-        let write = match &self.slots.borrow()[key].memory {
-            Memory::Pages(pages) => opcode::Write::new(file, pages.as_ptr(), length_of(pages)),
-            _ => unreachable!("given above"),
-        };
-        let write = write.offset(offset).build().user_data(datum | FIRST);
-        let sync = opcode::Fsync::new(sync).flags(types::FsyncFlags::DATASYNC).build().user_data(datum);
-        self.push(&[write.flags(Flags::IO_LINK | Flags::SKIP_SUCCESS), sync]);
-        WriteThenSync(Op { ring: Rc::clone(self), key, taken: false })
-    }
-
     /// `fallocate(2)` with `mode` on `length` bytes at `offset` of `file`.
     pub(super) fn fallocate(self: &Rc<Self>, file: Arc<dyn AsFd>, mode: i32, offset: u64, length: u64) -> Op {
         self.start(file, Memory::None, false, |fd, _| {
@@ -276,35 +247,30 @@ impl Ring {
         unbounded: bool,
         build: impl FnOnce(&mut Memory) -> Entry,
     ) -> Op {
-        let (key, datum) = self.insert(file, memory, unbounded);
-        let entry = build(&mut self.slots.borrow_mut()[key].memory);
-        self.push(&[entry.user_data(datum)]);
+        let generation = self.generation.get();
+        self.generation.set(generation.wrapping_add(1));
+        let (key, entry) = {
+            let mut slots = self.slots.borrow_mut();
+            let state = State::InFlight(None);
+            let key = slots.insert(Slot { state, memory, generation, unbounded, _file: file });
+            (key, build(&mut slots[key].memory))
+        };
+        self.in_flight.set(self.in_flight.get() + 1);
+        self.push(&entry.user_data(user_data(key, generation)));
         Op { ring: Rc::clone(self), key, taken: false }
     }
 
-    /// Gives an operation, or two linked ones, a slot; returns its key and the user datum.
-    fn insert(&self, file: Option<Arc<dyn AsFd>>, memory: Memory, unbounded: bool) -> (usize, u64) {
-        let generation = self.generation.get();
-        self.generation.set(generation.wrapping_add(1));
-        let state = State::InFlight(None);
-        let slot = Slot { state, first_failed: false, memory, generation, unbounded, _file: file };
-        let key = self.slots.borrow_mut().insert(slot);
-        self.in_flight.set(self.in_flight.get() + 1);
-        (key, user_data(key, generation))
-    }
-
-    /// Pushes entries that belong together: linked ones must not be submitted apart.
-    fn push(&self, entries: &[Entry]) {
+    fn push(&self, entry: &Entry) {
         loop {
             let mut io = self.io.borrow_mut();
-            // SAFETY: an entry has its slot from `insert`, or is a cancellation, which carries no pointer.
+            // SAFETY: an entry comes from `start` or is a cancellation. A cancellation carries no pointer.
             // The pointer of any other leads into heap memory owned by the entry's slot, and covers
             // `length_of` what it was taken from, or the whole time of a timer. The slot lives, unshared with
             // any code of ours, until `complete` has seen the CQE (`Op::drop` only abandons it, and the drop
             // of the ring waits), and what moves when the slots move is the owner's handle, not the heap
             // memory. Shared pages are only ever read, by us and by the kernel. The descriptor, where there
             // is one, is valid until then, too: the slot holds the file.
-            if unsafe { io.submission().push_multiple(entries) }.is_ok() {
+            if unsafe { io.submission().push(entry) }.is_ok() {
                 return;
             }
             drop(io);
@@ -338,12 +304,7 @@ impl Ring {
             let mut slots = self.slots.borrow_mut();
             let key = key_of(datum);
             let slot = slots.get_mut(key).expect("a slot lives until its CQE");
-            assert_eq!(
-                user_data(key, slot.generation),
-                datum & !FIRST,
-                "a CQE of an earlier use of the slot"
-            );
-            slot.first_failed = datum & FIRST != 0;
+            assert_eq!(user_data(key, slot.generation), datum, "a CQE of an earlier use of the slot");
             match std::mem::replace(&mut slot.state, State::Ended(result)) {
                 State::InFlight(waker) => (waker, None),
                 State::Abandoned => (None, Some(slots.remove(key))),
@@ -388,43 +349,10 @@ pub(super) struct Op {
     taken: bool,
 }
 
-/// What linked operations have come to.
-pub(super) enum Linked {
-    /// The write: the sync was not begun.
-    Write(io::Result<usize>, Memory),
-    /// The sync, behind a whole write.
-    Sync(io::Result<()>),
-}
-
-/// [`Ring::write_then_sync`], under way; dropped, it still takes place, unseen.
-pub(super) struct WriteThenSync(Op);
-
-impl Future for WriteThenSync {
-    type Output = Linked;
-
-    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        self.0.take(context).map(|slot| match slot.state {
-            State::Ended(result) if slot.first_failed => Linked::Write(result_of(result), slot.memory),
-            State::Ended(result) => Linked::Sync(result_of(result).map(drop)),
-            State::InFlight(_) | State::Abandoned => unreachable!("it has ended"),
-        })
-    }
-}
-
 impl Future for Op {
     type Output = (io::Result<usize>, Memory);
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        self.take(context).map(|slot| match slot.state {
-            State::Ended(result) => (result_of(result), slot.memory),
-            State::InFlight(_) | State::Abandoned => unreachable!("it has ended"),
-        })
-    }
-}
-
-impl Op {
-    /// The slot, once the operation has ended.
-    fn take(&mut self, context: &mut Context<'_>) -> Poll<Slot> {
         assert!(!self.taken, "polled again after its end");
         let waker = context.waker().clone();
         let mut slots = self.ring.slots.borrow_mut();
@@ -440,7 +368,8 @@ impl Op {
                 let slot = slots.remove(self.key);
                 drop(slots);
                 self.taken = true;
-                Poll::Ready(slot)
+                let State::Ended(result) = slot.state else { unreachable!("matched above") };
+                Poll::Ready((result_of(result), slot.memory))
             }
         }
     }
@@ -459,7 +388,7 @@ impl Drop for Op {
                 drop(slots);
                 drop(waker);
                 if let Some(datum) = cancelled {
-                    self.ring.push(&[opcode::AsyncCancel::new(datum).build().user_data(CANCELLATION)]);
+                    self.ring.push(&opcode::AsyncCancel::new(datum).build().user_data(CANCELLATION));
                     self.ring.turn(false); // at once: a read without a waiting task takes no later count
                 }
             }
@@ -525,13 +454,12 @@ fn build() -> io::Result<IoUring> {
 
 fn user_data(key: usize, generation: u32) -> u64 {
     let key = u32::try_from(key).expect("fewer slots than memory has pages");
-    assert!(u64::from(key) & FIRST == 0, "half of them");
     (u64::from(generation) << u32::BITS) | u64::from(key)
 }
 
 #[expect(clippy::cast_possible_truncation, reason = "the lower half is the key")]
 fn key_of(datum: u64) -> usize {
-    (datum & !FIRST) as u32 as usize
+    datum as u32 as usize
 }
 
 fn length_of(bytes: &[u8]) -> u32 {
@@ -612,60 +540,6 @@ mod tests {
         distinct.dedup();
         assert_eq!(distinct, names);
         assert!(!names.contains(&CANCELLATION));
-    }
-
-    fn ended(ring: &Ring, linked: WriteThenSync) -> Linked {
-        let mut linked = std::pin::pin!(linked);
-        let mut context = Context::from_waker(Waker::noop());
-        loop {
-            match linked.as_mut().poll(&mut context) {
-                Poll::Ready(ended) => return ended,
-                Poll::Pending => ring.turn(true),
-            }
-        }
-    }
-
-    /// One CQE each: a second one would meet a slot that is free, or another operation's.
-    #[test]
-    fn a_sync_follows_a_write_and_none_a_failed_one() {
-        let ring = Ring::new().expect("io_uring is there");
-        let path = tempfile::NamedTempFile::new().expect("room");
-        let open = |writable| std::fs::OpenOptions::new().read(true).write(writable).open(path.path());
-        let (writable, readable) = (open(true).expect("mine"), Arc::new(open(false).expect("mine")));
-        let start = |file: &std::fs::File| {
-            let pages = Buffer::copy_of(&[7; 4096]);
-            ring.write_then_sync(file.as_fd(), readable.clone(), 4096, pages)
-        };
-        for round in 0..3 {
-            assert!(matches!(ended(&ring, start(&writable)), Linked::Sync(Ok(()))), "round {round}");
-            let refused = ended(&ring, start(&readable));
-            let Linked::Write(Err(error), Memory::Pages(pages)) = refused else {
-                panic!("a file that is open for reading is not written");
-            };
-            assert_eq!((error.raw_os_error(), pages.len()), (Some(libc::EBADF), 4096));
-        }
-        drop(start(&writable));
-        while ring.in_flight() > 0 {
-            ring.turn(true);
-        }
-        assert!(ring.slots.borrow().is_empty());
-        assert_eq!(std::fs::read(path.path()).expect("mine")[4096..], [7; 4096]);
-    }
-
-    /// Submitted apart, the sync would not wait for the write.
-    #[test]
-    fn linked_entries_are_not_parted_by_a_full_queue() {
-        let (ring, file) = (Ring::new().expect("io_uring is there"), eventfd());
-        let reads: Vec<Op> = (1..QUEUE_ENTRIES).map(|_| ring.read_counter(Arc::clone(&file))).collect();
-        assert_eq!(ring.io.borrow_mut().submission().len(), QUEUE_ENTRIES as usize - 1, "one place is left");
-        let target = Arc::new(tempfile::tempfile().expect("room"));
-        let linked = ring.write_then_sync(target.as_fd(), target.clone(), 0, Buffer::copy_of(&[7; 4096]));
-        assert_eq!(ring.io.borrow_mut().submission().len(), 2, "what was there was handed over before");
-        assert!(matches!(ended(&ring, linked), Linked::Sync(Ok(()))));
-        drop(reads);
-        while ring.in_flight() > 0 {
-            ring.turn(true);
-        }
     }
 
     /// One task may start more operations than the submission and completion queues hold.

@@ -19,7 +19,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::ring::{Linked, Memory, Op, Ring, STALLS_MAX, is_not_begun};
+use super::ring::{Memory, Op, Ring, STALLS_MAX, is_not_begun};
 use super::sparse::Host;
 use super::transfer::{Transfer, assert_paged, invalid, span};
 use super::{Buffer, Disk, ImageFile, PAGE_BYTES, ReadDisk};
@@ -121,24 +121,14 @@ impl UringDisk {
         PendingWrite { transfer, op }
     }
 
-    async fn finish_write(&self, pending: PendingWrite) -> io::Result<()> {
-        let (result, memory) = pending.op.await;
-        self.continue_write(pending.transfer, result, memory).await
-    }
-
-    /// A part of `transfer` has ended with `result`.
-    async fn continue_write(
-        &self,
-        mut transfer: Transfer,
-        mut result: io::Result<usize>,
-        mut memory: Memory,
-    ) -> io::Result<()> {
+    async fn finish_write(&self, mut pending: PendingWrite) -> io::Result<()> {
         loop {
-            transfer.wrote(result)?;
-            if transfer.is_complete() {
+            let (result, memory) = pending.op.await;
+            pending.transfer.wrote(result)?;
+            if pending.transfer.is_complete() {
                 return Ok(());
             }
-            (result, memory) = self.start_write(transfer, memory).op.await;
+            pending = self.start_write(pending.transfer, memory);
         }
     }
 
@@ -304,29 +294,6 @@ impl Disk for UringDisk {
         }
         self.check_inside(transfer.end())?;
         self.finish_write(self.start_write(transfer, Memory::Pages(data))).await
-    }
-
-    /// One entry into the kernel for both. Its time counts as the sync's.
-    async fn write_and_sync(&self, offset: u64, data: Buffer) -> io::Result<io::Result<()>> {
-        let transfer = Transfer::new(offset, data.len())?;
-        if self.file.keeps_errors_by_handle() || transfer.next().len() < data.len() || data.is_empty() {
-            self.write(offset, data).await?;
-            return Ok(self.sync().await);
-        }
-        self.check_inside(transfer.end())?;
-        self.count(|counters| (counters.writes, counters.syncs) = (counters.writes + 1, counters.syncs + 1));
-        let begun = Instant::now();
-        let synced = Arc::new(Syncing(self.file.clone()));
-        match self.ring.write_then_sync(self.file.as_fd(), synced, offset, data).await {
-            Linked::Sync(outcome) => {
-                self.sync_times.record(begun.elapsed());
-                Ok(outcome)
-            }
-            Linked::Write(result, memory) => {
-                self.continue_write(transfer, result, memory).await?;
-                Ok(self.sync().await)
-            }
-        }
     }
 
     async fn sync(&self) -> io::Result<()> {

@@ -9,8 +9,7 @@
 //!    an entry names them. Later rounds are copied before the sync of the round before them, which serves
 //!    them as this one;
 //! 3. write the round's entries; a log without room for them starts again first;
-//! 4. sync, in one submission with the last entry's write, behind it. The last round's sync makes durable
-//!    everything acknowledged before the cycle closed its set;
+//! 4. sync. The last round's sync makes durable everything acknowledged before the cycle closed its set;
 //! 5. leave the copies to be written in place ([`super::apply`]).
 //!
 //! A host without room for an entry fails the requests that wait for the cycle and nothing else: the pages
@@ -21,7 +20,7 @@ use std::rc::Rc;
 
 use super::log::{LogSpace, Placement, cycle_threshold, round_pages};
 use super::round::{PageCopy, Round};
-use super::{Engine, Outcome, WRITING_ENTRY, probes};
+use super::{Engine, Outcome, probes};
 use crate::disk::{Buffer, Disk, PAGE_BYTES};
 use crate::format::bat::BITMAP_BLOCK_SIZE;
 use crate::format::log::{Change, NewEntry};
@@ -132,9 +131,12 @@ impl<D: Disk + 'static> Engine<D> {
         }
         while let Some(round) = next {
             self.make_room(&round).await?;
-            next = self.copy_round(&mut set);
-            let logged = self.durability.epoch();
             self.log_round(&round).await?;
+            let logged = self.durability.epoch();
+            next = self.copy_round(&mut set);
+            if !planted(Plant::ApplyBeforeLog) {
+                self.sync().await?;
+            }
             assert!(self.durability.is_durable(logged), "pages go in place once their entry is durable");
             self.round_is_durable(round);
         }
@@ -178,7 +180,7 @@ impl<D: Disk + 'static> Engine<D> {
         Ok(())
     }
 
-    /// Writes the round's entries and syncs.
+    /// Writes the round's entries.
     async fn log_round(self: &Rc<Self>, round: &Round) -> Outcome {
         let outcome = self.write_entries(round).await;
         if outcome.is_err() {
@@ -187,8 +189,8 @@ impl<D: Disk + 'static> Engine<D> {
         outcome
     }
 
-    /// Places the round's entries, writes them, and syncs behind the last one. Only after the sync of the
-    /// round before it has completed is the space that this round may take known to be free.
+    /// Places the round's entries and writes them. Only after the sync of the round before it has completed
+    /// is the space that this round may take known to be free.
     async fn write_entries(self: &Rc<Self>, round: &Round) -> Outcome {
         assert!(
             self.durability.covers_payload(round.relies_on),
@@ -197,7 +199,6 @@ impl<D: Disk + 'static> Engine<D> {
         assert!(self.durability.covers_length(round.relies_on), "an entry names space past a stable length");
         let (tail, placements) = self.journal.active(|log| (log.tail(), log.place_round(round.pages.len())));
         let mut pages = round.pages.iter();
-        let (last, _) = placements.split_last().expect("a round has pages");
         for placement in &placements {
             let changes = pages.by_ref().take(placement.pages).map(|copy| Change::Data {
                 file_offset: self.page_place(copy.page),
@@ -209,11 +210,7 @@ impl<D: Disk + 'static> Engine<D> {
                 counters.entries.add(1);
                 counters.pages.add(changes.len() as u64);
             });
-            if placement == last && !planted(Plant::ApplyBeforeLog) {
-                self.write_entry_and_sync(position, entry).await?;
-            } else {
-                self.write_metadata(WRITING_ENTRY, position, entry).await?;
-            }
+            self.write_metadata("writing a log entry", position, entry).await?;
         }
         assert!(pages.next().is_none(), "a round places all its pages");
         Ok(())

@@ -146,11 +146,6 @@ impl Durability {
         Issued { length: self.file_length.get(), cuts, epoch, punched: self.punched_unsynced.take() }
     }
 
-    /// The sync was not begun.
-    pub(super) fn withdraw(&self, issued: Issued) {
-        self.punched_unsynced.borrow_mut().extend(issued.punched);
-    }
-
     /// The sync has completed. Returns the space that is known to read as zero from now on.
     pub(super) fn completed(&self, issued: Issued) -> Vec<Extent> {
         let cuts = &self.cuts.borrow()[issued.cuts..];

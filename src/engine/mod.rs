@@ -94,9 +94,6 @@ pub use refill::WithoutPool;
 use shared::{Session, Shared};
 use waiting::{BlockLocks, Spawn, Turnstile};
 
-/// What is done when a log entry is written, for messages.
-const WRITING_ENTRY: &str = "writing a log entry";
-
 /// What the requester of an operation gets.
 pub type Outcome<T = ()> = std::result::Result<T, Errno>;
 
@@ -305,18 +302,16 @@ impl<D: Disk + 'static> Engine<D> {
     /// Writes metadata. A host that refuses it fails the requests that wait for it, and nothing else; any
     /// other failure poisons.
     async fn write_metadata(&self, doing: &str, offset: u64, bytes: Buffer) -> Outcome {
-        check_metadata_place(offset);
-        let written = self.disk.write(offset, bytes).await;
-        written.map_err(|error| self.metadata_failed(doing, &error))
-    }
-
-    /// Metadata could not be written, while `doing`: the host had no room, or has failed.
-    fn metadata_failed(&self, doing: &str, error: &io::Error) -> Errno {
-        if is_refusal(errno(error)) {
-            self.shared.troubles().note(doing, errno(error));
-            return for_guest(errno(error));
+        let page = PAGE_BYTES as u64;
+        assert!(offset >= OFFSETS[0] && offset.is_multiple_of(page), "metadata at byte {offset}");
+        match self.disk.write(offset, bytes).await {
+            Ok(()) => Ok(()),
+            Err(error) if is_refusal(errno(&error)) => {
+                self.shared.troubles().note(doing, errno(&error));
+                Err(for_guest(errno(&error)))
+            }
+            Err(error) => Err(self.poison(doing, &error)),
         }
-        self.poison(doing, error)
     }
 
     fn new_guid(&self) -> Uuid {
@@ -324,10 +319,6 @@ impl<D: Disk + 'static> Engine<D> {
         assert!(!guid.is_nil(), "a GUID source gives no zeros");
         guid
     }
-}
-
-fn check_metadata_place(offset: u64) {
-    assert!(offset >= OFFSETS[0] && offset.is_multiple_of(PAGE_BYTES as u64), "metadata at byte {offset}");
 }
 
 /// Whether a host that answers an operation with this `errno` has no room or memory for it, or has not begun

@@ -6,11 +6,10 @@
 //! seen it yet. So a sync, whoever issued it, proves nothing before the end of every durable write and every
 //! other sync that was in flight at its end has been seen.
 
-use std::io;
 use std::rc::Rc;
 
-use super::{Engine, Outcome, WRITING_ENTRY, check_metadata_place, errno, probes};
-use crate::disk::{Buffer, Disk};
+use super::{Engine, Outcome, errno, probes};
+use crate::disk::Disk;
 use crate::image::Content;
 use crate::simulation::{Plant, planted};
 
@@ -18,24 +17,10 @@ impl<D: Disk + 'static> Engine<D> {
     /// Makes everything that has completed so far durable. A failure poisons: a sync is never retried, since
     /// the host may have dropped what it could not write.
     pub(super) async fn sync(self: &Rc<Self>) -> Outcome {
-        self.sync_behind(async |disk| Ok(disk.sync().await)).await
-    }
-
-    /// Writes a log entry, then makes it durable with everything that had completed before this call.
-    pub(super) async fn write_entry_and_sync(self: &Rc<Self>, offset: u64, entry: Buffer) -> Outcome {
-        check_metadata_place(offset);
-        self.sync_behind(async |disk| disk.write_and_sync(offset, entry).await).await
-    }
-
-    /// Syncs by `io`, whose outer result is that of a log entry's write: if that fails, no sync was begun.
-    async fn sync_behind(self: &Rc<Self>, io: impl AsyncFnOnce(&D) -> io::Result<io::Result<()>>) -> Outcome {
         self.check_poison()?;
         let (issued, applied) = (self.durability.issue(), self.journal.newest_applied());
         self.count(|counters| counters.syncs.add(1));
-        if let Err(error) = self.sync_disk(issued.epoch(), io).await? {
-            self.durability.withdraw(issued);
-            return Err(self.metadata_failed(WRITING_ENTRY, &error));
-        }
+        self.sync_disk(issued.epoch()).await?;
         self.await_unseen().await;
         self.check_poison()?;
         for extent in self.durability.completed(issued) {
@@ -45,24 +30,17 @@ impl<D: Disk + 'static> Engine<D> {
         Ok(())
     }
 
-    /// A failure of the sync poisons before the end counts as seen. The inner result is the write's.
-    async fn sync_disk(
-        self: &Rc<Self>,
-        epoch: u64,
-        io: impl AsyncFnOnce(&D) -> io::Result<io::Result<()>>,
-    ) -> Outcome<io::Result<()>> {
+    /// A failure poisons before the end counts as seen.
+    async fn sync_disk(self: &Rc<Self>, epoch: u64) -> Outcome {
         self.shared.unseen_begins();
         let parity = self.fences.sync_begins();
         probes::sync_start(epoch);
-        let (written, synced) = match io(&self.disk).await {
-            Ok(synced) => (Ok(()), synced),
-            Err(refused) => (Err(refused), Ok(())),
-        };
+        let synced = self.disk.sync().await;
         probes::sync_end(epoch, synced.as_ref().copied().map_err(errno));
         let outcome = synced.map_err(|error| self.poison("syncing the image", &error));
         self.fences.sync_ended(parity);
         self.shared.unseen_ended();
-        outcome.map(|()| written)
+        outcome
     }
 
     /// Waits until the end of every durable write and sync that is in flight now has been seen. As a rule
