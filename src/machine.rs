@@ -4,9 +4,9 @@
 //! ([`testing`](crate::design::testing)). Its variable names the folder that takes the place of `/run` and
 //! `/dev`, and in it the socket at which the test answers what the driver would. At each step that other
 //! processes can see, the process waits for its turn there: so the test has processes run in the order that
-//! it wants, and kills them between two steps of its choice. If the
-//! test wants that, the threads that serve requests wait for their turns, too. In every other build the
-//! functions here are the machine's own, or nothing.
+//! it wants, and kills them between two steps of its choice. If the test wants that, the threads that serve
+//! requests wait for their turns, too. In every other build the functions here are the machine's own, or
+//! nothing.
 
 #[cfg(not(feature = "simulation"))]
 pub use own::{

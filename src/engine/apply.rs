@@ -1,8 +1,9 @@
 //! Writing pages in their places once the log has them.
 //!
 //! The log makes them durable, so their places can wait: a page that changes between any two flushes would
-//! otherwise be written twice for each of them. They are written when half of the log is theirs, and before
-//! the log starts again or ends. Of a page that several rounds have, the newest copy is written.
+//! otherwise be written twice for each of them. They are written when half of the log is theirs, or 1 MiB of
+//! it, and before the log starts again or ends. Of a page that several rounds have, the newest copy is
+//! written.
 //!
 //! One batch at a time is on its way: of two, the older copy of a page could come last. It is written in the
 //! background; the next sync that is issued once it is in place confirms it.

@@ -9,7 +9,7 @@
 //!   one that is full but for one sector for ever.
 //! * A round's Tail is the start of the oldest round whose pages are not known to be durable in place.
 //! * A round takes at most a third of the log, so that three of them, and the first entry, fit.
-//! * Rounds stay in it until their pages are in place, which is due when they fill half of it.
+//! * Rounds stay in it until their pages are in place, which is due when they fill half of it, or 1 MiB.
 //!
 //! [Rules 75 to 84](crate::design::vhdx_rules#rule-75).
 
@@ -21,6 +21,10 @@ use crate::format::log::{SECTOR, max_descriptors_written};
 
 /// Sectors at the end that stay free; see the module's head.
 const FREE_SECTORS: u64 = 2;
+
+/// The most of a log that rounds fill before their pages are due in their places, bytes. Those pages are in
+/// memory until then, and a power cut has them replayed.
+const MOST_WAITING: u64 = 1 << 20;
 
 /// Sectors that no round takes: the initial entry's, and those.
 const SPARE_SECTORS: u64 = 1 + FREE_SECTORS;
@@ -140,7 +144,7 @@ impl LogSpace {
     /// Whether the rounds that are not in place fill so much of the log that they should get there.
     pub fn is_apply_due(&self) -> bool {
         let oldest = self.live.iter().find(|round| !round.applied);
-        oldest.is_some_and(|round| self.head - round.start >= self.length / 2)
+        oldest.is_some_and(|round| self.head - round.start >= (self.length / 2).min(MOST_WAITING))
     }
 
     /// The rounds up to `newest` have been written in place, not yet synced there.
@@ -279,6 +283,18 @@ mod tests {
         assert!(!log.is_apply_due(), "one waits");
         place(&mut log);
         assert_eq!(log.tail(), 4096 + 64 * 8192, "a sync has confirmed those in place");
+    }
+
+    /// Whoever made the image may have given it a log of a gigabyte.
+    #[test]
+    fn a_large_log_does_not_wait_for_its_half() {
+        let mut log = LogSpace::after_initial_entry(Uuid::from_u128(1), 1 << 20, 1 << 30);
+        for pages in [200, 53] {
+            assert!(!log.is_apply_due());
+            log.place_round(pages);
+            log.round_synced();
+        }
+        assert!(log.is_apply_due(), "253 pages and the headers of their 3 entries are 1 MiB");
     }
 
     #[test]
