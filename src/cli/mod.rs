@@ -150,35 +150,6 @@ enum Command {
     Help(help::Help),
 }
 
-/// The commands that I/O waits for, or the start of a machine, as [`Command`] has them. A parser of these few
-/// takes a small part of the time of one of all commands, and of its memory, which a daemon keeps locked.
-#[derive(Parser)]
-#[command(disable_help_subcommand = true)]
-struct Few {
-    #[command(subcommand)]
-    command: FewCommands,
-    #[command(flatten)]
-    verbosity: logging::Verbosity,
-}
-
-#[derive(Subcommand)]
-enum FewCommands {
-    Add(add::Add),
-    Del(del::Del),
-    Recover(recover::Recover),
-}
-
-impl From<Few> for Cli {
-    fn from(Few { command, verbosity }: Few) -> Self {
-        let command = match command {
-            FewCommands::Add(add) => Command::Add(add),
-            FewCommands::Del(del) => Command::Del(del),
-            FewCommands::Recover(recover) => Command::Recover(recover),
-        };
-        Self { command, verbosity }
-    }
-}
-
 /// Commands that are run under names of their own.
 const OTHER_NAMES: [&str; 3] = [units::GENERATOR, "mount.vhdx", "umount.vhdx"];
 
@@ -260,25 +231,11 @@ pub fn main() -> ExitCode {
 
 /// The command line, and whether it asks for JSON.
 fn parse(arguments: &[OsString]) -> clap::error::Result<(Cli, bool)> {
-    if let Some(parsed) = parse_few(arguments) {
-        return Ok(parsed);
-    }
     let mut line = Cli::command();
     let mut matches = line.try_get_matches_from_mut(arguments)?;
     let json = wants_json(&matches);
     let cli = Cli::from_arg_matches_mut(&mut matches).map_err(|error| error.format(&mut line))?;
     Ok((cli, json))
-}
-
-/// The same for one of the few commands. `None` if it is another one, or to be refused or explained.
-fn parse_few(arguments: &[OsString]) -> Option<(Cli, bool)> {
-    let named = arguments.get(1)?.to_str()?;
-    if !FewCommands::has_subcommand(named) {
-        return None;
-    }
-    let mut matches = Few::command().try_get_matches_from(arguments).ok()?;
-    let json = wants_json(&matches);
-    Few::from_arg_matches_mut(&mut matches).ok().map(|few| (few.into(), json))
 }
 
 /// Whether the innermost command has `--json`.
@@ -347,30 +304,6 @@ mod tests {
     #[test]
     fn the_command_line_is_well_formed() {
         Cli::command().debug_assert();
-    }
-
-    /// The few are parsed as they are among all commands.
-    #[test]
-    fn the_few_commands_are_the_same_among_all() {
-        let (all, few) = (Cli::command(), Few::command());
-        let names: Vec<&str> = few.get_subcommands().map(clap::Command::get_name).collect();
-        assert_eq!(names, ["add", "del", "recover"]);
-        for name in names {
-            assert!(FewCommands::has_subcommand(name));
-            let text = |command: &clap::Command| {
-                let found = command.find_subcommand(name).expect("it has one of this name");
-                format!("{:?}", found.get_arguments().collect::<Vec<_>>())
-            };
-            assert_eq!(text(&few), text(&all), "{name}");
-        }
-        let global = |command: &clap::Command| format!("{:?}", command.get_arguments().collect::<Vec<_>>());
-        assert_eq!(global(&few), global(&all));
-        let line = |words: &[&str]| parse_few(&words.iter().map(OsString::from).collect::<Vec<_>>());
-        let (cli, json) = line(&["vhdx-ublk", "del", "--json", "-v", "0"]).expect("right usage");
-        assert!(matches!(cli.command, Command::Del(_)) && json && cli.verbosity.is_verbose());
-        for other in [&["vhdx-ublk"][..], &["vhdx-ublk", "list"], &["x", "del"], &["x", "add", "--help"]] {
-            assert!(line(other).is_none(), "{other:?}");
-        }
     }
 
     /// Longer lines would be wrapped raggedly.
