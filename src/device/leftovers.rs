@@ -12,7 +12,6 @@ use crate::error::Result;
 ///
 /// If the registry cannot be read or changed, or the kernel does not answer.
 pub fn sweep(registry: &Registry, control: &Control) -> Result<()> {
-    registry
-        .sweep(control, |entry| Ok(!entry.read_only && session::is_needed(registry, entry.image_file)?))?;
+    registry.sweep(control, |entry| Ok(!entry.read_only && session::is_needed(registry, entry)?))?;
     session::sweep(registry)
 }

@@ -10,7 +10,7 @@ use serde::Serialize;
 use super::file::{Found, Sessions};
 use super::name::Name;
 use super::origin::boot_id;
-use crate::device::registry::Registry;
+use crate::device::registry::{Entry, Registry};
 use crate::disk::{HostFile, host_bytes};
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::image::{Mismatch, Session, SessionMemory};
@@ -89,14 +89,23 @@ pub(in crate::device) fn sweep(registry: &Registry) -> Result<()> {
     Ok(())
 }
 
-/// Whether the session of the image `file` may hold what the image does not, or is in use.
-pub(in crate::device) fn is_needed(registry: &Registry, file: HostFile) -> Result<bool> {
-    Ok(match Sessions::of(registry).of_file(file.device, file.inode)? {
+/// Whether the device of `entry`, which is gone, has left a session that may hold what its image does not.
+/// One that is in use is that of another device, if the image was added again.
+pub(in crate::device) fn is_needed(registry: &Registry, entry: &Entry) -> Result<bool> {
+    let HostFile { device, inode } = entry.image_file;
+    Ok(match Sessions::of(registry).of_file(device, inode)? {
         None => false,
         _ if planted(Plant::TrustGone) => false,
         Some(Found::Free(_, memory)) => !is_at_rest(&memory),
-        Some(Found::Held(_) | Found::Short(_)) => true,
+        Some(Found::Held(_)) => !is_added_again(registry, entry)?,
+        Some(Found::Short(_)) => true,
     })
+}
+
+/// Whether another entry has the image of `entry`.
+fn is_added_again(registry: &Registry, entry: &Entry) -> Result<bool> {
+    let has_it = |other: &Entry| other.id != entry.id && other.image_file == entry.image_file;
+    Ok(registry.entries()?.0.iter().any(has_it))
 }
 
 /// Whether the image has everything that was acknowledged with the session.

@@ -7,8 +7,8 @@ use std::path::PathBuf;
 use nix::fcntl::{Flock, FlockArg};
 
 use super::choice::refuse_orphan_among;
-use super::{Plan, Sessions, sweep};
-use crate::device::registry::{Registry, entry};
+use super::{Plan, Sessions, is_needed, sweep};
+use crate::device::registry::{Entry, Registry, entry};
 use crate::device::spec::EngineHandle;
 use crate::device::testing::Bench;
 use crate::error::Kind;
@@ -172,4 +172,23 @@ fn a_session_at_rest_is_given_up_unless_a_device_or_a_process_may_need_it() {
     fs::write(left.with_extension("session.next"), "").expect("as of a disk that grew");
     sweep(&registry).expect("readable");
     assert!(!left.exists() && !left.with_extension("session.next").exists());
+}
+
+/// A `del` that was killed left the entry, and the image was added again: `del` of the image is for the new
+/// device.
+#[test]
+fn a_device_that_is_gone_needs_no_session_that_another_one_of_its_image_uses() {
+    let (bench, left, _) = orphan(|_| {});
+    let registry = Registry::at(left.parent().expect("its folder")).expect("made");
+    let of_image = |id| Entry { image_file: bench.file().identity(), ..entry(id) };
+    let gone = of_image(7);
+    registry.write(&gone).expect("written");
+    assert!(is_needed(&registry, &gone).expect("readable"), "it is an orphan");
+    let open = fs::File::open(&left).expect("readable");
+    let held = Flock::lock(open, FlockArg::LockExclusiveNonblock).expect("free");
+    assert!(is_needed(&registry, &gone).expect("readable"), "a command closes the image now");
+    registry.write(&of_image(3)).expect("written");
+    assert!(!is_needed(&registry, &gone).expect("readable"), "it is the other device's");
+    drop(held);
+    assert!(is_needed(&registry, &gone).expect("readable"), "both are gone");
 }

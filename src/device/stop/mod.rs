@@ -199,7 +199,7 @@ pub fn complete(
     let mut completed = Vec::new();
     let (entries, _) = registry.entries()?;
     for entry in entries.into_iter().filter(|entry| !entry.read_only && is_meant(entry)) {
-        if Registry::is_gone(control, &entry)? && session::is_needed(registry, entry.image_file)? {
+        if Registry::is_gone(control, &entry)? && session::is_needed(registry, &entry)? {
             let outcome = close_and_forget(registry, &entry);
             completed.push((entry, outcome));
         }
