@@ -313,6 +313,12 @@ impl Geometry {
         virtual_offset & (self.block_size() - 1)
     }
 
+    /// Bytes of a block that are bytes of the disk: fewer of the last one than of the others.
+    pub fn disk_bytes_of(&self, block: u64) -> u64 {
+        assert!(block < self.block_count(), "block {block} is on the disk");
+        (self.virtual_size - block * self.block_size()).min(self.block_size())
+    }
+
     /// The chunk of payload block `block`.
     #[inline]
     pub fn chunk_of_block(&self, block: u64) -> u64 {

@@ -68,54 +68,55 @@ fn take_words(
     let mut at = 0;
     while at < words.len() {
         let slot = first + at as u64;
-        let taken = take_run(slot, &words[at..], geometry, file_length, space);
-        if taken > 0 {
-            at += taken;
-            continue;
+        let run = &words[at..at + run_length(&words[at..], geometry)];
+        if !take_run(slot, run, geometry, file_length, space) {
+            let entries = geometry.walk(slot..slot + run.len() as u64).zip(run);
+            for ((slot, role), entry) in entries.map(|(place, word)| (place, BatEntry::read(*word))) {
+                if entry.0 != 0 {
+                    let taken = take_entry(entry, role, geometry, file_length, space);
+                    taken.map_err(|error| error.at(bat.offset + slot * ENTRY_SIZE as u64))?;
+                }
+            }
         }
-        let entry = BatEntry::read(words[at]);
-        if entry.0 != 0 {
-            let (_, role) = geometry.walk(slot..slot + 1).next().expect("one slot");
-            let taken = take_entry(entry, role, geometry, file_length, space);
-            taken.map_err(|error| error.at(bat.offset + slot * ENTRY_SIZE as u64))?;
-        }
-        at += 1;
+        at += run.len();
     }
     Ok(())
 }
 
-/// Takes the space of the blocks from `slot` on at once, as far as they follow each other on the disk and in
-/// the file; how many these are. Most files have long runs, and to take a run costs what one block costs. If
-/// anything may be wrong with a run, nothing of it is taken, and its entries are checked one by one.
+/// How many entries, from the first on, name space that follows the one before's; at least 1.
+fn run_length(words: &[[u8; ENTRY_SIZE]], geometry: &Geometry) -> usize {
+    let word = |at: usize| u64::from_le_bytes(words[at]);
+    let follows = |at: &usize| word(*at) == word(*at - 1).wrapping_add(geometry.block_size());
+    1 + (1..words.len()).take_while(follows).count()
+}
+
+/// Takes the space of a run of blocks at once, as far as they follow each other on the disk, too. Most files
+/// have long runs, and to take a run costs what one block costs. If anything may be wrong with it, nothing is
+/// taken: its entries are to be checked one by one.
 fn take_run(
     slot: u64,
     words: &[[u8; ENTRY_SIZE]],
     geometry: &Geometry,
     file_length: u64,
     space: &mut Space,
-) -> usize {
-    let word = |at: usize| u64::from_le_bytes(words[at]);
-    let follows = |at: &usize| word(*at) == word(*at - 1).wrapping_add(geometry.block_size());
-    let count = 1 + (1..words.len()).take_while(follows).count();
-    if count == 1 {
-        return 0;
-    }
+) -> bool {
+    let (Some(first), Some(last)) = (words.first(), words.last()) else { return false };
     // Between two blocks that are as far apart as their slots there is no slot of another kind.
-    let apart = count as u64 - 1;
+    let apart = words.len() as u64 - 1;
     let blocks = geometry.block_of_slot(slot).zip(geometry.block_of_slot(slot + apart));
-    if blocks.is_none_or(|(first, last)| last - first != apart) {
-        return 0;
+    if apart == 0 || blocks.is_none_or(|(first, last)| last - first != apart) {
+        return false;
     }
-    let (first, last) = (BatEntry(word(0)), BatEntry(word(count - 1)));
+    let (first, last) = (BatEntry::read(*first), BatEntry::read(*last));
     let is_present = first.payload_state() == Some(PayloadState::FullyPresent) && first.reserved_bits() == 0;
-    let run = Extent { offset: first.offset(), length: count as u64 * geometry.block_size() };
-    let is_in_file = first.offset() >= MIB && last.offset() > first.offset() && last.offset() < file_length;
+    let run = Extent { offset: first.offset(), length: words.len() as u64 * geometry.block_size() };
+    let is_in_file = first.offset() >= MIB && last.offset() > first.offset() && run.end() <= file_length;
     if !is_present || !is_in_file || space.is_used(run.offset..run.end()) {
-        return 0;
+        return false;
     }
     let shared = space.claim(run);
     assert!(shared.is_none(), "{run:?} was free");
-    count
+    true
 }
 
 /// Checks one BAT entry that is not all zero and takes the space it names.
@@ -135,17 +136,39 @@ fn take_entry(
         Role::Bitmap(_) | Role::Nothing => None,
     };
     if let Some(extent) = extent {
-        if extent.offset >= file_length {
-            return Err(past_the_end(role, extent, file_length));
+        if is_cut_off(entry, role, geometry, file_length) {
+            return Err(past_the_end(entry, role, geometry, file_length));
         }
         space.occupy(extent, "payload block").map_err(|error| of_role(role, &error))?;
     }
     Ok(())
 }
 
+/// Whether the file ends before what the space of an entry holds, which would be read as zeros. Other
+/// programs end a file where the disk ends, inside its last block (rule 58): nothing is missing there.
+pub(super) fn is_cut_off(entry: BatEntry, role: Role, geometry: &Geometry, file_length: u64) -> bool {
+    entry.offset() >= file_length || entry.offset() + needed_bytes(entry, role, geometry) > file_length
+}
+
+/// Bytes of a payload or bitmap block that hold something.
+fn needed_bytes(entry: BatEntry, role: Role, geometry: &Geometry) -> u64 {
+    match (role, entry.payload_state()) {
+        (Role::Block(block), Some(PayloadState::FullyPresent | PayloadState::PartiallyPresent)) => {
+            geometry.disk_bytes_of(block)
+        }
+        (Role::Bitmap(_), _) => BITMAP_BLOCK_SIZE,
+        (Role::Block(_) | Role::Nothing, _) => 0,
+    }
+}
+
 #[cold]
-fn past_the_end(role: Role, extent: Extent, file_length: u64) -> Error {
-    let message = format!("{role} lies at byte {}, the file has {file_length} bytes", extent.offset);
+fn past_the_end(entry: BatEntry, role: Role, geometry: &Geometry, file_length: u64) -> Error {
+    let end = entry.offset() + needed_bytes(entry, role, geometry);
+    let message = if entry.offset() >= file_length {
+        format!("{role} lies at byte {}, the file has {file_length} bytes", entry.offset())
+    } else {
+        format!("{role} needs the file up to byte {end}, it ends at {file_length}")
+    };
     Error::new(Kind::Truncated, message).in_structure("BAT").remedy(CUT_SHORT)
 }
 
@@ -216,6 +239,8 @@ mod tests {
     const BLOCKS: u64 = 40;
     const FILE_BYTES: u64 = 64 * BLOCK_BYTES;
     const QUARTER: u64 = BLOCK_BYTES / 4;
+    /// The last block is needed in part only.
+    const DISK_BYTES: u64 = (BLOCKS - 1) * BLOCK_BYTES + QUARTER;
     const BAT: Extent = Extent { offset: 2 * MIB, length: MIB };
 
     fn space() -> Space {
@@ -252,7 +277,7 @@ mod tests {
         /// To take a run at once takes what its entries take, and finds what is wrong with them.
         #[test]
         fn a_run_is_taken_as_its_entries_are(words in words(), differencing in any::<bool>()) {
-            let geometry = Geometry::new(BLOCKS * BLOCK_BYTES, 256 << 20, 512, differencing);
+            let geometry = Geometry::new(DISK_BYTES, 256 << 20, 512, differencing);
             let slots = usize::try_from(geometry.slot_count()).expect("few");
             let words: Vec<_> = words.into_iter().take(slots).map(u64::to_le_bytes).collect();
             let (mut at_once, mut single) = (space(), space());

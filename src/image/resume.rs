@@ -10,7 +10,7 @@ use std::ops::Range;
 
 use uuid::Uuid;
 
-use super::bat_reader::{checked_payload, payload_extent};
+use super::bat_reader::{checked_payload, is_cut_off, payload_extent};
 use super::bitmap_reader::{BitmapReader, missing, partial_blocks};
 use super::bitmaps::SectorBitmaps;
 use super::block_map::{BlockMap, SLOTS_PER_PAGE};
@@ -170,7 +170,7 @@ impl WritableImage {
         if new != old {
             if let Some(extent) = new {
                 assert!(extent.offset >= MIB, "a checked entry names no header");
-                if extent.offset >= self.layout.file_length {
+                if is_cut_off(live.entry, role, map.geometry(), self.layout.file_length) {
                     return wrong("names space beyond the end of the file");
                 }
                 self.space.occupy(extent, "payload block of the session")?;
@@ -188,8 +188,9 @@ impl WritableImage {
         let begun = live.bitmap_state() == Some(BitmapState::Present)
             && self.map.load_slot(slot).entry == BatEntry::not_present()
             && map.geometry().is_differencing();
-        if !begun || live.offset() >= self.layout.file_length {
-            return Err(wrong(Role::Bitmap(chunk), "differs from the file's"));
+        let role = Role::Bitmap(chunk);
+        if !begun || is_cut_off(live, role, map.geometry(), self.layout.file_length) {
+            return Err(wrong(role, "differs from the file's"));
         }
         let extent = Extent { offset: live.offset(), length: BITMAP_BLOCK_SIZE };
         self.space.occupy(extent, "sector bitmap of the session")?;

@@ -23,7 +23,7 @@ pub type Bytes = Vec<u8>;
 /// What is done to a good image; the kind of the error; the structure it names; a part of its message.
 type Case = (&'static str, fn(&mut Bytes), &'static str, Option<&'static str>, &'static str);
 
-const CASES: [Case; 30] = [
+const CASES: [Case; 31] = [
     ("text", |b| *b = b"What is this?".repeat(9000), "not-vhdx", None, "does not begin with"),
     (
         "a lost signature",
@@ -128,6 +128,7 @@ const CASES: [Case; 30] = [
         Some("BAT"),
         "block 3 lies at byte",
     ),
+    ("cut inside a block", cut_inside_a_block, "truncated", Some("BAT"), "block 3 needs the file up to byte"),
     ("a state that does not exist", |b| block(b, 3, 4), "corrupt", Some("BAT"), "block 3"),
 ];
 
@@ -193,6 +194,11 @@ pub fn unknown_item(bytes: &mut Bytes) {
 pub fn block(bytes: &mut Bytes, index: usize, entry: u64) {
     bytes.resize(END + (16 << 20), 0);
     put(bytes, BAT + 8 * index, &entry.to_le_bytes());
+}
+
+fn cut_inside_a_block(bytes: &mut Bytes) {
+    block(bytes, 3, (END as u64 + 15 * MIB) | PRESENT);
+    bytes.truncate(END + 15 * (1 << 20) + (512 << 10));
 }
 
 #[test]

@@ -134,7 +134,7 @@ impl Walk<'_> {
         }
         if let Some(extent) = payload_extent(entry, &self.geometry) {
             let present = matches!(state, PayloadState::FullyPresent | PayloadState::PartiallyPresent);
-            let needed = if present { self.needed_bytes(block) } else { 0 };
+            let needed = if present { self.geometry.disk_bytes_of(block) } else { 0 };
             if !self.place_block(slot, Owner::Block(block), extent, needed) {
                 return;
             }
@@ -215,13 +215,6 @@ impl Walk<'_> {
             self.found.report.add(Finding::note(BAT, self.place(slot), what));
         }
         true
-    }
-
-    /// Bytes of a block that are bytes of the disk.
-    fn needed_bytes(&self, block: u64) -> u64 {
-        let start = block * self.geometry.block_size();
-        assert!(start < self.geometry.virtual_size(), "block {block} is on the disk");
-        (self.geometry.virtual_size() - start).min(self.geometry.block_size())
     }
 
     /// Blocks of `chunk` are partial: its bitmap must come.
