@@ -97,10 +97,7 @@ impl<D: Disk + 'static> Engine<D> {
         assert!(self.layout.bat.end() <= end, "the BAT is in use to the end");
         let longer = end < self.durability.file_length();
         if longer {
-            self.shared.map.set_file_bytes(end);
-            self.space.borrow_mut().shorten(end);
-            self.disk.truncate(end).await.map_err(|error| errno(&error))?;
-            self.durability.shortened(end);
+            self.shorten_file(end).await.map_err(|error| errno(&error))?;
         }
         Ok(longer)
     }

@@ -9,6 +9,7 @@
 //! rely on the length that goes. No task extends the file either, and none is granted space behind the cut:
 //! what is granted, or in quarantine, lies before it.
 
+use std::io;
 use std::rc::Rc;
 
 use super::shared::Session;
@@ -51,20 +52,39 @@ impl<D: Disk + 'static> Engine<D> {
         if end >= length {
             return Ok(0);
         }
-        self.space.borrow_mut().shorten(end);
-        self.durability.shortened(end);
-        self.shared.map.set_file_bytes(end);
-        if let Err(error) = self.disk.truncate(end).await {
+        if let Err(error) = self.shorten_file(end).await {
             if !is_refusal(errno(&error)) {
                 return Err(self.poison("cutting the file", &error));
             }
-            self.space.borrow_mut().lengthen(length);
-            self.durability.grown(length);
-            self.shared.map.set_file_bytes(length);
             return Err(for_guest(errno(&error)));
         }
         self.sync().await?;
         Ok(length - end)
+    }
+
+    /// Shortens the file to `end` bytes, behind which nothing is used.
+    ///
+    /// # Errors
+    /// If it keeps its length. What its end holds then is unknown, and is not taken for zeros.
+    pub(super) async fn shorten_file(&self, end: u64) -> io::Result<()> {
+        let length = self.durability.file_length();
+        self.space.borrow_mut().shorten(end);
+        self.durability.shortened(end);
+        self.shared.map.set_file_bytes(end);
+        let Err(error) = self.disk.truncate(end).await else { return Ok(()) };
+        // Not every host that reports a failure has left the length as it was.
+        match self.disk.length().await {
+            Ok(now) if now == end => return Ok(()),
+            Ok(now) if now == length => {
+                self.space.borrow_mut().lengthen(length);
+                self.durability.grown(length);
+                self.shared.map.set_file_bytes(length);
+            }
+            _ => {
+                self.poison("finding the length of the file", &error);
+            }
+        }
+        Err(error)
     }
 
     /// Ends the log, if there is one: what it has is durable in place, and no header names it.

@@ -330,6 +330,38 @@ fn a_fault_in_a_growth_changes_nothing_or_poisons_and_loses_nothing() {
     }
 }
 
+/// What lies behind the last block that is used was a block's once. A host that does not shorten the file by
+/// it leaves it there, and a block that gets the space then must not show it.
+#[test]
+fn a_file_that_keeps_its_end_shows_nothing_of_it() {
+    let mut kept = 0;
+    for seed in 0..8 {
+        let config = Config { can_punch: false, requests: 0, ..Config::small() };
+        let content = new_image(&config, &mut Rng::with_seed(seed));
+        let mut world = World::open(config.clone(), content, config.oracle(), Rng::with_seed(seed));
+        let ask = |world: &mut World, op, block: u64, length| {
+            world.request(op, block << 20, length);
+            world.drain();
+        };
+        for block in 0..3 {
+            ask(&mut world, Op::Write { durable: false }, block, 1 << 20);
+        }
+        ask(&mut world, Op::Flush, 0, 0);
+        for block in [1, 2] {
+            ask(&mut world, Op::Discard, block, 1 << 20);
+        }
+        ask(&mut world, Op::Flush, 0, 0);
+        let length = world.disk().content().length;
+        world.keep_size(9 << 20);
+        kept += u64::from(world.disk().content().length == length);
+        for block in [3, 4] {
+            ask(&mut world, Op::Write { durable: false }, block, 4096);
+            ask(&mut world, Op::Read, block, 1 << 20);
+        }
+    }
+    assert!(kept > 0, "every file was shortened");
+}
+
 /// A durable write that is never begun is tried as an ordinary one, and succeeds or fails as that.
 #[test]
 fn interruptions_without_end_fail_that_request_and_nothing_else() {

@@ -487,6 +487,13 @@ impl SimDisk {
         self.state.borrow().struck.clone()
     }
 
+    /// Takes the fault back, and says which operation it has hit.
+    pub fn disarm(&self) -> Option<(Owner, Effect)> {
+        let mut state = self.state.borrow_mut();
+        state.injection = None;
+        state.struck.take()
+    }
+
     pub fn activity(&self) -> Activity {
         self.state.borrow().activity
     }

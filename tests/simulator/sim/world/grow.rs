@@ -14,7 +14,7 @@ use vhdx_ublk::format::bat::Geometry;
 use vhdx_ublk::image::{Image, PreparedResize, WritableImage};
 
 use super::{Seen, World, death, guids, parents};
-use crate::sim::disk::{Injection, SimDisk};
+use crate::sim::disk::{Effect, Fault, Injection, SimDisk};
 use crate::sim::tasks::block_on;
 use crate::sim::violation::violated;
 
@@ -51,7 +51,8 @@ impl World {
         }
         self.held = Some(self.hosts.len());
         if self.rng.u32(..4) == 0 {
-            return self.stay(to);
+            let keeps_length = self.rng.bool();
+            return self.stay(to, keeps_length);
         }
         let Some(image) = self.grow_frozen(to) else { return self.grown_or_not(from, to) };
         self.marks.add("images while a disk grows", self.images_judged() - before);
@@ -101,26 +102,44 @@ impl World {
         true
     }
 
-    /// The disk keeps its size for now, and the file the length that it needs.
-    fn stay(&mut self, to: u64) {
+    /// The disk keeps its size for now, and the file the length that it needs, or a longer one where the host
+    /// does not shorten it.
+    fn stay(&mut self, to: u64, keeps_length: bool) {
         self.marks.hit("growths that are given up");
         let (engine, deaths) = (self.engine.clone(), self.deaths);
         let cutting = self.tasks.start(async move {
             engine.rest().await?;
             engine.cut_end().await.map(drop)
         });
+        if keeps_length {
+            let fault = Fault::Error { errno: libc::EIO, times: 1 };
+            let hits = |_, effect: &Effect| matches!(effect, Effect::Resize(_));
+            self.disk.inject(Injection { fault, hits, after: 0, seed: self.rng.u64(..) });
+        }
         let is_done = |world: &Self| world.deaths > deaths || cutting.borrow().is_some();
         self.step_until("the file is as long as before", is_done);
+        let refused = self.disk.disarm().is_some();
         let from = self.config.image.virtual_size;
         if self.deaths > deaths {
             return self.grown_or_not(from, to);
         }
-        if cutting.borrow_mut().take() != Some(Ok(())) {
+        if refused {
+            self.marks.hit("files that were to be shortened and were not");
+        }
+        if cutting.borrow_mut().take() != Some(Ok(())) && !refused {
             violated("the file does not get its length back".into());
         }
         self.config.sizes.insert(0, to);
         self.told(from);
         self.release();
+    }
+
+    /// The disk keeps its size after all, on a host that does not shorten the file.
+    pub fn keep_size(&mut self, to: u64) {
+        self.hold();
+        self.freeze();
+        self.held = Some(self.hosts.len());
+        self.stay(to, true);
     }
 
     /// The disk grows while no request is under way, and one operation of that fails. Whether the growth was
