@@ -101,6 +101,8 @@ impl<D: Disk + 'static> Engine<D> {
     /// A file that does not end on a 1 MiB border, or ends inside its last block, is grown to what its
     /// structures need.
     async fn complete_last_unit(self: &Rc<Self>) -> Outcome {
+        // A file that is being extended ahead of a growth has no length that could be relied on.
+        let _turn = self.turns.growth.enter().await;
         let needed = self.space.borrow().used_end().max(self.durability.file_length().next_multiple_of(MIB));
         if needed > self.durability.file_length() {
             self.grow_to(needed).await?;
