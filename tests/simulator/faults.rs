@@ -194,11 +194,22 @@ fn configs() -> [Config; 4] {
     [small, other, child, filled]
 }
 
-/// Hits the first `count` operations that can be hit, in turn; returns how many workloads had so many.
+/// Hits the first `count` operations that can be hit with `fault`, as [`hit_in_turn`] does.
 fn hit_each(count: u64, fault: Fault, hits: fn(Owner, &Effect) -> bool, expected: Option<Harm>) -> u64 {
+    hit_in_turn(count, &[fault], hits, expected)
+}
+
+/// Hits the first `count` operations that can be hit, each with the next of `faults`; returns how many
+/// workloads had so many.
+fn hit_in_turn(
+    count: u64,
+    faults: &[Fault],
+    hits: fn(Owner, &Effect) -> bool,
+    expected: Option<Harm>,
+) -> u64 {
     let mut struck = 0;
     for config in configs() {
-        for index in 0..count {
+        for (index, &fault) in (0..count).zip(faults.iter().cycle()) {
             let seed = index % 7;
             let run = std::panic::catch_unwind(|| {
                 Run::new(&config, seed, fault, hits, index).check(fault, expected)
@@ -210,7 +221,7 @@ fn hit_each(count: u64, fault: Fault, hits: fn(Owner, &Effect) -> bool, expected
             struck += u64::from(hit);
         }
     }
-    println!("{fault:?}: {struck} workloads hit");
+    println!("{faults:?}: {struck} workloads hit");
     struck
 }
 
@@ -269,11 +280,11 @@ fn short_transfers_go_on_unnoticed() {
 
 #[test]
 fn interruptions_are_repeated_unnoticed() {
-    for errno in [libc::EAGAIN, libc::EINTR, libc::ENOMEM, libc::ECANCELED] {
-        for times in [1, RETRIES] {
-            let struck = hit_each(OPERATIONS / 2, Fault::Error { errno, times }, front, Some(Harm::None));
-            assert!(struck >= 100, "the fronts have too few operations: {struck}");
-        }
+    for times in [1, RETRIES] {
+        let faults = [libc::EAGAIN, libc::EINTR, libc::ENOMEM, libc::ECANCELED]
+            .map(|errno| Fault::Error { errno, times });
+        let struck = hit_in_turn(OPERATIONS / 2, &faults, front, Some(Harm::None));
+        assert!(struck >= 100, "the fronts have too few operations: {struck}");
     }
 }
 
@@ -365,11 +376,9 @@ fn a_file_that_keeps_its_end_shows_nothing_of_it() {
 /// A durable write that is never begun is tried as an ordinary one, and succeeds or fails as that.
 #[test]
 fn interruptions_without_end_fail_that_request_and_nothing_else() {
-    for errno in [libc::EAGAIN, libc::ENOMEM] {
-        let fault = Fault::Error { errno, times: RETRIES + 1 };
-        let struck = hit_each(OPERATIONS / 2, fault, front, Some(Harm::AtMostOne));
-        assert!(struck >= 100, "the fronts have too few operations: {struck}");
-    }
+    let faults = [libc::EAGAIN, libc::ENOMEM].map(|errno| Fault::Error { errno, times: RETRIES + 1 });
+    let struck = hit_in_turn(OPERATIONS / 2, &faults, front, Some(Harm::AtMostOne));
+    assert!(struck >= 100, "the fronts have too few operations: {struck}");
 }
 
 /// Hosts whose room the test takes away and gives back.
