@@ -128,17 +128,22 @@ impl SectorBitmaps {
         debug_assert!(from < end && end <= sectors_per_block(geometry), "sectors {from} to {end}");
         let Some(words) = self.slice(geometry, block) else { return (false, end) };
         let order = ordered(Plant::RelaxedFind, Ordering::Acquire);
-        let word = |sector: u64| words[index(sector / WORD_BITS)].load(order);
-        let here = word(from) >> (from % WORD_BITS) & 1 == 1;
+        let load = |sector: u64| words[index(sector / WORD_BITS)].load(order);
+        // Looked at once: a bit that is set meanwhile would end the run before its first sector.
+        let mut word = load(from);
+        let here = word >> (from % WORD_BITS) & 1 == 1;
         let mut sector = from;
-        while sector < end {
-            let differing = if here { !word(sector) } else { word(sector) } >> (sector % WORD_BITS);
+        loop {
+            let differing = if here { !word } else { word } >> (sector % WORD_BITS);
             if differing != 0 {
                 return (here, end.min(sector + u64::from(differing.trailing_zeros())));
             }
             sector = (sector / WORD_BITS + 1) * WORD_BITS;
+            if sector >= end {
+                return (here, end);
+            }
+            word = load(sector);
         }
-        (here, end)
     }
 
     /// Whether all of `sectors` of partially present `block` are in the file.
