@@ -227,6 +227,8 @@ pub enum Plant {
     GroupBeforePage,
     /// A front that finds a mapping leaves the mark of its page to whichever front has made it.
     TrustFoundMapping,
+    /// A reader that finds a sector in the file looks for it where the block was before.
+    TrustFoundPlace,
     /// A front changes a page without being counted into it.
     StayOutside,
     /// A mapping is marked as durable over one that a front has made meanwhile.
@@ -403,7 +405,7 @@ impl Plant {
     ];
 
     /// Those that show where threads run side by side.
-    pub const OF_THREADS: [Self; 23] = [
+    pub const OF_THREADS: [Self; 24] = [
         Self::SkipSleepFence,
         Self::SkipSendFence,
         Self::LookFirst,
@@ -411,6 +413,7 @@ impl Plant {
         Self::MarkBeforeChange,
         Self::GroupBeforePage,
         Self::TrustFoundMapping,
+        Self::TrustFoundPlace,
         Self::StayOutside,
         Self::StoreDurable,
         Self::RelaxedFind,

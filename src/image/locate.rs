@@ -2,6 +2,7 @@
 
 use super::BlockMap;
 use crate::format::bat::PayloadState;
+use crate::simulation::{Plant, planted};
 
 /// Where bytes are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,7 +38,16 @@ pub fn locate(layer: u8, map: &BlockMap, from: u64, end: u64) -> (Location, u64)
         Some(PayloadState::FullyPresent) => (here(), length),
         Some(PayloadState::PartiallyPresent) => {
             let (present, length) = sectors(map, block, within, length);
-            (if present { here() } else { Location::Below }, length)
+            if !present {
+                return (Location::Below, length);
+            }
+            // The block may have moved meanwhile, and the sector been written at its new place only: at the
+            // old one are the bytes of whoever had the space before. It does not move again before this
+            // thread has answered a barrier.
+            if map.load(block).entry != entry && !planted(Plant::TrustFoundPlace) {
+                return locate(layer, map, from, end);
+            }
+            (here(), length)
         }
         Some(PayloadState::NotPresent) if geometry.is_differencing() => (Location::Below, length),
         Some(PayloadState::Zero) => (Location::Zero, length),

@@ -16,6 +16,7 @@ mod marks;
 mod moves;
 mod poison;
 mod post;
+mod sector;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -62,6 +63,11 @@ fn a_block_that_moves_takes_every_write_along() {
 }
 
 #[test]
+fn a_sector_is_read_where_it_was_written() {
+    holds(&sector::MODEL);
+}
+
+#[test]
 fn poison_is_seen_and_stays() {
     holds(&poison::SYNC);
     holds(&poison::OPEN);
@@ -83,6 +89,7 @@ fn catch_for(planted: Plant) -> (&'static Model, &'static str) {
         Plant::RelaxedPublish | Plant::RelaxedLookup => (&map::MODEL, map::PASSED_OVER),
         Plant::IgnoreChange => (&map::MODEL, map::NOT_LOGGED),
         Plant::EarlyAnswer | Plant::IgnoreMove => (&moves::MODEL, moves::LEFT_BEHIND),
+        Plant::TrustFoundPlace => (&sector::MODEL, sector::STALE),
         Plant::RelaxedEnd | Plant::RelaxedLook | Plant::EndBeforePoison => (&poison::SYNC, poison::UNSEEN),
         Plant::OpenOverPoison => (&poison::OPEN, poison::REVIVED),
         other => unreachable!("{other:?} shows without threads"),
