@@ -9,7 +9,7 @@ use serde::Serialize;
 use tempfile::NamedTempFile;
 
 use vhdx_ublk::device::claims::Claims;
-use vhdx_ublk::disk::{CHOOSE, Reactor, folder_of, missing_folder, taken};
+use vhdx_ublk::disk::{CHOOSE, Reactor, folder_of, missing_folder, name_of_new, taken};
 use vhdx_ublk::error::{Doing, Error, Kind, Locate, Result};
 use vhdx_ublk::operations::inspect::inspect;
 use vhdx_ublk::operations::map::{Extent, Extents};
@@ -217,6 +217,7 @@ fn percent(bytes: u64, size: u64) -> String {
 /// Writes a file that was not there; it gets its name when it is whole.
 fn write_new(path: &Path, text: &str) -> Result<()> {
     const WRITING: &str = "writing the picture";
+    name_of_new(path)?;
     let folder = folder_of(path);
     let made = NamedTempFile::new_in(folder).doing(WRITING);
     let mut file = made.map_err(|error| missing_folder(error, folder))?;

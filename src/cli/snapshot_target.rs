@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use vhdx_ublk::device::claims;
 use vhdx_ublk::device::stop::Target;
-use vhdx_ublk::disk::{folder_of, missing_folder};
+use vhdx_ublk::disk::{folder_of, missing_folder, name_of_new};
 use vhdx_ublk::error::{Doing, Error, Kind, Locate, Result};
 use vhdx_ublk::system::table::{self, Table};
 
@@ -44,10 +44,8 @@ pub fn warn_of_table(former: &Path, image: &Path, is_now: &str) {
 
 /// The absolute path of a file that does not exist yet.
 pub fn absolute(path: &Path) -> Result<PathBuf> {
+    let name = name_of_new(path)?;
     let folder = fs::canonicalize(folder_of(path)).doing("finding the folder").file(path);
     let folder = folder.map_err(|error| missing_folder(error, folder_of(path)))?;
-    let name = path.file_name().ok_or_else(|| {
-        Error::new(Kind::Usage, "the path of the new image ends in no file name").file(path)
-    })?;
     Ok(folder.join(name))
 }

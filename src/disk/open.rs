@@ -22,7 +22,7 @@ use std::time::Duration;
 use nix::sys::statfs::{FsType, fstatfs};
 
 use super::Access;
-use super::refusal::without_proc;
+use super::refusal::{NAME_A_FILE, without_proc};
 use crate::error::{Error, Kind, Result};
 
 /// How long a file system may take to find and open a file. Disks that spin up take less; a server that is
@@ -149,7 +149,7 @@ fn refuse_irregular(found: &File) -> Result<()> {
     let kind = found.metadata().map_err(looking)?.file_type();
     if !kind.is_file() {
         let message = format!("this is {}, and an image is a regular file", name(kind));
-        return Err(Error::new(Kind::Unsupported, message));
+        return Err(Error::new(Kind::Unsupported, message).remedy(instead(kind)));
     }
     let host = fstatfs(found).map_err(|errno| looking(errno.into()))?.filesystem_type();
     match KERNEL_FILE_SYSTEMS.iter().find(|(number, _)| *number == host) {
@@ -159,6 +159,18 @@ fn refuse_irregular(found: &File) -> Result<()> {
                 format!("this is a file of the kernel's ({name}), and an image is a file on a disk");
             Err(Error::new(Kind::Unsupported, message))
         }
+    }
+}
+
+/// What to name instead of what is of this `kind`.
+fn instead(kind: FileType) -> &'static str {
+    match kind {
+        _ if kind.is_dir() => NAME_A_FILE,
+        _ if kind.is_block_device() => {
+            "name an image file: `vhdx-ublk list` shows those of devices, and `convert` makes one of a \
+             disk"
+        }
+        _ => "name the file of an image",
     }
 }
 

@@ -19,7 +19,7 @@ use nix::sys::stat::{Mode, fstatat};
 use nix::unistd::{UnlinkatFlags, linkat, unlinkat};
 use rustix::fs::{RenameFlags, renameat_with};
 
-use super::refusal::{missing_folder, taken, without_proc};
+use super::refusal::{missing_folder, name_of_new, taken, without_proc};
 use super::{Access, HostFile, ImageFile, folder_of};
 use crate::error::{Error, Kind, Result};
 
@@ -36,12 +36,11 @@ impl Place {
     ///
     /// # Errors
     ///
-    /// [`Kind::Usage`] if the path ends in no name; what the operating system says of the folder.
+    /// [`Kind::Usage`] if the path ends in no name; those of one that is a folder's; what the operating
+    /// system says of the folder.
     pub fn of(path: &Path) -> Result<Self> {
         let failed = |error| Error::io("opening the folder of the image", error).file(path);
-        let Some(name) = path.file_name() else {
-            return Err(Error::new(Kind::Usage, "the path ends in no name of a file").file(path));
-        };
+        let name = name_of_new(path)?;
         let flags = libc::O_DIRECTORY | libc::O_NONBLOCK;
         let folder = OpenOptions::new().read(true).custom_flags(flags).open(folder_of(path)).map_err(failed);
         let folder = folder.map_err(|error| missing_folder(error, folder_of(path)))?;

@@ -1,8 +1,10 @@
 //! Why nothing can be made at a place, in the words that all commands have.
 
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use crate::error::{Error, Kind};
+use crate::error::{Error, Kind, Result};
 use crate::printable::shell;
 
 /// What helps where a file may be replaced.
@@ -11,9 +13,36 @@ pub const REPLACE: &str = "choose another name, or replace the file with --force
 /// What helps where none is.
 pub const CHOOSE: &str = "choose another name, or remove the file yourself";
 
-/// There is a file at `path`, and none may be.
+/// What helps where a folder is named.
+pub(super) const NAME_A_FILE: &str = "name a file in it";
+
+/// There is a file at `path`, and none may be; or a folder, which nothing replaces.
 pub fn taken(path: &Path) -> Error {
+    if path.is_dir() {
+        return Error::new(Kind::Exists, "this is a folder").file(path).remedy(NAME_A_FILE);
+    }
     Error::new(Kind::Exists, "there is a file already").file(path)
+}
+
+/// The name of the file that is to be at `path`. With a slash behind it, the path is that of a folder.
+///
+/// # Errors
+///
+/// [`Kind::Usage`] if the path ends in no name; [`Kind::NotFound`] and [`Kind::Exists`] if it is that of a
+/// folder.
+pub fn name_of_new(path: &Path) -> Result<&OsStr> {
+    let Some(name) = path.file_name() else {
+        return Err(Error::new(Kind::Usage, "the path ends in no name of a file").file(path));
+    };
+    if path.as_os_str().as_bytes().ends_with(name.as_bytes()) {
+        return Ok(name);
+    }
+    if path.is_dir() {
+        return Err(taken(path));
+    }
+    let remedy =
+        format!("for a file of that name leave out the slash: {}", shell(&path.with_file_name(name)));
+    Err(Error::new(Kind::NotFound, "there is no such folder").file(path).remedy(remedy))
 }
 
 /// `error`, of something that needs `folder`: a folder that is missing is called that, and can be made.

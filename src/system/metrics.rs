@@ -11,8 +11,8 @@ use std::{fs, io};
 
 use crate::device::registry::Entry;
 use crate::device::socket::Report;
-use crate::disk::folder_of;
 use crate::disk::tally::Times;
+use crate::disk::{folder_of, name_of_new};
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::printable::printable;
 
@@ -206,6 +206,7 @@ fn escaped(value: &str) -> String {
 /// [`Kind::Exists`] if something other than a regular file is there; what the operating system says.
 pub fn write(path: &Path, text: &str) -> Result<()> {
     const FAILED: &str = "writing the metrics";
+    name_of_new(path)?;
     match fs::symlink_metadata(path) {
         Ok(found) if !found.is_file() => {
             let error = Error::new(Kind::Exists, "it is no regular file, and would be replaced by one");

@@ -671,6 +671,48 @@ fn only_regular_files_are_images() {
     assert_eq!(bench.names(), ["fifo"]);
 }
 
+/// A path with a slash behind it is that of a folder: no file of that name is made. A folder is called that
+/// at once, whether anything may be replaced or not.
+#[test]
+fn no_file_takes_the_place_of_a_folder() {
+    let bench = Bench::new();
+    let image = bench.image("a.vhdx", &["--size", "8M"]);
+    fs::create_dir(bench.path("there")).expect("room");
+    let source = image.to_str().expect("UTF-8");
+    let commands: [&[&str]; 7] = [
+        &["create", "--size", "8M"],
+        &["create", "--size", "8M", "--force"],
+        &["convert", source, "--to", "raw"],
+        &["convert", source, "--to", "raw", "--force"],
+        &["salvage", source],
+        &["map", source, "--svg"],
+        &["metrics", "--textfile"],
+    ];
+    for words in commands {
+        for (target, what) in [
+            ("gone/", "no such folder"),
+            ("gone/.", "no such folder"),
+            ("there/gone/", "no such folder"),
+            ("there/", "folder"),
+            ("there", "folder"),
+        ] {
+            let mut command = program();
+            command.current_dir(bench.0.path()).args(words).arg(target);
+            let ran = Ran::from(command.output().expect("it runs"));
+            if words[0] == "metrics" && !target.ends_with("gone/") {
+                assert_eq!(ran.status, Some(1), "{target}: {}", ran.stderr);
+                continue;
+            }
+            let message = ran.failed(1);
+            assert!(message.contains(what) && message.contains(target), "{words:?} {target}: {message}");
+        }
+    }
+    assert_eq!(bench.names(), ["a.vhdx", "there"]);
+    assert!(fs::read_dir(bench.path("there")).expect("readable").next().is_none());
+    let message = on("info", &bench.path("there"), &[]).failed(1);
+    assert!(message.contains("this is a folder") && message.contains("name a file in it"), "{message}");
+}
+
 #[test]
 fn what_is_missing_is_said_to_be() {
     let bench = Bench::new();
