@@ -17,10 +17,10 @@ use vhdx_ublk::operations::Watch;
 use vhdx_ublk::operations::inspect::inspect;
 use vhdx_ublk::operations::merge::{LockedChain, Progress, Request};
 
-use super::output;
 use super::parent_options::ParentOptions;
 use super::progress::{ProgressOptions, Shown};
 use super::served_layer::ServedLayer;
+use super::{output, served};
 
 /// Merge a differencing image into its parent, or into an image further down its chain, and remove it.
 ///
@@ -183,7 +183,7 @@ impl Merge {
                     let oldest = ServedLayer::oldest(listed.entry, keep)?;
                     return oldest.map(|layer| self.merge_layer(&layer)).transpose();
                 }
-                Err(error) if !is_path => return Err(error),
+                Err(error) if !is_path => return Err(served::missing(&self.child, error)),
                 Ok(_) | Err(_) => {}
             }
         }

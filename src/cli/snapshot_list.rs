@@ -10,7 +10,6 @@ use serde::Serialize;
 
 use vhdx_ublk::device::claims::{self, Claims};
 use vhdx_ublk::device::path::WrittenPath;
-use vhdx_ublk::device::stop::Target;
 use vhdx_ublk::disk::{HostFile, folder_of};
 use vhdx_ublk::error::Result;
 use vhdx_ublk::operations::tree::{TreeLayer, tree};
@@ -77,8 +76,7 @@ struct Layer {
 impl List {
     /// Runs the command.
     pub fn run(&self) -> Result<()> {
-        let target = Target::parse(&self.target)?;
-        let path = image_of(&target).map_err(|error| of_that_name("list", error))?;
+        let path = image_of(&self.target).map_err(|error| of_that_name("list", error))?;
         let found = tree(&path, &self.answer.parents.search(), &Claims)?;
         let served = served();
         if self.answer.json {

@@ -77,7 +77,7 @@ impl Revert {
     /// Runs the command.
     pub fn run(&self) -> Result<()> {
         let target = Target::parse(&self.target)?;
-        let leaf = image_of(&target).map_err(|error| of_that_name("revert", error))?;
+        let leaf = image_of(&self.target).map_err(|error| of_that_name("revert", error))?;
         let entry = claims::registry()?.and_then(|registry| stop::find(&registry, &target).ok());
         let entry = entry.map(|listed| listed.entry);
         let plan = revert::plan(&leaf, &self.image, &self.answer.parents.search())?;

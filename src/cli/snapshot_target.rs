@@ -1,5 +1,6 @@
 //! What the commands of snapshots have in common: the image that is meant, the new image, the table of disks.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -9,12 +10,15 @@ use vhdx_ublk::disk::{folder_of, missing_folder, name_of_new};
 use vhdx_ublk::error::{Doing, Error, Kind, Locate, Result};
 use vhdx_ublk::system::table::{self, Table};
 
-/// The image of the device that `target` names, or the image that it names itself.
-pub fn image_of(target: &Target) -> Result<PathBuf> {
+use super::served;
+
+/// The image of the device that `text` names, or the image that it names itself.
+pub fn image_of(text: &OsStr) -> Result<PathBuf> {
+    let target = Target::parse(text)?;
     let image = || target.image().filter(|path| path.exists()).map(Path::to_owned);
-    match claims::find(target) {
+    match claims::find(&target) {
         Ok(listed) => Ok(listed.entry.image),
-        Err(error) => image().ok_or(error),
+        Err(error) => image().ok_or_else(|| served::missing(Path::new(text), error)),
     }
 }
 

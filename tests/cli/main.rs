@@ -721,6 +721,20 @@ fn what_is_missing_is_said_to_be() {
         let message = on(command, &image, &[]).failed(1);
         assert!(message.contains("such.vhdx") && message.contains("No such file"), "{message}");
     }
+    // A word may be the name of a device: one that ends as a file does is not.
+    for image in [&image, Path::new("no-such.vhdx"), Path::new("./no-such")] {
+        for (command, options) in
+            [("compact", &[][..]), ("resize", &["--size", "1G"]), ("merge", &["--keep", "2"])]
+        {
+            let message = on(command, image, options).failed(1);
+            assert!(message.contains("No such file") && message.contains("spelling"), "{message}");
+        }
+        for command in ["list", "revert"] {
+            let words = ["snapshot".as_ref(), command.as_ref(), image.as_os_str(), "new.vhdx".as_ref()];
+            let message = run(&words[..if command == "list" { 3 } else { 4 }]).failed(1);
+            assert!(message.contains("No such file") && message.contains("spelling"), "{message}");
+        }
+    }
     create(&image, &["--size", "1G"]).failed(1);
     create(&image, &["--size", "1G", "--force"]).failed(1);
     let error = on("info", &image, &["--json"]).failed_as_json();
