@@ -16,7 +16,7 @@ use clap::{Parser, ValueEnum};
 use schemars::JsonSchema;
 use serde::Serialize;
 use vhdx_ublk::chain::Search;
-use vhdx_ublk::device::claims::Claims;
+use vhdx_ublk::device::claims::{self, Claims, DEVICES_NEED_ROOT};
 use vhdx_ublk::device::daemon;
 use vhdx_ublk::device::engine_thread::EngineThread;
 use vhdx_ublk::device::launch::Lives;
@@ -508,7 +508,9 @@ fn remove(ready: &Ready) {
 /// Opens and locks the image, unless one of our devices has a claim to it.
 fn open(path: &Path, access: Access) -> Result<ImageFile> {
     let file = open_locked(path, access)?;
-    Claims.refuse_abandoned(&file, access)?;
+    // Who may not see the devices may make none either, and should learn that first.
+    let refused = Claims.refuse_abandoned(&file, access);
+    refused.or_else(|error| claims::require_root(DEVICES_NEED_ROOT).and(Err(error)))?;
     Ok(file)
 }
 

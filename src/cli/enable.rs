@@ -6,9 +6,9 @@ use std::path::{self, Path, PathBuf};
 use schemars::JsonSchema;
 use serde::Serialize;
 
+use vhdx_ublk::device::claims;
 use vhdx_ublk::device::name::Name;
 use vhdx_ublk::device::path::WrittenPath;
-use vhdx_ublk::device::registry::Registry;
 use vhdx_ublk::error::{Doing, Error, Kind, Locate, Result};
 use vhdx_ublk::operations::named_file;
 use vhdx_ublk::system::table::{self, Disk, Table};
@@ -150,7 +150,8 @@ impl Disable {
 
 /// The table, which no other process changes until it is dropped.
 fn table_to_change() -> Result<Table> {
-    Table::read_to_change(Path::new(table::PATH), &Registry::open()?.table_lock_path())
+    claims::require_root("only root can change the table of disks").file(Path::new(table::PATH))?;
+    Table::read_to_change(Path::new(table::PATH), Path::new(table::LOCK))
 }
 
 /// Has systemd read the table again. The unit of the disk; none where systemd does not run the machine.

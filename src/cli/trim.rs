@@ -6,7 +6,7 @@ use schemars::JsonSchema;
 use serde::Serialize;
 
 use vhdx_ublk::chain;
-use vhdx_ublk::device::claims::Claims;
+use vhdx_ublk::device::claims::{self, Claims};
 use vhdx_ublk::device::registry::Registry;
 use vhdx_ublk::disk::{Access, Sparse};
 use vhdx_ublk::error::{Doing, Error, Kind, Result};
@@ -68,16 +68,18 @@ impl Request<'_> {
         *before = Some(Figures::of(&named.file).doing("looking at the image")?);
         let search = self.parents.search();
         refuse_parent(&named.path, &search, false, &Claims)?;
-        let registry = Registry::open()?;
-        let known = record.insert(TrimRecord::of(&named.file, &registry)?);
-        if let Some(volumes) = known.outcome().filter(|_| !self.dry_run) {
-            return Ok(Trimmed { volumes: volumes.to_vec(), stopped: false });
+        if let Some(registry) = claims::registry()? {
+            let known = record.insert(TrimRecord::of(&named.file, &registry)?);
+            if let Some(volumes) = known.outcome().filter(|_| !self.dry_run) {
+                return Ok(Trimmed { volumes: volumes.to_vec(), stopped: false });
+            }
         }
         let add = |access| {
             let arguments = add::private(&named.file, access, self.sparse, self.parents);
             PrivateDevice::add(arguments, &named.file)
         };
         let device = add(Access::ReadOnly)?;
+        let registry = Registry::open()?;
         let survey = Survey::of(device.path())?;
         // The image is locked: no other process changes what the record is about.
         let known = record.insert(TrimRecord::of(&named.file, &registry)?);

@@ -42,6 +42,21 @@ pub fn devices() -> Result<Vec<Listed>> {
     registry()?.map_or(Ok(Vec::new()), |registry| Ok(registry.survey()?.devices))
 }
 
+/// Why a command that makes devices is refused.
+pub const DEVICES_NEED_ROOT: &str = "devices need root";
+
+/// Fails with `refusal` unless this process has the rights that devices need.
+///
+/// # Errors
+///
+/// [`Kind::Permission`].
+pub fn require_root(refusal: &str) -> Result<()> {
+    if nix::unistd::geteuid().is_root() || machine::folder().is_some() {
+        return Ok(());
+    }
+    Err(Error::new(Kind::Permission, refusal).remedy("run the command as root"))
+}
+
 /// The device that `target` names.
 ///
 /// # Errors

@@ -29,6 +29,10 @@ use crate::error::{Doing, Error, Kind, Locate, Result};
 /// Where the table is.
 pub const PATH: &str = "/etc/vhdxtab";
 
+/// What a change of it locks. It is not in the folder of devices: as long as there is none, no command needs
+/// root to see whether a device has an image.
+pub const LOCK: &str = "/run/.vhdx-ublk.table";
+
 /// The most bytes of a table: thousands of lines.
 const MAX_BYTES: u64 = 1 << 20;
 

@@ -713,6 +713,40 @@ fn no_file_takes_the_place_of_a_folder() {
     assert!(message.contains("this is a folder") && message.contains("name a file in it"), "{message}");
 }
 
+/// Nothing is kept where a command has failed for want of an image, a line or a driver: as long as there is
+/// no folder of devices, users convert their files without root.
+#[test]
+fn what_fails_makes_no_folder_of_devices() {
+    let folder = Path::new("/run/vhdx-ublk");
+    if !nix::unistd::geteuid().is_root() || folder.exists() || Path::new("/dev/ublk-control").exists() {
+        return skipped("there are devices, or this is not root: what fails for want of them was not tried");
+    }
+    let bench = Bench::new();
+    let image = bench.image("a.vhdx", &["--size", "8M"]);
+    let (image, none, point) = (image.to_str().expect("UTF-8"), "no-such.vhdx", bench.path("point"));
+    fs::create_dir(&point).expect("room");
+    let point = point.to_str().expect("UTF-8");
+    for words in [
+        &["mount", "-r", image, point][..],
+        &["mount", "-r", none, point],
+        &["umount", point],
+        &["add", image],
+        &["add", none],
+        &["disable", "no-such-disk"],
+        &["start", "no-such-disk"],
+        &["snapshot", image, none],
+        &["del", "0"],
+        &["recover", "0"],
+        &["upgrade", "0"],
+        &["features"],
+    ] {
+        assert_eq!(run(words).status, Some(1), "{words:?}");
+        assert!(!folder.exists(), "{words:?} leaves {}", folder.display());
+    }
+    assert_eq!(run(&["compact", "--trim", image]).status, Some(1));
+    assert!(!folder.exists(), "compact --trim leaves it");
+}
+
 #[test]
 fn what_is_missing_is_said_to_be() {
     let bench = Bench::new();

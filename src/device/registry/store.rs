@@ -128,11 +128,6 @@ impl Registry {
         self.directory.join(".mount")
     }
 
-    /// The file that a change of the table of disks locks.
-    pub fn table_lock_path(&self) -> PathBuf {
-        self.directory.join(".table")
-    }
-
     /// How the names of the files begin that [`Self::trim_record_path`] gives.
     pub const TRIM_RECORD: &str = ".trim-";
 

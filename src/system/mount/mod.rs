@@ -41,6 +41,7 @@ use crate::device::spec::Ready;
 use crate::device::stop::{self, How, Target};
 use crate::disk::HostFile;
 use crate::error::{Doing, Error, Kind, Locate, Result};
+use crate::machine;
 use crate::system::device_disk::DeviceDisk;
 use crate::system::{lock, node, program};
 
@@ -51,6 +52,10 @@ const RESTRICTIONS: [&str; 2] = ["nosuid", "nodev"];
 /// machine when an error is found, and the image has whatever errors its owner likes.
 const WITHOUT_PANIC: &str = "errors=remount-ro";
 const PANICKING: [&str; 3] = ["ext2", "ext3", "ext4"];
+
+/// The file that a mount or unmount on this machine locks, and its folder.
+const MOUNTS: &str = ".vhdx-ublk.mount";
+const RUN: &str = "/run";
 
 /// Who unmounts: `umount DIR` calls `umount.vhdx`, which removes the device.
 const HELPER: &str = "helper=vhdx";
@@ -95,18 +100,19 @@ pub struct UnmountRequest {
 ///
 /// Whatever prevented it; nothing is left behind then. The kind is [`Kind::NotFound`] if there is no image.
 pub fn mount(request: &MountRequest, add: impl FnOnce() -> Result<Ready>) -> Result<PathBuf> {
+    claims::require_root(claims::DEVICES_NEED_ROOT)?;
     let image = Held::at(&request.image)?;
     let folder = fs::canonicalize(&request.folder).doing("finding the folder").file(&request.folder)?;
-    let registry = Registry::open()?;
-    let _lock = lock(&registry)?;
+    let _alone = Alone::wait()?;
     let (id, is_new) = match served(image.file())? {
         Some(entry) => {
             refuse_read_only(&entry, request)?;
-            refuse_trusting(&registry, &entry, request)?;
+            refuse_trusting(&Registry::open()?, &entry, request)?;
             (entry.id, false)
         }
         None => (add()?.id, true),
     };
+    let registry = Registry::open()?;
     let mounted = require(&registry, id, image.file(), request)
         .and_then(|entry| mount_device(request, &folder, id, is_trusted(&registry, &image, &entry)));
     if mounted.is_err() && is_new {
@@ -121,9 +127,23 @@ fn is_trusted(registry: &Registry, image: &Held, entry: &Entry) -> bool {
     image.is_of_root(entry) && !registry.is_untrusted(entry.id)
 }
 
-/// Keeps every other mount and unmount waiting until it is dropped.
-fn lock(registry: &Registry) -> Result<Flock<File>> {
-    lock::acquire(&registry.mount_lock_path(), "another mount or unmount of an image")
+/// Keeps every other mount and unmount waiting until it is dropped: of this machine, and of the containers
+/// that share its registry, if there is one. None is made for it: as long as there is none, no command needs
+/// root to see whether a device has an image.
+struct Alone {
+    _machine: Flock<File>,
+    _sharing: Option<Flock<File>>,
+}
+
+impl Alone {
+    fn wait() -> Result<Self> {
+        const OTHER: &str = "another mount or unmount of an image";
+        let machine = lock::acquire(&machine::run_folder(RUN).join(MOUNTS), OTHER)?;
+        let registry = claims::registry()?;
+        let sharing =
+            registry.map(|registry| lock::acquire(&registry.mount_lock_path(), OTHER)).transpose()?;
+        Ok(Self { _machine: machine, _sharing: sharing })
+    }
 }
 
 /// The entry of the device. Fails unless it serves the file that was examined: its name may lead elsewhere
@@ -290,7 +310,7 @@ pub fn unmount(request: &UnmountRequest) -> Result<()> {
     };
     let registry = claims::registry()?.ok_or_else(foreign)?;
     let point = mounted::point(&request.folder)?;
-    let _lock = lock(&registry)?;
+    let _alone = Alone::wait()?;
     let mounted = mounted::at(&point)?.ok_or_else(foreign)?;
     let entry = stop::find(&registry, &Target::Id(mounted.id))?.entry;
     let mut command = program::command("umount");
