@@ -87,7 +87,7 @@ pub mod warnings;
 mod wire;
 mod writable;
 
-pub use control::{Control, DeviceInfo, KernelState, NewDevice};
+pub use control::{Control, DeviceInfo, KernelState, NewDevice, Surroundings};
 pub use options::{
     MAX_BUFFER_BYTES, MAX_DEPTH, MAX_ID, MAX_QUEUES, MAX_REQUEST_BYTES, MIN_REQUEST_BYTES, OnFull, Options,
     Parameters, Recovery, Salvage, ZeroCopy,

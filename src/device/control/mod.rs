@@ -27,6 +27,7 @@ use libublk::sys;
 
 pub use info::{DeviceInfo, KernelState, NewDevice};
 pub(super) use info::{is_mark_of_program, new_mark};
+pub use refusal::Surroundings;
 
 use super::options::KernelParameters;
 use crate::disk::ring_refused;

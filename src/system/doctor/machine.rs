@@ -10,6 +10,7 @@ use nix::unistd::geteuid;
 
 use super::finding::Finding;
 use super::kernel;
+use crate::device::Surroundings;
 use crate::disk::HostRoom;
 use crate::printable::human_size;
 
@@ -84,6 +85,14 @@ impl Machine {
         if self.has("sys/module/ublk_drv") || self.has("dev/ublk-control") {
             return Finding::fine(CHECK, "ublk_drv is loaded");
         }
+        let surroundings = Surroundings::below(&self.root);
+        let missing = || {
+            let (why, remedy) = surroundings.advice();
+            Finding::wrong(CHECK, why, remedy)
+        };
+        if surroundings == Surroundings::Container {
+            return missing();
+        }
         // The release is a name of a folder, and nothing else.
         let modules = Path::new("lib/modules").join(release.replace('/', "_"));
         let names =
@@ -91,9 +100,7 @@ impl Machine {
         if names.iter().any(|name| self.has(modules.join(name))) {
             return Finding::wrong(CHECK, "ublk_drv is there and not loaded", "modprobe ublk_drv");
         }
-        let remedy = "install the kernel's further modules (Ubuntu: linux-modules-extra-$(uname -r)), or a \
-                      kernel with CONFIG_BLK_DEV_UBLK; then modprobe ublk_drv";
-        Finding::wrong(CHECK, "this kernel has no ublk_drv", remedy)
+        missing()
     }
 
     fn permissions(&self) -> Finding {
@@ -230,7 +237,12 @@ mod tests {
         let (_folder, there) = root(&[RELEASE, (module, "")]);
         assert_eq!(there.driver().remedy.as_deref(), Some("modprobe ublk_drv"));
         let (_folder, missing) = root(&[RELEASE]);
-        assert!(missing.driver().found.contains("has no ublk_drv"));
+        assert_eq!(missing.driver().found, "this kernel offers no ublk");
+        let (_folder, container) = root(&[RELEASE, (module, ""), (".dockerenv", "")]);
+        assert!(container.driver().remedy.is_some_and(|remedy| remedy.starts_with("on the host: ")));
+        let wsl = ("proc/sys/kernel/osrelease", "6.6.87.2-microsoft-standard-WSL2\n");
+        let (_folder, wsl) = root(&[wsl]);
+        assert!(wsl.driver().found.contains("the standard kernel of WSL"));
         let (_folder, odd) = root(&[("proc/sys/kernel/osrelease", "../../etc"), ("etc/kernel", "")]);
         assert!(!odd.kernel().fine && !odd.driver().fine, "a release is no path");
     }
