@@ -275,6 +275,7 @@ fn text_of_served(done: &Shortened, trimmed: Option<&trim::Outcome>) -> String {
         format!("On host    {}", change(before.host, after.host)),
         format!("File size  {}", change(before.length, after.length)),
     ];
+    lines.extend(reserved(*before, *after));
     if *moves > 0 {
         lines.push(format!("{} made, {} copied", counted(*moves, "move"), human_size(*moved_bytes)));
     }
@@ -330,6 +331,9 @@ fn text(
             (counted(blocks, "block"), if blocks == 1 && held == "hold" { "holds" } else { held });
         line(format!("{blocks} {held} only zeros and {give} up {}", human_size(bytes)));
     }
+    if let Some(after) = after.filter(|_| compacted.filled_bytes == 0) {
+        reserved(*before, after).into_iter().for_each(&mut line);
+    }
     if done.moves > 0 {
         let made = if after.is_some() { "made" } else { "would be made" };
         line(format!("{} {made}, {} copied", counted(done.moves, "move"), human_size(done.moved_bytes)));
@@ -346,6 +350,15 @@ fn text(
     }
     text.truncate(text.trim_end().len());
     text
+}
+
+/// Why a shorter file takes more space on its host than before.
+fn reserved(before: Figures, after: Figures) -> Option<String> {
+    (after.host > before.host).then(|| {
+        "The host holds more of the file: the log and the tables before the blocks had holes, and have all \
+         their space now"
+            .into()
+    })
 }
 
 /// What else the user must know.

@@ -54,10 +54,11 @@ const LANES_UNDER_LOAD: usize = 2;
 /// Bytes of a piece.
 const PIECE: u64 = MIB;
 
-/// Of a piece, runs of so many zero bytes are not written: they stay holes.
-const HOLE: usize = 64 << 10;
+/// Of a piece, runs of so many zero bytes are not written: they stay holes. Hosts store pages: with longer
+/// runs, what lies scattered in a block would take more space in its new place than in the old one.
+const HOLE: usize = PAGE_BYTES;
 
-const _: () = assert!(PIECE.is_multiple_of(HOLE as u64) && HOLE.is_multiple_of(PAGE_BYTES), "whole pages");
+const _: () = assert!(PIECE.is_multiple_of(HOLE as u64), "whole pages");
 
 /// What has a place in the file and can get another one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -333,7 +334,7 @@ impl<D: Disk + 'static> Engine<D> {
         Ok(())
     }
 
-    /// Copies a piece, but for its longer runs of zeros.
+    /// Copies a piece, but for its pages of zeros.
     async fn copy_piece(&self, piece: Piece) -> Outcome {
         let Piece { from, to, length } = piece;
         let bytes = self.disk.read(from, length).await.map_err(|error| errno(&error))?;

@@ -75,6 +75,35 @@ fn a_compacted_image_is_short_and_reads_as_before() {
     }
 }
 
+/// What lies scattered in a block takes no more of the host in its new place: pages of zeros are holes. What
+/// lies before the blocks gets all its space when the image is written.
+#[test]
+fn a_moved_block_takes_no_more_of_the_host() {
+    const MOVED: u64 = 24;
+    const PAGES: u64 = 16;
+    let bench = Bench::new();
+    let image = bench.image("a.vhdx", &["--size", "64M", "--block-size", "1M"]);
+    let file = OpenOptions::new().write(true).open(&image).expect("ours");
+    for block in 0..MOVED {
+        // Each behind a free place of its size.
+        let place = END + (2 * (MOVED - block) - 1) * MIB;
+        for page in 0..PAGES {
+            let byte = u8::try_from(block + 1).expect("few");
+            file.write_all_at(&[byte; 4096], place + page * (MIB / PAGES)).expect("room");
+        }
+        file.write_all_at(&(place | 6).to_le_bytes(), BAT + 8 * block).expect("room");
+    }
+    file.set_len(END + 2 * MOVED * MIB).expect("room");
+    file.sync_all().expect("room");
+    let before = bench.path("before.vhdx");
+    fs::copy(&image, &before).expect("room");
+    let done = compact(&image, &[]);
+    let bytes = |key: &str| done[key].as_u64().expect("a number");
+    assert!(bytes("moves") >= MOVED / 2, "{done}");
+    assert!(bytes("host_bytes_after") <= bytes("host_bytes_before") + END, "{done}");
+    assert_same(&image, &before);
+}
+
 /// Each step alone, and what it leaves for the other one.
 #[test]
 fn a_step_that_was_not_named_is_not_taken() {
