@@ -16,7 +16,7 @@ use vhdx_ublk::disk::{Reactor, Sparse};
 use vhdx_ublk::error::{Error, Kind, Result};
 use vhdx_ublk::format::metadata::DiskType;
 use vhdx_ublk::operations::compact::{Compacted, Figures, Request, Steps};
-use vhdx_ublk::printable::{counted, human_size};
+use vhdx_ublk::printable::{counted, human_size, shell};
 
 use super::parent_options::ParentOptions;
 use super::progress::ProgressOptions;
@@ -33,6 +33,9 @@ pub struct Compact {
     /// The image; or its device: its number, its name or /dev/ublkbN
     #[arg(value_name = "TARGET")]
     image: PathBuf,
+    /// Only produces an error that names the command which changes the size of the disk
+    #[arg(long, hide = true, value_name = "SIZE")]
+    size: Option<String>,
     #[command(flatten)]
     steps: StepOptions,
     /// Fill the holes of the file at last, and make none: for a file that goes to Windows, which refuses
@@ -117,6 +120,12 @@ possible; 2 wrong usage.";
 impl Compact {
     /// Runs the command; returns the exit status.
     pub fn run(self) -> Result<u8> {
+        if let Some(size) = &self.size {
+            let (image, size) = (shell(&self.image), shell(Path::new(size)));
+            let message = "compact shortens the file of an image, and its disk keeps its size";
+            let remedy = format!("for the disk: vhdx-ublk resize {image} --size {size}");
+            return Err(Error::new(Kind::Usage, message).remedy(remedy));
+        }
         match served::find(self.image.as_os_str())? {
             Some(entry) => self.compact_served(&entry),
             None => self.compact_at_rest(),
@@ -153,7 +162,7 @@ impl Compact {
     }
 
     fn compact_at_rest(self) -> Result<u8> {
-        let Self { image, steps, dense, dry_run, max_rate, json, parents, progress } = self;
+        let Self { image, steps, dense, dry_run, max_rate, json, parents, progress, .. } = self;
         let StepOptions { trim, zeros, length, defragment } = steps;
         let all = !zeros && !length && !defragment;
         let steps = Steps { zeros: zeros || all, length: length || all, defragment };

@@ -13,8 +13,10 @@ use vhdx_ublk::device::claims::Claims;
 use vhdx_ublk::device::path::WrittenPath;
 use vhdx_ublk::disk::{Remover, Sparse};
 use vhdx_ublk::error::{Doing, Error, Kind, Result};
+use vhdx_ublk::format::MAX_VIRTUAL_SIZE;
 use vhdx_ublk::image::{InitialState, NewImage};
 use vhdx_ublk::operations::create::Creation;
+use vhdx_ublk::printable::shell;
 
 use super::{output, size};
 
@@ -89,6 +91,9 @@ Examples:
 JSON: image, parent (null or a path); `vhdx-ublk info --json` has the rest.
 Exit status: 0 the image is created, 1 failure (no unfinished file is left), 2 wrong usage.";
 
+/// The largest disk in GiB.
+const MOST_GIB: u64 = MAX_VIRTUAL_SIZE >> 30;
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum DiskType {
     Dynamic,
@@ -132,12 +137,15 @@ impl Create {
     fn refuse_name(&self) -> Result<()> {
         let end =
             self.image.extension().and_then(|end| end.to_str()).unwrap_or_default().to_ascii_lowercase();
-        let remedy = match end.as_str() {
-            "vhd" => "name it .vhdx; for a VHD, convert that: vhdx-ublk convert NEW.vhdx NEW.vhd",
-            "raw" | "img" => "name it .vhdx; for a raw disk: truncate --size SIZE NEW.raw",
-            "qcow2" | "vmdk" | "vdi" => "name it .vhdx; for this format: qemu-img create -f FORMAT NEW SIZE",
+        let (file, vhdx) = (shell(&self.image), shell(&self.image.with_extension("vhdx")));
+        let size = self.size.map_or_else(|| "SIZE".to_owned(), |size| size.to_string());
+        let other = match end.as_str() {
+            "vhd" => format!("for a VHD, convert that: vhdx-ublk convert {vhdx} {file}"),
+            "raw" | "img" => format!("for a raw disk: truncate --size {size} {file}"),
+            "qcow2" | "vmdk" | "vdi" => format!("for this format: qemu-img create -f {end} {file} {size}"),
             _ => return Ok(()),
         };
+        let remedy = format!("name it {vhdx}; {other}");
         let message = format!("create makes a VHDX, and the name of the file ends in .{end}");
         Err(Error::new(Kind::Usage, message).file(&self.image).remedy(remedy))
     }
@@ -155,9 +163,7 @@ impl Create {
         // A child has its parent's.
         let size = self.size.or(self.parent.as_ref().map(|_| 0));
         let Some(virtual_size) = size else { return usage("--size is required") };
-        if !virtual_size.is_multiple_of(self.logical_sector_size.into()) {
-            return usage("the size must be a multiple of the logical sector size");
-        }
+        self.require_sectors(virtual_size)?;
         if self.physical_sector_size < self.logical_sector_size {
             return usage("the physical sector size must not be smaller than the logical one");
         }
@@ -178,6 +184,23 @@ impl Create {
             },
             parent: None,
         })
+    }
+}
+
+impl Create {
+    /// A number without a unit is one of bytes, and a small one is often meant as one of GiB.
+    fn require_sectors(&self, size: u64) -> Result<()> {
+        let sector = self.logical_sector_size;
+        if size.is_multiple_of(sector.into()) {
+            return Ok(());
+        }
+        let message = format!("a disk of {size} bytes is no whole number of sectors of {sector} bytes");
+        let whole = size.next_multiple_of(sector.into());
+        let remedy = match size {
+            0..=MOST_GIB => format!("--size {size}G, or in bytes: --size {whole}"),
+            _ => format!("--size {whole}"),
+        };
+        Err(Error::new(Kind::Usage, message).remedy(remedy))
     }
 }
 

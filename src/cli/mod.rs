@@ -66,6 +66,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use anyhow::Result;
+use clap::error::{ContextKind, ContextValue};
 use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use vhdx_ublk::device::confine;
@@ -105,7 +106,7 @@ Exit status: 0 success, 1 failure, 2 wrong usage; `check` and `compare` have the
 enum Command {
     #[command(visible_alias = "attach")]
     Add(add::Add),
-    #[command(visible_aliases = ["detach", "rm", "stop"])]
+    #[command(visible_aliases = ["detach", "rm", "stop"], aliases = ["delete", "remove"])]
     Del(del::Del),
     #[command(visible_alias = "ls")]
     List(list::List),
@@ -122,10 +123,12 @@ enum Command {
     #[command(name = units::GENERATOR, hide = true)]
     Generator(generator::Generator),
     Mount(mount::Mount),
+    #[command(alias = "unmount")]
     Umount(umount::Umount),
     Create(create::Create),
     Info(info::Info),
     Map(map::Map),
+    #[command(alias = "verify")]
     Check(check::Check),
     Relink(relink::Relink),
     #[command(visible_alias = "grow")]
@@ -137,6 +140,7 @@ enum Command {
     Compact(compact::Compact),
     Salvage(salvage::Salvage),
     Convert(convert::Convert),
+    #[command(alias = "diff")]
     Compare(compare::Compare),
     Measure(measure::Measure),
     Features(features::Features),
@@ -232,10 +236,34 @@ pub fn main() -> ExitCode {
 /// The command line, and whether it asks for JSON.
 fn parse(arguments: &[OsString]) -> clap::error::Result<(Cli, bool)> {
     let mut line = Cli::command();
-    let mut matches = line.try_get_matches_from_mut(arguments)?;
+    let mut matches = line.try_get_matches_from_mut(arguments).map_err(|error| with_guess(error, &line))?;
     let json = wants_json(&matches);
     let cli = Cli::from_arg_matches_mut(&mut matches).map_err(|error| error.format(&mut line))?;
     Ok((cli, json))
+}
+
+/// Words that people try for a command with an option.
+const MEANT: [(&str, &str); 2] = [("repair", "check --repair"), ("fix", "check --repair")];
+
+/// The error, in which no command is suggested that `line` hides: a person has no use for it.
+fn with_guess(mut error: clap::Error, line: &clap::Command) -> clap::Error {
+    let word = match error.get(ContextKind::InvalidSubcommand) {
+        Some(ContextValue::String(word)) => word.clone(),
+        _ => return error,
+    };
+    let is_hidden = |name: &String| line.find_subcommand(name).is_some_and(clap::Command::is_hide_set);
+    let suggested = match error.remove(ContextKind::SuggestedSubcommand) {
+        Some(ContextValue::Strings(names)) => names,
+        Some(ContextValue::String(name)) => vec![name],
+        _ => Vec::new(),
+    };
+    let meant = MEANT.iter().find(|(tried, _)| *tried == word).map(|(_, meant)| vec![(*meant).to_owned()]);
+    let guesses = meant.unwrap_or_else(|| suggested.into_iter().filter(|name| !is_hidden(name)).collect());
+    error.remove(ContextKind::Suggested);
+    if !guesses.is_empty() {
+        error.insert(ContextKind::SuggestedSubcommand, ContextValue::Strings(guesses));
+    }
+    error
 }
 
 /// Whether the innermost command has `--json`.
@@ -376,6 +404,34 @@ mod tests {
         let umount = ["umount.vhdx", "/mnt", "-l", "-t", "vhdx.ntfs3"];
         assert!(matches!(command(&umount), Ok(Command::UmountHelper(_))));
         assert!(matches!(command(&["./vhdx-ublk", "list"]), Ok(Command::List(_))));
+    }
+
+    /// What a person means by a word of theirs is suggested, and no command that is for programs.
+    #[test]
+    fn a_wrong_command_is_guessed_and_no_hidden_one_is() {
+        let told = |word: &str| {
+            let error = parse(&["vhdx-ublk".into(), word.into()]).err().expect("no command");
+            error.to_string()
+        };
+        for word in ["repair", "fix"] {
+            assert!(told(word).contains("'check --repair'"), "{}", told(word));
+        }
+        assert!(told("conver").contains("'convert'"), "{}", told("conver"));
+        for hidden in Cli::command().get_subcommands().filter(|command| command.is_hide_set()) {
+            let word = format!("{}x", hidden.get_name());
+            let told = told(&word);
+            let tip = told.lines().find(|line| line.contains("tip:")).unwrap_or_default();
+            assert!(!tip.contains(&format!("'{}'", hidden.get_name())), "{told}");
+            assert!(!told.contains("\n\n\n"), "{told}");
+        }
+        let command =
+            |words: &[&str]| Cli::try_parse_from(["vhdx-ublk"].iter().chain(words)).map(|cli| cli.command);
+        for word in ["delete", "remove"] {
+            assert!(matches!(command(&[word, "0"]), Ok(Command::Del(_))));
+        }
+        assert!(matches!(command(&["unmount", "/mnt"]), Ok(Command::Umount(_))));
+        assert!(matches!(command(&["verify", "a"]), Ok(Command::Check(_))));
+        assert!(matches!(command(&["diff", "a", "b"]), Ok(Command::Compare(_))));
     }
 
     #[test]

@@ -5,13 +5,15 @@ use std::path::{Path, PathBuf};
 
 use vhdx_ublk::device::claims;
 use vhdx_ublk::device::freeze::{self, Frozen, Unfrozen, without};
+use vhdx_ublk::device::registry::{Entry, Registry};
 use vhdx_ublk::device::socket;
-use vhdx_ublk::device::stop::{self, Target};
+use vhdx_ublk::device::stop::Target;
 use vhdx_ublk::device::usage;
 use vhdx_ublk::error::{Error, Kind, Result};
+use vhdx_ublk::printable::shell;
 
 use super::snapshot_target::{absolute, warn_of_table};
-use super::{output, snapshot_list, snapshot_revert};
+use super::{output, served, snapshot_list, snapshot_revert};
 
 /// Freeze the image of a device as the parent of a new image, which is served from then on.
 ///
@@ -29,6 +31,9 @@ pub struct Snapshot {
     /// The new image; the file must not exist
     #[arg(required_unless_present = "hold_frozen")]
     image: Option<PathBuf>,
+    /// Only produces an error that says how a snapshot is taken
+    #[arg(hide = true)]
+    misplaced: Option<PathBuf>,
     /// Freeze the mounted file systems of the device meanwhile, so that every file is as its writer left it.
     /// If one cannot be frozen, no snapshot is taken; `try` warns, and takes it
     #[arg(long, value_enum, value_name = "HOW", num_args = 0..=1, require_equals = true)]
@@ -72,6 +77,8 @@ cannot be frozen, nor can types without support for it (vfat).
 A device with the name `list` or `revert` is written /dev/vhdx/list or /dev/vhdx/revert here, and
 an image of that name ./list or ./revert.
 A line of /etc/vhdxtab that names the frozen image is warned of: it must name the new one.
+JSON: image (the new one), parent (the frozen one), pause_us (how long requests had to wait,
+microseconds).
 Exit status: 0 the new image is served, 1 failure (`vhdx-ublk list` shows what is served), 2
 wrong usage.";
 
@@ -81,15 +88,17 @@ impl Snapshot {
         match (&self.command, &self.target, &self.image) {
             (Some(Command::List(list)), ..) => list.run(),
             (Some(Command::Revert(revert)), ..) => revert.run(),
-            (None, Some(target), Some(image)) => self.take(target, image),
+            (None, Some(target), Some(image)) => match &self.misplaced {
+                Some(more) => Err(one_too_many(target, image, more)),
+                None => self.take(target, image),
+            },
             (None, ..) => freeze::hold(&self.hold_frozen),
         }
     }
 
     fn take(&self, target: &OsStr, image: &Path) -> Result<()> {
-        let target = Target::parse(target)?;
-        let registry = claims::registry()?.ok_or_else(|| claims::no_devices(&target))?;
-        let entry = stop::find(&registry, &target)?.entry;
+        let entry = served_as(target).map_err(|error| unserved(target, image, error))?;
+        let registry = Registry::open()?;
         let device = entry.device.display();
         if !entry.daemon.is_alive() {
             let message = format!("the daemon of {device} is not running");
@@ -121,6 +130,36 @@ impl Snapshot {
         output::print_line(&format!(
             "{device} now serves {image}; its parent is {parent} (pause: {pause} ms)"
         ))
+    }
+}
+
+fn served_as(target: &OsStr) -> Result<Entry> {
+    Ok(claims::find(&Target::parse(target)?)?.entry)
+}
+
+/// Why no snapshot is taken of what no device serves: an image at rest gets a child by another command.
+fn unserved(target: &OsStr, image: &Path, error: Error) -> Error {
+    let named = Path::new(target);
+    if error.kind() != Kind::NotFound || !named.is_file() {
+        return served::missing(named, error);
+    }
+    let remedy =
+        format!("to make a child of it: vhdx-ublk create {} --parent {}", shell(image), shell(named));
+    Error::new(Kind::NotFound, "no device serves this image").file(named).remedy(remedy)
+}
+
+/// Why three words are one too many: there is no word for the taking of a snapshot.
+fn one_too_many(target: &OsStr, image: &Path, more: &Path) -> Error {
+    let message = format!("the device and the new image are all that is named, and not {}", more.display());
+    let error = Error::new(Kind::Usage, message);
+    if target != "create" {
+        return error.remedy("vhdx-ublk snapshot --help");
+    }
+    match served_as(image.as_os_str()) {
+        Err(unserved) if unserved.kind() == Kind::NotFound && image.is_file() => {
+            error.remedy(self::unserved(image.as_os_str(), more, unserved).remedy_text().unwrap_or_default())
+        }
+        _ => error.remedy(format!("vhdx-ublk snapshot {} {}", shell(image), shell(more))),
     }
 }
 

@@ -427,7 +427,8 @@ fn a_name_of_another_format_is_refused_with_advice() {
         ("a.vdi", "qemu-img create"),
     ] {
         let message = create(&bench.path(name), &["--size", "1M", "--force"]).failed(2);
-        assert!(message.contains("name it .vhdx") && message.contains(advice), "{name}: {message}");
+        assert!(message.contains("name it ") && message.contains(".vhdx; "), "{name}: {message}");
+        assert!(message.contains(advice), "{name}: {message}");
     }
     for name in ["a.vhdx", "a.avhdx", "a", "a.disk"] {
         create(&bench.path(name), &["--size", "1M"]).succeeded();
@@ -776,6 +777,32 @@ fn what_is_missing_is_said_to_be() {
     assert!(
         error["remedy"].is_string() && error["file"].as_str().is_some_and(|file| file.ends_with("such.vhdx"))
     );
+}
+
+/// What is meant by the usage of other programs is said, with the command to use.
+#[test]
+fn what_was_meant_is_said() {
+    let bench = Bench::new();
+    let image = bench.image("a b.vhdx", &["--size", "8M"]);
+    let at = |words: &[&str]| {
+        let ran = program().args(words).current_dir(bench.0.path()).output().expect("it runs");
+        Ran::from(ran)
+    };
+    let message = at(&["shrink", "a b.vhdx", "--size", "32M"]).failed(2);
+    assert!(message.contains("vhdx-ublk resize 'a b.vhdx' --size 32M"), "{message}");
+    let child = "vhdx-ublk create c.vhdx --parent 'a b.vhdx'";
+    let message = at(&["snapshot", "a b.vhdx", "c.vhdx"]).failed(1);
+    assert!(message.contains(child), "{message}");
+    let message = at(&["snapshot", "create", "a b.vhdx", "c.vhdx"]).failed(2);
+    assert!(message.contains(child), "{message}");
+    let message = at(&["create", "c.vhdx", "--size", "10"]).failed(2);
+    assert!(message.contains("10 bytes") && message.contains("--size 10G"), "{message}");
+    let message = at(&["create", "c.vhdx", "--size", "100000"]).failed(2);
+    assert!(message.contains("--size 100352") && !message.contains("100000G"), "{message}");
+    let message = at(&["create", "c.vhd", "--size", "1G"]).failed(2);
+    assert!(message.contains("vhdx-ublk convert c.vhdx c.vhd"), "{message}");
+    assert_eq!(bench.names(), ["a b.vhdx"]);
+    on("check", &image, &[]).succeeded();
 }
 
 /// Files of others are refused with that reason, and not changed.
