@@ -146,6 +146,13 @@ impl Error {
         self
     }
 
+    /// Calls the file `path`, as the reader does.
+    #[must_use]
+    pub fn called(mut self, path: &Path) -> Self {
+        self.0.file = Some(path.to_owned());
+        self
+    }
+
     /// Says what the reader can do next, unless an inner layer already did.
     #[must_use]
     pub fn remedy(mut self, remedy: impl Into<String>) -> Self {

@@ -70,13 +70,24 @@ impl Check {
     pub fn run(self) -> Result<u8> {
         let search = self.answer.parents.search();
         let examine = if self.repair { repair } else { check };
-        let checked = examine(&self.image, &search, &Claims)?;
+        let mut checked = examine(&self.image, &search, &Claims)?;
+        name_in_advice(&mut checked);
         if self.answer.json {
             output::print_json(&Json::of(&checked))?;
         } else {
             output::print(&text(&checked))?;
         }
         Ok(status(&checked))
+    }
+}
+
+/// Has the advice for each finding name the image.
+fn name_in_advice(Checked { path, report, before, chain, .. }: &mut Checked) {
+    let own = [Some(report), before.as_mut()].into_iter().flatten().map(|report| (&*path, report));
+    for (path, report) in own.chain(chain.parents.iter_mut().map(|(path, report)| (&*path, report))) {
+        for advice in report.findings.iter_mut().filter_map(|finding| finding.remedy.as_mut()) {
+            *advice = output::about(advice, path);
+        }
     }
 }
 
@@ -215,7 +226,7 @@ fn parents(chain: &CheckedChain, repaired: bool) -> String {
 
 fn with_advice(fault: &Error) -> String {
     match output::remedy(fault) {
-        Some(remedy) => format!("{fault:#}\n  try: {}", printable(remedy)),
+        Some(remedy) => format!("{fault:#}\n  try: {}", printable(&remedy)),
         None => format!("{fault:#}"),
     }
 }

@@ -1,6 +1,6 @@
 //! `enable` and `disable`: which disks are served from boot on.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::path::{self, Path, PathBuf};
 
 use schemars::JsonSchema;
@@ -125,9 +125,7 @@ impl Disable {
     pub fn run(&self) -> Result<()> {
         let (name, path) = (self.name.display(), Path::new(table::PATH));
         if !table_to_change()?.remove(&self.name)? {
-            let message = format!("no line names {name}");
-            let remedy = format!("`cat {}` shows the names", table::PATH);
-            return Err(Error::new(Kind::NotFound, message).file(path).remedy(remedy));
+            return Err(unnamed(&self.name).file(path));
         }
         if !self.json {
             output::print_line(&format!("{}: removed {name}", table::PATH))?;
@@ -149,6 +147,17 @@ impl Disable {
 }
 
 /// The table, which no other process changes until it is dropped.
+/// Why no line is removed.
+fn unnamed(name: &OsStr) -> Error {
+    let name = name.display();
+    if Path::new(table::PATH).exists() {
+        let remedy = format!("`cat {}` shows the names", table::PATH);
+        return Error::new(Kind::NotFound, format!("no line names {name}")).remedy(remedy);
+    }
+    Error::new(Kind::NotFound, format!("there is no such table, and so no line names {name}"))
+        .remedy("no disk is served at boot: `vhdx-ublk list` shows the devices that are served now")
+}
+
 fn table_to_change() -> Result<Table> {
     claims::require_root("only root can change the table of disks").file(Path::new(table::PATH))?;
     Table::read_to_change(Path::new(table::PATH), Path::new(table::LOCK))

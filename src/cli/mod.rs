@@ -229,6 +229,7 @@ pub fn main() -> ExitCode {
         Ok(status) => return status.into(),
         Err(error) => error,
     };
+    let error = output::as_typed(error, arguments.get(1..).unwrap_or_default());
     output::report(error.as_ref(), json);
     ExitCode::from(if output::kind(error.as_ref()) == Kind::Usage { misuse } else { failure })
 }

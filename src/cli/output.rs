@@ -2,18 +2,22 @@
 //!
 //! Names in it are made printable: in text as Rust writes them, `\u{9b}`, in JSON as JSON does, `\u009b`.
 
+use std::borrow::Cow;
 use std::error::Error as StdError;
 use std::ffi::OsString;
 use std::fmt::Write as _;
+use std::fs;
 use std::io::{self, Write as _};
+use std::path::Path;
 
 use anyhow::{Chain, Context};
 use schemars::JsonSchema;
 use serde::Serialize;
 
 use vhdx_ublk::device::path::WrittenPath;
+use vhdx_ublk::disk::folder_of;
 use vhdx_ublk::error::{Doing, Error, Kind, Result, SALVAGE};
-use vhdx_ublk::printable::{is_printable, printable};
+use vhdx_ublk::printable::{is_printable, printable, shell};
 
 use super::{FAILURE, SUCCESS};
 
@@ -97,7 +101,28 @@ pub fn report(error: &(dyn StdError + 'static), json: bool) {
     let mut stderr = io::stderr().lock();
     let _ = writeln!(stderr, "vhdx-ublk: {}", message(error));
     if let Some(remedy) = remedy(error) {
-        let _ = writeln!(stderr, "  try: {}", printable(remedy));
+        let _ = writeln!(stderr, "  try: {}", printable(&remedy));
+    }
+}
+
+/// `error`, in which a file is called as it is among the `arguments`: some commands know it by its absolute
+/// path when they fail, and some do not yet.
+pub fn as_typed(error: anyhow::Error, arguments: &[OsString]) -> anyhow::Error {
+    let error = match error.downcast::<Error>() {
+        Ok(error) => error,
+        Err(other) => return other,
+    };
+    let is = |path: &&Path, found: &Path| {
+        path.file_name() == found.file_name()
+            && fs::canonicalize(folder_of(path)).is_ok_and(|folder| folder == folder_of(found))
+    };
+    let typed = error
+        .file_path()
+        .filter(|found| found.is_absolute())
+        .and_then(|found| arguments.iter().map(Path::new).find(|path| is(path, found)).map(Path::to_owned));
+    match typed {
+        Some(typed) => error.called(&typed).into(),
+        None => error.into(),
     }
 }
 
@@ -157,7 +182,7 @@ pub struct Failure<'a> {
     /// Where that is in the file, bytes.
     offset: Option<u64>,
     /// What to do about it.
-    remedy: Option<&'a str>,
+    remedy: Option<Cow<'a, str>>,
 }
 
 /// What became of one of several targets.
@@ -195,7 +220,7 @@ impl<'a> Outcome<'a> {
 impl Failure<'_> {
     /// As one line, with its advice.
     pub fn text(&self) -> String {
-        match self.remedy {
+        match &self.remedy {
             Some(remedy) => format!("{}; try: {}", self.message, printable(remedy)),
             None => self.message.clone(),
         }
@@ -226,14 +251,35 @@ pub fn kind(error: &(dyn StdError + 'static)) -> Kind {
 
 /// The error with advice, if there is any: for an error that is sent to another process.
 pub fn advised(error: Error) -> Error {
-    match remedy(&error).map(str::to_owned) {
+    match remedy(&error).map(Cow::into_owned) {
         Some(remedy) => error.remedy(remedy),
         None => error,
     }
 }
 
+/// Words that stand for the file of an error in advice that does not know it.
+const STAND_INS: [&str; 2] = ["FILE", "OLD"];
+
 /// What can be done: the advice of the error itself, or what helps with most errors of its kind.
-pub fn remedy<'a>(error: &'a (dyn StdError + 'static)) -> Option<&'a str> {
+pub fn remedy<'a>(error: &'a (dyn StdError + 'static)) -> Option<Cow<'a, str>> {
+    let text = general_remedy(error)?;
+    Some(match known(error).and_then(Error::file_path) {
+        Some(file) => about(text, file).into(),
+        None => text.into(),
+    })
+}
+
+/// Advice that can be pasted: it has the name of `file`, not a word for it.
+pub fn about(advice: &str, file: &Path) -> String {
+    let name = |word: &str| if STAND_INS.contains(&word) { shell(file) } else { word.to_owned() };
+    let words = advice.split_inclusive([' ', '`', ',', ';']).map(|word| {
+        let bare = word.trim_end_matches([' ', '`', ',', ';']);
+        name(bare) + &word[bare.len()..]
+    });
+    words.collect()
+}
+
+fn general_remedy<'a>(error: &'a (dyn StdError + 'static)) -> Option<&'a str> {
     let known = known(error);
     let number = os_error(error).and_then(io::Error::raw_os_error);
     known.and_then(Error::remedy_text).filter(|text| !text.is_empty()).or(match kind(error) {
@@ -306,8 +352,6 @@ pub fn table<const N: usize>(headline: [&str; N], rows: &[[String; N]]) -> Strin
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
     use super::*;
 
     #[test]
@@ -351,7 +395,7 @@ mod tests {
         let refused = Error::io("opening the image", io::ErrorKind::NotFound.into()).in_structure("BAT");
         let refused = anyhow::Error::from(refused).context("adding a\nb");
         assert_eq!(kind(refused.as_ref()), Kind::NotFound);
-        assert_eq!(remedy(refused.as_ref()), Some("check the spelling of the path"));
+        assert_eq!(remedy(refused.as_ref()).as_deref(), Some("check the spelling of the path"));
         let failure = Failure::of(refused.as_ref());
         assert_eq!(failure.message, "adding a\\nb: BAT: opening the image: entity not found");
         assert_eq!(failure.structure, Some("BAT"));
@@ -373,5 +417,22 @@ mod tests {
     fn advice_that_is_missing_or_empty_is_made_up_for() {
         assert!(remedy(&Error::new(Kind::Truncated, "x")).is_some());
         assert!(remedy(&Error::new(Kind::Corrupt, "x").remedy("")).is_some_and(|text| !text.is_empty()));
+    }
+
+    /// Advice can be pasted: it has the file's name, not a word for it.
+    #[test]
+    fn advice_names_the_file() {
+        let advice = |error: Error| remedy(&error.file(Path::new("a b.vhdx"))).map(Cow::into_owned);
+        for (error, command) in [
+            (Error::new(Kind::Corrupt, "x"), "vhdx-ublk salvage 'a b.vhdx' COPY"),
+            (
+                Error::new(Kind::NotVhdx, "x").remedy("vhdx-ublk convert OLD NEW.vhdx"),
+                "convert 'a b.vhdx' NEW.vhdx",
+            ),
+            (Error::new(Kind::NotVhdx, "x").remedy("`vhdx-ublk check FILE` shows"), "check 'a b.vhdx'`"),
+        ] {
+            let advice = advice(error).unwrap_or_default();
+            assert!(advice.contains(command), "{advice}");
+        }
     }
 }

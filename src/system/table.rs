@@ -25,6 +25,7 @@ use super::lock;
 use crate::chain::same_file;
 use crate::device::name::Name;
 use crate::error::{Doing, Error, Kind, Locate, Result};
+use crate::printable::shell;
 
 /// Where the table is.
 pub const PATH: &str = "/etc/vhdxtab";
@@ -254,7 +255,8 @@ impl Table {
         }
         let missing = || {
             let message = format!("no line names {}", name.display());
-            Error::new(Kind::NotFound, message).file(&self.path).remedy("vhdx-ublk enable NAME IMAGE")
+            let remedy = format!("vhdx-ublk enable {} IMAGE", shell(Path::new(name)));
+            Error::new(Kind::NotFound, message).file(&self.path).remedy(remedy)
         };
         Err(first_error.unwrap_or_else(missing))
     }

@@ -714,6 +714,30 @@ fn no_file_takes_the_place_of_a_folder() {
     assert!(message.contains("this is a folder") && message.contains("name a file in it"), "{message}");
 }
 
+/// A path is shown as it was typed, also where a command knows the absolute one when it fails.
+#[test]
+fn errors_call_a_file_as_the_user_does() {
+    let bench = Bench::new();
+    fs::write(bench.path("a raw.img"), vec![0; 1 << 20]).expect("room");
+    for command in ["info", "check", "salvage", "merge", "set", "compact", "measure"] {
+        for name in ["a raw.img", "./a raw.img", "../NAME/a raw.img"] {
+            let folder = bench.0.path().file_name().and_then(OsStr::to_str).expect("UTF-8");
+            let name = name.replace("NAME", folder);
+            let mut words = vec![command, &name];
+            words.extend(match command {
+                "salvage" => &["--dry-run"][..],
+                "set" => &["--disk-id", "new"],
+                "measure" => &["--from", "vhdx", "--to", "raw"],
+                _ => &[],
+            });
+            let ran = program().args(words).current_dir(bench.0.path()).output().expect("it runs");
+            let message = Ran::from(ran).failed(1);
+            assert!(message.starts_with(&format!("vhdx-ublk: {name}: ")), "{command} {name}: {message}");
+            assert!(!message.contains("FILE"), "{message}");
+        }
+    }
+}
+
 /// Nothing is kept where a command has failed for want of an image, a line or a driver: as long as there is
 /// no folder of devices, users convert their files without root.
 #[test]
