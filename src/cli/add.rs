@@ -173,7 +173,9 @@ sector of its partially present blocks (`vhdx-ublk info` shows the maximum). Ses
 eighth of /run free, their bits a quarter. If there is no room, or /run is not a tmpfs, the
 device works but cannot be recovered, and `add` warns about it.
 If the kernel has no ublk driver yet, its module is loaded (modprobe ublk_drv), and a line says so.
+
 With --private-mounts, a snapshot goes to a file system that the image or a parent of it is on.
+
 Warnings of a running device go to /run/vhdx-ublk/N.log; a full log (1 MiB) becomes N.log.1. With
 --foreground in a service of systemd they go to the journal, with the fields VHDX_DEVICE and
 VHDX_IMAGE: `journalctl _UID=0 VHDX_DEVICE=/dev/ublkb0`, as any user can send such fields.

@@ -48,7 +48,7 @@ pub struct Compact {
     /// Copy at most SIZE bytes per second, as in 100M (while the image is served: 64M if not given)
     #[arg(long, value_name = "SIZE", value_parser = parse_rate)]
     max_rate: Option<u64>,
-    /// Print the result as JSON
+    /// As JSON: one object, errors too
     #[arg(long)]
     pub json: bool,
     #[command(flatten)]
@@ -90,10 +90,11 @@ A parent can be compacted, and its children stay valid. A fixed image keeps the 
 blocks.
 An image that is served is compacted by its daemon, as root. The only steps are --trim, which trims
 what is mounted where it is mounted, and --length; for the others remove the device first. Requests
-go on, and come first: while there are any, blocks are moved a quarter of the time. A snapshot, a
+go on, and come first: while there are any, blocks are moved a sixth of the time. A snapshot, a
 resize, an upgrade or the end of the device stops the command at its next safe point, and so does
 Ctrl-C; run it again to continue. Sector bitmaps (of a child), the BAT, the metadata and the log
 stay where they are, and the file cannot end before them. `vhdx-ublk list` shows how far it is.
+
 Space that a file system on the disk has freed is given back only if it was discarded: run
 `fstrim -a` in the guest before, or use --trim. That serves the image for a moment, mounts each
 ext2, ext3, ext4, XFS, Btrfs, NTFS (ntfs3) and FAT where no other process sees it, trims it and
@@ -107,13 +108,15 @@ For a block that is longer than each free run, blocks between the runs are moved
 long as at most 64 bytes are copied for each byte that the file becomes shorter.
 Ctrl-C stops the command at the next safe point; what was freed until then stays free. Meanwhile the
 file may be longer than before, with --defragment by 64 MiB and more.
---json prints image, device (null, or what serves it), dry_run, stopped (whether it ended early)
-and stopped_by (null, or what ended it while it was served: caller, snapshot, resize, upgrade,
-end); host_bytes_before and _after (space on the host; none after a dry run), file_bytes_before and
-_after; zero_blocks and unmapped_blocks (blocks that held zeros; blocks without content that named
-space) and given_up_bytes; moves and moved_bytes; filled_bytes (--dense); free_bytes (free space
-that stays in the file) and free_before (the structure behind it that is not moved), which are not
-told of an image that is served; unread_parents (why zeros of a child were not searched for).
+JSON: image, device (null, or what serves it), dry_run, stopped (whether it ended early) and
+stopped_by (null, or what ended it while it was served: caller, snapshot, resize, upgrade, end);
+host_bytes_before and host_bytes_after (space on the host; null after a dry run), file_bytes_before
+and file_bytes_after; zero_blocks and unmapped_blocks (blocks that held zeros; blocks without
+content that named space) and given_up_bytes; moves and moved_bytes; filled_bytes (--dense);
+free_bytes (free space that stays in the file) and free_before (the structure behind it that is not
+moved), which are not told of an image that is served; unread_parents (why zeros of a child were not
+searched for); trim (null without --trim, or volumes [{partition, type, trimmed_bytes, left_alone
+(null, or why)}] and not_possible (null, or why nothing was trimmed)).
 Exit status: 0 compacted, 1 failure or stopped (the disk reads as before), or --trim was not
 possible; 2 wrong usage.";
 

@@ -46,7 +46,7 @@ Examples:
   vhdx-ublk compare child.vhdx flat.vhd --parent /backup/base.vhdx
 
 --parent and --parent-map are about the first disk.
---json prints same, first_difference (a byte, or null), sizes (bytes of both disks), read_bytes.
+JSON: same, first_difference (a byte, or null), sizes (bytes of both disks), read_bytes.
 Exit status: 0 the same content, 1 different content (the first difference is shown), 2 failure.";
 
 /// The exit status of a comparison that has found a difference.

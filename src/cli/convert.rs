@@ -54,7 +54,7 @@ pub struct Convert {
     /// Show what would be made, and make nothing
     #[arg(long)]
     dry_run: bool,
-    /// Print what was made as JSON
+    /// As JSON: one object, errors too
     #[arg(long)]
     pub json: bool,
     #[command(flatten)]
@@ -89,9 +89,10 @@ A raw disk can begin with anything its user writes: name its format (--from raw)
 not trusted. A new VHDX is a disk of its own, with a new identifier.
 The file of the target is readable by its owner only, or by those users of the file that it replaces
 who can read the source.
-Prints what was made, and how long it took. --json prints target, format, virtual_size, required and
-fully_allocated (bytes of the file, as measure shows them), written_bytes, shared_bytes (blocks that
-source and target share on their host), and seconds (null after a dry run).
+Prints what was made, and how long it took.
+JSON: target, format, virtual_size, required and fully_allocated (bytes of the file, as measure
+shows them), written_bytes, shared_bytes (blocks that source and target share on their host), and
+seconds (null after a dry run).
 Exit status: 0 converted, 1 failure (no unfinished target is left), 2 wrong usage.";
 
 /// What is printed as JSON.

@@ -116,12 +116,24 @@ const SECTIONS: [(&str, &str); 4] =
 const STATUS: usize = 0;
 const NOTES: usize = 2;
 
+/// How long a line of a help text is at most.
+const HELP_WIDTH: usize = 100;
+
+/// Whether a paragraph ends with `line`: a sentence does, and the word that begins the `next` line would have
+/// had room.
+fn ends_paragraph(line: &str, next: &str) -> bool {
+    let word = next.split(' ').next().unwrap_or_default();
+    line.ends_with(['.', ':', ';']) && line.chars().count() + 1 + word.chars().count() <= HELP_WIDTH
+}
+
 /// Cuts the text into the pieces of each of [`SECTIONS`].
 fn cut(text: &str) -> [Vec<Piece>; 4] {
     let mut sections = [const { Vec::new() }; 4];
     for block in text.split("\n\n") {
         let (mut section, mut begins) = (NOTES, true);
-        for line in block.lines() {
+        let mut lines = block.lines().peekable();
+        while let Some(whole) = lines.next() {
+            let (line, next) = (whole, lines.peek());
             let begun = SECTIONS.iter().position(|(begin, _)| !begin.is_empty() && line.starts_with(begin));
             let line = line.strip_prefix(begun.map_or("", |begun| SECTIONS[begun].0)).unwrap_or(line);
             (section, begins) = (begun.unwrap_or(section), begins || begun.is_some());
@@ -132,7 +144,7 @@ fn cut(text: &str) -> [Vec<Piece>; 4] {
                 (None, _) if line.is_empty() => {}
                 (None, _) => pieces.push(Piece::Paragraph(line.to_owned())),
             }
-            begins = false;
+            begins = next.is_some_and(|next| ends_paragraph(whole, next));
         }
     }
     sections

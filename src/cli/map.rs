@@ -40,7 +40,7 @@ pub struct Map {
     svg: Option<PathBuf>,
     #[command(flatten)]
     parents: ParentOptions,
-    /// As JSON: a list of extents, as `qemu-img map --output=json` writes them for other formats
+    /// As JSON: an array of objects, errors too; the keys are those of `qemu-img map --output=json`
     #[arg(long)]
     pub json: bool,
 }

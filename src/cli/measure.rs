@@ -39,7 +39,8 @@ Examples:
   vhdx-ublk measure disk.raw --to vhdx
   vhdx-ublk measure disk.vhdx --to vhd --type fixed --json
 
-JSON: the names that `qemu-img measure` gives.
+JSON: required (bytes of the file with the content that the disk has now) and fully-allocated (bytes
+if every block has data), as `qemu-img measure` names them.
 Exit status: 0 success, 1 failure, 2 wrong usage.";
 
 impl Measure {

@@ -1,8 +1,8 @@
 //! The command line: one file per command.
 //!
 //! Standard output carries the answer and nothing else; everything else goes to standard error. The exit
-//! status is 0 for success, 1 for failure, 2 for wrong usage; `check` and `compare` have their own. A command
-//! with `--json` gives its error as JSON too, on standard output.
+//! status is 0 for success, 1 for failure, 2 for wrong usage; a command that has others says so in its help.
+//! One with `--json` gives its error as JSON too, on standard output.
 
 mod add;
 mod check;
@@ -100,7 +100,8 @@ Examples:
   vhdx-ublk del /dev/ublkb0                  remove the device and close its image
   vhdx-ublk check disk.vhdx                  examine the image's structure
 
-Exit status: 0 success, 1 failure, 2 wrong usage; `check` and `compare` have their own.";
+`vhdx-ublk help` lists tasks, too, and `vhdx-ublk help TASK` shows how each is done.
+Exit status: 0 success, 1 failure, 2 wrong usage. Where a command has others, its --help lists them.";
 
 #[derive(Subcommand)]
 enum Command {

@@ -50,7 +50,7 @@ pub struct Resize {
     /// Show what would be done, and change nothing
     #[arg(long)]
     dry_run: bool,
-    /// Print the result as JSON
+    /// As JSON: one object, errors too
     #[arg(long)]
     pub json: bool,
     #[command(flatten)]
@@ -81,12 +81,14 @@ An image that a device serves is resized by the daemon of the device, also if it
 can grow, from Linux 6.16 on, and does not shrink. If the daemon is killed meanwhile, `recover`
 serves the disk with its old size or its new size; run the command again with the new size, not with
 +SIZE.
+
 Partitions and file systems do not shrink with the disk: shrink them before it. They grow with
 it by --grow-fs, which serves the image for a moment, unless it is served, and runs sfdisk and
 resize2fs, xfs_growfs or btrfs. It is refused, before anything is changed, if one of these is
 missing, or if the file system was not shut down cleanly or uses other devices. If it was
 interrupted, run the command again with the new size. The drivers of the kernel and these
 programs read the image: do not use --grow-fs for an image that you do not trust.
+
 A disk does not shrink below the end of its last partition, which `info` shows as its minimum size.
 On a GPT disk the second copy of the table must then move to the end of the disk: add the image, and
 run `sgdisk -e` or `sfdisk --relocate gpt-bak-std` on its device.

@@ -72,8 +72,8 @@ mapfile + marks bytes that came back, - lost ones, and ? those of which it is no
 they are complete, because a log or a parent is missing.
 JSON: sizes are bytes. Keys: image, target and mapfile (null with --dry-run), virtual_size,
 finished_bytes, lost_bytes, unknown_bytes, partitions [{number, start, length, type, name, volume
-and the same three}], notes [{image, structure, what, is_guess}], missing_parent and left_session
-(null, or an error).
+(null, or kind, version, label, uuid, size, journal) and the same three}], notes [{image, structure,
+what, is_guess}], missing_parent and left_session (null, or an error).
 Exit status: 0 all of the disk came back, 1 failure (no unfinished file is left), 2 wrong usage,
 3 the copy is made, and bytes of the disk are lost or not known; with --dry-run, as they would be.";
 

@@ -74,6 +74,7 @@ Examples:
 
 Flushed writes are in the image and stay there. Discard a session that is damaged, or whose image
 was deleted. If another version of vhdx-ublk created the session, use that version to take it over.
+JSON: an array of the discarded names.
 Exit status: 0 all sessions are discarded, 1 some remain, 2 wrong usage.";
 
 /// A session as it is shown.

@@ -56,11 +56,14 @@ most one in a hundred took longer.
 the image and their mean; how full the log is.
 
 JSON: id, device, image, poisoned, host_full, short_of_room (null, or the requests that wait for
-room: requests, since in seconds since 1970), last_error, requests (by kind, and failed),
-read (an array: image, bytes), zero_filled_bytes, written_bytes, zeroed_bytes, retries, zero_copy,
-late_registrations, wakes (between the threads of the queues and the engine's), waits (an array:
-for, waiting, count, sum_us, buckets), engine (counters), levels (log_bytes, log_used_bytes,
-dirty_pages, quarantined_bytes), syncs (count, sum_us, buckets).
+room: requests, since in seconds since 1970), last_error, requests (read, write, durable_write,
+flush, discard, write_zeroes, and failed), read (an array: image, bytes), zero_filled_bytes,
+written_bytes, zeroed_bytes, retries, zero_copy, late_registrations, wakes (between the threads of
+the queues and the engine's), waits (an array: for, waiting, count, sum_us, buckets), engine (how
+often: syncs, commits, rounds of these, logs begun, log entries, pages logged, grants of space,
+recycled_grants, fills from parents, bitmaps begun, promotions of blocks to complete ones, grows of
+the file, unmapped blocks, moves of blocks, released extents, barriers), levels (log_bytes,
+log_used_bytes, dirty_pages, quarantined_bytes), syncs (count, sum_us, buckets).
 The first bucket has what took up to 16 us, the next one up to 32 us, and so on; the last one has
 the rest.
 Exit status: 0 success, 1 failure, 2 wrong usage.";

@@ -55,6 +55,27 @@ fn every_command_has_a_page_with_every_section() {
     }
 }
 
+/// The notes of a page are paragraphs as in the help, and what JSON has is a section of its own.
+#[test]
+fn notes_are_paragraphs() {
+    const LONGEST: usize = 900;
+    let bench = Bench::new();
+    for (name, text) in pages(&bench) {
+        let has = |section: &str| {
+            text.contains(&format!(".SH \"{section}\"")) || text.contains(&format!(".SH {section}\n"))
+        };
+        assert_eq!(has("JSON OUTPUT"), text.contains(r"\-\-json\fR"), "{name}");
+        let Some((_, notes)) = text.split_once(".SH NOTES\n") else { continue };
+        let notes = notes.split("\n.SH ").next().unwrap_or_default();
+        for paragraph in notes.split(".PP\n") {
+            assert!(paragraph.len() < LONGEST, "{name}: {paragraph}");
+        }
+    }
+    let page = |name: &str| pages(&bench).into_iter().find(|(page, _)| page == name).expect("a page").1;
+    let paragraph = ".PP\nFor a block that is longer than each free run";
+    assert!(page("vhdx-ublk-compact.8").contains(paragraph));
+}
+
 /// What a page refers to is there: pages of ours, each with its section.
 #[test]
 fn pages_refer_to_pages_that_exist() {

@@ -71,6 +71,57 @@ fn every_command_that_prints_json_has_a_schema() {
     assert_eq!(without, WITHOUT.map(str::to_owned).into());
 }
 
+/// What the page about JSON describes, for all commands: names, and errors.
+const OF_EVERY_COMMAND: [&str; 2] = ["WrittenPath", "Failure"];
+
+/// The names of all fields that `schema` has.
+fn fields(schema: &Value, root: &Value, names: &mut BTreeSet<String>) {
+    let definition = schema["$ref"].as_str().and_then(|name| name.strip_prefix("#/$defs/"));
+    if let Some(name) = definition.filter(|name| !OF_EVERY_COMMAND.contains(name)) {
+        fields(&root["$defs"][name], root, names);
+    }
+    for part in ["anyOf", "oneOf", "allOf"].into_iter().filter_map(|key| schema[key].as_array()).flatten() {
+        fields(part, root, names);
+    }
+    if schema["items"].is_object() {
+        fields(&schema["items"], root, names);
+    }
+    for (name, field) in schema["properties"].as_object().into_iter().flatten() {
+        names.insert(name.clone());
+        fields(field, root, names);
+    }
+}
+
+/// The help of a command says what its JSON has, and so its man page.
+#[test]
+fn every_field_is_in_the_help() {
+    let bench = Bench::new();
+    let (mut missing, mut count) = (Vec::new(), 0);
+    for (name, schema) in schemas(&bench).into_iter().filter(|(name, _)| !OF_ALL.contains(&&name[..])) {
+        let words: Vec<_> = name.split('-').chain(["--help"]).collect();
+        let help = run(&words).succeeded();
+        let Some((_, told)) = help.split_once("\nJSON: ") else {
+            missing.push(format!("{name}: no paragraph begins with JSON:"));
+            continue;
+        };
+        let told: BTreeSet<_> =
+            told.split(|character: char| !character.is_alphanumeric() && !"_-".contains(character)).collect();
+        let mut names = BTreeSet::new();
+        fields(&schema, &schema, &mut names);
+        count += names.len();
+        missing.extend(
+            names.iter().filter(|field| !told.contains(&field[..])).map(|field| format!("{name}: {field}")),
+        );
+        let option = help.lines().skip_while(|line| !line.trim_start().starts_with("--json"));
+        let option: String = option.take(2).collect();
+        if !option.contains(" As JSON: ") {
+            missing.push(format!("{name}: --json is described in other words"));
+        }
+    }
+    assert!(missing.is_empty(), "{}", missing.join("\n"));
+    assert!(count > 150, "only {count} fields");
+}
+
 /// Adds what `schema` allows at `place` to `lines`: `list[].id`, `list[].state = live`.
 fn describe(schema: &Value, root: &Value, place: &str, lines: &mut BTreeSet<String>) {
     if let Some(name) = schema["$ref"].as_str().and_then(|name| name.strip_prefix("#/$defs/")) {
