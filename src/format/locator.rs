@@ -1,7 +1,8 @@
 //! The parent locator: how a differencing image finds and recognises its parent.
 //!
 //! Invariants: a locator's keys are unique; keys and values are neither empty nor hold a NUL; all of it fits
-//! one metadata item. So whatever was parsed can be encoded again.
+//! one metadata item. So whatever was parsed can be encoded again; one that was changed since can be if its
+//! [check](ParentLocator::check) passes, as an image may come with one that has no room for another key.
 //!
 //! [Rules 38 to 41](crate::design::vhdx_rules#rule-38).
 
@@ -104,11 +105,36 @@ impl ParentLocator {
         Ok(Self { entries })
     }
 
+    /// Checks that it fits one item, as what was parsed does until something is set.
+    ///
+    /// # Errors
+    /// [`Kind::Unsupported`] if there are more than [`MAX_PAIRS`], if a string exceeds 65535 bytes of UTF-16,
+    /// or if the whole exceeds an item.
+    pub fn check(&self) -> Result<()> {
+        let too_much = |message: String| {
+            let error = Error::new(Kind::Unsupported, message).in_structure(STRUCTURE);
+            Err(error.remedy("copy the disk into a new image, with `vhdx-ublk convert`"))
+        };
+        let (pairs, strings) =
+            (self.entries.len(), self.entries.iter().flat_map(|(key, value)| [key, value]));
+        let lengths: Vec<usize> = strings.map(|string| 2 * string.encode_utf16().count()).collect();
+        let whole = size_of::<RawLocator>() + pairs * size_of::<RawPair>() + lengths.iter().sum::<usize>();
+        if pairs > MAX_PAIRS {
+            return too_much(format!("it would have {pairs} pairs; at most {MAX_PAIRS} are supported"));
+        }
+        if let Some(length) = lengths.into_iter().find(|length| *length > usize::from(u16::MAX)) {
+            return too_much(format!("a string in it would have {length} bytes; the format ends at 65535"));
+        }
+        if whole > MAX_ITEM_LENGTH as usize {
+            return too_much(format!("it would have {whole} bytes; the format ends at {MAX_ITEM_LENGTH}"));
+        }
+        Ok(())
+    }
+
     /// The bytes of the item.
     ///
     /// # Panics
-    /// If a key or value is empty, holds a NUL, or exceeds 65535 bytes of UTF-16; if a key repeats; if there
-    /// are more than [`MAX_PAIRS`]; if the whole exceeds an item. Paths the kernel accepts never do.
+    /// If a key or value is empty or holds a NUL; if a key repeats; if it does not pass [`Self::check`].
     pub fn encode(&self) -> Vec<u8> {
         assert!(self.entries.len() <= MAX_PAIRS, "at most {MAX_PAIRS} pairs");
         let mut seen = BTreeSet::new();

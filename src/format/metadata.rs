@@ -552,7 +552,7 @@ impl Metadata {
     /// Checks every value against the format.
     ///
     /// # Errors
-    /// [`Kind::Corrupt`] if one contradicts it.
+    /// [`Kind::Corrupt`] if one contradicts it, and those of [`ParentLocator::check`].
     pub fn check(&self) -> Result<()> {
         let corrupt = |message: String| Err(Error::corrupt(STRUCTURE, message));
         let block_size = self.block_size;
@@ -575,7 +575,8 @@ impl Metadata {
         match (self.has_parent, &self.parent_locator) {
             (true, None) => corrupt("the image has a parent, but no Parent Locator".into()),
             (false, Some(_)) => corrupt("the image has a Parent Locator, but no parent".into()),
-            _ => Ok(()),
+            (true, Some(locator)) => locator.check(),
+            (false, None) => Ok(()),
         }
     }
 }

@@ -153,10 +153,11 @@ impl WritableImage {
     /// given up.
     ///
     /// # Errors
-    /// Before anything is written: [`Kind::Unsupported`] if the metadata region or the log has no room, the
-    /// file would be too long, or the image cannot be written; corrupt if the metadata contradicts the
-    /// format; [`Kind::NoSpace`] if the host has no room for what must have its space at once. I/O errors,
-    /// after which the image is as it was, or as it is to be with space that is still to be given back.
+    /// Before anything is written: [`Kind::Unsupported`] if the parent locator would exceed an item, the
+    /// metadata region or the log has no room, the file would be too long, or the image cannot be written;
+    /// corrupt if the metadata contradicts the format; [`Kind::NoSpace`] if the host has no room for what
+    /// must have its space at once. I/O errors, after which the image is as it was, or as it is to be with
+    /// space that is still to be given back.
     ///
     /// # Panics
     /// If it would be another kind of image.

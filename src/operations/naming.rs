@@ -53,6 +53,7 @@ pub(super) fn locator(
         })?;
         locator.set(ABSOLUTE_WIN32_PATH, text);
     }
+    locator.check().file(member.path())?;
     member.image.check_writable().file(member.path())?;
     Ok(locator)
 }

@@ -11,7 +11,7 @@ use serde_json::Value;
 use uuid::Uuid;
 use vhdx_ublk::disk::{Access, ImageFile, Reactor};
 use vhdx_ublk::format::locator::{
-    ABSOLUTE_WIN32_PATH, PARENT_LINKAGE, PARENT_LINKAGE2, ParentLocator, RELATIVE_PATH,
+    ABSOLUTE_WIN32_PATH, MAX_PAIRS, PARENT_LINKAGE, PARENT_LINKAGE2, ParentLocator, RELATIVE_PATH,
 };
 use vhdx_ublk::image::Image;
 
@@ -265,7 +265,7 @@ fn know(path: &Path, linkages: [&Value; 2]) {
 }
 
 /// Changes where and how the image at `path` looks for its parent.
-fn relocate(path: &Path, change: impl FnOnce(&mut ParentLocator)) {
+pub fn relocate(path: &Path, change: impl FnOnce(&mut ParentLocator)) {
     let reactor = Reactor::new().expect("io_uring is there");
     let file = ImageFile::open(path, Access::ReadWrite, Duration::ZERO).expect("free");
     let disk = reactor.disk(Arc::new(file));
@@ -276,6 +276,41 @@ fn relocate(path: &Path, change: impl FnOnce(&mut ParentLocator)) {
         image.amend(&disk, &metadata, Uuid::new_v4).await.map(drop)
     };
     reactor.block_on(change).expect("a short change");
+}
+
+/// Any user can make a child whose locator has no room for another key. Nothing changes then, and it is said
+/// what to do.
+#[test]
+fn a_child_that_cannot_name_another_parent_stays_as_it_is() {
+    let bench = Bench::new();
+    let parent = base(&bench, "base.vhdx");
+    let child = child_of(&bench, &parent, "child.vhdx");
+    relocate(&child, |locator| {
+        locator.remove(RELATIVE_PATH);
+        locator.remove(PARENT_LINKAGE2);
+        (locator.entries.len()..MAX_PAIRS).for_each(|key| locator.set(&format!("key{key}"), "x"));
+    });
+    let checked = on("check", &child, &[]);
+    assert!(checked.stdout.contains("child.vhdx: sound"), "{}", checked.stderr);
+    let before = [&parent, &child].map(|file| (file.clone(), Snapshot::of(file)));
+    let [parent_text, child_text] = [&parent, &child].map(|file| file.to_str().expect("UTF-8"));
+    let copy = bench.path("copy.vhdx");
+    let copy_text = copy.to_str().expect("UTF-8");
+    let commands: [&[&str]; 3] = [
+        &["relink", child_text, parent_text],
+        &["merge", "--force", "--parent", parent_text, child_text],
+        &["merge", "--parent", parent_text, "--copy", copy_text, child_text],
+    ];
+    for command in commands {
+        let message = Ran::from(program().args(command).output().expect("it runs")).failed(1);
+        for part in ["child.vhdx", "parent locator", "256", "vhdx-ublk convert"] {
+            assert!(message.contains(part), "{command:?}: {part} is not in: {message}");
+        }
+        for (file, before) in &before {
+            before.assert_kept(file);
+        }
+        assert!(!copy.exists(), "{command:?}");
+    }
 }
 
 /// `image`, renamed to `name`: no child finds it any longer.

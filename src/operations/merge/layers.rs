@@ -29,13 +29,14 @@ use std::rc::Rc;
 use uuid::Uuid;
 
 use crate::chain::{self, ReadLayer};
-use crate::disk::Disk;
+use crate::disk::{Disk, PAGE_BYTES};
 use crate::engine::message::ToFront;
 use crate::engine::waiting::Spawn;
 use crate::engine::{Engine, Fronts, Outcome, Setup};
-use crate::error::{Doing, Error, Locate, Result};
+use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::format::guid;
 use crate::format::locator::{PARENT_LINKAGE, PARENT_LINKAGE2, ParentLocator};
+use crate::format::log::MAX_DESCRIPTORS_WRITTEN;
 use crate::format::metadata::Metadata;
 use crate::image::{Image, ReadImage, Resize, WritableImage};
 use crate::simulation::{Plant, planted};
@@ -90,7 +91,9 @@ impl Merge {
         let mut known = Vec::new();
         for path in &self.children {
             let child = read(files, path).await?;
-            known.push(child.metadata.parent_locator.clone().expect("a child has a parent"));
+            let locator = child.metadata.parent_locator.clone().expect("a child has a parent");
+            Link::check(&locator, path, &self.target)?;
+            known.push(locator);
         }
         let guids = self.take_over(files, tasks, &known, new_guid.clone()).await?;
         self.remove_layers(files, guids, new_guid).await
@@ -122,6 +125,10 @@ impl Merge {
         target.check_writable().file(&self.target)?;
         for (layer, path) in layers.iter().zip(&self.layers) {
             layer.check_writable().file(path)?;
+        }
+        for (layer, path) in layers.iter().zip(&self.layers).take(layers.len() - 1) {
+            let locator = layer.metadata.parent_locator.as_ref().expect("a layer above another has a parent");
+            Link::check(locator, path, &self.target)?;
         }
         let guids = Guids { layer: layers[0].header.header.data_write_guid, target: data_write };
         if is_copied(known, &layers[0], &target) {
@@ -265,6 +272,10 @@ impl Merge {
     }
 }
 
+/// The most bytes of a locator that one log entry changes with all that points to it: it may begin within a
+/// page and end within another, and its entry in the table may lie across two.
+const MAX_CHANGED: usize = (MAX_DESCRIPTORS_WRITTEN - 4) * PAGE_BYTES;
+
 /// What children know a layer and the target by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Guids {
@@ -299,6 +310,26 @@ pub enum Link {
 }
 
 impl Link {
+    /// Checks that `locator`, of the image at `child`, has room for whatever a merge into `target` has it
+    /// say. When it comes to that, the target has the content already.
+    ///
+    /// # Errors
+    /// Those of [`ParentLocator::check`] and of [`Self::put_into`];
+    /// [`Kind::Unsupported`](crate::error::Kind::Unsupported) if no log entry could hold it.
+    pub(super) fn check(locator: &ParentLocator, child: &Path, target: &Path) -> Result<()> {
+        let guids = Guids { layer: Uuid::max(), target: Uuid::max() };
+        let mut changed = locator.clone();
+        let adopt = Self::Adopt { child: child.into(), target: target.into(), guids };
+        adopt.put_into(&mut changed).and_then(|()| changed.check()).file(child)?;
+        let length = changed.encode().len();
+        if length > MAX_CHANGED {
+            let message = format!("it has {length} bytes, and one log entry changes {MAX_CHANGED} at most");
+            let error = Error::new(Kind::Unsupported, message).in_structure("parent locator").file(child);
+            return Err(error.remedy("copy the disk into a new image, with `vhdx-ublk convert`"));
+        }
+        Ok(())
+    }
+
     /// Has `locator` say it.
     ///
     /// # Errors

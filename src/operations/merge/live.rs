@@ -89,13 +89,15 @@ impl LiveMerge {
         new_guid: impl FnMut() -> Uuid + Clone + 'static,
     ) -> Result<()> {
         let Self { layer, target, below, child } = self;
-        let known = match child {
-            Child::Leaf(_, locator) => locator.clone(),
+        let (path, known) = match child {
+            Child::Leaf(path, locator) => (path, locator.clone()),
             Child::Layer(path) => {
                 let image = read(files, path).await?;
-                image.metadata.parent_locator.clone().expect("a child has a parent")
+                (path, image.metadata.parent_locator.clone().expect("a child has a parent"))
             }
         };
+        // Once the target has the content, no other merge may begin before this one has ended.
+        Link::check(&known, path, target)?;
         let (layers, children) = (vec![layer.clone()], Vec::new());
         let merge = Merge { layers, target: target.clone(), below: below.clone(), children };
         let guids = merge.take_over(files, tasks, &[known], new_guid.clone()).await?;
@@ -174,6 +176,82 @@ impl LiveMerge {
         match &self.child {
             Child::Leaf(..) => served.relink(link).await,
             Child::Layer(path) => relocate(files, path, &link, new_guid).await,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::disk::{Reactor, UringDisk};
+    use crate::engine::Outcome;
+    use crate::error::Kind;
+    use crate::format::guid;
+    use crate::format::locator::{MAX_PAIRS, PARENT_LINKAGE};
+
+    /// Whatever is asked of it is too much.
+    struct Untouched;
+
+    impl Files for Untouched {
+        type Disk = UringDisk;
+
+        fn disk(&self, path: &Path) -> UringDisk {
+            panic!("{} is read", path.display());
+        }
+
+        async fn remove(&self, path: &Path) -> Result<()> {
+            panic!("{} is removed", path.display());
+        }
+
+        fn copied(&self, bytes: u64) -> Outcome {
+            panic!("{bytes} bytes are copied");
+        }
+    }
+
+    impl Served for Untouched {
+        fn has_taken_over(&self) {
+            panic!("no other merge may begin");
+        }
+
+        async fn drop_layer(&self, _: Option<Link>) -> Result<()> {
+            panic!("the fronts are held");
+        }
+
+        async fn relink(&self, _: Link) -> Result<()> {
+            panic!("the fronts are held");
+        }
+    }
+
+    /// What the leaf is to say of its parent must fit before the target gets anything.
+    #[test]
+    fn a_leaf_whose_locator_is_full_stops_a_merge_before_it_begins() {
+        let reactor = Reactor::new().expect("io_uring is there");
+        let linkage = || {
+            let mut locator = ParentLocator::default();
+            locator.set(PARENT_LINKAGE, guid::print(Uuid::max()));
+            locator
+        };
+        let (mut pairs, mut bytes) = (linkage(), linkage());
+        (1..MAX_PAIRS).for_each(|key| pairs.set(&format!("key{key}"), "x"));
+        (0..16).for_each(|key| bytes.set(&format!("key{key}"), "x".repeat(16 << 10)));
+        for locator in [pairs, bytes] {
+            let merge = LiveMerge {
+                layer: "/disks/layer.vhdx".into(),
+                target: "/disks/base.vhdx".into(),
+                below: Vec::new(),
+                child: Child::Leaf("/disks/leaf.vhdx".into(), locator),
+            };
+            let merging = merge.run(&Untouched, &Untouched, reactor.executor().clone(), Uuid::new_v4);
+            let error = reactor.block_on(merging).expect_err("no room for a second linkage");
+            assert_eq!(
+                (error.kind(), error.structure()),
+                (Kind::Unsupported, Some("parent locator")),
+                "{error}"
+            );
+            assert_eq!(error.file_path(), Some(Path::new("/disks/leaf.vhdx")));
+            assert!(error.remedy_text().is_some(), "{error}");
         }
     }
 }

@@ -14,11 +14,11 @@
 use std::path::{Path, PathBuf};
 
 use super::{Beside, LockedChain, Request};
-use crate::chain::{self, Layer};
+use crate::chain::{self, Layer, Member};
 use crate::disk::{Access, CHOOSE, Disk, HostFile, Place, Reactor, folder_of, taken};
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::format::guid;
-use crate::format::locator::{PARENT_LINKAGE, PARENT_LINKAGE2};
+use crate::format::locator::{PARENT_LINKAGE, PARENT_LINKAGE2, ParentLocator};
 use crate::format::metadata::Metadata;
 use crate::operations::duplicate::Duplicate;
 use crate::operations::inspect::{Inspected, inspect};
@@ -97,6 +97,7 @@ impl Request {
         watch: &impl Watch,
     ) -> Result<HostFile> {
         let chain = LockedChain::lock(self, Beside::Keep, reactor, devices)?;
+        chain.named_for(place)?;
         if place.is_taken()? {
             refuse_other(&chain, place, reactor, devices)?;
         } else {
@@ -122,13 +123,20 @@ impl LockedChain {
         images.any(|image| image.file.identity() == file)
     }
 
-    /// Step 2.
-    fn name_copy(&self, place: &Place, reactor: &Reactor) -> Result<()> {
+    /// The lowest layer, and what it says of its parent once that is the copy at `place`.
+    fn named_for(&self, place: &Place) -> Result<(&Member, ParentLocator)> {
         let lowest = self.layers.last().expect("a merge has a layer");
         let mut locator = naming::locator(lowest, lowest.path(), place.path(), None)?;
         let linkage = guid::print(self.target.image.header.header.data_write_guid);
         locator.set(PARENT_LINKAGE, linkage.clone());
         locator.set(PARENT_LINKAGE2, linkage);
+        locator.check().file(lowest.path())?;
+        Ok((lowest, locator))
+    }
+
+    /// Step 2.
+    fn name_copy(&self, place: &Place, reactor: &Reactor) -> Result<()> {
+        let (lowest, locator) = self.named_for(place)?;
         naming::amend(&lowest.file, locator, reactor)
     }
 }

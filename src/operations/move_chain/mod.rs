@@ -163,6 +163,10 @@ fn move_files(
     for traveller in &travellers {
         arrivals.push(Arrival::of(traveller, &reactor, devices)?);
     }
+    for pair in travellers.windows(2) {
+        let (child, parent) = (&pair[0], &pair[1]);
+        naming::locator(&child.member, child.to.path(), parent.to.path(), old_place(child, parent))?;
+    }
     let mut room = Room::needed(&travellers, &arrivals, folder)?;
     for (number, traveller) in travellers.iter().enumerate().rev() {
         if arrivals[number] == Arrival::Missing {
@@ -173,9 +177,7 @@ fn move_files(
     }
     for (pair, arrival) in travellers.windows(2).zip(&arrivals) {
         let (child, parent) = (&pair[0], &pair[1]);
-        // Side by side at both places, one path leads to both.
-        let old =
-            (folder_of(child.from.path()) != folder_of(parent.from.path())).then_some(parent.from.path());
+        let old = old_place(child, parent);
         if *arrival == Arrival::Same
             && !planted(Plant::SkipMoveRelink)
             && naming::name_parent(&child.member, child.to.path(), parent.to.path(), old, &reactor)?
@@ -203,6 +205,12 @@ fn move_files(
         moving.done(Step::Removed(traveller.from.path()))?;
     }
     Ok(())
+}
+
+/// The place that `child` is to name beside the new one of its `parent`. Side by side at both places, one
+/// path leads to both.
+fn old_place<'a>(child: &Traveller, parent: &'a Traveller) -> Option<&'a Path> {
+    (folder_of(child.from.path()) != folder_of(parent.from.path())).then_some(parent.from.path())
 }
 
 /// The images of the chain that still have their old names, the leaf first, locked. Where the old chain ends

@@ -4,9 +4,11 @@ use fastrand::Rng;
 use uuid::Uuid;
 use vhdx_ublk::format::guid;
 use vhdx_ublk::format::locator::{self, ParentLocator};
-use vhdx_ublk::format::metadata::Metadata;
+use vhdx_ublk::format::metadata::{Metadata, Table};
 
-use crate::craft::{BAT, Change, Craft, END, LOG_GUID, LogEntry, METADATA, MIB};
+use crate::craft::{
+    BAT, Change, Craft, END, LOG_GUID, LogEntry, METADATA, MIB, REGION_TABLE_BYTES, REGION_TABLES,
+};
 use crate::sim::lineage::descent;
 use crate::sim::store::Store;
 use crate::sim::world::{Beginning, Config, World, new_image};
@@ -67,11 +69,65 @@ pub fn dirty(config: &Config, seed: u64) -> Store {
     world.cut_file()
 }
 
+/// Children whose locators have no room for another key: one has as many pairs as are supported, one is an
+/// item of the most bytes.
+pub fn full_children() -> Vec<Store> {
+    let mut pairs = linkage();
+    (1..locator::MAX_PAIRS).for_each(|key| pairs.set(&format!("key{key}"), "x"));
+    let mut bytes = linkage();
+    let left = |locator: &ParentLocator| (1 << 20) - locator.encode().len();
+    for key in 0.. {
+        match left(&bytes) {
+            many @ ..60_000 => {
+                bytes.set("rest", "x".repeat((many - 12 - 8) / 2));
+                break;
+            }
+            _ => bytes.set(&format!("key{key}"), "x".repeat(16_000)),
+        }
+    }
+    assert_eq!((pairs.entries.len(), left(&bytes)), (locator::MAX_PAIRS, 0), "no room is left");
+    [pairs, bytes].map(|locator| with_locator(&locator)).into()
+}
+
+/// The child with another locator, in a metadata region of 2 MiB behind the blocks.
+fn with_locator(locator: &ParentLocator) -> Store {
+    let mut image = Craft { file: child() };
+    let mut region = image.read(METADATA, 1 << 20);
+    let mut entries = Table::parse(&region, 1 << 20).expect("its own").entries().to_vec();
+    let item = locator.encode();
+    let entry = entries.iter_mut().find(|entry| entry.item_id == guid::PARENT_LOCATOR).expect("a child");
+    entry.length = u32::try_from(item.len()).expect("an item");
+    let at = usize::try_from(entry.offset).expect("small");
+    region.resize(2 << 20, 0);
+    region[at..at + item.len()].copy_from_slice(&item);
+    let table = Table::new(entries, 2 << 20).expect("the locator comes last").encode();
+    region[..table.len()].copy_from_slice(&table);
+    let end = image.file.length;
+    image.file.resize(end + 2 * MIB);
+    image.write(end, &region);
+    for table in REGION_TABLES {
+        image.change_sealed(table, REGION_TABLE_BYTES, |table| {
+            let is_metadata = |entry: &&mut [u8]| entry[16..24] == METADATA.to_le_bytes();
+            let entry = table[16..].chunks_exact_mut(32).find(is_metadata).expect("a region");
+            entry[16..24].copy_from_slice(&end.to_le_bytes());
+            entry[24..28].copy_from_slice(&(2_u32 << 20).to_le_bytes());
+        });
+    }
+    let found = image.open_read_only().expect("a good image").0.metadata.parent_locator.clone();
+    assert_eq!(found.as_ref(), Some(locator));
+    image.file
+}
+
+fn linkage() -> ParentLocator {
+    let mut parent = ParentLocator::default();
+    parent.set(locator::PARENT_LINKAGE, guid::print(Uuid::from_u128(6)));
+    parent
+}
+
 /// A differencing image with a block and a sector bitmap of its own.
 fn child() -> Store {
     let config = Config::small();
-    let mut parent = ParentLocator::default();
-    parent.set(locator::PARENT_LINKAGE, guid::print(Uuid::from_u128(6)));
+    let mut parent = linkage();
     parent.set(locator::RELATIVE_PATH, ".\\parent.vhdx");
     let metadata = Metadata {
         block_size: config.image.block_size,

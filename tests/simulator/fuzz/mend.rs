@@ -29,15 +29,17 @@ pub const RELINK: Target = Target {
     name: "relink",
     seeds: || {
         let case = |child| Case { files: vec![child], bytes: b".\\parent.vhdx".to_vec() };
-        corpus::children().into_iter().map(case).collect()
+        corpus::children().into_iter().chain(corpus::full_children()).map(case).collect()
     },
     change_bytes: any_bytes,
     run: |case, _| relinked(&case.files[0], &case.bytes),
-    endings: &[REFUSED, "changed"],
+    endings: &[REFUSED, CHANGED, NOT_CHANGED],
 };
 
 const NOTHING: &str = "nothing to mend";
 const MENDED: &str = "mended";
+const CHANGED: &str = "changed";
+const NOT_CHANGED: &str = "not changed";
 
 /// Blocks that are compared.
 const COMPARED: u64 = 10_000;
@@ -114,11 +116,11 @@ fn relinked(file: &Store, path: &[u8]) -> Outcome {
             match amended {
                 Ok(_) => {
                     assert_eq!(found.metadata.parent_locator, metadata.parent_locator);
-                    "changed"
+                    CHANGED
                 }
                 Err(error) => {
                     format!("{:?}", error.kind()).hash(&mut shape);
-                    "not changed"
+                    NOT_CHANGED
                 }
             }
         }
