@@ -114,20 +114,31 @@ fn sequence_of(disk: &str) -> io::Result<u64> {
 /// Removes the properties of disks that are gone: a daemon was killed before its entry had the number of its
 /// disk, or an entry that had it was replaced. No disk gets such a number again.
 pub(super) fn sweep(directory: &Path) {
-    let disks = names_in(Path::new(CLASS));
-    if !disks.is_empty() {
-        sweep_but(directory, &disks.iter().filter_map(|disk| sequence_of(disk).ok()).collect());
+    sweep_but(directory, || {
+        let sequence = |disk: &String| match sequence_of(disk) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None, // a partition, or it is gone
+            found => Some(found),
+        };
+        let found: io::Result<_> = names_in(Path::new(CLASS)).iter().filter_map(sequence).collect();
+        found.unwrap_or_default()
+    });
+}
+
+/// Removes the properties of all disks but those that are `present`; of none if none is, for then it is not
+/// known which there are. Daemons begin meanwhile: a disk is there before its properties, so whoever
+/// has properties by now is among the disks that are found later.
+fn sweep_but(directory: &Path, present: impl FnOnce() -> BTreeSet<u64>) {
+    let found: Vec<(String, u64)> = names_in(directory).into_iter().filter_map(with_sequence).collect();
+    let present = present();
+    for (file, _) in found.iter().filter(|(_, sequence)| !present.is_empty() && !present.contains(sequence)) {
+        let _ = fs::remove_file(directory.join(file)); // another command may have been first
     }
 }
 
-fn sweep_but(directory: &Path, present: &BTreeSet<u64>) {
-    for file in names_in(directory) {
-        let sequence = file.strip_prefix('.').unwrap_or(&file).strip_suffix(".udev");
-        if sequence.and_then(|sequence| sequence.parse().ok()).is_some_and(|found| !present.contains(&found))
-        {
-            let _ = fs::remove_file(directory.join(file)); // another command may have been first
-        }
-    }
+/// The file of properties, whole or not, with the disk's number.
+fn with_sequence(file: String) -> Option<(String, u64)> {
+    let number = file.strip_prefix('.').unwrap_or(&file).strip_suffix(".udev")?.parse().ok()?;
+    Some((file, number))
 }
 
 fn properties_path(directory: &Path, sequence: u64) -> PathBuf {
@@ -253,8 +264,25 @@ mod tests {
         for file in ["7.udev", ".7.udev", "8.udev", ".9.udev", "7.json", "x.udev", ".entry"] {
             fs::write(directory.path().join(file), "").expect("room");
         }
-        sweep_but(directory.path(), &[8, 10].into());
+        let all = names_in(directory.path());
+        sweep_but(directory.path(), BTreeSet::new);
+        assert_eq!(names_in(directory.path()), all, "no disk is known at all");
+        sweep_but(directory.path(), || [8, 10].into());
         assert_eq!(names_in(directory.path()), [".entry", "7.json", "8.udev", "x.udev"]);
+    }
+
+    /// The sweep takes no lock that a daemon holds while it makes its device.
+    #[test]
+    fn a_disk_that_appears_during_a_sweep_keeps_its_properties() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let write = |file: &str| fs::write(directory.path().join(file), "").expect("room");
+        write("7.udev");
+        sweep_but(directory.path(), || {
+            let present = [8].into();
+            [".9.udev", "10.udev"].into_iter().for_each(write);
+            present
+        });
+        assert_eq!(names_in(directory.path()), [".9.udev", "10.udev"]);
     }
 
     #[test]
