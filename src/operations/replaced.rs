@@ -1,17 +1,20 @@
 //! What `create --force` may replace: the image that the user has named, and nothing that another user or a
 //! slip of the hand leads to.
 
-use std::fs::{OpenOptions, read_link};
-use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
-use std::path::Path;
+use std::ffi::{OsStr, OsString};
+use std::fs::read_link;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
 
-use nix::fcntl::readlinkat;
-use nix::sys::stat::fstat;
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, openat, readlinkat};
+use nix::sys::stat::{Mode, SFlag, fstat};
+use nix::sys::statfs::{PROC_SUPER_MAGIC, fstatfs};
 use nix::unistd::geteuid;
 
 use super::inspect::identify_locked;
-use crate::disk::{HostFile, ImageFile, folder_of};
+use crate::disk::{HostFile, ImageFile};
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::printable::shell;
 
@@ -20,6 +23,9 @@ const ROOT: u32 = 0;
 
 /// The most links that Linux follows on one path.
 const MAX_LINKS: usize = 40;
+
+/// What finds a file and opens nothing.
+const PATH: OFlag = OFlag::O_PATH.union(OFlag::O_CLOEXEC);
 
 /// Fails unless `old`, which was opened as `named`, may be replaced.
 ///
@@ -37,41 +43,69 @@ const FOLLOWING: &str = "following the links to the file";
 
 /// Fails if a link of another user leads from `named` to `old`, which was opened so.
 ///
-/// The owner of a folder can lead the name of an image to any file of root's. A link counts as the user's
-/// word if it is the user's own, or if its owner could replace the file without help, as root can. Each link
-/// is opened before it is examined: its name may be given to another at any moment.
+/// The owner of a folder can lead the name of an image to any file of root's, by a link in place of the image
+/// or of a folder on the way. A link counts as the user's word if it is the user's own, or if its owner could
+/// replace the file without help, as root can: `/var/run` and `/dev/fd` are root's.
 ///
 /// # Errors
 ///
 /// [`Kind::Permission`] if a link of another user leads to the file; I/O errors.
 pub fn refuse_foreign_links(named: &Path, old: &impl AsFd) -> Result<()> {
     let opened = fstat(old.as_fd()).doing(FOLLOWING).file(named)?;
-    let identity = HostFile { device: opened.st_dev, inode: opened.st_ino };
-    let mut path = named.to_owned();
-    for _ in 0..=MAX_LINKS {
-        let flags = libc::O_PATH | libc::O_NOFOLLOW;
-        let found =
-            OpenOptions::new().read(true).custom_flags(flags).open(&path).doing(FOLLOWING).file(named)?;
-        let what = found.metadata().doing(FOLLOWING).file(named)?;
-        if HostFile::of(&what) == identity {
-            return Ok(());
-        }
-        if !what.is_symlink() {
-            break;
-        }
-        if ![geteuid().as_raw(), opened.st_uid, ROOT].contains(&what.uid()) {
-            let target = read_link(format!("/proc/self/fd/{}", old.as_fd().as_raw_fd()));
-            let target = target.doing(FOLLOWING).file(named)?;
-            let message =
-                format!("it is a symbolic link of another user (uid {}) to {}", what.uid(), target.display());
-            let remedy = format!("if that file is meant, name it: {}", shell(&target));
-            return Err(Error::new(Kind::Permission, message).file(&path).remedy(remedy));
-        }
-        let target = readlinkat(&found, "").doing(FOLLOWING).file(named)?;
-        path = folder_of(&path).join(target);
+    let trusted = [geteuid().as_raw(), opened.st_uid, ROOT];
+    let mut foreign = None;
+    let found = follow(named, |link, owner| {
+        foreign = (!trusted.contains(&owner)).then(|| (link.to_owned(), owner));
+        foreign.is_none()
+    });
+    if let Some((link, owner)) = foreign {
+        let target = read_link(format!("/proc/self/fd/{}", old.as_fd().as_raw_fd()));
+        let target = target.doing(FOLLOWING).file(named)?;
+        let message = format!(
+            "it is a symbolic link of another user (uid {owner}), by which {} is meant",
+            target.display()
+        );
+        let remedy = format!("if that file is meant, name it: {}", shell(&target));
+        return Err(Error::new(Kind::Permission, message).file(&link).remedy(remedy));
+    }
+    if found.doing(FOLLOWING).file(named)? == (HostFile { device: opened.st_dev, inode: opened.st_ino }) {
+        return Ok(());
     }
     let error = Error::new(Kind::InUse, "it was replaced while it was being opened").file(named);
     Err(error.remedy("find out what changes the folder, and run the command again"))
+}
+
+/// The file that `named` leads to, one name after the other, as long as `accept` agrees to every link on the
+/// way, which it is shown with its owner. Each link is opened before it is examined: its name may be given to
+/// another at any moment.
+fn follow(named: &Path, mut accept: impl FnMut(&Path, u32) -> bool) -> io::Result<HostFile> {
+    let components = |path: &Path| path.components().rev().map(|name| name.as_os_str().to_owned()).collect();
+    let open = |folder: &OwnedFd, name: &OsStr, flags| openat(folder, name, flags | PATH, Mode::empty());
+    let mut rest: Vec<OsString> = components(named);
+    let mut found = nix::fcntl::open(".", PATH, Mode::empty())?;
+    let (mut way, mut links) = (PathBuf::new(), 0);
+    while let Some(name) = rest.pop() {
+        let next = open(&found, &name, OFlag::O_NOFOLLOW)?;
+        let what = fstat(&next)?;
+        way.push(&name);
+        if SFlag::from_bits_truncate(what.st_mode) & SFlag::S_IFMT != SFlag::S_IFLNK {
+            found = next;
+            continue;
+        }
+        links += 1;
+        if links > MAX_LINKS || !accept(&way, what.st_uid) {
+            return Err(Errno::ELOOP.into());
+        }
+        if fstatfs(&next)?.filesystem_type() == PROC_SUPER_MAGIC {
+            // What the kernel shows as the target of an open file need not be a path to it.
+            found = open(&found, &name, OFlag::empty())?;
+        } else {
+            way.pop();
+            rest.extend::<Vec<_>>(components(Path::new(&readlinkat(&next, "")?)));
+        }
+    }
+    let what = fstat(&found)?;
+    Ok(HostFile { device: what.st_dev, inode: what.st_ino })
 }
 
 /// A damaged image is one all the same.

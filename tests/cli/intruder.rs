@@ -352,6 +352,61 @@ fn a_link_of_another_user_does_not_say_what_is_replaced() {
     assert_eq!(info(&victim)["virtual_size"], 2048 * MIB);
 }
 
+/// The owner of a folder leads one of its folders elsewhere: everything in there would be at their choice.
+/// Root's own links, and those that the kernel shows, lead to what is meant.
+#[test]
+fn a_folder_behind_a_link_of_another_user_is_not_written_to() {
+    if !nix::unistd::geteuid().is_root() {
+        return super::skipped("only root gives links away: folders behind those of others are not tested");
+    }
+    let bench = Bench::new();
+    for folder in ["home", "disks"] {
+        fs::create_dir(bench.path(folder)).expect("room");
+    }
+    let victim = bench.image("disks/victim.vhdx", &["--size", "1G"]);
+    let (foreign, ours) = (bench.path("home/disks"), bench.path("ours"));
+    symlink("../disks", &foreign).expect("free");
+    symlink("home/disks", &ours).expect("free");
+    let before = state(&victim);
+    let commands: [&[&str]; 5] = [
+        &["create", "--force", "--size", "2G"],
+        &["resize", "--size", "2G"],
+        &["set", "--disk-id", "new"],
+        &["compact"],
+        &["check", "--repair"],
+    ];
+    let on_way = |way: &Path, command: &[&str]| -> Ran {
+        program().args(command).arg(way.join("victim.vhdx")).output().expect("it runs").into()
+    };
+    lchown(&foreign, Some(UNPRIVILEGED), Some(UNPRIVILEGED)).expect("root may");
+    for way in [&foreign, &ours, &foreign.join("../disks/."), &bench.path("home/../ours")] {
+        for command in commands {
+            let message = on_way(way, command).failed(1);
+            let remedy = format!("name it: {}", victim.canonicalize().expect("there").display());
+            assert!(
+                message.contains("a symbolic link of another user") && message.contains(&remedy),
+                "{command:?}: {message}"
+            );
+        }
+        assert!(state(&victim) == before, "the file behind the link was changed");
+    }
+    let named = fs::read_dir(bench.path("disks")).expect("readable").count();
+    assert_eq!(named, 1, "and nothing was left beside it");
+    lchown(&foreign, Some(0), Some(0)).expect("root may");
+    for way in
+        [&foreign, &ours, &Path::new("/proc/self/root").join(ours.strip_prefix("/").expect("absolute"))]
+    {
+        on_way(way, &["resize", "--size", "2G"]).succeeded();
+        on_way(way, &["create", "--force", "--size", "1G"]).succeeded();
+    }
+    for way in ["/dev/fd/3", "/proc/self/fd/3", "/proc/self/cwd/victim.vhdx"] {
+        let script = format!("exec \"$0\" resize {way} --size 2G 3<>victim.vhdx");
+        let mut command = Command::new("sh");
+        command.current_dir(bench.path("disks")).args(["-c", &script]).arg(program().get_program());
+        Ran::from(command.output().expect("it runs")).succeeded();
+    }
+}
+
 /// A wrong name is no reason to lose a file; a damaged image may be replaced.
 #[test]
 fn force_replaces_images_and_empty_files_only() {
