@@ -2,13 +2,12 @@
 //!
 //! A parent does not know its children. They are searched for where they usually are, beside it.
 
-use std::fs;
+use std::fs::{self, DirEntry};
 use std::path::{Path, PathBuf};
 
-use super::path::same_file;
 use super::relative::{Relative, is_made_of};
 use super::search::Search;
-use crate::disk::folder_of;
+use crate::disk::{HostFile, folder_of};
 use crate::error::Result;
 
 /// The most images of a folder that are looked at: as many as the longest chain has. Each costs a few hundred
@@ -25,7 +24,8 @@ pub fn children_beside<R: Relative>(
     search: &Search,
     mut identify: impl FnMut(&Path) -> Result<R>,
 ) -> Vec<PathBuf> {
-    let is_its = |path: &PathBuf| identify(path).is_ok_and(|image| is_child(&image, parent, search));
+    let search = search.anew();
+    let is_its = |path: &PathBuf| identify(path).is_ok_and(|image| is_child(&image, parent, &search));
     neighbours(parent.path()).into_iter().filter(is_its).collect()
 }
 
@@ -37,10 +37,12 @@ pub fn is_child(child: &dyn Relative, parent: &dyn Relative, search: &Search) ->
 /// Whether one of the places where `child` would look for its parent is the file at `parent`.
 fn leads_to(child: &dyn Relative, search: &Search, parent: &Path) -> bool {
     let Some(locator) = &child.metadata().parent_locator else { return false };
-    search.candidates(child.path(), locator).iter().any(|place| same_file(&place.path, parent))
+    let Ok(parent) = HostFile::at(parent) else { return false };
+    search.candidates(child.path(), locator).iter().any(|place| place.file == Some(parent))
 }
 
-/// The other files in the folder of `image` that are called as images are, in the order of their names.
+/// The other files in the folder of `image` that are called as images are, in the order of their names. No
+/// link among them is followed.
 fn neighbours(image: &Path) -> Vec<PathBuf> {
     let folder = folder_of(image);
     let Ok(entries) = fs::read_dir(folder) else { return Vec::new() };
@@ -48,10 +50,16 @@ fn neighbours(image: &Path) -> Vec<PathBuf> {
         let extension = path.extension().and_then(|extension| extension.to_str());
         extension.is_some_and(|found| EXTENSIONS.contains(&&*found.to_lowercase()))
     };
-    let paths = entries.filter_map(|entry| entry.ok().map(|entry| entry.path()));
-    let mut paths: Vec<PathBuf> = paths.filter(is_called_so).collect();
+    let image = HostFile::at(image).ok();
+    let is_other = |entry: &DirEntry| {
+        let found = entry.metadata();
+        found.is_ok_and(|found| found.is_file() && Some(HostFile::of(&found)) != image)
+    };
+    let entries = entries
+        .filter_map(std::result::Result::ok)
+        .filter(|entry| is_called_so(&entry.path()) && is_other(entry));
+    let mut paths: Vec<PathBuf> = entries.map(|entry| entry.path()).collect();
     paths.sort();
-    paths.retain(|path| !same_file(path, image));
     paths.truncate(MAX_NEIGHBOURS);
     paths
 }

@@ -6,6 +6,7 @@
 
 mod children;
 mod content;
+mod looks;
 mod member;
 mod open;
 mod parent_ref;
@@ -15,6 +16,7 @@ mod search;
 
 pub use children::{MAX_NEIGHBOURS, children_beside, is_child};
 pub use content::{Content, ReadLayer, locate_in_layers};
+pub use looks::{Looks, MAX_NAMES};
 pub use member::Member;
 pub use open::{MAX_CHAIN_BYTES, MAX_DEPTH, follow_parents, open_parents};
 pub use parent_ref::{parent_ref, parent_ref_of, point_to, with_found_path, with_parent};

@@ -1,12 +1,11 @@
 //! Opening a chain: every parent found, recognised, and none of them twice.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use super::path;
 use super::relative::{Relative, is_made_of};
 use super::search::{Candidate, Search};
-use crate::disk::{HostFile, folder_of};
-use crate::error::{Error, Kind, Result};
+use crate::disk::{HostFile, folder_of, in_time};
+use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::format::guid;
 use crate::format::locator::ParentLocator;
 
@@ -46,7 +45,7 @@ pub fn follow_parents<R: Relative>(
     parents: &mut Vec<R>,
     open: impl FnMut(&Path) -> Result<R>,
 ) -> Result<()> {
-    let followed = follow(leaf, search, parents, open);
+    let followed = follow(leaf, &search.anew(), parents, open);
     let locators = std::iter::once(leaf).chain(parents.iter().map(|parent| parent as &dyn Relative));
     let locators: Vec<_> = locators.filter_map(|image| image.metadata().parent_locator.as_ref()).collect();
     search.warn_of_idle_maps(&locators);
@@ -71,7 +70,7 @@ fn follow<R: Relative>(
         let told = given.next();
         let by_user = told.is_some();
         let places = match told {
-            Some(path) => vec![Candidate { path: path.clone(), guessed: false }],
+            Some(path) => vec![Candidate { path: path.clone(), file: None, guessed: false }],
             None => search.candidates(child.path(), locator),
         };
         let used: Vec<&Path> = std::iter::once(leaf.path()).chain(parents.iter().map(R::path)).collect();
@@ -112,9 +111,9 @@ fn first_fitting<R: Relative>(
     open: &mut impl FnMut(&Path) -> Result<R>,
 ) -> Result<R> {
     let mut first_error = None;
-    for Candidate { path, guessed } in places {
+    for Candidate { path, file, guessed } in places {
         // Images in two folders often share a name: that the child lies beside itself makes no circle.
-        if guessed && used.iter().any(|used| path::same_file(used, &path)) {
+        if guessed && used.iter().any(|used| HostFile::at(used).ok() == file) {
             continue;
         }
         let checked = refuse_cycle(&path, used).and_then(|()| open(&path));
@@ -132,11 +131,11 @@ fn first_fitting<R: Relative>(
 
 /// An image that is open already would have to be locked against itself.
 fn refuse_cycle(path: &Path, used: &[&Path]) -> Result<()> {
-    let identity =
-        |path: &Path| HostFile::at(path).map_err(|error| Error::io("finding the parent", error).file(path));
-    let found = identity(path)?;
-    let used = used.iter().map(|path| identity(path)).collect::<Result<Vec<_>>>()?;
-    if used.contains(&found) {
+    let paths: Vec<PathBuf> = used.iter().chain([&path]).map(|path| path.to_path_buf()).collect();
+    let identity = |path: PathBuf| HostFile::at(&path).doing("finding the parent").file(&path);
+    let found = in_time(move || paths.into_iter().map(identity).collect::<Result<Vec<_>>>());
+    let found = found.and_then(|found| found).file(path)?;
+    if found[..used.len()].contains(&found[used.len()]) {
         let message = "it is its own ancestor: the chain never ends";
         return Err(Error::corrupt("parent locator", message).file(path).remedy(REMEDY));
     }
@@ -206,8 +205,6 @@ fn nowhere(child: &dyn Relative, locator: &ParentLocator) -> Error {
 
 #[cfg(test)]
 mod tests {
-    use std::path::PathBuf;
-
     use uuid::Uuid;
 
     use super::*;

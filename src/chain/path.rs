@@ -1,10 +1,7 @@
 //! Paths that Windows wrote, on this machine.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
-
-use unicode_normalization::UnicodeNormalization;
 
 use crate::disk::HostFile;
 
@@ -74,32 +71,6 @@ pub fn same_file(one: &Path, other: &Path) -> bool {
     matches!((HostFile::at(one), HostFile::at(other)), (Ok(one), Ok(other)) if one == other)
 }
 
-/// `path`, or what differs from it only in what Windows or another host does not tell apart: the case of
-/// letters, and whether an accent is a part of its letter or a character of its own (macOS writes names that
-/// way).
-pub(super) fn existing(path: &Path) -> Option<PathBuf> {
-    if path.exists() {
-        return Some(path.to_owned());
-    }
-    let mut found = PathBuf::new();
-    for component in path.components() {
-        let next = found.join(component);
-        found =
-            if next.exists() { next } else { spelled_otherwise(&found, component.as_os_str().to_str()?)? };
-    }
-    Some(found)
-}
-
-fn spelled_otherwise(folder: &Path, name: &str) -> Option<PathBuf> {
-    let spelling = |name: &str| name.nfc().collect::<String>().to_lowercase();
-    let wanted = spelling(name);
-    let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
-    let entries = fs::read_dir(folder).ok()?.filter_map(Result::ok);
-    // Where several differ only in that, the same one every time.
-    let fits = |name: &std::ffi::OsString| name.to_str().is_some_and(|name| spelling(name) == wanted);
-    entries.map(|entry| entry.file_name()).filter(fits).min().map(|name| folder.join(name))
-}
-
 fn with_slashes(path: &str) -> String {
     path.replace('\\', "/")
 }
@@ -134,29 +105,5 @@ mod tests {
         assert_eq!(join(folder, r"..\b\base.vhdx"), Path::new("/images/a/../b/base.vhdx"));
         assert_eq!(name(r"C:\x\base.vhdx"), Some("base.vhdx".into()));
         assert_eq!((name(r"C:\x\"), name("..")), (None, None));
-    }
-
-    #[test]
-    fn letters_of_another_case_name_the_same_file() {
-        let folder = tempfile::tempdir().expect("a folder");
-        let there = folder.path().join("Disks/Base.VHDX");
-        fs::create_dir(folder.path().join("Disks")).expect("a folder");
-        fs::write(&there, "").expect("a file");
-        assert_eq!(existing(&folder.path().join("disks/base.vhdx")), Some(there.clone()));
-        assert_eq!(existing(&there), Some(there));
-        assert_eq!(existing(&folder.path().join("disks/other.vhdx")), None);
-    }
-
-    /// Windows writes `ü` as one character, macOS as two: both are one name.
-    #[test]
-    fn accents_of_another_spelling_name_the_same_file() {
-        let folder = tempfile::tempdir().expect("a folder");
-        let (decomposed, composed) = ("Gra\u{308}ser u\u{308}.vhdx", "gr\u{e4}ser \u{fc}.vhdx");
-        let there = folder.path().join(decomposed);
-        fs::write(&there, "").expect("a file");
-        assert_eq!(existing(&folder.path().join(composed)), Some(there));
-        let there = folder.path().join("\u{c5}.vhdx");
-        fs::write(&there, "").expect("a file");
-        assert_eq!(existing(&folder.path().join("A\u{30a}.vhdx")), Some(there));
     }
 }

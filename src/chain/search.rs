@@ -3,8 +3,9 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use super::looks::{Found, Looks};
 use super::path::{self, PathMap};
-use crate::disk::folder_of;
+use crate::disk::{HostFile, folder_of, in_time};
 use crate::format::locator::{ABSOLUTE_WIN32_PATH, ParentLocator, RELATIVE_PATH, VOLUME_PATH};
 
 /// What the user says about where parents are.
@@ -16,9 +17,16 @@ pub struct Search {
     pub maps: Vec<PathMap>,
     /// Only what is in the folder of the image is looked at and opened.
     pub beside_only: bool,
+    /// What the search has looked at.
+    pub looks: Looks,
 }
 
 impl Search {
+    /// The same search, once more.
+    pub(super) fn anew(&self) -> Self {
+        Self { looks: Looks::default(), ..self.clone() }
+    }
+
     /// The files that may be the parent that `locator` names, of the child at `child`, likeliest first.
     pub(super) fn candidates(&self, child: &Path, locator: &ParentLocator) -> Vec<Candidate> {
         let folder = folder_of(child);
@@ -32,11 +40,11 @@ impl Search {
         let named = chosen.map(|path| (path, false));
         let mut found: Vec<Candidate> = Vec::new();
         for (path, guessed) in named.chain(beside.map(|path| (path, true))) {
-            if let Some(path) = path::existing(&path)
+            if let Some(Found { path, file }) = self.looks.existing(&path, guessed)
                 && (!self.beside_only || is_beside(child, &path))
                 && !found.iter().any(|earlier| earlier.path == path)
             {
-                found.push(Candidate { path, guessed });
+                found.push(Candidate { path, file: Some(file), guessed });
             }
         }
         found
@@ -57,7 +65,9 @@ impl Search {
     /// Whether the absolute path `text` leads somewhere here, and not to `parent`.
     pub(super) fn misleads(&self, text: &str, parent: &Path) -> bool {
         let found = self.mapped(text);
-        !found.is_empty() && !found.iter().any(|found| path::same_file(found, parent))
+        let leads_there = |found: PathBuf, parent| in_time(move || HostFile::at(&found).ok() == Some(parent));
+        let Ok(parent) = HostFile::at(parent) else { return false };
+        !found.is_empty() && !found.into_iter().any(|found| leads_there(found, parent).unwrap_or(false))
     }
 
     /// An absolute path is one of this machine's, or what the maps make of it.
@@ -71,8 +81,9 @@ impl Search {
 
 /// Whether both files are in one folder, where the paths lead.
 fn is_beside(child: &Path, other: &Path) -> bool {
-    let folder = |path: &Path| fs::canonicalize(path).ok().map(|path| folder_of(&path).to_owned());
-    folder(other).is_some_and(|found| folder(child) == Some(found))
+    let folder = |path: PathBuf| fs::canonicalize(path).ok().map(|path| folder_of(&path).to_owned());
+    let paths = [child.to_owned(), other.to_owned()];
+    matches!(in_time(move || paths.map(folder)), Ok([Some(child), Some(other)]) if child == other)
 }
 
 /// The keys of paths that begin at a drive or a volume.
@@ -82,6 +93,8 @@ const ABSOLUTE_KEYS: [&str; 2] = [VOLUME_PATH, ABSOLUTE_WIN32_PATH];
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Candidate {
     pub(super) path: PathBuf,
+    /// The file that was found there, unless the user has named it.
+    pub(super) file: Option<HostFile>,
     /// The child does not name this place: it is beside the child, under the parent's name.
     pub(super) guessed: bool,
 }
@@ -89,8 +102,9 @@ pub(super) struct Candidate {
 /// Whether the relative path in `locator` leads from `child` to `parent`.
 pub fn is_direct(child: &Path, locator: &ParentLocator, parent: &Path) -> bool {
     let folder = folder_of(child);
-    let found = locator.get(RELATIVE_PATH).and_then(|text| path::existing(&path::join(folder, text)));
-    found.is_some_and(|found| path::same_file(&found, parent))
+    let named = locator.get(RELATIVE_PATH).map(|text| path::join(folder, text));
+    let found = named.and_then(|path| Looks::default().existing(&path, false));
+    found.is_some_and(|found| HostFile::at(parent).is_ok_and(|parent| parent == found.file))
 }
 
 #[cfg(test)]

@@ -31,7 +31,7 @@ pub struct AnswerOptions {
 impl ParentOptions {
     /// Where to look for parents.
     pub fn search(&self) -> Search {
-        Search { parents: self.parent.clone(), maps: self.parent_map.clone(), beside_only: false }
+        Search { parents: self.parent.clone(), maps: self.parent_map.clone(), ..Search::default() }
     }
 
     /// Refuses these options without `option`, which makes the command open parents.

@@ -572,7 +572,7 @@ mod tests {
         let map = format!(r"C:\={}", elsewhere.display());
         fs::create_dir(&elsewhere).expect("room");
         let maps = vec![map.parse().expect("a good map")];
-        let search = Search { parents: vec![parent.clone()], maps, beside_only: false };
+        let search = Search { parents: vec![parent.clone()], maps, ..Search::default() };
         let open = |search: Search, may_write: fn() -> Result<()>| {
             let parents = Parents { search, open: reading };
             let opener = WritableOpener { may_write, parents, ..child.opener(Plan::Fresh { keep: true }) };

@@ -36,6 +36,7 @@ pub use file::{HostRoom, ImageFile, PayloadIo, folder_of, host_bytes, is_sparse_
 pub(crate) use file::{next_data, next_hole};
 pub use host_file::HostFile;
 pub use lock::Access;
+pub(crate) use open::in_time;
 pub use open::{Links, Opened, open_regular};
 pub use place::Place;
 pub use plain::PlainDisk;

@@ -23,7 +23,7 @@ use nix::sys::statfs::{FsType, fstatfs};
 
 use super::Access;
 use super::refusal::{NAME_A_FILE, without_proc};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Doing, Error, Kind, Result};
 
 /// How long a file system may take to find and open a file. Disks that spin up take less; a server that is
 /// gone, or a file system in a process of another user, may take forever.
@@ -86,17 +86,27 @@ pub struct Opened {
 /// if another program holds a lease on it; [`Kind::Io`] if the file system does not answer; what the
 /// operating system says.
 pub fn open_regular(path: &Path, access: Access, links: Links) -> Result<Opened> {
-    let (answer, answered) = mpsc::channel();
     let wanted = path.to_owned();
-    // The receiver may have given up. What was opened then is closed here, whenever that is.
-    let open = move || drop(answer.send(open_here(&wanted, access, links)));
-    let thread = thread::Builder::new().name("open".into()).spawn(open);
-    thread.map_err(|error| Error::io("starting a thread", error).file(path))?;
+    // What was opened too late is closed there, whenever that is.
+    let opened = in_time(move || open_here(&wanted, access, links));
+    opened.and_then(|opened| opened).map_err(|error| error.file(path))
+}
+
+/// What `ask`, on a thread of its own, learns from a file system.
+///
+/// # Errors
+///
+/// [`Kind::Io`] if it does not answer; `ask` may then run on. What the operating system says of the thread.
+pub(crate) fn in_time<T: Send + 'static>(ask: impl FnOnce() -> T + Send + 'static) -> Result<T> {
+    let (answer, answered) = mpsc::channel();
+    // The receiver may have given up.
+    let ask = move || drop(answer.send(ask()));
+    thread::Builder::new().name("open".into()).spawn(ask).doing("starting a thread")?;
     let late = |_| {
         let message = format!("its file system has not answered for {} s", OPEN_DEADLINE.as_secs());
-        Err(Error::new(Kind::Io, message).remedy("see whether the server or the disk that holds it is there"))
+        Error::new(Kind::Io, message).remedy("see whether the server or the disk that holds it is there")
     };
-    answered.recv_timeout(OPEN_DEADLINE).unwrap_or_else(late).map_err(|error| error.file(path))
+    answered.recv_timeout(OPEN_DEADLINE).map_err(late)
 }
 
 fn open_here(path: &Path, access: Access, links: Links) -> Result<Opened> {

@@ -2,6 +2,7 @@
 //! nothing is opened, told, changed or removed but what the user has named.
 
 use std::fs::{self, File, OpenOptions};
+use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, chown, lchown, symlink};
 use std::path::{Path, PathBuf};
@@ -11,8 +12,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use vhdx_ublk::format::locator::RELATIVE_PATH;
 
-use super::merge::Layer;
+use super::merge::{Layer, relocate};
 use super::relink::{base, child_of};
 use super::{Bench, MIB, Ran, create, info, on, program, run};
 
@@ -466,6 +469,48 @@ fn neighbours_that_are_no_files_are_not_opened() {
     assert!(!opened, "a neighbour was opened that is no file");
     let (opened, seen) = watched(&fifo, || File::open(bench.path("link.vhdx")).is_ok());
     assert!(opened && seen, "the watch sees what is opened through a link");
+}
+
+/// A file system in a process of another user, which never answers.
+struct Silent {
+    path: PathBuf,
+    /// What it would answer by.
+    _server: File,
+}
+
+impl Silent {
+    fn at(path: PathBuf) -> Option<Self> {
+        fs::create_dir(&path).expect("room");
+        let server = OpenOptions::new().read(true).write(true).open("/dev/fuse").ok()?;
+        let options = format!("fd={},rootmode=40000,user_id=0,group_id=0", server.as_raw_fd());
+        let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+        mount(Some("silent"), &path, Some("fuse"), flags, Some(&*options)).ok()?;
+        Some(Self { path, _server: server })
+    }
+}
+
+impl Drop for Silent {
+    fn drop(&mut self) {
+        umount2(&self.path, MntFlags::MNT_DETACH).expect("ours");
+    }
+}
+
+/// A child leads the search for its parent to a file system that does not answer. That ends, and the parent
+/// beside the child is found.
+#[test]
+fn a_parent_on_a_silent_file_system_holds_no_command() {
+    let bench = Bench::new();
+    let parent = base(&bench, "base.vhdx");
+    let child = child_of(&bench, &parent, "child.vhdx");
+    relocate(&child, |locator| locator.set(RELATIVE_PATH, r".\silent\base.vhdx"));
+    let Some(_silent) = Silent::at(bench.path("silent")) else {
+        return super::skipped("no FUSE can be mounted: a silent file system is not tested");
+    };
+    let ran = ended_on("info", &child, &["--chain", "--json"]);
+    assert!(ran.stderr.contains("has not answered"), "{}", ran.stderr);
+    assert!(ran.status == Some(0) && ran.stdout.contains("base.vhdx"), "{}", ran.stdout);
+    let message = ended_on("resize", &parent, &["--size", "32M"]).failed(1);
+    assert!(message.contains("it is the parent of") && message.contains("child.vhdx"), "{message}");
 }
 
 /// Whoever may read an image may lock it, and keep a device from it: by default that is its owner alone.

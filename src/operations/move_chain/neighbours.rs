@@ -26,6 +26,7 @@ pub(super) fn refuse_children(travellers: &[Traveller], devices: &dyn Devices) -
         let places = travellers.iter().flat_map(|traveller| [traveller.from.path(), traveller.to.path()]);
         places.into_iter().any(|place| chain::same_file(place, path))
     };
+    let search = Search::default();
     for path in others.into_iter().filter(|path| !is_known(path)) {
         let other = match identify_neighbour(&path) {
             Ok(other) => other,
@@ -34,7 +35,7 @@ pub(super) fn refuse_children(travellers: &[Traveller], devices: &dyn Devices) -
             }
             Err(_) => continue,
         };
-        let parent = moving().find(|parent| chain::is_child(&other, &parent.member, &Search::default()));
+        let parent = moving().find(|parent| chain::is_child(&other, &parent.member, &search));
         if let Some(parent) = parent {
             let parent = parent.from.path().display();
             let message = format!("its parent is {parent}, which the move would take away");
