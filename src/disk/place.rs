@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, openat, renameat};
-use nix::sys::stat::{Mode, fstatat};
+use nix::sys::stat::{Mode, fstat, fstatat};
 use nix::unistd::{UnlinkatFlags, linkat, unlinkat};
 use rustix::fs::{RenameFlags, renameat_with};
 
@@ -93,13 +93,22 @@ impl Place {
     ///
     /// # Errors
     ///
-    /// [`Kind::Exists`] when there is something, and as [`ImageFile::open`].
+    /// [`Kind::Exists`] when there is something, and as [`ImageFile::open`]; nothing is left here then.
     pub fn create(&self) -> Result<ImageFile> {
         let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         let made = openat(&self.folder, &*self.name, flags, Mode::S_IRUSR | Mode::S_IWUSR);
         let made = made.map_err(|errno| self.refused("making the image", errno))?;
+        let identity = fstat(&made).map(|found| HostFile { device: found.st_dev, inode: found.st_ino });
         let locked = ImageFile::locked(made.into(), &self.path, Access::ReadWrite, Duration::ZERO);
-        locked.map_err(|error| error.file(&self.path))
+        locked.map_err(|error| {
+            // The next attempt would find a file of the name. It stays if it can neither be told nor removed.
+            if let Ok(identity) = identity
+                && self.occupant().is_ok_and(|here| here == Some(identity))
+            {
+                let _ = unlinkat(&self.folder, &*self.name, UnlinkatFlags::NoRemoveDir);
+            }
+            error.file(&self.path)
+        })
     }
 
     /// Fails unless the file here still is `file`.

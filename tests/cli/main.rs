@@ -32,6 +32,7 @@ mod resize;
 mod salvage;
 mod schema;
 mod set;
+mod shortage;
 #[path = "../skip/mod.rs"]
 mod skip;
 mod snapshot;

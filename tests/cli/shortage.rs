@@ -1,0 +1,49 @@
+//! What the machine lacks is said, with what helps, and costs no file: descriptors, room for the output,
+//! `/proc`, names that fit.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use super::relink::base;
+use super::{Bench, Ran, program};
+
+fn names(folder: &Path) -> Vec<String> {
+    let entries = fs::read_dir(folder).expect("readable");
+    let mut names: Vec<String> =
+        entries.map(|entry| entry.expect("readable").file_name().into_string().expect("UTF-8")).collect();
+    names.sort();
+    names
+}
+
+/// A command that runs out of descriptors at any point leaves nothing, and can be given again.
+#[test]
+fn without_descriptors_nothing_is_left_behind() {
+    let bench = Bench::new();
+    let parent = base(&bench, "base.vhdx");
+    let (parent, target) = (parent.to_str().expect("UTF-8"), bench.path("made"));
+    let made = target.to_str().expect("UTF-8");
+    let commands: [&[&str]; 4] = [
+        &["create", made, "--size", "1G"],
+        &["create", made, "--parent", parent],
+        &["convert", parent, made, "--to", "vhdx"],
+        &["salvage", parent, made],
+    ];
+    for command in commands {
+        let (mut refused, mut done) = (0, 0);
+        for limit in 4..40 {
+            let script = format!("ulimit -n {limit}; exec \"$0\" \"$@\"");
+            let mut limited = Command::new("sh");
+            limited.args(["-c", &script]).arg(program().get_program()).args(command);
+            let ran = Ran::from(limited.output().expect("it runs"));
+            if ran.status == Some(0) {
+                done += 1;
+                fs::remove_file(&target).expect("it was made");
+            } else {
+                refused += 1;
+            }
+            assert_eq!(names(bench.0.path()), ["base.vhdx"], "{command:?} with {limit}: {}", ran.stderr);
+        }
+        assert!(refused > 0 && done > 0, "{command:?}: refused {refused} times, done {done} times");
+    }
+}
