@@ -28,6 +28,20 @@ pub fn printable(text: &str) -> Cow<'_, str> {
     shown.into()
 }
 
+/// `text` from an image, short enough for a line: the longest names of files stay whole.
+pub fn shortened(text: &str) -> Cow<'_, str> {
+    shortened_to(text, 255)
+}
+
+/// As [`shortened`], to `most` bytes and a sign that there were more.
+pub fn shortened_to(text: &str, most: usize) -> Cow<'_, str> {
+    if text.len() <= most {
+        return text.into();
+    }
+    let end = (0..=most).rev().find(|&end| text.is_char_boundary(end)).unwrap_or(0);
+    format!("{}…", &text[..end]).into()
+}
+
 /// `path` as a word of a command that is suggested, for people to paste: a shell takes all of it for one
 /// name, whatever is in it, and the command for no option.
 pub fn shell(path: &Path) -> String {

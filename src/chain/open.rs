@@ -7,7 +7,8 @@ use super::search::{Candidate, Search};
 use crate::disk::{HostFile, folder_of, in_time};
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::format::guid;
-use crate::format::locator::ParentLocator;
+use crate::format::locator::{ABSOLUTE_WIN32_PATH, ParentLocator, RELATIVE_PATH, VOLUME_PATH};
+use crate::printable::shortened;
 
 /// The most layers of a chain, the leaf included.
 pub const MAX_DEPTH: usize = 256;
@@ -193,13 +194,12 @@ fn not_beside(child: &dyn Relative) -> Error {
 }
 
 fn nowhere(child: &dyn Relative, locator: &ParentLocator) -> Error {
-    let known: Vec<&str> = locator
-        .entries
-        .iter()
-        .filter(|(key, _)| key.ends_with("_path"))
-        .map(|(_, value)| value.as_str())
-        .collect();
-    let message = format!("its parent is in none of the places it names: {}", known.join(", "));
+    let keys = [RELATIVE_PATH, VOLUME_PATH, ABSOLUTE_WIN32_PATH];
+    let known: Vec<_> = keys.into_iter().filter_map(|key| locator.get(key)).map(shortened).collect();
+    let message = match &known[..] {
+        [] => "it names no place where its parent may be".to_owned(),
+        known => format!("its parent is in none of the places it names: {}", known.join(", ")),
+    };
     Error::new(Kind::NotFound, message).in_structure("parent locator").file(child.path()).remedy(REMEDY)
 }
 

@@ -5,6 +5,7 @@ use serde::de::value::Error as Invalid;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::error::{Error, Kind};
+use crate::printable::shortened_to;
 
 /// An error as it travels.
 #[derive(Debug, Serialize, Deserialize)]
@@ -22,10 +23,18 @@ fn kind_or_io<'a, D: Deserializer<'a>>(deserializer: D) -> Result<Kind, D::Error
     Ok(kind.unwrap_or(Kind::Io))
 }
 
+/// The most bytes of a message, and of a remedy, that travel: more than the longest paths in it have. Where
+/// each has to be escaped, six bytes for one, all of it still fits a line.
+const MOST: usize = 5 << 10;
+
 impl From<&Error> for Failure {
     fn from(error: &Error) -> Self {
-        let remedy = error.remedy_text().map(str::to_owned);
-        Self { kind: error.kind(), message: format!("{error:#}"), remedy }
+        let short = |text: &str| shortened_to(text, MOST).into_owned();
+        Self {
+            kind: error.kind(),
+            message: short(&format!("{error:#}")),
+            remedy: error.remedy_text().map(short),
+        }
     }
 }
 
@@ -54,6 +63,19 @@ mod tests {
             let error = arrived(&serde_json::to_string(&sent).expect("serialisable"));
             assert_eq!(error.kind(), kind);
             assert_eq!((error.to_string().as_str(), error.remedy_text()), ("a.vhdx: no", Some("do this")));
+        }
+    }
+
+    /// An image can make a message as long as itself, of whatever has to be escaped.
+    #[test]
+    fn a_long_error_fits_a_line() {
+        for text in ["\u{1}", "\"", "ü", "x"] {
+            let text = text.repeat(1 << 20);
+            let json =
+                serde_json::to_string(&Failure::from(&Error::new(Kind::NotFound, &*text).remedy(&*text)));
+            let json = json.expect("serialisable");
+            assert!(json.len() < 63 << 10, "{} bytes", json.len());
+            assert_eq!(arrived(&json).kind(), Kind::NotFound);
         }
     }
 

@@ -14,6 +14,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::{MAX_ITEM_LENGTH, guid};
 use crate::error::{Error, Kind, Result};
+use crate::printable::shortened;
 
 /// Key: the parent's `DataWriteGuid`.
 pub const PARENT_LINKAGE: &str = "parent_linkage";
@@ -98,7 +99,7 @@ impl ParentLocator {
             let (key, value) =
                 read_pair(item, pair).map_err(|reason| corrupt(format!("pair {index}: {reason}")))?;
             if !seen.insert(key.clone()) {
-                return Err(corrupt(format!("key {key:?} is there twice")));
+                return Err(corrupt(format!("key {:?} is there twice", shortened(&key))));
             }
             entries.push((key, value));
         }
@@ -209,6 +210,7 @@ impl ParentLocator {
             return Err(Error::corrupt(STRUCTURE, format!("{PARENT_LINKAGE} is missing")));
         };
         guid::parse(text).ok_or_else(|| {
+            let text = shortened(text);
             Error::corrupt(STRUCTURE, format!("{PARENT_LINKAGE} is {text:?}, a GUID expected"))
         })
     }

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::Command;
 
 use super::relink::base;
-use super::{Bench, Ran, program};
+use super::{Bench, Ran, on, program};
 
 fn names(folder: &Path) -> Vec<String> {
     let entries = fs::read_dir(folder).expect("readable");
@@ -46,4 +46,23 @@ fn without_descriptors_nothing_is_left_behind() {
         }
         assert!(refused > 0 && done > 0, "{command:?}: refused {refused} times, done {done} times");
     }
+}
+
+/// An image can be made of paths; what is said of them is a few lines.
+#[test]
+fn a_hostile_child_does_not_flood_its_reader() {
+    let bench = Bench::new();
+    let parent = base(&bench, "base.vhdx");
+    let child = super::relink::child_of(&bench, &parent, "child.vhdx");
+    super::merge::relocate(&child, |locator| {
+        for key in ["relative_path", "volume_path", "a_path", "b_path", "c_path"] {
+            locator.set(key, format!("{key}{}", "\u{fffd}".repeat(30_000)));
+        }
+    });
+    let ran = on("check", &child, &[]);
+    let all = ran.stdout.len() + ran.stderr.len();
+    assert!(all < 8 << 10, "{all} bytes");
+    let told = ran.stdout + &ran.stderr;
+    assert!(told.contains("relative_path") && told.contains("volume_path"), "{told}");
+    assert!(!told.contains("a_path"), "no key of anybody else's: {told}");
 }
