@@ -98,7 +98,7 @@ impl Del {
                 let completed = match Control::open() {
                     Ok(control) => {
                         let completed = stop::complete(registry, &control, |entry| self.means(entry))?;
-                        leftovers::sweep(registry, &control)?;
+                        leftovers::tidy(registry, &control);
                         completed
                     }
                     Err(_) => Vec::new(),

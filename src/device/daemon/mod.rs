@@ -209,7 +209,7 @@ impl<E: EngineHandle> Device<E> {
             mark: control::new_mark(),
         };
         let daemon = ProcessId::this()?;
-        leftovers::sweep(&registry, &control)?;
+        leftovers::tidy(&registry, &control);
         // Until its entry is written, the device looks like one without a daemon.
         let locked = registry.lock()?;
         if let Some(name) = &options.name {

@@ -105,7 +105,8 @@ pub fn stop_orphan(registry: &Registry, orphan: &DeviceInfo, how: &How) -> Resul
     }
     control.stop(orphan.id)?;
     control.delete(orphan.id, orphan.mark)?;
-    leftovers::sweep(registry, &control)
+    leftovers::tidy(registry, &control);
+    Ok(())
 }
 
 /// The error for a device that does not stop, if the process that the kernel names must not be killed.
