@@ -60,6 +60,7 @@ mod umount;
 mod upgrade;
 
 use std::ffi::{OsStr, OsString};
+use std::io::{self, Write as _};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -291,9 +292,12 @@ fn misused(error: &clap::Error, arguments: &[OsString]) -> ExitCode {
     let mut options = arguments.iter().take_while(|argument| *argument != "--");
     if error.use_stderr() && options.any(|argument| argument == "--json") {
         output::report(&misuse(&error.to_string(), arguments), true);
-    } else {
-        // If it cannot be printed, the exit status still shows the failure.
-        let _ = error.print();
+    } else if let Err(unwritten) = error.print().and_then(|()| io::stdout().flush())
+        && unwritten.kind() != io::ErrorKind::BrokenPipe
+        && !error.use_stderr()
+    {
+        output::report(&Error::io("writing the output", unwritten), false);
+        return ExitCode::from(FAILURE);
     }
     match (error.use_stderr(), arguments.first().and_then(|command| command.to_str())) {
         (false, _) => ExitCode::SUCCESS,

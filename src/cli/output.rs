@@ -87,17 +87,16 @@ pub fn word(value: &impl Serialize) -> anyhow::Result<String> {
     Ok(value.as_str().unwrap_or_default().to_owned())
 }
 
-/// Prints what went wrong, and what to do about it. If the reader of standard output has left, only the exit
-/// status shows it.
+/// Prints what went wrong, and what to do about it; on standard error even as JSON is wanted, if standard
+/// output cannot be written. If the reader of that has left, only the exit status shows it.
 pub fn report(error: &(dyn StdError + 'static), json: bool) {
     if has_no_reader(error) {
         return;
     }
-    // If it cannot be written, the exit status still shows the failure.
-    if json {
-        let _ = print_json(&Report { error: Failure::of(error) });
+    if json && print_json(&Report { error: Failure::of(error) }).is_ok() {
         return;
     }
+    // If it cannot be written, the exit status still shows the failure.
     let mut stderr = io::stderr().lock();
     let _ = writeln!(stderr, "vhdx-ublk: {}", message(error));
     if let Some(remedy) = remedy(error) {
@@ -128,9 +127,13 @@ pub fn as_typed(error: anyhow::Error, arguments: &[OsString]) -> anyhow::Error {
 
 /// Whether standard output is a pipe without a reader.
 fn has_no_reader(error: &(dyn StdError + 'static)) -> bool {
+    os_error(error).is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe) && is_of_output(error)
+}
+
+/// Whether standard output could not be written.
+fn is_of_output(error: &(dyn StdError + 'static)) -> bool {
     let is_output = |text: String| ["writing the output", "writing standard output"].contains(&text.as_str());
-    os_error(error).is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
-        && Chain::new(error).any(|cause| is_output(cause.to_string()))
+    Chain::new(error).any(|cause| is_output(cause.to_string()))
 }
 
 /// The last failure of all `outcomes`, each of which is asked for; earlier ones are reported at once.
@@ -293,6 +296,7 @@ fn general_remedy<'a>(error: &'a (dyn StdError + 'static)) -> Option<&'a str> {
             Some("check the name of the file; `file` and `qemu-img info` recognise many other formats")
         }
         Kind::Corrupt | Kind::Truncated => Some(SALVAGE),
+        Kind::NoSpace if is_of_output(error) => Some("free space where standard output is written"),
         Kind::NoSpace => Some("free space on the file system of the file"),
         _ if number == Some(libc::EROFS) => {
             Some("the file system is read-only: remount it for writing, or use another one")

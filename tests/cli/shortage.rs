@@ -1,9 +1,9 @@
 //! What the machine lacks is said, with what helps, and costs no file: descriptors, room for the output,
 //! `/proc`, names that fit.
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use super::relink::base;
 use super::{Bench, Ran, on, program};
@@ -46,6 +46,38 @@ fn without_descriptors_nothing_is_left_behind() {
         }
         assert!(refused > 0 && done > 0, "{command:?}: refused {refused} times, done {done} times");
     }
+}
+
+fn to_full(arguments: &[&str]) -> Ran {
+    let full = File::options().write(true).open("/dev/full").expect("there");
+    program().args(arguments).stdout(Stdio::from(full)).output().expect("it runs").into()
+}
+
+/// An answer that cannot be written is a failure, and standard error says why.
+#[test]
+fn an_answer_that_cannot_be_written_is_a_failure_that_is_told() {
+    let bench = Bench::new();
+    let image = base(&bench, "base.vhdx");
+    let image = image.to_str().expect("UTF-8");
+    let commands: [&[&str]; 8] = [
+        &["info", image],
+        &["info", image, "--json"],
+        &["check", image, "--json"],
+        &["map", image, "--json"],
+        &["list", "--json"],
+        &["--version"],
+        &["--help"],
+        &["help", "backup"],
+    ];
+    for command in commands {
+        let ran = to_full(command);
+        assert_eq!(ran.status, Some(1), "{command:?}: {}", ran.stderr);
+        for part in ["vhdx-ublk: writing the output", "No space left", "where standard output is written"] {
+            assert!(ran.stderr.contains(part), "{command:?}: {part} is not in: {}", ran.stderr);
+        }
+    }
+    let ran = to_full(&["info", "nowhere.vhdx", "--json"]);
+    assert!(ran.status == Some(1) && ran.stderr.contains("nowhere.vhdx"), "{}", ran.stderr);
 }
 
 /// An image can be made of paths; what is said of them is a few lines.
