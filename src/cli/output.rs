@@ -292,6 +292,18 @@ fn general_remedy<'a>(error: &'a (dyn StdError + 'static)) -> Option<&'a str> {
         _ if matches!(number, Some(libc::EMFILE | libc::ENFILE)) => {
             Some("raise the limit of open files (`ulimit -n`): each image of a chain needs a few")
         }
+        _ if number == Some(libc::ENOTDIR) => {
+            Some("check the spelling of the path: a part of it is a file, and should be a folder")
+        }
+        _ if number == Some(libc::ELOOP) => {
+            Some("find the link that leads back to itself: `namei -l` shows the links of a path")
+        }
+        _ if number == Some(libc::ENAMETOOLONG) => {
+            Some("choose a shorter name: most file systems end at 255 bytes, and paths at 4095")
+        }
+        _ if number == Some(libc::EAGAIN) && is_of_thread(known) => {
+            Some("raise the limit of processes and threads (`ulimit -u`, or `pids.max` of the container)")
+        }
         Kind::NotVhdx => {
             Some("check the name of the file; `file` and `qemu-img info` recognise many other formats")
         }
@@ -314,6 +326,11 @@ fn general_remedy<'a>(error: &'a (dyn StdError + 'static)) -> Option<&'a str> {
         }
         Kind::Unsupported | Kind::InUse | Kind::Mismatch | Kind::NoDriver | Kind::Poisoned | Kind::Io => None,
     })
+}
+
+/// Whether the kernel has refused a thread.
+fn is_of_thread(known: Option<&Error>) -> bool {
+    known.is_some_and(|error| error.message().starts_with("starting a thread"))
 }
 
 /// A list of `key: value` lines, the values aligned and printable.

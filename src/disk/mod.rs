@@ -41,7 +41,7 @@ pub use open::{Links, Opened, open_regular};
 pub use place::Place;
 pub use plain::PlainDisk;
 pub use reactor::{Mail, Reactor};
-pub use refusal::{CHOOSE, REPLACE, missing_folder, name_of_new, taken, without_proc};
+pub use refusal::{CHOOSE, REPLACE, dangling, missing_folder, name_of_new, path_of, taken, without_proc};
 pub use ring::{Ring, ring_refused};
 pub use sectors::read_sectors;
 pub use shared_file::{SharedFile, Stretch};

@@ -7,7 +7,6 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, OpenOptions};
-use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -19,7 +18,7 @@ use nix::sys::stat::{Mode, fstat, fstatat};
 use nix::unistd::{UnlinkatFlags, linkat, unlinkat};
 use rustix::fs::{RenameFlags, renameat_with};
 
-use super::refusal::{missing_folder, name_of_new, taken, without_proc};
+use super::refusal::{missing_folder, name_of_new, path_of, taken};
 use super::{Access, HostFile, ImageFile, folder_of};
 use crate::error::{Error, Kind, Result};
 
@@ -39,18 +38,18 @@ impl Place {
     /// [`Kind::Usage`] if the path ends in no name; those of one that is a folder's; what the operating
     /// system says of the folder.
     pub fn of(path: &Path) -> Result<Self> {
-        let failed = |error| Error::io("opening the folder of the image", error).file(path);
+        const OPENING: &str = "opening the folder of the image";
+        let failed = |error| Error::io(OPENING, error).file(path);
         let name = name_of_new(path)?;
         let flags = libc::O_DIRECTORY | libc::O_NONBLOCK;
         let folder = OpenOptions::new().read(true).custom_flags(flags).open(folder_of(path)).map_err(failed);
         let folder = folder.map_err(|error| missing_folder(error, folder_of(path)))?;
         // The folder's own path: what it was called by may be a link.
-        let way = std::fs::read_link(format!("/proc/self/fd/{}", folder.as_raw_fd()));
-        let way = way.map_err(|error| match error.kind() {
-            io::ErrorKind::NotFound => without_proc().file(path),
-            _ => failed(error),
-        })?;
-        Ok(Self { folder, name: name.to_owned(), path: way.join(name) })
+        let way = path_of(&folder, OPENING).map_err(|error| error.file(path))?;
+        let place = Self { folder, name: name.to_owned(), path: way.join(name) };
+        // A name that cannot be is refused now, and not after all that is to get it has been written.
+        place.occupant()?;
+        Ok(place)
     }
 
     /// The place of an open file.

@@ -1,8 +1,11 @@
 //! Why nothing can be made at a place, in the words that all commands have.
 
 use std::ffi::OsStr;
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Kind, Result};
 use crate::printable::shell;
@@ -58,4 +61,29 @@ pub fn missing_folder(error: Error, folder: &Path) -> Error {
 pub fn without_proc() -> Error {
     Error::new(Kind::Io, "/proc, through which files are opened, is not there")
         .remedy("mount -t proc proc /proc")
+}
+
+/// Where the kernel has the open `file` now, `doing` something with it: an absolute path without symbolic
+/// links.
+///
+/// # Errors
+///
+/// [`without_proc`]; what the operating system says.
+pub fn path_of(file: &impl AsFd, doing: &str) -> Result<PathBuf> {
+    let way = fs::read_link(format!("/proc/self/fd/{}", file.as_fd().as_raw_fd()));
+    way.map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => without_proc(),
+        _ => Error::io(doing, error),
+    })
+}
+
+/// What is wrong with a new file at `path`, if a symbolic link is there that leads to no file.
+pub fn dangling(path: &Path) -> Option<Error> {
+    let is_link = fs::symlink_metadata(path).is_ok_and(|found| found.is_symlink());
+    let leads = || fs::metadata(path).err().is_none_or(|error| error.kind() != io::ErrorKind::NotFound);
+    if !is_link || leads() {
+        return None;
+    }
+    let error = Error::new(Kind::Exists, "it is a symbolic link, and there is no file where it leads");
+    Some(error.file(path).remedy("remove the link, or name the file that it should lead to"))
 }

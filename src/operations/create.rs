@@ -17,7 +17,9 @@ use super::children::children;
 use super::inspect::{Inspected, identify, inspect_locked};
 use super::{Devices, replaced, room};
 use crate::chain::{self, Search};
-use crate::disk::{Access, ImageFile, Place, REPLACE, Reactor, Remover, Sparse, Unfinished, folder_of};
+use crate::disk::{
+    Access, ImageFile, Place, REPLACE, Reactor, Remover, Sparse, Unfinished, dangling, folder_of,
+};
 use crate::error::{Error, Kind, Locate, Result};
 use crate::image::NewImage;
 use crate::printable::human_size;
@@ -98,7 +100,7 @@ impl Creation {
         self.refuse_relatives(devices)?;
         match ImageFile::open(&self.image, Access::ReadWrite, Duration::ZERO) {
             Ok(file) => replaced::require(&self.image, &file).map(|()| Some(file)),
-            Err(error) if error.kind() == Kind::NotFound => Ok(None),
+            Err(error) if error.kind() == Kind::NotFound => dangling(&self.image).map_or(Ok(None), Err),
             Err(error) => Err(devices.with_holder(error, &self.image)),
         }
     }

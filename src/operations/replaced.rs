@@ -2,9 +2,8 @@
 //! slip of the hand leads to.
 
 use std::ffi::{OsStr, OsString};
-use std::fs::read_link;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -14,7 +13,7 @@ use nix::sys::statfs::{PROC_SUPER_MAGIC, fstatfs};
 use nix::unistd::geteuid;
 
 use super::inspect::identify_locked;
-use crate::disk::{HostFile, ImageFile};
+use crate::disk::{HostFile, ImageFile, path_of};
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::printable::shell;
 
@@ -59,8 +58,7 @@ pub fn refuse_foreign_links(named: &Path, old: &impl AsFd) -> Result<()> {
         foreign.is_none()
     });
     if let Some((link, owner)) = foreign {
-        let target = read_link(format!("/proc/self/fd/{}", old.as_fd().as_raw_fd()));
-        let target = target.doing(FOLLOWING).file(named)?;
+        let target = path_of(old, FOLLOWING).file(named)?;
         let message = format!(
             "it is a symbolic link of another user (uid {owner}), by which {} is meant",
             target.display()

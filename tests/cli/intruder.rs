@@ -74,6 +74,28 @@ fn a_copy_of_the_parent_belongs_to_the_owner_of_the_child() {
     }
 }
 
+/// What another user owned becomes private: that they own the source is not known, whatever its mode. The
+/// warning says so, and how they get it back.
+#[test]
+fn the_owner_of_a_replaced_file_gets_no_source_of_another_user() {
+    if !nix::unistd::geteuid().is_root() {
+        return super::skipped("only root gives files away: the owner of a replaced file is not tested");
+    }
+    let bench = Bench::new();
+    let source = base(&bench, "source.vhdx");
+    fs::set_permissions(&source, fs::Permissions::from_mode(0o644)).expect("ours");
+    let target = bench.path("target.raw");
+    fs::write(&target, "").expect("room");
+    chown(&target, Some(UNPRIVILEGED), Some(UNPRIVILEGED)).expect("root may");
+    let [source, named] = [&source, &target].map(|path| path.to_str().expect("UTF-8"));
+    let ran = run(&["convert", "--force", source, named]);
+    assert_eq!(ran.status, Some(0), "{}", ran.stderr);
+    assert!(ran.stderr.contains("does not own the source"), "{}", ran.stderr);
+    assert!(ran.stderr.contains(&format!("chown {UNPRIVILEGED} ")), "{}", ran.stderr);
+    let (owner, _, mode, _) = state(&target);
+    assert_eq!((owner, mode & 0o7777), (0, 0o600));
+}
+
 /// A disk is served from boot on, or mounted, without anybody who looks at the image's name.
 #[test]
 fn an_image_behind_a_link_of_another_user_is_neither_mounted_nor_enabled() {

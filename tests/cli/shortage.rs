@@ -2,11 +2,12 @@
 //! `/proc`, names that fit.
 
 use std::fs::{self, File};
+use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
 use super::relink::base;
-use super::{Bench, Ran, on, program};
+use super::{Bench, Ran, on, program, run};
 
 fn names(folder: &Path) -> Vec<String> {
     let entries = fs::read_dir(folder).expect("readable");
@@ -78,6 +79,58 @@ fn an_answer_that_cannot_be_written_is_a_failure_that_is_told() {
     }
     let ran = to_full(&["info", "nowhere.vhdx", "--json"]);
     assert!(ran.status == Some(1) && ran.stderr.contains("nowhere.vhdx"), "{}", ran.stderr);
+}
+
+/// Where /proc is not mounted that is what is said, and not that the image is not there.
+#[test]
+fn a_machine_without_proc_is_told_so() {
+    let bench = Bench::new();
+    let image = base(&bench, "base.vhdx");
+    let inside = |script: &str| -> Ran {
+        let mut command = Command::new("unshare");
+        command.args(["-m", "sh", "-c", &format!("umount -l /proc && {script}")]);
+        command.arg(program().get_program()).arg(&image).output().expect("util-linux is there").into()
+    };
+    if inside("true").status != Some(0) {
+        return super::skipped("no mount can be taken away: a machine without /proc is not tested");
+    }
+    for command in ["compact", "info", "check", "resize --size 2G", "create --force --size 1G"] {
+        let message = inside(&format!("exec \"$0\" {command} \"$1\"")).failed(1);
+        assert!(message.contains("mount -t proc proc /proc"), "{command}: {message}");
+    }
+}
+
+/// What is wrong with the name of a target is said before anything is copied, and what helps.
+#[test]
+fn a_target_that_cannot_be_is_refused_at_once() {
+    let bench = Bench::new();
+    let source = base(&bench, "base.vhdx");
+    let source = source.to_str().expect("UTF-8");
+    symlink("gone", bench.path("dangling")).expect("room");
+    symlink("round", bench.path("round")).expect("room");
+    let before = names(bench.0.path());
+    let long = "x".repeat(256);
+    let cases = [
+        ("dangling", "there is no file where it leads", "remove the link"),
+        ("round/x", "Too many levels", "namei -l"),
+        ("base.vhdx/x", "Not a directory", "should be a folder"),
+        (&long, "File name too long", "choose a shorter name"),
+    ];
+    for (name, what, remedy) in cases {
+        let target = bench.path(name);
+        let target = target.to_str().expect("UTF-8");
+        let commands: [&[&str]; 3] = [
+            &["create", "--force", "--size", "1G", target],
+            &["convert", "--force", source, target, "--to", "vhdx"],
+            &["salvage", "--force", source, target],
+        ];
+        for command in commands {
+            let message = run(command).failed(1);
+            assert!(message.contains(what) && message.contains(remedy), "{command:?}: {message}");
+            assert!(!message.contains("--force"), "it was given: {message}");
+            assert_eq!(names(bench.0.path()), before, "{command:?}");
+        }
+    }
 }
 
 /// An image can be made of paths; what is said of them is a few lines.

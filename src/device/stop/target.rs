@@ -3,7 +3,6 @@
 use std::ffi::OsStr;
 use std::fmt;
 use std::fs;
-use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -12,8 +11,8 @@ use crate::device::DeviceInfo;
 use crate::device::name::{Name, id_of_node_name};
 use crate::device::registry::{Entry, Listed, Registry, Survey};
 use crate::device::sysfs::device_number;
-use crate::disk::{HostFile, folder_of};
-use crate::error::{Doing, Error, Kind, Locate, Result};
+use crate::disk::{HostFile, folder_of, path_of};
+use crate::error::{Error, Kind, Locate, Result};
 use crate::operations::named_file;
 
 /// How a user names a device.
@@ -105,8 +104,7 @@ fn follow(path: &Path) -> Result<Option<PathBuf>> {
     }
     let found = named_file::find(path)?;
     // Its name may lead elsewhere by now.
-    let link = format!("/proc/self/fd/{}", found.as_raw_fd());
-    fs::read_link(link).map(Some).doing("finding the file").file(path)
+    path_of(&found, "finding the file").map(Some).file(path)
 }
 
 /// Whether the image of the device is the file at `path`, where links have been followed already.

@@ -16,7 +16,7 @@ use super::vhd_draft::VhdDraft;
 use super::{Conversion, Converted, Output, Shape, kinship};
 use crate::disk::{
     Access, BlockDevice, CHOOSE, Disk, HostFile, HostRoom, ImageFile, Place, REPLACE, Reactor, ReadDisk,
-    Remover, SharedFile, Sparse, Unfinished, folder_of, missing_folder, taken,
+    Remover, SharedFile, Sparse, Unfinished, dangling, folder_of, missing_folder, taken,
 };
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::operations::children::refuse_replacing_parent;
@@ -239,7 +239,11 @@ impl Target {
             image.resemble(&old, most | PRIVATE)?;
         } else {
             let path = place.path().display();
-            tracing::warn!("{path}: it becomes yours: its owner could not read the source");
+            tracing::warn!(
+                "{path}: it becomes yours, and only you can read it, as its owner does not own the source; \
+                 to give it back: chown {owner} {}",
+                shell(place.path())
+            );
         }
         unfinished.replace(&place, &old)
     }
@@ -343,6 +347,9 @@ fn lock_old(
     refuse_source(path, source)?;
     if std::fs::symlink_metadata(path).is_err() {
         return Ok(None);
+    }
+    if let Some(error) = dangling(path) {
+        return Err(error);
     }
     if !replace {
         return Err(exists(taken(path)));

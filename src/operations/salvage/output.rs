@@ -7,7 +7,8 @@ use uuid::Uuid;
 
 use super::mapfile::MAPFILE;
 use crate::disk::{
-    Access, CHOOSE, ImageFile, PAGE_BYTES, Place, PlainDisk, REPLACE, ReadDisk, Remover, Unfinished, taken,
+    Access, CHOOSE, ImageFile, PAGE_BYTES, Place, PlainDisk, REPLACE, ReadDisk, Remover, Unfinished,
+    dangling, taken,
 };
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::operations::children::refuse_replacing_parent;
@@ -41,6 +42,8 @@ impl Output {
     ) -> Result<Self> {
         let old = if std::fs::symlink_metadata(path).is_err() {
             None
+        } else if let Some(error) = dangling(path) {
+            return Err(error);
         } else if replace {
             refuse_replacing_parent(path, devices)?;
             let old = locked::lock(path, Access::ReadWrite, devices)?;
