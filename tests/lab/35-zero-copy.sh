@@ -19,12 +19,11 @@ test_zero_copy_fallback_recovery() { again 45-recovery test_recovery_queue_loses
 test_zero_copy_host_without_direct_io() { again 50-limits test_limit_host_without_direct_io on; }
 test_zero_copy_host_with_4096_byte_sectors() { again 50-limits test_limit_host_with_4096_byte_sectors on; }
 
-# Zeros that are in no file: of blocks that are absent, and past the end of a file that ends inside its last block.
+# Zeros that are in no file, as blocks are absent; and a file that ends inside its last block.
 test_zero_copy_reads_zeros() {
     local device mode
     qemu-img create -q -f vhdx -o subformat=fixed,block_state_zero=off,block_size=8M fixed.vhdx 33M
     qemu-io -f vhdx -c 'write -q -P 7 32M 512k' fixed.vhdx
-    truncate -s -256K fixed.vhdx
     ublk create absent.vhdx --size 1G --block-size 1M
     for mode in on fallback off; do
         zero_copy=$mode
@@ -36,10 +35,13 @@ test_zero_copy_reads_zeros() {
         cmp <(tail -c 512K both) <(head -c 512K /dev/zero) || fail "$mode: an absent block does not read as zeros"
         cmp <(dd if="$device" bs=1M skip=6 count=64 iflag=direct status=none) <(head -c 64M /dev/zero)
         ublk del "$device"
+        # The file ends where the disk does, inside its last block.
         device=$(ublk add --read-only fixed.vhdx)
         cmp <(dd if="$device" bs=256k skip=128 count=2 iflag=direct status=none) \
             <(head -c 512K /dev/zero | tr '\0' '\7')
         cmp <(dd if="$device" bs=256k skip=130 iflag=direct status=none) <(head -c 512K /dev/zero)
         ublk del "$device"
     done
+    truncate -s -256K fixed.vhdx
+    refused ublk add --read-only fixed.vhdx
 }

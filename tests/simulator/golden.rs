@@ -322,7 +322,7 @@ fn a_file_that_ends_inside_its_last_block_is_completed() {
         config.image.virtual_size = blocks * (32 << 20) - (20 << 20);
         config.blocks = vec![blocks - 1];
         let mut file = new_image(&config, &mut Rng::with_seed(1));
-        file.resize(file.length - (20 << 20) - 4096 * 3);
+        file.resize(file.length - (20 << 20));
         let mut world = reopened(&config, file, config.oracle(), 1);
         let last = config.image.virtual_size - 4096;
         world.request(Op::Read, last, 4096);
