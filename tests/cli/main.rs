@@ -611,7 +611,8 @@ fn limits_of_the_process_are_told() {
     let before = Snapshot::of(&image);
     let limited = |limit: &str, command: &str, image: &Path, options: &[&str]| {
         let mut shell = Command::new("sh");
-        let script = format!(r#"ulimit {limit}; exec "$0" "$@""#);
+        // A descriptor that this process was given is not to be the one that is left.
+        let script = format!(r#"exec 3>&-; ulimit {limit}; exec "$0" "$@""#);
         shell.args(["-c", &script, env!("CARGO_BIN_EXE_vhdx-ublk"), command]).args(options).arg(image);
         Ran::from(shell.output().expect("it runs"))
     };
