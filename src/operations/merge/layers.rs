@@ -315,7 +315,7 @@ impl Link {
     ///
     /// # Errors
     /// Those of [`ParentLocator::check`] and of [`Self::put_into`];
-    /// [`Kind::Unsupported`](crate::error::Kind::Unsupported) if no log entry could hold it.
+    /// [`Kind::Unsupported`] if no log entry could hold it.
     pub(super) fn check(locator: &ParentLocator, child: &Path, target: &Path) -> Result<()> {
         let guids = Guids { layer: Uuid::max(), target: Uuid::max() };
         let mut changed = locator.clone();
@@ -333,7 +333,7 @@ impl Link {
     /// Has `locator` say it.
     ///
     /// # Errors
-    /// [`Kind::Unsupported`](crate::error::Kind::Unsupported) if the target's path cannot be written in
+    /// [`Kind::Unsupported`] if the target's path cannot be written in
     /// UTF-16.
     pub fn put_into(&self, locator: &mut ParentLocator) -> Result<()> {
         match self {
