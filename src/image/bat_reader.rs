@@ -110,7 +110,10 @@ fn take_run(
     let (first, last) = (BatEntry::read(*first), BatEntry::read(*last));
     let is_present = first.payload_state() == Some(PayloadState::FullyPresent) && first.reserved_bits() == 0;
     let run = Extent { offset: first.offset(), length: words.len() as u64 * geometry.block_size() };
-    let is_in_file = first.offset() >= MIB && last.offset() > first.offset() && run.end() <= file_length;
+    // The last place is looked at first: the end of one that is far away could not be told.
+    let is_in_file = first.offset() >= MIB
+        && (first.offset()..file_length).contains(&last.offset())
+        && run.end() <= file_length;
     if !is_present || !is_in_file || space.is_used(run.offset..run.end()) {
         return false;
     }
@@ -163,10 +166,10 @@ fn needed_bytes(entry: BatEntry, role: Role, geometry: &Geometry) -> u64 {
 
 #[cold]
 fn past_the_end(entry: BatEntry, role: Role, geometry: &Geometry, file_length: u64) -> Error {
-    let end = entry.offset() + needed_bytes(entry, role, geometry);
     let message = if entry.offset() >= file_length {
         format!("{role} lies at byte {}, the file has {file_length} bytes", entry.offset())
     } else {
+        let end = entry.offset() + needed_bytes(entry, role, geometry);
         format!("{role} needs the file up to byte {end}, it ends at {file_length}")
     };
     Error::new(Kind::Truncated, message).in_structure("BAT").remedy(CUT_SHORT)
@@ -263,11 +266,14 @@ mod tests {
 
     /// Runs of blocks, anywhere in the file and past its end. Some overlap, and some have wrong words.
     fn words() -> impl Strategy<Value = Vec<u64>> {
-        let run = (0..270_u64, 1..20_u64, prop_oneof![20 => Just(6_u64), 1 => 0..8_u64, 1 => Just(14)]);
+        const LAST: u64 = u64::MAX / QUARTER;
+        let place = prop_oneof![20 => 0..270_u64, 1 => LAST - 80..=LAST];
+        let run = (place, 1..20_u64, prop_oneof![20 => Just(6_u64), 1 => 0..8_u64, 1 => Just(14)]);
         let runs = prop::collection::vec(run, 1..8);
         runs.prop_map(|runs| {
             let words = runs.into_iter().flat_map(|(place, count, low)| {
-                (0..count).map(move |number| (place * QUARTER + number * BLOCK_BYTES) | low)
+                let start = place * QUARTER;
+                (0..count).map(move |number| start.wrapping_add(number * BLOCK_BYTES) | low)
             });
             words.collect()
         })
