@@ -155,6 +155,18 @@ impl BatEntry {
     }
 }
 
+/// The stretches of entries that are not all zero, and how far into `entries` each begins. Most of the BAT of
+/// most images is zeros.
+pub fn nonzero(entries: &[[u8; ENTRY_SIZE]]) -> impl Iterator<Item = (usize, &[[u8; ENTRY_SIZE]])> {
+    let is_zero = |entry: &[u8; ENTRY_SIZE]| u64::from_ne_bytes(*entry) == 0;
+    let stretches = entries.chunk_by(move |one, next| is_zero(one) == is_zero(next));
+    let placed = stretches.scan(0, |past, stretch| {
+        *past += stretch.len();
+        Some((*past - stretch.len(), stretch))
+    });
+    placed.filter(move |(_, stretch)| !is_zero(&stretch[0]))
+}
+
 /// What a slot of the BAT is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
@@ -344,6 +356,27 @@ mod tests {
     const KIB: u64 = 1 << 10;
     const GIB: u64 = 1 << 30;
     const TIB: u64 = 1 << 40;
+
+    #[test]
+    fn stretches_leave_out_zeros_and_nothing_else() {
+        let of = |words: &[u64]| {
+            let entries: Vec<_> = words.iter().map(|word| word.to_le_bytes()).collect();
+            let found = nonzero(&entries).map(|(at, stretch)| (at, stretch.len())).collect::<Vec<_>>();
+            for (at, length) in &found {
+                assert!(words[*at..at + length].iter().all(|word| *word != 0));
+            }
+            assert_eq!(
+                found.iter().map(|(_, length)| length).sum::<usize>(),
+                words.iter().filter(|w| **w != 0).count()
+            );
+            found
+        };
+        assert_eq!(of(&[]), []);
+        assert_eq!(of(&[0, 0, 0]), []);
+        assert_eq!(of(&[1 << 63, 0, 0, 6, 6, 0]), [(0, 1), (3, 2)]);
+        assert_eq!(of(&[0, 1, 0, 2]), [(1, 1), (3, 1)]);
+        assert_eq!(of(&[5, 7]), [(0, 2)]);
+    }
 
     #[test]
     fn an_entry_has_state_and_offset_where_the_specification_puts_them() {

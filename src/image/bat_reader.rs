@@ -9,7 +9,7 @@ use crate::disk::{PAGE_BYTES, ReadDisk};
 use crate::error::{Error, Kind, Result};
 use crate::format::MIB;
 use crate::format::bat::{
-    BITMAP_BLOCK_SIZE, BatEntry, BitmapState, ENTRY_SIZE, Geometry, PayloadState, Role,
+    BITMAP_BLOCK_SIZE, BatEntry, BitmapState, ENTRY_SIZE, Geometry, PayloadState, Role, nonzero,
 };
 
 /// How much of the BAT is read or written at a time, bytes.
@@ -65,20 +65,20 @@ fn take_words(
     file_length: u64,
     space: &mut Space,
 ) -> Result<()> {
-    let mut at = 0;
-    while at < words.len() {
-        let slot = first + at as u64;
-        let run = &words[at..at + run_length(&words[at..], geometry)];
-        if !take_run(slot, run, geometry, file_length, space) {
-            let entries = geometry.walk(slot..slot + run.len() as u64).zip(run);
-            for ((slot, role), entry) in entries.map(|(place, word)| (place, BatEntry::read(*word))) {
-                if entry.0 != 0 {
+    for (at, mut words) in nonzero(words) {
+        let mut slot = first + at as u64;
+        while !words.is_empty() {
+            let (run, rest) = words.split_at(run_length(words, geometry));
+            if !take_run(slot, run, geometry, file_length, space) {
+                let entries = geometry.walk(slot..slot + run.len() as u64).zip(run);
+                for ((slot, role), entry) in entries.map(|(place, word)| (place, BatEntry::read(*word))) {
                     let taken = take_entry(entry, role, geometry, file_length, space);
                     taken.map_err(|error| error.at(bat.offset + slot * ENTRY_SIZE as u64))?;
                 }
             }
+            slot += run.len() as u64;
+            words = rest;
         }
-        at += run.len();
     }
     Ok(())
 }
@@ -86,7 +86,7 @@ fn take_words(
 /// How many entries, from the first on, name space that follows the one before's; at least 1.
 fn run_length(words: &[[u8; ENTRY_SIZE]], geometry: &Geometry) -> usize {
     let word = |at: usize| u64::from_le_bytes(words[at]);
-    let follows = |at: &usize| word(*at) == word(*at - 1).wrapping_add(geometry.block_size());
+    let follows = |at: &usize| word(*at - 1).checked_add(geometry.block_size()) == Some(word(*at));
     1 + (1..words.len()).take_while(follows).count()
 }
 

@@ -8,7 +8,7 @@ use super::block_map::BlockMap;
 use super::view::View;
 use crate::disk::{Buffer, ReadDisk};
 use crate::error::{Error, Kind, Result};
-use crate::format::bat::{BITMAP_BLOCK_SIZE, PayloadState, Role};
+use crate::format::bat::BITMAP_BLOCK_SIZE;
 use crate::format::{MAX_BLOCK_SIZE, MIB, SECTOR_SIZES, index};
 
 /// Reads the bits of every partially present block of `map` in its `stored` slots into its bitmaps.
@@ -61,11 +61,8 @@ impl BitmapReader {
 /// The partially present blocks in `slots`.
 pub(super) fn partial_blocks(map: &BlockMap, slots: Range<u64>) -> impl Iterator<Item = u64> {
     assert!(slots.end <= map.geometry().slot_count(), "{slots:?} are in the BAT");
-    let partial = PayloadState::PartiallyPresent;
-    map.geometry().walk(slots).filter_map(move |(_, role)| match role {
-        Role::Block(block) if map.load(block).entry.payload_state() == Some(partial) => Some(block),
-        _ => None,
-    })
+    // Which block a slot is for is asked of few: a chain of full disks has millions.
+    slots.filter(|slot| map.may_be_partial(*slot)).filter_map(|slot| map.geometry().block_of_slot(slot))
 }
 
 pub(super) fn missing(chunk: u64) -> Error {

@@ -22,7 +22,7 @@ use super::bitmaps::SectorBitmaps;
 use super::memory::SessionMemory;
 use crate::atomic::{AtomicU64, Ordering};
 use crate::disk::PAGE_BYTES;
-use crate::format::bat::{BatEntry, BitmapState, ENTRY_SIZE, Geometry, PayloadState, Role};
+use crate::format::bat::{BatEntry, BitmapState, ENTRY_SIZE, Geometry, PayloadState, Role, nonzero};
 use crate::format::{MIB, index};
 use crate::simulation::{Plant, ordered, planted};
 
@@ -181,6 +181,13 @@ impl BlockMap {
         Mapping::of(word.load(ordered(Plant::RelaxedLookup, Ordering::Acquire)))
     }
 
+    /// Whether the block of `slot`, if it is one's, is partially present.
+    #[inline]
+    pub(super) fn may_be_partial(&self, slot: u64) -> bool {
+        let word = self.memory.slots()[index(slot)].load(Ordering::Acquire);
+        Mapping::of(word).entry.payload_state() == Some(PayloadState::PartiallyPresent)
+    }
+
     /// The first of `blocks` whose slot may be set, their end if there is none. Pages that never had a slot
     /// set are passed over by their bit: looking at their slots would cost a page fault each, 8 of them for
     /// 4 GiB in blocks of 1 MiB.
@@ -303,21 +310,20 @@ impl BlockMap {
     pub fn restore(&self, first: u64, words: &[[u8; ENTRY_SIZE]]) {
         let past = first + words.len() as u64;
         assert!(past <= self.geometry.slot_count(), "slots {first} to {past} are in the BAT");
-        let roles = self.geometry.walk(first..past);
         let mut noted = None;
-        for (word, (slot, role)) in words.iter().zip(roles) {
-            let word = u64::from_le_bytes(*word);
-            let durable = if matches!(role, Role::Bitmap(_)) { 0 } else { DURABLE };
-            // A store of zeros would take memory.
-            if word == 0 {
-                continue;
+        // A store of zeros would take memory.
+        for (at, words) in nonzero(words) {
+            let first = first + at as u64;
+            for (word, (slot, role)) in words.iter().zip(self.geometry.walk(first..past)) {
+                let durable = if matches!(role, Role::Bitmap(_)) { 0 } else { DURABLE };
+                // Once a page: to note one takes longer than to store one of up to 2^26 words.
+                let page = slot / SLOTS_PER_PAGE;
+                if noted.replace(page) != Some(page) {
+                    self.note_set(slot);
+                }
+                self.memory.slots()[index(slot)]
+                    .store(u64::from_le_bytes(*word) | durable, Ordering::Release);
             }
-            // Once a page: to note one takes longer than to store one of up to 2^26 words.
-            let page = slot / SLOTS_PER_PAGE;
-            if noted.replace(page) != Some(page) {
-                self.note_set(slot);
-            }
-            self.memory.slots()[index(slot)].store(word | durable, Ordering::Release);
         }
     }
 
