@@ -283,6 +283,10 @@ pub enum Plant {
     StopUsed,
     /// An image counts as closed because its device is gone.
     TrustGone,
+    /// A new device gets a number that an entry has by which another image is to be closed.
+    ReuseNumber,
+    /// A device is taken for removed when the daemon has ended that its entry named a while ago.
+    TrustOldEntry,
 }
 
 impl Plant {
@@ -390,7 +394,7 @@ impl Plant {
     ];
 
     /// Those that show in the order of what processes do to a device.
-    pub const OF_DEVICES: [Self; 11] = [
+    pub const OF_DEVICES: [Self; 13] = [
         Self::SessionFirst,
         Self::EntryFirst,
         Self::SecondName,
@@ -402,6 +406,8 @@ impl Plant {
         Self::GiveUpInterrupted,
         Self::StopUsed,
         Self::TrustGone,
+        Self::ReuseNumber,
+        Self::TrustOldEntry,
     ];
 
     /// Those that show where threads run side by side.

@@ -53,6 +53,7 @@ mod merge;
 pub mod mounts;
 pub mod name;
 mod node;
+mod number;
 pub mod open_image;
 mod options;
 pub mod order;

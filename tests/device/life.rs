@@ -136,9 +136,19 @@ impl Life {
 
     /// Starts `add` of another image.
     pub fn add_another(&mut self) -> usize {
-        let image = self.image.replace("disk.vhdx", "other.vhdx");
+        let image = self.another();
         self.create(&image);
         self.machine.start(&["add", "--queues", "1", "--depth", "2", &image])
+    }
+
+    /// Removes the device of the other image.
+    pub fn remove_another(&mut self) {
+        self.command_works(&["del", &self.another()]);
+        self.machine.settle();
+    }
+
+    fn another(&self) -> String {
+        self.image.replace("disk.vhdx", "other.vhdx")
     }
 
     /// Starts a command.
@@ -364,7 +374,8 @@ impl Life {
     }
 
     /// No device, no process, no file.
-    fn nothing_is_left(&mut self) {
+    /// Neither devices, nor processes, nor files.
+    pub fn nothing_is_left(&mut self) {
         if self.machine.broken.is_some() {
             return;
         }

@@ -126,6 +126,53 @@ fn live_with_a_late_request(seed: u64, plant: Option<Plant>) -> Result<Reached, 
     life.end()
 }
 
+/// A life in which `del` is killed when the device is gone and the image not closed, and then another image
+/// is added.
+fn live_beside_an_interrupted_del(seed: u64, plant: Option<Plant>) -> Result<Reached, String> {
+    let mut life = Life::new(seed, Shape::SMALL, plant);
+    life.works(Add);
+    life.act(Use);
+    life.machine.settle();
+    life.act(Kill);
+    let del = life.start(Del);
+    while !life.machine.driver.devices.is_empty() && life.machine.broken.is_none() {
+        life.machine.step();
+    }
+    life.machine.kill(del);
+    life.machine.settle();
+    let next = life.add_another();
+    life.machine.settle();
+    life.has_worked(next);
+    life.remove_another();
+    life.administrate();
+    life.end()
+}
+
+/// A life in which the program is exchanged while `del` is on its way with the entry of the daemon before.
+fn live_with_an_old_entry(seed: u64, plant: Option<Plant>) -> Result<Reached, String> {
+    let mut life = Life::new(seed, Shape::SMALL, plant);
+    life.works(Add);
+    life.act(Use);
+    life.machine.settle();
+    let del = life.start(Del);
+    life.machine.held = Some((del, "is about to stop a device"));
+    while !life.machine.is_held() && life.machine.broken.is_none() {
+        life.machine.step();
+    }
+    life.works(Upgrade);
+    life.act(Use);
+    life.machine.settle();
+    life.machine.held = None;
+    while !life.machine.is_gone(del) && life.machine.broken.is_none() {
+        life.machine.step();
+    }
+    life.has_worked(del);
+    life.nothing_is_left();
+    life.machine.settle();
+    life.administrate();
+    life.end()
+}
+
 /// A life in which the driver is slow, and its commands are interrupted: all commands work.
 fn live_with_delays(seed: u64, plant: Option<Plant>) -> Result<Reached, String> {
     let mut life = Life::new(seed, Shape::SMALL, plant);
@@ -357,6 +404,16 @@ fn whatever_is_killed_while_a_device_is_removed() {
 }
 
 #[test]
+fn another_device_takes_no_number_by_which_an_image_is_still_to_be_closed() {
+    println!("{:?}", live_all(seeds(0..3), |seed| live_beside_an_interrupted_del(seed, None)));
+}
+
+#[test]
+fn del_ends_when_the_image_is_closed_whichever_daemon_serves_it() {
+    println!("{:?}", live_all(seeds(0..6), |seed| live_with_an_old_entry(seed, None)));
+}
+
+#[test]
 fn commands_work_with_a_driver_that_is_slow_or_interrupted() {
     println!("{:?}", live_all(seeds(0..6), |seed| live_with_delays(seed, None)));
 }
@@ -380,13 +437,15 @@ struct Planted {
 }
 
 /// Each planted bug, and where it shows.
-fn planted() -> [Planted; 11] {
+fn planted() -> [Planted; 13] {
     let killed: PlantedLife = |seed, step, plant| {
         live(seed, &[Run(Add), Use, Use, Run(Del)], Some((step, Blow::Kill)), Some(plant))
     };
     let chain: PlantedLife = |seed, step, plant| live(seed, &CHAIN, Some((step, Blow::Kill)), Some(plant));
     let removed: PlantedLife =
         |seed, step, plant| live(seed, &REMOVED, Some((step, Blow::Kill)), Some(plant));
+    let another: PlantedLife = |seed, _, plant| live_beside_an_interrupted_del(seed, Some(plant));
+    let old: PlantedLife = |seed, _, plant| live_with_an_old_entry(seed, Some(plant));
     let late: PlantedLife = |seed, _, plant| live_with_a_late_request(seed, Some(plant));
     let flight: PlantedLife = |seed, step, plant| live_in_flight(seed, step, Some(plant));
     let delays: PlantedLife = |seed, _, plant| live_with_delays(seed, Some(plant));
@@ -404,6 +463,8 @@ fn planted() -> [Planted; 11] {
         it(Plant::GiveUpInterrupted, delays, 0..1, "Interrupted system call"),
         it(Plant::StopUsed, openers, 0..1, "Del is not refused"),
         it(Plant::TrustGone, removed, 40..70, ".session\"]"),
+        it(Plant::ReuseNumber, another, 0..1, ".session\"]"),
+        it(Plant::TrustOldEntry, old, 0..1, "is left: "),
     ]
 }
 

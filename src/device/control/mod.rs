@@ -336,6 +336,10 @@ impl Control {
     pub fn delete(&self, id: u32, mark: u64) -> Result<bool> {
         let refused =
             |error: &Error| matches!(error.os_error(), Some(libc::EOPNOTSUPP | libc::EINVAL | ENOTSUPP));
+        // Another may have removed it, and the kernel given the number to a device of whoever asked for one.
+        if self.info(id)?.is_none_or(|info| info.mark != mark) {
+            return Ok(true);
+        }
         let result = match self.exchange(DELETE, id, 0, ()) {
             Err(error) if refused(&error) => self.exchange(DELETE_AND_WAIT, id, 0, ()),
             other => other,

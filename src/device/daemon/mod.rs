@@ -39,6 +39,7 @@ use crate::device::links::{self, Names};
 use crate::device::log_file;
 use crate::device::mailbox::{EngineEnds, FrontEnds, mailboxes};
 use crate::device::node::{Node, await_node};
+use crate::device::number;
 use crate::device::options::{OnFull, Options, Recovery, ZeroCopy};
 use crate::device::private_mounts;
 use crate::device::queue::{BufferIndex, QueueSetup, RingSetup, Transfer};
@@ -215,7 +216,7 @@ impl<E: EngineHandle> Device<E> {
         if let Some(name) = &options.name {
             locked.refuse_name_in_use(name)?;
         }
-        let info = control.add(&new)?;
+        let info = number::add(&control, &registry, &new, spec.image_file)?;
         let (name, for_mount, private) = (options.name.clone(), options.for_mount, options.private);
         let Options { private_mounts, no_partitions, reclaim, on_full, .. } = *options;
         let described = Entry { recovery, reclaim, on_full, ..describe(&info, spec, daemon) };

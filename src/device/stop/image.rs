@@ -34,10 +34,13 @@ pub(super) fn close_image(registry: &Registry, entry: &Entry) -> Result<Closed> 
     }
     let HostFile { device, inode } = entry.image_file;
     let found = Sessions::of_machine().of_file(device, inode)?;
-    // Without the session a device does not serve the image: one that has failed keeps its entry, too.
+    // Without the session a device does not serve the image: one that has failed keeps its entry, too. This
+    // device is gone: a process that was about to take it over holds the session only until it notices.
     let is_held = matches!(found, Some(Found::Held(_)));
     let has_it = |listed: &Listed| {
-        listed.entry.image_file == entry.image_file && (is_held || listed.may_be_abandoned())
+        listed.entry.mark != entry.mark
+            && listed.entry.image_file == entry.image_file
+            && (is_held || listed.may_be_abandoned())
     };
     if found.is_none() || registry.list()?.iter().any(has_it) {
         return Ok(Closed::Untouched);

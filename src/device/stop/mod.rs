@@ -32,6 +32,7 @@ use super::sys::ProcessHandle;
 use super::usage;
 use crate::error::{Doing, Error, Kind, Result};
 use crate::machine;
+use crate::simulation::{Plant, planted};
 use daemon::end_daemon;
 use image::{Closed, close_image, unclean};
 use kernel::{stop_apart, stop_device};
@@ -103,8 +104,8 @@ pub fn stop_orphan(registry: &Registry, orphan: &DeviceInfo, how: &How) -> Resul
             process.kill().doing(format!("killing the daemon (pid {pid})"))?;
         }
     }
-    control.stop(orphan.id)?;
-    control.delete(orphan.id, orphan.mark)?;
+    // It may have removed the device itself, and another one may have the number.
+    remove_remains(&control, orphan.id, orphan.mark)?;
     leftovers::tidy(registry, &control);
     Ok(())
 }
@@ -128,41 +129,24 @@ fn not_the_server(id: u32, pid: u32) -> Error {
 /// [`Kind::InUse`] if it is in use, unless `how` forces it; [`Kind::Poisoned`] if it is gone but its image
 /// could not be closed cleanly; what went wrong otherwise.
 pub fn stop(registry: &Registry, entry: &Entry, how: &How) -> Result<()> {
-    let kept = match registry.hold_keeper(entry.id) {
+    let _keeper = match registry.hold_keeper(entry.id) {
         Err(error) if how.force => {
             tracing::warn!("{error:#}");
             None
         }
         held => held?,
     };
-    // Until then the keeper may have started another daemon.
-    let newer = kept.as_ref().and_then(|_| registry.entry(entry.id).ok().flatten());
-    let newer = newer.filter(|newer| newer.mark == entry.mark);
-    let entry = newer.as_ref().unwrap_or(entry);
+    machine::turn("is about to stop a device");
     let sight = Sight::open()?;
-    let state = sight.state_of(entry)?;
-    let control = match sight {
-        Sight::Kernel(control) => Some(control),
-        Sight::NoDriver => None,
-        Sight::Hidden => return Err(hidden(entry)),
-    };
-    let until = machine::now() + how.timeout;
     let below = waits_below(registry, entry)?;
     if let Some(below) = &below
         && !how.force
     {
         return Err(lies_on_waiting(entry, below));
     }
-    if matches!(state, Some(State::Live | State::Quiesced | State::FailIo)) {
-        stop_device(registry, control.as_ref(), entry, how, until)?;
-    }
-    end_daemon(registry, entry, state, how, until)?;
-    // A daemon that has ended in order has removed its entry. The entry of a new device with this number
-    // stays.
-    let last = registry.entry(entry.id)?.filter(|last| last.mark == entry.mark);
-    let Some(last) = last else { return await_node_gone(entry) };
-    if let Some(control) = &control {
-        remove_remains(control, entry)?;
+    let Some(last) = end_servers(registry, &sight, entry, how)? else { return await_node_gone(entry) };
+    if let Sight::Kernel(control) = &sight {
+        remove_remains(control, entry.id, entry.mark)?;
     }
     await_node_gone(entry)?;
     if let Some(below) = &below
@@ -171,8 +155,38 @@ pub fn stop(registry: &Registry, entry: &Entry, how: &How) -> Result<()> {
         registry.remove(entry.id, entry.mark)?;
         return Err(not_closed(&last, below));
     }
-    // A snapshot may have changed the image since the entry was read.
     close_and_forget(registry, &last)
+}
+
+/// Stops the device and waits until its daemon has ended, and any that has taken its place meanwhile. Returns
+/// the entry that is left: a daemon that has ended in order has removed it. That of a new device with this
+/// number stays.
+///
+/// The entry is read again before each step. The caller's may be minutes old, and the end of a daemon that an
+/// upgrade has replaced says nothing: the one that serves now would still have to close the image.
+fn end_servers(registry: &Registry, sight: &Sight, entry: &Entry, how: &How) -> Result<Option<Entry>> {
+    let until = machine::now() + how.timeout;
+    let present = || -> Result<Option<Entry>> {
+        let present = registry.entry(entry.id)?.filter(|present| present.mark == entry.mark);
+        Ok(if planted(Plant::TrustOldEntry) { present.and(Some(entry.clone())) } else { present })
+    };
+    let mut server = present().ok().flatten().unwrap_or_else(|| entry.clone());
+    loop {
+        let control = match sight {
+            Sight::Kernel(control) => Some(control),
+            Sight::NoDriver => None,
+            Sight::Hidden => return Err(hidden(entry)),
+        };
+        let state = sight.state_of(&server)?;
+        if matches!(state, Some(State::Live | State::Quiesced | State::FailIo)) {
+            stop_device(registry, control, &server, how, until)?;
+        }
+        end_daemon(registry, &server, state, how, until)?;
+        match present()? {
+            Some(last) if last.daemon != server.daemon => server = last,
+            last => return Ok(last),
+        }
+    }
 }
 
 /// Closes the image of a device that is gone, and removes the entry.
@@ -214,11 +228,11 @@ fn hidden(entry: &Entry) -> Error {
 }
 
 /// Removes the device that a dead daemon has left in the kernel.
-fn remove_remains(control: &Control, entry: &Entry) -> Result<()> {
-    match control.info(entry.id)? {
-        Some(info) if info.mark == entry.mark => {
-            control.stop(entry.id)?;
-            control.delete(entry.id, entry.mark).map(drop)
+fn remove_remains(control: &Control, id: u32, mark: u64) -> Result<()> {
+    match control.info(id)? {
+        Some(info) if info.mark == mark => {
+            control.stop(id)?;
+            control.delete(id, mark).map(drop)
         }
         _ => Ok(()),
     }
