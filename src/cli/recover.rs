@@ -88,6 +88,7 @@ impl Recover {
     /// Runs the command; returns the exit status. Every target is tried; the last failure is returned,
     /// earlier ones are reported at once.
     pub fn run(self) -> Result<u8> {
+        confine::get_memory_without_io();
         if self.serve {
             return detached::run(None, Lives::OnItsOwn, |ready| self.serve(ready)).map(|()| SUCCESS);
         }

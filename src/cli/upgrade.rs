@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use vhdx_ublk::device::claims;
+use vhdx_ublk::device::confine;
 use vhdx_ublk::device::launch::{Lives, Program};
 use vhdx_ublk::device::private_mounts;
 use vhdx_ublk::device::registry::{Listed, Registry, State};
@@ -71,6 +72,7 @@ impl Upgrade {
             return detached::run(None, Lives::OnItsOwn, |ready| self.serve(ready));
         }
         let Some(registry) = claims::registry()? else { return self.none() };
+        confine::get_memory_without_io();
         let exchange = self.exchange()?;
         let _alone = registry.lock_upgrades()?;
         let mut upgraded: Vec<Upgraded> = Vec::new();

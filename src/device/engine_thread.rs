@@ -266,7 +266,6 @@ impl EngineLoop {
     ) -> Outcome {
         let (senders, receivers) = ends.fronts.into_iter().map(|end| (end.sender, end.receiver)).unzip();
         fronts.join(senders);
-        become_io_flusher();
         reactor.spawn(fronts.clone().deliver()).detach();
         let caller = Caller::new(self.orders.clone(), self.called.clone(), ends.wake.clone());
         let inbox = FrontInbox::new(ends.wake, receivers, served.engine.clone(), self.called.clone());
@@ -328,13 +327,6 @@ fn block_signals() {
 fn become_urgent() {
     if let Err(error) = sys::become_urgent() {
         tracing::warn!("the engine may have to wait for a CPU: {error}");
-    }
-}
-
-/// A failure here costs safety when memory runs out, and the device is served. The image is open.
-fn become_io_flusher() {
-    if let Err(error) = sys::become_io_flusher() {
-        tracing::warn!("the engine is not marked as serving a disk: {error}");
     }
 }
 

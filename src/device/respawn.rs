@@ -23,6 +23,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::{SigSet, Signal};
 
+use super::confine;
 use super::launch::{self, FirstArgument, Program};
 use super::options::Recovery;
 use super::registry::{Entry, Listed, Registry, Sight};
@@ -115,6 +116,7 @@ impl Keeper {
     ///
     /// If it cannot say so in the registry.
     pub fn begin(&self) -> Result<()> {
+        confine::get_memory_without_io();
         if let Err(error) = sys::load_program() {
             tracing::warn!("the program may have to be read while its disk waits: {error}");
         }

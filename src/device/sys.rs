@@ -31,8 +31,7 @@ pub(super) fn load_program() -> io::Result<()> {
     Ok(mlockall(MlockAllFlags::CURRENT)?)
 }
 
-/// Marks this thread as one that serves a block device: its own allocations must not wait for I/O that only
-/// it can do.
+/// Marks this thread, and what it starts, as serving a block device: its allocations wait for no I/O.
 pub(super) fn become_io_flusher() -> io::Result<()> {
     Ok(process::configure_io_flusher_behavior(true)?)
 }

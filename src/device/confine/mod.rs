@@ -121,6 +121,15 @@ pub fn raise_descriptors() {
     }
 }
 
+/// Has this process get memory without I/O, as do the threads and processes that it starts. For those that
+/// serve a disk, or help one to be served again: memory may lie on that disk, as with a swap area, and a
+/// process that waited for it would wait for itself.
+pub fn get_memory_without_io() {
+    if geteuid().is_root() {
+        warn_unless("getting memory without I/O", sys::become_io_flusher());
+    }
+}
+
 /// Makes this process one that serves a device. It has one thread, and only the first three descriptors and
 /// `kept` open.
 pub fn detach(kept: Option<RawFd>) {
@@ -133,6 +142,7 @@ pub fn prepare() {
     if !geteuid().is_root() {
         return; // it cannot serve, and fails where it tries
     }
+    get_memory_without_io();
     umask(UMASK);
     warn_unless("resetting signals", sys::reset_signals());
     for resource in UNLIMITED {

@@ -169,9 +169,6 @@ fn serve(setup: QueueSetup, calls: Arc<Calls>, report: &dyn Fn(Report)) {
 /// A failure here costs speed, or safety when memory runs out, and the device is served.
 fn prepare_thread(setup: &QueueSetup) {
     let queue = setup.ring.queue;
-    if let Err(error) = sys::become_io_flusher() {
-        tracing::warn!("queue {queue} is not marked as serving a disk: {error}");
-    }
     if let Err(error) = sys::run_on(&setup.cpus) {
         tracing::warn!("queue {queue} is not kept on its {} CPUs: {error}", setup.cpus.len());
     }
