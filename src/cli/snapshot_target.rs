@@ -1,13 +1,12 @@
 //! What the commands of snapshots have in common: the image that is meant, the new image, the table of disks.
 
 use std::ffi::OsStr;
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use vhdx_ublk::device::claims;
 use vhdx_ublk::device::stop::Target;
-use vhdx_ublk::disk::{folder_of, missing_folder, name_of_new};
-use vhdx_ublk::error::{Doing, Error, Kind, Locate, Result};
+use vhdx_ublk::error::{Error, Kind, Result};
+use vhdx_ublk::operations::place_of_new;
 use vhdx_ublk::system::table::{self, Table};
 
 use super::served;
@@ -48,8 +47,5 @@ pub fn warn_of_table(former: &Path, image: &Path, is_now: &str) {
 
 /// The absolute path of a file that does not exist yet.
 pub fn absolute(path: &Path) -> Result<PathBuf> {
-    let name = name_of_new(path)?;
-    let folder = fs::canonicalize(folder_of(path)).doing("finding the folder").file(path);
-    let folder = folder.map_err(|error| missing_folder(error, folder_of(path)))?;
-    Ok(folder.join(name))
+    Ok(place_of_new(path)?.path().to_owned())
 }

@@ -7,7 +7,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, OpenOptions};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -80,6 +80,11 @@ impl Place {
             Errno::EEXIST => taken(&self.path),
             errno => Error::io(doing, errno.into()).file(&self.path),
         }
+    }
+
+    /// The folder, opened.
+    pub fn folder(&self) -> BorrowedFd<'_> {
+        self.folder.as_fd()
     }
 
     /// The absolute path, as it was when the folder was opened.

@@ -38,7 +38,7 @@ mod watch;
 mod workers;
 
 pub use devices::Devices;
-pub use replaced::refuse_foreign_links;
+pub use replaced::{place_of_new, refuse_foreign_links};
 pub use watch::Watch;
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ use nix::sys::statfs::{PROC_SUPER_MAGIC, fstatfs};
 use nix::unistd::geteuid;
 
 use super::inspect::identify_locked;
-use crate::disk::{HostFile, ImageFile, path_of};
+use crate::disk::{HostFile, ImageFile, Place, folder_of, path_of};
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::printable::shell;
 
@@ -71,6 +71,27 @@ pub fn refuse_foreign_links(named: &Path, old: &impl AsFd) -> Result<()> {
     }
     let error = Error::new(Kind::InUse, "it was replaced while it was being opened").file(named);
     Err(error.remedy("find out what changes the folder, and run the command again"))
+}
+
+/// The place of a new file at `path`, which may get another owner: that of an image that it is like.
+///
+/// # Errors
+///
+/// [`Kind::Permission`] if a link of another user leads to the folder; those of [`Place::of`].
+pub fn place_of_new(path: &Path) -> Result<Place> {
+    let place = Place::of(path)?;
+    refuse_foreign_links(folder_of(path), &place.folder())?;
+    Ok(place)
+}
+
+/// The absolute path of `folder`, into which files of other users may go.
+///
+/// # Errors
+///
+/// As [`place_of_new`].
+pub(super) fn folder(folder: &Path) -> Result<PathBuf> {
+    let place = place_of_new(&folder.join("any"))?;
+    Ok(folder_of(place.path()).to_owned())
 }
 
 /// The file that `named` leads to, one name after the other, as long as `accept` agrees to every link on the

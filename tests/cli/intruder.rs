@@ -377,6 +377,35 @@ fn a_link_of_another_user_does_not_say_what_is_replaced() {
     assert_eq!(info(&victim)["virtual_size"], 2048 * MIB);
 }
 
+/// A new image may belong to the owner of the one that it is like: it does not go where that owner leads it.
+#[test]
+fn no_new_image_goes_behind_a_link_of_another_user() {
+    if !nix::unistd::geteuid().is_root() {
+        return super::skipped(
+            "only root gives links away: new images behind those of others are not tested",
+        );
+    }
+    let bench = Bench::new();
+    for folder in ["home", "disks"] {
+        fs::create_dir(bench.path(folder)).expect("room");
+    }
+    let foreign = bench.path("home/disks");
+    symlink("../disks", &foreign).expect("free");
+    let base = bench.image("base.vhdx", &["--size", "1G"]);
+    let (leaf, new) = (child_of(&bench, &base, "leaf.vhdx"), foreign.join("new.vhdx"));
+    let [base, leaf, new, folder] = [&base, &leaf, &new, &foreign].map(|path| path.to_str().expect("UTF-8"));
+    let commands: [&[&str]; 3] =
+        [&["snapshot", "revert", leaf, base, new], &["merge", leaf, "--copy", new], &["move", leaf, folder]];
+    lchown(&foreign, Some(UNPRIVILEGED), Some(UNPRIVILEGED)).expect("root may");
+    for command in commands {
+        let message = run(command).failed(1);
+        assert!(message.contains("a symbolic link of another user"), "{command:?}: {message}");
+        assert_eq!(fs::read_dir(bench.path("disks")).expect("readable").count(), 0, "{command:?}");
+    }
+    lchown(&foreign, Some(0), Some(0)).expect("root may");
+    run(commands[0]).succeeded();
+}
+
 /// The owner of a folder leads one of its folders elsewhere: everything in there would be at their choice.
 /// Root's own links, and those that the kernel shows, lead to what is meant.
 #[test]

@@ -23,7 +23,7 @@ use crate::format::metadata::Metadata;
 use crate::operations::duplicate::Duplicate;
 use crate::operations::inspect::{Inspected, inspect};
 use crate::operations::likeness::is_alike;
-use crate::operations::{Devices, Watch, locked, naming};
+use crate::operations::{Devices, Watch, locked, naming, place_of_new};
 
 impl Request {
     /// Steps 1 and 2, after which the request is to merge into the copy at `path`.
@@ -39,7 +39,7 @@ impl Request {
         devices: &dyn Devices,
         watch: &impl Watch,
     ) -> Result<()> {
-        let place = Place::of(path)?;
+        let place = place_of_new(path)?;
         self.lead_to_copy(&place)?;
         let copy = if let Some(copy) = self.own_copy(&place)? {
             copy

@@ -24,9 +24,9 @@ use uuid::Uuid;
 use super::inspect::identify;
 use super::{Devices, Watch, locked, naming, replaced};
 use crate::chain::{self, Layer, Member, Search};
-use crate::disk::{Access, HostFile, Place, Reactor, Unfinished, folder_of, missing_folder};
+use crate::disk::{Access, HostFile, Place, Reactor, Unfinished, folder_of};
 
-use crate::error::{Doing, Error, Kind, Locate, Result};
+use crate::error::{Error, Kind, Result};
 use crate::printable::shell;
 use crate::simulation::{Plant, planted};
 use arrival::{Arrival, Room};
@@ -121,8 +121,7 @@ impl Request {
 /// errors of the host, [`Kind::Stopped`], those of `moving`. The same move again finishes it.
 pub fn move_chain(request: &Request, devices: &dyn Devices, moving: &impl Moving) -> Result<PathBuf> {
     let Request { leaf, folder, .. } = request;
-    let found = folder.canonicalize().doing("finding the folder").file(folder);
-    let folder = found.map_err(|error| missing_folder(error, folder))?;
+    let folder = replaced::folder(folder)?;
     // The user may have named a link.
     let named = leaf.canonicalize();
     let name = named.as_deref().unwrap_or(leaf).file_name();
