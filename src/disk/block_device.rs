@@ -22,6 +22,7 @@ pub struct BlockDevice {
     path: PathBuf,
     number: u64,
     length: u64,
+    sector_size: u32,
 }
 
 impl BlockDevice {
@@ -57,7 +58,9 @@ impl BlockDevice {
             opened => opened.doing(OPENING).file(path)?,
         };
         let length = file.seek(SeekFrom::End(0)).doing("reading the size of the device").file(path)?;
-        Ok(Self { file, path: path.to_owned(), number: what.rdev(), length })
+        // A file, which has none, takes the place of a device in tests.
+        let sector_size = rustix::fs::ioctl_blksszget(&file).unwrap_or(512);
+        Ok(Self { file, path: path.to_owned(), number: what.rdev(), length, sector_size })
     }
 
     /// The device, open.
@@ -78,6 +81,11 @@ impl BlockDevice {
     /// Its size, bytes.
     pub fn length(&self) -> u64 {
         self.length
+    }
+
+    /// Its logical sector, bytes: what partition tables on it count in.
+    pub fn sector_size(&self) -> u32 {
+        self.sector_size
     }
 }
 

@@ -273,7 +273,13 @@ fn what_needs(found: &Contents, after: u64) -> String {
             let size = volume.size.map(|size| format!(" of {}", both_sizes(size))).unwrap_or_default();
             format!("the disk holds a volume{size}: {}", volume.kind.name())
         }
-        None => "the second copy of the partition table needs room behind the last partition".into(),
+        None if found.has_gpt() => {
+            "the second copy of the partition table needs room behind the last partition".into()
+        }
+        None => found
+            .faults
+            .first()
+            .map_or_else(|| "the table does not say where the data of the disk ends".into(), String::clone),
     }
 }
 

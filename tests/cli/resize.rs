@@ -170,6 +170,26 @@ fn data_that_is_not_recognised_is_not_cut_off() {
     assert_eq!(size_of(&image), 10 * MIB);
 }
 
+/// A dump of a disk with sectors of 4096 bytes has its GPT elsewhere, and partitions up to its end.
+#[test]
+fn a_disk_whose_gpt_is_not_found_is_not_cut() {
+    let bench = Bench::new();
+    let (raw, image) = (bench.path("a.raw"), bench.path("a.vhdx"));
+    let mut protective = [0; 512];
+    protective[446..462].copy_from_slice(&[0, 0, 2, 0, 0xee, 0xff, 0xff, 0xff, 1, 0, 0, 0, 0xff, 0x3f, 0, 0]);
+    protective[510..].copy_from_slice(&[0x55, 0xaa]);
+    fs::write(&raw, protective).expect("room");
+    File::options().write(true).open(&raw).expect("ours").set_len(64 * MIB).expect("room");
+    run(&["convert", raw.to_str().expect("UTF-8"), image.to_str().expect("UTF-8")]).succeeded();
+    assert!(on("info", &image, &[]).succeeded().contains("protects a GPT that is not found"));
+    let message = resize(&image, "8M", &[]).failed(1);
+    assert!(message.contains("protects a GPT that is not found"), "{message}");
+    on("resize", &image, &["--minimum"]).succeeded();
+    assert_eq!(size_of(&image), 64 * MIB);
+    resize(&image, "8M", &["--force"]).succeeded();
+    assert_eq!(size_of(&image), 8 * MIB);
+}
+
 #[test]
 fn a_parent_and_an_image_in_use_are_left_alone() {
     let bench = Bench::new();

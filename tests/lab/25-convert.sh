@@ -28,6 +28,30 @@ test_convert_into_a_device_and_back() {
     ublk del "$device"
 }
 
+# A disk of sectors of 4096 bytes stays one: its partitions are where they were.
+test_convert_keeps_the_sectors_of_a_device() {
+    local loop device
+    truncate -s 64M disk.raw
+    loop=$(losetup --show -f -b 4096 disk.raw) || { skipped "no loop device"; return 0; }
+    printf 'label: gpt\nsize=40M, name=data\n' | sfdisk -q --wipe never --no-reread --no-tell-kernel "$loop"
+    dd if=/dev/urandom of="$loop" bs=1M seek=30 count=4 oflag=direct status=none
+    ublk convert "$loop" disk.vhdx 2>said || fail "$(cat said)"
+    ! grep -q 'sectors of 512' said || fail "it has none: $(cat said)"
+    ublk info disk.vhdx --json | jq --exit-status '.logical_sector_size == 4096 and .contents.table.kind == "gpt"' ||
+        fail "$(ublk info disk.vhdx)"
+    ! ublk resize disk.vhdx --size 8M 2>said || fail "a partition was cut off"
+    device=$(ublk add disk.vhdx)
+    cmp disk.raw "$device"
+    [ "$(sfdisk --json "$device" | jq -r '.partitiontable.partitions[0].name')" = data ]
+    ublk del "$device"
+    ublk create plain.vhdx --size 64M
+    device=$(ublk add plain.vhdx)
+    ublk convert disk.vhdx "$device" --existing 2>said
+    grep -q "$device: it has sectors of 512 bytes, and the disk of 4096" said || fail "no warning: $(cat said)"
+    ublk del "$device"
+    losetup -d "$loop"
+}
+
 # A loop device over the source, and a part of the source's own disk, are the source.
 test_convert_never_overwrites_its_source() {
     local loop

@@ -15,6 +15,9 @@ const ENTRY: usize = 16;
 /// The type of a disk whose last MiB is the database of a Windows volume manager.
 const DYNAMIC: u8 = 0x42;
 
+/// What covers a disk with a GPT: if that is not found, it is not known what is where.
+const PROTECTIVE: u8 = 0xee;
+
 /// The number of the first logical partition.
 const FIRST_LOGICAL: u32 = 5;
 
@@ -83,7 +86,13 @@ pub(super) async fn read<R: ReadAt>(disk: &Area<'_, R>, faults: &mut Vec<String>
         partitions.extend(logical);
         faults.extend(fault);
     }
-    let is_dynamic = entries.iter().any(|entry| entry.is_used() && entry.kind == DYNAMIC);
+    let has = |kind: u8| entries.iter().any(|entry| entry.is_used() && entry.kind == kind);
+    let (is_dynamic, is_protective) = (has(DYNAMIC), has(PROTECTIVE));
+    if is_protective {
+        faults.push(
+            "the MBR protects a GPT that is not found: it is damaged, or the disk had other sectors".into(),
+        );
+    }
     let id = le32(&head, 440).filter(|&id| id != 0);
     Ok(Some(Table {
         kind: TableKind::Mbr,
@@ -91,7 +100,7 @@ pub(super) async fn read<R: ReadAt>(disk: &Area<'_, R>, faults: &mut Vec<String>
         backup_bytes: 0,
         backup_at_end: true,
         partitions,
-        least_bytes: if is_dynamic { disk.length() } else { sector },
+        least_bytes: if is_dynamic || is_protective { disk.length() } else { sector },
     }))
 }
 

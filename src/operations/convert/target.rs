@@ -306,6 +306,15 @@ impl OldTarget {
                 return Err(own_source(path));
             }
             replaced::refuse_foreign_links(path, device.file())?;
+            if let Some(source) = source.filter(|source| source.sectors().logical != device.sector_size()) {
+                tracing::warn!(
+                    "{}: it has sectors of {} bytes, and the disk of {}: partition tables count in sectors, \
+                     and may not be understood",
+                    path.display(),
+                    device.sector_size(),
+                    source.sectors().logical
+                );
+            }
             let file = SharedFile::of_device(&device)?.written_past_cache();
             Self { capacity: device.length(), file, held: Held::Device(device) }
         } else {

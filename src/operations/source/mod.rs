@@ -88,6 +88,9 @@ pub struct Part {
 /// What disks without a format have, and VHDs, whose format does not say.
 pub(super) const PLAIN: Sectors = Sectors { logical: 512, physical: 4096 };
 
+/// The other sectors that an image may have.
+const LARGE: Sectors = Sectors { logical: 4096, physical: 4096 };
+
 impl From<&Metadata> for Sectors {
     fn from(metadata: &Metadata) -> Self {
         Self { logical: metadata.logical_sector_size, physical: metadata.physical_sector_size }
@@ -173,7 +176,7 @@ impl Source {
             device: Some(device.number()),
             size: device.length(),
             padding: 0,
-            sectors: PLAIN,
+            sectors: if device.sector_size() == LARGE.logical { LARGE } else { PLAIN },
             format: DiskFormat::Raw,
         })
     }
