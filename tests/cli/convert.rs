@@ -315,6 +315,21 @@ fn an_existing_target_is_overwritten_whole() {
     assert!(convert(&raw, &image, &["--existing", "--to", "raw"]).failed(1).contains("it is an image"));
 }
 
+/// What does not fit is not left out, be it zeros: the disk would be another one.
+#[test]
+fn a_stream_longer_than_its_target_is_refused() {
+    let bench = Bench::new();
+    let (long, target) = (bench.path("long.raw"), bench.path("old.raw"));
+    let mut bytes = vec![7; 512 << 10];
+    bytes.resize(7 << 20, 0);
+    fs::write(&long, bytes).expect("room");
+    fs::write(&target, vec![0xee; 1 << 20]).expect("room");
+    let mut command = program();
+    command.args(["convert", "--existing", "-"]).arg(&target).stdin(File::open(&long).expect("ours"));
+    let message = Ran::from(command.output().expect("it runs")).failed(1);
+    assert!(message.contains("old.raw") && message.contains("larger target"), "{message}");
+}
+
 /// Whatever sector differs, `compare` finds it, and names its first byte.
 #[test]
 fn every_changed_sector_is_found() {

@@ -177,8 +177,10 @@ impl<'a> Copy<'a> {
         let runs = runs(bytes);
         let turn = self.turns.take(piece.number, |layout| match layout {
             Layout::Stream(output) => print(output, bytes).map(|()| None),
-            _ if runs.is_empty() => Ok(None),
-            layout => layout.place(&piece.range),
+            layout => {
+                layout.require(&piece.range)?;
+                if runs.is_empty() { Ok(None) } else { layout.place(&piece.range) }
+            }
         });
         let Some(place) = turn? else { return Ok(None) };
         let Some(file) = self.file else { return Ok(Some(())) };
@@ -211,13 +213,20 @@ impl<'a> Copy<'a> {
 }
 
 impl Layout {
-    /// Where the bytes of `range` lie, in a block that gets space if it has none; nowhere in a stream.
-    fn place(&mut self, range: &Range<u64>) -> Result<Option<u64>> {
+    /// Whether there is a place for `range`: zeros behind the end of a target would be lost as well.
+    fn require(&self, range: &Range<u64>) -> Result<()> {
         match self {
             Self::Same { capacity: Some(capacity) } if range.end > *capacity => {
                 let message = format!("the target has {capacity} bytes, and the disk more");
                 Err(Error::new(Kind::NoSpace, message).remedy("name a larger target"))
             }
+            _ => Ok(()),
+        }
+    }
+
+    /// Where the bytes of `range` lie, in a block that gets space if it has none; nowhere in a stream.
+    fn place(&mut self, range: &Range<u64>) -> Result<Option<u64>> {
+        match self {
             Self::Same { .. } => Ok(Some(range.start)),
             Self::Vhdx(draft) => Ok(Some(draft.place(range.start))),
             Self::Vhd(draft) => Ok(Some(draft.place(range.start))),

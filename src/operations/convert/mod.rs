@@ -190,6 +190,10 @@ impl Conversion {
     }
 
     fn explain(&self, error: Error) -> Error {
+        let error = match &self.output {
+            Output::Existing(path) if error.file_path().is_none() => error.file(path),
+            _ => error,
+        };
         let kept = matches!(self.output, Output::File { .. });
         match error.kind() {
             Kind::NoSpace if kept => error.remedy(
