@@ -180,7 +180,8 @@ pub(super) fn same_sectors(child: &dyn Relative, parent: &dyn Relative) -> Resul
             child.path().display(),
             sectors(child)
         );
-        return Err(Error::corrupt("metadata", message).file(parent.path()));
+        let error = Error::corrupt("metadata", message).file(parent.path());
+        return Err(error.remedy("find the image that the child was made of"));
     }
     Ok(())
 }

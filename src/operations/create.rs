@@ -60,7 +60,7 @@ impl Creation {
         let old = if self.replace { self.lock_old(devices)? } else { None };
         let place = match &old {
             Some(old) => Place::of_file(old)?,
-            None => Place::of(&self.image)?,
+            None => dangling(&self.image).map_or_else(|| Place::of(&self.image), Err)?,
         };
         let Self { image, mut new, mode, sparse, .. } = self;
         let mut most = EVERYTHING;

@@ -384,7 +384,10 @@ fn the_target_has_children_that_no_longer_find_it() {
     let into = renamed(&bench, &first, "new-base.vhdx");
     let before = Snapshot::of(Path::new(&into));
     let refused = on("merge", &one, &["--parent", &into]).failed(1);
-    assert!(refused.contains("other.vhdx: its parent is") && refused.contains("--copy"), "{refused}");
+    assert!(
+        refused.contains("other.vhdx: its parent is") && refused.contains("--copy NEW.vhdx"),
+        "{refused}"
+    );
     let copy = bench.path("own.vhdx");
     merged(&one, &["--parent", &into, "--copy", copy.to_str().expect("UTF-8")]);
     before.assert_kept(Path::new(&into));

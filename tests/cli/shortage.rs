@@ -119,7 +119,8 @@ fn a_target_that_cannot_be_is_refused_at_once() {
     for (name, what, remedy) in cases {
         let target = bench.path(name);
         let target = target.to_str().expect("UTF-8");
-        let commands: [&[&str]; 3] = [
+        let commands: [&[&str]; 4] = [
+            &["create", "--size", "1G", target],
             &["create", "--force", "--size", "1G", target],
             &["convert", "--force", source, target, "--to", "vhdx"],
             &["salvage", "--force", source, target],
@@ -127,7 +128,7 @@ fn a_target_that_cannot_be_is_refused_at_once() {
         for command in commands {
             let message = run(command).failed(1);
             assert!(message.contains(what) && message.contains(remedy), "{command:?}: {message}");
-            assert!(!message.contains("--force"), "it was given: {message}");
+            assert!(!message.contains("--force"), "it would not help: {message}");
             assert_eq!(names(bench.0.path()), before, "{command:?}");
         }
     }

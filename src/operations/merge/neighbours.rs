@@ -222,7 +222,7 @@ fn may_lose_its_parent(path: &Path, parent: &Path, force: bool) -> Result<()> {
 
 fn over_changed_content(path: &Path, parent: &Path) -> Error {
     let message = format!("its parent is {}, which the merge would change", parent.display());
-    let remedy = "merge into a copy, so that the other children keep their parent: --copy FILE; with --force \
-                  they become unreadable";
+    let remedy = "merge into a copy, so that the other children keep their parent: --copy NEW.vhdx; with \
+                  --force they become unreadable";
     Error::new(Kind::InUse, message).file(path).remedy(remedy)
 }
