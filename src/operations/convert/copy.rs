@@ -157,9 +157,11 @@ impl<'a> Copy<'a> {
 
     /// Has the target share the blocks of a piece with its source, or else copies it.
     fn share(&self, piece: &Piece, source: &SharedFile, part: Part, buffer: &mut [u8]) -> Result<Option<()>> {
-        let Some(Some(place)) = self.turns.take(piece.number, |layout| layout.place(&piece.range))? else {
-            return Ok(None);
-        };
+        let turn = self.turns.take(piece.number, |layout| {
+            layout.require(&piece.range)?;
+            Ok(layout.place(&piece.range))
+        });
+        let Some(Some(place)) = turn? else { return Ok(None) };
         let file = self.file.expect("a stream shares nothing");
         if file.share_blocks(place, source, part.offset, part.length) {
             self.shared.fetch_add(part.length, Ordering::Relaxed);
@@ -179,7 +181,7 @@ impl<'a> Copy<'a> {
             Layout::Stream(output) => print(output, bytes).map(|()| None),
             layout => {
                 layout.require(&piece.range)?;
-                if runs.is_empty() { Ok(None) } else { layout.place(&piece.range) }
+                Ok(if runs.is_empty() { None } else { layout.place(&piece.range) })
             }
         });
         let Some(place) = turn? else { return Ok(None) };
@@ -225,12 +227,12 @@ impl Layout {
     }
 
     /// Where the bytes of `range` lie, in a block that gets space if it has none; nowhere in a stream.
-    fn place(&mut self, range: &Range<u64>) -> Result<Option<u64>> {
+    fn place(&mut self, range: &Range<u64>) -> Option<u64> {
         match self {
-            Self::Same { .. } => Ok(Some(range.start)),
-            Self::Vhdx(draft) => Ok(Some(draft.place(range.start))),
-            Self::Vhd(draft) => Ok(Some(draft.place(range.start))),
-            Self::Stream(_) => Ok(None),
+            Self::Same { .. } => Some(range.start),
+            Self::Vhdx(draft) => Some(draft.place(range.start)),
+            Self::Vhd(draft) => Some(draft.place(range.start)),
+            Self::Stream(_) => None,
         }
     }
 }
