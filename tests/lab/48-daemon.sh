@@ -314,3 +314,27 @@ test_daemon_does_nothing_for_a_caller_that_has_left() {
         fail "who waits is not answered"
     ublk del "$device"
 }
+
+# waits_for_no_io PID: every thread of it is marked with PF_MEMALLOC_NOIO, by PR_SET_IO_FLUSHER.
+waits_for_no_io() {
+    local stat flags
+    for stat in /proc/"$1"/task/*/stat; do
+        flags=$(sed 's/.*) //' "$stat" | cut -d' ' -f7)
+        [ $((flags & 0x80000)) -ne 0 ] || fail "$(cut -d' ' -f1,2 "$stat") may wait for the disk to get memory"
+    done
+}
+
+# Memory may lie on the disk: neither what serves it waits for that, nor what has it served again.
+test_daemon_gets_memory_without_io() {
+    local device
+    ublk create disk.vhdx --size 1G
+    device=$(ublk add disk.vhdx --respawn)
+    waits_for_no_io "$(daemon_pid)"
+    waits_for_no_io "$(pgrep -f -- "respawn --mark=.* -- ${device#/dev/ublkb}\$")"
+    kill -9 "$(daemon_pid)"
+    await 40 has_health ok || fail "not served again"
+    waits_for_no_io "$(daemon_pid)"
+    ublk del "$device"
+}
+
+has_health() { [ "$(ublk list --json | jq -r '.[].health')" = "$1" ]; }
