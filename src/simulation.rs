@@ -281,6 +281,8 @@ pub enum Plant {
     GiveUpInterrupted,
     /// A device that is open is stopped, although it was asked for only if it is not.
     StopUsed,
+    /// A daemon that was asked to end stops a device that somebody has opened.
+    EndUsed,
     /// An image counts as closed because its device is gone.
     TrustGone,
     /// A new device gets a number that an entry has by which another image is to be closed.
@@ -394,7 +396,7 @@ impl Plant {
     ];
 
     /// Those that show in the order of what processes do to a device.
-    pub const OF_DEVICES: [Self; 13] = [
+    pub const OF_DEVICES: [Self; 14] = [
         Self::SessionFirst,
         Self::EntryFirst,
         Self::SecondName,
@@ -405,6 +407,7 @@ impl Plant {
         Self::SkipCatchUp,
         Self::GiveUpInterrupted,
         Self::StopUsed,
+        Self::EndUsed,
         Self::TrustGone,
         Self::ReuseNumber,
         Self::TrustOldEntry,

@@ -18,6 +18,9 @@
 //! goes off must not hold up a shutdown. It is asked for more as long as requests come, as they do while a
 //! file system is unmounted, but for no more than [`UNMOUNT_PATIENCE`] in all.
 //!
+//! What is found to use a device may have changed a moment later. So where the kernel can refuse to stop a
+//! device that is open, it has the last word, and what it refuses counts as in use.
+//!
 //! Decisions are made here; the caller finds the users, which takes time, and acts.
 
 use std::time::{Duration, Instant};
@@ -61,6 +64,8 @@ pub(super) enum Step {
     Stay(Vec<String>),
     /// Reopen the log.
     Reopen,
+    /// Take the device down, unless the kernel knows that it is in use.
+    EndIfUnused,
     /// Take the device down.
     End,
 }
@@ -95,7 +100,7 @@ impl Ending {
                 self.since.get_or_insert(now);
                 Step::FindUsers
             }
-            Happening::UsersFound(users) if users.is_empty() => Step::End,
+            Happening::UsersFound(users) if users.is_empty() => Step::EndIfUnused,
             Happening::UsersFound(users) => {
                 self.next_check = Some(now + CHECK_INTERVAL);
                 if self.logged.as_ref() == Some(&users) {
@@ -151,7 +156,7 @@ mod tests {
     fn a_device_that_is_not_in_use_ends_on_request() {
         let (mut ending, now) = (Ending::default(), Instant::now());
         assert_eq!((ending.due(), ending.on(ASKED, now)), (None, Step::FindUsers));
-        assert_eq!(ending.on(unused(), now), Step::End);
+        assert_eq!(ending.on(unused(), now), Step::EndIfUnused);
     }
 
     #[test]
@@ -169,7 +174,14 @@ mod tests {
         let other = Happening::UsersFound(vec!["used by dm-0".into()]);
         assert_eq!(ending.on(other, now), Step::Stay(vec!["used by dm-0".into()]));
         ending.on(Happening::Time, now);
-        assert_eq!(ending.on(unused(), now), Step::End);
+        assert_eq!(ending.on(unused(), now), Step::EndIfUnused);
+        assert_eq!(
+            ending.on(used(), now),
+            Step::Stay(vec!["mounted at /mnt".into()]),
+            "the kernel has refused"
+        );
+        ending.on(Happening::Time, now);
+        assert_eq!(ending.on(unused(), now), Step::EndIfUnused);
     }
 
     #[test]
@@ -194,7 +206,7 @@ mod tests {
         assert!(matches!(ending.on(used(), now), Step::Stay(_)));
         assert!(ending.due().is_some(), "it checks again");
         assert_eq!(ending.on(ASKED, now), Step::FindUsers, "it is the first of a user");
-        assert_eq!(ending.on(unused(), now), Step::End);
+        assert_eq!(ending.on(unused(), now), Step::EndIfUnused);
     }
 
     #[test]

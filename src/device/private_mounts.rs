@@ -12,13 +12,14 @@ use nix::sched::{CloneFlags, unshare};
 
 use super::mounts::Mounts;
 use super::registry::RUN_DIRECTORY;
+use super::usage;
 use crate::error::{Doing, Result};
 
 /// Whether this process has left the mount namespace of its caller.
 static LEFT: AtomicBool = AtomicBool::new(false);
 
-/// What a daemon needs beside its images.
-const NEEDED: [&str; 4] = ["/dev", "/proc", "/sys", RUN_DIRECTORY];
+/// What a daemon needs beside its images. By the kernel's exports it finds whether its device is in use.
+const NEEDED: [&str; 5] = ["/dev", "/proc", "/sys", usage::CONFIGURATION, RUN_DIRECTORY];
 
 /// Leaves the mount namespace of the caller. Call it before any thread has been started, and before an image
 /// is opened.
@@ -70,8 +71,18 @@ mod tests {
 
     #[test]
     fn what_leads_to_an_image_or_to_the_device_stays() {
-        let points =
-            ["/", "/dev", "/dev/shm", "/run", "/run/user/0", "/images", "/images/a", "/home", "/images/b"];
+        let points = [
+            "/",
+            "/dev",
+            "/dev/shm",
+            "/sys/kernel/config",
+            "/run",
+            "/run/user/0",
+            "/images",
+            "/images/a",
+            "/home",
+            "/images/b",
+        ];
         let points = points.map(PathBuf::from).to_vec();
         let files = [Path::new("/images/a/disk.vhdx"), Path::new("/images/base.vhdx")];
         let found = superfluous(points, &files);

@@ -228,9 +228,14 @@ impl Supervisor {
             let _ = sender.send(Event::Happening(Happening::UsersFound(users)));
         };
         if let Err(error) = thread::Builder::new().name("ublk-usage".into()).spawn(find) {
-            let unknown = format!("its users cannot be found: {error}");
-            let _ = self.sender.send(Event::Happening(Happening::UsersFound(vec![unknown])));
+            self.have_found(vec![format!("its users cannot be found: {error}")]);
         }
+    }
+
+    /// These users of the device are the next demand.
+    pub(super) fn have_found(&self, users: Vec<String>) {
+        // It is received here.
+        let _ = self.sender.send(Event::Happening(Happening::UsersFound(users)));
     }
 
     /// Waits until every queue that was started has begun, or has failed to.

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use libublk::sys;
 use vhdx_ublk::simulation::Plant;
@@ -56,6 +57,9 @@ pub enum Command {
 
 /// The number of the first device.
 const FIRST_DEVICE: &str = "1000";
+
+/// How long a daemon may take to end that looks each second whether it can.
+const AT_LAST: Duration = Duration::from_secs(60);
 
 /// What a run has reached.
 #[derive(Clone, Debug, Default)]
@@ -365,6 +369,23 @@ impl Life {
         }
     }
 
+    /// A device is served.
+    pub fn is_served(&mut self) {
+        if self.machine.broken.is_none() && (self.served().is_none() || self.machine.server().is_none()) {
+            self.machine.breaks("a disk that is open is not served".into());
+        }
+    }
+
+    /// A daemon that was asked to end does so when it looks again, which it does each second.
+    pub fn ends_by_itself(&mut self, daemon: usize) {
+        let until = Instant::now() + AT_LAST;
+        while self.machine.broken.is_none() && !self.machine.is_gone(daemon) {
+            if !self.machine.step() && Instant::now() >= until {
+                self.machine.breaks("a daemon that was asked to end does not".into());
+            }
+        }
+    }
+
     fn command_works(&mut self, words: &[&str]) {
         if self.machine.broken.is_some() {
             return;
@@ -373,7 +394,6 @@ impl Life {
         self.has_worked(number);
     }
 
-    /// No device, no process, no file.
     /// Neither devices, nor processes, nor files.
     pub fn nothing_is_left(&mut self) {
         if self.machine.broken.is_some() {

@@ -212,6 +212,26 @@ fn live_with_openers(seed: u64, plant: Option<Plant>) -> Result<Reached, String>
     life.end()
 }
 
+/// A life in which a daemon is asked to end while others have the disk open.
+fn live_asked_to_end_in_use(seed: u64, plant: Option<Plant>) -> Result<Reached, String> {
+    // Only a new driver refuses to stop a disk that is open.
+    let mut life = Life::new(3 * seed + 1, Shape::SMALL, plant);
+    life.works(Add);
+    life.act(Use);
+    let daemon = life.machine.server().expect("it is served");
+    life.act(OpenDisk);
+    life.act(Terminate);
+    life.machine.settle();
+    life.is_served();
+    life.act(Use);
+    life.machine.settle();
+    life.act(Close);
+    life.ends_by_itself(daemon);
+    life.nothing_is_left();
+    life.administrate();
+    life.end()
+}
+
 /// A life in which commands run at once, processes are killed, and the driver fails.
 fn live_wildly(seed: u64, plant: Option<Plant>) -> Result<Reached, String> {
     let shape = if seed.is_multiple_of(4) { Shape::in_flight(seed / 4) } else { Shape::SMALL };
@@ -423,6 +443,11 @@ fn a_disk_that_is_open_is_not_removed_and_one_whose_server_is_watched_is_served_
     println!("{:?}", live_all(seeds(0..4), |seed| live_with_openers(seed, None)));
 }
 
+#[test]
+fn a_daemon_that_is_asked_to_end_serves_a_disk_as_long_as_it_is_open() {
+    println!("{:?}", live_all(seeds(0..3), |seed| live_asked_to_end_in_use(seed, None)));
+}
+
 type PlantedLife = fn(u64, usize, Plant) -> Result<Reached, String>;
 
 /// A life with a planted bug.
@@ -437,7 +462,7 @@ struct Planted {
 }
 
 /// Each planted bug, and where it shows.
-fn planted() -> [Planted; 13] {
+fn planted() -> [Planted; 14] {
     let killed: PlantedLife = |seed, step, plant| {
         live(seed, &[Run(Add), Use, Use, Run(Del)], Some((step, Blow::Kill)), Some(plant))
     };
@@ -450,6 +475,7 @@ fn planted() -> [Planted; 13] {
     let flight: PlantedLife = |seed, step, plant| live_in_flight(seed, step, Some(plant));
     let delays: PlantedLife = |seed, _, plant| live_with_delays(seed, Some(plant));
     let openers: PlantedLife = |seed, _, plant| live_with_openers(seed, Some(plant));
+    let asked: PlantedLife = |seed, _, plant| live_asked_to_end_in_use(seed, Some(plant));
     let it = |plant, life, steps, rule| Planted { plant, life, steps, rule };
     [
         it(Plant::SessionFirst, killed, 38..48, "acknowledged was"),
@@ -462,6 +488,7 @@ fn planted() -> [Planted; 13] {
         it(Plant::SkipCatchUp, chain, 40..70, "the kernel knows of"),
         it(Plant::GiveUpInterrupted, delays, 0..1, "Interrupted system call"),
         it(Plant::StopUsed, openers, 0..1, "Del is not refused"),
+        it(Plant::EndUsed, asked, 0..1, "a disk that is open is not served"),
         it(Plant::TrustGone, removed, 40..70, ".session\"]"),
         it(Plant::ReuseNumber, another, 0..1, ".session\"]"),
         it(Plant::TrustOldEntry, old, 0..1, "is left: "),

@@ -402,12 +402,24 @@ impl<E: EngineHandle> Device<E> {
                 }
                 Step::Stay(users) => self.warn_of_users(&users),
                 Step::Reopen => log_file::reopen(),
-                Step::End => {
+                Step::EndIfUnused if !self.stop_if_unused()? => {
+                    self.supervisor.have_found(vec![usage::UNNAMED.into()]);
+                }
+                Step::End | Step::EndIfUnused => {
                     tracing::info!("ending on request");
                     return Ok(End::Down);
                 }
             }
         }
+    }
+
+    /// Has the kernel stop the device, if it can refuse that while the device is open: `false` then. The I/O of
+    /// whoever has opened it since its users were looked for would fail.
+    fn stop_if_unused(&self) -> Result<bool> {
+        if planted(Plant::EndUsed) || !self.control.has_safe_stop() {
+            return Ok(true);
+        }
+        self.control.stop_if_unused(self.info.id)
     }
 
     /// Has the service manager wait, if one stops this daemon.

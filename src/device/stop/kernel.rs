@@ -82,7 +82,7 @@ fn stop_unused(registry: &Registry, control: Option<&Control>, entry: &Entry, un
             return Ok(());
         }
         if machine::now() >= patience {
-            let unnamed = vec!["open in the kernel or in another namespace".to_owned()];
+            let unnamed = vec![usage::UNNAMED.to_owned()];
             return Err(in_use(entry, if users.passing.is_empty() { &unnamed } else { &users.passing }));
         }
         machine::pause(POLL_INTERVAL);

@@ -48,8 +48,11 @@ impl Users {
     }
 }
 
+/// What uses a device that the kernel knows to be open, if nothing is found that has it open.
+pub const UNNAMED: &str = "open in the kernel or in another namespace";
+
 /// The kernel's configuration of its exports.
-const CONFIGURATION: &str = "/sys/kernel/config";
+pub(super) const CONFIGURATION: &str = "/sys/kernel/config";
 
 /// Processes that open every new or changed device for a moment: udev's.
 const PASSERS_BY: [&str; 3] = ["(udev-worker)", "systemd-udevd", "udevd"];
