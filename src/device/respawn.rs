@@ -10,7 +10,7 @@
 //! Invariants:
 //!
 //! * it does nothing while an upgrade or a removal is under way: each has a lock that the keeper takes before
-//!   it looks again;
+//!   it looks again. Keepers share that of upgrades: none waits until another's device is served;
 //! * it does nothing while the image lies on a device that waits, and holds no lock then: the keeper of that
 //!   device needs the same lock;
 //! * attempts are bounded, and each waits longer than the one before; a daemon that has lived for a while
@@ -18,9 +18,11 @@
 //! * the keeper's program is in memory: the disk that it lies on may be the one that waits.
 
 use std::ffi::OsString;
+use std::fs::File;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::fcntl::Flock;
 use nix::sys::signal::{SigSet, Signal};
 
 use super::confine;
@@ -205,8 +207,11 @@ impl Keeper {
         if stop::waits_below(&self.registry, entry)?.is_some() {
             return Ok(Some(BELOW_INTERVAL));
         }
-        let _no_upgrade = self.registry.lock_upgrades()?;
-        let _no_removal = self.registry.hold_keeper(self.id)?;
+        let _locks = match self.lock() {
+            // That is no failure of the device.
+            Err(error) if error.kind() == Kind::InUse => return Ok(Some(BELOW_INTERVAL)),
+            locks => locks?,
+        };
         if self.look()?.is_none_or(|listed| listed.entry.daemon.is_alive()) {
             return Ok(Some(Duration::ZERO));
         }
@@ -214,6 +219,11 @@ impl Keeper {
         let arguments = self.recover.iter().cloned().chain(number);
         let launched = launch::launch_program(program, FirstArgument::USUAL, arguments, READY_DEADLINE);
         launched.map(|_| Some(Duration::ZERO)).map_err(|failed| failed.error)
+    }
+
+    /// Keeps an upgrade and a removal of the device out, and waits for one that is under way.
+    fn lock(&self) -> Result<(Flock<File>, Option<Flock<File>>)> {
+        Ok((self.registry.keep_upgrades_out()?, self.registry.hold_keeper(self.id)?))
     }
 
     fn give_up(&self, error: &Error) -> Error {

@@ -32,6 +32,9 @@ const DIRECTORY_MODE: u32 = 0o700;
 /// has a deadline of half a minute.
 const LOCK_PATIENCE: Duration = Duration::from_secs(35);
 
+/// The file that an upgrade locks.
+const UPGRADES: &str = ".upgrade";
+
 /// Why a keeper's file is locked.
 const BEING_RECOVERED: &str = "the device is being served again, or removed";
 
@@ -147,7 +150,8 @@ impl Registry {
     /// [`Kind::InUse`] if another process holds it for too long; the host's.
     pub fn lock(&self) -> Result<Locked<'_>> {
         let message = "another vhdx-ublk has the directory of devices locked";
-        Ok(Locked { registry: self, _lock: self.lock_file(".lock", message)? })
+        let lock = self.lock_file(".lock", message, FlockArg::LockExclusiveNonblock)?;
+        Ok(Locked { registry: self, _lock: lock })
     }
 
     /// Keeps every other upgrade out until it is dropped; waits for one that is under way.
@@ -156,7 +160,17 @@ impl Registry {
     ///
     /// As [`Self::lock`].
     pub fn lock_upgrades(&self) -> Result<Flock<File>> {
-        self.lock_file(".upgrade", "another upgrade is under way")
+        self.lock_file(UPGRADES, "another upgrade is under way", FlockArg::LockExclusiveNonblock)
+    }
+
+    /// Keeps upgrades out until it is dropped, and nothing else: each keeper does, and one of them may have
+    /// to wait for its image for long.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::lock`].
+    pub fn keep_upgrades_out(&self) -> Result<Flock<File>> {
+        self.lock_file(UPGRADES, "an upgrade is under way", FlockArg::LockSharedNonblock)
     }
 
     /// Says that a process serves device `id` again whenever its daemon dies.
@@ -165,7 +179,7 @@ impl Registry {
     ///
     /// The host's.
     pub fn announce_keeper(&self, id: u32) -> Result<()> {
-        self.lock_file(&keeper_name(id), BEING_RECOVERED).map(drop)
+        self.lock_file(&keeper_name(id), BEING_RECOVERED, FlockArg::LockExclusiveNonblock).map(drop)
     }
 
     /// Keeps that process from serving the device again until this is dropped; waits while it does. `None` if
@@ -179,10 +193,10 @@ impl Registry {
         if !self.directory.join(&name).exists() {
             return Ok(None);
         }
-        self.lock_file(&name, BEING_RECOVERED).map(Some)
+        self.lock_file(&name, BEING_RECOVERED, FlockArg::LockExclusiveNonblock).map(Some)
     }
 
-    fn lock_file(&self, name: &str, held: &str) -> Result<Flock<File>> {
+    fn lock_file(&self, name: &str, held: &str, how: FlockArg) -> Result<Flock<File>> {
         const FAILED: &str = "locking the directory of devices";
         let path = self.directory.join(name);
         let file = OpenOptions::new().write(true).create(true).truncate(false).mode(FILE_MODE).open(&path);
@@ -190,7 +204,7 @@ impl Registry {
         let until = machine::now() + LOCK_PATIENCE;
         loop {
             machine::turn("locks a file of the registry");
-            file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            file = match Flock::lock(file, how) {
                 Ok(lock) => return Ok(lock),
                 Err((file, nix::Error::EWOULDBLOCK | nix::Error::EINTR)) => file,
                 Err((_, errno)) => return Err(errno).doing(FAILED).file(&path),
@@ -545,6 +559,20 @@ mod tests {
         registry.remove(7, u64::MAX).expect("removed");
         registry.remove(7, u64::MAX).expect("removing what is not there is no error");
         assert_eq!(read(&registry), [entry(3)]);
+    }
+
+    #[test]
+    fn keepers_do_not_wait_for_each_other() {
+        let place = tempfile::tempdir().expect("a directory");
+        let registry = Registry::at(&place.path().join("run")).expect("made");
+        let first = registry.keep_upgrades_out().expect("none is under way");
+        let second = registry.keep_upgrades_out().expect("the first keeper does not mind");
+        drop((first, second));
+        let upgrade = registry.lock_upgrades().expect("no keeper is at work");
+        let path = registry.directory.join(UPGRADES);
+        let file = File::open(path).expect("there");
+        assert!(Flock::lock(file, FlockArg::LockSharedNonblock).is_err(), "an upgrade keeps keepers out");
+        drop(upgrade);
     }
 
     #[test]
