@@ -84,9 +84,10 @@ impl Revert {
         if let Some(entry) = &entry {
             refuse(entry)?;
         }
+        let is_kept = entry.as_ref().map_or(Ok(false), is_kept)?;
         let new = absolute(&self.new.clone().unwrap_or_else(|| revert::free_name(&plan.to)))?;
         make(&new, &plan, entry.as_ref().map_or(Sparse::Auto, |entry| entry.sparse))?;
-        let device = entry.as_ref().map(|entry| exchange(entry, &new, &plan)).transpose()?;
+        let device = entry.as_ref().map(|entry| exchange((entry, is_kept), &new, &plan)).transpose()?;
         warn_of_table(&leaf, &new, "given up");
         let (removed, kept) =
             if self.discard { revert::discard(&plan.given_up, &Claims) } else { (Vec::new(), None) };
@@ -166,12 +167,16 @@ fn make(new: &Path, plan: &Return, sparse: Sparse) -> Result<()> {
     creation.run(&Claims, create::remove_on_signals)
 }
 
+/// Whether a process serves the device again whenever its daemon dies. Waits while it does that.
+fn is_kept(entry: &Entry) -> Result<bool> {
+    Ok(Registry::open()?.hold_keeper(entry.id)?.is_some())
+}
+
 /// Removes the device, and has it serve the new image.
-fn exchange(entry: &Entry, new: &Path, plan: &Return) -> Result<Ready> {
+fn exchange((entry, is_kept): (&Entry, bool), new: &Path, plan: &Return) -> Result<Ready> {
     // Whoever reads this knows how to go on if the command is killed.
     tracing::info!("{} is made, a child of {}", new.display(), plan.to.display());
     let registry = Registry::open()?;
-    let is_kept = registry.hold_keeper(entry.id)?.is_some();
     let how = How { force: false, timeout: stop::DEFAULT_TIMEOUT };
     match stop::stop(&registry, entry, &how) {
         Err(error) if registry.entry(entry.id)?.is_some_and(|last| last.mark == entry.mark) => {
