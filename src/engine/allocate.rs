@@ -17,7 +17,7 @@ pub(super) const MIN_GROW_STEP_BYTES: u64 = 32 * MIB;
 const MAX_GROW_STEP_BYTES: u64 = 1024 * MIB;
 
 /// Blocks that a step has room for, where it takes no space and is not longer for that than any step may be.
-const BLOCKS_PER_STEP: u64 = 16;
+const BLOCKS_PER_STEP: u64 = 32;
 
 impl<D: Disk + 'static> Engine<D> {
     /// Gives every block of `first..first + count` space; an allocation in progress is joined.

@@ -15,7 +15,7 @@ use crate::simulation::{Plant, planted};
 const MOST_BLOCKS: u64 = 32;
 
 /// The most bytes in it, unless two blocks have more: they take no space on the host.
-const MOST_BYTES: u64 = 512 * MIB;
+const MOST_BYTES: u64 = 1024 * MIB;
 
 /// While it lives, the pool stays empty.
 #[must_use = "the pool is filled again once it is dropped"]
