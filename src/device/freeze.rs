@@ -3,8 +3,8 @@
 //! A frozen file system has everything on the disk, and whoever writes to it waits. None may stay frozen,
 //! whatever becomes of the command: so another process freezes and thaws, in a session of its own, and thaws
 //! as soon as the pipe from the command is closed, which a kill closes, too; and after `HOLD_PATIENCE` in
-//! any case. While something is frozen neither of the two writes to anything but their pipes: what the
-//! command prints may go to a file on the device.
+//! any case. If that process is killed itself, the command thaws. While something is frozen neither of the
+//! two writes to anything but their pipes: what the command prints may go to a file on the device.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -12,7 +12,7 @@ use std::io::{self, BufRead, BufReader, Write};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin};
-use std::sync::mpsc::{self, Receiver};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -29,6 +29,9 @@ const FREEZE_PATIENCE: Duration = Duration::from_secs(60);
 /// How long they are frozen at most.
 const HOLD_PATIENCE: Duration = Duration::from_secs(30);
 
+/// In the place of an error number, for a file system that is frozen.
+const FROZEN: i32 = 0;
+
 /// What the other process says when all that can be frozen is, and when nothing is any longer.
 const READY: &str = "ready";
 const THAWED: &str = "thawed";
@@ -41,6 +44,10 @@ pub struct Frozen {
     /// Closed to have them thawed.
     pipe: Option<ChildStdin>,
     lines: Receiver<String>,
+    /// The mount points that were named.
+    folders: Vec<File>,
+    /// The places among them of those that the other process has frozen.
+    places: Vec<usize>,
 }
 
 /// A file system that is not frozen.
@@ -60,34 +67,55 @@ impl Frozen {
     ///
     /// [`Kind::Io`] if they take too long; the host's.
     pub fn begin(points: &[PathBuf], arguments: Vec<OsString>) -> Result<(Self, Vec<Unfrozen>)> {
+        let folders = open_all(points)?;
         let mut child = launch::helper(arguments).doing("starting the process that freezes")?;
         let pipe = child.stdin.take();
         let stdout = BufReader::new(child.stdout.take().expect("it was asked for"));
         let (sender, lines) = mpsc::channel();
         let read = move || stdout.lines().map_while(io::Result::ok).try_for_each(|line| sender.send(line));
         let reading = thread::Builder::new().name("vhdx-freeze".into()).spawn(read);
-        let frozen = Self { child, pipe, lines };
+        let mut frozen = Self { child, pipe, lines, folders, places: Vec::new() };
         reading.doing("starting a thread for the freeze")?;
         let until = Instant::now() + FREEZE_PATIENCE;
         let mut unfrozen = Vec::new();
         loop {
-            let line = frozen.line(until)?;
+            let Some(line) = frozen.line(until)? else {
+                frozen.thaw();
+                let message = "the process that freezes the file systems has ended; they are thawed";
+                return Err(Error::new(Kind::Io, message).remedy("run the command again"));
+            };
             if line == READY {
                 return Ok((frozen, unfrozen));
             }
             let (place, errno) = line.split_once(' ').unwrap_or_default();
             let (place, errno) = (place.parse().unwrap_or(usize::MAX), errno.parse().unwrap_or(libc::EIO));
+            if errno == FROZEN {
+                frozen.places.push(place);
+                continue;
+            }
             let point = points.get(place).cloned().unwrap_or_default();
             unfrozen.push(Unfrozen { point, error: io::Error::from_raw_os_error(errno) });
         }
     }
 
-    fn line(&self, until: Instant) -> Result<String> {
-        self.lines.recv_timeout(until.saturating_duration_since(Instant::now())).map_err(|_| {
-            let seconds = FREEZE_PATIENCE.as_secs();
-            let message = format!("the file systems have not come to rest, or to life, within {seconds} s");
-            Error::new(Kind::Io, message).remedy("look for the cause (dmesg): their disk may hang")
-        })
+    /// What the other process says next; none if it has ended.
+    fn line(&self, until: Instant) -> Result<Option<String>> {
+        match self.lines.recv_timeout(until.saturating_duration_since(Instant::now())) {
+            Ok(line) => Ok(Some(line)),
+            Err(RecvTimeoutError::Disconnected) => Ok(None),
+            Err(RecvTimeoutError::Timeout) => {
+                let seconds = FREEZE_PATIENCE.as_secs();
+                let message =
+                    format!("the file systems have not come to rest, or to life, within {seconds} s");
+                Err(Error::new(Kind::Io, message).remedy("look for the cause (dmesg): their disk may hang"))
+            }
+        }
+    }
+
+    /// Thaws what the other process, which has ended, has left frozen. Whether all of it was.
+    fn thaw(&self) -> bool {
+        let folders = self.places.iter().rev().filter_map(|&place| self.folders.get(place));
+        folders.filter(|folder| sys::thaw_file_system(folder).is_err()).count() == 0
     }
 
     /// Has them thawed, and waits for it. Whether they were frozen until now.
@@ -98,8 +126,9 @@ impl Frozen {
     pub fn end(mut self) -> Result<bool> {
         self.pipe = None;
         let ended = self.line(Instant::now() + FREEZE_PATIENCE)?;
+        let were_frozen = ended.map_or_else(|| self.thaw(), |said| said == THAWED);
         self.child.wait().doing("waiting for the process that freezes")?;
-        Ok(ended == THAWED)
+        Ok(were_frozen)
     }
 }
 
@@ -113,20 +142,27 @@ pub fn hold(points: &[PathBuf]) -> Result<()> {
     let signals = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGPIPE];
     signals.into_iter().collect::<SigSet>().thread_block().doing("blocking signals")?;
     let _ = unistd::setsid(); // fails if it has a session of its own
-    let open = |path: &PathBuf| File::open(path).doing("opening the mount point").file(path);
-    let folders = points.iter().map(open).collect::<Result<Vec<File>>>()?;
+    let folders = open_all(points)?;
     let mut held = Held(Vec::new());
     for (place, folder) in folders.iter().enumerate() {
-        match sys::freeze_file_system(folder) {
-            Ok(()) => held.0.push(folder),
-            Err(error) => say(&format!("{place} {}", error.raw_os_error().unwrap_or(libc::EIO))),
-        }
+        let errno = match sys::freeze_file_system(folder) {
+            Ok(()) => {
+                held.0.push(folder);
+                FROZEN
+            }
+            Err(error) => error.raw_os_error().unwrap_or(libc::EIO),
+        };
+        say(&format!("{place} {errno}"));
     }
     say(READY);
     let ended = is_ended_within(HOLD_PATIENCE);
     drop(held);
     say(if ended { THAWED } else { LATE });
     Ok(())
+}
+
+fn open_all(points: &[PathBuf]) -> Result<Vec<File>> {
+    points.iter().map(|path| File::open(path).doing("opening the mount point").file(path)).collect()
 }
 
 /// Thaws what it holds, the last one first.

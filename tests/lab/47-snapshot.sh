@@ -240,6 +240,47 @@ test_snapshot_to_a_place_that_hangs() {
     [ ! -e hung/more.vhdx ] || ublk check hung/more.vhdx >/dev/null || fail "half an image was left"
 }
 
+# The command thaws what the process that freezes for it has left frozen.
+test_snapshot_freeze_ends_with_its_helper() {
+    local device helper command
+    take_down() {
+        ! mountpoint -q hung || fsfreeze -u hung 2>/dev/null || true
+        umount -q hung || true
+    }
+    ublk create disk.vhdx --size 256M
+    device=$(ublk add disk.vhdx)
+    mkfs.ext4 -q -F "$device"
+    mount "$device" "$mnt"
+    # The snapshot waits for its place.
+    loop_mount hung file
+    fsfreeze -f hung
+    "$VHDX_UBLK" snapshot --freeze "$device" "$PWD/hung/new.vhdx" >said 2>&1 &
+    command=$!
+    for _ in $(seq 100); do
+        helper=$(pgrep -P $command -f -- --hold-frozen) && [ "$(frozen_state "$mnt")" = frozen ] && break
+        sleep 0.1
+    done
+    [ "$(frozen_state "$mnt")" = frozen ] || fail "nothing is frozen: $(cat said)"
+    kill -9 "$helper"
+    sleep 0.5
+    [ "$(frozen_state "$mnt")" = frozen ] || fail "it was not the helper that was killed"
+    fsfreeze -u hung
+    wait $command || fail "$(cat said)"
+    [ "$(frozen_state "$mnt")" = thawed ] || fail "the file system stays frozen"
+    timeout 20 touch "$mnt/later" || fail "it cannot be written"
+    umount "$mnt"
+    ublk del "$device"
+}
+
+# Whether a file system is frozen: a writer waits in the kernel then, and stays until the thaw.
+frozen_state() {
+    local writer
+    touch "$1/probe.$RANDOM" >/dev/null 2>&1 &
+    writer=$!
+    sleep 0.3
+    if kill -0 $writer 2>/dev/null; then echo frozen; else echo thawed; fi
+}
+
 # From the next boot on, a line of the table that names the frozen image would serve the disk as it was.
 test_snapshot_warns_of_a_line_of_the_table() {
     local device
