@@ -82,11 +82,11 @@ test_snapshot_revert_killed_in_the_middle() {
         sleep "0.$((number * 2 % 7))$((RANDOM % 10))"
         kill -9 $! 2>/dev/null || true
         wait $! || true
-        # The device may be on its way down, or up.
-        sleep 2
+        # The device may be on its way down, or up; one that comes up then goes, for the command that began it is dead.
         for _ in $(seq 20); do
-            ! ublk list --json >listed 2>/dev/null || ! jq -e 'all(.state == "live")' listed >/dev/null || break
-            sleep 0.5
+            ublk list --json >listed 2>/dev/null || true
+            sleep 2
+            ublk list --json 2>/dev/null | cmp -s listed - && jq -e 'all(.state == "live")' listed >/dev/null && break
         done
         if [ "$(ublk list --json)" = "[]" ]; then
             removed=$((removed + 1))
