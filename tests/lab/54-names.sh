@@ -1,16 +1,20 @@
 # The names of a device below /dev: made by udev, or by the daemon where udev does not make them.
 # shellcheck shell=bash
 
-# The rules, read by the real udev, for as long as the test runs.
+# The rules, and others that are named, read by the real udev for as long as the test runs. While udev handles an
+# event, it reads rules that are new by itself, half of a file too. It would not read them again, for it goes by the
+# time of the folder, which stays as it is when the second half is written.
 install_rule() {
+    udevadm settle --timeout=20
     mkdir -p /run/udev/rules.d
-    cp "$tests"/../../tools/package.d/*.rules /run/udev/rules.d/
+    cp "$tests"/../../tools/package.d/*.rules "$@" /run/udev/rules.d/
     udevadm control --reload
 }
 
 # After each test: by these rules udev reads devices, which other tests count.
 take_down() {
     [ ! -e /run/udev/away ] || mv /run/udev/away /run/udev/control
+    udevadm settle --timeout=20
     rm -f /run/udev/rules.d/*
     udevadm control --reload
 }
@@ -114,11 +118,10 @@ test_names_survive_a_resize() {
 test_names_of_an_untrusted_image() {
     local device id
     # The rules of newer systems examine ublk devices, too.
-    mkdir -p /run/udev/rules.d
     sed 's/^\(KERNEL!="loop\*|\)\(ublkb\*|\)\?/\1ublkb*|/' /usr/lib/udev/rules.d/60-persistent-storage.rules \
-        >/run/udev/rules.d/60-persistent-storage.rules
-    grep -q '"loop\*|ublkb\*|' /run/udev/rules.d/60-persistent-storage.rules || fail "the rules have changed"
-    install_rule
+        >60-persistent-storage.rules
+    grep -q '"loop\*|ublkb\*|' 60-persistent-storage.rules || fail "the rules have changed"
+    install_rule 60-persistent-storage.rules
     ublk create data.vhdx --size 64M
     id=$(ublk info --json data.vhdx | tr -d ' \n' | sed -n 's/.*"disk_id":"\([^"]*\)".*/\1/p')
     device=$(ublk add data.vhdx)
