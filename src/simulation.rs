@@ -275,6 +275,8 @@ pub enum Plant {
     EarlyCompletion,
     /// The entry of a device names the image before after a snapshot.
     ForgetSwitch,
+    /// The entry of a device does not say that a merge is under way.
+    ForgetMerge,
     /// The kernel does not learn that a disk became larger when its daemon was killed.
     SkipCatchUp,
     /// A command of the driver that a signal has interrupted has failed.
@@ -396,7 +398,7 @@ impl Plant {
     ];
 
     /// Those that show in the order of what processes do to a device.
-    pub const OF_DEVICES: [Self; 14] = [
+    pub const OF_DEVICES: [Self; 15] = [
         Self::SessionFirst,
         Self::EntryFirst,
         Self::SecondName,
@@ -405,6 +407,7 @@ impl Plant {
         Self::EarlyCompletion,
         Self::ForgetSwitch,
         Self::SkipCatchUp,
+        Self::ForgetMerge,
         Self::GiveUpInterrupted,
         Self::StopUsed,
         Self::EndUsed,

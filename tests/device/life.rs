@@ -53,6 +53,8 @@ pub enum Command {
     List,
     Snapshot,
     Grow,
+    /// Of the layer below the image that is served.
+    Merge,
 }
 
 /// The number of the first device.
@@ -71,6 +73,7 @@ pub struct Reached {
     pub killed: usize,
     pub snapshots: usize,
     pub grown: usize,
+    pub merged: usize,
 }
 
 /// How devices are made, and what takes turns.
@@ -108,6 +111,7 @@ impl Reached {
         self.failed += other.failed;
         self.snapshots += other.snapshots;
         self.grown += other.grown;
+        self.merged += other.merged;
         self.killed += other.killed;
     }
 }
@@ -118,6 +122,7 @@ pub struct Life {
     image: String,
     shape: Shape,
     snapshots: usize,
+    merged: usize,
 }
 
 impl Life {
@@ -127,7 +132,7 @@ impl Life {
         machine.in_flight = shape.in_flight;
         machine.recovery = shape.recovery;
         let image = machine.image().to_str().expect("plain").to_owned();
-        let mut life = Self { machine, image, shape, snapshots: 0 };
+        let mut life = Self { machine, image, shape, snapshots: 0, merged: 0 };
         life.create(&life.image.clone());
         life
     }
@@ -158,7 +163,9 @@ impl Life {
     /// Starts a command.
     pub fn start(&mut self, command: Command) -> usize {
         let image = self.leaf();
-        let next = self.image.replace("disk.vhdx", &format!("snapshot{}.vhdx", self.snapshots));
+        let next = self.snapshot(self.snapshots);
+        let layer =
+            self.machine.chain.get(1).map_or_else(|| image.clone(), |layer| layer.display().to_string());
         self.snapshots += usize::from(command == Command::Snapshot);
         let Shape { queues, depth, recovery, .. } = self.shape;
         let words: &[&str] = match command {
@@ -170,8 +177,14 @@ impl Life {
             Command::List => &["list", "--json"],
             Command::Snapshot => &["snapshot", FIRST_DEVICE, &next],
             Command::Grow => &["resize", FIRST_DEVICE, "--size", "+1M"],
+            Command::Merge => &["merge", &layer],
         };
         self.machine.start(words)
+    }
+
+    /// The image of the snapshot of this number.
+    fn snapshot(&self, number: usize) -> String {
+        self.image.replace("disk.vhdx", &format!("snapshot{number}.vhdx"))
     }
 
     /// The image that is served, or was.
@@ -316,7 +329,7 @@ impl Life {
     /// A snapshot that was not taken is removed by hand if a kill has left it. Nothing serves it.
     fn remove_spare_snapshots(&mut self) {
         for number in 0..self.snapshots {
-            let image = self.image.replace("disk.vhdx", &format!("snapshot{number}.vhdx"));
+            let image = self.snapshot(number);
             let path = PathBuf::from(&image);
             if self.machine.chain.contains(&path) || fs::remove_file(&path).is_err() {
                 continue;
@@ -356,6 +369,20 @@ impl Life {
             self.machine.settle();
             self.has_worked(number);
         }
+    }
+
+    /// The first snapshot's image, above which there is another one, is merged, if an interrupted merge has
+    /// left it.
+    pub fn merge_again(&mut self) {
+        let layer = self.snapshot(0);
+        if fs::exists(&layer).expect("readable") {
+            self.command_works(&["merge", &layer]);
+            self.machine.settle();
+        }
+        if self.machine.broken.is_none() && fs::exists(&layer).expect("readable") {
+            self.machine.breaks(format!("{layer} is left by its merge"));
+        }
+        self.merged += 1;
     }
 
     /// Runs a command, which must fail and change nothing.
@@ -460,6 +487,7 @@ impl Life {
                 killed: killed.count(),
                 snapshots: machine.chain.len().saturating_sub(1),
                 grown: machine.driver.growths,
+                merged: self.merged,
             });
         };
         let mut story: String = machine.trace.iter().map(|line| format!("{line}\n")).collect();

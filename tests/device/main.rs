@@ -7,8 +7,8 @@
 //!
 //! The runs with `--ignored` take one to three minutes each: `whatever_is_killed_when` kills at every step of
 //! a device's life, `whatever_is_killed_while_a_device_is_removed` in `del` after another kill,
-//! `whatever_is_killed_while_a_chain_grows` in snapshots and resizes,
-//! `whatever_is_killed_while_the_program_is_exchanged` in upgrades,
+//! `whatever_is_killed_while_a_chain_grows` in snapshots and resizes, `whatever_is_killed_in_a_merge` in
+//! merges, `whatever_is_killed_while_the_program_is_exchanged` in upgrades,
 //! `whatever_is_killed_with_requests_in_flight` at the steps of requests. `whatever_happens_at_once` has
 //! commands run side by side, kills, and a driver that fails. Of all but the first the seed may be chosen.
 
@@ -36,7 +36,7 @@ use life::{Command, Deed, Life, Reached, Shape};
 use machine::Blow;
 use vhdx_ublk::simulation::Plant;
 
-use Command::{Add, Del, DelByForce, Grow, List, Recover, Snapshot, Upgrade};
+use Command::{Add, Del, DelByForce, Grow, List, Merge, Recover, Snapshot, Upgrade};
 use Deed::{Close, Kill, OpenDisk, OpenServers, Run, Terminate, Use};
 
 /// One life: `deeds` one after the other, the process at its step of that number struck by a `blow`.
@@ -232,6 +232,29 @@ fn live_asked_to_end_in_use(seed: u64, plant: Option<Plant>) -> Result<Reached, 
     life.end()
 }
 
+/// A life in which a process is killed at a step while a layer is merged, and the merge is repeated.
+fn live_merging(seed: u64, kill_at: usize, plant: Option<Plant>) -> Result<Reached, String> {
+    let mut life = Life::new(seed, Shape::SMALL, plant);
+    for command in [Add, Snapshot, Snapshot] {
+        life.works(command);
+        life.act(Use);
+        life.machine.settle();
+    }
+    life.machine.blow = Some((life.machine.asks + kill_at, Blow::Kill));
+    life.act(Run(Merge));
+    life.act(Use);
+    life.machine.settle();
+    life.machine.blow = None;
+    // There is nothing to recover if it was the command that was killed.
+    life.act(Run(Recover));
+    life.machine.settle();
+    life.merge_again();
+    life.act(Use);
+    life.machine.settle();
+    life.administrate();
+    life.end()
+}
+
 /// A life in which commands run at once, processes are killed, and the driver fails.
 fn live_wildly(seed: u64, plant: Option<Plant>) -> Result<Reached, String> {
     let shape = if seed.is_multiple_of(4) { Shape::in_flight(seed / 4) } else { Shape::SMALL };
@@ -239,7 +262,8 @@ fn live_wildly(seed: u64, plant: Option<Plant>) -> Result<Reached, String> {
     life.machine.faults = if life.machine.choose(2) == 0 { 0 } else { 60 };
     let deeds = 3 + life.machine.choose(5);
     for at in 0..deeds {
-        let commands = [Add, Add, Del, DelByForce, Recover, Recover, Upgrade, List, Snapshot, Grow];
+        let commands =
+            [Add, Add, Del, DelByForce, Recover, Recover, Upgrade, List, Snapshot, Snapshot, Grow, Merge];
         let deed = match life.machine.choose(18) {
             _ if at == 0 => Run(Add),
             0..8 => Run(commands[life.machine.choose(commands.len())]),
@@ -368,6 +392,20 @@ fn whatever_is_killed_while_a_chain_grows() {
     );
 }
 
+/// A few kills in a merge; the long run takes every step.
+#[test]
+fn a_merge_that_was_killed_is_completed_by_the_next_one() {
+    let reached = live_all(seeds(0..8), |seed| live_merging(seed, 2 + 3 * seed as usize, None));
+    println!("{reached:?}");
+    assert!(reached.killed > 4 && reached.merged == 8, "{reached:?}");
+}
+
+#[test]
+#[ignore = "it takes minutes"]
+fn whatever_is_killed_in_a_merge() {
+    println!("{:?}", live_all(seeds(0..200), |seed| live_merging(seed, 1 + (seed / 4) as usize, None)));
+}
+
 /// What is done while the program is exchanged.
 const UPGRADES: [Deed; 8] = [Run(Add), Use, Run(Upgrade), Use, Run(Snapshot), Use, Run(Upgrade), Use];
 
@@ -462,7 +500,7 @@ struct Planted {
 }
 
 /// Each planted bug, and where it shows.
-fn planted() -> [Planted; 14] {
+fn planted() -> [Planted; 15] {
     let killed: PlantedLife = |seed, step, plant| {
         live(seed, &[Run(Add), Use, Use, Run(Del)], Some((step, Blow::Kill)), Some(plant))
     };
@@ -474,6 +512,7 @@ fn planted() -> [Planted; 14] {
     let late: PlantedLife = |seed, _, plant| live_with_a_late_request(seed, Some(plant));
     let flight: PlantedLife = |seed, step, plant| live_in_flight(seed, step, Some(plant));
     let delays: PlantedLife = |seed, _, plant| live_with_delays(seed, Some(plant));
+    let merging: PlantedLife = |seed, step, plant| live_merging(seed, step, Some(plant));
     let openers: PlantedLife = |seed, _, plant| live_with_openers(seed, Some(plant));
     let asked: PlantedLife = |seed, _, plant| live_asked_to_end_in_use(seed, Some(plant));
     let it = |plant, life, steps, rule| Planted { plant, life, steps, rule };
@@ -486,6 +525,7 @@ fn planted() -> [Planted; 14] {
         it(Plant::EarlyCompletion, flight, 5..25, "acknowledged was"),
         it(Plant::ForgetSwitch, chain, 40..60, "there is no session file"),
         it(Plant::SkipCatchUp, chain, 40..70, "the kernel knows of"),
+        it(Plant::ForgetMerge, merging, 5..40, "`merge"),
         it(Plant::GiveUpInterrupted, delays, 0..1, "Interrupted system call"),
         it(Plant::StopUsed, openers, 0..1, "Del is not refused"),
         it(Plant::EndUsed, asked, 0..1, "a disk that is open is not served"),

@@ -22,6 +22,7 @@ use crate::format::locator::ParentLocator;
 use crate::image::Image;
 use crate::operations::merge::{self, Files, Link, LiveMerge, Served};
 use crate::printable::shell;
+use crate::simulation::{Plant, planted};
 
 /// The layer to be merged.
 pub(super) enum Layer {
@@ -94,7 +95,9 @@ impl Work {
         let reactor = Reactor::new()?;
         let written = self.writers()?;
         let disk_bytes = self.check(&reactor, &written)?;
-        (order.note)(Some(MergeUnderWay::of(&self.layer, &self.target)))?;
+        if !planted(Plant::ForgetMerge) {
+            (order.note)(Some(MergeUnderWay::of(&self.layer, &self.target)))?;
+        }
         tracing::info!("merging {} into {}", self.layer.path().display(), self.target.path().display());
         let layer = written.file(self.layer.path());
         let place = layer.as_ref().map(|layer| Place::of_file(layer)).transpose()?;
