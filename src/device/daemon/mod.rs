@@ -413,8 +413,8 @@ impl<E: EngineHandle> Device<E> {
         }
     }
 
-    /// Has the kernel stop the device, if it can refuse that while the device is open: `false` then. The I/O of
-    /// whoever has opened it since its users were looked for would fail.
+    /// Has the kernel stop the device, if it can refuse that while the device is open: `false` then. A user
+    /// that has opened it after the check would get I/O errors.
     fn stop_if_unused(&self) -> Result<bool> {
         if planted(Plant::EndUsed) || !self.control.has_safe_stop() {
             return Ok(true);
