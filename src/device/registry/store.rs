@@ -35,6 +35,9 @@ const LOCK_PATIENCE: Duration = Duration::from_secs(35);
 /// The file that an upgrade locks.
 const UPGRADES: &str = ".upgrade";
 
+/// Why that is locked.
+const UPGRADING: &str = "another upgrade is under way, or a device is being served again";
+
 /// Why a keeper's file is locked.
 const BEING_RECOVERED: &str = "the device is being served again, or removed";
 
@@ -160,7 +163,7 @@ impl Registry {
     ///
     /// As [`Self::lock`].
     pub fn lock_upgrades(&self) -> Result<Flock<File>> {
-        self.lock_file(UPGRADES, "another upgrade is under way", FlockArg::LockExclusiveNonblock)
+        self.lock_file(UPGRADES, UPGRADING, FlockArg::LockExclusiveNonblock)
     }
 
     /// Keeps upgrades out until it is dropped, and nothing else: each keeper does, and one of them may have
