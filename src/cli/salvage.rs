@@ -9,12 +9,13 @@ use serde::Serialize;
 use vhdx_ublk::device::claims::Claims;
 use vhdx_ublk::device::path::WrittenPath;
 use vhdx_ublk::disk::Reactor;
-use vhdx_ublk::error::Result;
+use vhdx_ublk::error::{Error, Kind, Result};
 use vhdx_ublk::image::Note;
 use vhdx_ublk::operations::contents::Partition;
 use vhdx_ublk::operations::salvage::{Copy, Damaged, Form, PartitionTally, Tally, Totals};
 use vhdx_ublk::printable::{both_sizes, human_size, printable};
 
+use super::disk_source::FormatName;
 use super::output::{self, Failure, Fields};
 use super::parent_options::ParentOptions;
 use super::progress::ProgressOptions;
@@ -32,7 +33,7 @@ pub struct Salvage {
     /// The file that gets the content of the disk
     #[arg(required_unless_present = "dry_run")]
     target: Option<PathBuf>,
-    /// What the copy is [default: vhdx if its name ends in that, otherwise raw]
+    /// What the copy is [default: vhdx if its name ends in that or avhdx, otherwise raw]
     #[arg(long, value_enum, value_name = "FORMAT")]
     to: Option<Form>,
     /// Write a mapfile of GNU ddrescue: which bytes of the disk came back, and which are lost
@@ -112,7 +113,7 @@ impl Salvage {
         let tally = match target.clone() {
             None => damaged.plan(&reactor),
             Some(target) => {
-                let form = to.unwrap_or_else(|| form_of(&target));
+                let form = to.map_or_else(|| form_of(&target), Ok)?;
                 let copy = Copy { form, target, mapfile: mapfile.clone(), replace: force, assume };
                 damaged.copy(&copy, &reactor, &progress.start()?, &Claims)?
             }
@@ -189,9 +190,18 @@ impl<'a> Report<'a> {
 }
 
 /// The form that the name of a copy shows.
-fn form_of(target: &Path) -> Form {
-    let is_image = target.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("vhdx"));
-    if is_image { Form::Vhdx } else { Form::Raw }
+fn form_of(target: &Path) -> Result<Form> {
+    match FormatName::of_name(target) {
+        None | Some(FormatName::Raw) => Ok(Form::Raw),
+        Some(FormatName::Vhdx) => Ok(Form::Vhdx),
+        Some(FormatName::Vhd | FormatName::Qcow2) => {
+            let message =
+                "the name of the copy says a format that it cannot have: it is a raw disk or a VHDX image";
+            let remedy =
+                "give it another name, or say which with --to; `vhdx-ublk convert` makes a VHD of it";
+            Err(Error::new(Kind::Usage, message).file(target).remedy(remedy))
+        }
+    }
 }
 
 /// What a partition holds, in parentheses, if that is known.

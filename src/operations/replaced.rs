@@ -73,6 +73,12 @@ pub fn refuse_foreign_links(named: &Path, old: &impl AsFd) -> Result<()> {
     Err(error.remedy("find out what changes the folder, and run the command again"))
 }
 
+/// Why the file at `path` is not replaced: what is to be read is in it.
+pub(super) fn own_source(path: &Path) -> Error {
+    let message = "it is the source, or one of its parents";
+    Error::new(Kind::Usage, message).file(path).remedy("choose another target")
+}
+
 /// The place of a new file at `path`, which may get another owner: that of an image that it is like.
 ///
 /// # Errors

@@ -228,6 +228,39 @@ fn nothing_else_is_replaced() {
     assert_eq!(fs::read_to_string(&text).expect("readable"), "mine");
 }
 
+/// What keeps a copy from being made is said of the copy, and what is read stays.
+#[test]
+fn a_copy_that_cannot_be_made_is_named() {
+    let bench = Bench::new();
+    let (path, _) = image(&bench);
+    let before = Snapshot::of(&path);
+    for name in ["copy.vhd", "copy.qcow2"] {
+        let refused = on_copy(&path, &bench.path(name), &[]).failed(2);
+        assert!(refused.contains(name) && refused.contains("--to"), "{refused}");
+    }
+    let copy = bench.path("copy.avhdx");
+    on_copy(&path, &copy, &[]).succeeded();
+    super::on("check", &copy, &[]).succeeded();
+    fs::remove_file(&copy).expect("ours");
+    let refused = on_copy(&path, &path, &["--force"]).failed(2);
+    assert!(refused.contains("it is the source"), "{refused}");
+    let mapfile = format!("--mapfile={}", path.display());
+    let refused = on_copy(&path, &bench.path("copy.raw"), &["--force", &mapfile]).failed(2);
+    assert!(refused.contains("it is the source"), "{refused}");
+    // No file may be longer than one MiB.
+    let limited = "trap '' XFSZ; ulimit -f 2048; exec \"$0\" salvage \"$1\" \"$2\"";
+    let mut shell = Command::new("sh");
+    shell.args(["-c", limited, env!("CARGO_BIN_EXE_vhdx-ublk")]).args([&path, &bench.path("copy.raw")]);
+    let refused = super::Ran::from(shell.output().expect("it runs")).failed(1);
+    assert!(refused.contains("copy.raw") && !refused.contains("disk.vhdx"), "{refused}");
+    before.assert_kept(&path);
+    assert_eq!(bench.names(), ["disk.vhdx"], "nothing else is left");
+}
+
+fn on_copy(path: &Path, copy: &Path, options: &[&str]) -> super::Ran {
+    super::Ran::from(program().arg("salvage").args(options).args([path, copy]).output().expect("it runs"))
+}
+
 /// A good image of another format is no damaged one.
 #[test]
 fn another_format_is_called_by_its_name() {

@@ -303,7 +303,7 @@ impl OldTarget {
         let target = if BlockDevice::is_at(path) {
             let device = BlockDevice::open(path, Access::ReadWrite)?;
             if source.is_some_and(|source| kinship::holds(device.number(), source)) {
-                return Err(own_source(path));
+                return Err(replaced::own_source(path));
             }
             replaced::refuse_foreign_links(path, device.file())?;
             if let Some(source) = source.filter(|source| source.sectors().logical != device.sector_size()) {
@@ -378,12 +378,7 @@ fn lock_old(
 
 fn refuse_source(path: &Path, source: Option<&Source>) -> Result<()> {
     let Ok(found) = HostFile::at(path) else { return Ok(()) };
-    if source.is_some_and(|source| source.has(found)) { Err(own_source(path)) } else { Ok(()) }
-}
-
-fn own_source(path: &Path) -> Error {
-    let message = "it is the source, or one of its parents";
-    Error::new(Kind::Usage, message).file(path).remedy("choose another target")
+    if source.is_some_and(|source| source.has(found)) { Err(replaced::own_source(path)) } else { Ok(()) }
 }
 
 fn exists(error: Error) -> Error {

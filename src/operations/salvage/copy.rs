@@ -4,6 +4,7 @@
 //! where nothing was.
 
 use std::ops::Range;
+use std::path::Path;
 
 use uuid::Uuid;
 
@@ -41,6 +42,18 @@ pub struct RawTarget<'a, D>(pub &'a D);
 impl<D: Disk> Target for RawTarget<'_, D> {
     async fn write(&mut self, offset: u64, data: Buffer) -> Result<()> {
         self.0.write(offset, data).await.doing("writing the copy").at(offset)
+    }
+}
+
+/// A target at `path`, which its errors name.
+pub(super) struct Named<'a, T> {
+    pub(super) target: T,
+    pub(super) path: &'a Path,
+}
+
+impl<T: Target> Target for Named<'_, T> {
+    async fn write(&mut self, offset: u64, data: Buffer) -> Result<()> {
+        self.target.write(offset, data).await.file(self.path)
     }
 }
 

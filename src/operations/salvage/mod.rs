@@ -26,10 +26,11 @@ pub use mapfile::Mapfile;
 pub use remains::{Remains, RemainsLayer, Status, Totals};
 pub use tally::{PartitionTally, Tally};
 
+use self::copy::Named;
 use self::output::{Output, is_image, is_mapfile};
 use super::{Devices, Watch, contents, locked, replaced, room};
 use crate::chain::{self, Relative, Search};
-use crate::disk::{Access, Disk, ImageFile, PAGE_BYTES, Reactor, UringDisk};
+use crate::disk::{Access, Disk, HostFile, ImageFile, PAGE_BYTES, Reactor, UringDisk};
 use crate::error::{Doing, Error, Kind, Locate, Result};
 use crate::format::metadata::Metadata;
 use crate::image::{BlockMap, DEFAULT_LOG_LENGTH, InitialState, NewImage, Note, Salvaged};
@@ -230,6 +231,9 @@ impl Damaged {
         if !copy.assume {
             self.refuse_guesses()?;
         }
+        for output in std::iter::once(&copy.target).chain(&copy.mapfile) {
+            self.refuse_source(output)?;
+        }
         let target = Output::begin(&copy.target, copy.replace, is_image, devices)?;
         self.check_room(target.file()).file(&copy.target)?;
         let mapfile = copy.mapfile.as_ref();
@@ -242,13 +246,14 @@ impl Damaged {
         let mut tally = self.tally(reactor);
         let record = |range: Range<u64>, status: Status| {
             tally.add(&range, status);
-            list.as_mut().map_or(Ok(()), |list| list.add(range, status)).doing("writing the mapfile")
+            let listed = list.as_mut().map_or(Ok(()), |list| list.add(range, status));
+            listed.doing("writing the mapfile").file(copy.mapfile.as_deref().unwrap_or(&copy.target))
         };
         let disk = reactor.disk(Arc::clone(target.file()));
         let written = reactor.block_on(async {
             match copy.form {
-                Form::Raw => self.write_raw(&disk, record, watch).await,
-                Form::Vhdx => self.write_image(&disk, record, watch).await,
+                Form::Raw => self.write_raw((&copy.target, &disk), record, watch).await,
+                Form::Vhdx => self.write_image((&copy.target, &disk), record, watch).await,
             }
         });
         let totals = written.file(self.path())?;
@@ -266,23 +271,32 @@ impl Damaged {
         Ok(tally)
     }
 
+    /// Refuses an output at `path` that would replace what is read.
+    fn refuse_source(&self, path: &Path) -> Result<()> {
+        let Ok(found) = HostFile::at(path) else { return Ok(()) };
+        let is_read = self.files.iter().any(|file| file.identity() == found);
+        if is_read { Err(replaced::own_source(path)) } else { Ok(()) }
+    }
+
     async fn write_raw(
         &self,
-        disk: &UringDisk,
+        (path, disk): (&Path, &UringDisk),
         mut record: impl FnMut(Range<u64>, Status) -> Result<()>,
         watch: &dyn Watch,
     ) -> Result<Totals> {
         let size = self.virtual_size();
-        disk.grow(size.next_multiple_of(PAGE_BYTES as u64)).await.doing("making the copy")?;
-        let totals = copy(&self.remains, &mut RawTarget(disk), &mut record, watch).await?;
-        disk.truncate(size).await.doing("making the copy")?;
-        disk.sync().await.doing("syncing the copy")?;
+        let whole = size.next_multiple_of(PAGE_BYTES as u64);
+        disk.grow(whole).await.doing("making the copy").file(path)?;
+        let mut target = Named { target: RawTarget(disk), path };
+        let totals = copy(&self.remains, &mut target, &mut record, watch).await?;
+        disk.truncate(size).await.doing("making the copy").file(path)?;
+        disk.sync().await.doing("syncing the copy").file(path)?;
         Ok(totals)
     }
 
     async fn write_image(
         &self,
-        disk: &UringDisk,
+        (path, disk): (&Path, &UringDisk),
         mut record: impl FnMut(Range<u64>, Status) -> Result<()>,
         watch: &dyn Watch,
     ) -> Result<Totals> {
@@ -297,9 +311,9 @@ impl Damaged {
             initial_state: InitialState::NotPresent,
             parent: None,
         };
-        let mut target = ImageTarget::new(disk, &new)?;
+        let mut target = Named { target: ImageTarget::new(disk, &new)?, path };
         let totals = copy(&self.remains, &mut target, &mut record, watch).await?;
-        target.finish(Uuid::new_v4).await?;
+        target.target.finish(Uuid::new_v4).await.file(path)?;
         Ok(totals)
     }
 
