@@ -63,6 +63,12 @@ impl BlockDevice {
         Ok(Self { file, path: path.to_owned(), number: what.rdev(), length, sector_size })
     }
 
+    /// Whether the block device at `path` is mounted, or part of another device: the kernel has claimed it.
+    pub fn is_claimed(path: &Path) -> bool {
+        let opened = OpenOptions::new().read(true).custom_flags(libc::O_EXCL | libc::O_NONBLOCK).open(path);
+        opened.is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY))
+    }
+
     /// The device, open.
     pub fn file(&self) -> &File {
         &self.file

@@ -18,10 +18,13 @@ test_convert_into_a_device_and_back() {
     ! ublk convert disk.vhdx target.vhdx --force 2>said || fail "a served image was replaced"
     ! ublk convert target.vhdx copy.raw 2>said || fail "an image that is written was read"
     grep -q "$device" said || fail "$(cat said)"
-    ublk convert "$device" back.vhdx
+    ublk convert "$device" back.vhdx 2>said
+    [ ! -s said ] || fail "nothing uses the device: $(cat said)"
     ublk compare back.vhdx disk.vhdx
     mkfs.ext4 -q -F "$device"
     mount "$device" "$mnt"
+    ublk convert "$device" back.vhdx --force 2>said
+    grep -q "$device: the device is mounted" said || fail "no warning: $(cat said)"
     ! ublk convert disk.vhdx "$device" --existing 2>said || fail "a mounted device was overwritten"
     grep -q lsblk said || fail "no remedy: $(cat said)"
     umount "$mnt"

@@ -9,9 +9,9 @@ mod readers;
 mod stack;
 
 use std::ffi::OsStr;
-use std::fs::{self, OpenOptions};
+use std::fs;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 pub use readers::only_readers;
@@ -20,7 +20,7 @@ pub(super) use stack::file_system_is_on;
 use super::mounts::{Kinds, Mount, Mounts, unescape};
 use super::processes::{self, OpenFile, Process};
 use super::sysfs::{device_number, names_in};
-use crate::disk::HostFile;
+use crate::disk::{BlockDevice, HostFile};
 
 /// A disk or one of its partitions.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -63,7 +63,9 @@ const PASSERS_BY: [&str; 3] = ["(udev-worker)", "systemd-udevd", "udevd"];
 pub fn of_device(id: u32) -> Users {
     let mut users = named(id);
     let nodes = nodes_of(Path::new("/sys/class/block"), &format!("ublkb{id}"));
-    if users.is_empty() && nodes.iter().any(|node| is_claimed(&Path::new("/dev").join(&node.name))) {
+    if users.is_empty()
+        && nodes.iter().any(|node| BlockDevice::is_claimed(&Path::new("/dev").join(&node.name)))
+    {
         users.lasting.push("claimed by the kernel (mounted in another namespace?)".into());
     }
     users
@@ -286,12 +288,6 @@ fn swaps(swaps: &[u8], nodes: &[Node]) -> Vec<String> {
 fn holders(class: &Path, name: &str) -> Vec<String> {
     let names = names_in(&class.join(name).join("holders")).into_iter();
     names.map(|holder| format!("used by {holder}")).collect()
-}
-
-/// Whether the kernel itself has claimed the device, as for mounts and stacked devices, in any namespace.
-fn is_claimed(node: &Path) -> bool {
-    let opened = OpenOptions::new().read(true).custom_flags(libc::O_EXCL | libc::O_NONBLOCK).open(node);
-    opened.is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY))
 }
 
 #[cfg(test)]

@@ -64,6 +64,10 @@ pub struct Sectors {
     pub physical: u32,
 }
 
+/// What is said of a device that others may write to.
+const IN_USE: &str = "the device is mounted, or another device uses it: what is written meanwhile may be \
+    read in part (unmount it first, or read a snapshot of it)";
+
 /// Where the bytes of the disk are.
 enum Map {
     /// At the same offset of the only file.
@@ -108,6 +112,9 @@ impl Source {
         if BlockDevice::is_at(path) {
             let device = BlockDevice::open(path, Access::ReadOnly)?;
             replaced::refuse_foreign_links(path, device.file())?;
+            if BlockDevice::is_claimed(path) {
+                tracing::warn!("{}: {IN_USE}", path.display());
+            }
             return Self::of_device(&device, request.format);
         }
         let file = locked::lock(path, Access::ReadOnly, devices)?;
