@@ -14,11 +14,18 @@ use vhdx_ublk::engine::shared::Session;
 use crate::sim::disk::{Effect, Fault, Injection, Owner, Profile};
 use crate::sim::lineage::descent;
 use crate::sim::room::Room;
+use crate::sim::short_logs::ShortLogs;
 use crate::sim::violation::violated;
 use crate::sim::world::{Activation, Beginning, Config, Faults, HostKind, World, check_recovery, new_image};
 
 /// Operations of a workload that are hit, one after the other.
 const OPERATIONS: u64 = 200;
+
+/// Bytes of a log that a few rounds fill.
+const SHORT_LOG: u32 = 64 << 10;
+
+/// Weights of requests, see [`Config::ALL_KINDS`].
+const OFTEN_FLUSHED: [u32; 6] = [50, 10, 10, 40, 12, 12];
 
 /// How often a front repeats one piece after `EAGAIN` or `EINTR`.
 const RETRIES: u32 = 16;
@@ -70,6 +77,15 @@ fn space(_: Owner, effect: &Effect) -> bool {
 /// Where the metadata of the images ends, bytes: header section, log, metadata region and BAT have 1 MiB
 /// each.
 const METADATA_END: u64 = 4 << 20;
+
+/// Where their BAT begins.
+const BAT: u64 = METADATA_END - (1 << 20);
+
+/// A page that goes in its place.
+fn in_place(owner: Owner, effect: &Effect) -> bool {
+    owner == Owner::Engine
+        && matches!(effect, Effect::Write { offset, .. } if (BAT..METADATA_END).contains(offset))
+}
 
 /// What an operation that fails with `errno` may do.
 fn harm(beginning: Beginning, owner: Owner, effect: &Effect, errno: i32) -> Harm {
@@ -207,12 +223,22 @@ fn hit_in_turn(
     hits: fn(Owner, &Effect) -> bool,
     expected: Option<Harm>,
 ) -> u64 {
+    hit_in(&configs(), count, faults, hits, expected)
+}
+
+fn hit_in(
+    configs: &[Config],
+    count: u64,
+    faults: &[Fault],
+    hits: fn(Owner, &Effect) -> bool,
+    expected: Option<Harm>,
+) -> u64 {
     let mut struck = 0;
-    for config in configs() {
+    for config in configs {
         for (index, &fault) in (0..count).zip(faults.iter().cycle()) {
             let seed = index % 7;
             let run = std::panic::catch_unwind(|| {
-                Run::new(&config, seed, fault, hits, index).check(fault, expected)
+                Run::new(config, seed, fault, hits, index).check(fault, expected)
             });
             let hit = run.unwrap_or_else(|panic| {
                 eprintln!("{fault:?} at operation {index} of seed {seed}, punching: {}", config.can_punch);
@@ -245,6 +271,23 @@ fn a_refusal_anywhere_fails_who_waits_for_it_and_nothing_else() {
 fn no_space_for_a_longer_file_fails_that_write_and_nothing_else() {
     let struck = hit_each(10, Fault::Error { errno: libc::ENOSPC, times: 1 }, space, Some(Harm::AtMostOne));
     assert!(struck >= 6, "the workload hardly grows: {struck}");
+}
+
+/// In a log that is soon full, pages go in their places while requests come.
+#[test]
+fn a_page_that_cannot_go_in_its_place_poisons_but_for_want_of_room() {
+    let _short = ShortLogs::new(None);
+    let mut configs = configs();
+    for config in &mut configs {
+        config.image.log_length = SHORT_LOG;
+        (config.weights, config.requests) = (OFTEN_FLUSHED, 400);
+    }
+    let mut struck = 0;
+    for errno in [libc::EIO, libc::ENOSPC, libc::EDQUOT] {
+        let fault = Fault::Error { errno, times: 1 };
+        struck += hit_in(&configs, 10, &[fault], in_place, None);
+    }
+    assert!(struck >= 100, "hardly a page goes in its place: {struck}");
 }
 
 /// Whatever it fails with: what it did not make durable may be gone.
