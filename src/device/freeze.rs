@@ -67,7 +67,8 @@ impl Frozen {
     ///
     /// [`Kind::Io`] if they take too long; the host's.
     pub fn begin(points: &[PathBuf], arguments: Vec<OsString>) -> Result<(Self, Vec<Unfrozen>)> {
-        let folders = open_all(points)?;
+        let until = Instant::now() + FREEZE_PATIENCE;
+        let folders = open_within(points, until)?;
         let mut child = launch::helper(arguments).doing("starting the process that freezes")?;
         let pipe = child.stdin.take();
         let stdout = BufReader::new(child.stdout.take().expect("it was asked for"));
@@ -76,7 +77,6 @@ impl Frozen {
         let reading = thread::Builder::new().name("vhdx-freeze".into()).spawn(read);
         let mut frozen = Self { child, pipe, lines, folders, places: Vec::new() };
         reading.doing("starting a thread for the freeze")?;
-        let until = Instant::now() + FREEZE_PATIENCE;
         let mut unfrozen = Vec::new();
         loop {
             let Some(line) = frozen.line(until)? else {
@@ -103,12 +103,7 @@ impl Frozen {
         match self.lines.recv_timeout(until.saturating_duration_since(Instant::now())) {
             Ok(line) => Ok(Some(line)),
             Err(RecvTimeoutError::Disconnected) => Ok(None),
-            Err(RecvTimeoutError::Timeout) => {
-                let seconds = FREEZE_PATIENCE.as_secs();
-                let message =
-                    format!("the file systems have not come to rest, or to life, within {seconds} s");
-                Err(Error::new(Kind::Io, message).remedy("look for the cause (dmesg): their disk may hang"))
-            }
+            Err(RecvTimeoutError::Timeout) => Err(too_late()),
         }
     }
 
@@ -159,6 +154,23 @@ pub fn hold(points: &[PathBuf]) -> Result<()> {
     drop(held);
     say(if ended { THAWED } else { LATE });
     Ok(())
+}
+
+fn too_late() -> Error {
+    let seconds = FREEZE_PATIENCE.as_secs();
+    let message = format!("the file systems have not come to rest, or to life, within {seconds} s");
+    Error::new(Kind::Io, message).remedy("look for the cause (dmesg): their disk may hang")
+}
+
+/// Opens them on a thread of its own: another file system that is mounted over a point may never answer.
+fn open_within(points: &[PathBuf], until: Instant) -> Result<Vec<File>> {
+    let (sender, opened) = mpsc::channel();
+    let points = points.to_vec();
+    // If it takes too long, nothing waits for it any longer.
+    let open = move || drop(sender.send(open_all(&points)));
+    let opening = thread::Builder::new().name("vhdx-freeze".into()).spawn(open);
+    opening.doing("starting a thread for the freeze")?;
+    opened.recv_timeout(until.saturating_duration_since(Instant::now())).map_err(|_| too_late())?
 }
 
 fn open_all(points: &[PathBuf]) -> Result<Vec<File>> {

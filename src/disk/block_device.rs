@@ -45,7 +45,7 @@ impl BlockDevice {
         if !what.file_type().is_block_device() && machine::folder().is_none() {
             return Err(Error::new(Kind::Unsupported, "this is not a block device").file(path));
         }
-        let link = format!("/proc/self/fd/{}", found.as_raw_fd());
+        let link = link_to(&found);
         let write = access == Access::ReadWrite;
         let exclusive = if write { libc::O_EXCL } else { 0 };
         let opened = OpenOptions::new().read(true).write(write).custom_flags(exclusive).open(link);
@@ -63,7 +63,13 @@ impl BlockDevice {
         Ok(Self { file, path: path.to_owned(), number: what.rdev(), length, sector_size })
     }
 
-    /// Whether the block device at `path` is mounted, or part of another device: the kernel has claimed it.
+    /// Whether it is mounted, or part of another device.
+    pub fn is_in_use(&self) -> bool {
+        // By its name another one could be opened, and there are devices to which that does something.
+        Self::is_claimed(Path::new(&link_to(&self.file)))
+    }
+
+    /// Whether the kernel has claimed the block device at `path`, which leads to no other device.
     pub fn is_claimed(path: &Path) -> bool {
         let opened = OpenOptions::new().read(true).custom_flags(libc::O_EXCL | libc::O_NONBLOCK).open(path);
         opened.is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY))
@@ -93,6 +99,11 @@ impl BlockDevice {
     pub fn sector_size(&self) -> u32 {
         self.sector_size
     }
+}
+
+/// By which exactly this file is opened again.
+fn link_to(file: &File) -> String {
+    format!("/proc/self/fd/{}", file.as_raw_fd())
 }
 
 #[cfg(test)]

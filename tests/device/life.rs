@@ -73,6 +73,7 @@ pub struct Reached {
     pub killed: usize,
     pub snapshots: usize,
     pub grown: usize,
+    /// Merges that were repeated.
     pub merged: usize,
 }
 
@@ -378,11 +379,11 @@ impl Life {
         if fs::exists(&layer).expect("readable") {
             self.command_works(&["merge", &layer]);
             self.machine.settle();
+            self.merged += 1;
         }
         if self.machine.broken.is_none() && fs::exists(&layer).expect("readable") {
             self.machine.breaks(format!("{layer} is left by its merge"));
         }
-        self.merged += 1;
     }
 
     /// Runs a command, which must fail and change nothing.

@@ -167,6 +167,8 @@ pub struct Machine {
     pub blow: Option<(usize, Blow)>,
     /// Of so many commands of the driver one fails; none if it is zero.
     pub faults: usize,
+    /// With what the driver refuses the next command.
+    pub refusal: Option<i32>,
     /// None of them is more than a command that comes late, or that a signal has interrupted.
     pub harmless: bool,
     /// What the device's requests were said to do when its daemon is killed.
@@ -239,6 +241,7 @@ impl Machine {
             began: Instant::now(),
             asks: 0,
             faults: 0,
+            refusal: None,
             harmless: false,
             recovery: "",
             blow: None,
@@ -794,8 +797,11 @@ impl Machine {
         }
     }
 
-    /// How the driver fails a command, by chance.
+    /// How the driver fails a command: as the test wants, or by chance.
     fn fault(&mut self) -> Option<Fault> {
+        if let Some(errno) = self.refusal.take() {
+            return Some(Fault::Refused(-errno));
+        }
         if self.faults == 0 || self.choose(self.faults) != 0 {
             return None;
         }

@@ -402,24 +402,29 @@ impl<E: EngineHandle> Device<E> {
                 }
                 Step::Stay(users) => self.warn_of_users(&users),
                 Step::Reopen => log_file::reopen(),
-                Step::EndIfUnused if !self.stop_if_unused()? => {
-                    self.supervisor.have_found(vec![usage::UNNAMED.into()]);
-                }
-                Step::End | Step::EndIfUnused => {
-                    tracing::info!("ending on request");
-                    return Ok(End::Down);
-                }
+                Step::EndIfUnused => match self.stop_if_unused() {
+                    None => break,
+                    Some(user) => self.supervisor.have_found(vec![user]),
+                },
+                Step::End => break,
             }
         }
+        tracing::info!("ending on request");
+        Ok(End::Down)
     }
 
-    /// Has the kernel stop the device, if it can refuse that while the device is open: `false` then. A user
-    /// that has opened it after the check would get I/O errors.
-    fn stop_if_unused(&self) -> Result<bool> {
+    /// Has the kernel stop the device, if it can refuse that while the device is open: a user that has opened
+    /// it after the check would get I/O errors. Returns what has kept it from that.
+    fn stop_if_unused(&self) -> Option<String> {
         if planted(Plant::EndUsed) || !self.control.has_safe_stop() {
-            return Ok(true);
+            return None;
         }
-        self.control.stop_if_unused(self.info.id)
+        match self.control.stop_if_unused(self.info.id) {
+            Ok(true) => None,
+            Ok(false) => Some(usage::UNNAMED.into()),
+            // It may be open.
+            Err(error) => Some(format!("the kernel has not stopped it: {error}")),
+        }
     }
 
     /// Has the service manager wait, if one stops this daemon.

@@ -112,7 +112,7 @@ impl Source {
         if BlockDevice::is_at(path) {
             let device = BlockDevice::open(path, Access::ReadOnly)?;
             replaced::refuse_foreign_links(path, device.file())?;
-            if BlockDevice::is_claimed(path) {
+            if device.is_in_use() {
                 tracing::warn!("{}: {IN_USE}", path.display());
             }
             return Self::of_device(&device, request.format);
